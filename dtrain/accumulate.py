@@ -1,0 +1,40 @@
+"""Gradient accumulation: the plain way to run an update's forward and backward."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from dtrain.batch import Batch, Models, Sums, divide
+
+if TYPE_CHECKING:
+    from dtrain.plan import Plan
+    from dtrain.task.base import Update
+
+
+class Accumulate:
+    """Run a rank's rows in equal micro-batches; gradients are exchanged with the last one only."""
+
+    def __init__(self, models: Models, micro_batches: int, plan: Plan) -> None:
+        self.models, self.micro_batches, self.plan = models, micro_batches, plan
+
+    def train(self, update: Update, batch: Batch, scale: Tensor) -> Tensor:
+        total = torch.zeros((), device=self.plan.device, dtype=torch.float64)
+        for index, part in enumerate(divide(batch, self.micro_batches), start=1):
+            self.plan.sync_gradients(self.models, enabled=index == self.micro_batches)
+            with self.plan.precision.autocast(self.plan.device.type):
+                loss = update.loss(self.models, part) * scale
+            loss.backward()
+            total += loss.detach()
+        return total
+
+    @torch.no_grad()
+    def evaluate(self, update: Update, batch: Batch) -> Sums:
+        sums: Sums = {}
+        for part in divide(batch, self.micro_batches):
+            with self.plan.precision.autocast(self.plan.device.type):
+                measured = update.measure(self.models, part)
+            sums = {name: sums.get(name, 0) + value.double() for name, value in measured.items()}
+        return sums

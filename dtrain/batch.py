@@ -1,0 +1,25 @@
+"""What tasks, strategies and the loop hand to each other."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from torch import Tensor, nn
+
+Batch = dict[str, Tensor]  # every tensor has one row per sample: rows are dim 0, tokens dim 1
+Models = dict[str, nn.Module]
+Sums = dict[str, Tensor]  # sums over a batch's items, by name
+
+
+def divide(batch: Batch, parts: int) -> Iterator[Batch]:
+    """The batch's rows in `parts` equal parts.
+
+    Raises:
+        ValueError: the rows do not come out even.
+    """
+    for name, tensor in batch.items():
+        if len(tensor) % parts:
+            raise ValueError(f"{len(tensor)} rows of {name!r} do not divide into {parts} equal parts")
+    chunks = {name: tensor.chunk(parts) for name, tensor in batch.items()}
+    for index in range(parts):
+        yield {name: tensors[index] for name, tensors in chunks.items()}

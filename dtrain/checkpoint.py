@@ -1,0 +1,239 @@
+"""Checkpoints: one form for every plan, whole or not there.
+
+    checkpoints/step-00000040/shard-*.safetensors   each rank's part of weights and optimizer states
+                              checkpoint.json       step, tokens, and every file's size and SHA-256
+    checkpoints/latest -> step-00000040
+
+torch's distributed checkpoint (DCP) writes and reshards; the files are safetensors, so that loading never
+unpickles anything. A checkpoint is written under another name, checked off in `checkpoint.json`, synced and
+renamed: a kill at any moment leaves the ones before it as they were. The folder is shared by all nodes.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import threading
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+from safetensors import SafetensorError
+from torch import Tensor
+from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader, HuggingFaceStorageWriter
+
+MANIFEST = "checkpoint.json"
+PARTIAL = ".partial-"
+VERSION = 1
+T = TypeVar("T")
+
+
+class Checkpoints:
+    """Write a run's checkpoints into one folder. Making one, `save` and `wait` are collectives.
+
+    Args:
+        folder: where they go; shared by all ranks.
+        keep_last: how many to keep.
+        asynchronous: copy the tensors and write them while training goes on.
+    """
+
+    def __init__(self, folder: Path, *, keep_last: int, asynchronous: bool = False) -> None:
+        self.folder, self.keep_last, self.asynchronous = folder, keep_last, asynchronous
+        # A group of its own: a thread's collectives must not mix with the training's.
+        self._group = dist.new_group(backend="gloo")
+        self._thread: threading.Thread | None = None
+        self._error: BaseException | None = None
+        agree(self._clear)
+
+    def _clear(self) -> None:
+        self.folder.mkdir(parents=True, exist_ok=True)
+        for left in self.folder.glob(f"{PARTIAL}*"):
+            shutil.rmtree(left)
+
+    def save(self, step: int, tensors: dict[str, Tensor], about: dict[str, Any]) -> None:
+        """Write the tensors and `about` (JSON) as the state before `step`.
+
+        Raises:
+            OSError: this or the last asynchronous save could not be written; earlier ones are whole.
+        """
+        self.wait()
+        if self.asynchronous:
+            copies = {name: tensor.detach().clone() for name, tensor in tensors.items()}
+            self._thread = threading.Thread(target=self._write_guarded, args=(step, copies, about))
+            self._thread.start()
+        else:
+            self._write(step, tensors, about)
+
+    def wait(self) -> None:
+        """Until the asynchronous save has ended; raises what it raised."""
+        if self._thread:
+            self._thread.join()
+            self._thread = None
+        if self._error:
+            error, self._error = self._error, None
+            raise error
+
+    def _write_guarded(self, step: int, tensors: dict[str, Tensor], about: dict[str, Any]) -> None:
+        try:
+            self._write(step, tensors, about)
+        except BaseException as error:  # noqa: BLE001  handed to the training thread by `wait`
+            self._error = error
+
+    def _write(self, step: int, tensors: dict[str, Tensor], about: dict[str, Any]) -> None:
+        partial = self.folder / f"{PARTIAL}{step:08d}"
+        writer = HuggingFaceStorageWriter(str(partial), save_distributed=True)
+        try:
+            dcp.save(tensors, storage_writer=writer, process_group=self._group)
+        except dcp.CheckpointException as error:
+            causes = sorted({str(cause).strip().splitlines()[0] for cause, _ in error.failures.values()})
+            raise OSError(f"checkpoint of step {step} could not be written: {'; '.join(causes)}") from error
+        agree(lambda: self._publish(partial, step, about), self._group)
+
+    def _publish(self, partial: Path, step: int, about: dict[str, Any]) -> None:
+        files = {file.name: _describe(file) for file in sorted(partial.glob("*.safetensors"))}
+        _write_synced(partial / MANIFEST, {"version": VERSION, "step": step, **about, "files": files})
+        _sync(partial)
+        final = self.folder / f"step-{step:08d}"
+        shutil.rmtree(final, ignore_errors=True)  # a resumed run comes by the same step again
+        partial.rename(final)
+        pointer = self.folder / f"{PARTIAL}latest"
+        pointer.unlink(missing_ok=True)
+        pointer.symlink_to(final.name)
+        os.replace(pointer, self.folder / "latest")
+        _sync(self.folder)
+        for old in _whole(self.folder)[: -self.keep_last]:
+            shutil.rmtree(old)
+
+
+def load(path: Path, tensors: dict[str, Tensor]) -> None:
+    """Fill `tensors`, whatever their sharding, from the checkpoint. A collective.
+
+    Raises:
+        ValueError: the checkpoint is of another model; the first differing tensor and both shapes are named.
+    """
+    reader = HuggingFaceStorageReader(str(path))
+    saved = {name: tuple(m.size) for name, m in reader.read_metadata().state_dict_metadata.items()}  # type: ignore[union-attr]
+    ours: dict[str, tuple[int, ...]] = {}
+    gathered: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(gathered, {name: tuple(tensor.shape) for name, tensor in tensors.items()})
+    for part in gathered:
+        ours |= part
+    for name in sorted(ours | saved, key=lambda n: (n.startswith("optimizer."), n)):
+        if ours.get(name) != saved.get(name):
+            raise ValueError(f"{path} is of another model: {name} is {saved.get(name, 'absent')} there, "
+                             f"{ours.get(name, 'absent')} here")  # fmt: skip
+    dcp.load(tensors, storage_reader=reader)  # type: ignore[arg-type]
+
+
+def find(resume: str, run_folder: Path, outputs: Path, *, fallback: bool, note: Callable[[str], None]) -> Path:
+    """The checkpoint that `resume` names, whole and undamaged.
+
+    Args:
+        resume: a checkpoint, a folder of them, a run's folder; or `latest`: this run's newest, or else the
+            newest of all runs below `outputs`.
+        fallback: if that one is damaged, take the newest whole one before it, and `note` so.
+
+    Raises:
+        ValueError: none there, or damaged; says where, and what would do.
+    """
+    if resume == "latest":
+        found = _whole(run_folder / "checkpoints")
+        if not found:
+            latest = [p.resolve() for p in outputs.glob("**/checkpoints/latest") if (p / MANIFEST).exists()]
+            found = sorted(latest, key=lambda p: (p / MANIFEST).stat().st_mtime)
+        where = f"{run_folder} or below {outputs}"
+    else:
+        path = Path(resume).expanduser()
+        if (path / MANIFEST).exists():
+            path = path.resolve()
+            found = [p for p in _whole(path.parent) if p <= path] or [path]
+        else:
+            found = _whole(path / "checkpoints") or _whole(path)
+        where = str(path)
+    if not found:
+        raise ValueError(f"resume={resume}: no checkpoint in {where}")
+    return _first_whole(list(reversed(found)), fallback=fallback, note=note)
+
+
+def _first_whole(newest_first: list[Path], *, fallback: bool, note: Callable[[str], None]) -> Path:
+    for path, older in zip(newest_first, [*newest_first[1:], None], strict=True):
+        damage = verify(path)
+        if not damage:
+            return path
+        if not older:
+            raise ValueError(f"checkpoint {path} is damaged: {damage}; there is no earlier one")
+        if not fallback:
+            raise ValueError(f"checkpoint {path} is damaged: {damage}; checkpoint.fallback=true would take {older.name}")
+        note(f"checkpoint {path} is damaged: {damage}; falling back to {older.name}")
+    raise AssertionError("no checkpoint was given")
+
+
+def verify(path: Path) -> str:
+    """What is wrong with the files of a checkpoint, or an empty string."""
+    try:
+        manifest = about(path)
+        for name, expected in manifest["files"].items():
+            if not (path / name).exists():
+                return f"{name} is missing"
+            if (size := (path / name).stat().st_size) != expected["bytes"]:
+                return f"{name} has {size} bytes, not {expected['bytes']}"
+            if _describe(path / name) != expected:
+                return f"{name} does not have its SHA-256"
+        HuggingFaceStorageReader(str(path)).read_metadata()
+    except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError, AttributeError):
+        return f"{MANIFEST} is not readable"
+    except SafetensorError as error:
+        return str(error)
+    return ""
+
+
+def about(path: Path) -> dict[str, Any]:
+    """What a checkpoint says of itself: step, tokens, and what its run gave."""
+    return json.loads((path / MANIFEST).read_text())
+
+
+def agree(function: Callable[[], T], group: dist.ProcessGroup | None = None) -> T:
+    """Run `function` on rank 0; every rank returns its result or raises its error. A collective."""
+    outcome: list[Any] = [None, None]
+    if dist.get_rank() == 0:
+        try:
+            outcome[0] = function()
+        except (ValueError, OSError) as error:
+            outcome[1] = error
+    dist.broadcast_object_list(outcome, src=0, group=group)
+    if outcome[1] is not None:
+        raise outcome[1]
+    return outcome[0]
+
+
+def _whole(folder: Path) -> list[Path]:
+    """The published checkpoints of a folder, oldest first."""
+    return sorted(p.resolve() for p in folder.glob("step-*") if (p / MANIFEST).exists())
+
+
+def _describe(file: Path) -> dict[str, Any]:
+    with file.open("rb") as stream:
+        digest = hashlib.file_digest(stream, "sha256").hexdigest()
+        os.fsync(stream.fileno())
+    return {"bytes": file.stat().st_size, "sha256": digest}
+
+
+def _write_synced(file: Path, content: dict[str, Any]) -> None:
+    with file.open("w") as stream:
+        json.dump(content, stream, indent=1)
+        stream.flush()
+        os.fsync(stream.fileno())
+
+
+def _sync(folder: Path) -> None:
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+

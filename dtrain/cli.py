@@ -1,0 +1,203 @@
+"""The command line: Hydra's, with one clear line for a user's mistake.
+
+Under torchrun every rank composes the configuration; rank 0 alone gets a run's folder and speaks.
+"""
+
+from __future__ import annotations
+
+import difflib
+import os
+import re
+import sys
+import time
+import traceback
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+import hydra
+from hydra import compose, initialize_config_dir
+from hydra.core.global_hydra import GlobalHydra
+from hydra.core.hydra_config import HydraConfig
+from hydra.errors import HydraException
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from dtrain.compare import compare as run_all
+from dtrain.config import Comparison, Config, checked, register
+from dtrain.launch import RanksFailed, World, spawn
+from dtrain.run import assemble, run
+from dtrain.train import NonFinite
+
+CONFIGS = Path(__file__).resolve().parent.parent / "configs"
+USAGE = 2  # exit status for a mistake of the user's
+FAILED = 1  # and for a run that broke off
+MISTAKES = (ValueError, OSError, NonFinite, HydraException, OmegaConfBaseException)
+GRACE_S = 3.0  # how long other ranks leave to rank 0 to say what is wrong, before torchrun stops it for their exit
+
+
+def main(config_name: str, task: Callable[[DictConfig], Any]) -> None:
+    """Run `task` with the configuration that the command line composes; exit with a line for each mistake."""
+    os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra hands errors on; they are said in one line here
+    register()
+    world = _world()
+    if world and world.rank:
+        _be_silent()
+    if world and any(arg in ("-m", "--multirun") for arg in sys.argv[1:]):
+        _exit("--multirun starts its own ranks: call it with `python` and launch.nproc, not under torchrun", USAGE)
+    try:
+        hydra.main(version_base="1.3", config_path=str(CONFIGS), config_name=config_name)(task)()
+    except MISTAKES as error:
+        _exit(explain(error, config_name), FAILED if isinstance(error, NonFinite) else USAGE)
+    except RanksFailed:
+        sys.exit(FAILED)  # the rank that failed has said why
+
+
+def train(config: DictConfig) -> float:
+    """The job of `scripts/train.py`: returns the validation loss (or else the loss) for a sweeper."""
+    settings = checked(config)
+    runtime = HydraConfig.get().runtime
+    folder, name = Path(runtime.output_dir), strategy_name(runtime.choices["strategy"])
+    world = World.of_environment()
+    if world is None and settings.launch.nproc > 1:
+        summary = start(config, folder, name)
+    else:
+        summary = run(settings, world or World(), folder, name)
+    return summary["loss"] if summary["val_loss"] is None else summary["val_loss"]
+
+
+def compare(config: DictConfig) -> None:
+    """The job of `scripts/compare.py`: one run for each strategy, in ranks of its own."""
+    if World.of_environment():
+        raise ValueError("compare starts its own ranks: call it with `python` and launch.nproc, not under torchrun")
+    settings = checked(config)
+    assert isinstance(settings, Comparison)
+    runtime = HydraConfig.get().overrides
+    own = [o for o in runtime.task if o.split("=")[0] not in ("strategies", "baseline", "strategy")]
+
+    def start_one(name: str, folder: Path) -> dict[str, Any]:
+        choice = f"[{name.replace('+', ',')}]" if "+" in name else name
+        composed = compose("compare", overrides=[*own, f"strategy={choice}"])
+        composed.logger = {"files": composed.logger.files}
+        if not composed.strategy:
+            composed.launch.nproc = 1
+        return start(composed, folder, name)
+
+    folder = Path(HydraConfig.get().runtime.output_dir)
+    run_all(settings.strategies, settings.baseline, settings.steps, folder, start_one)
+
+
+def start(config: DictConfig, folder: Path, name: str) -> dict[str, Any]:
+    """Start `launch.nproc` ranks for a configuration; returns the summary.
+
+    Raises:
+        ValueError: a mistake that can be known before any rank is started.
+        RanksFailed: a rank ended with an error.
+    """
+    settings = checked(config)
+    nproc = settings.launch.nproc
+    assemble(settings, World(0, nproc, 0, nproc))
+    plain = OmegaConf.to_yaml(config, resolve=True)
+    return spawn(_rank, plain, folder, name, nproc=nproc, port=settings.launch.port)
+
+
+def _rank(plain: str, folder: Path, name: str) -> dict[str, Any]:
+    """What a rank that `start` has started does."""
+    world = World.of_environment()
+    assert world is not None
+    try:
+        config = OmegaConf.merge(OmegaConf.structured(Comparison if "strategies:" in plain else Config), OmegaConf.create(plain))
+        assert isinstance(config, DictConfig)
+        return run(checked(config), world, folder, name)
+    except MISTAKES as error:
+        _exit(explain(error, "train"), FAILED if isinstance(error, NonFinite) else USAGE)
+    raise AssertionError("unreachable")
+
+
+def strategy_name(choice: Any) -> str:
+    """A strategy as it was asked for: `[replicate,fsdp]` is said `replicate+fsdp`."""
+    parts = choice if isinstance(choice, list) else str(choice).strip("[]").split(",")
+    return "+".join(part.strip() for part in parts)
+
+
+def explain(error: BaseException, config_name: str) -> str:
+    """One line: what is wrong, the value, and what would work."""
+    text = str(error)
+    if match := re.search(r"Could not (?:find|load) '(\w+)/([^']*)'", text):
+        group, name = match.groups()
+        return f"unknown {group} {name!r}: {_nearest(name, _options(group))}"
+    if match := re.match(r"Could not override '([^']+)'", text):
+        key = match.group(1)
+        if "No match in the defaults list" in text:
+            return f"unknown group {key!r}: {_nearest(key, _groups())}"
+        return f"unknown key {key!r}: {_nearest(key, _keys(config_name, key))}"
+    if match := re.match(r"Error merging override (.*)", text):
+        cause = str(error.__cause__).splitlines()[0] if error.__cause__ else ""
+        return f"{match.group(1)}: {cause}"
+    lines = [line.strip() for line in text.splitlines() if line.strip()]
+    return "; ".join(lines) if isinstance(error, ValueError | NonFinite) else (lines[0] if lines else type(error).__name__)
+
+
+def _nearest(name: str, known: Iterable[str]) -> str:
+    known = sorted(known)
+    close = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
+    if not close and "." in name:  # the right leaf in another place
+        leaf = name.rsplit(".", 1)[-1]
+        close = [key for key in known if key.rsplit(".", 1)[-1] == leaf][:1]
+    listing = ", ".join(known) if len(known) <= 24 else "see --cfg job"
+    return f"did you mean {close[0]!r}? ({listing})" if close else f"use one of {listing}"
+
+
+def _groups() -> list[str]:
+    return [folder.name for folder in CONFIGS.iterdir() if folder.is_dir()]
+
+
+def _options(group: str) -> list[str]:
+    return [file.stem for file in (CONFIGS / group).glob("*.yaml")]
+
+
+def _keys(config_name: str, unknown: str) -> list[str]:
+    """The keys of the configuration as the command line composes it without the unknown one."""
+    GlobalHydra.instance().clear()
+    kept = [a for a in sys.argv[1:] if "=" in a and not a.startswith("-") and a.split("=")[0].strip("+~") != unknown]
+    try:
+        with initialize_config_dir(str(CONFIGS), version_base="1.3"):
+            config = compose(config_name, overrides=[a for a in kept if not a.startswith("hydra")])
+    except HydraException:
+        return []
+    keys: list[str] = []
+
+    def walk(node: Any, prefix: str) -> None:
+        for key, value in node.items():
+            keys.append(f"{prefix}{key}")
+            if isinstance(value, dict):
+                walk(value, f"{prefix}{key}.")
+
+    walk(OmegaConf.to_container(config), "")
+    return keys
+
+
+def _world() -> World | None:
+    try:
+        return World.of_environment()
+    except ValueError as error:
+        _exit(str(error), USAGE)
+
+
+def _be_silent() -> None:
+    """On ranks but 0: Hydra makes no folder and writes no log, and what it prints is rank 0's to print."""
+    sys.argv += ["hydra.run.dir=.", "hydra.output_subdir=null"]
+    if any(a in ("-h", "--help", "--hydra-help", "--version", "--info", "-i", "-c", "--cfg") for a in sys.argv[1:]):
+        sys.stdout = open(os.devnull, "w")  # noqa: SIM115  until the process ends
+
+
+def _exit(line: str, status: int) -> Any:
+    """Say the line once, on rank 0, and end."""
+    rank = int(os.environ.get("RANK", 0))
+    if os.environ.get("DTRAIN_TRACEBACK"):
+        traceback.print_exc()
+    if rank == 0:
+        print(f"dtrain: {line}", file=sys.stderr, flush=True)
+    else:
+        time.sleep(GRACE_S)
+    sys.exit(status)

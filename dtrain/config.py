@@ -1,0 +1,179 @@
+"""The schema of a run's scalars, with their types and ranges; their values and meanings stand in YAML.
+
+Everything pluggable is a node with a `_target_`; the constructor of that class is its schema.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields, is_dataclass
+from typing import Any, TypeVar
+
+from hydra.core.config_store import ConfigStore
+from hydra.errors import InstantiationException
+from hydra.utils import get_object, instantiate
+from omegaconf import MISSING, DictConfig, OmegaConf
+
+T = TypeVar("T")
+
+
+def at_least(least: float) -> Any:
+    """A required number of at least `least`."""
+    return field(default=MISSING, metadata={"least": least})
+
+
+def between(least: float, most: float) -> Any:
+    """A required number from `least` to `most`."""
+    return field(default=MISSING, metadata={"least": least, "most": most})
+
+
+def one_of(*names: str) -> Any:
+    """A required name out of a few."""
+    return field(default=MISSING, metadata={"names": names})
+
+
+@dataclass
+class Launch:
+    nproc: int = at_least(1)
+    port: int = between(0, 65535)
+    threads: int | None = at_least(1)
+    timeout_s: float = at_least(1)
+
+
+@dataclass
+class Eval:
+    every: int = at_least(0)
+    batches: int = at_least(1)
+
+
+@dataclass
+class Checkpoint:
+    every: int = at_least(0)
+    keep_last: int = at_least(1)
+    asynchronous: bool = MISSING
+    fallback: bool = MISSING
+
+
+@dataclass
+class Schedule:
+    warmup_steps: int = at_least(0)
+    final_ratio: float = between(0, 1)
+
+
+@dataclass
+class Measure:
+    warmup_steps: int = at_least(0)
+    peak_flops: float | None = at_least(1)
+
+
+@dataclass
+class Config:
+    """A run. Groups are free-form; `configs/train.yaml` says what each scalar does."""
+
+    strategy: dict[str, Any] = field(default_factory=dict)
+    model: dict[str, Any] = MISSING
+    task: dict[str, Any] = MISSING
+    data: dict[str, Any] = MISSING
+    optimizer: dict[str, Any] = MISSING
+    precision: dict[str, Any] = MISSING
+    logger: dict[str, Any] = MISSING
+    launch: Launch = field(default_factory=Launch)
+
+    steps: int = at_least(1)
+    seed: int = at_least(0)
+    device: str = one_of("auto", "cpu", "cuda")
+    dtype: str = one_of("fp32", "bf16", "fp64")
+    global_batch_size: int = at_least(1)
+    micro_batch_size: int | None = at_least(1)
+    seq_len: int | None = at_least(1)
+    clip_norm: float | None = at_least(0)
+    activation_checkpointing: bool = MISSING
+    compile: bool = MISSING
+    resume: str | None = MISSING
+
+    eval: Eval = field(default_factory=Eval)
+    checkpoint: Checkpoint = field(default_factory=Checkpoint)
+    schedule: Schedule = field(default_factory=Schedule)
+    measure: Measure = field(default_factory=Measure)
+
+
+@dataclass
+class Comparison(Config):
+    """Several runs that differ in their strategy alone."""
+
+    strategies: list[str] = MISSING
+    baseline: str = MISSING
+
+
+def register() -> None:
+    """Make the schemas known to Hydra: the base of `configs/train.yaml`, and what `compare.yaml` adds."""
+    store = ConfigStore.instance()
+    store.store("schema", Config)
+    store.store("compare_schema", Comparison)
+
+
+def checked(config: DictConfig) -> Config:
+    """The composed configuration, resolved, with every range checked.
+
+    Raises:
+        ValueError: a value out of its range.
+    """
+    run = OmegaConf.to_object(config)
+    assert isinstance(run, Config)
+    _check_ranges(run, "")
+    return run
+
+
+def _check_ranges(node: Any, prefix: str) -> None:
+    for item in fields(node):
+        name, value, rule = prefix + item.name, getattr(node, item.name), item.metadata
+        if is_dataclass(value):
+            _check_ranges(value, f"{name}.")
+        elif value is None:
+            continue
+        elif "names" in rule and value not in rule["names"]:
+            raise ValueError(f"{name}={value} is unknown: use {', '.join(rule['names'])}")
+        elif "least" in rule and not value >= rule["least"]:
+            raise ValueError(f"{name}={value} must be at least {rule['least']}")
+        elif "most" in rule and not value <= rule["most"]:
+            raise ValueError(f"{name}={value} must be at most {rule['most']}")
+
+
+def make(
+    node: Mapping[str, Any], kind: type[T], where: str, *, parts: tuple[type, ...] = (), **arguments: Any
+) -> T:
+    """An instance of the node's `_target_`, which must be a subclass of `kind`.
+
+    So that a configuration can name classes of the right kind and nothing else; nodes within it must name
+    subclasses of one of `parts`.
+
+    Raises:
+        ValueError: no such class, one of another kind, or arguments that it refuses.
+    """
+    _check_target(node, (kind,), where)
+    for name, child in node.items():
+        if isinstance(child, Mapping) and "_target_" in child:
+            _check_target(child, parts, f"{where}.{name}")
+    try:
+        # In two steps: what goes through `instantiate` is turned into plain containers.
+        return instantiate({**node, "_partial_": True}, _convert_="all")(**arguments)
+    except TypeError as error:
+        raise ValueError(f"{where}: {error}") from error
+    except InstantiationException as error:  # of a node within
+        if isinstance(error.__cause__, ValueError):
+            raise error.__cause__ from None
+        raise
+
+
+def _check_target(node: Mapping[str, Any], kinds: tuple[type, ...], where: str) -> None:
+    target = node.get("_target_")
+    if not isinstance(target, str):
+        raise ValueError(f"{where} has no _target_: nothing says what to build")
+    try:
+        found = get_object(target)
+    except Exception as error:  # an import may fail in any way; its own message is the best there is
+        last_line = (str(error).strip() or type(error).__name__).splitlines()[-1]
+        raise ValueError(f"{where}._target_={target} cannot be imported: {last_line}") from error
+    if not (isinstance(found, type) and issubclass(found, kinds)):
+        wanted = " or ".join(kind.__name__ for kind in kinds) or "part of it"
+        raise ValueError(f"{where}._target_={target} is not a {wanted}")

@@ -1,0 +1,1 @@
+"""Data: documents, clean and tokenised, in memory-mapped files; windows of them as batches."""

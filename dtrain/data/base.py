@@ -1,0 +1,27 @@
+"""What a run may do with any data before it knows the task."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from typing import Any
+
+Progress = Callable[[str, int], None]  # (what is being done, documents or samples so far)
+
+
+class Data(ABC):
+    """Training and held-out data."""
+
+    name: str
+
+    @abstractmethod
+    def prepare(self, progress: Progress) -> None:
+        """Make ready to read, once; any number of processes may call it at the same time.
+
+        Raises:
+            ValueError: nothing to read, or something that cannot be read.
+        """
+
+    @abstractmethod
+    def describe(self) -> dict[str, Any]:
+        """What a run's summary says of its data."""

@@ -1,0 +1,57 @@
+"""Text as windows of token ids."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from dtrain.data.base import Data, Progress
+from dtrain.data.prepare import Corpus, prepare
+from dtrain.data.sources import Source
+from dtrain.data.tokenizer import Tokenizer
+from dtrain.data.windows import Windows
+
+
+class Text(Data):
+    """A source of documents and a tokenizer, prepared in a cache.
+
+    Args:
+        name: of the prepared folder; for people.
+        source: where the documents come from.
+        tokenizer: how they become ids.
+        cache: folder of prepared corpora.
+        validation_fraction: share of the documents held out.
+    """
+
+    def __init__(
+        self, name: str, source: Source, tokenizer: Tokenizer, cache: str, validation_fraction: float = 0.05
+    ) -> None:
+        self.name, self.source, self.tokenizer = name, source, tokenizer
+        self.cache, self.validation_fraction = cache, validation_fraction
+        self.corpus: Corpus | None = None
+
+    @property
+    def vocab_size(self) -> int:
+        return self.tokenizer.vocab_size
+
+    def prepare(self, progress: Progress) -> None:
+        self.corpus = prepare(
+            self.name, self.source, self.tokenizer, self.cache,
+            validation_fraction=self.validation_fraction, progress=progress,
+        )  # fmt: skip
+
+    def describe(self) -> dict[str, Any]:
+        assert self.corpus is not None, "the data are not prepared"
+        return self.corpus.describe()
+
+    def windows(self, split: str, *, seq_len: int, seed: int) -> Windows:
+        """Windows of `train` or `validation`.
+
+        Raises:
+            ValueError: the split has fewer tokens than one window.
+        """
+        assert self.corpus is not None, "the data are not prepared"
+        try:
+            return Windows(self.corpus.tokens(split), seq_len=seq_len, seed=seed)
+        except ValueError as error:
+            remedy = "" if split == "train" else " or a larger data.validation_fraction"
+            raise ValueError(f"data {self.name}, {split} split: {error}: use more text, a smaller seq_len{remedy}") from None

@@ -1,0 +1,60 @@
+"""Windows of a token file, chosen by (seed, step) alone.
+
+Each epoch cuts the tokens into windows of T + 1 from an offset of its own and reads them in an order of
+its own, both drawn from (seed, epoch): every token is seen once an epoch, and step k needs no history.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from functools import lru_cache
+
+import numpy as np
+import torch
+from torch import Tensor
+
+
+class Windows:
+    """Rows of T + 1 consecutive tokens: T inputs and, one later, T targets.
+
+    Args:
+        tokens: the token ids, one-dimensional; a memory map is read only where needed.
+        seq_len: T.
+        seed: of offsets and orders.
+
+    Raises:
+        ValueError: fewer tokens than one window.
+    """
+
+    def __init__(self, tokens: np.ndarray, *, seq_len: int, seed: int) -> None:
+        if len(tokens) < seq_len + 1:
+            raise ValueError(f"{len(tokens)} tokens are fewer than one sequence of seq_len={seq_len} needs ({seq_len + 1})")
+        self.tokens, self.seq_len, self.seed = tokens, seq_len, seed
+        # One stride of tokens is kept free for the epoch's offset, unless there is only one window.
+        self.per_epoch = max(1, (len(tokens) - 1) // seq_len - 1)
+        self._epoch = lru_cache(maxsize=2)(self._draw)
+
+    def batch(self, step: int, rows: int) -> Tensor:
+        """The windows of a step: (rows, T + 1), int64."""
+        return self._read([self._start(i) for i in range(step * rows, (step + 1) * rows)])
+
+    def sweep(self, batches: int, rows: int) -> Iterator[Tensor]:
+        """At most `batches` x `rows` windows, evenly spaced from first to last: each (<= rows, T + 1)."""
+        windows = (len(self.tokens) - 1) // self.seq_len
+        chosen = np.linspace(0, windows - 1, min(windows, batches * rows)).astype(int)
+        for first in range(0, len(chosen), rows):
+            yield self._read([int(i) * self.seq_len for i in chosen[first : first + rows]])
+
+    def _start(self, index: int) -> int:
+        epoch, place = divmod(index, self.per_epoch)
+        offset, order = self._epoch(epoch)
+        return offset + int(order[place]) * self.seq_len
+
+    def _draw(self, epoch: int) -> tuple[int, Tensor]:
+        generator = torch.Generator().manual_seed((self.seed * 1_000_003 + epoch) % 2**63)
+        spare = len(self.tokens) - 1 - self.per_epoch * self.seq_len
+        offset = int(torch.randint(min(spare, self.seq_len - 1) + 1, (), generator=generator))
+        return offset, torch.randperm(self.per_epoch, generator=generator)
+
+    def _read(self, starts: list[int]) -> Tensor:
+        return torch.from_numpy(np.stack([self.tokens[s : s + self.seq_len + 1].astype(np.int64) for s in starts]))

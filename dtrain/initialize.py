@@ -1,0 +1,65 @@
+"""Initial weights that depend on the seed and the parameter's name alone.
+
+A model that can fill one parameter at a time (`initial(name, values, generator)`) is built on the meta
+device, sharded there, and given its values one parameter at a time: drawn whole on the host, cut to this
+rank's shard. So it never exists whole on a rank, and every strategy and world size starts from the same
+weights (a sharded random generator would not: pytorch#168058). Any other model is built whole.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor, distribute_tensor
+
+ModelFactory = Callable[[], nn.Module]
+
+
+def build(factory: ModelFactory, seed: int) -> nn.Module:
+    """The model: on the meta device if it has `initial`, else whole, drawn from `seed`."""
+    with torch.device("meta"):
+        model = factory()
+    if hasattr(model, "initial"):
+        return model
+    torch.manual_seed(seed)
+    return factory()
+
+
+def materialize(model: nn.Module, seed: int, device: torch.device, dtype: torch.dtype) -> None:
+    """Give every parameter of `model` its initial values on `device`, in place; needs no communication.
+
+    Raises:
+        ValueError: a buffer on the meta device: nothing tells its values.
+    """
+    if not any(p.is_meta for p in model.parameters()):
+        model.to(device=device, dtype=dtype)
+        return
+    names = {id(parameter): name for name, parameter in model.named_parameters()}  # a tied one counts once
+    made: dict[int, nn.Parameter] = {}
+    for module in model.modules():
+        for key, parameter in module.named_parameters(recurse=False, remove_duplicate=False):
+            if id(parameter) not in made:
+                values = torch.empty(parameter.shape, dtype=torch.float32)
+                model.initial(names[id(parameter)], values, _generator(seed, names[id(parameter)]))
+                made[id(parameter)] = _place(values.to(dtype), parameter, device)
+            setattr(module, key, made[id(parameter)])
+        for key, buffer in module.named_buffers(recurse=False):
+            if buffer.is_meta:
+                raise ValueError(f"{type(model).__name__}: buffer {key} of {type(module).__name__} has no values; "
+                                 f"compute it in forward, or leave out `initial`")  # fmt: skip
+
+
+def _generator(seed: int, name: str) -> torch.Generator:
+    digest = hashlib.blake2b(f"{seed}/{name}".encode(), digest_size=8).digest()
+    return torch.Generator().manual_seed(int.from_bytes(digest, "big") >> 1)
+
+
+def _place(values: Tensor, like: nn.Parameter, device: torch.device) -> nn.Parameter:
+    """The whole `values`, or this rank's shard of them, placed as `like` is."""
+    if isinstance(like, DTensor):
+        values = distribute_tensor(values, like.device_mesh, like.placements, src_data_rank=None)
+        return nn.Parameter(values, requires_grad=like.requires_grad)
+    return nn.Parameter(values.to(device), requires_grad=like.requires_grad)

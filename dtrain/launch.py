@@ -1,0 +1,127 @@
+"""Processes: who this rank is, how ranks are started, how they find each other.
+
+Under torchrun (or any launcher that sets RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT) this process is a
+rank. Otherwise it starts `launch.nproc` ranks of its own by torchrun's API, or is the only one.
+"""
+
+from __future__ import annotations
+
+import os
+import socket
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+from torch.distributed.launcher.api import LaunchConfig, elastic_launch
+
+from dtrain.measure.environment import cores
+
+
+class RanksFailed(RuntimeError):
+    """Ranks that this process has started ended with an error, which they have said themselves."""
+
+
+@dataclass(frozen=True)
+class World:
+    """This rank's place in the job and on its machine."""
+
+    rank: int = 0
+    size: int = 1
+    local_rank: int = 0
+    local_size: int = 1
+
+    @classmethod
+    def of_environment(cls) -> World | None:
+        """As the launcher says, or None if there was none.
+
+        Raises:
+            ValueError: variables that contradict each other.
+        """
+        if "RANK" not in os.environ or "WORLD_SIZE" not in os.environ:
+            return None
+        env = {k: int(os.environ[k]) for k in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE") if k in os.environ}
+        world = cls(env["RANK"], env["WORLD_SIZE"], env.get("LOCAL_RANK", env["RANK"]),
+                    env.get("LOCAL_WORLD_SIZE", env["WORLD_SIZE"]))  # fmt: skip
+        if not 0 <= world.rank < world.size:
+            raise ValueError(f"RANK={world.rank} is not below WORLD_SIZE={world.size}")
+        return world
+
+
+def device_of(name: str, world: World) -> torch.device:
+    """The device of this rank: `auto` is a GPU where there is one for every local rank.
+
+    Raises:
+        ValueError: a GPU is asked for and there is none for this rank.
+    """
+    gpus = torch.cuda.device_count()
+    if name == "cpu" or (name == "auto" and gpus < world.local_size):
+        return torch.device("cpu")
+    if gpus < world.local_size:
+        raise ValueError(f"device=cuda: {world.local_size} {'rank needs a GPU' if world.local_size == 1 else 'ranks need a GPU each'}, "
+                         f"torch sees {gpus} here; use device=cpu or fewer ranks")  # fmt: skip
+    return torch.device("cuda", world.local_rank)
+
+
+@contextmanager
+def connected(world: World, device: torch.device, *, threads: int | None, timeout_s: float) -> Iterator[None]:
+    """Set this process's threads and device, and be in the process group while the context lasts.
+
+    Raises:
+        ValueError: the port of the rendezvous is taken.
+    """
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads or max(1, cores() // world.local_size))
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    settings: dict[str, Any] = {"timeout": timedelta(seconds=timeout_s)}
+    if world.size == 1:
+        settings |= {"store": dist.HashStore(), "rank": 0, "world_size": 1}  # nobody to find: no port
+    try:
+        dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo", **settings)
+    except dist.DistNetworkError as error:
+        address = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
+        if "EADDRINUSE" in str(error):
+            raise ValueError(f"port in use: {address} is taken; set MASTER_PORT (torchrun --master-port) to a free one") from error
+        raise ValueError(f"rank {world.rank} found no rendezvous at {address}: {str(error).splitlines()[0]}") from error
+    try:
+        yield
+    finally:
+        dist.destroy_process_group()
+        torch.set_num_threads(before)
+
+
+def spawn(function: Callable[..., Any], *arguments: Any, nproc: int, port: int = 0) -> Any:
+    """Run `function(*arguments)` in `nproc` new ranks on this machine; return what rank 0's returned.
+
+    Args:
+        port: of the rendezvous; 0: any that is free.
+
+    Raises:
+        ValueError: the port is taken.
+        RanksFailed: a rank ended with an error; the others were stopped.
+    """
+    if port:
+        with socket.socket() as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            try:
+                probe.bind(("127.0.0.1", port))
+            except OSError:
+                raise ValueError(f"launch.port={port} is in use: choose another, or 0 for any that is free") from None
+    config = LaunchConfig(
+        min_nodes=1, max_nodes=1, nproc_per_node=nproc, run_id="dtrain", rdzv_backend="c10d",
+        rdzv_endpoint=f"127.0.0.1:{port}", max_restarts=0, start_method="spawn", monitor_interval=0.05,
+    )  # fmt: skip
+    try:
+        return elastic_launch(config, function)(*arguments)[0]
+    except ChildFailedError as error:
+        rank, failure = error.get_first_failure()
+        raise RanksFailed(f"rank {rank} ended with {_ending(failure.exitcode)}") from error
+
+
+def _ending(code: int) -> str:
+    return f"signal {-code}" if code < 0 else f"exit status {code}"

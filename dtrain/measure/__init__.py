@@ -1,0 +1,1 @@
+"""Instruments: throughput, floating-point operations, memory, and the environment they were read in."""

@@ -1,0 +1,50 @@
+"""Floating-point operations: what a batch needs, and what a device can do."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
+
+# Dense bf16 peaks by device name, from the vendor's data sheets.
+STATED_PEAKS = {"H200": 989e12, "H100": 989e12, "A100": 312e12, "L40S": 362e12, "L4": 121e12}
+SECONDS = 0.1
+
+
+def count(run: Callable[[], Tensor]) -> int:
+    """Operations of matrix products in `run()` and the backward of the loss it returns.
+
+    On the meta device this costs no arithmetic. Attention counts as if no score were masked, as is usual
+    for MFU; element-wise work does not count.
+    """
+    with FlopCounterMode(display=False) as counter:
+        loss = run()
+        if loss.requires_grad:
+            loss.backward()
+    return counter.get_total_flops()
+
+
+def peak(device: torch.device, dtype: torch.dtype) -> tuple[float, str]:
+    """A rank's peak in operations a second, and where the figure is from: a data sheet, or measured now.
+
+    Measured: the best of several products of 1024 x 1024 matrices, on this rank's threads. All ranks of a
+    machine should call it together, since they share the machine's units.
+    """
+    if device.type == "cuda" and dtype == torch.bfloat16:
+        name = torch.cuda.get_device_name(device)
+        for known, flops in STATED_PEAKS.items():
+            if known in name:
+                return flops, f"data sheet of {known}, bf16 dense"
+    size = 1024 if device.type == "cpu" else 8192
+    a, b = (torch.randn(size, size, device=device, dtype=dtype) for _ in range(2))
+    best, end = float("inf"), time.perf_counter() + SECONDS
+    while best == float("inf") or time.perf_counter() < end:
+        start = time.perf_counter()
+        torch.mm(a, b)
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+        best = min(best, time.perf_counter() - start)
+    return 2 * size**3 / best, f"measured: {size} x {size} {str(dtype).removeprefix('torch.')} matrix product"

@@ -1,0 +1,53 @@
+"""Throughput and step times of a run, its warm-up steps left out."""
+
+from __future__ import annotations
+
+from statistics import median, quantiles
+
+
+class Meter:
+    """Collects steps and says what is typical of them.
+
+    Args:
+        warmup_steps: first steps that do not count: they pay for allocation and first use.
+        world_size: ranks, for the figures per rank.
+        flops_per_token: of forward and backward, or None if unknown.
+        peak_flops: a rank's peak, in floating-point operations a second, or None if unknown.
+    """
+
+    def __init__(
+        self, *, warmup_steps: int, world_size: int, flops_per_token: float | None, peak_flops: float | None
+    ) -> None:
+        self.warmup_steps, self.world_size = warmup_steps, world_size
+        self.flops_per_token, self.peak_flops = flops_per_token, peak_flops
+        self._seconds: list[float] = []
+        self._tokens: list[float] = []
+
+    def add(self, tokens: float, seconds: float) -> None:
+        """One step: its global tokens (each counted once, however the world is factored) and its time."""
+        self._tokens.append(tokens)
+        self._seconds.append(seconds)
+
+    def mfu(self, tokens_per_second: float) -> float | None:
+        """Model FLOPs utilisation: what the model needs, over what all ranks could do (Chowdhery et al. 2022)."""
+        if not self.flops_per_token or not self.peak_flops:
+            return None
+        return tokens_per_second * self.flops_per_token / (self.world_size * self.peak_flops)
+
+    def summary(self) -> dict[str, float | int | None]:
+        """Medians over the steps that count: all but the warm-up, and at least the last."""
+        if not self._seconds:
+            return {}
+        skipped = min(self.warmup_steps, len(self._seconds) - 1)
+        seconds, tokens = self._seconds[skipped:], self._tokens[skipped:]
+        rate = median(t / s for t, s in zip(tokens, seconds, strict=True))
+        return {
+            "tokens_per_second": rate,
+            "tokens_per_second_per_rank": rate / self.world_size,
+            "step_seconds_median": median(seconds),
+            "step_seconds_p95": quantiles(seconds, n=20, method="inclusive")[-1] if len(seconds) > 1 else seconds[0],
+            "mfu": self.mfu(rate),
+            "measured_steps": len(seconds),
+            "flops_per_token": self.flops_per_token,
+            "peak_flops_per_rank": self.peak_flops,
+        }

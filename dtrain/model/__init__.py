@@ -1,0 +1,1 @@
+"""Models. They import torch and `dtrain.layout`, and know nothing of distribution."""

@@ -1,0 +1,264 @@
+"""The Transformer: GPT-2, Llama and BERT are settings of it.
+
+    tokens (B, T) -> Embedding -> blocks -> Head -> logits (B, T, V)
+    a block:  x + attention(norm(x)),  then  x + feedforward(norm(x))
+
+B batch, T tokens, C width (`d_model`), H query heads, G key and value heads, D = C / H, V vocabulary.
+
+Sources: Vaswani et al. 2017 (1706.03762); Radford et al. 2019 (GPT-2: pre-norm, scaled residuals);
+Devlin et al. 2018 (1810.04805: post-norm, segments); Su et al. 2021 (2104.09864: rotary positions);
+Ainslie et al. 2023 (2305.13245: grouped queries); Shazeer 2020 (2002.05202: SwiGLU).
+"""
+
+from __future__ import annotations
+
+import math
+from functools import partial
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from dtrain.layout import Layout
+
+ACTIVATIONS = {"gelu": F.gelu, "gelu_tanh": partial(F.gelu, approximate="tanh"), "swiglu": F.silu}
+NORMS = {"layernorm": nn.LayerNorm, "rmsnorm": nn.RMSNorm}
+POSITIONS = ("learned", "rotary")
+INITIAL_STD = 0.02
+
+Rotary = tuple[Tensor, Tensor]  # cosine and sine, each (B, 1, T, D)
+
+
+class Embedding(nn.Module):
+    """Token, position and segment embeddings; BERT also normalises their sum."""
+
+    def __init__(
+        self, sizes: tuple[int, int, int, int], norm: nn.Module, dropout: float
+    ) -> None:  # V, context, segments (0: none of them), C
+        super().__init__()
+        vocab_size, context, segments, d_model = sizes
+        self.token = nn.Embedding(vocab_size, d_model)
+        self.position = nn.Embedding(context, d_model) if context else None
+        self.segment = nn.Embedding(segments, d_model) if segments else None
+        self.norm, self.dropout = norm, nn.Dropout(dropout)
+
+    def forward(self, tokens: Tensor, positions: Tensor, segments: Tensor | None) -> Tensor:
+        x = self.token(tokens)  # (B, T) -> (B, T, C)
+        if self.position is not None:
+            x = x + self.position(positions)
+        if self.segment is not None:
+            x = x + self.segment(torch.zeros_like(tokens) if segments is None else segments)
+        return self.dropout(self.norm(x))
+
+
+class Core(nn.Module):
+    """softmax(q k' / sqrt(D)) v: a module of its own, so that a strategy can stand in for it."""
+
+    def __init__(self, causal: bool, dropout: float) -> None:
+        super().__init__()
+        self.causal, self.dropout = causal, dropout
+
+    def forward(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:  # (B, H, T, D), 2 x (B, G, T, D) -> (B, H, T, D)
+        dropout = self.dropout if self.training else 0.0
+        grouped = q.shape[1] != k.shape[1]
+        return F.scaled_dot_product_attention(
+            q, k, v, is_causal=self.causal, dropout_p=dropout, enable_gqa=grouped
+        )
+
+
+class Attention(nn.Module):
+    """Multi-head attention with H query heads that share G key and value heads."""
+
+    def __init__(self, d_model: int, n_heads: int, n_kv_heads: int, bias: bool, core: Core) -> None:
+        super().__init__()
+        self.head_dim = d_model // n_heads
+        self.query = nn.Linear(d_model, n_heads * self.head_dim, bias=bias)
+        self.key = nn.Linear(d_model, n_kv_heads * self.head_dim, bias=bias)
+        self.value = nn.Linear(d_model, n_kv_heads * self.head_dim, bias=bias)
+        self.core = core
+        self.output = nn.Linear(n_heads * self.head_dim, d_model, bias=bias)
+
+    def forward(self, x: Tensor, rotary: Rotary | None) -> Tensor:  # (B, T, C) -> (B, T, C)
+        q, k, v = (self._heads(layer(x)) for layer in (self.query, self.key, self.value))
+        if rotary is not None:
+            q, k = rotate(q, rotary), rotate(k, rotary)
+        y = self.core(q, k, v)
+        return self.output(y.transpose(1, 2).flatten(2))
+
+    def _heads(self, x: Tensor) -> Tensor:  # (B, T, h * D) -> (B, h, T, D); h is this rank's share of the heads
+        return x.unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
+
+
+class FeedForward(nn.Module):
+    """Two linear layers around an activation; SwiGLU gates the first with a third."""
+
+    def __init__(self, d_model: int, d_ff: int, activation: str, bias: bool) -> None:
+        super().__init__()
+        self.up = nn.Linear(d_model, d_ff, bias=bias)
+        self.gate = nn.Linear(d_model, d_ff, bias=bias) if activation == "swiglu" else None
+        self.down = nn.Linear(d_ff, d_model, bias=bias)
+        self.activation = ACTIVATIONS[activation]
+
+    def forward(self, x: Tensor) -> Tensor:  # (B, T, C) -> (B, T, C)
+        hidden = self.activation(self.up(x)) if self.gate is None else self.activation(self.gate(x)) * self.up(x)
+        return self.down(hidden)
+
+
+class Block(nn.Module):
+    """Attention, then the feed-forward layer, each with its residual; norms before (GPT) or after (BERT)."""
+
+    def __init__(
+        self, attention: Attention, feedforward: FeedForward, norms: tuple[nn.Module, nn.Module],
+        dropout: float, norm_first: bool,
+    ) -> None:  # fmt: skip
+        super().__init__()
+        self.attention, self.feedforward = attention, feedforward
+        self.norm1, self.norm2 = norms
+        self.dropout, self.norm_first = nn.Dropout(dropout), norm_first
+
+    def forward(self, x: Tensor, rotary: Rotary | None = None) -> Tensor:  # (B, T, C) -> (B, T, C)
+        if self.norm_first:
+            x = x + self.dropout(self.attention(self.norm1(x), rotary))
+            return x + self.dropout(self.feedforward(self.norm2(x)))
+        x = self.norm1(x + self.dropout(self.attention(x, rotary)))
+        return self.norm2(x + self.dropout(self.feedforward(x)))
+
+
+class Head(nn.Module):
+    """Activations to logits. BERT's head has one more dense layer before the vocabulary."""
+
+    def __init__(self, norm: nn.Module, transform: nn.Module, output: nn.Linear) -> None:
+        super().__init__()
+        self.norm, self.transform, self.output = norm, transform, output
+
+    def forward(self, x: Tensor) -> Tensor:  # (B, T, C) -> (B, T, V)
+        return self.output(self.transform(self.norm(x)))
+
+
+class Transformer(nn.Module):
+    """A decoder (`causal=True`) or an encoder.
+
+    Args:
+        vocab_size: number of token ids V.
+        context: the longest sequence, in tokens.
+        d_model, n_layers, n_heads: width C, number of blocks, query heads H.
+        n_kv_heads: key and value heads G; None: as many as query heads.
+        d_ff: hidden units of the feed-forward layer; None: 4 C.
+        norm, norm_eps, norm_first: kind, epsilon, and before (GPT) or after (BERT) each sublayer.
+        activation: gelu, gelu_tanh or swiglu.
+        position, rope_theta: learned or rotary, and the rotary base.
+        causal: may a token see only those before it?
+        tied: does the head share the embedding's matrix?
+        bias: do the linear layers and layer norms have one?
+        segments: kinds of segment embedding (BERT: 2); 0: none.
+        head_transform: BERT's dense layer, activation and norm before the vocabulary; its output has a bias.
+        dropout: probability, for embeddings, attention weights and residuals.
+
+    Raises:
+        ValueError: sizes that do not fit each other, or an unknown kind.
+    """
+
+    layout = Layout(
+        first="embedding",
+        blocks="blocks",
+        last="head",
+        column=tuple(f"blocks.*.{n}" for n in ("attention.query", "attention.key", "attention.value",
+                                               "feedforward.up", "feedforward.gate")),
+        row=("blocks.*.attention.output", "blocks.*.feedforward.down"),
+        attention="attention.core",
+    )  # fmt: skip
+
+    def __init__(
+        self, vocab_size: int, context: int, d_model: int, n_layers: int, n_heads: int, *,
+        n_kv_heads: int | None = None, d_ff: int | None = None, norm: str = "layernorm", norm_eps: float = 1e-5,
+        norm_first: bool = True, activation: str = "gelu", position: str = "learned", rope_theta: float = 10000.0,
+        causal: bool = True, tied: bool = True, bias: bool = True, segments: int = 0,
+        head_transform: bool = False, dropout: float = 0.0,
+    ) -> None:  # fmt: skip
+        super().__init__()
+        n_kv_heads, d_ff = n_kv_heads or n_heads, d_ff or 4 * d_model
+        sizes = dict(vocab_size=vocab_size, context=context, d_model=d_model, n_layers=n_layers,
+                     n_heads=n_heads, n_kv_heads=n_kv_heads, d_ff=d_ff)  # fmt: skip
+        _check(sizes, norm=norm, activation=activation, position=position)
+        self.vocab_size, self.context, self.causal = vocab_size, context, causal
+        self.n_layers, self.head_dim = n_layers, d_model // n_heads
+        self.rope_theta = rope_theta if position == "rotary" else None
+
+        make_norm = partial(NORMS[norm], d_model, eps=norm_eps, **({"bias": bias} if norm == "layernorm" else {}))
+        learned = context if position == "learned" else 0
+        embedding_norm = nn.Identity() if norm_first else make_norm()
+        self.embedding = Embedding((vocab_size, learned, segments, d_model), embedding_norm, dropout)
+        self.blocks = nn.ModuleDict()  # by name, so that a pipeline stage keeps the full names of what it holds
+        for index in range(n_layers):
+            attention = Attention(d_model, n_heads, n_kv_heads, bias, Core(causal, dropout))
+            feedforward = FeedForward(d_model, d_ff, activation, bias)
+            self.blocks[str(index)] = Block(
+                attention, feedforward, (make_norm(), make_norm()), dropout, norm_first
+            )
+        transform = nn.Sequential(nn.Linear(d_model, d_model), nn.GELU(), make_norm())
+        self.head = Head(
+            norm=make_norm() if norm_first else nn.Identity(),
+            transform=transform if head_transform else nn.Identity(),
+            output=nn.Linear(d_model, vocab_size, bias=head_transform),
+        )
+        if tied:
+            self.head.output.weight = self.embedding.token.weight
+
+    def forward(
+        self, tokens: Tensor, positions: Tensor | None = None, segments: Tensor | None = None
+    ) -> Tensor:  # (B, T) -> (B, T, V)
+        if positions is None:
+            positions = torch.arange(tokens.shape[1], device=tokens.device).expand(len(tokens), -1)
+        rotary = None if self.rope_theta is None else rotary_table(positions, self.head_dim, self.rope_theta)
+        x = self.embedding(tokens, positions, segments)
+        for block in self.blocks.values():
+            x = block(x, rotary)
+        return self.head(x)
+
+    @torch.no_grad()
+    def initial(self, name: str, values: Tensor, generator: torch.Generator) -> None:
+        """Fill `values`, the whole parameter `name`, as GPT-2 does: N(0, 0.02), residual layers scaled down."""
+        if name.endswith("bias"):
+            values.zero_()
+        elif values.ndim == 1:  # a norm's gain
+            values.fill_(1.0)
+        else:
+            residual = name.endswith(("attention.output.weight", "feedforward.down.weight"))
+            std = INITIAL_STD / math.sqrt(2 * self.n_layers) if residual else INITIAL_STD
+            values.normal_(0.0, std, generator=generator)
+
+
+def rotary_table(positions: Tensor, head_dim: int, theta: float) -> Rotary:
+    """Cosine and sine of every position's angles, in fp32 at least: (B, T) -> 2 x (B, 1, T, D)."""
+    exponents = torch.arange(0, head_dim, 2, device=positions.device, dtype=torch.float32) / head_dim
+    angles = positions.unsqueeze(-1).float() / theta**exponents
+    angles = torch.cat((angles, angles), dim=-1).unsqueeze(1)
+    return angles.cos(), angles.sin()
+
+
+def rotate(x: Tensor, rotary: Rotary) -> Tensor:
+    """Turn each pair (x[i], x[i + D/2]) by its position's angle: (B, H, T, D) -> same."""
+    cosine, sine = (table.to(x.dtype) for table in rotary)
+    left, right = x.chunk(2, dim=-1)
+    return x * cosine + torch.cat((-right, left), dim=-1) * sine
+
+
+def _check(sizes: dict[str, int], *, norm: str, activation: str, position: str) -> None:
+    for name, size in sizes.items():
+        if size < 1:
+            raise ValueError(f"model.{name}={size} must be at least 1")
+    d_model, heads, kv_heads = sizes["d_model"], sizes["n_heads"], sizes["n_kv_heads"]
+    if d_model % heads:
+        raise ValueError(f"model.n_heads={heads} does not divide d_model={d_model}: use {_divisors(d_model)}")
+    if heads % kv_heads:
+        raise ValueError(f"model.n_kv_heads={kv_heads} does not divide n_heads={heads}: use {_divisors(heads)}")
+    if position == "rotary" and (d_model // heads) % 2:
+        raise ValueError(f"rotary positions need an even head width, d_model/n_heads={d_model // heads}")
+    for key, value, known in (("norm", norm, NORMS), ("activation", activation, ACTIVATIONS),
+                              ("position", position, POSITIONS)):  # fmt: skip
+        if value not in known:
+            raise ValueError(f"model.{key}={value} is unknown: use {', '.join(known)}")
+
+
+def _divisors(n: int) -> str:
+    return ", ".join(str(d) for d in range(1, n + 1) if n % d == 0)

@@ -1,0 +1,42 @@
+"""The optimizer's parameter groups and the learning rate of each step."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import nn
+
+
+def parameter_groups(model: nn.Module) -> list[dict[str, Any]]:
+    """Matrices decay; gains, biases and other vectors do not (weight_decay 0)."""
+    matrices = [p for p in model.parameters() if p.requires_grad and p.ndim >= 2]
+    vectors = [p for p in model.parameters() if p.requires_grad and p.ndim < 2]
+    groups = [{"params": matrices}, {"params": vectors, "weight_decay": 0.0}]
+    return [group for group in groups if group["params"]]
+
+
+def rate(step: int, steps: int, *, warmup_steps: int, final_ratio: float) -> float:
+    """The factor on the learning rate at a step from 0: linear warm-up, then half a cosine to `final_ratio`.
+
+    Source: Loshchilov & Hutter 2016 (1608.03983).
+    """
+    if step < warmup_steps:
+        return (step + 1) / warmup_steps
+    progress = min(1.0, (step - warmup_steps) / max(1, steps - warmup_steps))
+    return final_ratio + (1 - final_ratio) * 0.5 * (1 + math.cos(math.pi * progress))
+
+
+@torch.no_grad()
+def fill_state(optimizer: torch.optim.Optimizer) -> None:
+    """Give every parameter its optimizer state, without moving it: a step of zero gradients at rate zero."""
+    rates = [group["lr"] for group in optimizer.param_groups]
+    for group in optimizer.param_groups:
+        group["lr"] = 0.0
+        for parameter in group["params"]:
+            parameter.grad = torch.zeros_like(parameter)
+    optimizer.step()
+    optimizer.zero_grad()
+    for group, saved in zip(optimizer.param_groups, rates, strict=True):
+        group["lr"] = saved

@@ -1,0 +1,58 @@
+"""In which number formats a run computes, keeps its weights and reduces its gradients."""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+
+import torch
+from torch.distributed.fsdp import MixedPrecisionPolicy
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp64": torch.float64}
+
+
+@dataclass(frozen=True)
+class Precision:
+    """Mixed precision: matrix products in `compute`, weights and optimizer states in `weights`.
+
+    Args:
+        compute: fp32, bf16 or fp64.
+        weights: the same names; None: fp32, or `compute` where that is wider.
+        reduce: format in which sharded gradients are summed; None: that of the weights.
+    """
+
+    compute: str = "fp32"
+    weights: str | None = None
+    reduce: str | None = None
+
+    def __post_init__(self) -> None:
+        for key, value in (("dtype", self.compute), ("precision.weights", self.weights),
+                           ("precision.reduce", self.reduce)):  # fmt: skip
+            if value is not None and value not in DTYPES:
+                raise ValueError(f"{key}={value} is unknown: use {', '.join(DTYPES)}")
+
+    @property
+    def compute_dtype(self) -> torch.dtype:
+        return DTYPES[self.compute]
+
+    @property
+    def weights_dtype(self) -> torch.dtype:
+        return DTYPES[self.weights] if self.weights else torch.promote_types(torch.float32, self.compute_dtype)
+
+    @property
+    def reduce_dtype(self) -> torch.dtype:
+        return DTYPES[self.reduce] if self.reduce else self.weights_dtype
+
+    @property
+    def mixed(self) -> bool:
+        return self.compute_dtype != self.weights_dtype
+
+    def autocast(self, device_type: str) -> AbstractContextManager:
+        """The context of every forward pass."""
+        return torch.autocast(device_type, dtype=self.compute_dtype) if self.mixed else nullcontext()
+
+    def fsdp_policy(self) -> MixedPrecisionPolicy:
+        """What `fully_shard` gathers and reduces: weights travel in `compute`, gradients in `reduce`."""
+        return MixedPrecisionPolicy(
+            param_dtype=self.compute_dtype if self.mixed else None, reduce_dtype=self.reduce_dtype
+        )

@@ -1,0 +1,40 @@
+"""What every logger may be told."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Run:
+    """What is known when training starts."""
+
+    strategy: str  # as it was asked for
+    mesh: dict[str, int]  # ranks along each axis
+    world_size: int
+    first_step: int  # steps done before
+    steps: int
+    folder: Path
+    facts: tuple[str, ...]  # lines for a person: model, data, precision, threads
+    config: dict[str, Any]
+
+
+class Logger:
+    """A place to report to. Every method has a default that does nothing."""
+
+    def start(self, run: Run) -> None:
+        """Before the first step."""
+
+    def step(self, figures: dict[str, Any]) -> None:
+        """After a step: its figures, those of an evaluation among them where there was one."""
+
+    def note(self, text: str) -> None:
+        """Something that a person should know."""
+
+    def finish(self, summary: dict[str, Any]) -> None:
+        """After the last step. Not called when the run breaks off; `close` is."""
+
+    def close(self) -> None:
+        """Always, last."""

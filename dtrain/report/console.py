@@ -1,0 +1,91 @@
+"""The console: a line of facts, a progress bar with the figures on it, the result."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from rich.console import Console as Terminal
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from dtrain.report.base import Logger, Run
+
+LINES = 10  # how many lines a run prints where there is no terminal
+
+
+class Console(Logger):
+    """Progress for a person; where output is not a terminal, some ten plain lines."""
+
+    def __init__(self) -> None:
+        self._terminal = Terminal(highlight=False)
+        self._progress: Progress | None = None
+        self._every = 1
+
+    def start(self, run: Run) -> None:
+        mesh = " x ".join(f"{axis}={degree}" for axis, degree in run.mesh.items()) or "one process"
+        self._terminal.print(f"[bold]{run.strategy}[/bold] on {run.world_size} "
+                             f"{'rank' if run.world_size == 1 else 'ranks'} ({mesh})", soft_wrap=True)  # fmt: skip
+        for fact in (*run.facts, f"folder: {run.folder}"):
+            self._terminal.print(f"  {fact}", soft_wrap=True, markup=False)
+        self._first, self._last = run.first_step + 1, run.steps
+        self._every = max(1, (run.steps - run.first_step) // LINES)
+        if self._terminal.is_terminal:
+            columns = (MofNCompleteColumn(), BarColumn(), TextColumn("{task.fields[figures]}"), TimeRemainingColumn())
+            self._progress = Progress(*columns, console=self._terminal)
+            self._task = self._progress.add_task("steps", total=run.steps, completed=run.first_step, figures="")
+            self._progress.start()
+
+    def step(self, figures: dict[str, Any]) -> None:
+        line = f"loss {figures['loss']:.4f}  {figures['tokens_per_second']:,.0f} tokens/s"
+        held_out = f"  validation loss {figures['val_loss']:.4f}" if "val_loss" in figures else ""
+        if self._progress:
+            self._progress.update(self._task, completed=figures["step"], figures=line)
+        due = figures["step"] in (self._first, self._last) or figures["step"] % self._every == 0
+        if held_out or (due and not self._progress):
+            self._print(f"step {figures['step']:>6}  {line}{held_out}")
+
+    def note(self, text: str) -> None:
+        self._print(text)
+
+    def finish(self, summary: dict[str, Any]) -> None:
+        self._stop()
+        mfu = f", MFU {summary['mfu']:.1%}" if summary.get("mfu") else ""
+        self._print(f"loss {summary['loss']:.4f}, {summary['tokens_per_second']:,.0f} tokens/s, "
+                    f"{summary['step_seconds_median'] * 1e3:.0f} ms a step{mfu}, "
+                    f"peak memory {summary['peak_memory_bytes'] / 2**20:,.0f} MiB a rank")  # fmt: skip
+
+    def close(self) -> None:
+        self._stop()
+
+    def _stop(self) -> None:
+        if self._progress:
+            self._progress.stop()
+            self._progress = None
+
+    def _print(self, text: str) -> None:
+        (self._progress.console if self._progress else self._terminal).print(text, soft_wrap=True, markup=False)
+
+
+@contextmanager
+def preparing(name: str, *, shown: bool) -> Iterator[Callable[[str, int], None]]:
+    """Show that data are being prepared, once there is something to show, if it is to be `shown` at all."""
+    terminal = Terminal(highlight=False, quiet=not shown)
+    status = terminal.status("")
+    begun = False
+
+    def progress(what: str, documents: int) -> None:
+        nonlocal begun
+        if not begun:
+            begun = True
+            if terminal.is_terminal:
+                status.start()
+            else:
+                terminal.print(f"preparing the data {name}: once, then they are kept")
+        if documents % 20 == 0:
+            status.update(f"preparing the data {name}: {what}, {documents:,} documents")
+
+    try:
+        yield progress
+    finally:
+        status.stop()

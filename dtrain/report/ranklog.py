@@ -1,0 +1,57 @@
+"""One log file per rank: its warnings, errors and log records, also those the console does not show."""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+
+@contextmanager
+def writing(folder: Path, rank: int) -> Iterator[Path]:
+    """Write `logs/rank<r>.log`. On ranks but 0 standard output and error go there too, libraries' included."""
+    file = folder / "logs" / f"rank{rank}.log"
+    file.parent.mkdir(parents=True, exist_ok=True)
+    handler = logging.FileHandler(file)
+    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
+    root, level = logging.getLogger(), logging.getLogger().level
+    root.addHandler(handler)
+    root.setLevel(min(level, logging.INFO))
+    logging.captureWarnings(True)
+    logging.getLogger("dtrain").info("rank %d, process %d", rank, os.getpid())
+    saved = _redirect(handler.stream.fileno()) if rank else None
+    try:
+        yield file
+    except BaseException:
+        logging.getLogger("dtrain").exception("the run ends with an error")
+        raise
+    finally:
+        if saved:
+            _restore(saved)
+        logging.captureWarnings(False)
+        root.removeHandler(handler)
+        root.setLevel(level)
+        handler.close()
+
+
+def _redirect(target: int) -> tuple[int, int]:
+    _flush()
+    saved = os.dup(1), os.dup(2)
+    os.dup2(target, 1)
+    os.dup2(target, 2)
+    return saved
+
+
+def _restore(saved: tuple[int, int]) -> None:
+    _flush()
+    for number, descriptor in zip((1, 2), saved, strict=True):
+        os.dup2(descriptor, number)
+        os.close(descriptor)
+
+
+def _flush() -> None:
+    sys.stdout.flush()
+    sys.stderr.flush()

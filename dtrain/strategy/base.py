@@ -1,0 +1,99 @@
+"""The one abstraction: what a strategy may change about training.
+
+A `Plan` folds its strategies over the model, the batch and the sums, in a fixed order; strategies on
+different axes therefore compose without knowing each other.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, ClassVar, Protocol
+
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from dtrain.batch import Batch, Models, Sums, divide
+
+if TYPE_CHECKING:
+    from dtrain.plan import Plan
+    from dtrain.task.base import Update
+
+REST = -1  # a degree: all the ranks that the other axes leave
+
+
+class Executor(Protocol):
+    """How one update's forward and backward are run."""
+
+    def train(self, update: Update, batch: Batch, scale: Tensor) -> Tensor:
+        """Fill `.grad` from this rank's part of the batch; return its summed loss times `scale`, detached."""
+        ...
+
+    def evaluate(self, update: Update, batch: Batch) -> Sums:
+        """This rank's sums of every measure of the update (loss, count, ...), without gradients."""
+        ...
+
+
+class Strategy:
+    """One way to use the ranks along one axis of the mesh.
+
+    Every method has a default that does nothing, so a strategy states only what it changes. Each method
+    that takes a plan is called on every rank alike, in the same order, and may communicate over
+    `plan.mesh[self.axis]`.
+    """
+
+    axis: ClassVar[str]  # the mesh axis it owns
+    splits: ClassVar[str] = "rows"  # what ranks along `axis` divide of a batch: "rows", "tokens" or ""
+    exact: ClassVar[bool] = True  # is the result that of one process, up to rounding?
+
+    def __init__(self, degree: int = REST) -> None:
+        self.degree = degree  # ranks along `axis`
+
+    @property
+    def parts(self) -> int:
+        """Into how many parts the axis divides the batch; the gradients of the parts are averaged."""
+        return self.degree if self.splits else 1
+
+    def check(self, plan: Plan) -> None:
+        """Raise ValueError, naming the remedy, if this plan cannot work. No process group exists yet."""
+
+    def shard(self, batch: Batch, plan: Plan) -> Batch:
+        """This rank's part of the batch."""
+        if self.splits != "rows":
+            return batch
+        return list(divide(batch, self.degree))[plan.mesh[self.axis].get_local_rank()]
+
+    def parallelize(self, model: nn.Module, plan: Plan) -> nn.Module:
+        """The model this rank trains: cut, split, sharded or wrapped.
+
+        On the axes `pp`, `tp` and `fsdp` parameters are still on the meta device; on `cp` and `dp` they
+        have their values.
+        """
+        return model
+
+    def verify(self, model: nn.Module, plan: Plan) -> None:
+        """Assert that the model is what was asked for: wrapper, placements, sizes of the local shards."""
+
+    def optimizer(self, optimizer: Optimizer, model: nn.Module, plan: Plan) -> Optimizer:
+        """The optimizer this rank steps."""
+        return optimizer
+
+    def executor(self, models: Models, plan: Plan) -> Executor | None:
+        """Another way to run forward and backward than plain gradient accumulation, or None."""
+        return None
+
+    def sync_gradients(self, model: nn.Module, enabled: bool) -> None:
+        """Switch gradient communication: off for every micro-batch but the last."""
+
+    def after_evaluation(self, model: nn.Module) -> None:
+        """Put away what a forward pass without a backward has left behind."""
+
+    def total(self, value: Tensor, plan: Plan) -> Tensor:
+        """The sum of `value` over the ranks along `axis` that hold different parts of it, in place."""
+        if self.splits:
+            dist.all_reduce(value, group=plan.mesh[self.axis].get_group())
+        return value
+
+
+def local(tensor: Tensor) -> Tensor:
+    """This rank's part of a tensor that may be distributed."""
+    return tensor.to_local() if hasattr(tensor, "to_local") else tensor

@@ -1,0 +1,79 @@
+"""Fully sharded data parallel (ZeRO-3): each rank keeps 1/n of every weight, gradient and moment.
+
+    forward:   all-gather a block's weights -> compute -> free them
+    backward:  all-gather them again -> compute -> reduce-scatter the block's gradients
+    step:      each rank updates its own slice, with its own slice of Adam's moments
+
+Cost a micro-batch, per rank: all-gather of all weights twice (once without resharding: ZeRO-2), and a
+step: reduce-scatter of all gradients; each moves (n-1)/n of the bytes. Memory: 1/n of all three kinds.
+Sources: Rajbhandari et al. 2020, "ZeRO" (1910.02054); Zhao et al. 2023, "PyTorch FSDP" (2304.11277).
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from torch import nn
+from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, fully_shard
+from torch.distributed.tensor import DTensor, Shard
+
+from dtrain.layout import blocks_of
+from dtrain.strategy.base import REST, Strategy, local
+from dtrain.strategy.replicate import Replicate, fsdp_module
+
+if TYPE_CHECKING:
+    from dtrain.plan import Plan
+
+
+class FSDP(Strategy):
+    """Shard over `fsdp`, one unit per block, so that only a block or two are ever whole.
+
+    Args:
+        degree: ranks along `fsdp`; -1: the rest of the world.
+        reshard_after_forward: free the gathered weights after forward (ZeRO-3) or keep them until backward
+            has used them (ZeRO-2: less traffic, more memory).
+        cpu_offload: keep shards, gradients and moments in host memory and step there (for GPUs).
+    """
+
+    axis = "fsdp"
+
+    def __init__(
+        self, degree: int = REST, reshard_after_forward: bool = True, cpu_offload: bool = False
+    ) -> None:
+        super().__init__(degree)
+        self.reshard_after_forward, self.cpu_offload = reshard_after_forward, cpu_offload
+
+    def parallelize(self, model: nn.Module, plan: Plan) -> nn.Module:
+        settings: dict[str, Any] = {
+            "mesh": plan.mesh[self._mesh_axes(plan)],
+            "reshard_after_forward": self.reshard_after_forward,
+            "mp_policy": plan.precision.fsdp_policy(),
+        }
+        if self.cpu_offload:
+            settings["offload_policy"] = CPUOffloadPolicy(pin_memory=plan.device.type == "cuda")
+        for block in blocks_of(model):
+            fully_shard(block, **settings)
+        return fully_shard(model, **settings)
+
+    def _mesh_axes(self, plan: Plan) -> tuple[str, ...]:
+        """Both axes beside `replicate`: fully_shard then overlaps the all-reduce with the backward pass."""
+        return ("dp", "fsdp") if isinstance(plan.on("dp"), Replicate) else ("fsdp",)
+
+    def verify(self, model: nn.Module, plan: Plan) -> None:
+        rank = plan.mesh[self.axis].get_local_rank()
+        for name, parameter in model.named_parameters():
+            assert isinstance(parameter, DTensor), f"{name} is not sharded over {self.axis}"
+            axes = parameter.device_mesh.mesh_dim_names or ()
+            placement = parameter.placements[axes.index(self.axis)]
+            assert isinstance(placement, Shard), f"{name} is {placement} over {self.axis}"
+            rows, chunk = parameter.shape[0], -(-parameter.shape[0] // self.degree)
+            mine = max(0, min(chunk, rows - rank * chunk))
+            assert local(parameter).shape[0] == mine, f"{name}: {local(parameter).shape[0]} rows here, not {mine}"
+
+    def after_evaluation(self, model: nn.Module) -> None:
+        for module in model.modules():  # without resharding after forward, only backward frees the weights
+            if isinstance(module, FSDPModule):
+                module.reshard()
+
+    def sync_gradients(self, model: nn.Module, enabled: bool) -> None:
+        fsdp_module(model).set_requires_gradient_sync(enabled)

@@ -1,0 +1,58 @@
+"""Data parallel that composes: FSDP's machinery with nothing sharded.
+
+    alone:         as ddp: every rank holds all of W; all-reduce of the gradients
+    beside fsdp:   hybrid sharding (HSDP). Ranks form a grid; each row of it shards W, and the rows
+                   hold the same. Gradients are reduce-scattered along a row, then all-reduced across rows.
+
+Cost a step, per rank: one all-reduce of the gradients it holds: all of them, or 1/f beside fsdp of degree f.
+Source: Zhao et al. 2023, "PyTorch FSDP" (2304.11277), section 3.2.2 for hybrid sharding.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from torch import nn
+from torch.distributed._composable.replicate_with_fsdp import replicate
+from torch.distributed.fsdp import FSDPModule
+from torch.distributed.tensor import DTensor
+
+from dtrain.layout import blocks_of
+from dtrain.strategy.base import Strategy
+
+if TYPE_CHECKING:
+    from dtrain.plan import Plan
+
+
+class Replicate(Strategy):
+    """Average gradients over `dp`, by torch's composable `replicate`.
+
+    Args:
+        degree: ranks along `dp`; -1: the rest of the world.
+    """
+
+    axis = "dp"
+
+    def parallelize(self, model: nn.Module, plan: Plan) -> nn.Module:
+        if plan.on("fsdp"):
+            return model  # fully_shard was given both axes and does the all-reduce too
+        settings: dict[str, Any] = {"mesh": plan.mesh[self.axis], "mp_policy": plan.precision.fsdp_policy()}
+        for block in blocks_of(model):
+            replicate(block, **settings)
+        return replicate(model, **settings)
+
+    def verify(self, model: nn.Module, plan: Plan) -> None:
+        for name, parameter in model.named_parameters():
+            assert isinstance(parameter, DTensor), f"{name} is not replicated over {self.axis}"
+            names = parameter.device_mesh.mesh_dim_names or ()
+            assert self.axis in names, f"{name} lives on {names}, not on {self.axis}"
+            assert parameter.placements[names.index(self.axis)].is_replicate(), f"{name}: {parameter.placements}"
+
+    def sync_gradients(self, model: nn.Module, enabled: bool) -> None:
+        fsdp_module(model).set_requires_gradient_sync(enabled)
+
+
+def fsdp_module(model: nn.Module) -> FSDPModule:
+    """The model, known to be what `fully_shard` or `replicate` has made of it."""
+    assert isinstance(model, FSDPModule), f"{type(model).__name__} is neither sharded nor replicated"
+    return model

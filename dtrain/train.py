@@ -1,0 +1,173 @@
+"""The training loop. It names no strategy and no task.
+
+    batch = task.batch(step) -> plan.shard -> for each update: forward and backward, clip, step
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass, field
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from dtrain.optimizer import fill_state, rate
+from dtrain.plan import Plan
+from dtrain.task.base import Task, Update
+
+
+class NonFinite(ArithmeticError):
+    """A loss or a gradient norm is not a number any more; training cannot go on."""
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What the loop needs to know besides its task and its plan."""
+
+    steps: int
+    seed: int = 0
+    global_batch_size: int = 8
+    micro_batch_size: int | None = None
+    clip_norm: float | None = 1.0
+    warmup_steps: int = 0
+    final_ratio: float = 1.0
+
+
+@dataclass(frozen=True)
+class Step:
+    """The figures of one step, the same on every rank.
+
+    `step` counts optimizer steps done, from 1; `loss` is the mean over the global batch's items, summed over the updates; `grad_norm` is the norm before
+    clipping over all models; `tokens` counts from the first step of the first run; `step_seconds` is this
+    rank's time from asking for the batch to the optimizer's end, evaluation and checkpoints left out.
+    """
+
+    step: int
+    loss: float
+    grad_norm: float
+    lr: float
+    tokens: int
+    tokens_per_second: float
+    step_seconds: float
+    losses: dict[str, float] = field(default_factory=dict)
+
+    def figures(self) -> dict[str, float]:
+        """All of it, flat; the losses by model only where there are several."""
+        flat = {key: value for key, value in asdict(self).items() if key != "losses"}
+        return flat | ({f"loss_{k}": v for k, v in self.losses.items()} if len(self.losses) > 1 else {})
+
+
+class Trainer:
+    """The models of one task under one plan, with their optimizers.
+
+    Making one and every method are collectives: all ranks call them in the same order.
+
+    Args:
+        task, plan: what is trained and how; the plan is connected.
+        optimizer: makes an optimizer of a model's parameters.
+        settings: sizes and schedules.
+    """
+
+    def __init__(
+        self, task: Task, plan: Plan, optimizer: Callable[[nn.Module], Optimizer], settings: Settings
+    ) -> None:
+        micro_batches = plan.micro_batches(settings.global_batch_size, settings.micro_batch_size)
+        self.task, self.plan, self.settings = task, plan, settings
+        self.models = {name: plan.parallelize(factory, settings.seed) for name, factory in task.models.items()}
+        self.optimizers = {n: plan.optimizer(optimizer(model), model) for n, model in self.models.items()}
+        self._rates = {n: [group["lr"] for group in o.param_groups] for n, o in self.optimizers.items()}
+        self._executor = plan.executor(self.models, micro_batches)
+        self.next_step = self.tokens = 0
+
+    def steps(self) -> Iterator[Step]:
+        """Train to the last step, yielding each one's figures.
+
+        Raises:
+            NonFinite: naming the step, the ranks and the batch; the weights are those before the step.
+        """
+        while self.next_step < self.settings.steps:
+            step, start = self.next_step, time.perf_counter()
+            batch = self.task.batch(step)
+            losses, norms = self._train(step, batch)
+            if self.plan.device.type == "cuda":
+                torch.cuda.synchronize()
+            seconds, tokens = time.perf_counter() - start, self.task.size(batch)
+            self.tokens += tokens
+            self.next_step += 1
+            lr = next(iter(self.optimizers.values())).param_groups[0]["lr"]
+            yield Step(self.next_step, sum(losses.values()), math.hypot(*norms.values()), lr, self.tokens,
+                       tokens / seconds, seconds, losses)  # fmt: skip
+
+    def _train(self, step: int, batch: dict[str, Tensor]) -> tuple[dict[str, float], dict[str, float]]:
+        mine = self.plan.shard(batch)
+        # Dropout draws from (seed, step, rank) alone, so that a resumed run draws the same.
+        torch.manual_seed(hash((self.settings.seed, step, dist.get_rank())) % 2**63)
+        self._set_rate(step)
+        losses: dict[str, float] = {}
+        norms: dict[str, float] = {}
+        for update in self.task.updates:
+            scale = self.plan.parts / update.count(batch).clamp(min=1).to(self.plan.device)
+            part = self._executor.train(update, mine, scale)
+            loss = self.plan.total(part.clone()).item() / self.plan.parts
+            norm = self.plan.clip(self.models[update.trains], self.settings.clip_norm).item()
+            if not (math.isfinite(loss) and math.isfinite(norm)):
+                raise NonFinite(self._blame(step, update, part, loss, norm))
+            self.optimizers[update.trains].step()
+            for optimizer in self.optimizers.values():
+                optimizer.zero_grad()
+            losses[update.trains] = losses.get(update.trains, 0.0) + loss
+            norms[update.trains] = math.hypot(norms.get(update.trains, 0.0), norm)
+        return losses, norms
+
+    def _set_rate(self, step: int) -> None:
+        s = self.settings
+        factor = rate(step, s.steps, warmup_steps=s.warmup_steps, final_ratio=s.final_ratio)
+        for name, optimizer in self.optimizers.items():
+            for group, base in zip(optimizer.param_groups, self._rates[name], strict=True):
+                group["lr"] = base * factor
+
+    def _blame(self, step: int, update: Update, part: Tensor, loss: float, norm: float) -> str:
+        """Which ranks' parts of the batch gave the loss that is not finite."""
+        parts = torch.zeros(dist.get_world_size(), dtype=torch.float64, device=part.device)
+        parts[dist.get_rank()] = 0.0 if part.isfinite() else 1.0
+        dist.all_reduce(parts)
+        ranks = [str(rank) for rank, bad in enumerate(parts.tolist()) if bad]
+        where = f"on rank {', '.join(ranks)}" if ranks else "on no rank's loss alone"
+        return (f"step {step + 1}: loss {loss:g}, gradient norm {norm:g} of {update.trains!r} ({where}; batch {step} of "
+                f"seed {self.settings.seed}): training stops before the weights are touched; "
+                f"try a lower optimizer.lr or more schedule.warmup_steps")  # fmt: skip
+
+    def evaluate(self) -> dict[str, float]:
+        """The task's metrics on its validation batches; empty if there are none."""
+        sums: dict[str, Tensor] = {}
+        for model in self.models.values():
+            model.eval()
+        for batch in self.task.validation():
+            for update in self.task.updates:
+                for name, value in self._executor.evaluate(update, self.plan.shard(batch)).items():
+                    value = self.plan.total(value.to(self.plan.device, torch.float64))
+                    sums[name] = sums.get(name, torch.zeros_like(value)) + value
+        for model in self.models.values():
+            model.train()
+        self.plan.after_evaluation(self.models)
+        count = sums.pop("count").item() if sums else 0
+        return self.task.describe({name: total.item() / count for name, total in sums.items()}) if count else {}
+
+    def state(self) -> dict[str, Tensor]:
+        """Every weight and optimizer state by its full name: the same names and shapes under every plan."""
+        tensors: dict[str, Tensor] = {}
+        for model_name, model in self.models.items():
+            optimizer = self.optimizers[model_name]
+            if not optimizer.state:
+                fill_state(optimizer)
+            for parameter_name, parameter in model.named_parameters():
+                name = f"{model_name}.{parameter_name.removeprefix('module.')}"  # DDP's prefix
+                tensors[name] = parameter.detach()
+                for key, value in optimizer.state.get(parameter, {}).items():
+                    if isinstance(value, Tensor):
+                        tensors[f"optimizer.{name}.{key}"] = value
+        return tensors

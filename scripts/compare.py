@@ -1,0 +1,6 @@
+"""Compare strategies: python scripts/compare.py strategies=[single,ddp,fsdp] launch.nproc=2"""
+
+from dtrain.cli import compare, main
+
+if __name__ == "__main__":
+    main("compare", compare)

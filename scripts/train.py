@@ -1,0 +1,6 @@
+"""Train one model: torchrun --nproc-per-node 2 scripts/train.py strategy=fsdp"""
+
+from dtrain.cli import main, train
+
+if __name__ == "__main__":
+    main("train", train)
