@@ -116,7 +116,7 @@ def load(path: Path, tensors: dict[str, Tensor]) -> None:
         ValueError: the checkpoint is of another model; the first differing tensor and both shapes are named.
     """
     reader = HuggingFaceStorageReader(str(path))
-    saved = {name: tuple(m.size) for name, m in reader.read_metadata().state_dict_metadata.items()}  # type: ignore[union-attr]
+    saved = {n: tuple(getattr(m, "size", ())) for n, m in reader.read_metadata().state_dict_metadata.items()}
     ours: dict[str, tuple[int, ...]] = {}
     gathered: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(gathered, {name: tuple(tensor.shape) for name, tensor in tensors.items()})
@@ -126,7 +126,7 @@ def load(path: Path, tensors: dict[str, Tensor]) -> None:
         if ours.get(name) != saved.get(name):
             raise ValueError(f"{path} is of another model: {name} is {saved.get(name, 'absent')} there, "
                              f"{ours.get(name, 'absent')} here")  # fmt: skip
-    dcp.load(tensors, storage_reader=reader)  # type: ignore[arg-type]
+    dcp.load(tensors, storage_reader=reader)
 
 
 def find(resume: str, run_folder: Path, outputs: Path, *, fallback: bool, note: Callable[[str], None]) -> Path:
@@ -167,7 +167,9 @@ def _first_whole(newest_first: list[Path], *, fallback: bool, note: Callable[[st
         if not older:
             raise ValueError(f"checkpoint {path} is damaged: {damage}; there is no earlier one")
         if not fallback:
-            raise ValueError(f"checkpoint {path} is damaged: {damage}; checkpoint.fallback=true would take {older.name}")
+            raise ValueError(
+                f"checkpoint {path} is damaged: {damage}; checkpoint.fallback=true would take {older.name}"
+            )
         note(f"checkpoint {path} is damaged: {damage}; falling back to {older.name}")
     raise AssertionError("no checkpoint was given")
 
@@ -235,5 +237,3 @@ def _sync(folder: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
-
-

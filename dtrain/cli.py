@@ -13,7 +13,7 @@ import time
 import traceback
 from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import hydra
 from hydra import compose, initialize_config_dir
@@ -25,8 +25,11 @@ from omegaconf.errors import OmegaConfBaseException
 
 from dtrain.compare import compare as run_all
 from dtrain.config import Comparison, Config, checked, register
+from dtrain.info import info as count
 from dtrain.launch import RanksFailed, World, spawn
-from dtrain.run import assemble, run
+from dtrain.precision import Precision
+from dtrain.report.console import show
+from dtrain.run import assemble, model_factories, run
 from dtrain.train import NonFinite
 
 CONFIGS = Path(__file__).resolve().parent.parent / "configs"
@@ -44,7 +47,10 @@ def main(config_name: str, task: Callable[[DictConfig], Any]) -> None:
     if world and world.rank:
         _be_silent()
     if world and any(arg in ("-m", "--multirun") for arg in sys.argv[1:]):
-        _exit("--multirun starts its own ranks: call it with `python` and launch.nproc, not under torchrun", USAGE)
+        _exit(
+            "--multirun starts its own ranks: call it with `python` and launch.nproc, not under torchrun",
+            USAGE,
+        )
     try:
         hydra.main(version_base="1.3", config_path=str(CONFIGS), config_name=config_name)(task)()
     except MISTAKES as error:
@@ -106,12 +112,21 @@ def _rank(plain: str, folder: Path, name: str) -> dict[str, Any]:
     world = World.of_environment()
     assert world is not None
     try:
-        config = OmegaConf.merge(OmegaConf.structured(Comparison if "strategies:" in plain else Config), OmegaConf.create(plain))
+        config = OmegaConf.merge(
+            OmegaConf.structured(Comparison if "strategies:" in plain else Config), OmegaConf.create(plain)
+        )
         assert isinstance(config, DictConfig)
         return run(checked(config), world, folder, name)
     except MISTAKES as error:
         _exit(explain(error, "train"), FAILED if isinstance(error, NonFinite) else USAGE)
-    raise AssertionError("unreachable")
+
+
+def info(config: DictConfig) -> None:
+    """The job of `scripts/info.py`."""
+    settings = checked(config)
+    precision = Precision(compute=settings.dtype, **settings.precision)
+    for name, factory in model_factories(settings).items():
+        show(name, count(factory, precision, settings.seq_len))
 
 
 def strategy_name(choice: Any) -> str:
@@ -135,7 +150,9 @@ def explain(error: BaseException, config_name: str) -> str:
         cause = str(error.__cause__).splitlines()[0] if error.__cause__ else ""
         return f"{match.group(1)}: {cause}"
     lines = [line.strip() for line in text.splitlines() if line.strip()]
-    return "; ".join(lines) if isinstance(error, ValueError | NonFinite) else (lines[0] if lines else type(error).__name__)
+    return (
+        "; ".join(lines) if isinstance(error, ValueError | NonFinite) else (lines[0] if lines else type(error).__name__)
+    )
 
 
 def _nearest(name: str, known: Iterable[str]) -> str:
@@ -191,7 +208,7 @@ def _be_silent() -> None:
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115  until the process ends
 
 
-def _exit(line: str, status: int) -> Any:
+def _exit(line: str, status: int) -> NoReturn:
     """Say the line once, on rank 0, and end."""
     rank = int(os.environ.get("RANK", 0))
     if os.environ.get("DTRAIN_TRACEBACK"):

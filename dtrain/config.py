@@ -139,9 +139,7 @@ def _check_ranges(node: Any, prefix: str) -> None:
             raise ValueError(f"{name}={value} must be at most {rule['most']}")
 
 
-def make(
-    node: Mapping[str, Any], kind: type[T], where: str, *, parts: tuple[type, ...] = (), **arguments: Any
-) -> T:
+def make(node: Mapping[str, Any], kind: type[T], where: str, *, parts: tuple[type, ...] = (), **arguments: Any) -> T:
     """An instance of the node's `_target_`, which must be a subclass of `kind`.
 
     So that a configuration can name classes of the right kind and nothing else; nodes within it must name

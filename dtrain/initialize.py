@@ -9,13 +9,12 @@ weights (a sharded random generator would not: pytorch#168058). Any other model 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 
-ModelFactory = Callable[[], nn.Module]
+from dtrain.batch import ModelFactory
 
 
 def build(factory: ModelFactory, seed: int) -> nn.Module:
@@ -34,7 +33,8 @@ def materialize(model: nn.Module, seed: int, device: torch.device, dtype: torch.
     Raises:
         ValueError: a buffer on the meta device: nothing tells its values.
     """
-    if not any(p.is_meta for p in model.parameters()):
+    initial = getattr(model, "initial", None)
+    if initial is None or not any(p.is_meta for p in model.parameters()):
         model.to(device=device, dtype=dtype)
         return
     names = {id(parameter): name for name, parameter in model.named_parameters()}  # a tied one counts once
@@ -43,7 +43,7 @@ def materialize(model: nn.Module, seed: int, device: torch.device, dtype: torch.
         for key, parameter in module.named_parameters(recurse=False, remove_duplicate=False):
             if id(parameter) not in made:
                 values = torch.empty(parameter.shape, dtype=torch.float32)
-                model.initial(names[id(parameter)], values, _generator(seed, names[id(parameter)]))
+                initial(names[id(parameter)], values, _generator(seed, names[id(parameter)]))
                 made[id(parameter)] = _place(values.to(dtype), parameter, device)
             setattr(module, key, made[id(parameter)])
         for key, buffer in module.named_buffers(recurse=False):

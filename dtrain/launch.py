@@ -44,7 +44,9 @@ class World:
         """
         if "RANK" not in os.environ or "WORLD_SIZE" not in os.environ:
             return None
-        env = {k: int(os.environ[k]) for k in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE") if k in os.environ}
+        env = {
+            k: int(os.environ[k]) for k in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE") if k in os.environ
+        }
         world = cls(env["RANK"], env["WORLD_SIZE"], env.get("LOCAL_RANK", env["RANK"]),
                     env.get("LOCAL_WORLD_SIZE", env["WORLD_SIZE"]))  # fmt: skip
         if not 0 <= world.rank < world.size:
@@ -62,8 +64,10 @@ def device_of(name: str, world: World) -> torch.device:
     if name == "cpu" or (name == "auto" and gpus < world.local_size):
         return torch.device("cpu")
     if gpus < world.local_size:
-        raise ValueError(f"device=cuda: {world.local_size} {'rank needs a GPU' if world.local_size == 1 else 'ranks need a GPU each'}, "
-                         f"torch sees {gpus} here; use device=cpu or fewer ranks")  # fmt: skip
+        raise ValueError(
+            f"device=cuda: every rank needs a GPU, {world.local_size} on this machine, and torch sees {gpus}: "
+            f"use device=cpu or fewer ranks"
+        )
     return torch.device("cuda", world.local_rank)
 
 
@@ -86,7 +90,9 @@ def connected(world: World, device: torch.device, *, threads: int | None, timeou
     except dist.DistNetworkError as error:
         address = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
         if "EADDRINUSE" in str(error):
-            raise ValueError(f"port in use: {address} is taken; set MASTER_PORT (torchrun --master-port) to a free one") from error
+            raise ValueError(
+                f"port in use: {address} is taken; set MASTER_PORT (torchrun --master-port) to a free one"
+            ) from error
         raise ValueError(f"rank {world.rank} found no rendezvous at {address}: {str(error).splitlines()[0]}") from error
     try:
         yield

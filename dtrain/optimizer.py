@@ -13,7 +13,7 @@ def parameter_groups(model: nn.Module) -> list[dict[str, Any]]:
     """Matrices decay; gains, biases and other vectors do not (weight_decay 0)."""
     matrices = [p for p in model.parameters() if p.requires_grad and p.ndim >= 2]
     vectors = [p for p in model.parameters() if p.requires_grad and p.ndim < 2]
-    groups = [{"params": matrices}, {"params": vectors, "weight_decay": 0.0}]
+    groups: list[dict[str, Any]] = [{"params": matrices}, {"params": vectors, "weight_decay": 0.0}]
     return [group for group in groups if group["params"]]
 
 

@@ -23,8 +23,8 @@ from torch.optim import Optimizer
 from torch.utils.checkpoint import checkpoint
 
 from dtrain.accumulate import Accumulate
-from dtrain.batch import Batch, Models
-from dtrain.initialize import ModelFactory, build, materialize
+from dtrain.batch import Batch, ModelFactory, Models
+from dtrain.initialize import build, materialize
 from dtrain.layout import blocks_of
 from dtrain.precision import Precision
 from dtrain.strategy.base import REST, Executor, Strategy, local
@@ -239,7 +239,9 @@ def fill(degrees: dict[str, int], world_size: int) -> dict[str, int]:
         filled[axis] = next(d for d in range(1, rest + 1) if rest % d == 0 and d**left >= rest)
         rest //= filled[axis]
     if len(free) > 1 and any(filled[axis] == 1 for axis in free):
-        raise ValueError(f"strategy {asked} needs at least 2 ranks on each of {' and '.join(free)}, and "
-                         f"{world_size // fixed} do not divide so: start a multiple of {fixed * 2 ** len(free)}, "
-                         f"or set strategy.{free[0]}.degree")  # fmt: skip
+        least = fixed * 2 ** len(free)
+        raise ValueError(
+            f"strategy {asked} needs at least 2 ranks on each of {' and '.join(free)}: {least} or more in all, the "
+            f"job has {world_size}; or set strategy.{free[0]}.degree"
+        )
     return filled

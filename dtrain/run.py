@@ -19,6 +19,7 @@ from torch import nn
 from torch.optim import Optimizer
 
 from dtrain import checkpoint, launch
+from dtrain.batch import ModelFactory
 from dtrain.checkpoint import Checkpoints, agree
 from dtrain.config import Config, make
 from dtrain.data.base import Data
@@ -63,14 +64,19 @@ def assemble(config: Config, world: World) -> Job:
     )  # fmt: skip
     plan.micro_batches(config.global_batch_size, config.micro_batch_size)
     loggers = tuple(make(node, Logger, f"logger.{name}") for name, node in config.logger.items())
-    several = {"model": config.model} if "_target_" in config.model else config.model
-    models = {name: partial(make, node, nn.Module, f"model.{name}") for name, node in several.items()}
     data = make(config.data, Data, "data", parts=(Source, Tokenizer))
     with preparing(data.name, shown=world.rank == 0) as progress:
         data.prepare(progress)
     sizes = Sizes(config.seed, config.global_batch_size, config.seq_len, config.eval.batches)
-    task = make(config.task, Task, "task", models=models, data=data, sizes=sizes)
+    task = make(config.task, Task, "task", models=model_factories(config), data=data, sizes=sizes)
     return Job(config, data, task, plan, loggers)
+
+
+def model_factories(config: Config) -> dict[str, ModelFactory]:
+    """The task's models by name: one, called `model`, or as many as the configuration names."""
+    if "_target_" in config.model:
+        return {"model": partial(make, config.model, nn.Module, "model")}
+    return {name: partial(make, node, nn.Module, f"model.{name}") for name, node in config.model.items()}
 
 
 def run(config: Config, world: World, folder: Path, strategy: str) -> dict[str, Any]:
@@ -89,8 +95,8 @@ def run(config: Config, world: World, folder: Path, strategy: str) -> dict[str, 
     device = job.plan.device
     memory.reset_peak(device)
     with ExitStack() as stack:
-        settings = {"threads": config.launch.threads, "timeout_s": config.launch.timeout_s}
-        stack.enter_context(launch.connected(world, device, **settings))
+        connection = launch.connected(world, device, threads=config.launch.threads, timeout_s=config.launch.timeout_s)
+        stack.enter_context(connection)
         folder = agree(lambda: _writable(folder))
         stack.enter_context(ranklog.writing(folder, world.rank))
         job = Job(job.config, job.data, job.task, job.plan.connect(), job.loggers if world.rank == 0 else ())
@@ -152,16 +158,20 @@ def _writable(folder: Path) -> Path:
 
 
 def _optimizer(node: dict[str, Any], model: nn.Module) -> Optimizer:
-    return make(node, Optimizer, "optimizer", params=parameter_groups(model))  # type: ignore[type-abstract]
+    return make(node, Optimizer, "optimizer", params=parameter_groups(model))
 
 
 def _resume(trainer: Trainer, config: Config, folder: Path, note: Any) -> None:
     assert config.resume
     outputs = folder.parent.parent  # outputs/<date>/<time>
-    found = agree(lambda: checkpoint.find(config.resume or "", folder, outputs, fallback=config.checkpoint.fallback, note=note))
+    found = agree(
+        lambda: checkpoint.find(config.resume or "", folder, outputs, fallback=config.checkpoint.fallback, note=note)
+    )
     saved = checkpoint.about(found)
     if saved["step"] >= config.steps:
-        raise ValueError(f"resume: {found} has done {saved['step']} steps already, steps={config.steps}: ask for more steps")
+        raise ValueError(
+            f"resume: {found} has done {saved['step']} steps already, steps={config.steps}: ask for more steps"
+        )
     checkpoint.load(found, trainer.state())
     trainer.next_step, trainer.tokens = saved["step"], saved["tokens"]
     note(f"resumed from {found}, step {saved['step']}")
@@ -176,7 +186,12 @@ def _curve(config: Config) -> dict[str, Any]:
 
 
 def _identity(job: Job, trainer: Trainer) -> dict[str, Any]:
-    return {"tokens": trainer.tokens, **_curve(job.config), "data": job.data.describe(), "mesh": job.plan.degrees}
+    return {
+        "tokens": trainer.tokens,
+        **_curve(job.config),
+        "data": job.data.describe(),
+        "mesh": job.plan.degrees,
+    }
 
 
 def _meter(job: Job, world: World) -> tuple[Meter, str]:
@@ -205,9 +220,12 @@ def _facts(job: Job, trainer: Trainer, world: World, meter: Meter, peak_source: 
     """Lines for a person."""
     parameters = sum(p.numel() for model in trainer.models.values() for p in model.parameters())
     precision, config = job.plan.precision, job.config
-    data = ", ".join(f"{key} {value:,}" if isinstance(value, int) else f"{key} {value}" for key, value in job.data.describe().items())
+    weights = str(precision.weights_dtype).removeprefix("torch.")
+    data = ", ".join(
+        f"{key} {value:,}" if isinstance(value, int) else f"{key} {value}" for key, value in job.data.describe().items()
+    )
     return (
-        f"model: {parameters:,} parameters; computes in {precision.compute}, weights in {str(precision.weights_dtype)[6:]}",
+        f"model: {parameters:,} parameters; computes in {precision.compute}, weights in {weights}",
         f"data: {data}",
         f"batch: {config.global_batch_size} rows over {job.plan.row_parts} x "
         f"{job.plan.micro_batches(config.global_batch_size, config.micro_batch_size)} micro-batches",

@@ -1,6 +1,6 @@
 """The training loop. It names no strategy and no task.
 
-    batch = task.batch(step) -> plan.shard -> for each update: forward and backward, clip, step
+batch = task.batch(step) -> plan.shard -> for each update: forward and backward, clip, step
 """
 
 from __future__ import annotations
@@ -41,9 +41,10 @@ class Settings:
 class Step:
     """The figures of one step, the same on every rank.
 
-    `step` counts optimizer steps done, from 1; `loss` is the mean over the global batch's items, summed over the updates; `grad_norm` is the norm before
-    clipping over all models; `tokens` counts from the first step of the first run; `step_seconds` is this
-    rank's time from asking for the batch to the optimizer's end, evaluation and checkpoints left out.
+    `step` counts optimizer steps done, from 1; `loss` is the mean over the global batch's items, summed over
+    the updates; `grad_norm` is the norm before clipping over all models; `tokens` counts from the first step of
+    the first run; `step_seconds` is this rank's time from asking for the batch to the optimizer's end,
+    evaluation and checkpoints left out.
     """
 
     step: int
@@ -72,9 +73,7 @@ class Trainer:
         settings: sizes and schedules.
     """
 
-    def __init__(
-        self, task: Task, plan: Plan, optimizer: Callable[[nn.Module], Optimizer], settings: Settings
-    ) -> None:
+    def __init__(self, task: Task, plan: Plan, optimizer: Callable[[nn.Module], Optimizer], settings: Settings) -> None:
         micro_batches = plan.micro_batches(settings.global_batch_size, settings.micro_batch_size)
         self.task, self.plan, self.settings = task, plan, settings
         self.models = {name: plan.parallelize(factory, settings.seed) for name, factory in task.models.items()}
@@ -110,7 +109,8 @@ class Trainer:
         losses: dict[str, float] = {}
         norms: dict[str, float] = {}
         for update in self.task.updates:
-            scale = self.plan.parts / update.count(batch).clamp(min=1).to(self.plan.device)
+            # In fp64: one over the count is no power of two, and every rank's gradient is multiplied by it.
+            scale = (self.plan.parts / update.count(batch).clamp(min=1).double()).to(self.plan.device)
             part = self._executor.train(update, mine, scale)
             loss = self.plan.total(part.clone()).item() / self.plan.parts
             norm = self.plan.clip(self.models[update.trains], self.settings.clip_norm).item()
@@ -137,9 +137,11 @@ class Trainer:
         dist.all_reduce(parts)
         ranks = [str(rank) for rank, bad in enumerate(parts.tolist()) if bad]
         where = f"on rank {', '.join(ranks)}" if ranks else "on no rank's loss alone"
-        return (f"step {step + 1}: loss {loss:g}, gradient norm {norm:g} of {update.trains!r} ({where}; batch {step} of "
-                f"seed {self.settings.seed}): training stops before the weights are touched; "
-                f"try a lower optimizer.lr or more schedule.warmup_steps")  # fmt: skip
+        return (
+            f"step {step + 1}: loss {loss:g}, gradient norm {norm:g} of {update.trains!r} ({where}; batch {step} "
+            f"of seed {self.settings.seed}): training stops before the weights are touched; try a lower "
+            f"optimizer.lr or more schedule.warmup_steps"
+        )
 
     def evaluate(self) -> dict[str, float]:
         """The task's metrics on its validation batches; empty if there are none."""

@@ -29,6 +29,7 @@ SPLITS = ("train", "validation")
 # Control characters but tab and newline: none means anything in text, and their ids serve as marks.
 CONTROLS = {code: None for code in range(32) if chr(code) not in "\t\n"} | {127: None}
 
+
 @dataclass(frozen=True)
 class Corpus:
     """A prepared corpus: what `corpus.json` says, and where its files are."""
@@ -85,9 +86,7 @@ def prepare(
     return Corpus(**json.loads((folder / "corpus.json").read_text()), folder=str(folder))
 
 
-def _make(
-    name: str, folder: Path, source: Source, tokenizer: Tokenizer, fraction: float, progress: Progress
-) -> None:
+def _make(name: str, folder: Path, source: Source, tokenizer: Tokenizer, fraction: float, progress: Progress) -> None:
     partial = folder.with_suffix(".partial")
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir()
@@ -127,7 +126,10 @@ class _Texts:
             self.text_bytes += len(text.encode())
             self._progress(what, self.documents)
             # By content, so that a document keeps its side when others come or go.
-            yield ("validation" if int.from_bytes(digest[:8], "big") < self.fraction * 2**64 else "train"), text
+            yield (
+                ("validation" if int.from_bytes(digest[:8], "big") < self.fraction * 2**64 else "train"),
+                text,
+            )
 
 
 def _write(folder: Path, texts: _Texts, tokenizer: Tokenizer) -> tuple[int, int]:

@@ -91,7 +91,9 @@ class Files(Source):
         try:
             text = file.read_text(encoding="utf-8")
         except UnicodeDecodeError as error:
-            raise ValueError(f"{file} is not UTF-8 text (byte {error.start}): convert it, or choose other files") from None
+            raise ValueError(
+                f"{file} is not UTF-8 text (byte {error.start}): convert it, or choose other files"
+            ) from None
         if not text.strip():
             raise ValueError(f"{file} is empty")
         yield str(file), text
@@ -140,7 +142,12 @@ class HuggingFace(Source):
     """
 
     def __init__(
-        self, name: str, subset: str | None = None, split: str = "train", revision: str | None = None, field: str = "text"
+        self,
+        name: str,
+        subset: str | None = None,
+        split: str = "train",
+        revision: str | None = None,
+        field: str = "text",
     ) -> None:
         self.name, self.subset, self.split, self.revision, self.field = name, subset, split, revision, field
         self._rows: Any = None
@@ -157,7 +164,9 @@ class HuggingFace(Source):
                 else:
                     self._rows = datasets.load_dataset(self.name, self.subset, split=self.split, revision=self.revision)
             except (OSError, datasets.exceptions.DatasetsError) as error:
-                raise ValueError(f"data.source.name={self.name} cannot be loaded: {str(error).splitlines()[0]}") from error
+                raise ValueError(
+                    f"data.source.name={self.name} cannot be loaded: {str(error).splitlines()[0]}"
+                ) from error
         if self.field not in self._rows.column_names:
             raise ValueError(_missing(self.name, self.field, self._rows.column_names))
         return self._rows

@@ -54,4 +54,6 @@ class Text(Data):
             return Windows(self.corpus.tokens(split), seq_len=seq_len, seed=seed)
         except ValueError as error:
             remedy = "" if split == "train" else " or a larger data.validation_fraction"
-            raise ValueError(f"data {self.name}, {split} split: {error}: use more text, a smaller seq_len{remedy}") from None
+            raise ValueError(
+                f"data {self.name}, {split} split: {error}: use more text, a smaller seq_len{remedy}"
+            ) from None

@@ -44,7 +44,9 @@ class Bytes(Tokenizer):
 
     def __init__(self, vocab_size: int = 256) -> None:
         if vocab_size != 256:
-            raise ValueError(f"data.tokenizer.vocab_size={vocab_size}: bytes have 256 ids; for more use data/tokenizer=bpe")
+            raise ValueError(
+                f"data.tokenizer.vocab_size={vocab_size}: bytes have 256 ids; for more use data/tokenizer=bpe"
+            )
         self.vocab_size = vocab_size
 
     def describe(self) -> dict[str, Any]:

@@ -28,7 +28,9 @@ class Windows:
 
     def __init__(self, tokens: np.ndarray, *, seq_len: int, seed: int) -> None:
         if len(tokens) < seq_len + 1:
-            raise ValueError(f"{len(tokens)} tokens are fewer than one sequence of seq_len={seq_len} needs ({seq_len + 1})")
+            raise ValueError(
+                f"{len(tokens)} tokens are fewer than one sequence of seq_len={seq_len} needs ({seq_len + 1})"
+            )
         self.tokens, self.seq_len, self.seed = tokens, seq_len, seed
         # One stride of tokens is kept free for the epoch's offset, unless there is only one window.
         self.per_epoch = max(1, (len(tokens) - 1) // seq_len - 1)

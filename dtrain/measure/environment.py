@@ -11,7 +11,16 @@ from typing import Any
 
 import torch
 
-PACKAGES = ("dtrain", "torch", "numpy", "hydra-core", "safetensors", "accelerate", "deepspeed", "transformers")
+PACKAGES = (
+    "dtrain",
+    "torch",
+    "numpy",
+    "hydra-core",
+    "safetensors",
+    "accelerate",
+    "deepspeed",
+    "transformers",
+)
 
 
 def describe() -> dict[str, Any]:

@@ -13,6 +13,7 @@ Ainslie et al. 2023 (2305.13245: grouped queries); Shazeer 2020 (2002.05202: Swi
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from functools import partial
 
 import torch
@@ -21,7 +22,11 @@ from torch import Tensor, nn
 
 from dtrain.layout import Layout
 
-ACTIVATIONS = {"gelu": F.gelu, "gelu_tanh": partial(F.gelu, approximate="tanh"), "swiglu": F.silu}
+ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "gelu": F.gelu,
+    "gelu_tanh": partial(F.gelu, approximate="tanh"),
+    "swiglu": F.silu,
+}
 NORMS = {"layernorm": nn.LayerNorm, "rmsnorm": nn.RMSNorm}
 POSITIONS = ("learned", "rotary")
 INITIAL_STD = 0.02
@@ -61,9 +66,7 @@ class Core(nn.Module):
     def forward(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:  # (B, H, T, D), 2 x (B, G, T, D) -> (B, H, T, D)
         dropout = self.dropout if self.training else 0.0
         grouped = q.shape[1] != k.shape[1]
-        return F.scaled_dot_product_attention(
-            q, k, v, is_causal=self.causal, dropout_p=dropout, enable_gqa=grouped
-        )
+        return F.scaled_dot_product_attention(q, k, v, is_causal=self.causal, dropout_p=dropout, enable_gqa=grouped)
 
 
 class Attention(nn.Module):
@@ -192,9 +195,7 @@ class Transformer(nn.Module):
         for index in range(n_layers):
             attention = Attention(d_model, n_heads, n_kv_heads, bias, Core(causal, dropout))
             feedforward = FeedForward(d_model, d_ff, activation, bias)
-            self.blocks[str(index)] = Block(
-                attention, feedforward, (make_norm(), make_norm()), dropout, norm_first
-            )
+            self.blocks[str(index)] = Block(attention, feedforward, (make_norm(), make_norm()), dropout, norm_first)
         transform = nn.Sequential(nn.Linear(d_model, d_model), nn.GELU(), make_norm())
         self.head = Head(
             norm=make_norm() if norm_first else nn.Identity(),

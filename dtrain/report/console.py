@@ -8,7 +8,9 @@ from typing import Any
 
 from rich.console import Console as Terminal
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Table
 
+from dtrain.info import Info
 from dtrain.report.base import Logger, Run
 
 LINES = 10  # how many lines a run prints where there is no terminal
@@ -31,7 +33,12 @@ class Console(Logger):
         self._first, self._last = run.first_step + 1, run.steps
         self._every = max(1, (run.steps - run.first_step) // LINES)
         if self._terminal.is_terminal:
-            columns = (MofNCompleteColumn(), BarColumn(), TextColumn("{task.fields[figures]}"), TimeRemainingColumn())
+            columns = (
+                MofNCompleteColumn(),
+                BarColumn(),
+                TextColumn("{task.fields[figures]}"),
+                TimeRemainingColumn(),
+            )
             self._progress = Progress(*columns, console=self._terminal)
             self._task = self._progress.add_task("steps", total=run.steps, completed=run.first_step, figures="")
             self._progress.start()
@@ -89,3 +96,22 @@ def preparing(name: str, *, shown: bool) -> Iterator[Callable[[str, int], None]]
         yield progress
     finally:
         status.stop()
+
+
+def show(name: str, info: Info) -> None:
+    """A model's sizes as a table."""
+    made = Table(title=f"{name}, sequences of {info.seq_len:,} tokens")
+    made.add_column("")
+    made.add_column("", justify="right")
+    for part, parameters in info.parameters.items():
+        made.add_row(f"parameters, {part}", f"{parameters:,}")
+    made.add_row("parameters", f"{info.total:,}", end_section=True)
+    made.add_row("forward and backward a token", f"{info.flops_per_token / 1e9:,.3f} GFLOP", end_section=True)
+    kinds = {
+        "weights": info.weight_bytes,
+        "gradients": info.gradient_bytes,
+        "Adam states": info.optimizer_bytes,
+    }
+    for kind, size in (*kinds.items(), ("together", sum(kinds.values()))):
+        made.add_row(f"memory, {kind}", f"{size / 2**30:,.3f} GiB")
+    Terminal(highlight=False).print(made)

@@ -22,7 +22,7 @@ def writing(folder: Path, rank: int) -> Iterator[Path]:
     root.setLevel(min(level, logging.INFO))
     logging.captureWarnings(True)
     logging.getLogger("dtrain").info("rank %d, process %d", rank, os.getpid())
-    saved = _redirect(handler.stream.fileno()) if rank else None
+    saved = _redirect(handler) if rank else None
     try:
         yield file
     except BaseException:
@@ -37,8 +37,10 @@ def writing(folder: Path, rank: int) -> Iterator[Path]:
         handler.close()
 
 
-def _redirect(target: int) -> tuple[int, int]:
+def _redirect(handler: logging.FileHandler) -> tuple[int, int]:
     _flush()
+    assert handler.stream is not None
+    target = handler.stream.fileno()
     saved = os.dup(1), os.dup(2)
     os.dup2(target, 1)
     os.dup2(target, 2)

@@ -19,7 +19,8 @@ class TensorBoard(Logger):
             from torch.utils.tensorboard import SummaryWriter
         except ImportError:
             raise ValueError("logger=tensorboard needs `tensorboard`: pip install 'dtrain[tensorboard]'") from None
-        self._make, self._writer = SummaryWriter, None
+        self._make = SummaryWriter
+        self._writer: SummaryWriter | None = None
 
     def start(self, run: Run) -> None:
         self._writer = self._make(str(run.folder / "tensorboard"))

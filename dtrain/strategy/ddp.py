@@ -47,7 +47,7 @@ class DDP(Strategy):
     def parallelize(self, model: nn.Module, plan: Plan) -> nn.Module:
         mesh = plan.mesh[self.axis]
         return DistributedDataParallel(
-            model, process_group=mesh.get_group(), bucket_cap_mb=self.bucket_mb, broadcast_buffers=False
+            model, process_group=mesh.get_group(), bucket_cap_mb=self.bucket_mb, forward_sync_buffers=False
         )
 
     def verify(self, model: nn.Module, plan: Plan) -> None:

@@ -14,12 +14,12 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from torch import nn
-from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, fully_shard
+from torch.distributed.fsdp import CPUOffloadPolicy, fully_shard
 from torch.distributed.tensor import DTensor, Shard
 
 from dtrain.layout import blocks_of
 from dtrain.strategy.base import REST, Strategy, local
-from dtrain.strategy.replicate import Replicate, fsdp_module
+from dtrain.strategy.replicate import Replicate, fsdp_module, reshard
 
 if TYPE_CHECKING:
     from dtrain.plan import Plan
@@ -37,9 +37,7 @@ class FSDP(Strategy):
 
     axis = "fsdp"
 
-    def __init__(
-        self, degree: int = REST, reshard_after_forward: bool = True, cpu_offload: bool = False
-    ) -> None:
+    def __init__(self, degree: int = REST, reshard_after_forward: bool = True, cpu_offload: bool = False) -> None:
         super().__init__(degree)
         self.reshard_after_forward, self.cpu_offload = reshard_after_forward, cpu_offload
 
@@ -53,7 +51,8 @@ class FSDP(Strategy):
             settings["offload_policy"] = CPUOffloadPolicy(pin_memory=plan.device.type == "cuda")
         for block in blocks_of(model):
             fully_shard(block, **settings)
-        return fully_shard(model, **settings)
+        fully_shard(model, **settings)
+        return model
 
     def _mesh_axes(self, plan: Plan) -> tuple[str, ...]:
         """Both axes beside `replicate`: fully_shard then overlaps the all-reduce with the backward pass."""
@@ -71,9 +70,7 @@ class FSDP(Strategy):
             assert local(parameter).shape[0] == mine, f"{name}: {local(parameter).shape[0]} rows here, not {mine}"
 
     def after_evaluation(self, model: nn.Module) -> None:
-        for module in model.modules():  # without resharding after forward, only backward frees the weights
-            if isinstance(module, FSDPModule):
-                module.reshard()
+        reshard(model)
 
     def sync_gradients(self, model: nn.Module, enabled: bool) -> None:
         fsdp_module(model).set_requires_gradient_sync(enabled)

@@ -39,7 +39,8 @@ class Replicate(Strategy):
         settings: dict[str, Any] = {"mesh": plan.mesh[self.axis], "mp_policy": plan.precision.fsdp_policy()}
         for block in blocks_of(model):
             replicate(block, **settings)
-        return replicate(model, **settings)
+        replicate(model, **settings)
+        return model
 
     def verify(self, model: nn.Module, plan: Plan) -> None:
         for name, parameter in model.named_parameters():
@@ -47,6 +48,9 @@ class Replicate(Strategy):
             names = parameter.device_mesh.mesh_dim_names or ()
             assert self.axis in names, f"{name} lives on {names}, not on {self.axis}"
             assert parameter.placements[names.index(self.axis)].is_replicate(), f"{name}: {parameter.placements}"
+
+    def after_evaluation(self, model: nn.Module) -> None:
+        reshard(model)
 
     def sync_gradients(self, model: nn.Module, enabled: bool) -> None:
         fsdp_module(model).set_requires_gradient_sync(enabled)
@@ -56,3 +60,10 @@ def fsdp_module(model: nn.Module) -> FSDPModule:
     """The model, known to be what `fully_shard` or `replicate` has made of it."""
     assert isinstance(model, FSDPModule), f"{type(model).__name__} is neither sharded nor replicated"
     return model
+
+
+def reshard(model: nn.Module) -> None:
+    """Free gathered weights: where forward keeps them for backward, an evaluation would leave them behind."""
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()

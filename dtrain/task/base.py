@@ -11,11 +11,9 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Protocol
 
-from torch import Tensor, nn
+from torch import Tensor
 
-from dtrain.batch import Batch, Models, Sums
-
-ModelFactory = Callable[[], nn.Module]
+from dtrain.batch import Batch, ModelFactory, Models, Sums
 
 
 class Update(Protocol):

@@ -9,9 +9,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from dtrain.batch import Batch, Sums
+from dtrain.batch import Batch, ModelFactory, Sums
 from dtrain.data.text import Text
-from dtrain.task.base import ModelFactory, Sizes, Supervised, Task
+from dtrain.task.base import Sizes, Supervised, Task
 
 IGNORE = -100  # a target that does not count
 
@@ -28,7 +28,11 @@ class CausalLM(Task):
             raise ValueError(f"task causal_lm trains one model, the configuration has {', '.join(models)}")
         with torch.device("meta"):
             model = models["model"]()
-        self.models, self._batch_size, self._eval_batches = models, sizes.global_batch_size, sizes.eval_batches
+        self.models, self._batch_size, self._eval_batches = (
+            models,
+            sizes.global_batch_size,
+            sizes.eval_batches,
+        )
         seq_len = fitting(model, data, sizes.seq_len)
         self._train = data.windows("train", seq_len=seq_len, seed=sizes.seed)
         self._validation = data.windows("validation", seq_len=seq_len, seed=sizes.seed)
@@ -59,9 +63,7 @@ class CausalLM(Task):
 def cross_entropy(logits: Tensor, batch: Batch) -> Tensor:
     """Summed over the targets that count, in fp32 at least: (B, T, V), (B, T) -> ()."""
     logits = logits.float() if logits.dtype == torch.bfloat16 else logits
-    return F.cross_entropy(
-        logits.flatten(0, 1), batch["targets"].flatten(), ignore_index=IGNORE, reduction="sum"
-    )
+    return F.cross_entropy(logits.flatten(0, 1), batch["targets"].flatten(), ignore_index=IGNORE, reduction="sum")
 
 
 def valid(batch: Batch) -> Tensor:
@@ -91,4 +93,4 @@ def fitting(model: nn.Module, data: Text, seq_len: int | None) -> int:
     if vocab_size and data.vocab_size > vocab_size:
         raise ValueError(f"model.vocab_size={vocab_size} is less than the tokenizer's {data.vocab_size} ids: "
                          f"set model.vocab_size={data.vocab_size}")  # fmt: skip
-    return seq_len or context
+    return int(seq_len or context or 0)

@@ -1,0 +1,72 @@
+"""What a model is and needs, told from its shapes: nothing is allocated."""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from dtrain.batch import ModelFactory
+from dtrain.layout import layout_of
+from dtrain.measure import flops
+from dtrain.precision import Precision
+
+MOMENTS = 2  # Adam keeps two numbers for each weight
+
+
+@dataclass(frozen=True)
+class Info:
+    """Sizes of a model; bytes are those of one copy, on however many ranks."""
+
+    parameters: dict[str, int]  # by part; a tied matrix counts once, where it is first used
+    seq_len: int
+    flops_per_token: float  # forward and backward, at seq_len
+    weight_bytes: int
+    gradient_bytes: int
+    optimizer_bytes: int
+
+    @property
+    def total(self) -> int:
+        return sum(self.parameters.values())
+
+
+def info(factory: ModelFactory, precision: Precision, seq_len: int | None) -> Info:
+    """Count a language model: (B, T) tokens in, logits out.
+
+    Raises:
+        ValueError: no sequence length, or one beyond the model's context.
+    """
+    with torch.device("meta"):
+        model = factory()
+    context = getattr(model, "context", None)
+    length = seq_len or context
+    if length is None:
+        raise ValueError(f"{type(model).__name__} does not say its context: set seq_len")
+    if context and length > context:
+        raise ValueError(f"seq_len={length} is longer than the model's context={context}")
+    tokens = torch.zeros((1, length), dtype=torch.long, device="meta")
+    size = torch.finfo(precision.weights_dtype).bits // 8
+    total = sum(p.numel() for p in model.parameters())
+    return Info(
+        parameters=_by_part(model),
+        seq_len=length,
+        flops_per_token=flops.count(lambda: model(tokens).sum()) / length,
+        weight_bytes=total * size,
+        gradient_bytes=total * size,
+        optimizer_bytes=MOMENTS * total * size,
+    )
+
+
+def _by_part(model: nn.Module) -> dict[str, int]:
+    """Numbers of parameters by module; those of all blocks together, by the module within."""
+    blocks = layout_of(model).blocks
+    counts: Counter[str] = Counter()
+    for name, parameter in model.named_parameters():
+        if blocks and name.startswith(f"{blocks}."):
+            inner = name.removeprefix(f"{blocks}.").split(".")
+            counts[f"{blocks}: {inner[1]}"] += parameter.numel()
+        else:
+            counts[name.split(".")[0]] += parameter.numel()
+    return dict(counts)

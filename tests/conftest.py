@@ -1,0 +1,40 @@
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+
+sys.path.insert(0, str(Path(__file__).parent))  # the ranks of a world import the tests' modules by name
+
+from worlds import World  # noqa: E402
+
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+
+@pytest.fixture(scope="session")
+def world() -> Iterator[Callable[[int], World]]:
+    """A world of so many ranks, started once."""
+    worlds: dict[int, World] = {}
+
+    def of(size: int) -> World:
+        if size not in worlds:
+            worlds[size] = World(size)
+        return worlds[size]
+
+    yield of
+    for each in worlds.values():
+        each.close()
+
+
+@pytest.fixture(scope="session")
+def alone() -> Iterator[None]:
+    """This process as a world of one."""
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()

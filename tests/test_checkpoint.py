@@ -1,0 +1,171 @@
+"""One checkpoint, any plan: whole or not there, and on the curve of the run that was not interrupted."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from cases import Case, Outcome, trainer, whole
+
+from dtrain.checkpoint import Checkpoints, about, find, load, verify
+
+STEPS, SAVED_AT = 8, 4
+EXACT, CROSS = 0.0, 1e-12  # the same strategy: bit for bit; another one: rounding in fp64
+PLANS = [("single", 1), ("ddp", 2), ("replicate", 3), ("fsdp", 4), ("zero2", 2), ("hsdp", 4)]
+
+
+def _train(case: Case, size: int, folder: str, save: bool, resume: bool, asynchronous: bool = False) -> Outcome:
+    made = trainer(case, size)
+    if resume:
+        path = find(folder, Path(folder), Path(folder), fallback=False, note=print)
+        load(path, made.state())
+        made.next_step, made.tokens = about(path)["step"], about(path)["tokens"]
+    checkpoints = Checkpoints(Path(folder), keep_last=1, asynchronous=asynchronous) if save else None
+    outcome = Outcome()
+    for step in made.steps():
+        outcome.losses.append(step.loss)
+        if checkpoints and step.step == SAVED_AT:
+            checkpoints.save(step.step, made.state(), {"tokens": made.tokens})
+    if checkpoints:
+        checkpoints.wait()
+    outcome.weights = {name: whole(t).clone() for name, t in made.state().items()}
+    return outcome
+
+
+def run(world, case: Case, size: int, *arguments) -> Outcome:
+    return _train(case, 1, *arguments) if size == 1 else world(size).run(_train, case, size, *arguments)[0]
+
+
+@pytest.mark.parametrize("saver", PLANS, ids=str)
+@pytest.mark.parametrize("task", ["next_token", "gan"])
+def test_what_one_plan_saves_every_plan_resumes(saver: tuple[str, int], task: str, world, alone, tmp_path: Path) -> None:
+    strategy, size = saver
+    uninterrupted = run(world, Case(task, strategy, steps=STEPS), size, str(tmp_path), True, False)
+    for other, other_size in PLANS:
+        resumed = run(world, Case(task, other, steps=STEPS), other_size, str(tmp_path), False, True)
+        tolerance = EXACT if (other, other_size) == saver else CROSS
+        assert resumed.losses == pytest.approx(uninterrupted.losses[SAVED_AT:], rel=tolerance, abs=0)
+        for name, expected in uninterrupted.weights.items():
+            assert (resumed.weights[name] - expected).norm() <= tolerance * expected.norm(), (other, name)
+
+
+def test_an_asynchronous_save_is_of_its_step_though_training_went_on(world, tmp_path: Path) -> None:
+    case = Case("next_token", "fsdp", steps=STEPS)
+    outcomes = []
+    for name, asynchronous in (("blocking", False), ("background", True)):
+        run(world, case, 4, str(tmp_path / name), True, False, asynchronous)
+        outcomes.append(run(world, case, 4, str(tmp_path / name), False, True))
+    assert outcomes[0].losses == outcomes[1].losses
+
+
+def _several(folder: str, steps: list[int], keep_last: int) -> None:
+    made = trainer(Case("next_token", "fsdp", steps=1), 2)
+    checkpoints = Checkpoints(Path(folder), keep_last=keep_last)
+    for step in steps:
+        checkpoints.save(step, made.state(), {"tokens": 0})
+
+
+@pytest.fixture
+def three(world, tmp_path: Path) -> Path:
+    world(2).run(_several, str(tmp_path), [1, 2, 3], 3)
+    return tmp_path
+
+
+def test_only_the_last_are_kept_and_latest_points_at_the_newest(world, three: Path) -> None:
+    world(2).run(_several, str(three), [4], 2)
+    assert sorted(p.name for p in three.iterdir()) == ["latest", "step-00000003", "step-00000004"]
+    assert (three / "latest").resolve().name == "step-00000004"
+
+
+def test_leftovers_of_a_killed_save_are_cleared(world, three: Path) -> None:
+    (three / ".partial-00000009").mkdir()
+    (three / ".partial-00000009" / "shard").write_bytes(b"half")
+    world(2).run(_several, str(three), [4], 3)
+    assert not list(three.glob(".partial*"))
+
+
+def damage_truncate(path: Path) -> None:
+    file = next(path.glob("shard-*"))
+    file.write_bytes(file.read_bytes()[:-7])
+
+
+def damage_flip(path: Path) -> None:
+    file = next(path.glob("shard-*"))
+    data = bytearray(file.read_bytes())
+    data[len(data) // 2] ^= 1
+    file.write_bytes(data)
+
+
+def damage_lose(path: Path) -> None:
+    next(path.glob("shard-*")).unlink()
+
+
+def damage_manifest(path: Path) -> None:
+    (path / "checkpoint.json").write_text('{"step": 3')
+
+
+@pytest.mark.parametrize(
+    ("damage", "said"),
+    [(damage_truncate, "bytes, not"), (damage_flip, "SHA-256"), (damage_lose, "is missing"), (damage_manifest, "not readable")],
+)
+def test_damage_is_named_and_earlier_ones_taken_only_if_told(damage, said: str, three: Path) -> None:
+    newest = three / "step-00000003"
+    assert verify(newest) == ""
+    damage(newest)
+    with pytest.raises(ValueError, match=f"step-00000003 is damaged: .*{said}.*fallback=true would take step-00000002"):
+        find(str(three), three, three, fallback=False, note=print)
+    notes: list[str] = []
+    assert find(str(three), three, three, fallback=True, note=notes.append).name == "step-00000002"
+    assert "falling back to step-00000002" in notes[0]
+
+
+def test_no_checkpoint_is_said_with_the_place(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=f"resume=latest: no checkpoint in {tmp_path}"):
+        find("latest", tmp_path, tmp_path, fallback=False, note=print)
+
+
+def _load_other(folder: str) -> str:
+    made = trainer(Case("next_token", "fsdp", steps=1, model=(("d_model", 32),)), 2)
+    try:
+        load(find(folder, Path(folder), Path(folder), fallback=False, note=print), made.state())
+    except ValueError as error:
+        return str(error)
+    return ""
+
+
+def test_another_model_is_refused_by_its_first_tensor_and_both_shapes(world, three: Path) -> None:
+    for said in world(2).run(_load_other, str(three)):
+        assert "another model: model.blocks.0.attention.key.weight is (24, 24) there, (32, 32) here" in said
+
+
+def test_nothing_in_a_checkpoint_is_a_pickle(three: Path) -> None:
+    names = {p.suffix for p in three.glob("step-*/*")}
+    assert names == {".safetensors", ".json"}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", range(3))
+def test_kill_9_during_a_save_leaves_the_last_one_whole(seed: int, tmp_path: Path) -> None:
+    """A save at every step, so that the kill comes during one; the run then resumes to the same loss."""
+    root = Path(__file__).parent.parent
+    command = [sys.executable, "scripts/train.py", "model=tiny", "steps=400", "checkpoint.every=1", "eval.every=0",
+               "model.d_model=256", f"hydra.run.dir={tmp_path}"]  # fmt: skip
+    environment = os.environ | {"DTRAIN_CACHE": str(tmp_path / "cache")}
+    process = subprocess.Popen(command, cwd=root, env=environment, stdout=subprocess.DEVNULL, start_new_session=True)
+    metrics, deadline = tmp_path / "metrics.jsonl", time.monotonic() + 60
+    while time.monotonic() < deadline and (not metrics.exists() or metrics.read_text().count("\n") < 5 + seed):
+        time.sleep(0.01)
+    time.sleep(0.013 * seed)
+    os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+    steps_done = [json.loads(line)["step"] for line in metrics.read_text().splitlines(keepends=True) if line.endswith("\n")]
+    latest = (tmp_path / "checkpoints" / "latest").resolve()
+    assert verify(latest) == "" and about(latest)["step"] >= steps_done[-1] - 1
+    for left in tmp_path.glob("checkpoints/step-*"):
+        assert verify(left) == ""

@@ -1,0 +1,185 @@
+from __future__ import annotations
+
+import json
+import multiprocessing
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from dtrain.data.prepare import clean, prepare
+from dtrain.data.sources import Files, HuggingFace, StandardLibrary
+from dtrain.data.tokenizer import BPE, END, Bytes
+from dtrain.data.windows import Windows
+
+
+def corpus(tmp_path: Path, path: Path | str, tokenizer=None, cache: str = "cache", **options):
+    return prepare("test", Files(str(path), **options), tokenizer or Bytes(), tmp_path / cache)
+
+
+def write(folder: Path, texts: list[str]) -> Path:
+    folder.mkdir(exist_ok=True)
+    for i, text in enumerate(texts):
+        (folder / f"{i:03}.txt").write_text(text, encoding="utf-8")
+    return folder
+
+
+TEXTS = [f"document {i}: " + "words and words " * i for i in range(1, 61)]
+
+
+def test_the_standard_library_is_there_and_large() -> None:
+    documents = dict(StandardLibrary().documents())
+    assert sum(len(text.encode()) for text in documents.values()) > 5e6
+    assert "argparse.py" in documents and "asyncio/tasks.py" in documents
+    assert not any("/test/" in name or name.startswith("test") for name in documents)
+
+
+def test_tokens_are_the_documents_each_ended_and_on_one_side(tmp_path: Path) -> None:
+    made = corpus(tmp_path, write(tmp_path / "texts", TEXTS))
+    sides = [bytes(made.tokens(split)).split(b"\0")[:-1] for split in ("train", "validation")]
+    assert sorted(sides[0] + sides[1]) == sorted(clean(text).encode() for text in TEXTS)
+    assert not set(sides[0]) & set(sides[1])
+    assert made.documents == 60 and made.train_tokens + made.validation_tokens == made.text_bytes + 60
+
+
+def test_a_document_keeps_its_side_when_others_come(tmp_path: Path) -> None:
+    few = corpus(tmp_path, write(tmp_path / "few", TEXTS[:40]))
+    all_of_them = corpus(tmp_path, write(tmp_path / "all", TEXTS))
+    assert set(bytes(few.tokens("validation")).split(b"\0")) <= set(bytes(all_of_them.tokens("validation")).split(b"\0"))
+
+
+def test_duplicates_are_dropped_after_cleaning(tmp_path: Path) -> None:
+    made = corpus(tmp_path, write(tmp_path / "texts", [*TEXTS, TEXTS[3] + "  \r\n", TEXTS[5].replace(" ", " ")]))
+    assert (made.documents, made.duplicates) == (60, 2)
+
+
+def test_cleaning_normalises_and_is_idempotent() -> None:
+    assert clean("e\u0301 \r\nb\x00\x1b[1m\t\rc  \n\n") == "\u00e9\nb[1m\nc\n"
+
+
+@given(st.text(max_size=200))
+def test_cleaning_twice_changes_nothing(text: str) -> None:
+    assert clean(clean(text)) == clean(text)
+    assert not any(ord(c) < 9 for c in clean(text))
+
+
+def test_a_second_preparation_reads_nothing(tmp_path: Path) -> None:
+    folder = write(tmp_path / "texts", TEXTS)
+
+    class Once(Files):
+        reads = 0
+
+        def documents(self):
+            Once.reads += 1
+            return super().documents()
+
+    first, second = (prepare("test", Once(str(folder)), Bytes(), tmp_path / "cache") for _ in range(2))
+    assert first == second and Once.reads == 1
+    (folder / "000.txt").write_text("changed")
+    assert prepare("test", Once(str(folder)), Bytes(), tmp_path / "cache").digest != first.digest
+
+
+def _prepare(folder: str, cache: str, counter) -> None:
+    class Counted(Files):
+        def documents(self):
+            with counter.get_lock():
+                counter.value += 1
+            return super().documents()
+
+    prepare("test", Counted(folder), Bytes(), cache)
+
+
+def test_of_several_processes_one_prepares(tmp_path: Path) -> None:
+    folder, context = write(tmp_path / "texts", TEXTS), multiprocessing.get_context("fork")
+    counter = context.Value("i", 0)
+    processes = [context.Process(target=_prepare, args=(str(folder), str(tmp_path / "cache"), counter)) for _ in range(4)]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join(60)
+    assert [p.exitcode for p in processes] == [0] * 4 and counter.value == 1
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ({"a.txt": b""}, "a.txt is empty"),
+        ({"a.txt": b"ok", "b.txt": b"\xff\xfe broken"}, r"b.txt is not UTF-8 text \(byte 0\)"),
+        ({"a.jsonl": b'{"text": "x"}\n{"body": "y"}\n'}, "a.jsonl, line 2 has no field 'text', only body"),
+        ({"a.jsonl": b'{"text": 3}\n'}, "field 'text' is int, not text"),
+        ({"a.jsonl": b"{"}, "a.jsonl, line 1: not JSON"),
+        ({"a.parquet": b"nonsense"}, "a.parquet is not a Parquet file"),
+        ({}, "no such file"),
+    ],
+)
+def test_bad_input_is_one_line_and_no_cache(tmp_path: Path, content: dict[str, bytes], message: str) -> None:
+    (tmp_path / "in").mkdir()
+    for name, data in content.items():
+        (tmp_path / "in" / name).write_bytes(data)
+    with pytest.raises(ValueError, match=message) as caught:
+        corpus(tmp_path, tmp_path / "in")
+    assert "\n" not in str(caught.value)
+    assert not [p for p in (tmp_path / "cache").glob("*") if p.is_dir()]
+
+
+def test_jsonl_parquet_and_datasets_give_the_same_tokens(tmp_path: Path) -> None:
+    import datasets
+    import pyarrow
+    from pyarrow import parquet
+
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps({"body": text}) + "\n" for text in TEXTS))
+    parquet.write_table(pyarrow.table({"body": TEXTS}), tmp_path / "a.parquet")
+    datasets.Dataset.from_dict({"body": TEXTS}).save_to_disk(str(tmp_path / "saved"))
+    digests = {corpus(tmp_path, tmp_path / f"a.{kind}", field="body").digest for kind in ("jsonl", "parquet")}
+    digests.add(prepare("hub", HuggingFace(str(tmp_path / "saved"), field="body"), Bytes(), tmp_path / "cache").digest)
+    assert len(digests) == 1
+
+
+def test_a_single_file_still_has_two_splits(tmp_path: Path) -> None:
+    (tmp_path / "one.txt").write_text("a line of text\n" * 1000)
+    made = corpus(tmp_path, tmp_path / "one.txt")
+    assert made.validation_tokens == pytest.approx(0.05 * 15000, rel=0.01) and made.train_tokens > 14000
+
+
+def test_bpe_round_trips_and_is_shorter(tmp_path: Path) -> None:
+    folder = write(tmp_path / "texts", [*TEXTS, "naïve café – 你好 🙂"])
+    tokenizer = BPE(vocab_size=300)
+    made = corpus(tmp_path, folder, tokenizer)
+    ids = np.concatenate([made.tokens(split) for split in ("train", "validation")])
+    assert ids.max() < 300 and len(ids) < made.text_bytes / 2
+    fresh = BPE(vocab_size=300)
+    fresh.load(Path(made.folder))
+    for text in ("words and words", "naïve café – 你好 🙂"):
+        assert fresh.decode(fresh.encode(text)) == text
+    assert (ids == END).sum() == made.documents
+
+
+@given(st.text(max_size=50))
+def test_bytes_round_trip(text: str) -> None:
+    text = text.replace("\0", "")
+    assert Bytes().decode(Bytes().encode(text)) == text
+
+
+@settings(max_examples=50, deadline=None)
+@given(tokens=st.integers(20, 400), seq_len=st.integers(1, 9), rows=st.integers(1, 5), seed=st.integers(0, 5))
+def test_an_epoch_reads_every_window_once(tokens: int, seq_len: int, rows: int, seed: int) -> None:
+    windows = Windows(np.arange(tokens, dtype=np.uint16), seq_len=seq_len, seed=seed)
+    read = [windows.batch(step, 1)[0] for step in range(windows.per_epoch)]
+    starts = sorted(int(row[0]) for row in read)
+    assert all(b - a == seq_len for a, b in zip(starts, starts[1:], strict=False))  # no gap, no overlap
+    assert all(row.tolist() == list(range(int(row[0]), int(row[0]) + seq_len + 1)) for row in read)
+    again = Windows(np.arange(tokens, dtype=np.uint16), seq_len=seq_len, seed=seed)
+    assert (again.batch(7, rows) == windows.batch(7, rows)).all()  # no history
+    whole, halves = windows.batch(3, 2 * rows), [windows.batch(6, rows), windows.batch(7, rows)]
+    assert (whole[:rows] == halves[0]).all() and (whole[rows:] == halves[1]).all()  # at any batch size
+
+
+def test_a_sweep_covers_the_data_evenly() -> None:
+    windows = Windows(np.arange(101, dtype=np.uint16), seq_len=10, seed=0)
+    rows = [int(row[0]) for batch in windows.sweep(2, 3) for row in batch]
+    assert rows == [0, 10, 30, 50, 70, 90]
+    assert sum(len(batch) for batch in windows.sweep(9, 4)) == 10
+    with pytest.raises(ValueError, match="9 tokens are fewer than one sequence of seq_len=9 needs"):
+        Windows(np.arange(9, dtype=np.uint16), seq_len=9, seed=0)

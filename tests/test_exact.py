@@ -1,0 +1,56 @@
+"""Equal or refused, nothing else: every plan gives the losses, norms and weights of one process."""
+
+from __future__ import annotations
+
+from functools import lru_cache
+
+import pytest
+from cases import STRATEGIES, Case, Outcome, train
+
+# Rounding alone: sums are taken in another order. fp64 has 1.1e-16, fp32 6e-8; twenty Adam steps carry it on.
+TOLERANCE = {"fp64": 1e-12, "fp32": 1e-5}
+SIZES = {"hsdp": (4,), "hsdp_zero2": (4,)}
+
+
+@lru_cache
+def reference(case: Case) -> Outcome:
+    return train(case, 1)
+
+
+def assert_equal(ours: Outcome, theirs: Outcome, tolerance: float) -> None:
+    assert ours.losses == pytest.approx(theirs.losses, rel=tolerance)
+    assert ours.norms == pytest.approx(theirs.norms, rel=tolerance)
+    assert ours.metrics == pytest.approx(theirs.metrics, rel=tolerance)
+    assert ours.weights.keys() == theirs.weights.keys()
+    for name, weights in ours.weights.items():
+        expected = theirs.weights[name]
+        difference, size = (weights - expected).norm().item(), expected.norm().item()
+        assert difference <= tolerance * size, f"{name}: relative difference {difference / size:.1e}"
+
+
+def cases() -> list[tuple[Case, int]]:
+    found = []
+    for strategy in STRATEGIES:
+        for size in SIZES.get(strategy, (2, 3, 4)) if strategy != "single" else ():
+            for task in ("next_token", "masked_token", "gan"):
+                found.append((Case(task, strategy), size))
+            if size == 4:
+                found.append((Case("next_token", strategy, dtype="fp32"), size))
+                found.append((Case("masked_token", strategy, micro_batch_size=1), size))
+                found.append((Case("masked_token", strategy, clip_norm=None), size))
+                found.append((Case("gan", strategy, micro_batch_size=1), size))
+                found.append((Case("next_token", strategy, recompute=True), size))
+    return found
+
+
+@pytest.mark.parametrize(("case", "size"), cases(), ids=str)
+def test_plan_equals_one_process(case: Case, size: int, world, alone) -> None:
+    alone_case = Case(case.task, "single", case.dtype, None, case.clip_norm, case.steps, False, case.model)
+    for ours in world(size).run(train, case, size):
+        assert_equal(ours, reference(alone_case), TOLERANCE[case.dtype])
+
+
+def test_the_oracle_can_fail(alone) -> None:
+    """A different clipping norm is told apart: the comparison has teeth."""
+    with pytest.raises(AssertionError):
+        assert_equal(train(Case("next_token", "single", clip_norm=0.5), 1), reference(Case("next_token", "single")), 1e-5)
