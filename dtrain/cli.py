@@ -11,7 +11,8 @@ import re
 import sys
 import time
 import traceback
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -51,19 +52,19 @@ def main(config_name: str, task: Callable[[DictConfig], Any]) -> None:
             "--multirun starts its own ranks: call it with `python` and launch.nproc, not under torchrun",
             USAGE,
         )
-    try:
-        hydra.main(version_base="1.3", config_path=str(CONFIGS), config_name=config_name)(task)()
-    except MISTAKES as error:
-        _exit(explain(error, config_name), FAILED if isinstance(error, NonFinite) else USAGE)
-    except RanksFailed:
-        sys.exit(FAILED)  # the rank that failed has said why
+
+    def guarded(config: DictConfig) -> Any:
+        with _explaining(config_name):
+            return task(config)
+
+    with _explaining(config_name):
+        hydra.main(version_base="1.3", config_path=str(CONFIGS), config_name=config_name)(guarded)()
 
 
 def train(config: DictConfig) -> float:
     """The job of `scripts/train.py`: returns the validation loss (or else the loss) for a sweeper."""
     settings = checked(config)
-    runtime = HydraConfig.get().runtime
-    folder, name = Path(runtime.output_dir), strategy_name(runtime.choices["strategy"])
+    folder, name = Path(HydraConfig.get().runtime.output_dir), strategy_name()
     world = World.of_environment()
     if world is None and settings.launch.nproc > 1:
         summary = start(config, folder, name)
@@ -111,14 +112,18 @@ def _rank(plain: str, folder: Path, name: str) -> dict[str, Any]:
     """What a rank that `start` has started does."""
     world = World.of_environment()
     assert world is not None
-    try:
+    with _explaining("train"):
         config = OmegaConf.merge(
             OmegaConf.structured(Comparison if "strategies:" in plain else Config), OmegaConf.create(plain)
         )
         assert isinstance(config, DictConfig)
-        return run(checked(config), world, folder, name)
-    except MISTAKES as error:
-        _exit(explain(error, "train"), FAILED if isinstance(error, NonFinite) else USAGE)
+        try:
+            return run(checked(config), world, folder, name)
+        except MISTAKES:
+            raise
+        except Exception:  # ours: the launcher would keep the traceback to itself
+            traceback.print_exc()
+            sys.exit(FAILED)
 
 
 def info(config: DictConfig) -> None:
@@ -129,10 +134,23 @@ def info(config: DictConfig) -> None:
         show(name, count(factory, precision, settings.seq_len))
 
 
-def strategy_name(choice: Any) -> str:
-    """A strategy as it was asked for: `[replicate,fsdp]` is said `replicate+fsdp`."""
-    parts = choice if isinstance(choice, list) else str(choice).strip("[]").split(",")
-    return "+".join(part.strip() for part in parts)
+def strategy_name() -> str:
+    """The strategy as it was asked for: `[replicate,fsdp]` is said `replicate+fsdp`."""
+    hydra_config = HydraConfig.get()
+    asked = [o.removeprefix("strategy=") for o in hydra_config.overrides.task if o.startswith("strategy=")]
+    choice = asked[-1] if asked else str(hydra_config.runtime.choices["strategy"])
+    return "+".join(part.strip() for part in choice.strip("[]").split(","))
+
+
+@contextmanager
+def _explaining(config_name: str) -> Iterator[None]:
+    """End the process with one line for a mistake. Inside the job too: Hydra says more of an error than that."""
+    try:
+        yield
+    except MISTAKES as error:
+        _exit(explain(error, config_name), FAILED if isinstance(error, NonFinite) else USAGE)
+    except RanksFailed:
+        sys.exit(FAILED)  # the rank that failed has said why
 
 
 def explain(error: BaseException, config_name: str) -> str:
@@ -149,6 +167,8 @@ def explain(error: BaseException, config_name: str) -> str:
     if match := re.match(r"Error merging override (.*)", text):
         cause = str(error.__cause__).splitlines()[0] if error.__cause__ else ""
         return f"{match.group(1)}: {cause}"
+    if isinstance(error, OmegaConfBaseException) and error.full_key:
+        return f"{error.full_key}: {text.splitlines()[0]}"
     lines = [line.strip() for line in text.splitlines() if line.strip()]
     return (
         "; ".join(lines) if isinstance(error, ValueError | NonFinite) else (lines[0] if lines else type(error).__name__)
@@ -203,7 +223,8 @@ def _world() -> World | None:
 
 def _be_silent() -> None:
     """On ranks but 0: Hydra makes no folder and writes no log, and what it prints is rank 0's to print."""
-    sys.argv += ["hydra.run.dir=.", "hydra.output_subdir=null"]
+    kept = [argument for argument in sys.argv[1:] if not argument.startswith("hydra.run.dir=")]
+    sys.argv[1:] = ["hydra.run.dir=.", "hydra.output_subdir=null", *kept]
     if any(a in ("-h", "--help", "--hydra-help", "--version", "--info", "-i", "-c", "--cfg") for a in sys.argv[1:]):
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115  until the process ends
 

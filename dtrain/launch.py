@@ -6,6 +6,7 @@ rank. Otherwise it starts `launch.nproc` ranks of its own by torchrun's API, or 
 
 from __future__ import annotations
 
+import logging
 import os
 import socket
 from collections.abc import Callable, Iterator
@@ -122,6 +123,8 @@ def spawn(function: Callable[..., Any], *arguments: Any, nproc: int, port: int =
         min_nodes=1, max_nodes=1, nproc_per_node=nproc, run_id="dtrain", rdzv_backend="c10d",
         rdzv_endpoint=f"127.0.0.1:{port}", max_restarts=0, start_method="spawn", monitor_interval=0.05,
     )  # fmt: skip
+    for name in ("torch.distributed.elastic", "torch.multiprocessing"):  # a failing rank speaks for itself
+        logging.getLogger(name).setLevel(logging.CRITICAL)
     try:
         return elastic_launch(config, function)(*arguments)[0]
     except ChildFailedError as error:

@@ -1,0 +1,264 @@
+"""The command line as a person meets it: in this process where that is enough, in real ranks where it is not."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from hydra.core.global_hydra import GlobalHydra
+
+from dtrain import cli
+
+ROOT = Path(__file__).parent.parent
+TINY = ["model=tiny", "steps=3", "eval.every=0", "global_batch_size=4"]
+
+
+@pytest.fixture(scope="session")
+def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("cache")
+
+
+@pytest.fixture
+def call(tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]):
+    """Call a script's `main` with arguments; its exit status, what it printed, and what it said was wrong."""
+
+    def of(*arguments: str, config: str = "train") -> tuple[int, str, str]:
+        monkeypatch.setenv("DTRAIN_CACHE", str(cache))
+        monkeypatch.chdir(tmp_path)
+        monkeypatch.setattr(sys, "argv", [f"{config}.py", *arguments])
+        GlobalHydra.instance().clear()
+        status = 0
+        try:
+            cli.main(config, getattr(cli, config))
+        except SystemExit as ended:
+            status = int(ended.code or 0)
+        out = capfd.readouterr()
+        return status, out.out, out.err
+
+    return of
+
+
+def test_a_run_leaves_its_figures(call, tmp_path: Path) -> None:
+    status, out, err = call(*TINY, "eval.every=2", "logger=[default,tensorboard]", "hydra.run.dir=here")
+    assert (status, err) == (0, "") and "single on 1 rank" in out
+    steps = [json.loads(line) for line in (tmp_path / "here" / "metrics.jsonl").read_text().splitlines()]
+    assert [step["step"] for step in steps] == [1, 2, 3]
+    names = {"step", "loss", "grad_norm", "lr", "tokens", "tokens_per_second", "step_seconds"}
+    assert all(names <= step.keys() for step in steps)
+    assert ["val_loss" in step for step in steps] == [False, True, True]
+    assert [step["tokens"] for step in steps] == [256, 512, 768]
+    summary = json.loads((tmp_path / "here" / "summary.json").read_text())
+    assert summary.keys() >= {"strategy", "world_size", "steps", "loss", "val_loss", "tokens_per_second",
+                              "step_seconds_median", "mfu", "peak_memory_bytes", "environment", "config"}  # fmt: skip
+    assert (summary["strategy"], summary["world_size"], summary["steps"]) == ("single", 1, 3)
+    assert summary["loss"] == steps[-1]["loss"] and summary["val_loss"] == steps[-1]["val_loss"]
+    assert summary["environment"]["packages"]["torch"] == torch.__version__
+    assert list((tmp_path / "here" / "tensorboard").glob("events*"))
+    assert (tmp_path / "here" / "logs" / "rank0.log").read_text()
+
+
+def test_resume_goes_on_where_the_run_stopped(call, tmp_path: Path) -> None:
+    options = ["model=tiny", "eval.every=0", "global_batch_size=4", "schedule.final_ratio=1", "model.dropout=0.1"]
+    whole = call(*options, "steps=6", "hydra.run.dir=whole")
+    first = call(*options, "steps=4", "checkpoint.every=2", "hydra.run.dir=part")
+    rest = call(*options, "steps=6", "resume=latest", "hydra.run.dir=part")
+    assert whole[0] == first[0] == rest[0] == 0 and "resumed from" in rest[1]
+    curves = [[json.loads(line)["loss"] for line in (tmp_path / d / "metrics.jsonl").read_text().splitlines()]
+              for d in ("whole", "part")]  # fmt: skip
+    assert curves[0] == curves[1]  # bit for bit, dropout too
+    status, _, err = call(*options, "steps=6", "resume=part/checkpoints/step-00000004", "model.d_model=32")
+    assert status == 2 and re.search(r"another model: model\.blocks\.0\.attention\.key\.bias is \(64,\) there, \(32,\) here", err)
+    status, _, err = call(*options, "steps=4", "resume=part")
+    assert status == 2 and "has done 4 steps already, steps=4: ask for more steps" in err
+
+
+MISTAKES = [
+    (["strategy=fspd"], "unknown strategy 'fspd': did you mean 'fsdp'? (ddp, fsdp, hsdp, replicate, single, zero2)"),
+    (["strategy=[fsdp,tensr]"], "unknown strategy 'tensr'"),
+    (["model=smal"], "unknown model 'smal': did you mean 'small'?"),
+    (["stepz=3"], "unknown key 'stepz': did you mean 'steps'?"),
+    (["optimiser=adamw"], "unknown key 'optimiser': did you mean 'optimizer'?"),
+    (["eval.evry=3"], "unknown key 'eval.evry': did you mean 'eval.every'?"),
+    (["strategy=fsdp", "strategy.fsdp.degre=2"], "did you mean 'strategy.fsdp.degree'?"),
+    (["strategy=fsdp", "strategy.dp.degree=2"], "did you mean 'strategy.fsdp.degree'?"),
+    (["steps=abc"], "steps=abc: Value 'abc' of type 'str' could not be converted to Integer"),
+    (["steps=0"], "steps=0 must be at least 1"),
+    (["steps=-3"], "steps=-3 must be at least 1"),
+    (["global_batch_size=0"], "global_batch_size=0 must be at least 1"),
+    (["micro_batch_size=-1"], "micro_batch_size=-1 must be at least 1"),
+    (["dtype=fp23"], "dtype=fp23 is unknown: use fp32, bf16, fp64"),
+    (["device=cuda"], "device=cuda: every rank needs a GPU"),
+    (["model.n_heads=5"], "model.n_heads=5 does not divide d_model=64: use 1, 2, 4"),
+    (["model.d_model=-64"], "model.d_model=-64 must be at least 1"),
+    (["seq_len=100"], "seq_len=100 is longer than the model's context=64: use at most 64"),
+    (["global_batch_size=6", "micro_batch_size=4"], "global_batch_size=6 is not divisible by 1 data-parallel ranks x micro_batch_size=4: use 4 or 8"),
+    (["strategy=ddp", "strategy.dp.degree=3"], "strategy dp=3 uses 3 ranks, the job has 1"),
+    (["strategy=[ddp,fsdp]"], "needs at least 2 ranks on each of dp and fsdp"),
+    (["launch.nproc=2"], "strategy single uses 1 rank, the job has 2"),
+    (["launch.nproc=4", "strategy=[ddp,fsdp]"], "ddp stands alone"),
+    (["launch.nproc=0"], "launch.nproc=0 must be at least 1"),
+    (["launch.nproc=2", "strategy=ddp", "global_batch_size=3"], "global_batch_size=3 is not divisible by 2"),
+    (["resume=nowhere"], "resume=nowhere: no checkpoint in nowhere"),
+    (["data=files"], "data.source.path"),
+    (["data=files", "data.source.path=nowhere"], "data.source.path=nowhere: no such file"),
+    (["data/tokenizer=bpe", "model.vocab_size=256"], "model.vocab_size=256 is less than the tokenizer's 4096 ids"),
+    (["hydra.run.dir=/proc/nowhere"], "/proc/nowhere"),
+    (["task._target_=os.system"], "task._target_=os.system is not a Task"),
+    (["data.source._target_=subprocess.Popen"], "data.source._target_=subprocess.Popen is not a Source or Tokenizer"),
+    (["model._target_=no.such.Model"], "model._target_=no.such.Model cannot be imported"),
+    (["+model.depth=3"], "unexpected keyword argument 'depth'"),
+    (["logger=tracker", "logger.tracker.name=wandbb"], "logger.tracker.name=wandbb is unknown: use"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("arguments", "message"), MISTAKES, ids=lambda v: " ".join(v) if isinstance(v, list) else "")
+def test_a_mistake_gets_one_line(arguments: list[str], message: str, call) -> None:
+    status, _, err = call(*TINY, *arguments)
+    assert status == 2
+    assert message in err and err.startswith("dtrain: ") and err.count("\n") == 1
+
+
+def test_a_diverging_run_stops_and_keeps_its_checkpoint(call, tmp_path: Path) -> None:
+    status, _, err = call("model=tiny", "steps=30", "optimizer.lr=1e30", "schedule.warmup_steps=0", "optimizer=sgd",
+                          "clip_norm=null", "checkpoint.every=1", "global_batch_size=4", "hydra.run.dir=here")  # fmt: skip
+    assert status == 1 and re.match(r"dtrain: step \d+: loss \S+, gradient norm \S+ of 'model' \(", err)
+    step = int(re.match(r"dtrain: step (\d+)", err)[1])  # type: ignore[index]
+    assert (tmp_path / "here" / "checkpoints" / "latest").resolve().name == f"step-{step - 1:08}"
+    assert "Traceback" in (tmp_path / "here" / "logs" / "rank0.log").read_text()
+
+
+def test_info_tells_a_models_sizes(call) -> None:
+    status, out, _ = call("model=gpt2", config="info")
+    assert status == 0 and "124,439,808" in out  # the published size of GPT-2
+    status, out, _ = call("model=llama_70b", "seq_len=1024", config="info")
+    assert "70,553,706,496" in out  # and of Llama 3 70B
+    assert "262.833 GiB" in out  # four bytes each
+
+
+def test_a_tracker_of_accelerate_takes_the_figures(call, tmp_path: Path) -> None:
+    status, _, err = call(*TINY, "logger=[default,tracker]", "logger.tracker.name=tensorboard", "hydra.run.dir=here")
+    assert (status, err) == (0, "") and list((tmp_path / "here" / "dtrain").glob("events*"))
+
+
+def test_multirun_tries_each(call, tmp_path: Path) -> None:
+    status, out, _ = call("--multirun", *TINY, "optimizer.lr=1e-3,1e-2", "hydra.sweep.dir=sweep")
+    assert status == 0 and len(list((tmp_path / "sweep").glob("*/summary.json"))) == 2
+
+
+def test_a_users_own_model_trains(call, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "mine.py").write_text(
+        "from torch import nn\n"
+        "class Mine(nn.Sequential):\n"
+        "    def __init__(self, vocab_size, context, **others):\n"
+        "        super().__init__(nn.Embedding(vocab_size, 8), nn.Linear(8, vocab_size))\n"
+        "        self.context = context\n"
+        "    def forward(self, tokens, positions):\n"
+        "        return super().forward(tokens)\n"
+    )
+    monkeypatch.syspath_prepend(str(tmp_path))
+    status, out, err = call(*TINY, "model._target_=mine.Mine")
+    assert (status, err) == (0, "") and "model: 4,352 parameters" in out
+
+
+def start(command: list[str], folder: Path, cache: Path, **environment: str) -> subprocess.CompletedProcess[str]:
+    environment = {**os.environ, "DTRAIN_CACHE": str(cache), **environment}
+    return subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=120)
+
+
+TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(ROOT / "scripts/train.py")]
+PYTHON = [sys.executable, str(ROOT / "scripts/train.py")]
+
+
+def losses(folder: Path) -> list[float]:
+    return [json.loads(line)["loss"] for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+@pytest.mark.slow
+def test_torchrun_and_our_own_launch_give_the_same_run(tmp_path: Path, cache: Path) -> None:
+    options = [*TINY, "strategy=fsdp"]
+    ran = start([*TORCHRUN, *options], tmp_path, cache)
+    assert ran.returncode == 0, ran.stderr
+    assert ran.stdout.count("fsdp on 2 ranks (fsdp=2)") == 1  # rank 0 alone speaks
+    (folder,) = (tmp_path / "outputs").glob("*/*")  # by Hydra's habits, and one for both ranks
+    assert {p.name for p in folder.glob("logs/*")} == {"rank0.log", "rank1.log"}
+    assert "rank 1, process" in (folder / "logs" / "rank1.log").read_text()
+    ours = start([*PYTHON, *options, "launch.nproc=2", "hydra.run.dir=ours"], tmp_path, cache)
+    assert ours.returncode == 0, ours.stderr
+    assert losses(folder) == losses(tmp_path / "ours")
+
+
+@pytest.mark.slow
+def test_under_torchrun_a_mistake_ends_all_ranks_with_one_line(tmp_path: Path, cache: Path) -> None:
+    ran = start([*TORCHRUN, *TINY, "strategy=fspd"], tmp_path, cache)
+    assert ran.returncode != 0
+    assert ran.stderr.count("dtrain: ") == 1 and "unknown strategy 'fspd': did you mean 'fsdp'?" in ran.stderr
+    assert not (tmp_path / "outputs").exists()
+
+
+@pytest.mark.slow
+def test_an_unwritable_folder_ends_all_ranks_with_one_line(tmp_path: Path, cache: Path) -> None:
+    ran = start([*TORCHRUN, *TINY, "strategy=ddp", "hydra.run.dir=/proc/nowhere"], tmp_path, cache)
+    assert ran.returncode != 0 and ran.stderr.count("dtrain: ") == 1 and "/proc/nowhere" in ran.stderr
+
+
+@pytest.mark.slow
+def test_a_damaged_checkpoint_ends_all_ranks_with_one_line(tmp_path: Path, cache: Path) -> None:
+    ran = start([*PYTHON, *TINY, "checkpoint.every=1", "hydra.run.dir=run"], tmp_path, cache)
+    assert ran.returncode == 0, ran.stderr
+    shard = next((tmp_path / "run" / "checkpoints" / "latest").resolve().glob("shard-*"))
+    shard.write_bytes(shard.read_bytes()[:-1])
+    resume = [*TINY, "steps=5", "strategy=fsdp", "launch.nproc=2", "hydra.run.dir=run", "resume=latest"]
+    ran = start([*PYTHON, *resume], tmp_path, cache)
+    assert ran.returncode != 0 and ran.stderr.count("dtrain: ") == 1
+    assert re.search(r"step-00000003 is damaged: .* bytes, not .*checkpoint.fallback=true would take step-00000002", ran.stderr)
+    ran = start([*PYTHON, *resume, "checkpoint.fallback=true"], tmp_path, cache)
+    assert ran.returncode == 0 and "falling back to step-00000002" in ran.stdout
+
+
+@pytest.mark.slow
+def test_a_port_in_use_is_said(tmp_path: Path, cache: Path) -> None:
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = str(taken.getsockname()[1])
+        ours = start([*PYTHON, *TINY, "strategy=ddp", "launch.nproc=2", f"launch.port={port}"], tmp_path, cache)
+        bare = start([*PYTHON, *TINY, "strategy=ddp"], tmp_path, cache, RANK="0", WORLD_SIZE="2",
+                     MASTER_ADDR="127.0.0.1", MASTER_PORT=port)  # fmt: skip
+    assert ours.returncode == 2 and ours.stderr == f"dtrain: launch.port={port} is in use: choose another, or 0 for any that is free\n"
+    assert bare.returncode == 2 and f"port in use: 127.0.0.1:{port} is taken" in bare.stderr.splitlines()[-1]
+
+
+@pytest.mark.slow
+def test_a_rank_that_crashes_says_why_and_ends_the_others(tmp_path: Path, cache: Path) -> None:
+    (tmp_path / "crash.py").write_text(
+        "import os\n"
+        "from dtrain.task.causal_lm import CausalLM\n"
+        "class Crash(CausalLM):\n"
+        "    def batch(self, step):\n"
+        "        if step == 1 and os.environ['RANK'] == '1':\n"
+        "            raise RuntimeError('a bug of mine')\n"
+        "        return super().batch(step)\n"
+    )
+    options = [*TINY, "strategy=ddp", "launch.nproc=2", "task._target_=crash.Crash", "hydra.run.dir=run"]
+    ran = start([*PYTHON, *options], tmp_path, cache, PYTHONPATH=str(tmp_path))
+    assert ran.returncode == 1 and "a bug of mine" in ran.stderr
+    assert "a bug of mine" in (tmp_path / "run" / "logs" / "rank1.log").read_text()
+
+
+@pytest.mark.slow
+def test_compare_sets_strategies_side_by_side(tmp_path: Path, cache: Path) -> None:
+    script = [sys.executable, str(ROOT / "scripts/compare.py")]
+    ran = start([*script, "model=tiny", "strategies=[single,ddp,replicate+fsdp]", "steps=3", "hydra.run.dir=out"], tmp_path, cache)
+    assert ran.returncode == 0, ran.stderr
+    rows = {row["strategy"]: row for row in json.loads((tmp_path / "out" / "results.json").read_text())}
+    assert rows["single"]["world_size"] == 1 and rows["ddp"]["world_size"] == 2
+    assert rows["ddp"]["loss_difference"] < 1e-5 * rows["single"]["loss"]
+    assert rows["ddp"]["tokens_per_second"] > 0 and "needs at least 2 ranks on each" in rows["replicate+fsdp"]["reason"]
+    assert "tokens/s" in ran.stdout and "not run: " in ran.stdout
