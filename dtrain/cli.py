@@ -27,10 +27,11 @@ from omegaconf.errors import OmegaConfBaseException
 from dtrain.compare import compare as run_all
 from dtrain.config import Comparison, Config, checked, register
 from dtrain.info import info as count
+from dtrain.job import assemble, model_factories
 from dtrain.launch import RanksFailed, World, spawn
 from dtrain.precision import Precision
 from dtrain.report.console import show
-from dtrain.run import assemble, model_factories, run
+from dtrain.run import run
 from dtrain.train import NonFinite
 
 CONFIGS = Path(__file__).resolve().parent.parent / "configs"
@@ -230,12 +231,11 @@ def _be_silent() -> None:
 
 
 def _exit(line: str, status: int) -> NoReturn:
-    """Say the line once, on rank 0, and end."""
+    """Say the line once, and end: on rank 0, or on another that rank 0 does not end before."""
     rank = int(os.environ.get("RANK", 0))
     if os.environ.get("DTRAIN_TRACEBACK"):
         traceback.print_exc()
-    if rank == 0:
-        print(f"dtrain: {line}", file=sys.stderr, flush=True)
-    else:
+    if rank:
         time.sleep(GRACE_S)
+    print(f"dtrain: {f'rank {rank}: ' if rank else ''}{line}", file=sys.stderr, flush=True)
     sys.exit(status)

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from dtrain.batch import ModelFactory
+from dtrain.initialize import on_meta
 from dtrain.layout import layout_of
 from dtrain.measure import flops
 from dtrain.precision import Precision
@@ -38,8 +39,9 @@ def info(factory: ModelFactory, precision: Precision, seq_len: int | None) -> In
     Raises:
         ValueError: no sequence length, or one beyond the model's context.
     """
-    with torch.device("meta"):
-        model = factory()
+    model = on_meta(factory)
+    if model is None:
+        raise ValueError("the model cannot be built on the meta device: it computes with values")
     context = getattr(model, "context", None)
     length = seq_len or context
     if length is None:

@@ -17,11 +17,19 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from dtrain.batch import ModelFactory
 
 
+def on_meta(factory: ModelFactory) -> nn.Module | None:
+    """The model's shapes, without memory; None if it cannot be built so (it computes with values)."""
+    try:
+        with torch.device("meta"):
+            return factory()
+    except (NotImplementedError, RuntimeError):
+        return None
+
+
 def build(factory: ModelFactory, seed: int) -> nn.Module:
     """The model: on the meta device if it has `initial`, else whole, drawn from `seed`."""
-    with torch.device("meta"):
-        model = factory()
-    if hasattr(model, "initial"):
+    model = on_meta(factory)
+    if model is not None and hasattr(model, "initial"):
         return model
     torch.manual_seed(seed)
     return factory()

@@ -152,6 +152,12 @@ class Plan:
                 model = strategy.parallelize(model, self)
         return model
 
+    def unwrap(self, model: nn.Module) -> nn.Module:
+        """The model itself, whose parameters bear their full names under every plan."""
+        for strategy in self.strategies:
+            model = strategy.unwrap(model)
+        return model
+
     def optimizer(self, optimizer: Optimizer, model: nn.Module) -> Optimizer:
         for strategy in self.strategies:
             optimizer = strategy.optimizer(optimizer, model, self)

@@ -166,8 +166,8 @@ class Trainer:
             optimizer = self.optimizers[model_name]
             if not optimizer.state:
                 fill_state(optimizer)
-            for parameter_name, parameter in model.named_parameters():
-                name = f"{model_name}.{parameter_name.removeprefix('module.')}"  # DDP's prefix
+            for parameter_name, parameter in self.plan.unwrap(model).named_parameters():
+                name = f"{model_name}.{parameter_name}"
                 tensors[name] = parameter.detach()
                 for key, value in optimizer.state.get(parameter, {}).items():
                     if isinstance(value, Tensor):

@@ -128,6 +128,7 @@ STRATEGIES: dict[str, list[partial[Strategy]]] = {
     "ddp_small_buckets": [partial(DDP, bucket_mb=0.001)],
     "replicate": [partial(Replicate)],
     "fsdp": [partial(FSDP)],
+    "fsdp_offload": [partial(FSDP, cpu_offload=True)],
     "zero2": [partial(FSDP, reshard_after_forward=False)],
     "hsdp": [partial(Replicate, 2), partial(FSDP)],
     "hsdp_zero2": [partial(Replicate, 2), partial(FSDP, reshard_after_forward=False)],
@@ -143,6 +144,7 @@ class Case:
     clip_norm: float | None = 1.0
     steps: int = 20
     recompute: bool = False
+    compile: bool = False
     model: tuple[tuple[str, Any], ...] = ()
 
 
@@ -161,7 +163,8 @@ def adamw(model: nn.Module) -> torch.optim.Optimizer:
 def trainer(case: Case, world_size: int) -> Trainer:
     task = TASKS[case.task](**dict(case.model))
     strategies = [make() for make in STRATEGIES[case.strategy]]
-    plan = Plan.of(strategies, world_size, precision=Precision(case.dtype), recompute=case.recompute).connect()
+    plan = Plan.of(strategies, world_size, precision=Precision(case.dtype), recompute=case.recompute,
+                   compile=case.compile).connect()  # fmt: skip
     settings = Settings(case.steps, global_batch_size=ROWS, micro_batch_size=case.micro_batch_size,
                         clip_norm=case.clip_norm, warmup_steps=3, final_ratio=0.1)  # fmt: skip
     return Trainer(task, plan, adamw, settings)

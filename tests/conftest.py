@@ -31,7 +31,7 @@ def world() -> Iterator[Callable[[int], World]]:
         each.close()
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def alone() -> Iterator[None]:
     """This process as a world of one."""
     torch.set_num_threads(1)

@@ -44,7 +44,9 @@ def run(world, case: Case, size: int, *arguments) -> Outcome:
 
 @pytest.mark.parametrize("saver", PLANS, ids=str)
 @pytest.mark.parametrize("task", ["next_token", "gan"])
-def test_what_one_plan_saves_every_plan_resumes(saver: tuple[str, int], task: str, world, alone, tmp_path: Path) -> None:
+def test_what_one_plan_saves_every_plan_resumes(
+    saver: tuple[str, int], task: str, world, alone, tmp_path: Path
+) -> None:
     strategy, size = saver
     uninterrupted = run(world, Case(task, strategy, steps=STEPS), size, str(tmp_path), True, False)
     for other, other_size in PLANS:
@@ -112,7 +114,12 @@ def damage_manifest(path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("damage", "said"),
-    [(damage_truncate, "bytes, not"), (damage_flip, "SHA-256"), (damage_lose, "is missing"), (damage_manifest, "not readable")],
+    [
+        (damage_truncate, "bytes, not"),
+        (damage_flip, "SHA-256"),
+        (damage_lose, "is missing"),
+        (damage_manifest, "not readable"),
+    ],
 )
 def test_damage_is_named_and_earlier_ones_taken_only_if_told(damage, said: str, three: Path) -> None:
     newest = three / "step-00000003"
@@ -164,7 +171,9 @@ def test_kill_9_during_a_save_leaves_the_last_one_whole(seed: int, tmp_path: Pat
     time.sleep(0.013 * seed)
     os.killpg(process.pid, signal.SIGKILL)
     process.wait()
-    steps_done = [json.loads(line)["step"] for line in metrics.read_text().splitlines(keepends=True) if line.endswith("\n")]
+    steps_done = [
+        json.loads(line)["step"] for line in metrics.read_text().splitlines(keepends=True) if line.endswith("\n")
+    ]
     latest = (tmp_path / "checkpoints" / "latest").resolve()
     assert verify(latest) == "" and about(latest)["step"] >= steps_done[-1] - 1
     for left in tmp_path.glob("checkpoints/step-*"):

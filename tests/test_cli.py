@@ -74,7 +74,9 @@ def test_resume_goes_on_where_the_run_stopped(call, tmp_path: Path) -> None:
               for d in ("whole", "part")]  # fmt: skip
     assert curves[0] == curves[1]  # bit for bit, dropout too
     status, _, err = call(*options, "steps=6", "resume=part/checkpoints/step-00000004", "model.d_model=32")
-    assert status == 2 and re.search(r"another model: model\.blocks\.0\.attention\.key\.bias is \(64,\) there, \(32,\) here", err)
+    assert status == 2 and re.search(
+        r"another model: model\.blocks\.0\.attention\.key\.bias is \(64,\) there, \(32,\) here", err
+    )
     status, _, err = call(*options, "steps=4", "resume=part")
     assert status == 2 and "has done 4 steps already, steps=4: ask for more steps" in err
 
@@ -172,7 +174,15 @@ def start(command: list[str], folder: Path, cache: Path, **environment: str) -> 
     return subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=120)
 
 
-TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(ROOT / "scripts/train.py")]
+TORCHRUN = [
+    sys.executable,
+    "-m",
+    "torch.distributed.run",
+    "--standalone",
+    "--nproc-per-node",
+    "2",
+    str(ROOT / "scripts/train.py"),
+]
 PYTHON = [sys.executable, str(ROOT / "scripts/train.py")]
 
 
@@ -217,7 +227,9 @@ def test_a_damaged_checkpoint_ends_all_ranks_with_one_line(tmp_path: Path, cache
     resume = [*TINY, "steps=5", "strategy=fsdp", "launch.nproc=2", "hydra.run.dir=run", "resume=latest"]
     ran = start([*PYTHON, *resume], tmp_path, cache)
     assert ran.returncode != 0 and ran.stderr.count("dtrain: ") == 1
-    assert re.search(r"step-00000003 is damaged: .* bytes, not .*checkpoint.fallback=true would take step-00000002", ran.stderr)
+    assert re.search(
+        r"step-00000003 is damaged: .* bytes, not .*checkpoint.fallback=true would take step-00000002", ran.stderr
+    )
     ran = start([*PYTHON, *resume, "checkpoint.fallback=true"], tmp_path, cache)
     assert ran.returncode == 0 and "falling back to step-00000002" in ran.stdout
 
@@ -231,7 +243,10 @@ def test_a_port_in_use_is_said(tmp_path: Path, cache: Path) -> None:
         ours = start([*PYTHON, *TINY, "strategy=ddp", "launch.nproc=2", f"launch.port={port}"], tmp_path, cache)
         bare = start([*PYTHON, *TINY, "strategy=ddp"], tmp_path, cache, RANK="0", WORLD_SIZE="2",
                      MASTER_ADDR="127.0.0.1", MASTER_PORT=port)  # fmt: skip
-    assert ours.returncode == 2 and ours.stderr == f"dtrain: launch.port={port} is in use: choose another, or 0 for any that is free\n"
+    assert (
+        ours.returncode == 2
+        and ours.stderr == f"dtrain: launch.port={port} is in use: choose another, or 0 for any that is free\n"
+    )
     assert bare.returncode == 2 and f"port in use: 127.0.0.1:{port} is taken" in bare.stderr.splitlines()[-1]
 
 
@@ -255,7 +270,11 @@ def test_a_rank_that_crashes_says_why_and_ends_the_others(tmp_path: Path, cache:
 @pytest.mark.slow
 def test_compare_sets_strategies_side_by_side(tmp_path: Path, cache: Path) -> None:
     script = [sys.executable, str(ROOT / "scripts/compare.py")]
-    ran = start([*script, "model=tiny", "strategies=[single,ddp,replicate+fsdp]", "steps=3", "hydra.run.dir=out"], tmp_path, cache)
+    ran = start(
+        [*script, "model=tiny", "strategies=[single,ddp,replicate+fsdp]", "steps=3", "hydra.run.dir=out"],
+        tmp_path,
+        cache,
+    )
     assert ran.returncode == 0, ran.stderr
     rows = {row["strategy"]: row for row in json.loads((tmp_path / "out" / "results.json").read_text())}
     assert rows["single"]["world_size"] == 1 and rows["ddp"]["world_size"] == 2

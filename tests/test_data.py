@@ -47,7 +47,9 @@ def test_tokens_are_the_documents_each_ended_and_on_one_side(tmp_path: Path) -> 
 def test_a_document_keeps_its_side_when_others_come(tmp_path: Path) -> None:
     few = corpus(tmp_path, write(tmp_path / "few", TEXTS[:40]))
     all_of_them = corpus(tmp_path, write(tmp_path / "all", TEXTS))
-    assert set(bytes(few.tokens("validation")).split(b"\0")) <= set(bytes(all_of_them.tokens("validation")).split(b"\0"))
+    assert set(bytes(few.tokens("validation")).split(b"\0")) <= set(
+        bytes(all_of_them.tokens("validation")).split(b"\0")
+    )
 
 
 def test_duplicates_are_dropped_after_cleaning(tmp_path: Path) -> None:
@@ -94,7 +96,9 @@ def _prepare(folder: str, cache: str, counter) -> None:
 def test_of_several_processes_one_prepares(tmp_path: Path) -> None:
     folder, context = write(tmp_path / "texts", TEXTS), multiprocessing.get_context("fork")
     counter = context.Value("i", 0)
-    processes = [context.Process(target=_prepare, args=(str(folder), str(tmp_path / "cache"), counter)) for _ in range(4)]
+    processes = [
+        context.Process(target=_prepare, args=(str(folder), str(tmp_path / "cache"), counter)) for _ in range(4)
+    ]
     for process in processes:
         process.start()
     for process in processes:

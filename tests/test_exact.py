@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import lru_cache
 
 import pytest
@@ -40,17 +41,20 @@ def cases() -> list[tuple[Case, int]]:
                 found.append((Case("masked_token", strategy, clip_norm=None), size))
                 found.append((Case("gan", strategy, micro_batch_size=1), size))
                 found.append((Case("next_token", strategy, recompute=True), size))
+    found += [(Case("next_token", strategy, dtype="fp32", compile=True), 2) for strategy in ("ddp", "fsdp")]
     return found
 
 
 @pytest.mark.parametrize(("case", "size"), cases(), ids=str)
 def test_plan_equals_one_process(case: Case, size: int, world, alone) -> None:
-    alone_case = Case(case.task, "single", case.dtype, None, case.clip_norm, case.steps, False, case.model)
+    expected = reference(replace(case, strategy="single", micro_batch_size=None, recompute=False, compile=False))
     for ours in world(size).run(train, case, size):
-        assert_equal(ours, reference(alone_case), TOLERANCE[case.dtype])
+        assert_equal(ours, expected, TOLERANCE[case.dtype])
 
 
 def test_the_oracle_can_fail(alone) -> None:
     """A different clipping norm is told apart: the comparison has teeth."""
     with pytest.raises(AssertionError):
-        assert_equal(train(Case("next_token", "single", clip_norm=0.5), 1), reference(Case("next_token", "single")), 1e-5)
+        assert_equal(
+            train(Case("next_token", "single", clip_norm=0.5), 1), reference(Case("next_token", "single")), 1e-5
+        )

@@ -61,13 +61,20 @@ def test_gpt2_logits_equal_transformers() -> None:
     config = GPT2Config(vocab_size=VOCAB, n_positions=CONTEXT, n_embd=WIDTH, n_layer=LAYERS, n_head=HEADS)
     theirs = perturb(GPT2LMHeadModel(config))
     ours = Transformer(VOCAB, CONTEXT, WIDTH, LAYERS, HEADS, activation="gelu_tanh")
-    weights = {"embedding.token.weight": theirs.transformer.wte.weight, "embedding.position.weight": theirs.transformer.wpe.weight}
+    weights = {
+        "embedding.token.weight": theirs.transformer.wte.weight,
+        "embedding.position.weight": theirs.transformer.wpe.weight,
+    }
     for i, block in enumerate(theirs.transformer.h):
         to = f"blocks.{i}"
         qkv = block.attn.c_attn
         for name, weight, bias in zip(("query", "key", "value"), qkv.weight.T.chunk(3), qkv.bias.chunk(3), strict=True):
             weights |= {f"{to}.attention.{name}.weight": weight, f"{to}.attention.{name}.bias": bias}
-        linear = {"attention.output": block.attn.c_proj, "feedforward.up": block.mlp.c_fc, "feedforward.down": block.mlp.c_proj}
+        linear = {
+            "attention.output": block.attn.c_proj,
+            "feedforward.up": block.mlp.c_fc,
+            "feedforward.down": block.mlp.c_proj,
+        }
         for name, layer in linear.items():
             weights |= {f"{to}.{name}.weight": layer.weight.T, f"{to}.{name}.bias": layer.bias}
         for name, norm in (("norm1", block.ln_1), ("norm2", block.ln_2)):
@@ -199,7 +206,9 @@ def test_sizes_that_do_not_fit_are_refused(change: dict, message: str) -> None:
     groups=st.sampled_from([1, 2]), tied=st.booleans(), bias=st.booleans(), norm=st.sampled_from(["layernorm", "rmsnorm"]),
     activation=st.sampled_from(["gelu", "swiglu"]), position=st.sampled_from(["learned", "rotary"]),
 )  # fmt: skip
-def test_a_causal_model_never_looks_ahead(heads, per_head, layers, groups, tied, bias, norm, activation, position) -> None:
+def test_a_causal_model_never_looks_ahead(
+    heads, per_head, layers, groups, tied, bias, norm, activation, position
+) -> None:
     kv_heads = heads // groups if heads % groups == 0 else heads
     model = Transformer(VOCAB, CONTEXT, heads * per_head, layers, heads, n_kv_heads=max(1, kv_heads), norm=norm, tied=tied,
                         bias=bias, activation=activation, position=position)  # fmt: skip

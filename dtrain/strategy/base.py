@@ -70,6 +70,10 @@ class Strategy:
         """
         return model
 
+    def unwrap(self, model: nn.Module) -> nn.Module:
+        """The model without this strategy's wrapper: its parameters bear their full names."""
+        return model
+
     def verify(self, model: nn.Module, plan: Plan) -> None:
         """Assert that the model is what was asked for: wrapper, placements, sizes of the local shards."""
 

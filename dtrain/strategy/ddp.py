@@ -50,6 +50,9 @@ class DDP(Strategy):
             model, process_group=mesh.get_group(), bucket_cap_mb=self.bucket_mb, forward_sync_buffers=False
         )
 
+    def unwrap(self, model: nn.Module) -> nn.Module:
+        return model.module if isinstance(model, DistributedDataParallel) else model
+
     def verify(self, model: nn.Module, plan: Plan) -> None:
         assert isinstance(model, DistributedDataParallel), f"ddp was asked for, the model is a {type(model).__name__}"
 

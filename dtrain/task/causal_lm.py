@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from dtrain.batch import Batch, ModelFactory, Sums
 from dtrain.data.text import Text
+from dtrain.initialize import on_meta
 from dtrain.task.base import Sizes, Supervised, Task
 
 IGNORE = -100  # a target that does not count
@@ -26,8 +27,7 @@ class CausalLM(Task):
     def __init__(self, models: dict[str, ModelFactory], data: Text, sizes: Sizes) -> None:
         if set(models) != {"model"}:
             raise ValueError(f"task causal_lm trains one model, the configuration has {', '.join(models)}")
-        with torch.device("meta"):
-            model = models["model"]()
+        model = on_meta(models["model"])
         self.models, self._batch_size, self._eval_batches = (
             models,
             sizes.global_batch_size,
@@ -82,11 +82,11 @@ def _pairs(rows: Tensor) -> Batch:  # (B, T + 1) -> inputs and targets, one posi
     return {"tokens": tokens, "positions": positions, "targets": targets}
 
 
-def fitting(model: nn.Module, data: Text, seq_len: int | None) -> int:
+def fitting(model: nn.Module | None, data: Text, seq_len: int | None) -> int:
     """The sequence length, checked against what the model says of itself (`context`, `vocab_size`)."""
     context, vocab_size = getattr(model, "context", None), getattr(model, "vocab_size", None)
     if seq_len is None and context is None:
-        raise ValueError(f"{type(model).__name__} does not say its context: set seq_len")
+        raise ValueError("the model does not say its context: set seq_len")
     if seq_len and context and seq_len > context:
         raise ValueError(f"seq_len={seq_len} is longer than the model's context={context}: "
                          f"use at most {context}, or set model.context")  # fmt: skip

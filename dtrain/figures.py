@@ -1,0 +1,93 @@
+"""The figures of a run: what is measured, what a person is told at the start, what is left at the end."""
+
+from __future__ import annotations
+
+import logging
+import math
+from dataclasses import asdict
+from functools import partial
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from dtrain.initialize import on_meta
+from dtrain.job import Job
+from dtrain.launch import World
+from dtrain.measure import environment, flops, memory
+from dtrain.measure.meter import Meter
+from dtrain.task.base import Task
+from dtrain.train import Trainer
+
+
+def meter_of(job: Job, world: World) -> tuple[Meter, str]:
+    """A meter that knows the model's operations a token and this rank's peak. A collective."""
+    stated = job.config.measure.peak_flops
+    dist.barrier()  # the ranks measure at the same time, as they will compute at the same time
+    peak, source = (stated, "stated") if stated else flops.peak(job.plan.device, job.plan.precision.compute_dtype)
+    total = torch.tensor(peak, dtype=torch.float64, device=job.plan.device)
+    dist.all_reduce(total)
+    return Meter(
+        warmup_steps=job.config.measure.warmup_steps, world_size=world.size,
+        flops_per_token=flops_per_token(job.task), peak_flops=total.item() / world.size,
+    ), source  # fmt: skip
+
+
+def flops_per_token(task: Task) -> float | None:
+    """Operations of one step over the tokens (or samples) it trains on: counted on one row, on meta tensors.
+
+    None if a model cannot run there.
+    """
+    models = {name: model for name, factory in task.models.items() if (model := on_meta(factory)) is not None}
+    row = {name: tensor[:1] for name, tensor in task.batch(0).items()}
+    batch = {name: tensor.to("meta") for name, tensor in row.items()}
+    try:
+        total = sum((flops.count(partial(update.loss, models, batch)) for update in task.updates), start=0)
+        return total / task.size(row)
+    except (NotImplementedError, RuntimeError, KeyError):
+        logging.getLogger("dtrain").warning(
+            "no operations are counted, so no MFU: a model does not run on meta tensors"
+        )
+        return None
+
+
+def facts(job: Job, trainer: Trainer, meter: Meter, peak_source: str) -> tuple[str, ...]:
+    """Lines for a person."""
+    parameters = sum(p.numel() for model in trainer.models.values() for p in model.parameters())
+    precision, config = job.plan.precision, job.config
+    weights = str(precision.weights_dtype).removeprefix("torch.")
+    data = ", ".join(
+        f"{key} {value:,}" if isinstance(value, int) else f"{key} {value}" for key, value in job.data.describe().items()
+    )
+    return (
+        f"model: {parameters:,} parameters; computes in {precision.compute}, weights in {weights}",
+        f"data: {data}",
+        f"batch: {config.global_batch_size} rows over {job.plan.row_parts} x "
+        f"{job.plan.micro_batches(config.global_batch_size, config.micro_batch_size)} micro-batches",
+        f"device: {job.plan.device.type}, {torch.get_num_threads()} threads a process; "
+        f"peak {(meter.peak_flops or math.nan) / 1e9:,.0f} GFLOP/s a rank ({peak_source})",
+    )
+
+
+def summary_of(
+    job: Job, world: World, strategy: str, figures: dict[str, Any], meter: Meter, peak_source: str
+) -> dict[str, Any]:
+    """The whole of a run for `summary.json`. A collective."""
+    peaks: list[int] = [0] * world.size
+    dist.all_gather_object(peaks, memory.peak_bytes(job.plan.device))
+    return {
+        "strategy": strategy,
+        "mesh": job.plan.degrees,
+        "world_size": world.size,
+        "steps": figures["step"],
+        "loss": figures["loss"],
+        "val_loss": figures.get("val_loss"),
+        **meter.summary(),
+        "peak_flops_source": peak_source,
+        "peak_memory_bytes": max(peaks),
+        "peak_memory_bytes_by_rank": peaks,
+        "tokens": figures["tokens"],
+        "data": job.data.describe(),
+        "environment": environment.describe(),
+        "config": asdict(job.config),
+    }

@@ -1,0 +1,62 @@
+"""The parts of a run, built and checked without any other process: most of a user's mistakes end here."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import partial
+
+from torch import nn
+
+from dtrain import launch
+from dtrain.batch import ModelFactory
+from dtrain.config import Config, make
+from dtrain.data.base import Data
+from dtrain.data.sources import Source
+from dtrain.data.tokenizer import Tokenizer
+from dtrain.launch import World
+from dtrain.plan import Plan
+from dtrain.precision import Precision
+from dtrain.report.base import Logger
+from dtrain.report.console import preparing
+from dtrain.strategy.base import Strategy
+from dtrain.task.base import Sizes, Task
+
+
+@dataclass(frozen=True)
+class Job:
+    """Everything of a run that can be made, and found wrong, without other processes."""
+
+    config: Config
+    data: Data
+    task: Task
+    plan: Plan
+    loggers: tuple[Logger, ...]
+
+
+def assemble(config: Config, world: World) -> Job:
+    """Build the parts and check them against each other and the world.
+
+    Raises:
+        ValueError: for every mistake of the configuration's that can be known here.
+    """
+    precision = Precision(compute=config.dtype, **config.precision)
+    strategies = [make(node, Strategy, f"strategy.{axis}") for axis, node in config.strategy.items()]
+    plan = Plan.of(
+        strategies, world.size, precision=precision, device=launch.device_of(config.device, world),
+        recompute=config.activation_checkpointing, compile=config.compile,
+    )  # fmt: skip
+    plan.micro_batches(config.global_batch_size, config.micro_batch_size)
+    loggers = tuple(make(node, Logger, f"logger.{name}") for name, node in config.logger.items())
+    data = make(config.data, Data, "data", parts=(Source, Tokenizer))
+    with preparing(data.name, shown=world.rank == 0) as progress:
+        data.prepare(progress)
+    sizes = Sizes(config.seed, config.global_batch_size, config.seq_len, config.eval.batches)
+    task = make(config.task, Task, "task", models=model_factories(config), data=data, sizes=sizes)
+    return Job(config, data, task, plan, loggers)
+
+
+def model_factories(config: Config) -> dict[str, ModelFactory]:
+    """The task's models by name: one, called `model`, or as many as the configuration names."""
+    if "_target_" in config.model:
+        return {"model": partial(make, config.model, nn.Module, "model")}
+    return {name: partial(make, node, nn.Module, f"model.{name}") for name, node in config.model.items()}

@@ -1,0 +1,104 @@
+"""The house's rules: dependencies run downwards only, files stay small, no word is said twice."""
+
+from __future__ import annotations
+
+import ast
+from pathlib import Path
+
+import pytest
+
+PACKAGE = Path(__file__).parent.parent / "dtrain"
+FILES = sorted(PACKAGE.rglob("*.py"))
+# What each room or file may import of ours, beyond its own room. What is not named here stands on top.
+BELOW = {
+    "layout": set(),
+    "batch": set(),
+    "precision": set(),
+    "measure": set(),
+    "data": set(),
+    "model": {"layout"},
+    "strategy": {"batch", "layout"},
+    "task": {"batch", "data", "initialize"},
+    "initialize": {"batch"},
+    "accumulate": {"batch"},
+    "optimizer": set(),
+    "checkpoint": set(),
+    "plan": {"accumulate", "batch", "initialize", "layout", "precision", "strategy.base"},
+    "train": {"optimizer", "plan", "task.base"},
+    "info": {"batch", "initialize", "layout", "measure", "precision"},
+    "launch": {"measure"},
+    "report": {"info"},
+    "compare": set(),
+    "config": set(),
+}
+LARGEST_FILE, LARGEST_FUNCTION, PACKAGE_LINES = 270, 45, 6000
+
+
+def name_of(file: Path) -> str:
+    return ".".join(file.relative_to(PACKAGE).with_suffix("").parts)
+
+
+def imports(file: Path) -> set[str]:
+    """Modules of ours that a file imports to run; those for types alone do not count."""
+    found: set[str] = set()
+
+    def visit(node: ast.AST) -> None:
+        if isinstance(node, ast.If) and getattr(node.test, "id", "") == "TYPE_CHECKING":
+            return
+        if isinstance(node, ast.ImportFrom) and node.module and node.module.split(".")[0] == "dtrain":
+            inner = node.module.removeprefix("dtrain").lstrip(".")
+            found.update({inner} if inner else {alias.name for alias in node.names})
+        for child in ast.iter_child_nodes(node):
+            visit(child)
+
+    visit(ast.parse(file.read_text()))
+    return found
+
+
+@pytest.mark.parametrize("file", FILES, ids=name_of)
+def test_dependencies_run_downwards(file: Path) -> None:
+    room = name_of(file).split(".")[0]
+    for imported in imports(file) if room in BELOW else ():
+        own = imported.split(".")[0] == room
+        assert own or imported in BELOW[room] or imported.split(".")[0] in BELOW[room], f"{room} imports {imported}"
+
+
+def test_models_import_torch_and_their_layout_alone() -> None:
+    for file in (PACKAGE / "model").glob("*.py"):
+        for node in ast.walk(ast.parse(file.read_text())):
+            if isinstance(node, ast.ImportFrom | ast.Import):
+                names = [node.module] if isinstance(node, ast.ImportFrom) else [alias.name for alias in node.names]
+                roots = {(name or "").split(".")[0] for name in names}
+                assert roots <= {"torch", "math", "functools", "collections", "dtrain", "__future__"}
+                assert all("distributed" not in (name or "") for name in names)
+
+
+def test_the_loop_names_no_strategy_and_no_task() -> None:
+    text = (PACKAGE / "train.py").read_text().lower()
+    strategies = {file.stem for file in (PACKAGE / "strategy").glob("*.py")} - {"__init__", "base"}
+    tasks = {file.stem for file in (PACKAGE / "task").glob("*.py")} - {"__init__", "base"}
+    code = "\n".join(line.split("#")[0] for line in text.splitlines())
+    assert not [name for name in strategies | tasks if f"{name}" in code.replace("replicated", "")]
+
+
+def test_each_strategy_has_its_file_its_yaml_and_its_picture() -> None:
+    yamls = {file.stem for file in (PACKAGE.parent / "configs" / "strategy").glob("*.yaml")}
+    for file in (PACKAGE / "strategy").glob("*.py"):
+        if file.stem in ("__init__", "base"):
+            continue
+        docstring = ast.get_docstring(ast.parse(file.read_text())) or ""
+        assert file.stem in yamls
+        assert "    " in docstring and "Cost" in docstring and "Source" in docstring, f"{file.name} lacks its story"
+
+
+def test_files_and_functions_stay_small() -> None:
+    total = 0
+    for file in FILES:
+        lines = file.read_text().count("\n")
+        total += lines
+        assert lines <= LARGEST_FILE, f"{name_of(file)} has {lines} lines"
+        for node in ast.walk(ast.parse(file.read_text())):
+            if isinstance(node, ast.FunctionDef):
+                length = (node.end_lineno or 0) - node.lineno
+                assert length <= LARGEST_FUNCTION, f"{name_of(file)}.{node.name} has {length} lines"
+    assert total <= PACKAGE_LINES

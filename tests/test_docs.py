@@ -1,0 +1,45 @@
+"""What the documents say to type can be typed."""
+
+from __future__ import annotations
+
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+from hydra import compose, initialize_config_dir
+
+from dtrain.config import register
+
+ROOT = Path(__file__).parent.parent
+TEXTS = [ROOT / "README.md", *ROOT.glob("docs/*.md"), ROOT / "CONTRIBUTING.md", *ROOT.glob("configs/**/*.yaml")]
+
+
+def commands() -> list[tuple[str, list[str]]]:
+    found = []
+    for text in TEXTS:
+        for line in text.read_text().splitlines():
+            if match := re.search(r"(?:python|torchrun) .*?scripts/(\w+)\.py ?([^`#]*)", line):
+                script, rest = match.groups()
+                found.append((script, [word for word in shlex.split(rest) if not word.startswith("-")]))
+    return found
+
+
+@pytest.mark.parametrize(("script", "overrides"), commands(), ids=str)
+def test_every_command_of_the_documents_composes(script: str, overrides: list[str]) -> None:
+    register()
+    assert (ROOT / "scripts" / f"{script}.py").exists()
+    single = [o for o in overrides if "," not in o or "[" in o]  # the others are sweeps
+    with initialize_config_dir(str(ROOT / "configs"), version_base="1.3"):
+        assert compose(script, overrides=[o for o in single if not o.startswith("hydra.")]).steps >= 1
+
+
+def test_every_link_of_the_documents_is_there() -> None:
+    for text in TEXTS:
+        for target in re.findall(r"\]\(([^)#]+)\)", text.read_text()):
+            assert target.startswith("http") or (text.parent / target).exists(), f"{text.name}: {target}"
+
+
+def test_the_makefile_has_what_the_readme_names() -> None:
+    targets = re.findall(r"^(\w+):", (ROOT / "Makefile").read_text(), re.M)
+    assert {"demo", "test"} <= set(targets)
