@@ -35,7 +35,7 @@ class NextToken(Task):
 
     def __init__(self, rows: int = ROWS, **model: Any) -> None:
         self.rows = rows
-        settings = {"d_model": 24, "n_layers": 3, "n_heads": 4, "bias": False, "causal": self.causal, **model}
+        settings = {"d_model": 24, "n_layers": 2, "n_heads": 4, "bias": False, "causal": self.causal, **model}
         self.models = {"model": partial(Transformer, VOCAB, CONTEXT, **settings)}
         self.updates = (Supervised("model", ("tokens", "positions"), cross_entropy, valid, correct),)
 

@@ -219,9 +219,8 @@ def test_an_unwritable_folder_ends_all_ranks_with_one_line(tmp_path: Path, cache
 
 
 @pytest.mark.slow
-def test_a_damaged_checkpoint_ends_all_ranks_with_one_line(tmp_path: Path, cache: Path) -> None:
-    ran = start([*PYTHON, *TINY, "checkpoint.every=1", "hydra.run.dir=run"], tmp_path, cache)
-    assert ran.returncode == 0, ran.stderr
+def test_a_damaged_checkpoint_ends_all_ranks_with_one_line(call, tmp_path: Path, cache: Path) -> None:
+    assert call(*TINY, "checkpoint.every=1", "hydra.run.dir=run")[0] == 0
     shard = next((tmp_path / "run" / "checkpoints" / "latest").resolve().glob("shard-*"))
     shard.write_bytes(shard.read_bytes()[:-1])
     resume = [*TINY, "steps=5", "strategy=fsdp", "launch.nproc=2", "hydra.run.dir=run", "resume=latest"]
