@@ -188,6 +188,9 @@ def test_initial_weights_are_gpt2s() -> None:
     [
         ({"n_heads": 5}, "n_heads=5 does not divide d_model=48: use 1, 2, 3, 4, 6, 8, 12, 16, 24, 48"),
         ({"n_kv_heads": 3}, "n_kv_heads=3 does not divide n_heads=4"),
+        ({"n_kv_heads": 0}, "n_kv_heads=0 must be at least 1"),
+        ({"d_ff": 0}, "d_ff=0 must be at least 1"),
+        ({"segments": -1}, "segments=-1 must be at least 0"),
         ({"n_layers": 0}, "n_layers=0 must be at least 1"),
         ({"d_model": -4}, "d_model=-4 must be at least 1"),
         ({"norm": "batchnorm"}, "norm=batchnorm is unknown: use layernorm, rmsnorm"),

@@ -6,7 +6,7 @@
 B batch, T tokens, C width (`d_model`), H query heads, G key and value heads, D = C / H, V vocabulary.
 
 Sources: Vaswani et al. 2017 (1706.03762); Radford et al. 2019 (GPT-2: pre-norm, scaled residuals);
-Devlin et al. 2018 (1810.04805: post-norm, segments); Su et al. 2021 (2104.09864: rotary positions);
+Devlin et al. 2018 (1810.04805: post-norm, segments);
 Ainslie et al. 2023 (2305.13245: grouped queries); Shazeer 2020 (2002.05202: SwiGLU).
 """
 
@@ -21,6 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dtrain.layout import Layout
+from dtrain.model.rotary import Rotary, rotary_table, rotate
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "gelu": F.gelu,
@@ -30,8 +31,6 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
 NORMS = {"layernorm": nn.LayerNorm, "rmsnorm": nn.RMSNorm}
 POSITIONS = ("learned", "rotary")
 INITIAL_STD = 0.02
-
-Rotary = tuple[Tensor, Tensor]  # cosine and sine, each (B, 1, T, D)
 
 
 class Embedding(nn.Module):
@@ -179,10 +178,11 @@ class Transformer(nn.Module):
         head_transform: bool = False, dropout: float = 0.0,
     ) -> None:  # fmt: skip
         super().__init__()
-        n_kv_heads, d_ff = n_kv_heads or n_heads, d_ff or 4 * d_model
+        n_kv_heads = n_heads if n_kv_heads is None else n_kv_heads
+        d_ff = 4 * d_model if d_ff is None else d_ff
         sizes = dict(vocab_size=vocab_size, context=context, d_model=d_model, n_layers=n_layers,
                      n_heads=n_heads, n_kv_heads=n_kv_heads, d_ff=d_ff)  # fmt: skip
-        _check(sizes, norm=norm, activation=activation, position=position)
+        _check(sizes, segments, norm=norm, activation=activation, position=position)
         self.vocab_size, self.context, self.causal = vocab_size, context, causal
         self.n_layers, self.head_dim = n_layers, d_model // n_heads
         self.rope_theta = rope_theta if position == "rotary" else None
@@ -229,25 +229,12 @@ class Transformer(nn.Module):
             values.normal_(0.0, std, generator=generator)
 
 
-def rotary_table(positions: Tensor, head_dim: int, theta: float) -> Rotary:
-    """Cosine and sine of every position's angles, in fp32 at least: (B, T) -> 2 x (B, 1, T, D)."""
-    exponents = torch.arange(0, head_dim, 2, device=positions.device, dtype=torch.float32) / head_dim
-    angles = positions.unsqueeze(-1).float() / theta**exponents
-    angles = torch.cat((angles, angles), dim=-1).unsqueeze(1)
-    return angles.cos(), angles.sin()
-
-
-def rotate(x: Tensor, rotary: Rotary) -> Tensor:
-    """Turn each pair (x[i], x[i + D/2]) by its position's angle: (B, H, T, D) -> same."""
-    cosine, sine = (table.to(x.dtype) for table in rotary)
-    left, right = x.chunk(2, dim=-1)
-    return x * cosine + torch.cat((-right, left), dim=-1) * sine
-
-
-def _check(sizes: dict[str, int], *, norm: str, activation: str, position: str) -> None:
+def _check(sizes: dict[str, int], segments: int, *, norm: str, activation: str, position: str) -> None:
     for name, size in sizes.items():
         if size < 1:
             raise ValueError(f"model.{name}={size} must be at least 1")
+    if segments < 0:
+        raise ValueError(f"model.segments={segments} must be at least 0")
     d_model, heads, kv_heads = sizes["d_model"], sizes["n_heads"], sizes["n_kv_heads"]
     if d_model % heads:
         raise ValueError(f"model.n_heads={heads} does not divide d_model={d_model}: use {_divisors(d_model)}")
