@@ -12,6 +12,7 @@ renamed: a kill at any moment leaves the ones before it as they were. The folder
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 import os
 import shutil
@@ -25,6 +26,7 @@ import torch.distributed.checkpoint as dcp
 from safetensors import SafetensorError
 from torch import Tensor
 from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader, HuggingFaceStorageWriter
+from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
 
 MANIFEST = "checkpoint.json"
 PARTIAL = ".partial-"
@@ -45,6 +47,7 @@ class Checkpoints:
         self.folder, self.keep_last, self.asynchronous = folder, keep_last, asynchronous
         # A group of its own: a thread's collectives must not mix with the training's.
         self._group = dist.new_group(backend="gloo")
+        self._stager = DefaultStager(StagingOptions(False, False, False, False))  # plain copies in host memory
         self._thread: threading.Thread | None = None
         self._error: BaseException | None = None
         agree(self._clear)
@@ -62,7 +65,7 @@ class Checkpoints:
         """
         self.wait()
         if self.asynchronous:
-            copies = {name: tensor.detach().clone() for name, tensor in tensors.items()}
+            copies = self._stager.stage(tensors)
             self._thread = threading.Thread(target=self._write_guarded, args=(step, copies, about))
             self._thread.start()
         else:
@@ -98,7 +101,10 @@ class Checkpoints:
         _write_synced(partial / MANIFEST, {"version": VERSION, "step": step, **about, "files": files})
         _sync(partial)
         final = self.folder / f"step-{step:08d}"
-        shutil.rmtree(final, ignore_errors=True)  # a resumed run comes by the same step again
+        for again in itertools.count(2):  # a resumed run comes by the same step again: nothing is replaced
+            if not final.exists():
+                break
+            final = self.folder / f"step-{step:08d}-{again}"
         partial.rename(final)
         pointer = self.folder / f"{PARTIAL}latest"
         pointer.unlink(missing_ok=True)
@@ -143,14 +149,14 @@ def find(resume: str, run_folder: Path, outputs: Path, *, fallback: bool, note: 
     if resume == "latest":
         found = _whole(run_folder / "checkpoints")
         if not found:
-            latest = [p.resolve() for p in outputs.glob("**/checkpoints/latest") if (p / MANIFEST).exists()]
-            found = sorted(latest, key=lambda p: (p / MANIFEST).stat().st_mtime)
+            runs = [_whole(p.parent) for p in outputs.glob("**/checkpoints/latest")]
+            found = max((run for run in runs if run), key=lambda run: _written(run[-1]), default=[])
         where = f"{run_folder} or below {outputs}"
     else:
         path = Path(resume).expanduser()
         if (path / MANIFEST).exists():
-            path = path.resolve()
-            found = [p for p in _whole(path.parent) if p <= path] or [path]
+            path, written = path.resolve(), _whole(path.resolve().parent)
+            found = written[: written.index(path) + 1] if path in written else [path]
         else:
             found = _whole(path / "checkpoints") or _whole(path)
         where = str(path)
@@ -213,8 +219,12 @@ def agree(function: Callable[[], T], group: dist.ProcessGroup | None = None) -> 
 
 
 def _whole(folder: Path) -> list[Path]:
-    """The published checkpoints of a folder, oldest first."""
-    return sorted(p.resolve() for p in folder.glob("step-*") if (p / MANIFEST).exists())
+    """The published checkpoints of a folder, in the order in which they were written."""
+    return sorted((p.resolve() for p in folder.glob("step-*") if (p / MANIFEST).exists()), key=_written)
+
+
+def _written(path: Path) -> tuple[int, str]:
+    return (path / MANIFEST).stat().st_mtime_ns, path.name
 
 
 def _describe(file: Path) -> dict[str, Any]:

@@ -14,6 +14,7 @@ import pytest
 from cases import Case, Outcome, trainer, whole
 
 from dtrain.checkpoint import Checkpoints, about, find, load, verify
+from dtrain.strategy.base import local
 
 STEPS, SAVED_AT = 8, 4
 EXACT, CROSS = 0.0, 1e-12  # the same strategy: bit for bit; another one: rounding in fp64
@@ -73,6 +74,17 @@ def _several(folder: str, steps: list[int], keep_last: int) -> None:
         checkpoints.save(step, made.state(), {"tokens": 0})
 
 
+def _staged_apart(folder: str) -> bool:
+    made = trainer(Case("next_token", "fsdp", steps=1), 2)
+    tensors = {name: local(tensor) for name, tensor in made.state().items()}
+    staged = Checkpoints(Path(folder), keep_last=1, asynchronous=True)._stager.stage(made.state())
+    return all(local(staged[name]).data_ptr() != t.data_ptr() for name, t in tensors.items() if t.numel())
+
+
+def test_an_asynchronous_save_copies_every_tensor(world, tmp_path: Path) -> None:
+    assert world(2).run(_staged_apart, str(tmp_path)) == [True, True]
+
+
 @pytest.fixture
 def three(world, tmp_path: Path) -> Path:
     world(2).run(_several, str(tmp_path), [1, 2, 3], 3)
@@ -83,6 +95,13 @@ def test_only_the_last_are_kept_and_latest_points_at_the_newest(world, three: Pa
     world(2).run(_several, str(three), [4], 2)
     assert sorted(p.name for p in three.iterdir()) == ["latest", "step-00000003", "step-00000004"]
     assert (three / "latest").resolve().name == "step-00000004"
+
+
+def test_a_run_resumed_from_an_earlier_one_is_the_newest(world, three: Path) -> None:
+    """Step 2 again, after 3: nothing is replaced, the new one is the latest, and the oldest goes first."""
+    world(2).run(_several, str(three), [2], 3)
+    assert sorted(p.name for p in three.glob("step-*")) == ["step-00000002", "step-00000002-2", "step-00000003"]
+    assert find(str(three), three, three, fallback=False, note=print).name == "step-00000002-2"
 
 
 def test_leftovers_of_a_killed_save_are_cleared(world, three: Path) -> None:
