@@ -16,7 +16,7 @@ lint: $(VENV)/.test
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/mypy
 
-# torch first and pinned: an unpinned one may bring gigabytes that a demonstration does not need.
+# torch first, by its pin: otherwise another package's range may choose a newer build.
 $(VENV)/.run: pyproject.toml constraints.txt
 	test -x $(VENV)/bin/python || $(PYTHON) -m venv $(VENV)
 	$(PIP) torch

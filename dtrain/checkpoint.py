@@ -55,7 +55,7 @@ class Checkpoints:
     def _clear(self) -> None:
         self.folder.mkdir(parents=True, exist_ok=True)
         for left in self.folder.glob(f"{PARTIAL}*"):
-            shutil.rmtree(left)
+            left.unlink() if left.is_symlink() else shutil.rmtree(left)
 
     def save(self, step: int, tensors: dict[str, Tensor], about: dict[str, Any]) -> None:
         """Write the tensors and `about` (JSON) as the state before `step`.
@@ -130,7 +130,8 @@ def load(path: Path, tensors: dict[str, Tensor]) -> None:
         ours |= part
     for name in sorted(ours | saved, key=lambda n: (n.startswith("optimizer."), n)):
         if ours.get(name) != saved.get(name):
-            raise ValueError(f"{path} is of another model: {name} is {saved.get(name, 'absent')} there, "
+            kind = "optimizer" if name.startswith("optimizer.") else "model"
+            raise ValueError(f"{path} is of another {kind}: {name} is {saved.get(name, 'absent')} there, "
                              f"{ours.get(name, 'absent')} here")  # fmt: skip
     dcp.load(tensors, storage_reader=reader)
 

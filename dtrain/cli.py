@@ -37,6 +37,7 @@ from dtrain.train import NonFinite
 CONFIGS = Path(__file__).resolve().parent.parent / "configs"
 USAGE = 2  # exit status for a mistake of the user's
 FAILED = 1  # and for a run that broke off
+INTERRUPTED = 130
 MISTAKES = (ValueError, OSError, NonFinite, HydraException, OmegaConfBaseException)
 GRACE_S = 3.0  # how long other ranks leave to rank 0 to say what is wrong, before torchrun stops it for their exit
 
@@ -83,16 +84,19 @@ def compare(config: DictConfig) -> None:
     runtime = HydraConfig.get().overrides
     own = [o for o in runtime.task if o.split("=")[0] not in ("strategies", "baseline", "strategy")]
 
-    def start_one(name: str, folder: Path) -> dict[str, Any]:
+    def configure(name: str) -> DictConfig:
         choice = f"[{name.replace('+', ',')}]" if "+" in name else name
         composed = compose("compare", overrides=[*own, f"strategy={choice}"])
-        composed.logger = {"files": composed.logger.files}
+        composed.logger = {"files": {"_target_": "dtrain.report.files.Files"}}  # the table is the console here
         if not composed.strategy:
             composed.launch.nproc = 1
-        return start(composed, folder, name)
+        return composed
 
+    configs = {name: configure(name) for name in [settings.baseline, *settings.strategies]}
     folder = Path(HydraConfig.get().runtime.output_dir)
-    run_all(settings.strategies, settings.baseline, settings.steps, folder, start_one)
+    rows = run_all(list(configs), settings.steps, folder, lambda name, place: start(configs[name], place, name))
+    if any(row.failed for row in rows):
+        sys.exit(FAILED)
 
 
 def start(config: DictConfig, folder: Path, name: str) -> dict[str, Any]:
@@ -106,17 +110,15 @@ def start(config: DictConfig, folder: Path, name: str) -> dict[str, Any]:
     nproc = settings.launch.nproc
     assemble(settings, World(0, nproc, 0, nproc))
     plain = OmegaConf.to_yaml(config, resolve=True)
-    return spawn(_rank, plain, folder, name, nproc=nproc, port=settings.launch.port)
+    return spawn(_rank, type(settings), plain, folder, name, nproc=nproc, port=settings.launch.port)
 
 
-def _rank(plain: str, folder: Path, name: str) -> dict[str, Any]:
+def _rank(schema: type[Config], plain: str, folder: Path, name: str) -> dict[str, Any]:
     """What a rank that `start` has started does."""
     world = World.of_environment()
     assert world is not None
     with _explaining("train"):
-        config = OmegaConf.merge(
-            OmegaConf.structured(Comparison if "strategies:" in plain else Config), OmegaConf.create(plain)
-        )
+        config = OmegaConf.merge(OmegaConf.structured(schema), OmegaConf.create(plain))
         assert isinstance(config, DictConfig)
         try:
             return run(checked(config), world, folder, name)
@@ -150,8 +152,12 @@ def _explaining(config_name: str) -> Iterator[None]:
         yield
     except MISTAKES as error:
         _exit(explain(error, config_name), FAILED if isinstance(error, NonFinite) else USAGE)
-    except RanksFailed:
-        sys.exit(FAILED)  # the rank that failed has said why
+    except RanksFailed as error:
+        if error.status > 0:  # the rank that failed has said why
+            sys.exit(error.status)
+        _exit(str(error), FAILED)
+    except KeyboardInterrupt:
+        _exit("interrupted", INTERRUPTED)
 
 
 def explain(error: BaseException, config_name: str) -> str:

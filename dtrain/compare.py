@@ -25,6 +25,7 @@ class Row:
 
     strategy: str
     reason: str = ""
+    failed: bool = False  # it broke off; False beside a reason: it is not possible here
     world_size: int = 0
     loss: float = 0.0
     loss_difference: float | None = None  # the greatest over all steps, against the baseline
@@ -33,22 +34,26 @@ class Row:
     peak_memory_bytes: int = 0
 
 
-def compare(strategies: list[str], baseline: str, steps: int, folder: Path, start: Start) -> list[Row]:
-    """Run each strategy once, with progress on the console; write `results.json` and return the rows."""
+def compare(strategies: list[str], steps: int, folder: Path, start: Start) -> list[Row]:
+    """Run each strategy once, with progress on the console; write `results.json` and return the rows.
+
+    The first strategy is the baseline: losses are held against its own.
+    """
+    baseline = strategies[0]
     console = Console(highlight=False)
     columns = (TextColumn("{task.description:<12}"), BarColumn(), MofNCompleteColumn(),
                TimeElapsedColumn(), TextColumn("{task.fields[figures]}"))  # fmt: skip
     rows: list[Row] = []
     curves: dict[str, list[float]] = {}
     with Progress(*columns, console=console) as progress:
-        for name in [baseline, *(s for s in strategies if s != baseline)]:
+        for name in strategies:
             bar = progress.add_task(name, total=steps, figures="starting")
             place = folder / name
             try:
                 with _following(place / "metrics.jsonl", progress, bar):
                     summary = start(name, place)
             except (ValueError, RuntimeError) as error:
-                rows.append(Row(name, reason=str(error)))
+                rows.append(Row(name, reason=str(error), failed=isinstance(error, RuntimeError)))
                 progress.update(bar, figures="not possible here" if isinstance(error, ValueError) else "failed")
                 continue
             curves[name] = [step["loss"] for step in _read(place / "metrics.jsonl")]

@@ -7,7 +7,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields, is_dataclass
-from typing import Any, TypeVar
+from inspect import signature
+from typing import Any, TypeVar, get_args, get_type_hints
 
 from hydra.core.config_store import ConfigStore
 from hydra.errors import InstantiationException
@@ -148,23 +149,51 @@ def make(node: Mapping[str, Any], kind: type[T], where: str, *, parts: tuple[typ
     Raises:
         ValueError: no such class, one of another kind, or arguments that it refuses.
     """
-    _check_target(node, (kind,), where)
-    for name, child in node.items():
-        if isinstance(child, Mapping) and "_target_" in child:
-            _check_target(child, parts, f"{where}.{name}")
+    target = _check_target(node, (kind,), where)
+    _check_nested(node, parts, where)
+    _check_arguments(target, _arguments(node), arguments, where)
     try:
         # In two steps: what goes through `instantiate` is turned into plain containers.
         return instantiate({**node, "_partial_": True}, _convert_="all")(**arguments)
-    except TypeError as error:
-        raise ValueError(f"{where}: {error}") from error
     except InstantiationException as error:  # of a node within
-        if isinstance(error.__cause__, ValueError):
-            raise error.__cause__ from None
+        if isinstance(error.__cause__, ValueError | TypeError):
+            raise ValueError(f"{where}: {error.__cause__}") from None
         raise
 
 
-def _check_target(node: Mapping[str, Any], kinds: tuple[type, ...], where: str) -> None:
-    target = node.get("_target_")
+def _check_nested(node: Any, parts: tuple[type, ...], where: str) -> None:
+    children = node.items() if isinstance(node, Mapping) else enumerate(node)
+    for name, child in children:
+        if isinstance(child, Mapping) and "_target_" in child:
+            found = _check_target(child, parts, f"{where}.{name}")
+            _check_arguments(found, _arguments(child), {}, f"{where}.{name}")
+        if isinstance(child, Mapping | list):
+            _check_nested(child, parts, f"{where}.{name}")
+
+
+def _arguments(node: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in node.items() if not name.startswith("_")}
+
+
+def _check_arguments(target: type, given: dict[str, Any], more: dict[str, Any], where: str) -> None:
+    """Names and plain types of what a constructor is given, as far as its signature tells them."""
+    try:
+        signature(target).bind(**given, **more)
+    except TypeError as error:
+        raise ValueError(f"{where}: {error}") from None
+    hints = get_type_hints(getattr(target, "__init__"))  # noqa: B009  mypy forbids the plain form
+    for name, value in given.items():
+        allowed = get_args(hints.get(name)) or (hints.get(name, object),)
+        if object in allowed or Any in allowed or type(value) not in (str, bool, int, float):
+            continue
+        fits = type(value) in allowed or (type(value) is int and float in allowed)
+        if not fits and any(kind in allowed for kind in (str, bool, int, float)):
+            wanted = " or ".join("null" if kind is type(None) else kind.__name__ for kind in allowed)
+            raise ValueError(f"{where}.{name}={value} must be {wanted}, not {type(value).__name__}")
+
+
+def _check_target(node: Any, kinds: tuple[type, ...], where: str) -> type:
+    target = node.get("_target_") if isinstance(node, Mapping) else None
     if not isinstance(target, str):
         raise ValueError(f"{where} has no _target_: nothing says what to build")
     try:
@@ -175,3 +204,4 @@ def _check_target(node: Mapping[str, Any], kinds: tuple[type, ...], where: str) 
     if not (isinstance(found, type) and issubclass(found, kinds)):
         wanted = " or ".join(kind.__name__ for kind in kinds) or "part of it"
         raise ValueError(f"{where}._target_={target} is not a {wanted}")
+    return found

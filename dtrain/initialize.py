@@ -12,7 +12,8 @@ import hashlib
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.distributed.tensor import DTensor
+from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
 from dtrain.batch import ModelFactory
 
@@ -66,8 +67,11 @@ def _generator(seed: int, name: str) -> torch.Generator:
 
 
 def _place(values: Tensor, like: nn.Parameter, device: torch.device) -> nn.Parameter:
-    """The whole `values`, or this rank's shard of them, placed as `like` is."""
+    """The whole `values`, or this rank's shard of them, placed as `like` is; cut on the host."""
     if isinstance(like, DTensor):
-        values = distribute_tensor(values, like.device_mesh, like.placements, src_data_rank=None)
-        return nn.Parameter(values, requires_grad=like.requires_grad)
+        made = torch.empty_like(like.detach(), device=device, dtype=values.dtype)
+        shape, offset = compute_local_shape_and_global_offset(like.shape, like.device_mesh, like.placements)
+        assert isinstance(made, DTensor)
+        made.to_local().copy_(values[tuple(slice(o, o + n) for o, n in zip(offset, shape, strict=True))])
+        return nn.Parameter(made, requires_grad=like.requires_grad)
     return nn.Parameter(values.to(device), requires_grad=like.requires_grad)

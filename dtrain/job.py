@@ -16,7 +16,7 @@ from dtrain.data.tokenizer import Tokenizer
 from dtrain.launch import World
 from dtrain.plan import Plan
 from dtrain.precision import Precision
-from dtrain.report.base import Logger
+from dtrain.report.base import All, Logger
 from dtrain.report.console import preparing
 from dtrain.strategy.base import Strategy
 from dtrain.task.base import Sizes, Task
@@ -30,7 +30,7 @@ class Job:
     data: Data
     task: Task
     plan: Plan
-    loggers: tuple[Logger, ...]
+    logger: Logger
 
 
 def assemble(config: Config, world: World) -> Job:
@@ -46,13 +46,13 @@ def assemble(config: Config, world: World) -> Job:
         recompute=config.activation_checkpointing, compile=config.compile,
     )  # fmt: skip
     plan.micro_batches(config.global_batch_size, config.micro_batch_size)
-    loggers = tuple(make(node, Logger, f"logger.{name}") for name, node in config.logger.items())
+    logger = All([make(node, Logger, f"logger.{name}") for name, node in config.logger.items()])
     data = make(config.data, Data, "data", parts=(Source, Tokenizer))
     with preparing(data.name, shown=world.rank == 0) as progress:
         data.prepare(progress)
     sizes = Sizes(config.seed, config.global_batch_size, config.seq_len, config.eval.batches)
     task = make(config.task, Task, "task", models=model_factories(config), data=data, sizes=sizes)
-    return Job(config, data, task, plan, loggers)
+    return Job(config, data, task, plan, logger)
 
 
 def model_factories(config: Config) -> dict[str, ModelFactory]:

@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch.distributed.elastic.multiprocessing.api import SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
@@ -24,7 +25,16 @@ from dtrain.measure.environment import cores
 
 
 class RanksFailed(RuntimeError):
-    """Ranks that this process has started ended with an error, which they have said themselves."""
+    """Ranks that this process has started ended with an error, which they have said themselves if they could.
+
+    Attributes:
+        status: the exit status of the rank that failed first; negative: the signal that ended it.
+    """
+
+    def __init__(self, rank: int, status: int) -> None:
+        ending = f"signal {-status}" if status < 0 else f"exit status {status}"
+        super().__init__(f"rank {rank} ended with {ending}")
+        self.status = status
 
 
 @dataclass(frozen=True)
@@ -83,12 +93,13 @@ def connected(world: World, device: torch.device, *, threads: int | None, timeou
     torch.set_num_threads(threads or max(1, cores() // world.local_size))
     if device.type == "cuda":
         torch.cuda.set_device(device)
+        torch.cuda.init()
     settings: dict[str, Any] = {"timeout": timedelta(seconds=timeout_s)}
     if world.size == 1:
         settings |= {"store": dist.HashStore(), "rank": 0, "world_size": 1}  # nobody to find: no port
     try:
         dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo", **settings)
-    except dist.DistNetworkError as error:
+    except (dist.DistNetworkError, dist.DistStoreError) as error:
         address = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
         if "EADDRINUSE" in str(error):
             raise ValueError(
@@ -129,8 +140,6 @@ def spawn(function: Callable[..., Any], *arguments: Any, nproc: int, port: int =
         return elastic_launch(config, function)(*arguments)[0]
     except ChildFailedError as error:
         rank, failure = error.get_first_failure()
-        raise RanksFailed(f"rank {rank} ended with {_ending(failure.exitcode)}") from error
-
-
-def _ending(code: int) -> str:
-    return f"signal {-code}" if code < 0 else f"exit status {code}"
+        raise RanksFailed(rank, failure.exitcode) from error
+    except SignalException as error:
+        raise KeyboardInterrupt from error

@@ -8,26 +8,24 @@ Between `fsdp` and `cp` the parameters get their values: before, they have shape
 
 from __future__ import annotations
 
-from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from math import prod
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
-from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 from torch.utils.checkpoint import checkpoint
 
 from dtrain.accumulate import Accumulate
 from dtrain.batch import Batch, ModelFactory, Models
+from dtrain.degrees import fill
 from dtrain.initialize import build, materialize
 from dtrain.layout import blocks_of
 from dtrain.precision import Precision
-from dtrain.strategy.base import REST, Executor, Strategy, local
+from dtrain.strategy.base import Executor, Strategy
 
 MESH_ORDER = ("pp", "dp", "fsdp", "cp", "tp")
 BEFORE_VALUES = ("pp", "tp", "fsdp")
@@ -94,6 +92,11 @@ class Plan:
         """Ranks along each axis in use, outermost first."""
         return {axis: s.degree for axis in MESH_ORDER if (s := self.on(axis))}
 
+    @property
+    def storage(self) -> torch.device:
+        """Where parameters are kept: host memory if a strategy offloads them."""
+        return torch.device("cpu") if any(s.offloads for s in self.strategies) else self.device
+
     def on(self, axis: str) -> Strategy | None:
         """The strategy of this axis, if any."""
         return next((s for s in self.strategies if s.axis == axis), None)
@@ -133,6 +136,7 @@ class Plan:
     def parallelize(self, factory: ModelFactory, seed: int) -> nn.Module:
         """Build the model this rank trains. A collective."""
         model = build(factory, seed)
+        self._check_model(model)
         self._apply(("pp", "tp"), model)
         for block in blocks_of(model):
             if self.recompute:
@@ -140,11 +144,23 @@ class Plan:
             if self.compile:
                 block.compile()
         model = self._apply(("fsdp",), model)
-        materialize(model, seed, self.device, self.precision.weights_dtype)
+        materialize(model, seed, self.storage, self.precision.weights_dtype)
         model = self._apply(AFTER_VALUES, model)
         for strategy in self.strategies:
             strategy.verify(model, self)
         return model
+
+    def _check_model(self, model: nn.Module) -> None:
+        """Refuse what would train wrong, or not do what was asked."""
+        name = type(model).__name__
+        if self.parts > 1 and any(isinstance(m, nn.modules.batchnorm._BatchNorm) for m in model.modules()):
+            raise ValueError(
+                f"{name} has batch norm, whose statistics would be those of one rank's part of the batch: "
+                f"use GroupNorm or LayerNorm, or one process"
+            )
+        if (self.recompute or self.compile) and not blocks_of(model):
+            asked = "activation_checkpointing" if self.recompute else "compile"
+            raise ValueError(f"{asked}=true acts on a model's blocks, and {name} names none in a Layout")
 
     def _apply(self, axes: Sequence[str], model: nn.Module) -> nn.Module:
         for strategy in self.strategies:
@@ -185,69 +201,3 @@ class Plan:
         for strategy in self.strategies:
             value = strategy.total(value, self)
         return value
-
-    def clip(self, model: nn.Module, max_norm: float | None) -> Tensor:
-        """Scale the gradients to at most `max_norm` (None: leave them); return the whole model's norm.
-
-        `torch.nn.utils.clip_grad_norm_` refuses a mix of plain and distributed tensors and gathers the
-        norm of each parameter by itself; here one number travels for each way of sharding.
-        """
-        gradients = [p.grad for p in model.parameters() if p.grad is not None]
-        norm = self._norm(gradients)
-        if max_norm is not None:
-            factor = (max_norm / (norm + 1e-6)).clamp(max=1.0)
-            for gradient in gradients:
-                part = local(gradient)
-                part.mul_(factor.to(part.device))
-        return norm
-
-    def _norm(self, gradients: list[Tensor]) -> Tensor:
-        groups: dict[tuple[str, ...], list[Tensor]] = defaultdict(list)
-        for gradient in gradients:
-            groups[_sharded_over(gradient)].append(local(gradient))
-        square = torch.zeros((), device=self.device, dtype=torch.float64)
-        for axes, parts in sorted(groups.items()):  # a mesh of its own order on each rank would hang
-            part = torch.nn.utils.get_total_norm(parts).to(square).square()
-            for axis in axes:
-                dist.all_reduce(part, group=self.mesh[axis].get_group())
-            square += part
-        if self.on("pp"):
-            dist.all_reduce(square, group=self.mesh["pp"].get_group())
-        return square.sqrt()
-
-
-def _sharded_over(tensor: Tensor) -> tuple[str, ...]:
-    """The mesh axes over which a tensor is divided."""
-    if not isinstance(tensor, DTensor):
-        return ()
-    names = tensor.device_mesh.mesh_dim_names or ()
-    return tuple(name for name, p in zip(names, tensor.placements, strict=True) if not p.is_replicate())
-
-
-def fill(degrees: dict[str, int], world_size: int) -> dict[str, int]:
-    """Replace each -1 by its share of the ranks that the other axes leave; inner axes get the larger shares.
-
-    Raises:
-        ValueError: the degrees cannot fill the world exactly.
-    """
-    for axis, degree in degrees.items():
-        if degree != REST and degree < 1:
-            raise ValueError(f"strategy.{axis}.degree={degree} must be at least 1, or -1 for the rest of the world")
-    asked = " x ".join(f"{axis}={'rest' if d == REST else d}" for axis, d in degrees.items()) or "single"
-    fixed = prod(d for d in degrees.values() if d != REST)
-    rest, free = world_size // fixed, [axis for axis, d in degrees.items() if d == REST]
-    if fixed * rest != world_size or (rest > 1 and not free):
-        hint = " (choose a strategy: ddp, fsdp, ...)" if not degrees else ""
-        raise ValueError(f"strategy {asked} uses {'a multiple of ' if free else ''}{fixed} "
-                         f"{'rank' if fixed == 1 else 'ranks'}, the job has {world_size}{hint}")  # fmt: skip
-    filled = dict(degrees)
-    for left, axis in zip(range(len(free), 0, -1), reversed(free), strict=True):
-        filled[axis] = next(d for d in range(1, rest + 1) if rest % d == 0 and d**left >= rest)
-        rest //= filled[axis]
-    if len(free) > 1 and any(filled[axis] == 1 for axis in free):
-        least = fixed * 2 ** len(free)
-        raise ValueError(
-            f"strategy {asked} needs at least 2 ranks on each of {' and '.join(free)}: {least} or more in all, the "
-            f"job has {world_size}; or set strategy.{free[0]}.degree"
-        )
-    return filled

@@ -13,12 +13,19 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp64": torch.float64}
 
 @dataclass(frozen=True)
 class Precision:
-    """Mixed precision: matrix products in `compute`, weights and optimizer states in `weights`.
+    """Everything in one format, or mixed: matrix products in bf16, weights and optimizer states in fp32.
+
+    Mixed precision has two ways, both torch's. Under single and ddp autocast casts the inputs of each
+    product; activations between blocks stay in fp32. Under fsdp and replicate weights travel in bf16, and
+    activations between blocks are bf16 too. Their losses differ by bf16's rounding.
 
     Args:
         compute: fp32, bf16 or fp64.
         weights: the same names; None: fp32, or `compute` where that is wider.
-        reduce: format in which sharded gradients are summed; None: that of the weights.
+        reduce: format in which fsdp and replicate sum gradients; None: that of the weights.
+
+    Raises:
+        ValueError: an unknown name, or a mixture other than products in bf16 with weights in fp32.
     """
 
     compute: str = "fp32"
@@ -30,6 +37,8 @@ class Precision:
                            ("precision.reduce", self.reduce)):  # fmt: skip
             if value is not None and value not in DTYPES:
                 raise ValueError(f"{key}={value} is unknown: use {', '.join(DTYPES)}")
+        if self.mixed and (self.compute_dtype, self.weights_dtype) != (torch.bfloat16, torch.float32):
+            raise ValueError(f"dtype={self.compute} with precision.weights={self.weights}: only bf16 with fp32 mix")
 
     @property
     def compute_dtype(self) -> torch.dtype:

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from contextlib import ExitStack
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -21,7 +20,7 @@ from dtrain.launch import World
 from dtrain.measure import memory
 from dtrain.optimizer import parameter_groups
 from dtrain.report import ranklog
-from dtrain.report.base import Logger, Run
+from dtrain.report.base import All, Run
 from dtrain.train import Settings, Trainer
 
 
@@ -39,28 +38,27 @@ def run(config: Config, world: World, folder: Path, strategy: str) -> dict[str, 
     """
     job = assemble(config, world)
     device = job.plan.device
-    memory.reset_peak(device)
     with ExitStack() as stack:
         connection = launch.connected(world, device, threads=config.launch.threads, timeout_s=config.launch.timeout_s)
         stack.enter_context(connection)
         folder = agree(lambda: _writable(folder))
         stack.enter_context(ranklog.writing(folder, world.rank))
-        job = Job(job.config, job.data, job.task, job.plan.connect(), job.loggers if world.rank == 0 else ())
-        for logger in job.loggers:
-            stack.callback(logger.close)
+        job = replace(job, plan=job.plan.connect(), logger=job.logger if world.rank == 0 else All())
+        stack.callback(job.logger.close)
         return _train(job, world, folder, strategy, stack)
 
 
 def _train(job: Job, world: World, folder: Path, strategy: str, stack: ExitStack) -> dict[str, Any]:
     config, plan = job.config, job.plan
-    note = partial(_each, job.loggers, Logger.note)
+    meter, peak_source = meter_of(job, world)
+    memory.reset_peak(plan.device)
     settings = Settings(
         config.steps, config.seed, config.global_batch_size, config.micro_batch_size, config.clip_norm,
         config.schedule.warmup_steps, config.schedule.final_ratio,
     )  # fmt: skip
     trainer = Trainer(job.task, plan, partial(_optimizer, config.optimizer), settings)
     if config.resume:
-        _resume(trainer, config, config.resume, folder, note)
+        _resume(trainer, job, config.resume, folder)
     checkpoints = None
     if config.checkpoint.every:
         options = config.checkpoint
@@ -68,10 +66,9 @@ def _train(job: Job, world: World, folder: Path, strategy: str, stack: ExitStack
             folder / "checkpoints", keep_last=options.keep_last, asynchronous=options.asynchronous
         )
         stack.callback(checkpoints.wait)
-    meter, peak_source = meter_of(job, world)
     about = Run(strategy, plan.degrees, world.size, trainer.next_step, config.steps, folder,
                 facts(job, trainer, meter, peak_source), asdict(config))  # fmt: skip
-    _each(job.loggers, Logger.start, about)
+    job.logger.start(about)
 
     figures: dict[str, Any] = {}
     for step in trainer.steps():
@@ -79,19 +76,14 @@ def _train(job: Job, world: World, folder: Path, strategy: str, stack: ExitStack
         figures = step.figures()
         if _due(step.step, config.eval.every, config.steps):
             figures |= {f"val_{name}": value for name, value in trainer.evaluate().items()}
-        _each(job.loggers, Logger.step, figures)
+        job.logger.step(figures)
         if checkpoints and _due(step.step, config.checkpoint.every, config.steps):
             checkpoints.save(step.step, trainer.state(), _identity(job, trainer))
     if checkpoints:
         checkpoints.wait()  # what it could not write is an error of the run's
     summary = summary_of(job, world, strategy, figures, meter, peak_source)
-    _each(job.loggers, Logger.finish, summary)
+    job.logger.finish(summary)
     return summary
-
-
-def _each(loggers: Iterable[Logger], method: Any, *arguments: Any) -> None:
-    for logger in loggers:
-        getattr(logger, method.__name__)(*arguments)
 
 
 def _due(step: int, every: int, last: int) -> bool:
@@ -111,7 +103,8 @@ def _optimizer(node: dict[str, Any], model: nn.Module) -> Optimizer:
     return make(node, Optimizer, "optimizer", params=parameter_groups(model))
 
 
-def _resume(trainer: Trainer, config: Config, resume: str, folder: Path, note: Any) -> None:
+def _resume(trainer: Trainer, job: Job, resume: str, folder: Path) -> None:
+    config, note = job.config, job.logger.note
     outputs = Path("outputs").resolve()  # where Hydra puts runs by default
     found = agree(lambda: checkpoint.find(resume, folder, outputs, fallback=config.checkpoint.fallback, note=note))
     saved = checkpoint.about(found)
@@ -122,21 +115,17 @@ def _resume(trainer: Trainer, config: Config, resume: str, folder: Path, note: A
     checkpoint.load(found, trainer.state())
     trainer.next_step, trainer.tokens = saved["step"], saved["tokens"]
     note(f"resumed from {found}, step {saved['step']}")
-    for key, ours in _curve(config).items():
+    for key, ours in _curve(job).items():
         if saved.get(key) != ours:
             note(f"the checkpoint's run had {key}={saved.get(key)}, this one has {ours}: the curve may differ")
 
 
-def _curve(config: Config) -> dict[str, Any]:
+def _curve(job: Job) -> dict[str, Any]:
     """What decides the loss curve besides the weights: kept in a checkpoint to compare."""
-    keys = ("seed", "steps", "global_batch_size", "seq_len", "optimizer")
-    return {key: value for key, value in asdict(config).items() if key in keys}
+    keys = ("seed", "steps", "dtype", "precision", "global_batch_size", "seq_len", "clip_norm", "optimizer", "schedule")
+    config = asdict(job.config)
+    return {"data": job.data.describe()} | {key: config[key] for key in keys}
 
 
 def _identity(job: Job, trainer: Trainer) -> dict[str, Any]:
-    return {
-        "tokens": trainer.tokens,
-        **_curve(job.config),
-        "data": job.data.describe(),
-        "mesh": job.plan.degrees,
-    }
+    return {"tokens": trainer.tokens, **_curve(job), "mesh": job.plan.degrees}

@@ -15,6 +15,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from dtrain.clip import clip
 from dtrain.optimizer import fill_state, rate
 from dtrain.plan import Plan
 from dtrain.task.base import Task, Update
@@ -86,7 +87,7 @@ class Trainer:
         """Train to the last step, yielding each one's figures.
 
         Raises:
-            NonFinite: naming the step, the ranks and the batch; the weights are those before the step.
+            NonFinite: naming the step, the ranks and the batch; the weights are those before the update that failed.
         """
         while self.next_step < self.settings.steps:
             step, start = self.next_step, time.perf_counter()
@@ -113,7 +114,7 @@ class Trainer:
             scale = (self.plan.parts / update.count(batch).clamp(min=1).double()).to(self.plan.device)
             part = self._executor.train(update, mine, scale)
             loss = self.plan.total(part.clone()).item() / self.plan.parts
-            norm = self.plan.clip(self.models[update.trains], self.settings.clip_norm).item()
+            norm = clip(self.models[update.trains], self.settings.clip_norm, self.plan).item()
             if not (math.isfinite(loss) and math.isfinite(norm)):
                 raise NonFinite(self._blame(step, update, part, loss, norm))
             self.optimizers[update.trains].step()
@@ -139,7 +140,7 @@ class Trainer:
         where = f"on rank {', '.join(ranks)}" if ranks else "on no rank's loss alone"
         return (
             f"step {step + 1}: loss {loss:g}, gradient norm {norm:g} of {update.trains!r} ({where}; batch {step} "
-            f"of seed {self.settings.seed}): training stops before the weights are touched; try a lower "
+            f"of seed {self.settings.seed}): training stops before this update; try a lower "
             f"optimizer.lr or more schedule.warmup_steps"
         )
 
@@ -160,13 +161,16 @@ class Trainer:
         return self.task.describe({name: total.item() / count for name, total in sums.items()}) if count else {}
 
     def state(self) -> dict[str, Tensor]:
-        """Every weight and optimizer state by its full name: the same names and shapes under every plan."""
+        """Every weight, buffer and optimizer state by its full name: the same names and shapes under every plan."""
         tensors: dict[str, Tensor] = {}
         for model_name, model in self.models.items():
             optimizer = self.optimizers[model_name]
             if not optimizer.state:
                 fill_state(optimizer)
-            for parameter_name, parameter in self.plan.unwrap(model).named_parameters():
+            plain = self.plan.unwrap(model)
+            kept = plain.state_dict().keys()
+            tensors |= {f"{model_name}.{name}": buffer for name, buffer in plain.named_buffers() if name in kept}
+            for parameter_name, parameter in plain.named_parameters():
                 name = f"{model_name}.{parameter_name}"
                 tensors[name] = parameter.detach()
                 for key, value in optimizer.state.get(parameter, {}).items():

@@ -20,7 +20,7 @@ from dtrain.strategy.base import Strategy
 from dtrain.strategy.ddp import DDP
 from dtrain.strategy.fsdp import FSDP
 from dtrain.strategy.replicate import Replicate
-from dtrain.task.base import Adversarial, Supervised, Task
+from dtrain.task.base import LossUpdate, Supervised, Task
 from dtrain.task.causal_lm import IGNORE, correct, cross_entropy, valid
 from dtrain.train import Settings, Trainer
 
@@ -85,8 +85,8 @@ class GAN(Task):
         self.rows = rows
         self.models = {"discriminator": partial(MLP, 6, 10, 1), "generator": partial(MLP, 3, 10, 6)}
         self.updates = (
-            Adversarial("discriminator", self._discriminate, self._count),
-            Adversarial("generator", self._generate, self._count),
+            LossUpdate("discriminator", self._discriminate, self._count),
+            LossUpdate("generator", self._generate, self._count),
         )
 
     def batch(self, step: int) -> Batch:
@@ -128,6 +128,7 @@ STRATEGIES: dict[str, list[partial[Strategy]]] = {
     "ddp_small_buckets": [partial(DDP, bucket_mb=0.001)],
     "replicate": [partial(Replicate)],
     "fsdp": [partial(FSDP)],
+    "fsdp_reduce_each": [partial(FSDP, reduce_each=True)],
     "fsdp_offload": [partial(FSDP, cpu_offload=True)],
     "zero2": [partial(FSDP, reshard_after_forward=False)],
     "hsdp": [partial(Replicate, 2), partial(FSDP)],

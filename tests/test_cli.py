@@ -5,9 +5,11 @@ from __future__ import annotations
 import json
 import os
 import re
+import signal
 import socket
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -15,6 +17,7 @@ import torch
 from hydra.core.global_hydra import GlobalHydra
 
 from dtrain import cli
+from dtrain.checkpoint import about, verify
 
 ROOT = Path(__file__).parent.parent
 TINY = ["model=tiny", "steps=3", "eval.every=0", "global_batch_size=4"]
@@ -77,7 +80,15 @@ def test_resume_goes_on_where_the_run_stopped(call, tmp_path: Path) -> None:
     assert status == 2 and re.search(
         r"another model: model\.blocks\.0\.attention\.key\.bias is \(64,\) there, \(32,\) here", err
     )
-    status, _, err = call(*options, "steps=4", "resume=part")
+    status, _, err = call(*options, "steps=6", "resume=part/checkpoints/step-00000004", "optimizer=sgd")
+    assert status == 2 and "of another optimizer" in err
+    status, out, _ = call(
+        *options, "steps=7", "resume=part/checkpoints/step-00000002", "clip_norm=0.5", "hydra.run.dir=part"
+    )
+    assert status == 0 and "had clip_norm=1.0, this one has 0.5" in out
+    steps = [json.loads(line)["step"] for line in (tmp_path / "part" / "metrics.jsonl").read_text().splitlines()]
+    assert steps == [1, 2, 3, 4, 5, 6, 7]  # one object a step, though steps 3 to 6 were done twice
+    status, _, err = call(*options, "steps=4", "resume=part/checkpoints/step-00000004")
     assert status == 2 and "has done 4 steps already, steps=4: ask for more steps" in err
 
 
@@ -115,6 +126,15 @@ MISTAKES = [
     (["task._target_=os.system"], "task._target_=os.system is not a Task"),
     (["data.source._target_=subprocess.Popen"], "data.source._target_=subprocess.Popen is not a Source or Tokenizer"),
     (["model._target_=no.such.Model"], "model._target_=no.such.Model cannot be imported"),
+    (["data=files", "data.source.path=3"], "data.source.path=3 must be str, not int"),
+    (["+model.x=[{_target_:builtins.print,_args_:[said]}]"], "model.x.0._target_=builtins.print is not a part of it"),
+    (["model.d_model=abc"], "model.d_model=abc must be int, not str"),
+    (["optimizer.lr=abc"], "optimizer.lr=abc must be float"),
+    (["strategy=ddp", "strategy.dp.degree=x"], "strategy.dp.degree=x must be int, not str"),
+    (["strategy=fsdp", "strategy.fsdp.cpu_offload=maybe"], "strategy.fsdp.cpu_offload=maybe must be bool, not str"),
+    (["logger.console=null"], "logger.console has no _target_"),
+    (["dtype=fp64", "precision.weights=fp32"], "dtype=fp64 with precision.weights=fp32: only bf16 with fp32 mix"),
+    (["strategy=ddp", "precision=bf16", "precision.reduce=bf16"], "ddp sums gradients in the weights' format"),
     (["+model.depth=3"], "unexpected keyword argument 'depth'"),
     (["logger=tracker", "logger.tracker.name=wandbb"], "logger.tracker.name=wandbb is unknown: use"),
 ]  # fmt: skip
@@ -167,6 +187,22 @@ def test_a_users_own_model_trains(call, tmp_path: Path, monkeypatch: pytest.Monk
     monkeypatch.syspath_prepend(str(tmp_path))
     status, out, err = call(*TINY, "model._target_=mine.Mine")
     assert (status, err) == (0, "") and "model: 4,352 parameters" in out
+
+
+def test_what_a_model_cannot_do_is_refused(call, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "plain.py").write_text(
+        "from torch import nn\n"
+        "class Plain(nn.Sequential):\n"
+        "    context = 16\n"
+        "    def __init__(self, vocab_size, **others):\n"
+        "        super().__init__(nn.Embedding(vocab_size, 8), nn.Linear(8, vocab_size))\n"
+        "    def forward(self, tokens, positions):\n"
+        "        return super().forward(tokens)\n"
+    )
+    monkeypatch.syspath_prepend(str(tmp_path))
+    for option in ("activation_checkpointing", "compile"):
+        status, _, err = call(*TINY, "model._target_=plain.Plain", f"{option}=true")
+        assert status == 2 and f"{option}=true acts on a model's blocks, and Plain names none in a Layout" in err
 
 
 def start(command: list[str], folder: Path, cache: Path, **environment: str) -> subprocess.CompletedProcess[str]:
@@ -267,6 +303,51 @@ def test_a_rank_that_crashes_says_why_and_ends_the_others(tmp_path: Path, cache:
 
 
 @pytest.mark.slow
+def test_an_interrupted_run_ends_with_one_line_and_no_process(tmp_path: Path, cache: Path) -> None:
+    environment = {**os.environ, "DTRAIN_CACHE": str(cache)}
+    command = [*PYTHON, *TINY, "steps=100000", "strategy=ddp", "launch.nproc=2", "hydra.run.dir=run"]
+    process = subprocess.Popen(command, cwd=tmp_path, env=environment, stdout=subprocess.DEVNULL,
+                               stderr=subprocess.PIPE, text=True, start_new_session=True)  # fmt: skip
+    wait_for(lambda: (tmp_path / "run" / "metrics.jsonl").exists())
+    process.send_signal(signal.SIGINT)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 130 and err.endswith("dtrain: interrupted\n") and "Traceback" not in err
+    ranks = [int(re.search(r"process (\d+)", log.read_text())[1]) for log in (tmp_path / "run" / "logs").iterdir()]  # type: ignore[index]
+    assert len(ranks) == 2 and not [pid for pid in ranks if Path(f"/proc/{pid}").exists()]
+
+
+def wait_for(condition, seconds: float = 60) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+
+
+@pytest.mark.slow
+def test_a_killed_rank_is_named(tmp_path: Path, cache: Path) -> None:
+    """And the checkpoint that both ranks had written before is whole."""
+    environment = {**os.environ, "DTRAIN_CACHE": str(cache)}
+    command = [
+        *PYTHON,
+        *TINY,
+        "steps=100000",
+        "checkpoint.every=1",
+        "strategy=fsdp",
+        "launch.nproc=2",
+        "hydra.run.dir=run",
+    ]
+    process = subprocess.Popen(command, cwd=tmp_path, env=environment, stdout=subprocess.DEVNULL,
+                               stderr=subprocess.PIPE, text=True)  # fmt: skip
+    latest = tmp_path / "run" / "checkpoints" / "latest"
+    wait_for(lambda: latest.exists() and about(latest)["step"] >= 3)
+    log = (tmp_path / "run" / "logs" / "rank1.log").read_text()
+    os.kill(int(re.search(r"process (\d+)", log)[1]), signal.SIGKILL)  # type: ignore[index]
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 1 and err.splitlines()[-1] == "dtrain: rank 1 ended with signal 9"
+    assert all(verify(path) == "" for path in (tmp_path / "run" / "checkpoints").glob("step-*"))
+
+
+@pytest.mark.slow
 def test_compare_sets_strategies_side_by_side(tmp_path: Path, cache: Path) -> None:
     script = [sys.executable, str(ROOT / "scripts/compare.py")]
     ran = start(
@@ -280,3 +361,5 @@ def test_compare_sets_strategies_side_by_side(tmp_path: Path, cache: Path) -> No
     assert rows["ddp"]["loss_difference"] < 1e-5 * rows["single"]["loss"]
     assert rows["ddp"]["tokens_per_second"] > 0 and "needs at least 2 ranks on each" in rows["replicate+fsdp"]["reason"]
     assert "tokens/s" in ran.stdout and "not run: " in ran.stdout
+    ran = start([*script, "model=tiny", "strategies=[single,ddpp]", "steps=3", "hydra.run.dir=other"], tmp_path, cache)
+    assert ran.returncode == 2 and "unknown strategy 'ddpp'" in ran.stderr  # before anything has run

@@ -155,7 +155,7 @@ def test_bpe_round_trips_and_is_shorter(tmp_path: Path) -> None:
     assert ids.max() < 300 and len(ids) < made.text_bytes / 2
     fresh = BPE(vocab_size=300)
     fresh.load(Path(made.folder))
-    for text in ("words and words", "naïve café – 你好 🙂"):
+    for text in ("words and words", "naïve café – 你好 🙂", "a <end> b"):
         assert fresh.decode(fresh.encode(text)) == text
     assert (ids == END).sum() == made.documents
 

@@ -10,7 +10,8 @@ from cases import STRATEGIES, Case, trainer
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dtrain.plan import Plan, fill
+from dtrain.degrees import fill
+from dtrain.plan import Plan
 from dtrain.strategy.base import Strategy
 from dtrain.strategy.ddp import DDP
 from dtrain.strategy.fsdp import FSDP
@@ -137,3 +138,25 @@ def test_a_loss_that_is_not_finite_names_step_rank_and_batch(strategy: str, worl
     for said, finite in world(2).run(_poisoned, strategy, 2):
         assert said.startswith("step 3: loss") and "on rank 1; batch 2 of seed 0" in said
         assert finite
+
+
+def _with_batch_norm(size: int) -> str:
+    plan = Plan.of([DDP()], size).connect()
+    try:
+        plan.parallelize(lambda: torch.nn.Sequential(torch.nn.Linear(4, 4), torch.nn.BatchNorm1d(4)), 0)
+    except ValueError as error:
+        return str(error)
+    return ""
+
+
+def test_batch_norm_over_several_parts_is_refused(world) -> None:
+    assert all(
+        "batch norm, whose statistics would be those of one rank's part" in s for s in world(2).run(_with_batch_norm, 2)
+    )
+
+
+def test_buffers_are_part_of_the_state(alone) -> None:
+    made = trainer(Case("gan", "single", steps=1), 1)
+    made.models["generator"].register_buffer("kept", torch.ones(2))
+    made.models["generator"].register_buffer("passing", torch.ones(2), persistent=False)
+    assert "generator.kept" in made.state() and "generator.passing" not in made.state()

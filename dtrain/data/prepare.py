@@ -70,6 +70,8 @@ def prepare(
     Raises:
         ValueError: nothing to read, or something that cannot be read; the cache is left as it was.
     """
+    if "/" in name:
+        raise ValueError(f"data.name={name} is a folder's name: it cannot hold a slash")
     if not 0 < validation_fraction < 1:
         raise ValueError(f"data.validation_fraction={validation_fraction} must be more than 0 and less than 1")
     settings = {"version": VERSION, "source": source.describe(), "tokenizer": tokenizer.describe(),
@@ -87,14 +89,14 @@ def prepare(
 
 
 def _make(name: str, folder: Path, source: Source, tokenizer: Tokenizer, fraction: float, progress: Progress) -> None:
-    partial = folder.with_suffix(".partial")
+    partial = folder.with_name(f"{folder.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir()
     try:
         texts = _Texts(source, fraction, progress)
         tokenizer.fit((text for split, text in texts.read("learning tokens") if split == "train"), partial)
         counts = _write(partial, texts, tokenizer)
-        digest = hashlib.sha256(b"".join((partial / f"{s}.bin").read_bytes() for s in SPLITS)).hexdigest()
+        digest = hashlib.sha256("".join(_digest(partial / f"{split}.bin") for split in SPLITS).encode()).hexdigest()
         corpus = Corpus(name, texts.documents, texts.duplicates, texts.text_bytes, *counts,
                         _width(tokenizer), digest[:16])  # fmt: skip
         (partial / "corpus.json").write_text(json.dumps(corpus.describe(), indent=2) + "\n")
@@ -115,9 +117,12 @@ class _Texts:
     def read(self, what: str) -> Iterator[tuple[str, str]]:
         self.documents = self.duplicates = self.text_bytes = 0
         seen: set[bytes] = set()
-        for _, raw in self._source.documents():
+        for name, raw in self._source.documents():
             text = clean(raw)
-            digest = hashlib.blake2b(text.encode(), digest_size=16).digest()
+            try:
+                digest = hashlib.blake2b(text.encode(), digest_size=16).digest()
+            except UnicodeEncodeError:
+                raise ValueError(f"{name} holds half a surrogate pair, which is no UTF-8 text") from None
             if digest in seen or not text.strip():
                 self.duplicates += 1
                 continue
@@ -154,6 +159,11 @@ def _cut(folder: Path, width: int, texts: _Texts) -> None:
     at = len(whole) - max(1, int(len(whole) * texts.fraction))
     whole[:at].tofile(folder / "train.bin")
     whole[at:].tofile(folder / "validation.bin")
+
+
+def _digest(file: Path) -> str:
+    with file.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
 def _width(tokenizer: Tokenizer) -> int:

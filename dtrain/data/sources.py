@@ -127,9 +127,7 @@ class Files(Source):
     def _field(self, row: Any, where: str) -> str:
         if not isinstance(row, dict) or self.field not in row:
             raise ValueError(_missing(where, self.field, row if isinstance(row, dict) else ()))
-        if not isinstance(row[self.field], str):
-            raise ValueError(f"{where}: field {self.field!r} is {type(row[self.field]).__name__}, not text")
-        return row[self.field]
+        return _text(row[self.field], self.field, where)
 
 
 class HuggingFace(Source):
@@ -176,7 +174,7 @@ class HuggingFace(Source):
 
     def documents(self) -> Iterator[tuple[str, str]]:
         for number, text in enumerate(self._load()[self.field]):
-            yield f"{self.name}:{number}", text
+            yield f"{self.name}:{number}", _text(text, self.field, f"{self.name}, row {number}")
 
 
 def _skipped(path: Path) -> bool:
@@ -185,6 +183,12 @@ def _skipped(path: Path) -> bool:
 
 def _stamp(files: list[Path]) -> list[tuple[str, int, int]]:
     return [(str(file), file.stat().st_size, file.stat().st_mtime_ns) for file in files]
+
+
+def _text(value: Any, field: str, where: str) -> str:
+    if not isinstance(value, str):
+        raise ValueError(f"{where}: field {field!r} is {type(value).__name__}, not text")
+    return value
 
 
 def _missing(where: str, field: str, present: Any) -> str:

@@ -1,6 +1,6 @@
 """Text to token ids and back.
 
-Ids below 9 are free for marks: cleaned text holds no control characters but tab, newline and return.
+Ids below 9 are free for marks: cleaned text holds no control characters but tab and newline.
 """
 
 from __future__ import annotations
@@ -90,7 +90,7 @@ class BPE(Tokenizer):
         tokenizer.pre_tokenizer = lib.pre_tokenizers.ByteLevel(add_prefix_space=False)
         tokenizer.decoder = lib.decoders.ByteLevel()
         trainer = lib.trainers.BpeTrainer(
-            vocab_size=self.vocab_size, special_tokens=["<end>"], show_progress=False,
+            vocab_size=self.vocab_size, special_tokens=["\0"], show_progress=False,
             initial_alphabet=lib.pre_tokenizers.ByteLevel.alphabet(),
         )  # fmt: skip
         tokenizer.train_from_iterator(texts, trainer)

@@ -9,8 +9,15 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
-# Dense bf16 peaks by device name, from the vendor's data sheets.
-STATED_PEAKS = {"H200": 989e12, "H100": 989e12, "A100": 312e12, "L40S": 362e12, "L4": 121e12}
+# Dense bf16 peaks by the device's full name, from the vendor's data sheets.
+STATED_PEAKS = {
+    "NVIDIA H200": 989e12,
+    "NVIDIA H100 80GB HBM3": 989e12,
+    "NVIDIA A100-SXM4-80GB": 312e12,
+    "NVIDIA A100-SXM4-40GB": 312e12,
+    "NVIDIA A100 80GB PCIe": 312e12,
+    "NVIDIA L4": 121e12,
+}
 SECONDS = 0.1
 
 
@@ -35,9 +42,8 @@ def peak(device: torch.device, dtype: torch.dtype) -> tuple[float, str]:
     """
     if device.type == "cuda" and dtype == torch.bfloat16:
         name = torch.cuda.get_device_name(device)
-        for known, flops in STATED_PEAKS.items():
-            if known in name:
-                return flops, f"data sheet of {known}, bf16 dense"
+        if name in STATED_PEAKS:
+            return STATED_PEAKS[name], f"data sheet of {name}, bf16 dense"
     size = 1024 if device.type == "cpu" else 8192
     a, b = (torch.randn(size, size, device=device, dtype=dtype) for _ in range(2))
     best, end = float("inf"), time.perf_counter() + SECONDS

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -38,3 +39,30 @@ class Logger:
 
     def close(self) -> None:
         """Always, last."""
+
+
+class All(Logger):
+    """Several loggers as one."""
+
+    def __init__(self, loggers: Iterable[Logger] = ()) -> None:
+        self._loggers = tuple(loggers)
+
+    def start(self, run: Run) -> None:
+        for logger in self._loggers:
+            logger.start(run)
+
+    def step(self, figures: dict[str, Any]) -> None:
+        for logger in self._loggers:
+            logger.step(figures)
+
+    def note(self, text: str) -> None:
+        for logger in self._loggers:
+            logger.note(text)
+
+    def finish(self, summary: dict[str, Any]) -> None:
+        for logger in self._loggers:
+            logger.finish(summary)
+
+    def close(self) -> None:
+        for logger in self._loggers:
+            logger.close()

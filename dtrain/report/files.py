@@ -9,14 +9,18 @@ from dtrain.report.base import Logger, Run
 
 
 class Files(Logger):
-    """Machine-readable figures. A resumed run in the same folder appends."""
+    """Machine-readable figures. A resumed run in the same folder goes on after the steps it has taken up."""
 
     def __init__(self) -> None:
         self._metrics: TextIO | None = None
 
     def start(self, run: Run) -> None:
         self._folder = run.folder
-        self._metrics = (run.folder / "metrics.jsonl").open("a")
+        file = run.folder / "metrics.jsonl"
+        lines = file.read_text().splitlines() if file.exists() and run.first_step else []
+        kept = [line for line in lines if line.endswith("}") and json.loads(line)["step"] <= run.first_step]
+        self._metrics = file.open("w")
+        self._metrics.writelines(f"{line}\n" for line in kept)
 
     def step(self, figures: dict[str, Any]) -> None:
         assert self._metrics is not None

@@ -43,10 +43,10 @@ class Strategy:
 
     axis: ClassVar[str]  # the mesh axis it owns
     splits: ClassVar[str] = "rows"  # what ranks along `axis` divide of a batch: "rows", "tokens" or ""
-    exact: ClassVar[bool] = True  # is the result that of one process, up to rounding?
 
     def __init__(self, degree: int = REST) -> None:
         self.degree = degree  # ranks along `axis`
+        self.offloads = False  # are parameters kept in host memory?
 
     @property
     def parts(self) -> int:

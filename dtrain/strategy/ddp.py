@@ -44,6 +44,12 @@ class DDP(Strategy):
                 f"use replicate in its place"
             )
 
+        if plan.precision.reduce_dtype != plan.precision.weights_dtype:
+            raise ValueError(
+                f"strategy ddp sums gradients in the weights' format, not in precision.reduce={plan.precision.reduce}: "
+                f"use replicate or fsdp"
+            )
+
     def parallelize(self, model: nn.Module, plan: Plan) -> nn.Module:
         mesh = plan.mesh[self.axis]
         return DistributedDataParallel(

@@ -5,7 +5,9 @@
     step:      each rank updates its own slice, with its own slice of Adam's moments
 
 Cost a micro-batch, per rank: all-gather of all weights twice (once without resharding: ZeRO-2), and a
-step: reduce-scatter of all gradients; each moves (n-1)/n of the bytes. Memory: 1/n of all three kinds.
+step: reduce-scatter of all gradients; each moves (n-1)/n of the bytes. Memory between steps: 1/n of all
+three kinds. In a step of several micro-batches the whole gradient stays until the last one's
+reduce-scatter, unless each of them is reduced.
 Sources: Rajbhandari et al. 2020, "ZeRO" (1910.02054); Zhao et al. 2023, "PyTorch FSDP" (2304.11277).
 """
 
@@ -26,20 +28,25 @@ if TYPE_CHECKING:
 
 
 class FSDP(Strategy):
-    """Shard over `fsdp`, one unit per block, so that only a block or two are ever whole.
+    """Shard over `fsdp`, one unit for each block and one for all the rest (embedding and head).
 
     Args:
         degree: ranks along `fsdp`; -1: the rest of the world.
         reshard_after_forward: free the gathered weights after forward (ZeRO-3) or keep them until backward
             has used them (ZeRO-2: less traffic, more memory).
+        reduce_each: reduce-scatter the gradients of every micro-batch: less memory, more traffic.
         cpu_offload: keep shards, gradients and moments in host memory and step there (for GPUs).
     """
 
     axis = "fsdp"
 
-    def __init__(self, degree: int = REST, reshard_after_forward: bool = True, cpu_offload: bool = False) -> None:
+    def __init__(
+        self, degree: int = REST, *, reshard_after_forward: bool = True, reduce_each: bool = False,
+        cpu_offload: bool = False,
+    ) -> None:  # fmt: skip
         super().__init__(degree)
-        self.reshard_after_forward, self.cpu_offload = reshard_after_forward, cpu_offload
+        self.reshard_after_forward, self.reduce_each = reshard_after_forward, reduce_each
+        self.offloads = cpu_offload
 
     def parallelize(self, model: nn.Module, plan: Plan) -> nn.Module:
         settings: dict[str, Any] = {
@@ -47,7 +54,7 @@ class FSDP(Strategy):
             "reshard_after_forward": self.reshard_after_forward,
             "mp_policy": plan.precision.fsdp_policy(),
         }
-        if self.cpu_offload:
+        if self.offloads:
             settings["offload_policy"] = CPUOffloadPolicy(pin_memory=plan.device.type == "cuda")
         for block in blocks_of(model):
             fully_shard(block, **settings)
@@ -73,4 +80,4 @@ class FSDP(Strategy):
         reshard(model)
 
     def sync_gradients(self, model: nn.Module, enabled: bool) -> None:
-        fsdp_module(model).set_requires_gradient_sync(enabled)
+        fsdp_module(model).set_requires_gradient_sync(enabled or self.reduce_each)

@@ -38,7 +38,7 @@ class Update(Protocol):
 
 
 @dataclass(frozen=True)
-class Adversarial:
+class LossUpdate:
     """An update given by its loss alone: for tasks of several models."""
 
     trains: str

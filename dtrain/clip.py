@@ -1,0 +1,52 @@
+"""Clipping by the norm of the whole gradient, wherever its parts are.
+
+`torch.nn.utils.clip_grad_norm_` refuses a mix of plain and distributed tensors and gathers the norm of each
+parameter by itself; here squares are summed on each rank, and one number travels for each way of sharding.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+
+from dtrain.plan import Plan
+from dtrain.strategy.base import local
+
+
+def clip(model: nn.Module, max_norm: float | None, plan: Plan) -> Tensor:
+    """Scale the gradients to at most `max_norm` (None: leave them); return the norm before. A collective."""
+    gradients = [p.grad for p in model.parameters() if p.grad is not None]
+    norm = _norm(gradients, plan)
+    if max_norm is not None:
+        factor = (max_norm / (norm + 1e-6)).clamp(max=1.0).to(plan.storage)
+        for gradient in gradients:
+            local(gradient).mul_(factor)
+    return norm
+
+
+def _norm(gradients: list[Tensor], plan: Plan) -> Tensor:
+    groups: dict[tuple[str, ...], list[Tensor]] = defaultdict(list)
+    for gradient in gradients:
+        groups[_sharded_over(gradient)].append(local(gradient))
+    square = torch.zeros((), device=plan.device, dtype=torch.float64)
+    for axes, parts in sorted(groups.items()):  # in an order of its own on each rank it would hang
+        wide = [p.float() if p.dtype == torch.bfloat16 else p for p in parts]
+        part = torch.nn.utils.get_total_norm(wide).to(square).square()
+        for axis in axes:
+            dist.all_reduce(part, group=plan.mesh[axis].get_group())
+        square += part
+    if plan.on("pp"):
+        dist.all_reduce(square, group=plan.mesh["pp"].get_group())
+    return square.sqrt()
+
+
+def _sharded_over(tensor: Tensor) -> tuple[str, ...]:
+    """The mesh axes over which a tensor is divided."""
+    if not isinstance(tensor, DTensor):
+        return ()
+    names = tensor.device_mesh.mesh_dim_names or ()
+    return tuple(name for name, p in zip(names, tensor.placements, strict=True) if not p.is_replicate())

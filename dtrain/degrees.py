@@ -1,0 +1,36 @@
+"""How many ranks lie along each axis of the mesh."""
+
+from __future__ import annotations
+
+from math import prod
+
+from dtrain.strategy.base import REST
+
+
+def fill(degrees: dict[str, int], world_size: int) -> dict[str, int]:
+    """Replace each -1 by its share of the ranks that the other axes leave; inner axes get the larger shares.
+
+    Raises:
+        ValueError: the degrees cannot fill the world exactly.
+    """
+    for axis, degree in degrees.items():
+        if degree != REST and degree < 1:
+            raise ValueError(f"strategy.{axis}.degree={degree} must be at least 1, or -1 for the rest of the world")
+    asked = " x ".join(f"{axis}={'rest' if d == REST else d}" for axis, d in degrees.items()) or "single"
+    fixed = prod(d for d in degrees.values() if d != REST)
+    rest, free = world_size // fixed, [axis for axis, d in degrees.items() if d == REST]
+    if fixed * rest != world_size or (rest > 1 and not free):
+        hint = " (choose a strategy: ddp, fsdp, ...)" if not degrees else ""
+        raise ValueError(f"strategy {asked} uses {'a multiple of ' if free else ''}{fixed} "
+                         f"{'rank' if fixed == 1 else 'ranks'}, the job has {world_size}{hint}")  # fmt: skip
+    filled = dict(degrees)
+    for left, axis in zip(range(len(free), 0, -1), reversed(free), strict=True):
+        filled[axis] = next(d for d in range(1, rest + 1) if rest % d == 0 and d**left >= rest)
+        rest //= filled[axis]
+    if len(free) > 1 and any(filled[axis] == 1 for axis in free):
+        least = fixed * 2 ** len(free)
+        raise ValueError(
+            f"strategy {asked} needs at least 2 ranks on each of {' and '.join(free)}: {least} or more in all, the "
+            f"job has {world_size}; or set strategy.{free[0]}.degree"
+        )
+    return filled
