@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import shutil
 from dataclasses import dataclass
 from functools import partial
 
@@ -20,6 +22,8 @@ from dtrain.report.base import All, Logger
 from dtrain.report.console import preparing
 from dtrain.strategy.base import Strategy
 from dtrain.task.base import Sizes, Task
+
+COMPILERS = tuple(filter(None, (os.environ.get("CXX"), "g++", "clang++")))  # what torch.compile uses on a CPU
 
 
 @dataclass(frozen=True)
@@ -45,6 +49,8 @@ def assemble(config: Config, world: World) -> Job:
         strategies, world.size, precision=precision, device=launch.device_of(config.device, world),
         recompute=config.activation_checkpointing, compile=config.compile,
     )  # fmt: skip
+    if config.compile and plan.device.type == "cpu" and not any(map(shutil.which, COMPILERS)):
+        raise ValueError(f"compile=true needs a C++ compiler, and there is none of {', '.join(COMPILERS)}")
     plan.micro_batches(config.global_batch_size, config.micro_batch_size)
     logger = All([make(node, Logger, f"logger.{name}") for name, node in config.logger.items()])
     data = make(config.data, Data, "data", parts=(Source, Tokenizer))

@@ -156,6 +156,12 @@ def test_a_diverging_run_stops_and_keeps_its_checkpoint(call, tmp_path: Path) ->
     assert "Traceback" in (tmp_path / "here" / "logs" / "rank0.log").read_text()
 
 
+def test_compiling_without_a_compiler_is_refused(call, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("shutil.which", lambda name: None)
+    status, _, err = call(*TINY, "compile=true")
+    assert status == 2 and "compile=true needs a C++ compiler, and there is none of" in err
+
+
 def test_info_tells_a_models_sizes(call) -> None:
     status, out, _ = call("model=gpt2", config="info")
     assert status == 0 and "124,439,808" in out  # the published size of GPT-2

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import shutil
 from dataclasses import replace
 from functools import lru_cache
 
 import pytest
 from cases import STRATEGIES, Case, Outcome, train
+
+from dtrain.job import COMPILERS
 
 # Rounding alone: sums are taken in another order. fp64 has 1.1e-16, fp32 6e-8; twenty Adam steps carry it on.
 TOLERANCE = {"fp64": 1e-12, "fp32": 1e-5}
@@ -47,15 +50,21 @@ def cases() -> list[tuple[Case, int]]:
         found += [(Case("masked_token", strategy, clip_norm=None), 4)]
         if strategy != "hsdp":  # which needs four ranks
             found += [(Case(task, strategy), size) for task in ("masked_token", "gan") for size in (2, 3)]
-    found += [(Case("next_token", strategy, dtype="fp32", compile=True), 2) for strategy in ("ddp", "fsdp")]
     return sorted(found, key=lambda pair: (pair[1], str(pair[0])))
 
 
 @pytest.mark.parametrize(("case", "size"), cases(), ids=str)
 def test_plan_equals_one_process(case: Case, size: int, world, alone) -> None:
-    expected = reference(replace(case, strategy="single", micro_batch_size=None, recompute=False, compile=False))
+    expected = reference(replace(case, strategy="single", micro_batch_size=None, recompute=False))
     for ours in world(size).run(train, case, size):
         assert_equal(ours, expected, TOLERANCE[case.dtype])
+
+
+@pytest.mark.skipif(not any(map(shutil.which, COMPILERS)), reason="torch.compile needs a C++ compiler: none here")
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
+def test_compiled_blocks_equal_one_plain_process(strategy: str, world, alone) -> None:
+    for ours in world(2).run(train, Case("next_token", strategy, dtype="fp32", compile=True), 2):
+        assert_equal(ours, reference(Case("next_token", "single", dtype="fp32")), TOLERANCE["fp32"])
 
 
 def test_the_oracle_can_fail(alone) -> None:
