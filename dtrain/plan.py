@@ -117,15 +117,15 @@ class Plan:
         Raises:
             ValueError: the rows do not come out even.
         """
-        micro = micro_batch_size or max(1, global_batch_size // self.row_parts)
-        unit = self.row_parts * micro
+        unit = self.row_parts * (micro_batch_size or 1)
         if global_batch_size % unit:
             near = sorted({max(1, global_batch_size // unit) * unit, -(-global_batch_size // unit) * unit})
+            micro = f" x micro_batch_size={micro_batch_size}" if micro_batch_size else ""
             raise ValueError(
-                f"global_batch_size={global_batch_size} is not divisible by {self.row_parts} data-parallel ranks "
-                f"x micro_batch_size={micro}: use {' or '.join(map(str, near))}"
+                f"global_batch_size={global_batch_size} is not divisible by {self.row_parts} data-parallel ranks"
+                f"{micro}: use {' or '.join(map(str, near))}"
             )
-        return global_batch_size // unit
+        return global_batch_size // unit if micro_batch_size else 1
 
     def shard(self, batch: Batch) -> Batch:
         """This rank's part of a global batch."""

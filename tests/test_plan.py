@@ -67,8 +67,8 @@ def test_rows_that_do_not_come_out_even_are_refused() -> None:
     with pytest.raises(ValueError, match="global_batch_size=10 is not divisible by 4 data-parallel ranks x "
                                          "micro_batch_size=2: use 8 or 16"):  # fmt: skip
         plan.micro_batches(10, 2)
-    with pytest.raises(ValueError, match="global_batch_size=2 is not divisible by 4"):
-        plan.micro_batches(2, None)
+    with pytest.raises(ValueError, match="global_batch_size=7 is not divisible by 4 data-parallel ranks: use 4 or 8"):
+        plan.micro_batches(7, None)
 
 
 def test_strategies_are_ordered_whatever_the_user_writes() -> None:
