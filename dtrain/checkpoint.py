@@ -19,7 +19,7 @@ import shutil
 import threading
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
@@ -28,10 +28,11 @@ from torch import Tensor
 from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader, HuggingFaceStorageWriter
 from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
 
+from dtrain.launch import agree
+
 MANIFEST = "checkpoint.json"
 PARTIAL = ".partial-"
 VERSION = 1
-T = TypeVar("T")
 
 
 class Checkpoints:
@@ -112,7 +113,9 @@ class Checkpoints:
         os.replace(pointer, self.folder / "latest")
         _sync(self.folder)
         for old in _whole(self.folder)[: -self.keep_last]:
-            shutil.rmtree(old)
+            gone = self.folder / f"{PARTIAL}{old.name}"
+            old.rename(gone)  # at once: removing takes a while, and a kill would leave half of it
+            shutil.rmtree(gone)
 
 
 def load(path: Path, tensors: dict[str, Tensor]) -> None:
@@ -203,20 +206,6 @@ def verify(path: Path) -> str:
 def about(path: Path) -> dict[str, Any]:
     """What a checkpoint says of itself: step, tokens, and what its run gave."""
     return json.loads((path / MANIFEST).read_text())
-
-
-def agree(function: Callable[[], T], group: dist.ProcessGroup | None = None) -> T:
-    """Run `function` on rank 0; every rank returns its result or raises its error. A collective."""
-    outcome: list[Any] = [None, None]
-    if dist.get_rank() == 0:
-        try:
-            outcome[0] = function()
-        except (ValueError, OSError) as error:
-            outcome[1] = error
-    dist.broadcast_object_list(outcome, src=0, group=group)
-    if outcome[1] is not None:
-        raise outcome[1]
-    return outcome[0]
 
 
 def _whole(folder: Path) -> list[Path]:

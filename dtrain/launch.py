@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -22,6 +22,8 @@ from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
 from dtrain.measure.environment import cores
+
+T = TypeVar("T")
 
 
 class RanksFailed(RuntimeError):
@@ -111,6 +113,20 @@ def connected(world: World, device: torch.device, *, threads: int | None, timeou
     finally:
         dist.destroy_process_group()
         torch.set_num_threads(before)
+
+
+def agree(function: Callable[[], T], group: dist.ProcessGroup | None = None) -> T:
+    """Run `function` on rank 0; every rank returns its result or raises its error. A collective."""
+    outcome: list[Any] = [None, None]
+    if dist.get_rank() == 0:
+        try:
+            outcome[0] = function()
+        except (ValueError, OSError) as error:
+            outcome[1] = error
+    dist.broadcast_object_list(outcome, src=0, group=group)
+    if outcome[1] is not None:
+        raise outcome[1]
+    return outcome[0]
 
 
 def spawn(function: Callable[..., Any], *arguments: Any, nproc: int, port: int = 0) -> Any:

@@ -12,11 +12,11 @@ from torch import nn
 from torch.optim import Optimizer
 
 from dtrain import checkpoint, launch
-from dtrain.checkpoint import Checkpoints, agree
+from dtrain.checkpoint import Checkpoints
 from dtrain.config import Config, make
 from dtrain.figures import facts, meter_of, summary_of
 from dtrain.job import Job, assemble
-from dtrain.launch import World
+from dtrain.launch import World, agree
 from dtrain.measure import memory
 from dtrain.optimizer import parameter_groups
 from dtrain.report import ranklog

@@ -22,7 +22,7 @@ BELOW = {
     "initialize": {"batch"},
     "accumulate": {"batch"},
     "optimizer": set(),
-    "checkpoint": set(),
+    "checkpoint": {"launch"},
     "degrees": {"strategy.base"},
     "clip": {"plan", "strategy.base"},
     "plan": {"accumulate", "batch", "degrees", "initialize", "layout", "precision", "strategy.base"},
