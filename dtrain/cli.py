@@ -168,8 +168,10 @@ def explain(error: BaseException, config_name: str) -> str:
         return f"unknown {group} {name!r}: {_nearest(name, _options(group))}"
     if match := re.match(r"Could not override '([^']+)'", text):
         key = match.group(1)
-        if "No match in the defaults list" in text:
-            return f"unknown group {key!r}: {_nearest(key, _groups())}"
+        if key in _groups():
+            return (
+                f"group {key!r} has no default to override: append to it with +{key}=…, of {', '.join(_options(key))}"
+            )
         return f"unknown key {key!r}: {_nearest(key, _keys(config_name, key))}"
     if match := re.match(r"Error merging override (.*)", text):
         cause = str(error.__cause__).splitlines()[0] if error.__cause__ else ""

@@ -56,7 +56,7 @@ def compare(strategies: list[str], steps: int, folder: Path, start: Start) -> li
                 rows.append(Row(name, reason=str(error), failed=isinstance(error, RuntimeError)))
                 progress.update(bar, figures="not possible here" if isinstance(error, ValueError) else "failed")
                 continue
-            curves[name] = [step["loss"] for step in _read(place / "metrics.jsonl")]
+            curves[name] = [json.loads(line)["loss"] for line in _lines(place / "metrics.jsonl")]
             rows.append(_row(name, summary, curves[name], curves.get(baseline)))
             progress.update(bar, completed=steps, figures=f"loss {summary['loss']:.4f}")
     (folder / "results.json").write_text(json.dumps([asdict(row) for row in rows], indent=2) + "\n")
@@ -90,11 +90,11 @@ def _row(name: str, summary: dict[str, Any], curve: list[float], reference: list
     return Row(name, loss_difference=difference, **{key: summary[key] for key in kept})
 
 
-def _read(metrics: Path) -> list[dict[str, Any]]:
-    """The whole lines of a file that may still grow."""
+def _lines(metrics: Path) -> list[str]:
+    """The whole lines of a file that may still grow, or not be there yet."""
     if not metrics.exists():
         return []
-    return [json.loads(line) for line in metrics.read_text().splitlines(keepends=True) if line.endswith("\n")]
+    return [line for line in metrics.read_text().splitlines(keepends=True) if line.endswith("\n")]
 
 
 @contextmanager
@@ -104,9 +104,10 @@ def _following(metrics: Path, progress: Progress, bar: TaskID) -> Iterator[None]
 
     def follow() -> None:
         while not done.wait(POLL_S):
-            if steps := _read(metrics):
-                line = f"loss {steps[-1]['loss']:.4f}  {steps[-1]['tokens_per_second']:,.0f} tokens/s"
-                progress.update(bar, completed=steps[-1]["step"], figures=line)
+            if lines := _lines(metrics):
+                last = json.loads(lines[-1])
+                figures = f"loss {last['loss']:.4f}  {last['tokens_per_second']:,.0f} tokens/s"
+                progress.update(bar, completed=last["step"], figures=figures)
 
     thread = threading.Thread(target=follow, daemon=True)
     thread.start()

@@ -10,7 +10,7 @@ from torch import nn
 
 from dtrain.batch import ModelFactory
 from dtrain.initialize import on_meta
-from dtrain.layout import layout_of
+from dtrain.layout import layout_of, sequence_length
 from dtrain.measure import flops
 from dtrain.precision import Precision
 
@@ -42,12 +42,7 @@ def info(factory: ModelFactory, precision: Precision, seq_len: int | None) -> In
     model = on_meta(factory)
     if model is None:
         raise ValueError("the model cannot be built on the meta device: it computes with values")
-    context = getattr(model, "context", None)
-    length = seq_len or context
-    if length is None:
-        raise ValueError(f"{type(model).__name__} does not say its context: set seq_len")
-    if context and length > context:
-        raise ValueError(f"seq_len={length} is longer than the model's context={context}")
+    length = sequence_length(model, seq_len)
     tokens = torch.zeros((1, length), dtype=torch.long, device="meta")
     size = torch.finfo(precision.weights_dtype).bits // 8
     total = sum(p.numel() for p in model.parameters())

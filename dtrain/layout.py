@@ -42,3 +42,20 @@ def blocks_of(model: nn.Module) -> list[nn.Module]:
     """The repeated blocks that are present on this rank, in order; none where the layout names none."""
     path = layout_of(model).blocks
     return list(model.get_submodule(path).children()) if path else []
+
+
+def sequence_length(model: nn.Module | None, seq_len: int | None) -> int:
+    """`seq_len`, or where it is None the longest sequence that the model says it takes (`context`).
+
+    Raises:
+        ValueError: it is longer than the model's context, or neither is told.
+    """
+    context = getattr(model, "context", None)
+    if seq_len is None and context is None:
+        raise ValueError("the model does not say its context: set seq_len")
+    if seq_len and context and seq_len > context:
+        raise ValueError(
+            f"seq_len={seq_len} is longer than the model's context={context}: use at most {context}, "
+            f"or set model.context"
+        )
+    return int(seq_len or context or 0)

@@ -18,7 +18,7 @@ BELOW = {
     "data": set(),
     "model": {"layout"},
     "strategy": {"batch", "layout"},
-    "task": {"batch", "data", "initialize"},
+    "task": {"batch", "data", "initialize", "layout"},
     "initialize": {"batch"},
     "accumulate": {"batch"},
     "optimizer": set(),

@@ -96,6 +96,7 @@ MISTAKES = [
     (["strategy=fspd"], "unknown strategy 'fspd': did you mean 'fsdp'? (ddp, fsdp, hsdp, replicate, single, zero2)"),
     (["strategy=[fsdp,tensr]"], "unknown strategy 'tensr'"),
     (["model=smal"], "unknown model 'smal': did you mean 'small'?"),
+    (["experiment=stdlib_small"], "group 'experiment' has no default to override: append to it with +experiment=…, of stdlib_small"),
     (["stepz=3"], "unknown key 'stepz': did you mean 'steps'?"),
     (["optimiser=adamw"], "unknown key 'optimiser': did you mean 'optimizer'?"),
     (["eval.evry=3"], "unknown key 'eval.evry': did you mean 'eval.every'?"),
@@ -180,7 +181,9 @@ def test_multirun_tries_each(call, tmp_path: Path) -> None:
     assert status == 0 and len(list((tmp_path / "sweep").glob("*/summary.json"))) == 2
 
 
-def test_a_users_own_model_trains(call, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.fixture
+def own_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
+    """A user's model, in a module outside the package: the `_target_` that names it."""
     (tmp_path / "mine.py").write_text(
         "from torch import nn\n"
         "class Mine(nn.Sequential):\n"
@@ -191,24 +194,19 @@ def test_a_users_own_model_trains(call, tmp_path: Path, monkeypatch: pytest.Monk
         "        return super().forward(tokens)\n"
     )
     monkeypatch.syspath_prepend(str(tmp_path))
-    status, out, err = call(*TINY, "model._target_=mine.Mine")
+    monkeypatch.delitem(sys.modules, "mine", raising=False)
+    return "mine.Mine"
+
+
+def test_a_users_own_model_trains(call, own_model: str) -> None:
+    status, out, err = call(*TINY, f"model._target_={own_model}")
     assert (status, err) == (0, "") and "model: 4,352 parameters" in out
 
 
-def test_what_a_model_cannot_do_is_refused(call, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    (tmp_path / "plain.py").write_text(
-        "from torch import nn\n"
-        "class Plain(nn.Sequential):\n"
-        "    context = 16\n"
-        "    def __init__(self, vocab_size, **others):\n"
-        "        super().__init__(nn.Embedding(vocab_size, 8), nn.Linear(8, vocab_size))\n"
-        "    def forward(self, tokens, positions):\n"
-        "        return super().forward(tokens)\n"
-    )
-    monkeypatch.syspath_prepend(str(tmp_path))
+def test_what_a_model_cannot_do_is_refused(call, own_model: str) -> None:
     for option in ("activation_checkpointing", "compile"):
-        status, _, err = call(*TINY, "model._target_=plain.Plain", f"{option}=true")
-        assert status == 2 and f"{option}=true acts on a model's blocks, and Plain names none in a Layout" in err
+        status, _, err = call(*TINY, f"model._target_={own_model}", f"{option}=true")
+        assert status == 2 and f"{option}=true acts on a model's blocks, and Mine names none in a Layout" in err
 
 
 def start(command: list[str], folder: Path, cache: Path, **environment: str) -> subprocess.CompletedProcess[str]:

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from dtrain.batch import Batch, ModelFactory, Sums
 from dtrain.data.text import Text
 from dtrain.initialize import on_meta
+from dtrain.layout import sequence_length
 from dtrain.task.base import Sizes, Supervised, Task
 
 IGNORE = -100  # a target that does not count
@@ -83,14 +84,9 @@ def _pairs(rows: Tensor) -> Batch:  # (B, T + 1) -> inputs and targets, one posi
 
 
 def fitting(model: nn.Module | None, data: Text, seq_len: int | None) -> int:
-    """The sequence length, checked against what the model says of itself (`context`, `vocab_size`)."""
-    context, vocab_size = getattr(model, "context", None), getattr(model, "vocab_size", None)
-    if seq_len is None and context is None:
-        raise ValueError("the model does not say its context: set seq_len")
-    if seq_len and context and seq_len > context:
-        raise ValueError(f"seq_len={seq_len} is longer than the model's context={context}: "
-                         f"use at most {context}, or set model.context")  # fmt: skip
+    """The sequence length, checked with the vocabulary against what the model says of itself."""
+    length, vocab_size = sequence_length(model, seq_len), getattr(model, "vocab_size", None)
     if vocab_size and data.vocab_size > vocab_size:
         raise ValueError(f"model.vocab_size={vocab_size} is less than the tokenizer's {data.vocab_size} ids: "
                          f"set model.vocab_size={data.vocab_size}")  # fmt: skip
-    return int(seq_len or context or 0)
+    return length
