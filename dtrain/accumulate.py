@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from dtrain.batch import Batch, Models, Sums, divide
+from dtrain.strategy.base import whole
 
 if TYPE_CHECKING:
     from dtrain.plan import Plan
@@ -22,19 +23,20 @@ class Accumulate:
 
     def train(self, update: Update, batch: Batch, scale: Tensor) -> Tensor:
         total = torch.zeros((), device=self.plan.device, dtype=torch.float64)
-        for index, part in enumerate(divide(batch, self.micro_batches), start=1):
-            self.plan.sync_gradients(self.models, enabled=index == self.micro_batches)
-            with self.plan.precision.autocast(self.plan.device.type):
-                loss = update.loss(self.models, part) * scale
-            loss.backward()
-            total += loss.detach()
+        with self.plan.around():
+            for index, part in enumerate(divide(batch, self.micro_batches), start=1):
+                self.plan.sync_gradients(self.models, enabled=index == self.micro_batches)
+                with self.plan.precision.autocast(self.plan.device.type):
+                    loss = whole(update.loss(self.models, part)) * scale
+                loss.backward()
+                total += loss.detach()
         return total
 
     @torch.no_grad()
     def evaluate(self, update: Update, batch: Batch) -> Sums:
         sums: Sums = {}
         for part in divide(batch, self.micro_batches):
-            with self.plan.precision.autocast(self.plan.device.type):
+            with self.plan.around(), self.plan.precision.autocast(self.plan.device.type):
                 measured = update.measure(self.models, part)
-            sums = {name: sums.get(name, 0) + value.double() for name, value in measured.items()}
+            sums = {name: sums.get(name, 0) + whole(value).double() for name, value in measured.items()}
         return sums

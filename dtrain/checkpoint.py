@@ -118,8 +118,10 @@ class Checkpoints:
             shutil.rmtree(gone)
 
 
-def load(path: Path, tensors: dict[str, Tensor]) -> None:
-    """Fill `tensors`, whatever their sharding, from the checkpoint. A collective.
+def load(path: Path, states: list[dict[str, Tensor]]) -> None:
+    """Fill the tensors of `states`, whatever their sharding, from the checkpoint. A collective.
+
+    Every rank gives equally many states.
 
     Raises:
         ValueError: the checkpoint is of another model; the first differing tensor and both shapes are named.
@@ -128,7 +130,7 @@ def load(path: Path, tensors: dict[str, Tensor]) -> None:
     saved = {n: tuple(getattr(m, "size", ())) for n, m in reader.read_metadata().state_dict_metadata.items()}
     ours: dict[str, tuple[int, ...]] = {}
     gathered: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(gathered, {name: tuple(tensor.shape) for name, tensor in tensors.items()})
+    dist.all_gather_object(gathered, {name: tuple(t.shape) for part in states for name, t in part.items()})
     for part in gathered:
         ours |= part
     for name in sorted(ours | saved, key=lambda n: (n.startswith("optimizer."), n)):
@@ -136,7 +138,8 @@ def load(path: Path, tensors: dict[str, Tensor]) -> None:
             kind = "optimizer" if name.startswith("optimizer.") else "model"
             raise ValueError(f"{path} is of another {kind}: {name} is {saved.get(name, 'absent')} there, "
                              f"{ours.get(name, 'absent')} here")  # fmt: skip
-    dcp.load(tensors, storage_reader=reader)
+    for tensors in states:
+        dcp.load(tensors, storage_reader=reader)
 
 
 def find(resume: str, run_folder: Path, outputs: Path, *, fallback: bool, note: Callable[[str], None]) -> Path:

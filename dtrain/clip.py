@@ -20,7 +20,8 @@ from dtrain.strategy.base import local
 def clip(model: nn.Module, max_norm: float | None, plan: Plan) -> Tensor:
     """Scale the gradients to at most `max_norm` (None: leave them); return the norm before. A collective."""
     gradients = [p.grad for p in model.parameters() if p.grad is not None]
-    norm = _norm(gradients, plan)
+    copies = {id(p.grad) for p in plan.copies(model)}
+    norm = _norm([gradient for gradient in gradients if id(gradient) not in copies], plan)
     if max_norm is not None:
         factor = (max_norm / (norm + 1e-6)).clamp(max=1.0).to(plan.storage)
         for gradient in gradients:

@@ -22,16 +22,16 @@ def on_meta(factory: ModelFactory) -> nn.Module | None:
     """The model's shapes, without memory; None if it cannot be built so (it computes with values)."""
     try:
         with torch.device("meta"):
-            return factory()
+            return factory().to("meta")  # buffers may have been made with their values
     except (NotImplementedError, RuntimeError):
         return None
 
 
 def build(factory: ModelFactory, seed: int) -> nn.Module:
     """The model: on the meta device if it has `initial`, else whole, drawn from `seed`."""
-    model = on_meta(factory)
-    if model is not None and hasattr(model, "initial"):
-        return model
+    if hasattr(on_meta(factory), "initial"):
+        with torch.device("meta"):
+            return factory()
     torch.manual_seed(seed)
     return factory()
 
@@ -57,8 +57,9 @@ def materialize(model: nn.Module, seed: int, device: torch.device, dtype: torch.
             setattr(module, key, made[id(parameter)])
         for key, buffer in module.named_buffers(recurse=False):
             if buffer.is_meta:
-                raise ValueError(f"{type(model).__name__}: buffer {key} of {type(module).__name__} has no values; "
-                                 f"compute it in forward, or leave out `initial`")  # fmt: skip
+                raise ValueError(f"{type(model).__name__}: buffer {key} of {type(module).__name__} has no values; give "
+                                 f"it some (device='cpu'), compute it in forward, or leave out `initial`")  # fmt: skip
+            setattr(module, key, buffer.to(device))
 
 
 def _generator(seed: int, name: str) -> torch.Generator:

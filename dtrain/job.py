@@ -58,6 +58,7 @@ def assemble(config: Config, world: World) -> Job:
         data.prepare(progress)
     sizes = Sizes(config.seed, config.global_batch_size, config.seq_len, config.eval.batches)
     task = make(config.task, Task, "task", models=model_factories(config), data=data, sizes=sizes)
+    plan.check_task(task)
     return Job(config, data, task, plan, logger)
 
 

@@ -6,9 +6,12 @@ with every strategy and a new strategy with every model.
 
 from __future__ import annotations
 
+import re
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import Protocol, runtime_checkable
 
-from torch import nn
+from torch import Tensor, nn
 
 
 @dataclass(frozen=True)
@@ -17,11 +20,20 @@ class Layout:
 
     Args:
         first: the module that turns the batch into activations (a pipeline's entry).
-        blocks: the container of repeated blocks: units of sharding, recomputation and cutting.
+        blocks: the container of repeated blocks: units of sharding, recomputation and cutting. Each takes
+            and returns activations of one shape.
         last: the module that turns activations into outputs (a pipeline's exit).
-        column: linear layers that may be split by output features (heads, hidden units).
+        column: linear layers that may be split by output features (heads, hidden units). The module that
+            holds them gives its input to nothing else.
         row: linear layers that may be split by input features; each follows a `column` layer.
-        attention: within a block, the module that mixes positions: (q, k, v) -> y.
+        vocabulary: embeddings that may be split by rows, and linear layers whose outputs are the logits.
+        attention: within a block, the module that mixes positions, (q, k, v) -> y, each (B, H, T, D). It
+            says whether it is `causal`, and its `dropout`.
+        experts: within a block, the module whose parameters stack its experts on dim 0: (x, counts) -> y,
+            where x (N, C) is sorted by expert and counts (E,) tells how many rows each has. Its further
+            dims are hidden units where `hidden` says so.
+        hidden: names of the experts' parameters, with the dim of their hidden units.
+        sizes: attributes of the model that the number of ranks of `column` and `row` must divide.
     """
 
     first: str = ""
@@ -29,13 +41,38 @@ class Layout:
     last: str = ""
     column: tuple[str, ...] = ()
     row: tuple[str, ...] = ()
+    vocabulary: tuple[str, ...] = ()
     attention: str = ""
+    experts: str = ""
+    hidden: tuple[tuple[str, int], ...] = ()
+    sizes: tuple[str, ...] = ()
+
+
+@runtime_checkable
+class StepAware(Protocol):
+    """A module that takes part in a step besides its forward: balancing of experts."""
+
+    def before_step(self, scale: Tensor) -> None:
+        """Told the factor on every loss of the step, before its first forward."""
+        ...
+
+    def after_step(self, total: Callable[[Tensor], Tensor]) -> None:
+        """After the optimizer's step; `total` sums over the ranks that saw different data (a collective)."""
+        ...
 
 
 def layout_of(model: nn.Module) -> Layout:
     """The model's own `layout`, or an empty one: then every strategy takes the model as one piece."""
     layout = getattr(model, "layout", None)
     return layout if isinstance(layout, Layout) else Layout()
+
+
+def modules_at(model: nn.Module, patterns: tuple[str, ...]) -> Iterator[tuple[str, nn.Module]]:
+    """The modules that are present at these paths, with their full names."""
+    wanted = [re.compile(re.escape(pattern).replace(r"\*", r"[^.]+")) for pattern in patterns]
+    for name, module in model.named_modules():
+        if any(pattern.fullmatch(name) for pattern in wanted):
+            yield name, module
 
 
 def blocks_of(model: nn.Module) -> list[nn.Module]:

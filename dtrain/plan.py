@@ -1,17 +1,19 @@
 """A plan: the strategies of one run, in the order in which they act on a model.
 
-    mesh order         pp, dp, fsdp, cp, tp   outermost first: little traffic on slow links, most on fast ones
-    application order  pp, tp, fsdp, cp, dp   cut, split, shard; then hook the gradients of what is left
+    mesh order         pp, dp, fsdp, cp, ep, tp   outermost first: little traffic on slow links, most on fast ones
+    application order  pp, tp, ep, fsdp, cp, dp   cut, split, shard; then hook the gradients of what is left
 
 Between `fsdp` and `cp` the parameters get their values: before, they have shapes only.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
 from functools import partial
 from math import prod
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
@@ -22,15 +24,27 @@ from torch.utils.checkpoint import checkpoint
 from dtrain.accumulate import Accumulate
 from dtrain.batch import Batch, ModelFactory, Models
 from dtrain.degrees import fill
-from dtrain.initialize import build, materialize
+from dtrain.initialize import build, materialize, on_meta
 from dtrain.layout import blocks_of
 from dtrain.precision import Precision
 from dtrain.strategy.base import Executor, Strategy
 
-MESH_ORDER = ("pp", "dp", "fsdp", "cp", "tp")
-BEFORE_VALUES = ("pp", "tp", "fsdp")
+if TYPE_CHECKING:
+    from dtrain.task.base import Task
+
+MESH_ORDER = ("pp", "dp", "fsdp", "cp", "ep", "tp")
+BEFORE_VALUES = ("pp", "tp", "ep", "fsdp")
 AFTER_VALUES = ("cp", "dp")
 APPLICATION_ORDER = BEFORE_VALUES + AFTER_VALUES
+
+
+class Stages(nn.ModuleList):
+    """Several pieces of one model on one rank; each names its parameters in full."""
+
+
+def pieces(model: nn.Module) -> list[nn.Module]:
+    """The pieces of a model that this rank holds: most often the model itself."""
+    return list(model) if isinstance(model, Stages) else [model]
 
 
 @dataclass(frozen=True)
@@ -125,7 +139,20 @@ class Plan:
                 f"global_batch_size={global_batch_size} is not divisible by {self.row_parts} data-parallel ranks"
                 f"{micro}: use {' or '.join(map(str, near))}"
             )
-        return global_batch_size // unit if micro_batch_size else 1
+        rows = global_batch_size // self.row_parts
+        for strategy in self.strategies:
+            if number := strategy.micro_batches(rows, micro_batch_size):
+                return number
+        return rows // micro_batch_size if micro_batch_size else 1
+
+    @property
+    def place(self) -> tuple[int, int]:
+        """Which of the batch's parts this rank reads, and which stage of the model it holds."""
+        part = 0
+        for axis in MESH_ORDER:
+            if (strategy := self.on(axis)) and strategy.splits:
+                part = part * strategy.degree + self.mesh[axis].get_local_rank()
+        return part, self.mesh["pp"].get_local_rank() if self.on("pp") else 0
 
     def shard(self, batch: Batch) -> Batch:
         """This rank's part of a global batch."""
@@ -136,8 +163,15 @@ class Plan:
     def parallelize(self, factory: ModelFactory, seed: int) -> nn.Module:
         """Build the model this rank trains. A collective."""
         model = build(factory, seed)
-        self._check_model(model)
-        self._apply(("pp", "tp"), model)
+        self.check_model(model)
+        parts = [model]
+        for strategy in self.strategies:
+            parts = [part for whole in parts for part in strategy.cut(whole, self)]
+        parts = [self._parallelize(part, seed) for part in parts]
+        return Stages(parts) if len(parts) > 1 else parts[0]
+
+    def _parallelize(self, model: nn.Module, seed: int) -> nn.Module:
+        model = self._apply(("tp", "ep"), model)
         for block in blocks_of(model):
             if self.recompute:
                 block.forward = partial(checkpoint, block.forward, use_reentrant=False)
@@ -150,8 +184,18 @@ class Plan:
             strategy.verify(model, self)
         return model
 
-    def _check_model(self, model: nn.Module) -> None:
+    def check_task(self, task: Task) -> None:
+        """Refuse what cannot work with this task's models, updates and batches; needs no other process."""
+        for factory in task.models.values():
+            if (model := on_meta(factory)) is not None:
+                self.check_model(model)
+        for strategy in self.strategies:
+            strategy.check_task(task, self)
+
+    def check_model(self, model: nn.Module) -> None:
         """Refuse what would train wrong, or not do what was asked."""
+        for strategy in self.strategies:
+            strategy.check_model(model, self)
         name = type(model).__name__
         if self.parts > 1 and any(isinstance(m, nn.modules.batchnorm._BatchNorm) for m in model.modules()):
             raise ValueError(
@@ -186,18 +230,42 @@ class Plan:
                 return executor
         return Accumulate(models, micro_batches, self)
 
+    @contextmanager
+    def around(self) -> Iterator[None]:
+        """The strategies' contexts for forward and backward."""
+        with ExitStack() as stack:
+            for strategy in self.strategies:
+                stack.enter_context(strategy.around(self))
+            yield
+
     def sync_gradients(self, models: Models, enabled: bool) -> None:
         for strategy in self.strategies:
             for model in models.values():
                 strategy.sync_gradients(model, enabled)
 
+    def reduce_gradients(self, model: nn.Module) -> None:
+        """What is left to do for a model's gradients after backward. A collective."""
+        for strategy in self.strategies:
+            strategy.reduce_gradients(model, self)
+
+    def copies(self, model: nn.Module) -> list[nn.Parameter]:
+        return [parameter for strategy in self.strategies for parameter in strategy.copies(model)]
+
     def after_evaluation(self, models: Models) -> None:
         for strategy in self.strategies:
             for model in models.values():
-                strategy.after_evaluation(model)
+                for piece in pieces(model):
+                    strategy.after_evaluation(piece)
 
     def total(self, value: Tensor) -> Tensor:
         """The sum over all ranks that hold different parts of `value`, in place. A collective."""
         for strategy in self.strategies:
             value = strategy.total(value, self)
+        return value
+
+    def total_of_parts(self, value: Tensor) -> Tensor:
+        """The sum over the ranks that read different parts of the batch, in place: of what each stage counts."""
+        for strategy in self.strategies:
+            if strategy.splits:
+                value = strategy.total(value, self)
         return value

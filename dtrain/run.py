@@ -112,7 +112,7 @@ def _resume(trainer: Trainer, job: Job, resume: str, folder: Path) -> None:
         raise ValueError(
             f"resume: {found} has done {saved['step']} steps already, steps={config.steps}: ask for more steps"
         )
-    checkpoint.load(found, trainer.state())
+    checkpoint.load(found, trainer.states())
     trainer.next_step, trainer.tokens = saved["step"], saved["tokens"]
     note(f"resumed from {found}, step {saved['step']}")
     for key, ours in _curve(job).items():

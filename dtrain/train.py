@@ -16,8 +16,9 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from dtrain.clip import clip
+from dtrain.layout import StepAware
 from dtrain.optimizer import fill_state, rate
-from dtrain.plan import Plan
+from dtrain.plan import Plan, pieces
 from dtrain.task.base import Task, Update
 
 
@@ -76,6 +77,7 @@ class Trainer:
 
     def __init__(self, task: Task, plan: Plan, optimizer: Callable[[nn.Module], Optimizer], settings: Settings) -> None:
         micro_batches = plan.micro_batches(settings.global_batch_size, settings.micro_batch_size)
+        plan.check_task(task)
         self.task, self.plan, self.settings = task, plan, settings
         self.models = {name: plan.parallelize(factory, settings.seed) for name, factory in task.models.items()}
         self.optimizers = {n: plan.optimizer(optimizer(model), model) for n, model in self.models.items()}
@@ -104,20 +106,28 @@ class Trainer:
 
     def _train(self, step: int, batch: dict[str, Tensor]) -> tuple[dict[str, float], dict[str, float]]:
         mine = self.plan.shard(batch)
-        # Dropout draws from (seed, step, rank) alone, so that a resumed run draws the same.
-        torch.manual_seed(hash((self.settings.seed, step, dist.get_rank())) % 2**63)
+        # Dropout draws from (seed, step, part, stage) alone: a resumed run draws the same, and so do ranks that
+        # compute the same (along tp, where other masks would let the ranks' activations drift apart).
+        torch.manual_seed(hash((self.settings.seed, step, *self.plan.place)) % 2**63)
         self._set_rate(step)
         losses: dict[str, float] = {}
         norms: dict[str, float] = {}
         for update in self.task.updates:
             # In fp64: one over the count is no power of two, and every rank's gradient is multiplied by it.
             scale = (self.plan.parts / update.count(batch).clamp(min=1).double()).to(self.plan.device)
+            model = self.models[update.trains]
+            aware = [module for module in model.modules() if isinstance(module, StepAware)]
+            for module in aware:
+                module.before_step(scale)
             part = self._executor.train(update, mine, scale)
+            self.plan.reduce_gradients(model)
             loss = self.plan.total(part.clone()).item() / self.plan.parts
-            norm = clip(self.models[update.trains], self.settings.clip_norm, self.plan).item()
+            norm = clip(model, self.settings.clip_norm, self.plan).item()
             if not (math.isfinite(loss) and math.isfinite(norm)):
                 raise NonFinite(self._blame(step, update, part, loss, norm))
             self.optimizers[update.trains].step()
+            for module in aware:
+                module.after_step(self.plan.total_of_parts)
             for optimizer in self.optimizers.values():
                 optimizer.zero_grad()
             losses[update.trains] = losses.get(update.trains, 0.0) + loss
@@ -162,18 +172,27 @@ class Trainer:
 
     def state(self) -> dict[str, Tensor]:
         """Every weight, buffer and optimizer state by its full name: the same names and shapes under every plan."""
-        tensors: dict[str, Tensor] = {}
+        return {name: tensor for part in self.states() for name, tensor in part.items()}
+
+    def states(self) -> list[dict[str, Tensor]]:
+        """The state of each piece of the models on this rank: two of them may hold copies of one weight."""
+        found = []
         for model_name, model in self.models.items():
             optimizer = self.optimizers[model_name]
             if not optimizer.state:
                 fill_state(optimizer)
-            plain = self.plan.unwrap(model)
-            kept = plain.state_dict().keys()
-            tensors |= {f"{model_name}.{name}": buffer for name, buffer in plain.named_buffers() if name in kept}
-            for parameter_name, parameter in plain.named_parameters():
-                name = f"{model_name}.{parameter_name}"
-                tensors[name] = parameter.detach()
-                for key, value in optimizer.state.get(parameter, {}).items():
-                    if isinstance(value, Tensor):
-                        tensors[f"optimizer.{name}.{key}"] = value
-        return tensors
+            for piece in pieces(model):
+                found.append(_named(model_name, self.plan.unwrap(piece), optimizer))
+        return found
+
+
+def _named(model_name: str, model: nn.Module, optimizer: Optimizer) -> dict[str, Tensor]:
+    kept = model.state_dict().keys()
+    tensors = {f"{model_name}.{name}": buffer for name, buffer in model.named_buffers() if name in kept}
+    for parameter_name, parameter in model.named_parameters():
+        name = f"{model_name}.{parameter_name}"
+        tensors[name] = parameter.detach()
+        for key, value in optimizer.state.get(parameter, {}).items():
+            if isinstance(value, Tensor):
+                tensors[f"optimizer.{name}.{key}"] = value
+    return tensors

@@ -25,7 +25,7 @@ def _train(case: Case, size: int, folder: str, save: bool, resume: bool, asynchr
     made = trainer(case, size)
     if resume:
         path = find(folder, Path(folder), Path(folder), fallback=False, note=print)
-        load(path, made.state())
+        load(path, made.states())
         made.next_step, made.tokens = about(path)["step"], about(path)["tokens"]
     checkpoints = Checkpoints(Path(folder), keep_last=1, asynchronous=asynchronous) if save else None
     outcome = Outcome()
@@ -159,7 +159,7 @@ def test_no_checkpoint_is_said_with_the_place(tmp_path: Path) -> None:
 def _load_other(folder: str) -> str:
     made = trainer(Case("next_token", "fsdp", steps=1, model=(("d_model", 32),)), 2)
     try:
-        load(find(folder, Path(folder), Path(folder), fallback=False, note=print), made.state())
+        load(find(folder, Path(folder), Path(folder), fallback=False, note=print), made.states())
     except ValueError as error:
         return str(error)
     return ""

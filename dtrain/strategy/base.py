@@ -6,6 +6,8 @@ different axes therefore compose without knowing each other.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING, ClassVar, Protocol
 
 import torch.distributed as dist
@@ -16,7 +18,7 @@ from dtrain.batch import Batch, Models, Sums, divide
 
 if TYPE_CHECKING:
     from dtrain.plan import Plan
-    from dtrain.task.base import Update
+    from dtrain.task.base import Task, Update
 
 REST = -1  # a degree: all the ranks that the other axes leave
 
@@ -56,16 +58,30 @@ class Strategy:
     def check(self, plan: Plan) -> None:
         """Raise ValueError, naming the remedy, if this plan cannot work. No process group exists yet."""
 
+    def check_model(self, model: nn.Module, plan: Plan) -> None:
+        """Likewise, if it cannot work with this model, whose parameters may be on the meta device."""
+
+    def check_task(self, task: Task, plan: Plan) -> None:
+        """Likewise, with this task's batches and updates."""
+
+    def micro_batches(self, rows: int, micro_batch_size: int | None) -> int | None:
+        """Into how many micro-batches a rank's rows are divided, or None: as `micro_batch_size` says."""
+        return None
+
     def shard(self, batch: Batch, plan: Plan) -> Batch:
         """This rank's part of the batch."""
         if self.splits != "rows":
             return batch
         return list(divide(batch, self.degree))[plan.mesh[self.axis].get_local_rank()]
 
-    def parallelize(self, model: nn.Module, plan: Plan) -> nn.Module:
-        """The model this rank trains: cut, split, sharded or wrapped.
+    def cut(self, model: nn.Module, plan: Plan) -> list[nn.Module]:
+        """The pieces of the model that this rank holds, in order; their parameters keep their full names."""
+        return [model]
 
-        On the axes `pp`, `tp` and `fsdp` parameters are still on the meta device; on `cp` and `dp` they
+    def parallelize(self, model: nn.Module, plan: Plan) -> nn.Module:
+        """The model, or piece of it, that this rank trains: split, sharded or wrapped.
+
+        On the axes `tp`, `ep` and `fsdp` parameters are still on the meta device; on `cp` and `dp` they
         have their values.
         """
         return model
@@ -85,8 +101,19 @@ class Strategy:
         """Another way to run forward and backward than plain gradient accumulation, or None."""
         return None
 
+    def around(self, plan: Plan) -> AbstractContextManager:
+        """A context for every forward and backward pass."""
+        return nullcontext()
+
     def sync_gradients(self, model: nn.Module, enabled: bool) -> None:
-        """Switch gradient communication: off for every micro-batch but the last."""
+        """Switch the communication of gradients within backward: off for every micro-batch but the last."""
+
+    def reduce_gradients(self, model: nn.Module, plan: Plan) -> None:
+        """Finish the gradients after the last backward pass of an update, before they are clipped."""
+
+    def copies(self, model: nn.Module) -> list[nn.Parameter]:
+        """Parameters that are copies of another rank's or piece's: their gradients count once."""
+        return []
 
     def after_evaluation(self, model: nn.Module) -> None:
         """Put away what a forward pass without a backward has left behind."""
@@ -101,3 +128,18 @@ class Strategy:
 def local(tensor: Tensor) -> Tensor:
     """This rank's part of a tensor that may be distributed."""
     return tensor.to_local() if hasattr(tensor, "to_local") else tensor
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """All of a tensor that may be distributed; a collective if it is."""
+    return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
+
+
+def gradients(model: nn.Module) -> Mapping[str, Tensor]:
+    """This rank's part of every gradient of the model, by the parameter's name; a shared one once."""
+    return {name: local(p.grad) for name, p in model.named_parameters() if p.grad is not None}
+
+
+def divisors(number: int) -> str:
+    """What divides `number`, for an error's remedy."""
+    return ", ".join(str(d) for d in range(1, number + 1) if number % d == 0)
