@@ -12,6 +12,15 @@ ModelFactory = Callable[[], nn.Module]
 Sums = dict[str, Tensor]  # sums over a batch's items, by name
 
 
+class Stages(nn.ModuleList):
+    """Several pieces of one model on one rank; each names its parameters in full."""
+
+
+def pieces(model: nn.Module) -> list[nn.Module]:
+    """The pieces of a model that this rank holds: most often the model itself."""
+    return list(model) if isinstance(model, Stages) else [model]
+
+
 def divide(batch: Batch, parts: int) -> Iterator[Batch]:
     """The batch's rows in `parts` equal parts.
 

@@ -1,4 +1,4 @@
-"""How many ranks lie along each axis of the mesh."""
+"""How many ranks lie along each axis of the mesh, and how many rows of a batch are a rank's."""
 
 from __future__ import annotations
 
@@ -34,3 +34,18 @@ def fill(degrees: dict[str, int], world_size: int) -> dict[str, int]:
             f"job has {world_size}; or set strategy.{free[0]}.degree"
         )
     return filled
+
+
+def rows_of_a_rank(global_batch_size: int, ranks: int, micro_batch_size: int | None) -> int:
+    """How many rows each of `ranks` data-parallel ranks reads.
+
+    Raises:
+        ValueError: they do not come out even, also in micro-batches.
+    """
+    unit = ranks * (micro_batch_size or 1)
+    if global_batch_size % unit:
+        near = sorted({max(1, global_batch_size // unit) * unit, -(-global_batch_size // unit) * unit})
+        micro = f" x micro_batch_size={micro_batch_size}" if micro_batch_size else ""
+        raise ValueError(f"global_batch_size={global_batch_size} is not divisible by {ranks} data-parallel ranks"
+                         f"{micro}: use {' or '.join(map(str, near))}")  # fmt: skip
+    return global_batch_size // ranks

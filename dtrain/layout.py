@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Protocol, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
 from torch import Tensor, nn
 
@@ -67,18 +67,38 @@ def layout_of(model: nn.Module) -> Layout:
     return layout if isinstance(layout, Layout) else Layout()
 
 
+class Absent(nn.Module):
+    """Stands where another rank has the module: hands on its first argument."""
+
+    def forward(self, x: Tensor, *others: Any) -> Tensor:
+        return x
+
+
 def modules_at(model: nn.Module, patterns: tuple[str, ...]) -> Iterator[tuple[str, nn.Module]]:
     """The modules that are present at these paths, with their full names."""
     wanted = [re.compile(re.escape(pattern).replace(r"\*", r"[^.]+")) for pattern in patterns]
     for name, module in model.named_modules():
-        if any(pattern.fullmatch(name) for pattern in wanted):
+        if not isinstance(module, Absent) and any(pattern.fullmatch(name) for pattern in wanted):
             yield name, module
+
+
+def experts_of(model: nn.Module) -> list[tuple[str, nn.Module]]:
+    """The experts of each block that has some, with their full names."""
+    layout = layout_of(model)
+    return list(modules_at(model, (f"{layout.blocks}.*.{layout.experts}",))) if layout.experts else []
 
 
 def blocks_of(model: nn.Module) -> list[nn.Module]:
     """The repeated blocks that are present on this rank, in order; none where the layout names none."""
     path = layout_of(model).blocks
     return list(model.get_submodule(path).children()) if path else []
+
+
+def shared_names(model: nn.Module) -> dict[str, str]:
+    """Further names of parameters that stand in several places, with their first names."""
+    first = {id(parameter): name for name, parameter in model.named_parameters()}
+    names = model.named_parameters(remove_duplicate=False)
+    return {name: first[id(parameter)] for name, parameter in names if name != first[id(parameter)]}
 
 
 def sequence_length(model: nn.Module | None, seq_len: int | None) -> int:

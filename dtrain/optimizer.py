@@ -10,11 +10,17 @@ from torch import nn
 
 
 def parameter_groups(model: nn.Module) -> list[dict[str, Any]]:
-    """Matrices decay; gains, biases and other vectors do not (weight_decay 0)."""
-    matrices = [p for p in model.parameters() if p.requires_grad and p.ndim >= 2]
-    vectors = [p for p in model.parameters() if p.requires_grad and p.ndim < 2]
-    groups: list[dict[str, Any]] = [{"params": matrices}, {"params": vectors, "weight_decay": 0.0}]
-    return [group for group in groups if group["params"]]
+    """Matrices decay; gains, biases and other vectors do not (weight_decay 0).
+
+    Plain parameters and those of each mesh stand apart: a fused optimizer takes one kind at a time.
+    """
+    groups: dict[tuple[bool, str], dict[str, Any]] = {}
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            decays, mesh = parameter.ndim >= 2, str(getattr(parameter, "device_mesh", ""))
+            settings: dict[str, Any] = {"params": []} if decays else {"params": [], "weight_decay": 0.0}
+            groups.setdefault((decays, mesh), settings)["params"].append(parameter)
+    return [groups[key] for key in sorted(groups, reverse=True)]
 
 
 def rate(step: int, steps: int, *, warmup_steps: int, final_ratio: float) -> float:

@@ -22,8 +22,8 @@ from torch.optim import Optimizer
 from torch.utils.checkpoint import checkpoint
 
 from dtrain.accumulate import Accumulate
-from dtrain.batch import Batch, ModelFactory, Models
-from dtrain.degrees import fill
+from dtrain.batch import Batch, ModelFactory, Models, Stages, pieces
+from dtrain.degrees import fill, rows_of_a_rank
 from dtrain.initialize import build, materialize, on_meta
 from dtrain.layout import blocks_of
 from dtrain.precision import Precision
@@ -36,15 +36,6 @@ MESH_ORDER = ("pp", "dp", "fsdp", "cp", "ep", "tp")
 BEFORE_VALUES = ("pp", "tp", "ep", "fsdp")
 AFTER_VALUES = ("cp", "dp")
 APPLICATION_ORDER = BEFORE_VALUES + AFTER_VALUES
-
-
-class Stages(nn.ModuleList):
-    """Several pieces of one model on one rank; each names its parameters in full."""
-
-
-def pieces(model: nn.Module) -> list[nn.Module]:
-    """The pieces of a model that this rank holds: most often the model itself."""
-    return list(model) if isinstance(model, Stages) else [model]
 
 
 @dataclass(frozen=True)
@@ -131,15 +122,7 @@ class Plan:
         Raises:
             ValueError: the rows do not come out even.
         """
-        unit = self.row_parts * (micro_batch_size or 1)
-        if global_batch_size % unit:
-            near = sorted({max(1, global_batch_size // unit) * unit, -(-global_batch_size // unit) * unit})
-            micro = f" x micro_batch_size={micro_batch_size}" if micro_batch_size else ""
-            raise ValueError(
-                f"global_batch_size={global_batch_size} is not divisible by {self.row_parts} data-parallel ranks"
-                f"{micro}: use {' or '.join(map(str, near))}"
-            )
-        rows = global_batch_size // self.row_parts
+        rows = rows_of_a_rank(global_batch_size, self.row_parts, micro_batch_size)
         for strategy in self.strategies:
             if number := strategy.micro_batches(rows, micro_batch_size):
                 return number
@@ -226,7 +209,7 @@ class Plan:
     def executor(self, models: Models, micro_batches: int) -> Executor:
         """The first strategy's own way to run forward and backward, or gradient accumulation."""
         for strategy in self.strategies:
-            if executor := strategy.executor(models, self):
+            if executor := strategy.executor(models, self, micro_batches):
                 return executor
         return Accumulate(models, micro_batches, self)
 
@@ -244,9 +227,10 @@ class Plan:
                 strategy.sync_gradients(model, enabled)
 
     def reduce_gradients(self, model: nn.Module) -> None:
-        """What is left to do for a model's gradients after backward. A collective."""
-        for strategy in self.strategies:
-            strategy.reduce_gradients(model, self)
+        """What is left to do for a model's gradients after backward, inner axes first. A collective."""
+        for axis in reversed(MESH_ORDER):
+            if strategy := self.on(axis):
+                strategy.reduce_gradients(model, self)
 
     def copies(self, model: nn.Module) -> list[nn.Parameter]:
         return [parameter for strategy in self.strategies for parameter in strategy.copies(model)]

@@ -15,10 +15,11 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from dtrain.batch import pieces
 from dtrain.clip import clip
 from dtrain.layout import StepAware
 from dtrain.optimizer import fill_state, rate
-from dtrain.plan import Plan, pieces
+from dtrain.plan import Plan
 from dtrain.task.base import Task, Update
 
 
@@ -128,8 +129,8 @@ class Trainer:
             self.optimizers[update.trains].step()
             for module in aware:
                 module.after_step(self.plan.total_of_parts)
-            for optimizer in self.optimizers.values():
-                optimizer.zero_grad()
+            for each in self.models.values():
+                each.zero_grad()
             losses[update.trains] = losses.get(update.trains, 0.0) + loss
             norms[update.trains] = math.hypot(norms.get(update.trains, 0.0), norm)
         return losses, norms
@@ -172,7 +173,7 @@ class Trainer:
 
     def state(self) -> dict[str, Tensor]:
         """Every weight, buffer and optimizer state by its full name: the same names and shapes under every plan."""
-        return {name: tensor for part in self.states() for name, tensor in part.items()}
+        return {name: value for part in self.states() for name, value in part.items()}
 
     def states(self) -> list[dict[str, Tensor]]:
         """The state of each piece of the models on this rank: two of them may hold copies of one weight."""

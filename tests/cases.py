@@ -158,7 +158,7 @@ class Outcome:
 
 
 def adamw(model: nn.Module) -> torch.optim.Optimizer:
-    return torch.optim.AdamW(parameter_groups(model), lr=1e-2, betas=(0.9, 0.95), fused=True)
+    return torch.optim.AdamW(parameter_groups(model), lr=3e-3, betas=(0.9, 0.95), fused=True)
 
 
 def trainer(case: Case, world_size: int) -> Trainer:

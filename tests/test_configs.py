@@ -28,8 +28,8 @@ NEEDED = {
 }
 # The published sizes, in parameters.
 PUBLISHED = {"gpt2": 124_439_808, "medium": 354_823_168, "large": 774_030_080, "xl": 1_557_611_200,
-             "llama_8b": 8_030_261_248, "llama_70b": 70_553_706_496}  # fmt: skip
-ABOUT = {"tiny": 0.12e6, "mini": 3.2e6, "small": 10.8e6, "gpt3_175b": 175e9}
+             "llama_8b": 8_030_261_248, "llama_70b": 70_553_706_496, "mixtral_8x7b": 46_702_792_704}  # fmt: skip
+ABOUT = {"tiny": 0.12e6, "mini": 3.2e6, "small": 10.8e6, "gpt3_175b": 175e9, "moe": 9.55e6}
 
 
 def options(group: str) -> list[str]:
@@ -56,7 +56,7 @@ def test_every_strategy_builds_a_plan(name: str) -> None:
     nodes = OmegaConf.to_container(composed(f"strategy={name}").strategy)
     strategies = [make(node, Strategy, f"strategy.{axis}") for axis, node in nodes.items()]
     assert all(strategy.axis == axis for strategy, axis in zip(strategies, nodes, strict=True))
-    assert Plan.of(strategies, 4 if strategies else 1)
+    assert Plan.of(strategies, 16 if strategies else 1)
 
 
 @pytest.mark.parametrize("name", options("model"))

@@ -15,6 +15,8 @@ from transformers import (
     GPT2LMHeadModel,
     LlamaConfig,
     LlamaForCausalLM,
+    MixtralConfig,
+    MixtralForCausalLM,
 )
 
 from dtrain.initialize import materialize
@@ -95,17 +97,44 @@ def test_llama_logits_equal_transformers(kv_heads: int) -> None:
     theirs = perturb(LlamaForCausalLM(config))
     ours = Transformer(VOCAB, CONTEXT, WIDTH, LAYERS, HEADS, n_kv_heads=kv_heads, d_ff=80, norm="rmsnorm",
                        activation="swiglu", position="rotary", tied=False, bias=False)  # fmt: skip
+    weights = llama_weights(theirs)
+    for i, layer in enumerate(theirs.model.layers):
+        named = {"gate": layer.mlp.gate_proj, "up": layer.mlp.up_proj, "down": layer.mlp.down_proj}
+        weights |= {f"blocks.{i}.feedforward.{name}.weight": module.weight for name, module in named.items()}
+    x = tokens()
+    torch.testing.assert_close(copy(ours, weights)(x), theirs(x).logits, rtol=TOLERANCE, atol=TOLERANCE)
+
+
+def llama_weights(theirs: nn.Module) -> dict[str, Tensor]:
+    """All but the feed-forward layers'."""
     weights = {"embedding.token.weight": theirs.model.embed_tokens.weight, "head.output.weight": theirs.lm_head.weight,
                "head.norm.weight": theirs.model.norm.weight}  # fmt: skip
     for i, layer in enumerate(theirs.model.layers):
         named = {
             "attention.query": layer.self_attn.q_proj, "attention.key": layer.self_attn.k_proj,
             "attention.value": layer.self_attn.v_proj, "attention.output": layer.self_attn.o_proj,
-            "feedforward.gate": layer.mlp.gate_proj, "feedforward.up": layer.mlp.up_proj,
-            "feedforward.down": layer.mlp.down_proj, "norm1": layer.input_layernorm,
-            "norm2": layer.post_attention_layernorm,
+            "norm1": layer.input_layernorm, "norm2": layer.post_attention_layernorm,
         }  # fmt: skip
         weights |= {f"blocks.{i}.{name}.weight": module.weight for name, module in named.items()}
+    return weights
+
+
+@pytest.mark.parametrize("top_k", [2, 3])
+def test_mixtral_logits_equal_transformers(top_k: int) -> None:
+    config = MixtralConfig(
+        vocab_size=VOCAB, max_position_embeddings=CONTEXT, hidden_size=WIDTH, num_hidden_layers=LAYERS,
+        num_attention_heads=HEADS, num_key_value_heads=2, intermediate_size=40, rms_norm_eps=1e-5, rope_theta=1e4,
+        num_local_experts=5, num_experts_per_tok=top_k, tie_word_embeddings=False, sliding_window=None,
+    )  # fmt: skip
+    theirs = perturb(MixtralForCausalLM(config))
+    ours = Transformer(VOCAB, CONTEXT, WIDTH, LAYERS, HEADS, n_kv_heads=2, d_ff=40, norm="rmsnorm", activation="swiglu",
+                       position="rotary", tied=False, bias=False, n_experts=5, top_k=top_k)  # fmt: skip
+    weights = llama_weights(theirs)
+    for i, layer in enumerate(theirs.model.layers):
+        gate, up = layer.mlp.experts.gate_up_proj.chunk(2, dim=1)
+        named = {"router.weight": layer.mlp.gate.weight, "experts.gate": gate, "experts.up": up,
+                 "experts.down": layer.mlp.experts.down_proj}  # fmt: skip
+        weights |= {f"blocks.{i}.feedforward.{name}": weight for name, weight in named.items()}
     x = tokens()
     torch.testing.assert_close(copy(ours, weights)(x), theirs(x).logits, rtol=TOLERANCE, atol=TOLERANCE)
 
@@ -195,6 +224,12 @@ def test_initial_weights_are_gpt2s() -> None:
         ({"d_model": -4}, "d_model=-4 must be at least 1"),
         ({"norm": "batchnorm"}, "norm=batchnorm is unknown: use layernorm, rmsnorm"),
         ({"n_heads": 16, "position": "rotary"}, "even head width"),
+        ({"n_experts": -1}, "n_experts=-1 must be at least 0"),
+        ({"n_experts": 4, "top_k": 5}, "top_k=5 must be between 1 and n_experts=4"),
+        ({"n_experts": 4, "top_k": 0}, "top_k=0 must be between 1 and n_experts=4"),
+        ({"n_experts": 4, "capacity_factor": 0.0}, "capacity_factor=0.0 must be more than 0, or null"),
+        ({"n_experts": 4, "balance": "luck"}, "balance=luck is unknown: use none, loss, bias"),
+        ({"n_experts": 4, "balance_rate": -0.1}, "balance_rate=-0.1 must be at least 0"),
     ],
 )
 def test_sizes_that_do_not_fit_are_refused(change: dict, message: str) -> None:
@@ -222,9 +257,17 @@ def test_a_causal_model_never_looks_ahead(
     assert not torch.allclose(model(x)[:, 9:], model(changed)[:, 9:])
 
 
-def test_every_path_of_the_layout_is_there() -> None:
-    model = Transformer(VOCAB, CONTEXT, WIDTH, 2, HEADS, activation="swiglu")
+@pytest.mark.parametrize("n_experts", [0, 4])
+def test_every_path_of_the_layout_is_there(n_experts: int) -> None:
+    model = Transformer(VOCAB, CONTEXT, WIDTH, 2, HEADS, activation="swiglu", n_experts=n_experts)
     layout = model.layout
-    for path in (layout.first, layout.blocks, layout.last, *layout.column, *layout.row):
+    dense = [path for path in (*layout.column, *layout.row) if not (n_experts and "feedforward" in path)]
+    for path in (layout.first, layout.blocks, layout.last, *dense, *layout.vocabulary):
         assert isinstance(model.get_submodule(path.replace("*", "0")), nn.Module)
     assert all(isinstance(block.get_submodule(layout.attention), nn.Module) for block in blocks_of(model))
+    assert all(isinstance(getattr(model, size), int) for size in layout.sizes)
+    for block in blocks_of(model) if n_experts else ():
+        experts = block.get_submodule(layout.experts)
+        assert {name: experts.get_parameter(name).shape[dim] for name, dim in layout.hidden} == dict.fromkeys(
+            dict(layout.hidden), model.d_ff
+        )

@@ -1,13 +1,11 @@
-"""The Transformer: GPT-2, Llama and BERT are settings of it.
+"""The Transformer: GPT-2, Llama, BERT and Mixtral are settings of it.
 
     tokens (B, T) -> Embedding -> blocks -> Head -> logits (B, T, V)
-    a block:  x + attention(norm(x)),  then  x + feedforward(norm(x))
 
-B batch, T tokens, C width (`d_model`), H query heads, G key and value heads, D = C / H, V vocabulary.
+B batch, T tokens, C width (`d_model`), V vocabulary.
 
 Sources: Vaswani et al. 2017 (1706.03762); Radford et al. 2019 (GPT-2: pre-norm, scaled residuals);
-Devlin et al. 2018 (1810.04805: post-norm, segments);
-Ainslie et al. 2023 (2305.13245: grouped queries); Shazeer 2020 (2002.05202: SwiGLU).
+Devlin et al. 2018 (1810.04805: post-norm, segments).
 """
 
 from __future__ import annotations
@@ -17,20 +15,15 @@ from collections.abc import Callable
 from functools import partial
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dtrain.layout import Layout
-from dtrain.model.rotary import Rotary, rotary_table, rotate
+from dtrain.model.block import ACTIVATIONS, INITIAL_STD, Attention, Block, Core, FeedForward
+from dtrain.model.moe import MoE
+from dtrain.model.rotary import rotary_table
 
-ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
-    "gelu": F.gelu,
-    "gelu_tanh": partial(F.gelu, approximate="tanh"),
-    "swiglu": F.silu,
-}
 NORMS = {"layernorm": nn.LayerNorm, "rmsnorm": nn.RMSNorm}
 POSITIONS = ("learned", "rotary")
-INITIAL_STD = 0.02
 
 
 class Embedding(nn.Module):
@@ -55,77 +48,6 @@ class Embedding(nn.Module):
         return self.dropout(self.norm(x))
 
 
-class Core(nn.Module):
-    """softmax(q k' / sqrt(D)) v: a module of its own, so that a strategy can stand in for it."""
-
-    def __init__(self, causal: bool, dropout: float) -> None:
-        super().__init__()
-        self.causal, self.dropout = causal, dropout
-
-    def forward(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:  # (B, H, T, D), 2 x (B, G, T, D) -> (B, H, T, D)
-        dropout = self.dropout if self.training else 0.0
-        grouped = q.shape[1] != k.shape[1]
-        return F.scaled_dot_product_attention(q, k, v, is_causal=self.causal, dropout_p=dropout, enable_gqa=grouped)
-
-
-class Attention(nn.Module):
-    """Multi-head attention with H query heads that share G key and value heads."""
-
-    def __init__(self, d_model: int, n_heads: int, n_kv_heads: int, bias: bool, core: Core) -> None:
-        super().__init__()
-        self.head_dim = d_model // n_heads
-        self.query = nn.Linear(d_model, n_heads * self.head_dim, bias=bias)
-        self.key = nn.Linear(d_model, n_kv_heads * self.head_dim, bias=bias)
-        self.value = nn.Linear(d_model, n_kv_heads * self.head_dim, bias=bias)
-        self.core = core
-        self.output = nn.Linear(n_heads * self.head_dim, d_model, bias=bias)
-
-    def forward(self, x: Tensor, rotary: Rotary | None) -> Tensor:  # (B, T, C) -> (B, T, C)
-        q, k, v = (self._heads(layer(x)) for layer in (self.query, self.key, self.value))
-        if rotary is not None:
-            q, k = rotate(q, rotary), rotate(k, rotary)
-        y = self.core(q, k, v)
-        return self.output(y.transpose(1, 2).flatten(2))
-
-    def _heads(self, x: Tensor) -> Tensor:  # (B, T, h * D) -> (B, h, T, D); h is this rank's share of the heads
-        return x.unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
-
-
-class FeedForward(nn.Module):
-    """Two linear layers around an activation; SwiGLU gates the first with a third."""
-
-    def __init__(self, d_model: int, d_ff: int, activation: str, bias: bool) -> None:
-        super().__init__()
-        self.up = nn.Linear(d_model, d_ff, bias=bias)
-        self.gate = nn.Linear(d_model, d_ff, bias=bias) if activation == "swiglu" else None
-        self.down = nn.Linear(d_ff, d_model, bias=bias)
-        self.activation = ACTIVATIONS[activation]
-
-    def forward(self, x: Tensor) -> Tensor:  # (B, T, C) -> (B, T, C)
-        hidden = self.activation(self.up(x)) if self.gate is None else self.activation(self.gate(x)) * self.up(x)
-        return self.down(hidden)
-
-
-class Block(nn.Module):
-    """Attention, then the feed-forward layer, each with its residual; norms before (GPT) or after (BERT)."""
-
-    def __init__(
-        self, attention: Attention, feedforward: FeedForward, norms: tuple[nn.Module, nn.Module],
-        dropout: float, norm_first: bool,
-    ) -> None:  # fmt: skip
-        super().__init__()
-        self.attention, self.feedforward = attention, feedforward
-        self.norm1, self.norm2 = norms
-        self.dropout, self.norm_first = nn.Dropout(dropout), norm_first
-
-    def forward(self, x: Tensor, rotary: Rotary | None = None) -> Tensor:  # (B, T, C) -> (B, T, C)
-        if self.norm_first:
-            x = x + self.dropout(self.attention(self.norm1(x), rotary))
-            return x + self.dropout(self.feedforward(self.norm2(x)))
-        x = self.norm1(x + self.dropout(self.attention(x, rotary)))
-        return self.norm2(x + self.dropout(self.feedforward(x)))
-
-
 class Head(nn.Module):
     """Activations to logits. BERT's head has one more dense layer before the vocabulary."""
 
@@ -145,7 +67,7 @@ class Transformer(nn.Module):
         context: the longest sequence, in tokens.
         d_model, n_layers, n_heads: width C, number of blocks, query heads H.
         n_kv_heads: key and value heads G; None: as many as query heads.
-        d_ff: hidden units of the feed-forward layer; None: 4 C.
+        d_ff: hidden units of the feed-forward layer, or of each expert; None: 4 C.
         norm, norm_eps, norm_first: kind, epsilon, and before (GPT) or after (BERT) each sublayer.
         activation: gelu, gelu_tanh or swiglu.
         position, rope_theta: learned or rotary, and the rotary base.
@@ -155,6 +77,8 @@ class Transformer(nn.Module):
         segments: kinds of segment embedding (BERT: 2); 0: none.
         head_transform: BERT's dense layer, activation and norm before the vocabulary; its output has a bias.
         dropout: probability, for embeddings, attention weights and residuals.
+        n_experts: experts in place of each feed-forward layer, without biases (see `MoE`); 0: none.
+        top_k, capacity_factor, balance, balance_rate: how a router chooses among them.
 
     Raises:
         ValueError: sizes that do not fit each other, or an unknown kind.
@@ -167,7 +91,11 @@ class Transformer(nn.Module):
         column=tuple(f"blocks.*.{n}" for n in ("attention.query", "attention.key", "attention.value",
                                                "feedforward.up", "feedforward.gate")),
         row=("blocks.*.attention.output", "blocks.*.feedforward.down"),
+        vocabulary=("embedding.token", "head.output"),
         attention="attention.core",
+        experts="feedforward.experts",
+        hidden=(("up", 1), ("gate", 1), ("down", 2)),
+        sizes=("n_heads", "n_kv_heads", "d_ff"),
     )  # fmt: skip
 
     def __init__(
@@ -175,18 +103,25 @@ class Transformer(nn.Module):
         n_kv_heads: int | None = None, d_ff: int | None = None, norm: str = "layernorm", norm_eps: float = 1e-5,
         norm_first: bool = True, activation: str = "gelu", position: str = "learned", rope_theta: float = 10000.0,
         causal: bool = True, tied: bool = True, bias: bool = True, segments: int = 0,
-        head_transform: bool = False, dropout: float = 0.0,
+        head_transform: bool = False, dropout: float = 0.0, n_experts: int = 0, top_k: int = 2,
+        capacity_factor: float | None = None, balance: str = "bias", balance_rate: float = 1e-3,
     ) -> None:  # fmt: skip
         super().__init__()
         n_kv_heads = n_heads if n_kv_heads is None else n_kv_heads
         d_ff = 4 * d_model if d_ff is None else d_ff
         sizes = dict(vocab_size=vocab_size, context=context, d_model=d_model, n_layers=n_layers,
                      n_heads=n_heads, n_kv_heads=n_kv_heads, d_ff=d_ff)  # fmt: skip
-        _check(sizes, segments, norm=norm, activation=activation, position=position)
+        _check(sizes, {"segments": segments, "n_experts": n_experts}, norm=norm, activation=activation,
+               position=position)  # fmt: skip
         self.vocab_size, self.context, self.causal = vocab_size, context, causal
         self.n_layers, self.head_dim = n_layers, d_model // n_heads
+        self.n_heads, self.n_kv_heads, self.d_ff, self.n_experts = n_heads, n_kv_heads, d_ff, n_experts
         self.rope_theta = rope_theta if position == "rotary" else None
 
+        make_feedforward: Callable[[], nn.Module] = partial(FeedForward, d_model, d_ff, activation, bias)
+        if n_experts:
+            make_feedforward = partial(MoE, d_model, d_ff, activation, n_experts, top_k=top_k, balance=balance,
+                                       capacity_factor=capacity_factor, balance_rate=balance_rate)  # fmt: skip
         make_norm = partial(NORMS[norm], d_model, eps=norm_eps, **({"bias": bias} if norm == "layernorm" else {}))
         learned = context if position == "learned" else 0
         embedding_norm = nn.Identity() if norm_first else make_norm()
@@ -194,8 +129,8 @@ class Transformer(nn.Module):
         self.blocks = nn.ModuleDict()  # by name, so that a pipeline stage keeps the full names of what it holds
         for index in range(n_layers):
             attention = Attention(d_model, n_heads, n_kv_heads, bias, Core(causal, dropout))
-            feedforward = FeedForward(d_model, d_ff, activation, bias)
-            self.blocks[str(index)] = Block(attention, feedforward, (make_norm(), make_norm()), dropout, norm_first)
+            norms = (make_norm(), make_norm())
+            self.blocks[str(index)] = Block(attention, make_feedforward(), norms, dropout, norm_first)
         transform = nn.Sequential(nn.Linear(d_model, d_model), nn.GELU(), make_norm())
         self.head = Head(
             norm=make_norm() if norm_first else nn.Identity(),
@@ -224,17 +159,16 @@ class Transformer(nn.Module):
         elif values.ndim == 1:  # a norm's gain
             values.fill_(1.0)
         else:
-            residual = name.endswith(("attention.output.weight", "feedforward.down.weight"))
+            residual = name.endswith(("attention.output.weight", "feedforward.down.weight", "experts.down"))
             std = INITIAL_STD / math.sqrt(2 * self.n_layers) if residual else INITIAL_STD
             values.normal_(0.0, std, generator=generator)
 
 
-def _check(sizes: dict[str, int], segments: int, *, norm: str, activation: str, position: str) -> None:
-    for name, size in sizes.items():
-        if size < 1:
-            raise ValueError(f"model.{name}={size} must be at least 1")
-    if segments < 0:
-        raise ValueError(f"model.segments={segments} must be at least 0")
+def _check(sizes: dict[str, int], optional: dict[str, int], *, norm: str, activation: str, position: str) -> None:
+    for least, group in ((1, sizes), (0, optional)):
+        for name, size in group.items():
+            if size < least:
+                raise ValueError(f"model.{name}={size} must be at least {least}")
     d_model, heads, kv_heads = sizes["d_model"], sizes["n_heads"], sizes["n_kv_heads"]
     if d_model % heads:
         raise ValueError(f"model.n_heads={heads} does not divide d_model={d_model}: use {_divisors(d_model)}")

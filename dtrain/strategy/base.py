@@ -6,12 +6,12 @@ different axes therefore compose without knowing each other.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING, ClassVar, Protocol
 
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import Size, Tensor, nn
 from torch.optim import Optimizer
 
 from dtrain.batch import Batch, Models, Sums, divide
@@ -97,13 +97,17 @@ class Strategy:
         """The optimizer this rank steps."""
         return optimizer
 
-    def executor(self, models: Models, plan: Plan) -> Executor | None:
+    def executor(self, models: Models, plan: Plan, micro_batches: int) -> Executor | None:
         """Another way to run forward and backward than plain gradient accumulation, or None."""
         return None
 
     def around(self, plan: Plan) -> AbstractContextManager:
         """A context for every forward and backward pass."""
         return nullcontext()
+
+    def activation(self, shape: Size) -> Size:
+        """The shape of activations between blocks on this rank, where the strategy changes it."""
+        return shape
 
     def sync_gradients(self, model: nn.Module, enabled: bool) -> None:
         """Switch the communication of gradients within backward: off for every micro-batch but the last."""
@@ -138,6 +142,14 @@ def whole(tensor: Tensor) -> Tensor:
 def gradients(model: nn.Module) -> Mapping[str, Tensor]:
     """This rank's part of every gradient of the model, by the parameter's name; a shared one once."""
     return {name: local(p.grad) for name, p in model.named_parameters() if p.grad is not None}
+
+
+def average(tensors: Iterable[Tensor], group: dist.ProcessGroup) -> None:
+    """Replace each tensor by its mean over the group. A collective: all ranks have the same shapes, in one order."""
+    for tensor in tensors:
+        if tensor.numel():
+            dist.all_reduce(tensor, group=group)
+            tensor.div_(group.size())
 
 
 def divisors(number: int) -> str:

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 from torch import nn
 from torch.distributed.fsdp import CPUOffloadPolicy, fully_shard
 from torch.distributed.tensor import DTensor, Shard
+from torch.distributed.tensor.placement_types import _StridedShard
 
 from dtrain.layout import blocks_of
 from dtrain.strategy.base import REST, Strategy, local
@@ -48,6 +49,16 @@ class FSDP(Strategy):
         self.reshard_after_forward, self.reduce_each = reshard_after_forward, reduce_each
         self.offloads = cpu_offload
 
+    def check(self, plan: Plan) -> None:
+        pipeline = plan.on("pp")
+        if pipeline is None:
+            return
+        if self.reduce_each:
+            raise ValueError("strategy.fsdp.reduce_each=true: a pipeline reduces once a step; use reduce_each=false")
+        if self.reshard_after_forward and getattr(pipeline, "splits_backward", False):
+            raise ValueError("this pipeline schedule computes the gradients of weights after those of inputs, and "
+                             "resharded weights miss them: use strategy.fsdp.reshard_after_forward=false")  # fmt: skip
+
     def parallelize(self, model: nn.Module, plan: Plan) -> nn.Module:
         settings: dict[str, Any] = {
             "mesh": plan.mesh[self._mesh_axes(plan)],
@@ -66,14 +77,17 @@ class FSDP(Strategy):
         return ("dp", "fsdp") if isinstance(plan.on("dp"), Replicate) else ("fsdp",)
 
     def verify(self, model: nn.Module, plan: Plan) -> None:
-        rank = plan.mesh[self.axis].get_local_rank()
         for name, parameter in model.named_parameters():
             assert isinstance(parameter, DTensor), f"{name} is not sharded over {self.axis}"
-            axes = parameter.device_mesh.mesh_dim_names or ()
-            placement = parameter.placements[axes.index(self.axis)]
-            assert isinstance(placement, Shard), f"{name} is {placement} over {self.axis}"
-            rows, chunk = parameter.shape[0], -(-parameter.shape[0] // self.degree)
-            mine = max(0, min(chunk, rows - rank * chunk))
+            mine = parameter.shape[0]
+            # Inner axes first: where tensor parallelism has cut rows, each of its slices is cut again.
+            for axis, placement in reversed(
+                list(zip(parameter.device_mesh.mesh_dim_names or (), parameter.placements, strict=True))
+            ):
+                if isinstance(placement, Shard | _StridedShard) and placement.dim == 0:
+                    chunk = -(-mine // plan.degrees[axis])
+                    mine = max(0, min(chunk, mine - plan.mesh[axis].get_local_rank() * chunk))
+                assert axis != self.axis or not placement.is_replicate(), f"{name} is {placement} over {axis}"
             assert local(parameter).shape[0] == mine, f"{name}: {local(parameter).shape[0]} rows here, not {mine}"
 
     def after_evaluation(self, model: nn.Module) -> None:

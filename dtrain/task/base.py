@@ -74,7 +74,9 @@ class Supervised:
         return self.criterion(self.outputs(models, batch), batch)
 
     def measure(self, models: Models, batch: Batch) -> Sums:
-        outputs = self.outputs(models, batch)
+        return self.measured(self.outputs(models, batch), batch)
+
+    def measured(self, outputs: Tensor, batch: Batch) -> Sums:
         return {
             "loss": self.criterion(outputs, batch),
             "count": self.count(batch),

@@ -1,0 +1,111 @@
+"""Context parallel: each rank holds a slice of every sequence; attention alone needs the other slices.
+
+    balanced, n = 2:  sequence 0 1 2 3 -> rank 0: 0 3, rank 1: 1 2  (a causal mask leaves both equal work)
+    ring, forward:    queries stay; keys and values go round, one hop while those at hand are used
+    ring, backward:   keys and values go round again, their gradients behind them, home after n hops
+    ulysses:          all-to-all: my tokens of all heads -> all tokens of my heads -> attention -> back
+
+Cost a block and micro-batch, per rank, with S bytes in its queries and g = key heads / query heads: ring
+2g(n-1)S forward, 2g(2n-1)S backward (gradients in fp32 at least); ulysses (2+2g)S(n-1)/n forward and again
+backward; n divides the heads (if not the key heads: g = 1, they are repeated). Activations: 1/n. A step: one
+all-reduce for each gradient.
+Sources: Liu et al. 2023, "Ring Attention" (2310.01889); Jacobs et al. 2023, "DeepSpeed Ulysses" (2309.14509);
+Llama team 2024 (2407.21783: early and late chunks); Dao et al. 2022, "FlashAttention" (2205.14135: the merge).
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from dtrain.batch import Batch
+from dtrain.exchange import Ring, Ulysses
+from dtrain.layout import blocks_of, layout_of, modules_at
+from dtrain.strategy.base import REST, Strategy, average, divisors, gradients
+
+if TYPE_CHECKING:
+    from dtrain.plan import Plan
+    from dtrain.task.base import Task
+
+METHODS: dict[str, Any] = {"ring": Ring, "ulysses": Ulysses}
+
+
+class Context(Strategy):
+    """Cut sequences over `cp`, and exchange within the module that the model's Layout names `attention`.
+
+    Args:
+        degree: ranks along `cp`; -1: the rest of the world.
+        method: ring or ulysses.
+        balanced: in a ring each rank takes an early and a late chunk; false: one chunk.
+    """
+
+    axis = "cp"
+    splits = "tokens"
+
+    def __init__(self, degree: int = REST, *, method: str = "ring", balanced: bool = True) -> None:
+        super().__init__(degree)
+        self.method, self.balanced = method, balanced and method == "ring"
+        self.chunks = 2 if self.balanced else 1  # of each sequence, on each rank
+
+    def check(self, plan: Plan) -> None:
+        if self.method not in METHODS:
+            raise ValueError(f"strategy.cp.method={self.method} is unknown: use {', '.join(METHODS)}")
+
+    def check_model(self, model: nn.Module, plan: Plan) -> None:
+        cores = _cores(model)
+        if not cores or len(cores) < len(blocks_of(model)):
+            raise ValueError(f"{type(model).__name__} names no `attention` in its Layout: nothing to exchange over cp")
+        if self.method == "ring" and (dropout := max(core.dropout for core in cores)):
+            raise ValueError(f"ring attention cannot drop attention weights (dropout={dropout}): "
+                             f"use strategy.cp.method=ulysses or model.dropout=0")  # fmt: skip
+        if any(getattr(module, "whole_rows", False) for module in model.modules()):
+            raise ValueError(f"the experts of {type(model).__name__} count the tokens of whole sequences, which cp="
+                             f"{self.degree} cuts: use model.capacity_factor=null and model.balance=bias")  # fmt: skip
+        tp, heads = plan.degrees.get("tp", 1), getattr(model, "n_heads", 0)
+        if self.method == "ulysses" and (mine := heads // tp) % self.degree:
+            split = f" / tp={tp}" if tp > 1 else ""
+            raise ValueError(f"n_heads={heads}{split} is not divisible by cp={self.degree}: use {divisors(mine)}")
+
+    def check_task(self, task: Task, plan: Plan) -> None:
+        lengths = {name: t.shape[1] if t.ndim > 1 else 1 for name, t in task.batch(0).items()}
+        length = max(lengths.values())
+        if whole := [name for name, each in lengths.items() if each != length]:
+            raise ValueError(f"`{whole[0]}` of the batch is not one value a token: cp={self.degree} cannot cut it")
+        self._check_length(length)
+
+    def _check_length(self, length: int) -> None:
+        parts = self.degree * self.chunks
+        if rest := length % parts:
+            near = " or ".join(str(each) for each in (length - rest, length - rest + parts) if each)
+            factor, why = ("2 x ", " (each rank takes two chunks of the balanced ring)") if self.balanced else ("", "")
+            other = ", or strategy.cp.balanced=false" if length % self.degree == 0 else ""
+            raise ValueError(f"seq_len={length} is not divisible by {factor}cp={self.degree}{why}: use {near}{other}")
+
+    def shard(self, batch: Batch, plan: Plan) -> Batch:
+        rank = plan.mesh[self.axis].get_local_rank()
+        return {name: self._mine(tensor, rank) if tensor.ndim > 1 else tensor for name, tensor in batch.items()}
+
+    def _mine(self, tensor: Tensor, rank: int) -> Tensor:  # (B, T, ...) -> (B, T/n, ...)
+        self._check_length(tensor.shape[1])  # of every batch, as lengths may differ
+        chunks = tensor.tensor_split(self.degree * self.chunks, dim=1)
+        return torch.cat((chunks[rank], chunks[-1 - rank]), dim=1) if self.balanced else chunks[rank].contiguous()
+
+    def parallelize(self, model: nn.Module, plan: Plan) -> nn.Module:
+        path, group = layout_of(model).attention, plan.mesh[self.axis].get_group()
+        for block in blocks_of(model):
+            block.set_submodule(path, METHODS[self.method](block.get_submodule(path), group, self.balanced))
+        return model
+
+    def verify(self, model: nn.Module, plan: Plan) -> None:
+        for core in _cores(model):
+            assert type(core) is METHODS[self.method], f"attention is {type(core).__name__}, not {self.method}"
+
+    def reduce_gradients(self, model: nn.Module, plan: Plan) -> None:
+        average(gradients(model).values(), plan.mesh[self.axis].get_group())
+
+
+def _cores(model: nn.Module) -> list[Any]:
+    path = layout_of(model).attention
+    return [core for block in blocks_of(model) for _, core in modules_at(block, (path,))] if path else []

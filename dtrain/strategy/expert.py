@@ -1,0 +1,142 @@
+"""Expert parallel: each rank holds E/n of the experts, and every token travels to those it was sent to.
+
+    rank 0: its rows -> attention, router \\          / experts 0, 1 \\          / sum over k -> ...
+                                           all-to-all                all-to-all
+    rank 1: its rows -> attention, router /          \\ experts 2, 3 /          \\ sum over k -> ...
+
+All else is on every rank, as in data parallel: the gradients of the dense weights are averaged over `ep`.
+Those of an expert are whole where it is, for the tokens of all ranks came to it.
+Cost a block and micro-batch, per rank: 2 all-to-alls of its tokens (k B T rows of C, of which (n-1)/n leave
+it) forward and 2 backward, with E counts ahead; a step: one all-reduce of the dense gradients. The busiest
+rank sets the pace. Memory: 1/n of the experts' weights, gradients and moments.
+Sources: Lepikhin et al. 2020, GShard (2006.16668); Fedus et al. 2021, Switch (2101.03961);
+Rajbhandari et al. 2022, DeepSpeed-MoE (2201.05596).
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor, Shard
+
+from dtrain.layout import experts_of
+from dtrain.strategy.base import Strategy, average, divisors, local
+
+if TYPE_CHECKING:
+    from dtrain.plan import Plan
+
+Forward = Callable[[Tensor, Tensor], Tensor]  # (N, C) rows sorted by expert, (E,) counts -> (N, C)
+
+
+class Expert(Strategy):
+    """Spread the experts that the model's Layout names over `ep`.
+
+    Args:
+        degree: ranks along `ep`; -1: the rest of the world.
+    """
+
+    axis = "ep"
+
+    def check_model(self, model: nn.Module, plan: Plan) -> None:
+        numbers = {p.shape[0] for _, experts in experts_of(model) for p in experts.parameters()}
+        if not numbers:
+            raise ValueError(
+                f"{type(model).__name__} has no experts (model.n_experts=0): nothing to spread over ep; "
+                f"use model=moe, or a strategy on dp"
+            )
+        for number in numbers:
+            if number % self.degree:
+                raise ValueError(
+                    f"n_experts={number} is not divisible by ep={self.degree}: use {divisors(number)} ranks along ep"
+                )
+
+    def parallelize(self, model: nn.Module, plan: Plan) -> nn.Module:
+        group = plan.mesh[self.axis].get_group()
+        for _, experts in experts_of(model):
+            split_already = "forward" in vars(experts)  # by tensor parallelism: that forward finds its own weights
+            forward = experts.forward if split_already else with_local_weights(experts)
+            for name, parameter in list(experts.named_parameters()):
+                owner, _, key = name.rpartition(".")
+                setattr(experts.get_submodule(owner), key, self._mine(parameter, plan))
+            experts.forward = _exchange(forward, group)
+        return model
+
+    def _mine(self, parameter: nn.Parameter, plan: Plan) -> nn.Parameter:
+        """This rank's experts: sharded over `ep`, and within as the parameter was before."""
+        inner, placements = ((parameter.device_mesh.mesh_dim_names or (), parameter.placements)
+                             if isinstance(parameter, DTensor) else ((), ()))  # fmt: skip
+        mine = local(parameter.detach()).chunk(self.degree)[plan.mesh[self.axis].get_local_rank()].clone()
+        mesh = plan.mesh[(self.axis, *inner)]
+        made = DTensor.from_local(mine, mesh, (Shard(0), *placements), run_check=False, shape=parameter.shape,
+                                  stride=parameter.stride())  # fmt: skip
+        return nn.Parameter(made, requires_grad=parameter.requires_grad)
+
+    def verify(self, model: nn.Module, plan: Plan) -> None:
+        for _, experts in experts_of(model):
+            for name, parameter in experts.named_parameters():
+                assert self._shards(parameter), f"{name} is not sharded over {self.axis}"
+                rows, here = parameter.shape[0] // self.degree, local(parameter).shape[0]
+                assert here == rows or plan.on("fsdp"), f"{name}: {here} experts here, not {rows}"
+
+    def reduce_gradients(self, model: nn.Module, plan: Plan) -> None:
+        dense = []
+        for parameter in model.parameters():
+            if parameter.grad is not None and self._shards(parameter):
+                local(parameter.grad).div_(self.degree)  # the sum of what each rank's part of the batch gave
+            elif parameter.grad is not None:
+                dense.append(local(parameter.grad))
+        average(dense, plan.mesh[self.axis].get_group())
+
+    def _shards(self, parameter: nn.Parameter) -> bool:
+        if not isinstance(parameter, DTensor):
+            return False
+        names = parameter.device_mesh.mesh_dim_names or ()
+        return self.axis in names and parameter.placements[names.index(self.axis)].is_shard(0)
+
+
+def with_local_weights(experts: nn.Module) -> Forward:
+    """The module's forward as it is now, computing with this rank's part of its parameters as they will be."""
+    inner = copy.copy(experts)  # of one dictionary of parameters: what replaces one there is seen here
+
+    def forward(x: Tensor, counts: Tensor) -> Tensor:
+        weights = {name: local(parameter) for name, parameter in inner.named_parameters()}
+        return torch.func.functional_call(inner, weights, (x, counts))
+
+    return forward
+
+
+def _exchange(forward: Forward, group: dist.ProcessGroup) -> Forward:
+    """`forward` on the rows that all ranks have for the experts here; each gets its own back, in its order."""
+
+    def exchanged(x: Tensor, counts: Tensor) -> Tensor:
+        theirs = torch.empty_like(counts)
+        dist.all_to_all_single(theirs, counts, group=group)
+        by_rank = theirs.view(group.size(), -1)  # (n, E/n): rows from each rank for each expert here
+        send, receive = counts.view(group.size(), -1).sum(1).tolist(), by_rank.sum(1).tolist()
+        experts = torch.arange(by_rank.shape[1], device=x.device).repeat(group.size())
+        order = experts.repeat_interleave(theirs).argsort(stable=True)  # from by rank to by expert
+        y: Tensor = _AllToAll.apply(x, send, receive, group)
+        y = forward(y.index_select(0, order), by_rank.sum(0))
+        return _AllToAll.apply(y.index_select(0, order.argsort()), receive, send, group)
+
+    return exchanged
+
+
+class _AllToAll(torch.autograd.Function):
+    """Send the first `send[0]` rows to rank 0, and so on; the gradient travels back the same way."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, send: list[int], receive: list[int], group: dist.ProcessGroup) -> Tensor:
+        ctx.way_back = receive, send, group
+        y = x.new_empty(sum(receive), *x.shape[1:])
+        dist.all_to_all_single(y, x.contiguous(), receive, send, group=group)
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None, None]:
+        return _AllToAll.apply(gradients[0], *ctx.way_back), None, None, None

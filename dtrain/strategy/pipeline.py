@@ -1,0 +1,187 @@
+"""Pipeline parallel: each rank holds consecutive blocks; micro-batches flow through, gradients flow back.
+
+    1F1B on two stages, four micro-batches (1' is the backward of 1, . is idle):
+    stage 0: embedding, blocks 0-3 |  1  2  .  1' 3  2' 4  3' .  4'
+    stage 1: blocks 4-7, head      |  .  1  1' 2  2' 3  3' 4  4' .
+
+The bubble, the idle share, is (p-1)/(m+p-1) with p stages and m micro-batches; several stages a rank
+(interleaved) divide it by their number; zero-bubble schedules (interleaved_zero_bubble, zbv, dualpipev) put the
+gradients of weights, which nobody waits for, into it. V schedules hold stages r and 2p-1-r on rank r.
+Cost a micro-batch and boundary between stages: one activation (B, T, C) sent forward, its gradient sent back.
+Sources: Huang et al. 2018, GPipe (1811.06965); Narayanan et al. 2021, interleaved 1F1B (2104.04473); Lamy-Poirier
+2022, looped BFS (2211.05953); Qi et al. 2023, zero bubble (2401.10241); DeepSeek-AI 2024, DualPipe (2412.19437).
+"""
+
+from __future__ import annotations
+
+import copy
+from typing import TYPE_CHECKING
+
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.pipelining import schedules
+
+from dtrain.batch import Models, pieces
+from dtrain.layout import Absent, layout_of, shared_names
+from dtrain.stages import Flow, keep_name, split_evenly, sum_ends
+from dtrain.strategy.base import REST, Executor, Strategy
+
+if TYPE_CHECKING:
+    from dtrain.plan import Plan
+    from dtrain.task.base import Task
+
+SCHEDULES = {
+    "gpipe": schedules.ScheduleGPipe,
+    "1f1b": schedules.Schedule1F1B,
+    "interleaved_1f1b": schedules.ScheduleInterleaved1F1B,
+    "looped_bfs": schedules.ScheduleLoopedBFS,
+    "interleaved_zero_bubble": schedules.ScheduleInterleavedZeroBubble,
+    "zbv": schedules.ScheduleZBVZeroBubble,
+    "dualpipev": schedules.ScheduleDualPipeV,
+}
+ONE_STAGE, V = ("gpipe", "1f1b"), ("zbv", "dualpipev")
+ROUNDS = ("interleaved_1f1b", "interleaved_zero_bubble")  # micro-batches go round in equal groups of about p
+SPLIT_BACKWARD = ("interleaved_zero_bubble", "zbv", "dualpipev")  # input gradients first, those of weights later
+
+
+class Pipeline(Strategy):
+    """Cut the model's blocks over `pp`; the first stage has the embedding, the last one the head.
+
+    Args:
+        degree: ranks along `pp`; -1: the rest of the world.
+        schedule: a name of SCHEDULES.
+        micro_batches: into how many a rank's rows are divided; None: as `micro_batch_size` says, or else the
+            smallest number of at least two a stage that divides the rows.
+        stages_per_rank: None: 1 for gpipe and 1f1b, 2 for the others.
+        split: blocks of each stage; None: so that the largest stage costs least.
+    """
+
+    axis = "pp"
+    splits = ""
+
+    def __init__(
+        self, degree: int = REST, *, schedule: str = "1f1b", micro_batches: int | None = None,
+        stages_per_rank: int | None = None, split: list[int] | None = None,
+    ) -> None:  # fmt: skip
+        super().__init__(degree)
+        if schedule not in SCHEDULES:
+            raise ValueError(f"strategy.pp.schedule={schedule} is unknown: use {', '.join(SCHEDULES)}")
+        expected = 1 if schedule in ONE_STAGE else 2
+        self.stages_per_rank = expected if stages_per_rank is None else stages_per_rank
+        if self.stages_per_rank < 1 or (schedule in ONE_STAGE + V and self.stages_per_rank != expected):
+            raise ValueError(f"strategy.pp.stages_per_rank={stages_per_rank}: schedule {schedule} holds {expected}"
+                             f"{'' if schedule in ONE_STAGE + V else ' or more'} a rank")  # fmt: skip
+        if micro_batches is not None and micro_batches < 1:
+            raise ValueError(f"strategy.pp.micro_batches={micro_batches} must be at least 1")
+        self.schedule, self.kind = schedule, SCHEDULES[schedule]
+        self.asked, self.split = micro_batches, split
+        self.tied: list[str] = []
+
+    @property
+    def splits_backward(self) -> bool:
+        """Does the schedule compute the gradients of weights apart from those of inputs?"""
+        return self.schedule in SPLIT_BACKWARD
+
+    @property
+    def stages(self) -> int:
+        return self.degree * self.stages_per_rank
+
+    def check(self, plan: Plan) -> None:
+        if plan.compile and self.splits_backward:
+            raise ValueError(f"schedule {self.schedule} divides the backward pass, which compile=true makes one: "
+                             f"use compile=false or interleaved_1f1b")  # fmt: skip
+
+    def check_model(self, model: nn.Module, plan: Plan) -> None:
+        name, layout = type(model).__name__, layout_of(model)
+        if not (layout.first and layout.blocks and layout.last):
+            raise ValueError(f"{name} has no pipeline split: its Layout names no first, blocks and last")
+        blocks = len(model.get_submodule(layout.blocks))  # type: ignore[arg-type]
+        if self.stages > blocks:
+            most = blocks // self.stages_per_rank
+            raise ValueError(f"pp={self.degree} x {self.stages_per_rank} stages a rank are {self.stages} stages, the "
+                             f"model has {blocks} blocks: use at most pp={most}, or more model.n_layers")  # fmt: skip
+        split = self.split or [1] * (self.stages - 1) + [blocks - self.stages + 1]
+        if len(split) != self.stages or sum(split) != blocks or min(split) < 1:
+            raise ValueError(f"strategy.pp.split={self.split} must be {self.stages} numbers of at least 1 that sum to "
+                             f"the model's {blocks} blocks")  # fmt: skip
+        for one, other in shared_names(model).items():
+            if not (one.startswith(f"{layout.last}.") and other.startswith(f"{layout.first}.")):
+                raise ValueError(
+                    f"{name} shares {other} with {one}: only first and last module may share in a pipeline"
+                )
+
+    def check_task(self, task: Task, plan: Plan) -> None:
+        if len(task.models) > 1 or not all(hasattr(update, "criterion") for update in task.updates):
+            raise ValueError(f"task {type(task).__name__} has no pipeline split: that takes one model, and a loss of "
+                             f"its outputs (Supervised)")  # fmt: skip
+
+    def micro_batches(self, rows: int, micro_batch_size: int | None) -> int:
+        least = {"1f1b": self.degree, "dualpipev": self.stages}.get(self.schedule, 1)
+        fitting = [m for m in range(least, rows + 1) if rows % m == 0 and self._in_rounds(m)]
+        number = self.asked or (rows // micro_batch_size if micro_batch_size else 0)
+        if self.asked and micro_batch_size and rows != self.asked * micro_batch_size:
+            raise ValueError(f"strategy.pp.micro_batches={self.asked} x micro_batch_size={micro_batch_size} is not the "
+                             f"{rows} rows of a rank: set one of them")  # fmt: skip
+        if not fitting:
+            raise ValueError(f"schedule {self.schedule} on pp={self.degree} needs at least {least} micro-batches, and "
+                             f"a rank has {rows} rows: use more rows (global_batch_size) or gpipe")  # fmt: skip
+        if number and number not in fitting:
+            raise ValueError(f"schedule {self.schedule} on pp={self.degree} cannot run {rows} rows in {number} micro-"
+                             f"batches: use strategy.pp.micro_batches={' or '.join(map(str, fitting))}")  # fmt: skip
+        return number or next((m for m in fitting if m >= 2 * self.degree), fitting[-1])
+
+    def _in_rounds(self, micro_batches: int) -> bool:
+        return self.schedule not in ROUNDS or micro_batches % max(1, micro_batches // self.degree) == 0
+
+    def owner(self, stage: int) -> int:
+        """The rank along `pp` that holds a stage."""
+        if self.schedule in V and stage >= self.degree:
+            return 2 * self.degree - 1 - stage
+        return stage % self.degree
+
+    def held(self, plan: Plan) -> list[int]:
+        """The stages of this rank."""
+        rank = plan.mesh[self.axis].get_local_rank()
+        return [stage for stage in range(self.stages) if self.owner(stage) == rank]
+
+    def cut(self, model: nn.Module, plan: Plan) -> list[nn.Module]:
+        counts = self.split or split_evenly(model, self.stages)
+        self.tied = list(shared_names(model).values()) if self.stages > 1 else []
+        self.last_is_here = self.stages - 1 in self.held(plan)
+        self.outline = copy.deepcopy(model).to("meta")  # tells the activations' shape
+        return [self._piece(copy.deepcopy(model), stage, counts) for stage in self.held(plan)]
+
+    def _piece(self, model: nn.Module, stage: int, counts: list[int]) -> nn.Module:
+        layout, before = layout_of(model), sum(counts[:stage])
+        shared = shared_names(model)
+        blocks = model.get_submodule(layout.blocks)
+        for index, name in enumerate(dict(blocks.named_children())):
+            if not before <= index < before + counts[stage]:
+                delattr(blocks, name)  # by name: the others keep theirs
+        if stage > 0:
+            model.set_submodule(layout.first, Absent())
+        if stage < self.stages - 1:
+            model.set_submodule(layout.last, Absent())
+        elif stage > 0:
+            for alias, name in shared.items():
+                keep_name(model, alias, name)
+        return model
+
+    def executor(self, models: Models, plan: Plan, micro_batches: int) -> Executor:
+        (model,) = models.values()
+        stages = dict(zip(self.held(plan), pieces(model), strict=True))
+        return Flow(self, stages, self.outline, plan, micro_batches)
+
+    def reduce_gradients(self, model: nn.Module, plan: Plan) -> None:
+        stages = dict(zip(self.held(plan), pieces(model), strict=True))
+        for name in self.tied:
+            sum_ends(name, stages, self.stages - 1, self.owner, plan.mesh[self.axis].get_group())
+
+    def copies(self, model: nn.Module) -> list[nn.Parameter]:
+        last = pieces(model)[-1]
+        return [last.get_parameter(name) for name in self.tied] if self.last_is_here else []
+
+    def total(self, value: Tensor, plan: Plan) -> Tensor:
+        """The last stage alone has losses: the others add zero."""
+        dist.all_reduce(value, group=plan.mesh[self.axis].get_group())
+        return value
