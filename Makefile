@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 PIP := $(VENV)/bin/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
-.PHONY: demo test lint clean
+.PHONY: demo test lint readme clean
 
 demo: $(VENV)/.run
 	$(VENV)/bin/python scripts/compare.py
@@ -15,6 +15,9 @@ lint: $(VENV)/.test
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/mypy
+
+readme: $(VENV)/.run
+	$(VENV)/bin/python scripts/info.py readme
 
 # torch first, by its pin: otherwise another package's range may choose a newer build.
 $(VENV)/.run: pyproject.toml constraints.txt

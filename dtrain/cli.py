@@ -24,8 +24,9 @@ from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from dtrain import capabilities
 from dtrain.compare import compare as run_all
-from dtrain.config import Comparison, Config, checked, register
+from dtrain.config import CONFIGS, Comparison, Config, check_axes, checked, options, register
 from dtrain.info import info as count
 from dtrain.job import assemble, model_factories
 from dtrain.launch import RanksFailed, World, spawn
@@ -34,7 +35,10 @@ from dtrain.report.console import show
 from dtrain.run import run
 from dtrain.train import NonFinite
 
-CONFIGS = Path(__file__).resolve().parent.parent / "configs"
+# What a script does at a word, before there is a configuration: `python scripts/info.py capabilities`.
+WORDS: dict[str, dict[str, Callable[[], None]]] = {
+    "info": {"capabilities": capabilities.show, "readme": capabilities.write}
+}
 USAGE = 2  # exit status for a mistake of the user's
 FAILED = 1  # and for a run that broke off
 INTERRUPTED = 130
@@ -46,6 +50,9 @@ def main(config_name: str, task: Callable[[DictConfig], Any]) -> None:
     """Run `task` with the configuration that the command line composes; exit with a line for each mistake."""
     os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra hands errors on; they are said in one line here
     register()
+    if word := WORDS.get(config_name, {}).get(" ".join(sys.argv[1:])):
+        with _explaining(config_name):
+            return word()
     world = _world()
     if world and world.rank:
         _be_silent()
@@ -67,6 +74,7 @@ def train(config: DictConfig) -> float:
     """The job of `scripts/train.py`: returns the validation loss (or else the loss) for a sweeper."""
     settings = checked(config)
     folder, name = Path(HydraConfig.get().runtime.output_dir), strategy_name()
+    check_axes(name.split("+"))
     world = World.of_environment()
     if world is None and settings.launch.nproc > 1:
         summary = start(config, folder, name)
@@ -85,6 +93,7 @@ def compare(config: DictConfig) -> None:
     own = [o for o in runtime.task if o.split("=")[0] not in ("strategies", "baseline", "strategy")]
 
     def configure(name: str) -> DictConfig:
+        check_axes(name.split("+"))
         choice = f"[{name.replace('+', ',')}]" if "+" in name else name
         composed = compose("compare", overrides=[*own, f"strategy={choice}"])
         composed.logger = {"files": {"_target_": "dtrain.report.files.Files"}}  # the table is the console here
@@ -165,13 +174,11 @@ def explain(error: BaseException, config_name: str) -> str:
     text = str(error)
     if match := re.search(r"Could not (?:find|load) '(\w+)/([^']*)'", text):
         group, name = match.groups()
-        return f"unknown {group} {name!r}: {_nearest(name, _options(group))}"
+        return f"unknown {group} {name!r}: {_nearest(name, options(group))}"
     if match := re.match(r"Could not override '([^']+)'", text):
         key = match.group(1)
         if key in _groups():
-            return (
-                f"group {key!r} has no default to override: append to it with +{key}=…, of {', '.join(_options(key))}"
-            )
+            return f"group {key!r} has no default to override: append to it with +{key}=…, of {', '.join(options(key))}"
         return f"unknown key {key!r}: {_nearest(key, _keys(config_name, key))}"
     if match := re.match(r"Error merging override (.*)", text):
         cause = str(error.__cause__).splitlines()[0] if error.__cause__ else ""
@@ -196,10 +203,6 @@ def _nearest(name: str, known: Iterable[str]) -> str:
 
 def _groups() -> list[str]:
     return [folder.name for folder in CONFIGS.iterdir() if folder.is_dir()]
-
-
-def _options(group: str) -> list[str]:
-    return [file.stem for file in (CONFIGS / group).glob("*.yaml")]
 
 
 def _keys(config_name: str, unknown: str) -> list[str]:

@@ -8,13 +8,16 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields, is_dataclass
 from inspect import signature
+from pathlib import Path
 from typing import Any, TypeVar, get_args, get_type_hints
 
+from hydra import compose
 from hydra.core.config_store import ConfigStore
 from hydra.errors import InstantiationException
 from hydra.utils import get_object, instantiate
 from omegaconf import MISSING, DictConfig, OmegaConf
 
+CONFIGS = Path(__file__).resolve().parent.parent / "configs"
 T = TypeVar("T")
 
 
@@ -111,6 +114,21 @@ def register() -> None:
     store = ConfigStore.instance()
     store.store("schema", Config)
     store.store("compare_schema", Comparison)
+
+
+def options(group: str) -> list[str]:
+    """The names that a group has to choose from."""
+    return sorted(file.stem for file in (CONFIGS / group).glob("*.yaml"))
+
+
+def check_axes(names: list[str]) -> None:
+    """Refuse strategies of one axis in a list, which Hydra would merge into one that nobody has asked for."""
+    holders: dict[str, str] = {}
+    for name in names:
+        for axis in compose(f"strategy/{name}").get("strategy", {}):
+            if axis in holders:
+                raise ValueError(f"{holders[axis]} and {name} both want the axis {axis}: choose one of them")
+            holders[axis] = name
 
 
 def checked(config: DictConfig) -> Config:

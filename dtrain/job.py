@@ -53,13 +53,18 @@ def assemble(config: Config, world: World) -> Job:
         raise ValueError(f"compile=true needs a C++ compiler, and there is none of {', '.join(COMPILERS)}")
     plan.micro_batches(config.global_batch_size, config.micro_batch_size)
     logger = All([make(node, Logger, f"logger.{name}") for name, node in config.logger.items()])
-    data = make(config.data, Data, "data", parts=(Source, Tokenizer))
-    with preparing(data.name, shown=world.rank == 0) as progress:
-        data.prepare(progress)
-    sizes = Sizes(config.seed, config.global_batch_size, config.seq_len, config.eval.batches)
-    task = make(config.task, Task, "task", models=model_factories(config), data=data, sizes=sizes)
+    data, task = task_of(config, shown=world.rank == 0)
     plan.check_task(task)
     return Job(config, data, task, plan, logger)
+
+
+def task_of(config: Config, *, shown: bool = True) -> tuple[Data, Task]:
+    """The data, prepared here if they are not in the cache (`shown`: tell of it), and the task on them."""
+    data = make(config.data, Data, "data", parts=(Source, Tokenizer))
+    with preparing(data.name, shown=shown) as progress:
+        data.prepare(progress)
+    sizes = Sizes(config.seed, config.global_batch_size, config.seq_len, config.eval.batches)
+    return data, make(config.task, Task, "task", models=model_factories(config), data=data, sizes=sizes)
 
 
 def model_factories(config: Config) -> dict[str, ModelFactory]:

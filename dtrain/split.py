@@ -24,9 +24,13 @@ def is_split(parameter: object) -> bool:
 
 
 def own(module: nn.Module, inputs: tuple[Any, ...], output: Tensor) -> Tensor:
-    """A hook: an output that is a view of a distributed tensor would lose the hooks that FSDP sets on it."""
-    plain = isinstance(output, Tensor) and not isinstance(output, DTensor)
-    return output.clone() if plain and output._is_view() else output
+    """A hook on the model: in evaluation logits are whole, for whatever is measured of them.
+
+    And an output that is a view, as of a distributed tensor, would lose the hooks that FSDP sets on it.
+    """
+    if isinstance(output, DTensor):
+        return output if module.training else output.full_tensor()
+    return output.clone() if isinstance(output, Tensor) and output._is_view() else output
 
 
 def gather(mesh: DeviceMesh, outer: Placement, *, local: bool = False) -> Any:

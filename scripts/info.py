@@ -1,4 +1,7 @@
-"""Tell a model's parameters, operations and memory: python scripts/info.py model=llama_70b"""
+"""Tell a model's parameters, operations and memory: python scripts/info.py model=llama_70b
+
+Or which strategies go together, for which tasks: python scripts/info.py capabilities
+"""
 
 from dtrain.cli import info, main
 

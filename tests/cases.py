@@ -2,29 +2,40 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
+from unittest import mock
 
+import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from dtrain.batch import Batch, Models
+from dtrain.batch import Batch, Models, pieces
+from dtrain.clip import clip
 from dtrain.layout import Layout
 from dtrain.model.transformer import Transformer
 from dtrain.optimizer import parameter_groups
 from dtrain.plan import Plan
 from dtrain.precision import Precision
-from dtrain.strategy.base import Strategy
+from dtrain.strategy.allreduce import AllReduce
+from dtrain.strategy.base import Strategy, whole
+from dtrain.strategy.context import Context
 from dtrain.strategy.ddp import DDP
+from dtrain.strategy.expert import Expert
 from dtrain.strategy.fsdp import FSDP
+from dtrain.strategy.pipeline import SCHEDULES, Pipeline
 from dtrain.strategy.replicate import Replicate
+from dtrain.strategy.tensor import Tensor as TensorParallel
+from dtrain.strategy.zero1 import Zero1
 from dtrain.task.base import LossUpdate, Supervised, Task
 from dtrain.task.causal_lm import IGNORE, correct, cross_entropy, valid
 from dtrain.train import Settings, Trainer
 
-VOCAB, CONTEXT = 61, 12  # 61 rows do not divide by 2, 3 or 4: shards are uneven
+VOCAB, CONTEXT = 61, 24  # 61 rows do not divide by 2, 3 or 4: shards are uneven; 24 tokens do, twice over
 ROWS = 12
 
 
@@ -35,7 +46,7 @@ class NextToken(Task):
 
     def __init__(self, rows: int = ROWS, **model: Any) -> None:
         self.rows = rows
-        settings = {"d_model": 24, "n_layers": 2, "n_heads": 4, "bias": False, "causal": self.causal, **model}
+        settings = {"d_model": 24, "n_layers": 2, "n_heads": 12, "bias": False, "causal": self.causal, **model}
         self.models = {"model": partial(Transformer, VOCAB, CONTEXT, **settings)}
         self.updates = (Supervised("model", ("tokens", "positions"), cross_entropy, valid, correct),)
 
@@ -83,7 +94,7 @@ class GAN(Task):
 
     def __init__(self, rows: int = ROWS) -> None:
         self.rows = rows
-        self.models = {"discriminator": partial(MLP, 6, 10, 1), "generator": partial(MLP, 3, 10, 6)}
+        self.models = {"discriminator": partial(MLP, 6, 12, 1), "generator": partial(MLP, 3, 12, 6)}
         self.updates = (
             LossUpdate("discriminator", self._discriminate, self._count),
             LossUpdate("generator", self._generate, self._count),
@@ -122,24 +133,68 @@ def _bce(logits: Tensor, real: float) -> Tensor:
 
 TASKS: dict[str, type[Task]] = {"next_token": NextToken, "masked_token": MaskedToken, "gan": GAN}
 
+MOE = (("n_experts", 4), ("activation", "swiglu"))
+
+# One axis each, by name: what is paired with what. Degrees are the rest of the world, or set by `with_degrees`.
+AXES: dict[str, partial[Strategy]] = {
+    "ddp": partial(DDP),
+    "replicate": partial(Replicate),
+    "allreduce": partial(AllReduce),
+    "zero1": partial(Zero1),
+    "fsdp": partial(FSDP),
+    "zero2": partial(FSDP, reshard_after_forward=False),
+    "tensor": partial(TensorParallel),
+    "tensor_sequence": partial(TensorParallel, sequence_parallel=True),
+    "1f1b": partial(Pipeline),
+    "zbv": partial(Pipeline, schedule="zbv"),
+    "ring": partial(Context),
+    "ulysses": partial(Context, method="ulysses"),
+    "expert": partial(Expert),
+}
+
 STRATEGIES: dict[str, list[partial[Strategy]]] = {
     "single": [],
-    "ddp": [partial(DDP)],
+    **{name: [make] for name, make in AXES.items()},
     "ddp_small_buckets": [partial(DDP, bucket_mb=0.001)],
-    "replicate": [partial(Replicate)],
-    "fsdp": [partial(FSDP)],
     "fsdp_reduce_each": [partial(FSDP, reduce_each=True)],
     "fsdp_offload": [partial(FSDP, cpu_offload=True)],
-    "zero2": [partial(FSDP, reshard_after_forward=False)],
+    "tensor_gathered": [partial(TensorParallel, loss_parallel=False)],
+    "ring_unbalanced": [partial(Context, balanced=False)],
     "hsdp": [partial(Replicate, 2), partial(FSDP)],
     "hsdp_zero2": [partial(Replicate, 2), partial(FSDP, reshard_after_forward=False)],
+    **{s: [partial(Pipeline, schedule=s)] for s in SCHEDULES if s not in AXES},
+    "split": [partial(Pipeline, schedule="gpipe", split=[1, 3], micro_batches=1)],
+    "fsdp_tensor": [partial(FSDP), partial(TensorParallel, 2)],
+    "ddp_tensor": [partial(Replicate), partial(TensorParallel, 2)],
+    "fsdp_context": [partial(FSDP), partial(Context, 2)],
+    "pipeline_fsdp": [partial(Pipeline, 2), partial(FSDP)],
+    "pipeline_tensor": [partial(Pipeline, 2), partial(TensorParallel)],
+    "moe_fsdp": [partial(Expert, 2), partial(FSDP)],
+    "hsdp_tensor": [partial(Replicate, 2), partial(FSDP, 2), partial(TensorParallel, 2)],
+    "3d": [partial(Pipeline, 2), partial(FSDP), partial(TensorParallel, 2)],
+    "4d": [partial(Pipeline, 2), partial(FSDP), partial(Context, 2), partial(TensorParallel, 2)],
+    "pipeline_hsdp": [partial(Pipeline, 2), partial(Replicate, 2), partial(FSDP)],
+    "zero1_zbv_sequence": [
+        partial(Pipeline, 2, schedule="zbv"),
+        partial(Zero1, 2),
+        partial(TensorParallel, 2, sequence_parallel=True),
+    ],
 }
+
+
+# Of a strategy that is there in full: the same tensors in the same places, sent otherwise.
+VARIANTS = ("ddp_small_buckets", "fsdp_reduce_each", "fsdp_offload", "hsdp_zero2", "ring_unbalanced",
+            "tensor_gathered", "split", "looped_bfs", "interleaved_zero_bubble", "dualpipev", "gpipe")  # fmt: skip
+
+
+def with_degrees(names: Iterable[str], degree: int) -> list[partial[Strategy]]:
+    return [partial(AXES[name], degree) for name in names]
 
 
 @dataclass(frozen=True)
 class Case:
     task: str
-    strategy: str
+    strategy: str  # of STRATEGIES, or several of AXES joined by +, two ranks on each
     dtype: str = "fp64"
     micro_batch_size: int | None = None
     clip_norm: float | None = 1.0
@@ -148,12 +203,17 @@ class Case:
     compile: bool = False
     model: tuple[tuple[str, Any], ...] = ()
 
+    def reference(self) -> Case:
+        """The same on one process, as plainly as can be."""
+        return replace(self, strategy="single", micro_batch_size=None, recompute=False, compile=False)
+
 
 @dataclass
 class Outcome:
     losses: list[float] = field(default_factory=list)
     norms: list[float] = field(default_factory=list)
-    weights: dict[str, Tensor] = field(default_factory=dict)
+    gradients: dict[str, Tensor] = field(default_factory=dict)  # of the first step, before clipping
+    weights: dict[str, Tensor] = field(default_factory=dict)  # and optimizer states, at the end; what this rank has
     metrics: dict[str, float] = field(default_factory=dict)
 
 
@@ -161,27 +221,75 @@ def adamw(model: nn.Module) -> torch.optim.Optimizer:
     return torch.optim.AdamW(parameter_groups(model), lr=3e-3, betas=(0.9, 0.95), fused=True)
 
 
+def plan_of(case: Case, world_size: int) -> Plan:
+    makers = STRATEGIES.get(case.strategy) if "+" not in case.strategy else with_degrees(case.strategy.split("+"), 2)
+    assert makers is not None, case.strategy
+    return Plan.of([make() for make in makers], world_size, precision=Precision(case.dtype), recompute=case.recompute,
+                   compile=case.compile)  # fmt: skip
+
+
+def refusal(case: Case, world_size: int) -> str:
+    """Why this case is not possible, found without any other process; empty if it is."""
+    try:
+        plan = plan_of(case, world_size)
+        plan.check_task(TASKS[case.task](**dict(case.model)))
+        plan.micro_batches(ROWS, case.micro_batch_size)
+    except ValueError as error:
+        return str(error)
+    return ""
+
+
 def trainer(case: Case, world_size: int) -> Trainer:
     task = TASKS[case.task](**dict(case.model))
-    strategies = [make() for make in STRATEGIES[case.strategy]]
-    plan = Plan.of(strategies, world_size, precision=Precision(case.dtype), recompute=case.recompute,
-                   compile=case.compile).connect()  # fmt: skip
     settings = Settings(case.steps, global_batch_size=ROWS, micro_batch_size=case.micro_batch_size,
                         clip_norm=case.clip_norm, warmup_steps=3, final_ratio=0.1)  # fmt: skip
-    return Trainer(task, plan, adamw, settings)
+    return Trainer(task, plan_of(case, world_size).connect(), adamw, settings)
 
 
 def train(case: Case, world_size: int) -> Outcome:
     """Train the case; every rank calls it."""
     made = trainer(case, world_size)
     outcome = Outcome()
-    for step in made.steps():
-        outcome.losses.append(step.loss)
-        outcome.norms.append(step.grad_norm)
+    with keeping_gradients(made, outcome):
+        for step in made.steps():
+            outcome.losses.append(step.loss)
+            outcome.norms.append(step.grad_norm)
     outcome.metrics = made.evaluate()
     outcome.weights = {name: whole(t).clone() for name, t in made.state().items()}
     return outcome
 
 
-def whole(tensor: Tensor) -> Tensor:
-    return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
+@contextmanager
+def keeping_gradients(made: Trainer, outcome: Outcome) -> Iterator[None]:
+    """Note each gradient when the loop clips it for the first time."""
+
+    def clipping(model: nn.Module, *others: Any) -> Tensor:
+        (name,) = (name for name, each in made.models.items() if each is model)
+        for piece in pieces(model):
+            for parameter_name, parameter in made.plan.unwrap(piece).named_parameters():
+                if parameter.grad is not None:
+                    outcome.gradients.setdefault(f"{name}.{parameter_name}", whole(parameter.grad).detach().clone())
+        return clip(model, *others)
+
+    with mock.patch("dtrain.train.clip", clipping):
+        yield
+
+
+def assert_equal(ours: Outcome, theirs: Outcome, tolerance: float) -> None:
+    """What a rank got is what one process got: losses, norms, metrics, and each tensor by its relative size."""
+    assert ours.losses == pytest.approx(theirs.losses, rel=tolerance)
+    assert ours.norms == pytest.approx(theirs.norms, rel=tolerance)
+    assert ours.metrics == pytest.approx(theirs.metrics, rel=tolerance)
+    for kind in ("gradients", "weights"):
+        for name, tensor in getattr(ours, kind).items():
+            expected = getattr(theirs, kind)[name]
+            difference, size = (tensor - expected).norm().item(), expected.norm().item()
+            assert difference <= tolerance * size, f"{kind} of {name}: relative difference {difference / size:.1e}"
+
+
+def assert_all_equal(ranks: list[Outcome], theirs: Outcome, tolerance: float) -> None:
+    """And together the ranks hold every tensor of the one process."""
+    for ours in ranks:
+        assert_equal(ours, theirs, tolerance)
+    for kind in ("gradients", "weights"):
+        assert set().union(*(getattr(ours, kind) for ours in ranks)) == set(getattr(theirs, kind))

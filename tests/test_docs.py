@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 from hydra import compose, initialize_config_dir
 
+from dtrain.cli import WORDS
 from dtrain.config import register
 
 ROOT = Path(__file__).parent.parent
@@ -29,6 +30,8 @@ def commands() -> list[tuple[str, list[str]]]:
 def test_every_command_of_the_documents_composes(script: str, overrides: list[str]) -> None:
     register()
     assert (ROOT / "scripts" / f"{script}.py").exists()
+    if " ".join(overrides) in WORDS.get(script, {}):
+        return
     single = [o for o in overrides if "," not in o or "[" in o]  # the others are sweeps
     with initialize_config_dir(str(ROOT / "configs"), version_base="1.3"):
         assert compose(script, overrides=[o for o in single if not o.startswith("hydra.")]).steps >= 1

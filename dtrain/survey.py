@@ -1,0 +1,104 @@
+"""What goes with what, found by trying: every strategy of `configs/strategy`, alone and in pairs, with every task.
+
+Each is tried as a run tries it before it starts, with the default settings and two ranks on each axis; no other
+process is needed. What cannot be raises a ValueError, and its message is the reason. Nothing here knows a strategy.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from itertools import combinations
+from typing import Any
+
+from hydra import compose, initialize_config_dir
+from omegaconf import DictConfig, OmegaConf
+
+from dtrain.config import CONFIGS, Config, checked, make, options
+from dtrain.job import task_of
+from dtrain.plan import MESH_ORDER, Plan
+from dtrain.strategy.base import Strategy
+from dtrain.task.base import Task
+
+RANKS = 2  # along each axis
+EXPERTS = 8  # in the model that is tried where the task's own is refused
+WORKS, PARTLY, REFUSED, SAME_AXIS, ITSELF = "yes", "some", "–", "=", ""
+Jobs = dict[str, list[tuple[Config, Task]]]  # a task's name -> the task, with each model that is tried
+
+
+@dataclass(frozen=True)
+class Trial:
+    """Strategies tried together: for each task the reason why not, empty if they can train it."""
+
+    name: str
+    strategies: list[Strategy]
+    refusals: dict[str, str]
+    parts: tuple[Trial, ...] = ()  # each of them alone, where that has been tried
+
+    @property
+    def axes(self) -> list[str]:
+        return sorted((strategy.axis for strategy in self.strategies), key=MESH_ORDER.index)
+
+    @property
+    def tasks(self) -> str:
+        able = [task for task, reason in self.refusals.items() if not reason]
+        return "all" if len(able) == len(self.refusals) else ", ".join(able) or "none"
+
+    @property
+    def asked(self) -> dict[str, str]:
+        """`refusals` for the tasks that each part can train alone."""
+        return {t: reason for t, reason in self.refusals.items() if not any(part.refusals[t] for part in self.parts)}
+
+    @property
+    def mark(self) -> str:
+        """Do the parts go together?"""
+        if len(set(self.axes)) < len(self.axes):
+            return SAME_AXIS
+        works = [not reason for reason in self.asked.values()]
+        return REFUSED if not any(works) else WORKS if all(works) else PARTLY
+
+
+def survey() -> list[Trial]:
+    """Try every strategy and composition that has a YAML, and every pair of those on one axis.
+
+    Raises:
+        ValueError: a task cannot be built from its own configuration.
+    """
+    with initialize_config_dir(str(CONFIGS), version_base="1.3"):
+        run = compose("train")
+        OmegaConf.set_struct(run, False)
+        named = {name: _strategies(run, compose(f"strategy/{name}")) for name in options("strategy")}
+        configs = {name: checked(compose("train", overrides=[f"task={name}"])) for name in options("task")}
+    jobs = {name: [(each, task_of(each)[1]) for each in _with_models(config)] for name, config in configs.items()}
+    tried = [_try(name, strategies, jobs) for name, strategies in named.items()]
+    tried.sort(key=lambda trial: (len(trial.axes), [MESH_ORDER.index(axis) for axis in trial.axes], trial.name))
+    pairs = [
+        _try(f"{one.name} + {other.name}", one.strategies + other.strategies, jobs, one, other)
+        for one, other in combinations([trial for trial in tried if len(trial.axes) == 1], 2)
+    ]
+    return tried + pairs
+
+
+def _strategies(run: DictConfig, chosen: DictConfig) -> list[Strategy]:
+    """Those of one YAML, whose values may refer to the run's."""
+    nodes: Any = OmegaConf.to_container(OmegaConf.merge(run, chosen).strategy, resolve=True)
+    return [make({**node, "degree": RANKS}, Strategy, f"strategy.{axis}") for axis, node in nodes.items()]
+
+
+def _with_models(config: Config) -> list[Config]:
+    experts = [replace(config, model={**config.model, "n_experts": EXPERTS})] if "n_experts" in config.model else []
+    return [config, *experts]
+
+
+def _try(name: str, strategies: list[Strategy], jobs: Jobs, *parts: Trial) -> Trial:
+    refusals = {task: [_refusal(strategies, *job) for job in several] for task, several in jobs.items()}
+    return Trial(name, strategies, {task: "" if "" in r else r[-1] for task, r in refusals.items()}, parts)
+
+
+def _refusal(strategies: list[Strategy], config: Config, task: Task) -> str:
+    try:
+        plan = Plan.of(strategies, RANKS ** len(strategies))
+        plan.micro_batches(config.global_batch_size, config.micro_batch_size)
+        plan.check_task(task)
+    except ValueError as error:
+        return str(error)
+    return ""
