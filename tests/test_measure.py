@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import gc
+from dataclasses import replace
 from functools import partial
 
 import pytest
@@ -103,12 +104,22 @@ def test_the_rate_warms_up_and_falls_to_its_end() -> None:
     assert rates[55] == pytest.approx(0.55)
 
 
-def _drift(strategy: str, size: int) -> list[float]:
-    return [step.loss for step in trainer(Case("next_token", strategy, dtype="bf16", steps=5), size).steps()]
+def _drift(case: Case, size: int) -> list[float]:
+    made = trainer(case, size)
+    losses = [step.loss for step in made.steps()]
+    return [*losses, made.evaluate()["loss"]]
 
 
-@pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
-def test_bf16_drifts_no_more_than_its_rounding(strategy: str, world, alone) -> None:
-    exact = [step.loss for step in trainer(Case("next_token", "single", dtype="fp32", steps=5), 1).steps()]
-    for losses in world(2).run(_drift, strategy, 2):
+@pytest.mark.parametrize(
+    ("strategy", "size"),
+    [("ddp", 2), ("fsdp", 2), ("zero1", 2), ("tensor_sequence", 2), ("zbv", 2), ("ring", 2), ("ulysses", 2),
+     ("fsdp_tensor", 4), ("ddp_tensor", 4), ("fsdp_context", 4), ("pipeline_fsdp", 4), ("pipeline_tensor", 4), ("3d", 8)],
+)  # fmt: skip
+def test_bf16_drifts_no_more_than_its_rounding(strategy: str, size: int, world, alone) -> None:
+    """With accumulation, recomputation and an evaluation at the end."""
+    case = Case(
+        "next_token", strategy, dtype="bf16", steps=5, micro_batch_size=1, recompute=True, model=(("n_layers", 4),)
+    )
+    exact = _drift(replace(case.reference(), dtype="fp32"), 1)
+    for losses in world(size).run(_drift, case, size):
         assert losses == pytest.approx(exact, rel=2**-8) and losses != exact  # 8 bits of mantissa
