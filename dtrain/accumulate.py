@@ -26,7 +26,7 @@ class Accumulate:
         with self.plan.around():
             for index, part in enumerate(divide(batch, self.micro_batches), start=1):
                 self.plan.sync_gradients(self.models, enabled=index == self.micro_batches)
-                with self.plan.precision.autocast(self.plan.device.type):
+                with self.plan.autocast():
                     loss = whole(update.loss(self.models, part)) * scale
                 loss.backward()
                 total += loss.detach()
@@ -36,7 +36,7 @@ class Accumulate:
     def evaluate(self, update: Update, batch: Batch) -> Sums:
         sums: Sums = {}
         for part in divide(batch, self.micro_batches):
-            with self.plan.around(), self.plan.precision.autocast(self.plan.device.type):
+            with self.plan.around(), self.plan.autocast():
                 measured = update.measure(self.models, part)
             sums = {name: sums.get(name, 0) + whole(value).double() for name, value in measured.items()}
         return sums

@@ -35,8 +35,8 @@ def _norm(gradients: list[Tensor], plan: Plan) -> Tensor:
         groups[_sharded_over(gradient)].append(local(gradient))
     square = torch.zeros((), device=plan.device, dtype=torch.float64)
     for axes, parts in sorted(groups.items()):  # in an order of its own on each rank it would hang
-        wide = [p.float() if p.dtype == torch.bfloat16 else p for p in parts]
-        part = torch.nn.utils.get_total_norm(wide).to(square).square()
+        norms = [torch.linalg.vector_norm(p, dtype=torch.promote_types(p.dtype, torch.float32)) for p in parts]
+        part = torch.stack(norms).to(square).square().sum()
         for axis in axes:
             dist.all_reduce(part, group=plan.mesh[axis].get_group())
         square += part

@@ -1,10 +1,33 @@
-"""How many ranks lie along each axis of the mesh, and how many rows of a batch are a rank's."""
+"""The axes of the mesh: their two orders, how many ranks lie along each, how many rows of a batch are a rank's."""
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from math import prod
 
-from dtrain.strategy.base import REST
+from dtrain.strategy.base import REST, Strategy
+
+MESH_ORDER = ("pp", "dp", "fsdp", "cp", "ep", "tp")
+BEFORE_VALUES = ("pp", "tp", "ep", "fsdp")
+AFTER_VALUES = ("cp", "dp")
+APPLICATION_ORDER = BEFORE_VALUES + AFTER_VALUES
+
+
+def on_axes(strategies: Iterable[Strategy]) -> dict[str, Strategy]:
+    """The strategies by their axis, in application order.
+
+    Raises:
+        ValueError: an axis that there is not, or two strategies on one.
+    """
+    found: dict[str, Strategy] = {}
+    for strategy in strategies:
+        name, axis = type(strategy).__name__, strategy.axis
+        if axis not in APPLICATION_ORDER:
+            raise ValueError(f"strategy {name} is on the axis {axis}: use one of {', '.join(MESH_ORDER)}")
+        if axis in found:
+            raise ValueError(f"{type(found[axis]).__name__} and {name} both want the axis {axis}: choose one of them")
+        found[axis] = strategy
+    return {axis: found[axis] for axis in APPLICATION_ORDER if axis in found}
 
 
 def fill(degrees: dict[str, int], world_size: int) -> dict[str, int]:

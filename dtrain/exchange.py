@@ -18,6 +18,18 @@ from torch import Tensor, nn
 from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
+QUERIES = 1024  # whose scores are there at a time: (B, H, QUERIES, T/n) numbers
+
+
+def is_plain(core: Any) -> bool:
+    """Is this attention softmax(q k' / sqrt(D)) v, the only one that a ring computes? Tried on a few numbers."""
+    if any(True for _ in (*core.parameters(), *core.buffers())):
+        return False
+    q, k, v = torch.randn(3, 1, 2, 5, 4, generator=torch.Generator().manual_seed(0)).double()
+    with torch.no_grad():
+        ours, _ = _forward(_grouped(q, k), torch.stack((k, v)), core.causal)
+        return torch.allclose(core(q, k, v), ours.flatten(1, 2))
+
 
 class Ring(nn.Module):
     """Attention over the whole sequence, of which this rank holds a slice. A collective, as its backward is."""
@@ -102,27 +114,38 @@ def _grouped(x: Tensor, k: Tensor) -> Tensor:
     return x.unflatten(1, (k.shape[1], -1)).to(torch.promote_types(x.dtype, torch.float32))
 
 
-def _scores(q: Tensor, k: Tensor, masked: bool) -> Tensor:
+def _scores(q: Tensor, k: Tensor, first: int | None) -> Tensor:
+    """(.., t, D), (.., T, D) -> (.., t, T); a causal mask where `first` says which token the first query is."""
     scores = q @ k.mT / math.sqrt(q.shape[-1])
-    if masked:
-        scores.masked_fill_(torch.ones(scores.shape[-2:], dtype=torch.bool, device=q.device).triu(1), -torch.inf)
+    if first is not None:
+        later = torch.ones(scores.shape[-2:], dtype=torch.bool, device=q.device).triu(1 + first)
+        scores.masked_fill_(later, -torch.inf)
     return scores
 
 
 def _forward(q: Tensor, kv: Tensor, masked: bool) -> tuple[Tensor, Tensor]:
     k, v = kv.unsqueeze(3).to(q.dtype)
-    scores = _scores(q, k, masked)
-    lse = scores.logsumexp(-1, keepdim=True)
-    return scores.sub_(lse).exp_() @ v, lse
+    out, lse = torch.empty_like(q), torch.empty_like(q[..., :1])
+    for first in range(0, q.shape[-2], QUERIES):
+        rows = (..., slice(first, first + QUERIES), slice(None))
+        scores = _scores(q[rows], k, first if masked else None)
+        lse[rows] = scores.logsumexp(-1, keepdim=True)
+        out[rows] = scores.sub_(lse[rows]).exp_() @ v
+    return out, lse
 
 
 def _backward(  # p = softmax(scores), y = p v, delta = sum(dy y) -> gradients of q and kv
     q: Tensor, lse: Tensor, dy: Tensor, delta: Tensor, kv: Tensor, masked: bool
 ) -> tuple[Tensor, Tensor]:
     k, v = kv.unsqueeze(3).to(q.dtype)
-    p = _scores(q, k, masked).sub_(lse).exp_()
-    ds = p * (dy @ v.mT - delta) / math.sqrt(q.shape[-1])
-    return ds @ k, torch.stack((ds.mT @ q, p.mT @ dy)).sum(3)
+    dq, dkv = torch.empty_like(q), torch.zeros_like(kv, dtype=q.dtype)
+    for first in range(0, q.shape[-2], QUERIES):
+        rows = (..., slice(first, first + QUERIES), slice(None))
+        p = _scores(q[rows], k, first if masked else None).sub_(lse[rows]).exp_()
+        ds = p * (dy[rows] @ v.mT - delta[rows]) / math.sqrt(q.shape[-1])
+        dq[rows] = ds @ k
+        dkv += torch.stack((ds.mT @ q[rows], p.mT @ dy[rows])).sum(3)
+    return dq, dkv
 
 
 class Ulysses(nn.Module):

@@ -36,15 +36,20 @@ def build(factory: ModelFactory, seed: int) -> nn.Module:
     return factory()
 
 
-def materialize(model: nn.Module, seed: int, device: torch.device, dtype: torch.dtype) -> None:
-    """Give every parameter of `model` its initial values on `device`, in place; needs no communication.
+def materialize(model: nn.Module, seed: int, storage: torch.device, device: torch.device, dtype: torch.dtype) -> None:
+    """Give every parameter of `model` its initial values on `storage`, in place, and move its buffers to `device`.
+
+    Needs no communication.
 
     Raises:
         ValueError: a buffer on the meta device: nothing tells its values.
     """
     initial = getattr(model, "initial", None)
     if initial is None or not any(p.is_meta for p in model.parameters()):
-        model.to(device=device, dtype=dtype)
+        model.to(device=storage, dtype=dtype)
+        for module in model.modules():
+            for key, buffer in module.named_buffers(recurse=False):
+                setattr(module, key, buffer.to(device))
         return
     names = {id(parameter): name for name, parameter in model.named_parameters()}  # a tied one counts once
     made: dict[int, nn.Parameter] = {}
@@ -53,7 +58,7 @@ def materialize(model: nn.Module, seed: int, device: torch.device, dtype: torch.
             if id(parameter) not in made:
                 values = torch.empty(parameter.shape, dtype=torch.float32)
                 initial(names[id(parameter)], values, _generator(seed, names[id(parameter)]))
-                made[id(parameter)] = _place(values.to(dtype), parameter, device)
+                made[id(parameter)] = _place(values.to(dtype), parameter, storage)
             setattr(module, key, made[id(parameter)])
         for key, buffer in module.named_buffers(recurse=False):
             if buffer.is_meta:

@@ -116,3 +116,8 @@ def sequence_length(model: nn.Module | None, seq_len: int | None) -> int:
             f"or set model.context"
         )
     return int(seq_len or context or 0)
+
+
+def divisors(number: int) -> str:
+    """What divides `number`, for an error's remedy."""
+    return ", ".join(str(d) for d in range(1, number + 1) if number % d == 0)

@@ -9,7 +9,7 @@ Between `fsdp` and `cp` the parameters get their values: before, they have shape
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from functools import partial
 from math import prod
@@ -23,7 +23,7 @@ from torch.utils.checkpoint import checkpoint
 
 from dtrain.accumulate import Accumulate
 from dtrain.batch import Batch, ModelFactory, Models, Stages, pieces
-from dtrain.degrees import fill, rows_of_a_rank
+from dtrain.degrees import AFTER_VALUES, MESH_ORDER, fill, on_axes, rows_of_a_rank
 from dtrain.initialize import build, materialize, on_meta
 from dtrain.layout import blocks_of
 from dtrain.precision import Precision
@@ -31,11 +31,6 @@ from dtrain.strategy.base import Executor, Strategy
 
 if TYPE_CHECKING:
     from dtrain.task.base import Task
-
-MESH_ORDER = ("pp", "dp", "fsdp", "cp", "ep", "tp")
-BEFORE_VALUES = ("pp", "tp", "ep", "fsdp")
-AFTER_VALUES = ("cp", "dp")
-APPLICATION_ORDER = BEFORE_VALUES + AFTER_VALUES
 
 
 @dataclass(frozen=True)
@@ -65,17 +60,12 @@ class Plan:
             ValueError: two strategies want one axis, the degrees do not fill the world, or a strategy
                 refuses its neighbours.
         """
-        ordered = sorted(strategies, key=lambda s: APPLICATION_ORDER.index(s.axis))
-        by_axis = {axis: [s for s in ordered if s.axis == axis] for axis in MESH_ORDER}
-        for axis, several in by_axis.items():
-            if len(several) > 1:
-                names = " and ".join(type(s).__name__ for s in several)
-                raise ValueError(f"{names} both want the axis {axis}: choose one of them")
-        degrees = fill({axis: s.degree for axis, (s,) in ((a, s) for a, s in by_axis.items() if s)}, world_size)
-        for strategy in ordered:
-            strategy.degree = degrees[strategy.axis]
-        plan = cls(tuple(ordered), world_size, **settings)  # type: ignore[arg-type]
-        for strategy in ordered:
+        by_axis = on_axes(strategies)
+        degrees = fill({axis: by_axis[axis].degree for axis in MESH_ORDER if axis in by_axis}, world_size)
+        for axis, strategy in by_axis.items():
+            strategy.degree = degrees[axis]
+        plan = cls(tuple(by_axis.values()), world_size, **settings)  # type: ignore[arg-type]
+        for strategy in plan.strategies:
             strategy.check(plan)
         return plan
 
@@ -161,7 +151,7 @@ class Plan:
             if self.compile:
                 block.compile()
         model = self._apply(("fsdp",), model)
-        materialize(model, seed, self.storage, self.precision.weights_dtype)
+        materialize(model, seed, self.storage, self.device, self.precision.weights_dtype)
         model = self._apply(AFTER_VALUES, model)
         for strategy in self.strategies:
             strategy.verify(model, self)
@@ -170,8 +160,8 @@ class Plan:
     def check_task(self, task: Task) -> None:
         """Refuse what cannot work with this task's models, updates and batches; needs no other process."""
         for factory in task.models.values():
-            if (model := on_meta(factory)) is not None:
-                self.check_model(model)
+            model = on_meta(factory)
+            self.check_model(factory() if model is None else model)
         for strategy in self.strategies:
             strategy.check_task(task, self)
 
@@ -212,6 +202,11 @@ class Plan:
             if executor := strategy.executor(models, self, micro_batches):
                 return executor
         return Accumulate(models, micro_batches, self)
+
+    def autocast(self) -> AbstractContextManager:
+        """The context of every forward pass; none where a strategy casts weights and inputs itself."""
+        casts = any(strategy.casts for strategy in self.strategies)
+        return nullcontext() if casts else self.precision.autocast(self.device.type)
 
     @contextmanager
     def around(self) -> Iterator[None]:

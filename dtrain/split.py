@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
+from math import prod
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Partial, Placement, Replicate, Shard, distribute_tensor
+
+from dtrain.footprint import Call, Piece, Shape
+from dtrain.layout import experts_of, layout_of, modules_at, shared_names
 
 
 def split_parameter(module: nn.Module, name: str, dim: int, mesh: DeviceMesh) -> None:
@@ -46,6 +51,7 @@ def gather(mesh: DeviceMesh, outer: Placement, *, local: bool = False) -> Any:
 def summed(forward: Callable[[Tensor, Tensor], Tensor], mesh: DeviceMesh) -> Callable[[Tensor, Tensor], Tensor]:
     """Experts of which each rank has some hidden units: the sum of what they give is the whole."""
 
+    @torch.compiler.disable
     def summed(x: Tensor, counts: Tensor) -> Tensor:
         shared = DTensor.from_local(x, mesh, (Replicate(),), run_check=False).to_local(grad_placements=(Partial(),))
         y = DTensor.from_local(forward(shared, counts), mesh, (Partial(),), run_check=False)
@@ -62,3 +68,61 @@ def cut(mesh: DeviceMesh) -> Any:
         return whole.redistribute(placements=(Shard(1),)).to_local()
 
     return hook
+
+
+def split_dims(model: nn.Module) -> dict[str, int | None]:
+    """By name, the dim that is cut of each parameter that tensor parallelism knows; None: it stays whole."""
+    layout, shared = layout_of(model), shared_names(model)
+    dims: dict[str, int | None] = {}
+    for path, layer in modules_at(model, layout.column + layout.vocabulary):
+        dims |= {shared.get(name, name): 0 for name in (f"{path}.{key}" for key, _ in layer.named_parameters())}
+    for path, layer in modules_at(model, layout.row):
+        dims |= {f"{path}.{key}": 1 if key == "weight" else None for key, _ in layer.named_parameters()}
+    return dims | {f"{path}.{key}": dim for path, _ in experts_of(model) for key, dim in layout.hidden}
+
+
+def edges(piece: Piece, sequence_parallel: bool) -> Iterator[tuple[str, int, bool]]:
+    """What travels at the edges of a piece's split layers for one micro-batch.
+
+    Yields the collective, its elements, and whether they come straight from products: in mixed precision those are
+    narrow, though what lies between layers may not be.
+    """
+    layout, at = layout_of(piece.outline), piece.calls_at
+    gathered, summed = ("all_gather", "reduce_scatter") if sequence_parallel else ("", "all_reduce")
+    holders = tuple({path.rpartition(".")[0]: None for path, _ in modules_at(piece.outline, layout.column)})
+    experts = tuple(path for path, _ in experts_of(piece.outline))
+    routers = tuple(path.rpartition(".")[0] for path in experts)
+    yield from _inputs(at(holders) + at(_paths(piece, nn.Linear)), gathered, summed)
+    yield from _outputs(at(layout.row), summed, gathered, products=True)
+    yield from _outputs(at(_paths(piece, nn.Embedding)), "all_reduce", "")
+    yield from _outputs(at((layout.first,)), "", gathered)
+    yield from _inputs(at(routers), gathered, "")
+    yield from _outputs(at(routers), "", gathered)
+    yield from _inputs(at(experts), "", "all_reduce")
+    yield from _outputs(at(experts), "all_reduce", "", products=True)
+
+
+def heads(piece: Piece) -> list[Shape]:
+    """Shapes of the logits that a piece computes of one micro-batch."""
+    return [call.output for call in piece.calls_at(_paths(piece, nn.Linear)) if call.output]
+
+
+def _paths(piece: Piece, kind: type[nn.Module]) -> tuple[str, ...]:
+    layers = modules_at(piece.outline, layout_of(piece.outline).vocabulary)
+    return tuple(path for path, layer in layers if isinstance(layer, kind))
+
+
+def _inputs(calls: Iterable[Call], forward: str, backward: str) -> Iterator[tuple[str, int, bool]]:
+    for call in calls:
+        for operation in (forward, backward if call.returns else ""):
+            if operation:
+                yield operation, prod(call.inputs[0]), False
+
+
+def _outputs(
+    calls: Iterable[Call], forward: str, backward: str, *, products: bool = False
+) -> Iterator[tuple[str, int, bool]]:
+    for call in calls:
+        for operation in (forward, backward if call.graded else ""):
+            if operation and call.output:
+                yield operation, prod(call.output), products

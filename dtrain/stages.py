@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable
 from functools import lru_cache
+from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -12,15 +13,22 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.pipelining import PipelineStage
-from torch.distributed.pipelining.schedules import PipelineScheduleSingle
+from torch.distributed.pipelining.schedules import PipelineScheduleSingle, _ComputationType
 
 from dtrain.batch import Batch, Sums, divide
+from dtrain.footprint import BACKWARD, FORWARD, FREE, GATHER
 from dtrain.layout import blocks_of, layout_of
 from dtrain.strategy.base import local, whole
 
 if TYPE_CHECKING:
     from dtrain.plan import Plan
     from dtrain.strategy.pipeline import Pipeline
+
+PASSES = {
+    _ComputationType.FORWARD: FORWARD, _ComputationType.FULL_BACKWARD: BACKWARD,
+    _ComputationType.BACKWARD_INPUT: BACKWARD, _ComputationType.UNSHARD: GATHER,
+    _ComputationType.RESHARD: FREE, _ComputationType.REDUCE_GRAD: FREE,
+}  # fmt: skip
 
 
 def keep_name(model: nn.Module, alias: str, name: str) -> None:
@@ -68,6 +76,20 @@ def _products(module: nn.Module) -> int:
     return sum(p.numel() for layer in layers for p in layer.parameters(recurse=False) if p.ndim > 1)
 
 
+def passes_of_stages(
+    pipeline: Pipeline, stages: list[int], rank: int, micro_batches: int
+) -> dict[int, tuple[str, ...]]:
+    """What happens to the weights of each of a rank's stages in a step, in the schedule's order; no process group."""
+    of_all = {"num_stages": pipeline.stages, "group_size": pipeline.degree, "group_rank": rank, "submod": None}
+    told: Any = [SimpleNamespace(stage_index=stage, **of_all) for stage in stages]
+    single = issubclass(pipeline.kind, PipelineScheduleSingle)
+    schedule: Any = pipeline.kind(told[0] if single else told, micro_batches)
+    order = schedule._get_pipeline_order() if single else schedule.pipeline_order_with_comms
+    actions = [part for action in order[rank] if action for part in action.sub_actions or (action,)]
+    return {stage: tuple(PASSES[a.computation_type] for a in actions
+                         if a.stage_index == stage and a.computation_type in PASSES) for stage in stages}  # fmt: skip
+
+
 class Flow:
     """The executor of a pipeline: torch's schedule over this rank's stages. Its updates are `Supervised`.
 
@@ -86,6 +108,7 @@ class Flow:
         self.group = plan.mesh[pipeline.axis].get_group()
         self.last = pipeline.stages - 1
         self.criterion: Callable[[Tensor, Tensor], Tensor]  # of the step that runs
+        self.shapes: dict[str, tuple[int, ...]] = {}
         self.schedule: Any = None  # built with the first batch, which tells the shapes
         self.names: list[str] | None = None  # of what an evaluation measures
 
@@ -98,11 +121,15 @@ class Flow:
 
         parts = list(divide(batch, self.micro_batches))
         if self.schedule is None:
-            self.schedule = self._build(parts[0], update)
+            self.schedule, self.shapes = self._build(parts[0], update), _shapes(parts[0])
+        if _shapes(parts[0]) != self.shapes:
+            raise ValueError(f"a pipeline's micro-batches keep their shape: the first had {self.shapes}, one now has "
+                             f"{_shapes(parts[0])}")  # fmt: skip
         self.criterion = criterion
+        # torch hands each part of the target to the loss: an index, by which the loss finds its micro-batch.
         target = torch.arange(self.micro_batches) if self.last in self.stages else None
         inputs, named = self._arguments(update, batch)
-        with self.plan.around(), self.plan.precision.autocast(self.plan.device.type):
+        with self.plan.around(), self.plan.autocast():
             self.schedule.step(*inputs, target=target, return_outputs=False, **named)
         return torch.stack(losses).detach().sum() if losses else self._zero()
 
@@ -110,7 +137,7 @@ class Flow:
     def evaluate(self, update: Any, batch: Batch) -> Sums:
         """Forward only, stage by stage: each rank goes on to its next micro-batch when it has sent this one."""
         sums: Sums = {}
-        with self.plan.around(), self.plan.precision.autocast(self.plan.device.type):
+        with self.plan.around(), self.plan.autocast():
             for part in divide(batch, self.micro_batches):
                 for name, value in self._measure(update, part).items():
                     sums[name] = sums.get(name, 0) + whole(value).double()
@@ -145,6 +172,9 @@ class Flow:
     def _build(self, part: Batch, update: Any) -> Any:
         """The schedule; built once, since it prepares its messages with its first step."""
         hidden, first = self._activation(part, update.inputs), part[update.inputs[0]].to("meta")
+        for stage, piece in self.stages.items():
+            if stage < self.last:  # what travels has one format, also where autocast made the block's last product
+                piece.register_forward_hook(lambda module, args, output: output.to(hidden.dtype))
         made = [
             PipelineStage(
                 piece, stage, self.last + 1, self.plan.device, hidden if stage else first, hidden, group=self.group
@@ -193,3 +223,7 @@ def sum_ends(
         for work in dist.batch_isend_irecv([sending, receiving]):
             work.wait()
         gradients[0].add_(theirs)
+
+
+def _shapes(batch: Batch) -> dict[str, tuple[int, ...]]:
+    return {name: tuple(tensor.shape) for name, tensor in batch.items()}

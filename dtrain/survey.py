@@ -14,8 +14,9 @@ from hydra import compose, initialize_config_dir
 from omegaconf import DictConfig, OmegaConf
 
 from dtrain.config import CONFIGS, Config, checked, make, options
+from dtrain.degrees import MESH_ORDER
 from dtrain.job import task_of
-from dtrain.plan import MESH_ORDER, Plan
+from dtrain.plan import Plan
 from dtrain.strategy.base import Strategy
 from dtrain.task.base import Task
 

@@ -85,6 +85,7 @@ class Trainer:
         self._rates = {n: [group["lr"] for group in o.param_groups] for n, o in self.optimizers.items()}
         self._executor = plan.executor(self.models, micro_batches)
         self.next_step = self.tokens = 0
+        self._has_states = False  # of the optimizers
 
     def steps(self) -> Iterator[Step]:
         """Train to the last step, yielding each one's figures.
@@ -127,6 +128,7 @@ class Trainer:
             if not (math.isfinite(loss) and math.isfinite(norm)):
                 raise NonFinite(self._blame(step, update, part, loss, norm))
             self.optimizers[update.trains].step()
+            self._has_states = True
             for module in aware:
                 module.after_step(self.plan.total_of_parts)
             for each in self.models.values():
@@ -180,10 +182,11 @@ class Trainer:
         found = []
         for model_name, model in self.models.items():
             optimizer = self.optimizers[model_name]
-            if not optimizer.state:
+            if not self._has_states:  # asked of the trainer, not of the optimizer: one that has no share has none
                 fill_state(optimizer)
             for piece in pieces(model):
                 found.append(_named(model_name, self.plan.unwrap(piece), optimizer))
+        self._has_states = True
         return found
 
 

@@ -29,7 +29,7 @@ from dtrain.strategy.expert import Expert
 from dtrain.strategy.fsdp import FSDP
 from dtrain.strategy.pipeline import SCHEDULES, Pipeline
 from dtrain.strategy.replicate import Replicate
-from dtrain.strategy.tensor import Tensor as TensorParallel
+from dtrain.strategy.tensor import TensorParallel
 from dtrain.strategy.zero1 import Zero1
 from dtrain.task.base import LossUpdate, Supervised, Task
 from dtrain.task.causal_lm import IGNORE, correct, cross_entropy, valid
@@ -161,6 +161,7 @@ STRATEGIES: dict[str, list[partial[Strategy]]] = {
     "tensor_gathered": [partial(TensorParallel, loss_parallel=False)],
     "ring_unbalanced": [partial(Context, balanced=False)],
     "hsdp": [partial(Replicate, 2), partial(FSDP)],
+    "hsdp_reduce_each": [partial(Replicate, 2), partial(FSDP, reduce_each=True)],
     "hsdp_zero2": [partial(Replicate, 2), partial(FSDP, reshard_after_forward=False)],
     **{s: [partial(Pipeline, schedule=s)] for s in SCHEDULES if s not in AXES},
     "split": [partial(Pipeline, schedule="gpipe", split=[1, 3], micro_batches=1)],
@@ -183,7 +184,7 @@ STRATEGIES: dict[str, list[partial[Strategy]]] = {
 
 
 # Of a strategy that is there in full: the same tensors in the same places, sent otherwise.
-VARIANTS = ("ddp_small_buckets", "fsdp_reduce_each", "fsdp_offload", "hsdp_zero2", "ring_unbalanced",
+VARIANTS = ("ddp_small_buckets", "fsdp_reduce_each", "hsdp_reduce_each", "fsdp_offload", "hsdp_zero2", "ring_unbalanced",
             "tensor_gathered", "split", "looped_bfs", "interleaved_zero_bubble", "dualpipev", "gpipe")  # fmt: skip
 
 

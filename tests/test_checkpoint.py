@@ -92,6 +92,21 @@ def test_every_plan_on_four_ranks_resumes_from_every_other(model: tuple, world, 
         assert done == [len(plans)] * 4
 
 
+def _states(size: int) -> list[str]:
+    made = trainer(Case("gan", "zero1", steps=1), size)
+    before = sorted(made.state())
+    for _ in made.steps():
+        pass
+    assert sorted(made.state()) == before
+    return before
+
+
+def test_a_rank_with_no_share_of_the_optimizer_asks_for_no_message(world) -> None:
+    """Four tensors among six ranks: the two that step nothing must not be alone in filling states."""
+    names = world(6).run(_states, 6)
+    assert sum(any(n.startswith("optimizer.generator") for n in each) for each in names) == 4
+
+
 def test_an_asynchronous_save_is_of_its_step_though_training_went_on(world, tmp_path: Path) -> None:
     case = Case("next_token", "fsdp", steps=STEPS)
     outcomes = []

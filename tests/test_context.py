@@ -28,7 +28,7 @@ from dtrain.strategy.base import Strategy
 from dtrain.strategy.context import Context, Ring
 from dtrain.strategy.fsdp import FSDP
 from dtrain.strategy.replicate import Replicate
-from dtrain.strategy.tensor import Tensor as TensorParallel
+from dtrain.strategy.tensor import TensorParallel
 
 BF16_TOLERANCE = 0.02  # bf16 keeps 8 bits: inputs and results are rounded to 2^-9, a few times over
 RING = partial(Context)
@@ -206,7 +206,10 @@ def test_each_rank_reads_its_tokens(balanced: bool, expected: list[list[int]], w
 
 
 def of_tokens(*shapes: tuple[int, ...]) -> Any:
-    return SimpleNamespace(batch=lambda step: {f"tensor{i}": torch.zeros(s) for i, s in enumerate(shapes)})
+    update = SimpleNamespace(inputs=("tensor0", "positions"))
+    return SimpleNamespace(
+        batch=lambda step: {f"tensor{i}": torch.zeros(s) for i, s in enumerate(shapes)}, updates=(update,)
+    )
 
 
 @pytest.mark.parametrize(
@@ -268,3 +271,33 @@ def test_ulysses_takes_dropout_and_a_model_without_attention_is_refused() -> Non
     Plan.of([Context(method="ulysses")], 2).check_model(Transformer(16, 8, 12, 2, 6, dropout=0.1))
     with pytest.raises(ValueError, match="Linear names no `attention` in its Layout: nothing to exchange over cp"):
         Plan.of([Context()], 2).check_model(nn.Linear(2, 2))
+
+
+class Windowed(Core):
+    """Attends to the last two tokens only."""
+
+    def forward(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        seen = torch.ones(q.shape[-2], k.shape[-2], dtype=torch.bool).tril().triu(-1)
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=seen)
+
+
+def test_attention_of_another_kind_is_not_quietly_replaced() -> None:
+    model = Attending(causal=True)
+    assert not Plan.of([Context()], 2).check_model(model)
+    model.blocks[0].core = Windowed(causal=True)
+    with pytest.raises(ValueError, match="is not softmax.*use strategy.cp.method=ulysses"):
+        Plan.of([Context()], 2).check_model(model)
+
+
+def test_long_slices_are_taken_in_parts(monkeypatch: pytest.MonkeyPatch, alone) -> None:
+    """Queries by fives: the same numbers, with fewer scores at a time."""
+    expected = errors(RING, True, (2, 24, 4, 2, 4), torch.float64)
+    monkeypatch.setattr("dtrain.exchange.QUERIES", 5)
+    assert max(errors(RING, True, (2, 24, 4, 2, 4), torch.float64)) <= 1e-12 and max(expected) <= 1e-12
+
+
+def test_a_task_without_positions_is_refused() -> None:
+    task = NextToken()
+    task.updates = (replace(task.updates[0], inputs=("tokens",)),)
+    with pytest.raises(ValueError, match="NextToken tells its model no `positions`"):
+        Plan.of([Context()], 2).check_task(task)

@@ -17,7 +17,7 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from dtrain.layout import Layout
+from dtrain.layout import Layout, divisors
 from dtrain.model.block import ACTIVATIONS, INITIAL_STD, Attention, Block, Core, FeedForward
 from dtrain.model.moe import MoE
 from dtrain.model.rotary import rotary_table
@@ -171,16 +171,12 @@ def _check(sizes: dict[str, int], optional: dict[str, int], *, norm: str, activa
                 raise ValueError(f"model.{name}={size} must be at least {least}")
     d_model, heads, kv_heads = sizes["d_model"], sizes["n_heads"], sizes["n_kv_heads"]
     if d_model % heads:
-        raise ValueError(f"model.n_heads={heads} does not divide d_model={d_model}: use {_divisors(d_model)}")
+        raise ValueError(f"model.n_heads={heads} does not divide d_model={d_model}: use {divisors(d_model)}")
     if heads % kv_heads:
-        raise ValueError(f"model.n_kv_heads={kv_heads} does not divide n_heads={heads}: use {_divisors(heads)}")
+        raise ValueError(f"model.n_kv_heads={kv_heads} does not divide n_heads={heads}: use {divisors(heads)}")
     if position == "rotary" and (d_model // heads) % 2:
         raise ValueError(f"rotary positions need an even head width, d_model/n_heads={d_model // heads}")
     for key, value, known in (("norm", norm, NORMS), ("activation", activation, ACTIVATIONS),
                               ("position", position, POSITIONS)):  # fmt: skip
         if value not in known:
             raise ValueError(f"model.{key}={value} is unknown: use {', '.join(known)}")
-
-
-def _divisors(n: int) -> str:
-    return ", ".join(str(d) for d in range(1, n + 1) if n % d == 0)

@@ -14,6 +14,8 @@ from typing import TYPE_CHECKING
 
 from torch import nn
 
+from dtrain.cost import Message, all_reduce_each
+from dtrain.footprint import Footprint
 from dtrain.strategy.base import Strategy, average, gradients
 
 if TYPE_CHECKING:
@@ -30,4 +32,7 @@ class AllReduce(Strategy):
     axis = "dp"
 
     def reduce_gradients(self, model: nn.Module, plan: Plan) -> None:
-        average(gradients(model).values(), plan.mesh[self.axis].get_group())
+        average(gradients(model).values(), plan.mesh[self.axis].get_group(), plan.precision.reduce_dtype)
+
+    def cost(self, footprint: Footprint, plan: Plan) -> list[Message]:
+        return [all_reduce_each(self.axis, footprint.gradients, footprint.reduce_bytes)]

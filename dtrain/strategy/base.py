@@ -10,11 +10,14 @@ from collections.abc import Iterable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING, ClassVar, Protocol
 
+import torch
 import torch.distributed as dist
 from torch import Size, Tensor, nn
 from torch.optim import Optimizer
 
 from dtrain.batch import Batch, Models, Sums, divide
+from dtrain.cost import Message
+from dtrain.footprint import Footprint
 
 if TYPE_CHECKING:
     from dtrain.plan import Plan
@@ -44,11 +47,13 @@ class Strategy:
     """
 
     axis: ClassVar[str]  # the mesh axis it owns
+    casts: ClassVar[bool] = False  # does it cast weights and inputs to the format of products itself?
     splits: ClassVar[str] = "rows"  # what ranks along `axis` divide of a batch: "rows", "tokens" or ""
 
     def __init__(self, degree: int = REST) -> None:
         self.degree = degree  # ranks along `axis`
         self.offloads = False  # are parameters kept in host memory?
+        self.splits_backward = False  # are the gradients of weights computed apart from those of inputs?
 
     @property
     def parts(self) -> int:
@@ -128,6 +133,14 @@ class Strategy:
             dist.all_reduce(value, group=plan.mesh[self.axis].get_group())
         return value
 
+    def footprint(self, footprint: Footprint, plan: Plan) -> Footprint:
+        """What the strategy leaves on the rank at `footprint.place` of what those before it have left there."""
+        return footprint
+
+    def cost(self, footprint: Footprint, plan: Plan) -> list[Message]:
+        """What that rank hands to collectives in an optimizer step; the footprint is what all strategies left."""
+        return []
+
 
 def local(tensor: Tensor) -> Tensor:
     """This rank's part of a tensor that may be distributed."""
@@ -144,14 +157,17 @@ def gradients(model: nn.Module) -> Mapping[str, Tensor]:
     return {name: local(p.grad) for name, p in model.named_parameters() if p.grad is not None}
 
 
-def average(tensors: Iterable[Tensor], group: dist.ProcessGroup) -> None:
+def average(tensors: Iterable[Tensor], group: dist.ProcessGroup, dtype: torch.dtype) -> None:
     """Replace each tensor by its mean over the group. A collective: all ranks have the same shapes, in one order."""
     for tensor in tensors:
-        if tensor.numel():
-            dist.all_reduce(tensor, group=group)
-            tensor.div_(group.size())
+        add_up(tensor, group, dtype)
+        tensor.div_(group.size())
 
 
-def divisors(number: int) -> str:
-    """What divides `number`, for an error's remedy."""
-    return ", ".join(str(d) for d in range(1, number + 1) if number % d == 0)
+def add_up(tensor: Tensor, group: dist.ProcessGroup, dtype: torch.dtype) -> None:
+    """Replace a tensor by its sum over the group, which travels and is summed as `dtype`. A collective."""
+    if tensor.numel():
+        travelling = tensor.to(dtype)
+        dist.all_reduce(travelling, group=group)
+        if travelling is not tensor:
+            tensor.copy_(travelling)

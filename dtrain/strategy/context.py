@@ -5,25 +5,28 @@
     ring, backward:   keys and values go round again, their gradients behind them, home after n hops
     ulysses:          all-to-all: my tokens of all heads -> all tokens of my heads -> attention -> back
 
-Cost a block and micro-batch, per rank, with S bytes in its queries and g = key heads / query heads: ring
-2g(n-1)S forward, 2g(2n-1)S backward (gradients in fp32 at least); ulysses (2+2g)S(n-1)/n forward and again
-backward; n divides the heads (if not the key heads: g = 1, they are repeated). Activations: 1/n. A step: one
-all-reduce for each gradient.
+Cost a block and micro-batch, per rank, with S bytes in its queries and g = key heads / query heads: ring 2g(n-1)S
+forward, 2g(2n-1)S backward (in bf16 2g(3n-1)S: gradients go round in fp32); ulysses (2+2g)S(n-1)/n forward and again
+backward; n divides the heads (if not the key heads: g = 1, they are repeated). Activations: 1/n. A step: one all-
+reduce for each gradient, after backward.
 Sources: Liu et al. 2023, "Ring Attention" (2310.01889); Jacobs et al. 2023, "DeepSpeed Ulysses" (2309.14509);
 Llama team 2024 (2407.21783: early and late chunks); Dao et al. 2022, "FlashAttention" (2205.14135: the merge).
 """
 
 from __future__ import annotations
 
+from math import prod
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
 from dtrain.batch import Batch
-from dtrain.exchange import Ring, Ulysses
-from dtrain.layout import blocks_of, layout_of, modules_at
-from dtrain.strategy.base import REST, Strategy, average, divisors, gradients
+from dtrain.cost import Message, all_reduce_each, message
+from dtrain.exchange import Ring, Ulysses, is_plain
+from dtrain.footprint import Footprint
+from dtrain.layout import blocks_of, divisors, layout_of, modules_at
+from dtrain.strategy.base import REST, Strategy, average, gradients
 
 if TYPE_CHECKING:
     from dtrain.plan import Plan
@@ -60,16 +63,24 @@ class Context(Strategy):
         if self.method == "ring" and (dropout := max(core.dropout for core in cores)):
             raise ValueError(f"ring attention cannot drop attention weights (dropout={dropout}): "
                              f"use strategy.cp.method=ulysses or model.dropout=0")  # fmt: skip
+        if self.method == "ring" and not all(is_plain(core) for core in cores):
+            raise ValueError(f"the attention of {type(model).__name__} is not softmax(q k' / sqrt(D)) v, as a ring "
+                             f"computes it: use strategy.cp.method=ulysses")  # fmt: skip
         if any(getattr(module, "whole_rows", False) for module in model.modules()):
             raise ValueError(f"the experts of {type(model).__name__} count the tokens of whole sequences, which cp="
                              f"{self.degree} cuts: use model.capacity_factor=null and model.balance=bias")  # fmt: skip
         tp, heads = plan.degrees.get("tp", 1), getattr(model, "n_heads", 0)
+        if self.method == "ulysses" and not heads:
+            raise ValueError(f"{type(model).__name__} does not say its number of heads (n_heads): use method=ring")
         if self.method == "ulysses" and (mine := heads // tp) % self.degree:
             split = f" / tp={tp}" if tp > 1 else ""
             raise ValueError(f"n_heads={heads}{split} is not divisible by cp={self.degree}: use {divisors(mine)}")
 
     def check_task(self, task: Task, plan: Plan) -> None:
         lengths = {name: t.shape[1] if t.ndim > 1 else 1 for name, t in task.batch(0).items()}
+        if not any("positions" in getattr(update, "inputs", ()) for update in task.updates):
+            raise ValueError(f"task {type(task).__name__} tells its model no `positions`: each rank would count its "
+                             f"own tokens from 0")  # fmt: skip
         length = max(lengths.values())
         if whole := [name for name, each in lengths.items() if each != length]:
             raise ValueError(f"`{whole[0]}` of the batch is not one value a token: cp={self.degree} cannot cut it")
@@ -103,7 +114,22 @@ class Context(Strategy):
             assert type(core) is METHODS[self.method], f"attention is {type(core).__name__}, not {self.method}"
 
     def reduce_gradients(self, model: nn.Module, plan: Plan) -> None:
-        average(gradients(model).values(), plan.mesh[self.axis].get_group())
+        average(gradients(model).values(), plan.mesh[self.axis].get_group(), plan.precision.reduce_dtype)
+
+    def cost(self, footprint: Footprint, plan: Plan) -> list[Message]:
+        n, m, itemsize = self.degree, footprint.micro_batches, footprint.compute_bytes
+        found = [all_reduce_each(self.axis, footprint.gradients, footprint.reduce_bytes)]
+        for call in footprint.calls_at(lambda layout: (f"{layout.blocks}.*.{layout.attention}",)):
+            q, k = call.inputs[:2]  # (B, H, T/n, D), (B, G, T/n, D)
+            both_ways = 1 + call.graded
+            if self.method == "ulysses":
+                kv = q if k[1] % n else k
+                sizes = [prod(x) for x in (q, kv, kv, q)] * both_ways
+                found.append(message(self.axis, "all_to_all", sizes, itemsize, m))
+            else:
+                found.append(message(self.axis, "send", [2 * prod(k)] * (n - 1) * both_ways, itemsize, m))
+                found.append(message(self.axis, "send", [2 * prod(k)] * n * call.graded, max(4, itemsize), m))
+        return found
 
 
 def _cores(model: nn.Module) -> list[Any]:

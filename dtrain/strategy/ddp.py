@@ -15,6 +15,8 @@ from typing import TYPE_CHECKING
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
+from dtrain.cost import Message, message
+from dtrain.footprint import Footprint, Piece
 from dtrain.strategy.base import REST, Strategy
 
 if TYPE_CHECKING:
@@ -53,7 +55,11 @@ class DDP(Strategy):
     def parallelize(self, model: nn.Module, plan: Plan) -> nn.Module:
         mesh = plan.mesh[self.axis]
         return DistributedDataParallel(
-            model, process_group=mesh.get_group(), bucket_cap_mb=self.bucket_mb, forward_sync_buffers=False
+            model,
+            process_group=mesh.get_group(),
+            bucket_cap_mb=self.bucket_mb,
+            forward_sync_buffers=False,
+            gradient_as_bucket_view=True,  # or gradients would be there twice
         )
 
     def unwrap(self, model: nn.Module) -> nn.Module:
@@ -65,3 +71,16 @@ class DDP(Strategy):
     def sync_gradients(self, model: nn.Module, enabled: bool) -> None:
         assert isinstance(model, DistributedDataParallel)
         model.require_backward_grad_sync = enabled
+
+    def cost(self, footprint: Footprint, plan: Plan) -> list[Message]:
+        sizes = [n for piece in footprint.pieces for n in self._buckets(piece, footprint.weight_bytes)]
+        return [message(self.axis, "all_reduce", sizes, footprint.weight_bytes)]
+
+    def _buckets(self, piece: Piece, itemsize: int) -> list[int]:
+        """Elements of each bucket, in every update that reaches it: filled as backward completes gradients."""
+        sizes = [0]
+        for weight in sorted((w for w in piece.weights if w.ready is not None), key=lambda w: w.ready or 0):
+            sizes[-1] += weight.elements
+            if sizes[-1] * itemsize >= int(self.bucket_mb * 2**20):
+                sizes.append(0)
+        return [size for size in sizes if size] * len(piece.reached)

@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
+from math import prod
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -24,8 +25,10 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, Shard
 
-from dtrain.layout import experts_of
-from dtrain.strategy.base import Strategy, average, divisors, local
+from dtrain.cost import Message, all_reduce_each, message
+from dtrain.footprint import Footprint, Piece
+from dtrain.layout import divisors, experts_of
+from dtrain.strategy.base import Strategy, average, local
 
 if TYPE_CHECKING:
     from dtrain.plan import Plan
@@ -90,7 +93,7 @@ class Expert(Strategy):
                 local(parameter.grad).div_(self.degree)  # the sum of what each rank's part of the batch gave
             elif parameter.grad is not None:
                 dense.append(local(parameter.grad))
-        average(dense, plan.mesh[self.axis].get_group())
+        average(dense, plan.mesh[self.axis].get_group(), plan.precision.reduce_dtype)
 
     def _shards(self, parameter: nn.Parameter) -> bool:
         if not isinstance(parameter, DTensor):
@@ -98,12 +101,35 @@ class Expert(Strategy):
         names = parameter.device_mesh.mesh_dim_names or ()
         return self.axis in names and parameter.placements[names.index(self.axis)].is_shard(0)
 
+    def footprint(self, footprint: Footprint, plan: Plan) -> Footprint:
+        here = footprint.place[self.axis]
+
+        def spread(piece: Piece) -> Piece:
+            experts = {f"{path}.{key}" for path, e in experts_of(piece.outline) for key, _ in e.named_parameters()}
+            return piece.map(lambda w: w.split(self.axis, 0, self.degree, here) if w.name in experts else w)
+
+        return footprint.map(spread)
+
+    def cost(self, footprint: Footprint, plan: Plan) -> list[Message]:
+        """Exact in sum over the ranks along the axis; a rank's own as if every expert had as many rows."""
+        m = footprint.micro_batches
+        dense = [weight for weight in footprint.gradients if self.axis not in weight.axes]
+        found = [all_reduce_each(self.axis, dense, footprint.reduce_bytes)]
+        for call in footprint.calls_at(lambda layout: (f"{layout.blocks}.*.{layout.experts}",)):
+            rows, counts = map(prod, call.inputs)
+            found.append(message(self.axis, "all_to_all", [counts], torch.long.itemsize, m))
+            found.append(message(self.axis, "all_to_all", [rows] * (1 + call.returns), footprint.activation_bytes, m))
+            found.append(message(self.axis, "all_to_all", [rows] * (1 + call.graded), footprint.compute_bytes, m))
+        return found
+
 
 def with_local_weights(experts: nn.Module) -> Forward:
     """The module's forward as it is now, computing with this rank's part of its parameters as they will be."""
     inner = copy.copy(experts)  # of one dictionary of parameters: what replaces one there is seen here
 
+    @torch.compiler.disable  # sizes are known when tokens come, and weights are this rank's part
     def forward(x: Tensor, counts: Tensor) -> Tensor:
+        inner.training = experts.training  # an attribute of its own, unlike the parameters
         weights = {name: local(parameter) for name, parameter in inner.named_parameters()}
         return torch.func.functional_call(inner, weights, (x, counts))
 
@@ -113,6 +139,7 @@ def with_local_weights(experts: nn.Module) -> Forward:
 def _exchange(forward: Forward, group: dist.ProcessGroup) -> Forward:
     """`forward` on the rows that all ranks have for the experts here; each gets its own back, in its order."""
 
+    @torch.compiler.disable
     def exchanged(x: Tensor, counts: Tensor) -> Tensor:
         theirs = torch.empty_like(counts)
         dist.all_to_all_single(theirs, counts, group=group)

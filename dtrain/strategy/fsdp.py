@@ -20,6 +20,8 @@ from torch.distributed.fsdp import CPUOffloadPolicy, fully_shard
 from torch.distributed.tensor import DTensor, Shard
 from torch.distributed.tensor.placement_types import _StridedShard
 
+from dtrain.cost import Message, message
+from dtrain.footprint import FORWARD, FREE, Footprint
 from dtrain.layout import blocks_of
 from dtrain.strategy.base import REST, Strategy, local
 from dtrain.strategy.replicate import Replicate, fsdp_module, reshard
@@ -40,6 +42,7 @@ class FSDP(Strategy):
     """
 
     axis = "fsdp"
+    casts = True
 
     def __init__(
         self, degree: int = REST, *, reshard_after_forward: bool = True, reduce_each: bool = False,
@@ -55,7 +58,7 @@ class FSDP(Strategy):
             return
         if self.reduce_each:
             raise ValueError("strategy.fsdp.reduce_each=true: a pipeline reduces once a step; use reduce_each=false")
-        if self.reshard_after_forward and getattr(pipeline, "splits_backward", False):
+        if self.reshard_after_forward and pipeline.splits_backward:
             raise ValueError("this pipeline schedule computes the gradients of weights after those of inputs, and "
                              "resharded weights miss them: use strategy.fsdp.reshard_after_forward=false")  # fmt: skip
 
@@ -95,3 +98,25 @@ class FSDP(Strategy):
 
     def sync_gradients(self, model: nn.Module, enabled: bool) -> None:
         fsdp_module(model).set_requires_gradient_sync(enabled or self.reduce_each)
+
+    def footprint(self, footprint: Footprint, plan: Plan) -> Footprint:
+        here = footprint.place[self.axis]
+        return footprint.map(lambda piece: piece.map(lambda w: w.shard(self.axis, self.degree, here)))
+
+    def cost(self, footprint: Footprint, plan: Plan) -> list[Message]:
+        gathered = []
+        for piece in footprint.pieces:
+            for unit, weights in piece.units.items():
+                size = self.degree * sum(weight.padded(self.degree) for weight in weights)
+                gathered += [size] * self._gathers(piece.passes_of(unit, footprint.micro_batches))
+        reduced = [self.degree * size for size in footprint.unit_gradients(self.degree, each=self.reduce_each)]
+        return [message(self.axis, "all_gather", gathered, footprint.compute_bytes),
+                message(self.axis, "reduce_scatter", reduced, footprint.reduce_bytes)]  # fmt: skip
+
+    def _gathers(self, passes: tuple[str, ...]) -> int:
+        """How often a unit's weights are needed and not here."""
+        count, here = 0, False
+        for each in passes:
+            count += each != FREE and not here
+            here = each != FREE and (each != FORWARD or not self.reshard_after_forward)
+        return count

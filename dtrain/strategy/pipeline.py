@@ -4,26 +4,33 @@
     stage 0: embedding, blocks 0-3 |  1  2  .  1' 3  2' 4  3' .  4'
     stage 1: blocks 4-7, head      |  .  1  1' 2  2' 3  3' 4  4' .
 
-The bubble, the idle share, is (p-1)/(m+p-1) with p stages and m micro-batches; several stages a rank
-(interleaved) divide it by their number; zero-bubble schedules (interleaved_zero_bubble, zbv, dualpipev) put the
-gradients of weights, which nobody waits for, into it. V schedules hold stages r and 2p-1-r on rank r.
-Cost a micro-batch and boundary between stages: one activation (B, T, C) sent forward, its gradient sent back.
-Sources: Huang et al. 2018, GPipe (1811.06965); Narayanan et al. 2021, interleaved 1F1B (2104.04473); Lamy-Poirier
-2022, looped BFS (2211.05953); Qi et al. 2023, zero bubble (2401.10241); DeepSeek-AI 2024, DualPipe (2412.19437).
+With p ranks of v stages and m micro-batches the bubble, the idle share, is (p-1)/(v m + p-1). gpipe runs all
+forwards first; 1f1b has its bubble, but keeps p micro-batches' activations instead of m. zero-bubble schedules
+(interleaved_zero_bubble, zbv, dualpipev) put the gradients of weights, which nobody waits for, into it. V schedules
+(zbv, dualpipev) hold stages r and 2p-1-r on rank r. Beside fsdp gathered weights stay until a step's last backward.
+Cost a micro-batch and boundary between stages: one activation (B, T, C) sent forward, its gradient sent back; a step:
+the gradient of what first and last stage share, sent both ways. Memory: 1/p of the weights and their states.
+Sources: Narayanan et al. 2020, PipeDream-Flush, 1F1B (2006.09503); Huang et al. 2018, GPipe (1811.06965); Narayanan
+et al. 2021, interleaved 1F1B (2104.04473); Lamy-Poirier 2022, looped BFS (2211.05953); Qi et al. 2023, zero bubble
+(2401.10241); DeepSeek-AI 2024, DualPipe (2412.19437).
 """
 
 from __future__ import annotations
 
 import copy
+from dataclasses import replace
+from math import prod
 from typing import TYPE_CHECKING
 
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import Size, Tensor, nn
 from torch.distributed.pipelining import schedules
 
 from dtrain.batch import Models, pieces
+from dtrain.cost import Message, message
+from dtrain.footprint import Footprint
 from dtrain.layout import Absent, layout_of, shared_names
-from dtrain.stages import Flow, keep_name, split_evenly, sum_ends
+from dtrain.stages import Flow, keep_name, passes_of_stages, split_evenly, sum_ends
 from dtrain.strategy.base import REST, Executor, Strategy
 
 if TYPE_CHECKING:
@@ -51,7 +58,7 @@ class Pipeline(Strategy):
         degree: ranks along `pp`; -1: the rest of the world.
         schedule: a name of SCHEDULES.
         micro_batches: into how many a rank's rows are divided; None: as `micro_batch_size` says, or else the
-            smallest number of at least two a stage that divides the rows.
+            smallest number of at least two a rank of `pp` that divides the rows, or the largest there is.
         stages_per_rank: None: 1 for gpipe and 1f1b, 2 for the others.
         split: blocks of each stage; None: so that the largest stage costs least.
     """
@@ -71,16 +78,14 @@ class Pipeline(Strategy):
         if self.stages_per_rank < 1 or (schedule in ONE_STAGE + V and self.stages_per_rank != expected):
             raise ValueError(f"strategy.pp.stages_per_rank={stages_per_rank}: schedule {schedule} holds {expected}"
                              f"{'' if schedule in ONE_STAGE + V else ' or more'} a rank")  # fmt: skip
+        if split is not None and not (isinstance(split, list) and all(type(number) is int for number in split)):
+            raise ValueError(f"strategy.pp.split={split} must be a list of numbers of blocks, such as [5,3]")
         if micro_batches is not None and micro_batches < 1:
             raise ValueError(f"strategy.pp.micro_batches={micro_batches} must be at least 1")
         self.schedule, self.kind = schedule, SCHEDULES[schedule]
         self.asked, self.split = micro_batches, split
+        self.splits_backward = schedule in SPLIT_BACKWARD
         self.tied: list[str] = []
-
-    @property
-    def splits_backward(self) -> bool:
-        """Does the schedule compute the gradients of weights apart from those of inputs?"""
-        return self.schedule in SPLIT_BACKWARD
 
     @property
     def stages(self) -> int:
@@ -98,8 +103,9 @@ class Pipeline(Strategy):
         blocks = len(model.get_submodule(layout.blocks))  # type: ignore[arg-type]
         if self.stages > blocks:
             most = blocks // self.stages_per_rank
+            remedy = f"at most pp={most}" if most else "schedule gpipe or 1f1b"
             raise ValueError(f"pp={self.degree} x {self.stages_per_rank} stages a rank are {self.stages} stages, the "
-                             f"model has {blocks} blocks: use at most pp={most}, or more model.n_layers")  # fmt: skip
+                             f"model has {blocks} blocks: use {remedy}, or more blocks")  # fmt: skip
         split = self.split or [1] * (self.stages - 1) + [blocks - self.stages + 1]
         if len(split) != self.stages or sum(split) != blocks or min(split) < 1:
             raise ValueError(f"strategy.pp.split={self.split} must be {self.stages} numbers of at least 1 that sum to "
@@ -141,7 +147,9 @@ class Pipeline(Strategy):
 
     def held(self, plan: Plan) -> list[int]:
         """The stages of this rank."""
-        rank = plan.mesh[self.axis].get_local_rank()
+        return self._held_by(plan.mesh[self.axis].get_local_rank())
+
+    def _held_by(self, rank: int) -> list[int]:
         return [stage for stage in range(self.stages) if self.owner(stage) == rank]
 
     def cut(self, model: nn.Module, plan: Plan) -> list[nn.Module]:
@@ -166,6 +174,26 @@ class Pipeline(Strategy):
             for alias, name in shared.items():
                 keep_name(model, alias, name)
         return model
+
+    def footprint(self, footprint: Footprint, plan: Plan) -> Footprint:
+        (whole,), held = footprint.pieces, self._held_by(footprint.place[self.axis])
+        counts = self.split or split_evenly(whole.outline, self.stages)
+        passes = passes_of_stages(self, held, footprint.place[self.axis], footprint.micro_batches)
+        pieces = (whole.keep(self._piece(copy.deepcopy(whole.outline), stage, counts), passes[stage]) for stage in held)
+        return replace(footprint, pieces=tuple(pieces))
+
+    def cost(self, footprint: Footprint, plan: Plan) -> list[Message]:
+        here, last = footprint.place[self.axis], self.stages - 1
+        held = self._held_by(here)
+        neighbours = [s for stage in held for s in (stage - 1, stage + 1) if 0 <= s <= last and self.owner(s) != here]
+        shape = next(call.output for call in footprint.calls_at(lambda layout: (f"{layout.blocks}.*",)) if call.output)
+        for strategy in plan.strategies:
+            shape = strategy.activation(Size(shape))
+        tied = set(shared_names(footprint.pieces[0].outline).values()) if len({0, last} & set(held)) == 1 else set()
+        ends = [prod(w.held) for piece in footprint.pieces for w in piece.weights if w.name in tied]
+        sends = [prod(shape)] * len(neighbours)  # an activation to the next stage, its gradient to the one before
+        return [message(self.axis, "send", sends, footprint.activation_bytes, footprint.micro_batches),
+                message(self.axis, "send", ends, footprint.weight_bytes)]  # fmt: skip
 
     def executor(self, models: Models, plan: Plan, micro_batches: int) -> Executor:
         (model,) = models.values()

@@ -4,7 +4,8 @@
     beside fsdp:   hybrid sharding (HSDP). Ranks form a grid; each row of it shards W, and the rows
                    hold the same. Gradients are reduce-scattered along a row, then all-reduced across rows.
 
-Cost a step, per rank: one all-reduce of the gradients it holds: all of them, or 1/f beside fsdp of degree f.
+Cost a step, per rank: one all-reduce of the gradients it holds (all of them, or 1/f beside fsdp of degree f), in
+precision.reduce: 2 (n-1)/n times their bytes on a ring.
 Source: Zhao et al. 2023, "PyTorch FSDP" (2304.11277), section 3.2.2 for hybrid sharding.
 """
 
@@ -17,6 +18,8 @@ from torch.distributed._composable.replicate_with_fsdp import replicate
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
+from dtrain.cost import Message, message
+from dtrain.footprint import Footprint
 from dtrain.layout import blocks_of
 from dtrain.strategy.base import Strategy
 
@@ -32,9 +35,11 @@ class Replicate(Strategy):
     """
 
     axis = "dp"
+    casts = True
 
     def parallelize(self, model: nn.Module, plan: Plan) -> nn.Module:
-        if plan.on("fsdp"):
+        self.beside_fsdp = plan.on("fsdp") is not None
+        if self.beside_fsdp:
             return model  # fully_shard was given both axes and does the all-reduce too
         settings: dict[str, Any] = {"mesh": plan.mesh[self.axis], "mp_policy": plan.precision.fsdp_policy()}
         for block in blocks_of(model):
@@ -53,7 +58,14 @@ class Replicate(Strategy):
         reshard(model)
 
     def sync_gradients(self, model: nn.Module, enabled: bool) -> None:
-        fsdp_module(model).set_requires_gradient_sync(enabled)
+        if self.beside_fsdp:  # which says whether gradients are reduce-scattered; the all-reduce waits for the last
+            fsdp_module(model).set_requires_all_reduce(enabled)
+        else:
+            fsdp_module(model).set_requires_gradient_sync(enabled)
+
+    def cost(self, footprint: Footprint, plan: Plan) -> list[Message]:
+        sizes = footprint.unit_gradients(plan.degrees.get("fsdp", 1))
+        return [message(self.axis, "all_reduce", sizes, footprint.reduce_bytes)]
 
 
 def fsdp_module(model: nn.Module) -> FSDPModule:

@@ -1,25 +1,29 @@
 """Tensor parallel: each rank computes every layer on its slice of the heads, hidden units and vocabulary.
 
     Y = f(X A) B,  A = [A1 | A2] cut by columns,  B = [B1 / B2] cut by rows:
-    rank 1: f(X A1) B1 \\
-    rank 2: f(X A2) B2 /  all-reduce: the sum is Y, the same on both ranks
+    rank 0: f(X A1) B1 \\
+    rank 1: f(X A2) B2 /  all-reduce: the sum is Y, the same on both ranks
     sequence parallel: what lies between (norms, residuals) is cut by tokens; all-gather X, reduce-scatter Y
 
-Embedding and head are cut by vocabulary; the loss needs each token's largest logit, the sum of exponentials
-and the target's logit only, so whole logits never travel. On GPUs torch can overlap these messages with the
-products (asynchronous TP: torch.compile and symmetric memory); on a CPU it cannot.
-Cost a block and micro-batch, per rank: 2 all-reduces of (B, T, C) forward and 2 backward; with sequence
-parallelism each becomes an all-gather and a reduce-scatter: the same bytes, 1/n of the memory between layers.
+Embedding and head are cut by vocabulary; the loss needs each token's largest logit, the sum of exponentials and the
+target's logit only, so whole logits do not travel (but in evaluation, where anything may be measured). On GPUs torch
+can overlap these messages with the products (asynchronous TP: torch.compile and symmetric memory); on a CPU it
+cannot.
+Cost a block and micro-batch, per rank: 2 all-reduces forward and 2 backward, each 2 (n-1)/n times the bytes of
+(B, T, C); with sequence parallelism each becomes an all-gather and a reduce-scatter: the same bytes, 1/n of the
+memory between layers, and a step's all-reduce of what is not split, such as norms. Besides, a micro-batch: one for
+the embedding, three of (B, T) for the loss. Memory: 1/n of what is split.
 Sources: Shoeybi et al. 2019, Megatron-LM (1909.08053); Korthikanti et al. 2022 (2205.05198).
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
+from dataclasses import replace
+from math import prod
 from typing import TYPE_CHECKING
 
-import torch.distributed as dist
 from torch import Size, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Placement, Replicate, Shard
@@ -33,9 +37,11 @@ from torch.distributed.tensor.parallel import (
 )
 
 from dtrain.batch import pieces
-from dtrain.layout import experts_of, layout_of, modules_at, shared_names
-from dtrain.split import cut, gather, is_split, own, split_parameter, summed
-from dtrain.strategy.base import REST, Strategy, divisors, local
+from dtrain.cost import Message, all_reduce_each, message
+from dtrain.footprint import Footprint, Piece, Shape
+from dtrain.layout import divisors, experts_of, layout_of, modules_at, shared_names
+from dtrain.split import cut, edges, gather, heads, is_split, own, split_dims, split_parameter, summed
+from dtrain.strategy.base import REST, Strategy, add_up, local
 from dtrain.strategy.expert import with_local_weights
 
 if TYPE_CHECKING:
@@ -43,7 +49,7 @@ if TYPE_CHECKING:
     from dtrain.task.base import Task
 
 
-class Tensor(Strategy):
+class TensorParallel(Strategy):
     """Split the layers that the model's Layout names `column`, `row` and `vocabulary` over `tp`.
 
     Args:
@@ -78,10 +84,10 @@ class Tensor(Strategy):
     def check_task(self, task: Task, plan: Plan) -> None:
         if not self.sequence_parallel:
             return
-        length = next(t.shape[1] for t in task.batch(0).values() if t.ndim > 1)
+        length = max((t.shape[1] for t in task.batch(0).values() if t.ndim > 1), default=1)
         parts = self.degree * plan.degrees.get("cp", 1)
-        if length % parts:
-            near = f"{length // parts * parts} or {(length // parts + 1) * parts}"
+        if rest := length % parts:
+            near = " or ".join(str(each) for each in (length - rest, length - rest + parts) if each)
             raise ValueError(f"seq_len={length} is not divisible by {parts} (tp x cp, sequence_parallel): use {near}")
 
     def parallelize(self, model: nn.Module, plan: Plan) -> nn.Module:
@@ -137,7 +143,7 @@ class Tensor(Strategy):
 
     @contextmanager
     def around(self, plan: Plan) -> Iterator[None]:
-        with loss_parallel(), implicit_replication():
+        with loss_parallel() if self.loss_parallel else nullcontext(), implicit_replication():
             yield
 
     def activation(self, shape: Size) -> Size:
@@ -154,7 +160,41 @@ class Tensor(Strategy):
                 whole = self._see_all(piece)
                 for parameter in piece.parameters():
                     if parameter.grad is not None and not is_split(parameter) and id(parameter) not in whole:
-                        dist.all_reduce(local(parameter.grad), group=plan.mesh[self.axis].get_group())
+                        add_up(local(parameter.grad), plan.mesh[self.axis].get_group(), plan.precision.reduce_dtype)
+
+    def footprint(self, footprint: Footprint, plan: Plan) -> Footprint:
+        here = footprint.place[self.axis]
+
+        def split(piece: Piece) -> Piece:
+            dims, layout = split_dims(piece.outline), layout_of(piece.outline)
+            cores = {call.path for call in piece.calls_at((f"{layout.blocks}.*.{layout.attention}",))}
+            calls = (call.cut(1, self.degree, here) if call.path in cores else call for call in piece.calls)
+            return replace(piece, calls=tuple(calls)).map(
+                lambda w: w.split(self.axis, dims[w.name], self.degree, here) if w.name in dims else w
+            )
+
+        return footprint.map(split)
+
+    def cost(self, footprint: Footprint, plan: Plan) -> list[Message]:
+        m, found = footprint.micro_batches, []
+        for piece in footprint.pieces:
+            for operation, elements, products in edges(piece, self.sequence_parallel):
+                itemsize = footprint.compute_bytes if products else footprint.activation_bytes
+                found.append(message(self.axis, operation, [elements], itemsize, m))
+            for logits in heads(piece):
+                found.append(self._loss(logits, footprint.compute_bytes, m))
+            if self.sequence_parallel:
+                whole, named = self._see_all(piece.outline), dict(piece.outline.named_parameters())
+                partial = [w for w in piece.gradients if self.axis not in w.axes and id(named[w.name]) not in whole]
+                found.append(all_reduce_each(self.axis, partial, footprint.reduce_bytes))
+        return found
+
+    def _loss(self, logits: Shape, itemsize: int, micro_batches: int) -> Message:
+        tokens = prod(logits[:-1])
+        if self.loss_parallel:  # each token's largest logit, sum of exponentials and target's logit, in fp32 at least
+            return message(self.axis, "all_reduce", [tokens] * 3, max(4, itemsize), micro_batches)
+        padded = self.degree * -(-logits[-1] // self.degree)
+        return message(self.axis, "all_gather", [tokens * padded], itemsize, micro_batches)
 
     def _see_all(self, piece: nn.Module) -> set[int]:
         """Parameters to which every token comes though they are not split: of the first module, and of routers."""

@@ -4,26 +4,33 @@
     step:      rank 0 updates W0 with its moments of W0; rank 1 updates W1 with its moments of W1
     then:      rank 0 broadcasts W0, rank 1 broadcasts W1 -> all of W on every rank
 
-Whole parameters are given out, the largest first, each to the rank that has least.
-Cost a step, per rank: all-reduce of the gradients, and a broadcast of each rank's share: half as much again as
-ddp (ZeRO's own reduce-scatter would make it equal: see zero2). Memory: 1/n of the optimizer's states.
+Whole parameters are given out, the largest first, each to the rank that has least: so any optimizer works.
+Cost a step, per rank: all-reduce of the gradients and broadcasts of all weights, together 3 (n-1)/n times their
+bytes, where ddp has 2 (and so would ZeRO's own reduce-scatter and all-gather: see zero2). Memory: of the
+optimizer's states 1/n, or as much as the largest tensor's.
 Source: Rajbhandari et al. 2020, "ZeRO" (1910.02054), P_os.
 """
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from dataclasses import replace
+from math import prod
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import nn
 from torch.optim import Optimizer
 
+from dtrain.cost import Message, message
+from dtrain.footprint import Footprint, Weight
 from dtrain.strategy.allreduce import AllReduce
 from dtrain.strategy.base import local
 
 if TYPE_CHECKING:
     from dtrain.plan import Plan
+
+P = TypeVar("P", nn.Parameter, Weight)
 
 
 class Zero1(AllReduce):
@@ -47,10 +54,26 @@ class Zero1(AllReduce):
         optimizer.register_step_post_hook(exchange)
         return optimizer
 
+    def footprint(self, footprint: Footprint, plan: Plan) -> Footprint:
+        here = footprint.place[self.axis]
+        mine = {id(weight) for shares in self._shares(footprint) for weight in shares[here]}
+        return footprint.map(lambda piece: piece.map(lambda w: replace(w, stepped=id(w) in mine)))
 
-def shared_out(parameters: list[nn.Parameter], shares: int) -> list[list[nn.Parameter]]:
+    def cost(self, footprint: Footprint, plan: Plan) -> list[Message]:
+        sent = [sum(prod(w.held) for w in share) for shares in self._shares(footprint) for share in shares if share]
+        return [*super().cost(footprint, plan), message(self.axis, "broadcast", sent, footprint.weight_bytes)]
+
+    def _shares(self, footprint: Footprint) -> list[list[list[Weight]]]:
+        """Of each model. Weights of one size are given out in the order of the model, not of its optimizer."""
+        by_model: dict[str, list[Weight]] = {}
+        for piece in footprint.pieces:
+            by_model.setdefault(piece.model, []).extend(w for w in piece.weights if w.ready is not None)
+        return [shared_out(weights, self.degree) for weights in by_model.values()]
+
+
+def shared_out(parameters: list[P], shares: int) -> list[list[P]]:
     """The parameters in `shares` lists of about equal size, by their global sizes: the same on every rank."""
-    given: list[list[nn.Parameter]] = [[] for _ in range(shares)]
+    given: list[list[P]] = [[] for _ in range(shares)]
     sizes = [0] * shares
     for parameter in sorted(parameters, key=lambda p: -p.numel()):
         least = sizes.index(min(sizes))
@@ -65,7 +88,9 @@ def _broadcast(parameters: list[nn.Parameter], owner: int, group: dist.ProcessGr
     values = [local(parameter) for parameter in parameters]
     if not values:
         return
-    message = torch.cat([value.flatten() for value in values])
+    size = sum(value.numel() for value in values)
+    mine = group.rank() == owner
+    message = torch.cat([value.flatten() for value in values]) if mine else values[0].new_empty(size)
     dist.broadcast(message, group=group, group_src=owner)
     for value, received in zip(values, message.split([value.numel() for value in values]), strict=True):
         value.copy_(received.view_as(value))

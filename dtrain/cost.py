@@ -1,0 +1,114 @@
+"""The cost of a plan, from shapes alone: what one rank hands to its collectives in a step, and what it holds.
+
+    trace(task, plan) -> Footprint: one micro-batch of every update, on the meta device
+    Footprint -> each strategy's `footprint`, in application order -> what one rank holds of it
+    what it holds -> each strategy's `cost` -> messages
+
+Payload is the size of the one whole tensor that a call is about, as this rank hands it over or receives it:
+
+    all_reduce, broadcast   the tensor
+    all_gather              the gathered tensor, padding included: n times what each rank gives
+    reduce_scatter          the whole input, padding included: n times what each rank gets
+    all_to_all              the input, the rank's own part included
+    send                    the tensor; receiving is the other rank's send, and does not count
+
+What the loop itself sums (loss, gradient norm, loads of experts) is a few numbers and does not count. Nor does an
+axis of one rank: nothing travels. Bytes held: parameters, gradients and optimizer states, not buffers and activations.
+
+The prediction is for a step after the first two, and exact, with three exceptions. Where routers send tokens to other
+ranks, what all ranks along `ep` send is exact, one rank's bytes are as if every expert had as many tokens; a capacity
+that drops tokens makes it less. Under autocast (mixed precision without fsdp or replicate) what enters a layer counts
+in the format of the weights, what leaves it in that of the products: too much for a layer between two layers, as in
+BERT's head. And an optimizer is taken to keep the same states of every parameter, whatever its shape.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, replace
+from math import prod
+from typing import TYPE_CHECKING
+
+from dtrain.footprint import Footprint, Weight
+
+if TYPE_CHECKING:
+    from dtrain.plan import Plan
+
+
+@dataclass(frozen=True)
+class Message:
+    """All calls of one collective over one axis in one optimizer step, by one rank; `bytes` is their payload."""
+
+    axis: str
+    operation: str
+    calls: int
+    bytes: int
+
+    def wire_bytes(self, ranks: int) -> float:
+        """What leaves the rank where n ranks stand in a ring; of a broadcast, the mean over the ranks.
+
+        Source: Patarasu & Yuan 2009, "Bandwidth optimal all-reduce algorithms".
+        """
+        share = (ranks - 1) / ranks
+        passes = {"all_reduce": 2 * share, "send": float(ranks > 1)}
+        return self.bytes * passes.get(self.operation, share)
+
+
+def message(axis: str, operation: str, elements: Iterable[int], itemsize: int, times: int = 1) -> Message:
+    """One call for each number of elements, `times` over."""
+    sizes = list(elements)
+    return Message(axis, operation, times * len(sizes), times * sum(sizes) * itemsize)
+
+
+def all_reduce_each(axis: str, weights: Iterable[Weight], itemsize: int) -> Message:
+    """One all-reduce for each gradient of which this rank has some, as `strategy.base.add_up` sends it."""
+    return message(axis, "all_reduce", [size for weight in weights if (size := prod(weight.held))], itemsize)
+
+
+@dataclass(frozen=True)
+class Cost:
+    """One rank's: messages of an optimizer step, and bytes held between steps (gradients: before the step).
+
+    Of several updates' gradients the most that are there at once.
+    """
+
+    messages: tuple[Message, ...]
+    parameter_bytes: int
+    gradient_bytes: int
+    optimizer_bytes: int
+
+
+def fold(footprint: Footprint, plan: Plan, rank: int = 0) -> Cost:
+    """What the plan costs a rank; needs no process group."""
+    footprint = replace(footprint, place=place(plan.degrees, rank))
+    for strategy in plan.strategies:
+        footprint = strategy.footprint(footprint, plan)
+    totals: dict[tuple[str, str], tuple[int, int]] = {}
+    for each in (m for strategy in plan.strategies for m in strategy.cost(footprint, plan)):
+        if each.calls and plan.degrees[each.axis] > 1:
+            calls, size = totals.get((each.axis, each.operation), (0, 0))
+            totals[each.axis, each.operation] = calls + each.calls, size + each.bytes
+    return Cost(tuple(Message(*key, *total) for key, total in sorted(totals.items())), *_held(footprint))
+
+
+def _held(footprint: Footprint) -> tuple[int, int, int]:
+    held: Counter[str] = Counter()
+    gradients: Counter[int] = Counter()
+    for piece in footprint.pieces:
+        sizes = {weight: prod(weight.held) for weight in piece.weights}
+        held["elements"] += sum(sizes.values())
+        trained = {weight: size for weight, size in sizes.items() if weight.ready is not None}
+        gradients.update(dict.fromkeys(piece.reached, sum(trained.values())))
+        stepped = [size for weight, size in trained.items() if weight.stepped]
+        held["states"] += sum(stepped) * footprint.state_bytes[0] + len(stepped) * footprint.state_bytes[1]
+    size = footprint.weight_bytes
+    return held["elements"] * size, max(gradients.values(), default=0) * size, held["states"]
+
+
+def place(degrees: Mapping[str, int], rank: int) -> dict[str, int]:
+    """A rank's coordinate on each axis; the last axis changes fastest."""
+    found = {}
+    for axis, degree in reversed(list(degrees.items())):
+        rank, found[axis] = divmod(rank, degree)
+    return found

@@ -1,0 +1,137 @@
+"""One micro-batch of a step on the meta device: which modules are called, with what shapes, and what backward does."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+from torch.utils.checkpoint import checkpoint
+
+from dtrain.batch import Batch, Models
+from dtrain.footprint import Call, Footprint, Piece, Weight
+from dtrain.initialize import on_meta
+from dtrain.layout import blocks_of, layout_of
+
+if TYPE_CHECKING:
+    from dtrain.plan import Plan
+    from dtrain.task.base import Task
+
+
+def trace(
+    task: Task, plan: Plan, optimizer: Callable[[nn.Module], Optimizer] | None = None, *,
+    global_batch_size: int, micro_batch_size: int | None = None,
+) -> Footprint:  # fmt: skip
+    """All of a step's models and calls, for the rows and tokens of one rank; no strategy has cut a model yet.
+
+    Needs no process group, and memory for no weight. Without an optimizer its states do not count.
+
+    Raises:
+        ValueError: a model cannot be built on the meta device.
+    """
+    micro_batches, dtype = plan.micro_batches(global_batch_size, micro_batch_size), plan.precision.weights_dtype
+    casts = any(strategy.casts for strategy in plan.strategies)
+    activations = plan.precision.compute_dtype if casts else dtype
+    models = {name: _outline(name, on_meta(factory), plan) for name, factory in task.models.items()}
+    batch = _shapes(task.batch(0), plan.row_parts * micro_batches, plan.parts // plan.row_parts)
+    recorder = _Recorder(models)
+    for index, update in enumerate(task.updates):
+        recorder.run(index, partial(update.loss, models, batch))
+    recorder.close()
+    trained = Counter(update.trains for update in task.updates)
+    return Footprint(
+        tuple(recorder.piece(name, trained[name]) for name in models), micro_batches, weight_bytes=dtype.itemsize,
+        compute_bytes=plan.precision.compute_dtype.itemsize, reduce_bytes=plan.precision.reduce_dtype.itemsize,
+        activation_bytes=activations.itemsize, state_bytes=_states(optimizer, dtype) if optimizer else (0, 0),
+    )  # fmt: skip
+
+
+def _outline(name: str, model: nn.Module | None, plan: Plan) -> nn.Module:
+    if model is None:
+        raise ValueError(f"the cost of {name!r} cannot be told from shapes: it computes with values when it is built")
+    model.to(plan.precision.weights_dtype)
+    for block in blocks_of(model) if plan.recompute else ():
+        block.forward = partial(checkpoint, block.forward, use_reentrant=False)
+    return model
+
+
+def _shapes(batch: Batch, row_parts: int, token_parts: int) -> Batch:
+    """A micro-batch of one rank, without its values."""
+    parts = {name: tensor[: len(tensor) // row_parts] for name, tensor in batch.items()}
+    if token_parts > 1:
+        parts = {name: t[:, : t.shape[1] // token_parts] if t.ndim > 1 else t for name, t in parts.items()}
+    return {name: tensor.to("meta") for name, tensor in parts.items()}
+
+
+class _Recorder:
+    """Hooks on the models' modules and parameters while updates run."""
+
+    def __init__(self, models: Models) -> None:
+        self.models, self.update, self.again = models, 0, False
+        self.calls: dict[str, list[Call]] = {name: [] for name in models}
+        self.ready: dict[str, list[str]] = {name: [] for name in models}
+        self.hooks: list[Any] = []
+        for name, model in models.items():
+            for path, module in model.named_modules():
+                begin, end = partial(self._begin, name, path), partial(self._end, name, path)
+                self.hooks += [module.register_forward_pre_hook(begin, with_kwargs=True),
+                               module.register_forward_hook(end)]  # fmt: skip
+            for key, parameter in model.named_parameters():
+                if parameter.requires_grad:
+                    self.hooks += [parameter.register_post_accumulate_grad_hook(partial(self._complete, name, key))]
+
+    def run(self, index: int, loss: Callable[[], Tensor]) -> None:
+        self.update, self.again = index, False
+        total = loss()
+        self.again = True
+        total.backward()
+
+    def piece(self, name: str, trained: int) -> Piece:
+        """What was seen of a model."""
+        model, ready, blocks = self.models[name], self.ready[name], layout_of(self.models[name]).blocks
+        units = (
+            {f"{blocks}.{key}": block for key, block in model.get_submodule(blocks).named_children()} if blocks else {}
+        )
+        owner = {id(p): unit for unit, block in units.items() for p in block.parameters()}
+        weights = (
+            Weight(key, owner.get(id(p), ""), p.numel(), tuple(p.shape), tuple(p.shape),
+                   ready.index(key) if key in ready else None)
+            for key, p in model.named_parameters()
+        )  # fmt: skip
+        return Piece(name, model, tuple(weights), tuple(self.calls[name]), trained)
+
+    def close(self) -> None:
+        for hook in self.hooks:
+            hook.remove()
+
+    def _begin(self, name: str, path: str, module: nn.Module, args: tuple[Any, ...], named: dict[str, Any]) -> None:
+        inputs = [x for x in (*args, *named.values()) if isinstance(x, Tensor)]
+        returns = any(x.requires_grad for x in inputs) and not self.again
+        self.calls[name].append(Call(path, self.update, tuple(tuple(x.shape) for x in inputs), None, False, returns))
+
+    def _end(self, name: str, path: str, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        calls = self.calls[name]
+        index = next(i for i in reversed(range(len(calls))) if calls[i].path == path and calls[i].output is None)
+        if isinstance(output, Tensor):
+            graded = output.requires_grad and not self.again
+            calls[index] = replace(calls[index], output=tuple(output.shape), graded=graded)
+
+    def _complete(self, name: str, key: str, parameter: Tensor) -> None:
+        if key not in self.ready[name]:
+            self.ready[name].append(key)
+
+
+def _states(optimizer: Callable[[nn.Module], Optimizer], dtype: torch.dtype) -> tuple[int, int]:
+    """Bytes that the optimizer keeps for an element and for a parameter: seen after a step of a parameter of two."""
+    model = nn.Linear(2, 1, bias=False, dtype=dtype)
+    model.weight.grad = torch.zeros_like(model.weight)
+    made = optimizer(model)
+    made.step()
+    kept = [value for value in made.state[model.weight].values() if isinstance(value, Tensor)]
+    moments = [value for value in kept if value.shape == model.weight.shape]
+    return sum(m.element_size() for m in moments), sum(v.nbytes for v in kept) - sum(m.nbytes for m in moments)

@@ -1,0 +1,276 @@
+"""The predicted cost of a plan is the measured one, to the byte."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Iterable
+from contextlib import ExitStack
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any
+from unittest import mock
+
+import pytest
+import torch
+import torch.distributed as dist
+from cases import CONTEXT, GAN, ROWS, NextToken, adamw
+from torch import Tensor
+from torch.distributed.distributed_c10d import _resolve_process_group
+from torch.distributed.tensor import DTensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from dtrain.cost import Cost, Message, fold, place
+from dtrain.model.transformer import Transformer
+from dtrain.plan import Plan
+from dtrain.precision import Precision
+from dtrain.strategy.allreduce import AllReduce
+from dtrain.strategy.base import Strategy, local
+from dtrain.strategy.context import Context
+from dtrain.strategy.ddp import DDP
+from dtrain.strategy.expert import Expert
+from dtrain.strategy.fsdp import FSDP
+from dtrain.strategy.pipeline import SCHEDULES, Pipeline
+from dtrain.strategy.replicate import Replicate
+from dtrain.strategy.tensor import TensorParallel
+from dtrain.strategy.zero1 import Zero1
+from dtrain.task.base import Task
+from dtrain.trace import trace
+from dtrain.train import Settings, Trainer
+
+WARM_UP = 2  # steps: DDP divides its buckets anew after the first, Adam makes its states in it
+ZERO2 = partial(FSDP, reshard_after_forward=False)
+EACH = partial(FSDP, reduce_each=True)
+SEQUENCE = partial(TensorParallel, sequence_parallel=True)
+GATHERED = partial(TensorParallel, loss_parallel=False)
+ULYSSES = partial(Context, method="ulysses")
+PLANS: dict[str, tuple[int, tuple[Callable[..., Strategy], ...]]] = {
+    "single": (1, ()),
+    "ddp": (3, (DDP,)),
+    "ddp_small_buckets": (2, (partial(DDP, bucket_mb=0.005),)),
+    "replicate": (2, (Replicate,)),
+    "allreduce": (2, (AllReduce,)),
+    "zero1": (3, (Zero1,)),
+    "fsdp": (3, (FSDP,)),
+    "fsdp_reduce_each": (2, (EACH,)),
+    "zero2": (2, (ZERO2,)),
+    "hsdp": (4, (partial(Replicate, 2), FSDP)),
+    "hsdp_reduce_each": (4, (partial(Replicate, 2), EACH)),
+    "tensor": (3, (TensorParallel,)),
+    "tensor_gathered_logits": (2, (GATHERED,)),
+    "tensor_sequence": (2, (SEQUENCE,)),
+    "ring": (2, (Context,)),
+    "ring_unbalanced": (3, (partial(Context, balanced=False),)),
+    "ulysses": (2, (ULYSSES,)),
+    "fsdp_tensor": (4, (FSDP, partial(TensorParallel, 2))),
+    "fsdp_sequence": (4, (FSDP, partial(SEQUENCE, 2))),
+    "ddp_tensor": (4, (Replicate, partial(TensorParallel, 2))),
+    "zero1_tensor": (4, (Zero1, partial(TensorParallel, 2))),
+    "fsdp_context": (4, (FSDP, partial(Context, 2))),
+    "ulysses_sequence": (4, (partial(ULYSSES, 2), partial(SEQUENCE, 2))),
+}
+EXPERTS: dict[str, tuple[int, tuple[Callable[..., Strategy], ...]]] = {
+    "expert": (2, (Expert,)),
+    "moe_fsdp": (4, (partial(Expert, 2), FSDP)),
+    "moe_sequence": (2, (SEQUENCE,)),
+    "expert_tensor": (4, (partial(Expert, 2), partial(TensorParallel, 2))),
+}
+OPERATIONS = {  # of torch's: what we call it, which argument is the payload
+    "allreduce_": ("all_reduce", 0), "all_reduce": ("all_reduce", 0),
+    "_allgather_base_": ("all_gather", 0), "all_gather_into_tensor": ("all_gather", 0),
+    "_reduce_scatter_base_": ("reduce_scatter", 1), "reduce_scatter_tensor": ("reduce_scatter", 0),
+    "alltoall_base_": ("all_to_all", 1), "broadcast_": ("broadcast", 0), "send": ("send", 0),
+}  # fmt: skip
+SILENT = {"recv_", "wait_tensor", "_wrap_tensor_autograd"}  # the other rank's send; no message at all
+
+
+class Counting(TorchDispatchMode):
+    """Counts what is handed to collectives: below distributed tensors, and in backward too."""
+
+    def __init__(self, axes: dict[tuple[int, ...], str]) -> None:
+        super().__init__()
+        self.axes, self.calls, self.bytes = axes, Counter(), Counter()
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+        if any(issubclass(kind, DTensor) for kind in types):
+            return NotImplemented  # what a distributed tensor sends is seen when its own dispatch sends it
+        name = function.overloadpacket.__name__
+        if function.namespace in ("c10d", "_c10d_functional") and name not in SILENT:
+            self._count(*OPERATIONS[name], args)
+        return function(*args, **(kwargs or {}))
+
+    def _count(self, operation: str, index: int, args: tuple) -> None:
+        tensors = args[index] if isinstance(args[index], list) else [args[index]]
+        size = sum(tensor.nbytes for tensor in tensors)
+        if isinstance(args[-1], str):  # a functional collective names its group, last
+            group = _resolve_process_group(args[-1])
+            size *= args[1] if operation == "all_gather" else 1  # it is given a part
+        else:
+            boxed = next(a for a in args if isinstance(a, torch.ScriptObject) and "ProcessGroup" in str(a._type()))
+            group = dist.ProcessGroup.unbox(boxed)
+        # By its ranks: distributed tensors may keep to the group of an equal mesh that was made before.
+        axis = self.axes[tuple(dist.get_process_group_ranks(group))]
+        self.calls[axis, operation] += 1
+        self.bytes[axis, operation] += size
+
+    def around(self, function: Callable[..., Any]) -> Callable[..., Any]:
+        def counted(*args: Any, **named: Any) -> Any:
+            with self:
+                return function(*args, **named)
+
+        return counted
+
+    def messages(self) -> tuple[Message, ...]:
+        return tuple(Message(*key, self.calls[key], self.bytes[key]) for key in sorted(self.calls))
+
+
+class Other(NextToken):
+    """Another model: untied, with biases and fewer key heads, and 64 words, which divide."""
+
+    def __init__(self, **model: Any) -> None:
+        settings = {"d_model": 48, "n_layers": 2, "n_heads": 12, "n_kv_heads": 6, "d_ff": 36, "tied": False,
+                    "activation": "swiglu", **model}  # fmt: skip
+        super().__init__()
+        self.models = {"model": partial(Transformer, 64, CONTEXT, **settings)}
+
+
+@dataclass(frozen=True)
+class Case:
+    ranks: int
+    strategies: tuple[Callable[..., Strategy], ...]
+    task: Callable[[], Task] = NextToken
+    several: bool = False  # three micro-batches, or where three do not divide the rows, one a row
+    precision: Precision = Precision()
+    recompute: bool = False
+
+    def made(self) -> tuple[Task, Plan, int | None]:
+        strategies = [make() for make in self.strategies]
+        plan = Plan.of(strategies, self.ranks, precision=self.precision, recompute=self.recompute)
+        rows = ROWS // plan.row_parts
+        return self.task(), plan, (1 if rows % 3 else rows // 3) if self.several else None
+
+
+def measured(case: Case) -> Cost:
+    """The third step of this rank: what executor, `reduce_gradients` and optimizer send, and what is there then."""
+    task, plan, micro_batch_size = case.made()
+    plan = plan.connect()
+    settings = Settings(WARM_UP + 1, global_batch_size=ROWS, micro_batch_size=micro_batch_size)
+    made = Trainer(task, plan, adamw, settings)
+    steps = made.steps()
+    for _ in range(WARM_UP):
+        next(steps)
+    groups = {axis: plan.mesh[axis].get_group() for axis in plan.degrees}
+    counting = Counting({tuple(dist.get_process_group_ranks(group)): axis for axis, group in groups.items()})
+    gradients: list[int] = []
+    with ExitStack() as stack:
+        stack.enter_context(mock.patch.object(made._executor, "train", counting.around(made._executor.train)))
+        stack.enter_context(mock.patch.object(Plan, "reduce_gradients", counting.around(Plan.reduce_gradients)))
+        for optimizer in made.optimizers.values():
+            step = counting.around(optimizer.step)
+            stack.enter_context(mock.patch.object(optimizer, "step", partial(_noting, step, made, gradients)))
+        next(steps)
+    states = (value for o in made.optimizers.values() for state in o.state.values() for value in state.values())
+    return Cost(counting.messages(), _bytes(_parameters(made)), max(gradients), _bytes(states))
+
+
+def _noting(step: Callable[[], Any], made: Trainer, gradients: list[int]) -> Any:
+    gradients.append(_bytes(p.grad for p in _parameters(made)))
+    return step()
+
+
+def _parameters(made: Trainer) -> list[Tensor]:
+    return [parameter for model in made.models.values() for parameter in model.parameters()]
+
+
+def _bytes(tensors: Iterable[Tensor | None]) -> int:
+    return sum(local(tensor).nbytes for tensor in tensors if tensor is not None)
+
+
+def predicted(case: Case) -> list[Cost]:
+    task, plan, micro_batch_size = case.made()
+    footprint = trace(task, plan, adamw, global_batch_size=ROWS, micro_batch_size=micro_batch_size)
+    return [fold(footprint, plan, rank) for rank in range(case.ranks)]
+
+
+def cases() -> dict[str, Case]:
+    found = {}
+    for name, plan in PLANS.items():
+        found[name] = Case(*plan)
+        found[f"{name}, micro-batches"] = Case(*plan, Other, several=True)
+    for name, plan in EXPERTS.items():
+        found[name] = Case(*plan, partial(NextToken, n_experts=4))
+        found[f"{name}, micro-batches"] = Case(*plan, partial(Other, n_experts=6, balance="loss"), several=True)
+    for schedule in SCHEDULES:
+        pipeline = partial(Pipeline, 2, schedule=schedule)
+        found[schedule] = Case(2, (pipeline,), partial(NextToken, n_layers=4))
+        found[f"{schedule} zero2"] = Case(4, (partial(pipeline, micro_batches=6), ZERO2), partial(Other, n_layers=5))
+    for schedule in ("gpipe", "1f1b", "interleaved_1f1b", "looped_bfs"):
+        pipeline = partial(Pipeline, 2, schedule=schedule, micro_batches=6)
+        found[f"{schedule} fsdp"] = Case(4, (pipeline, FSDP), partial(NextToken, n_layers=4))
+    found["1f1b sequence"] = Case(4, (partial(Pipeline, 2), partial(SEQUENCE, 2)))
+    found["zbv zero1"] = Case(4, (partial(Pipeline, 2, schedule="zbv"), Zero1), partial(NextToken, n_layers=4))
+    many = partial(Pipeline, 2, schedule="looped_bfs", stages_per_rank=4)  # of which torch keeps three gathered
+    found["looped_bfs fsdp, many stages"] = Case(4, (many, FSDP), partial(NextToken, n_layers=8))
+    for name in ("ddp", "fsdp", "zero2", "hsdp", "tensor", "ddp_tensor"):
+        found[f"{name} gan"] = Case(*PLANS[name], GAN, several=True)
+    for name in ("fsdp", "tensor_sequence", "ring", "fsdp_tensor"):
+        found[f"{name}, recomputed"] = Case(*PLANS[name], recompute=True)
+    for name in ("allreduce", "fsdp", "hsdp", "fsdp_tensor", "fsdp_context"):
+        found[f"{name}, bf16"] = Case(*PLANS[name], precision=Precision("bf16", reduce="bf16"))
+    for name in ("tensor", "tensor_sequence", "ring"):
+        found[f"{name}, autocast"] = Case(*PLANS[name], precision=Precision("bf16"))
+    found["expert, autocast"] = Case(*EXPERTS["expert"], partial(NextToken, n_experts=4), precision=Precision("bf16"))
+    found["1f1b, autocast"] = Case(2, (Pipeline,), precision=Precision("bf16"))
+    found["ring, pure bf16"] = Case(*PLANS["ring"], precision=Precision("bf16", weights="bf16"))
+    return found
+
+
+def settled(costs: list[Cost], plan: Plan) -> list[Cost]:
+    """What is known beforehand where routers send tokens to other ranks: the bytes of all ranks along `ep` together."""
+    if "ep" not in plan.degrees:
+        return costs
+    totals: Counter[tuple] = Counter()
+    for rank, cost in enumerate(costs):
+        totals.update({(_beside("ep", rank, plan), m.axis, m.operation): m.bytes for m in cost.messages})
+    return [
+        replace(cost, messages=tuple(replace(m, bytes=totals[_beside("ep", rank, plan), m.axis, m.operation])
+                                     for m in cost.messages))
+        for rank, cost in enumerate(costs)
+    ]  # fmt: skip
+
+
+def _beside(axis: str, rank: int, plan: Plan) -> tuple[int, ...]:
+    return tuple(coordinate for name, coordinate in place(plan.degrees, rank).items() if name != axis)
+
+
+@pytest.mark.parametrize("case", cases().values(), ids=cases())
+def test_predicted_is_measured(case: Case, world) -> None:
+    _, plan, _ = case.made()
+    assert settled(predicted(case), plan) == settled(world(case.ranks).run(measured, case), plan)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("strategies", [(partial(Pipeline, 2), FSDP, partial(TensorParallel, 2)),
+                                        (partial(Replicate, 2), FSDP, partial(TensorParallel, 2))], ids=["3d", "hsdp_tensor"])  # fmt: skip
+def test_predicted_is_measured_on_eight_ranks(strategies: tuple[Callable[..., Strategy], ...], world) -> None:
+    case = Case(8, strategies, Other)
+    assert predicted(case) == world(8).run(measured, case)
+
+
+def test_wire_bytes_of_a_ring() -> None:
+    """Of n bytes on four ranks an all-reduce sends 3/4 twice, a send all of them."""
+    sent = {operation: Message("dp", operation, 1, 100).wire_bytes(4)
+            for operation in ("all_reduce", "all_gather", "reduce_scatter", "all_to_all", "send")}  # fmt: skip
+    assert sent == {"all_reduce": 150, "all_gather": 75, "reduce_scatter": 75, "all_to_all": 75, "send": 100}
+    assert Message("dp", "send", 1, 100).wire_bytes(1) == 0
+
+
+def test_a_large_plan_needs_shapes_alone() -> None:
+    """A billion weights on 1,024 ranks, in this process: a replica's 64 ranks hold them once, but for the norms."""
+    strategies = (partial(Replicate, 16), partial(FSDP, 16), partial(TensorParallel, 4))
+    task, plan, _ = Case(1024, strategies, partial(NextToken, 1024, d_model=2048, n_layers=24, n_heads=16)).made()
+    footprint = trace(task, plan, adamw, global_batch_size=1024)
+    replica = [fold(footprint, plan, rank) for rank in range(64)]
+    weights = 4 * sum(p.numel() for p in footprint.pieces[0].outline.parameters())
+    assert weights > 4e9
+    assert 1 <= sum(cost.parameter_bytes for cost in replica) / weights < 1.001
+    assert {message.axis for message in replica[0].messages} == {"dp", "fsdp", "tp"}
