@@ -29,7 +29,7 @@ from dtrain.strategy.context import Context
 from dtrain.strategy.ddp import DDP
 from dtrain.strategy.expert import Expert
 from dtrain.strategy.fsdp import FSDP
-from dtrain.strategy.pipeline import SCHEDULES, Pipeline
+from dtrain.strategy.pipeline import SCHEDULES, SPLIT_BACKWARD, Pipeline
 from dtrain.strategy.replicate import Replicate
 from dtrain.strategy.tensor import TensorParallel
 from dtrain.strategy.zero1 import Zero1
@@ -74,6 +74,14 @@ EXPERTS: dict[str, tuple[int, tuple[Callable[..., Strategy], ...]]] = {
     "moe_sequence": (2, (SEQUENCE,)),
     "expert_tensor": (4, (partial(Expert, 2), partial(TensorParallel, 2))),
 }
+VARIANTS = (
+    "ddp_small_buckets",
+    "tensor_gathered_logits",
+    "ring_unbalanced",
+    "fsdp_sequence",
+    "zero1_tensor",
+    "ulysses_sequence",
+)  # of a plan that is tried with both models
 OPERATIONS = {  # of torch's: what we call it, which argument is the payload
     "allreduce_": ("all_reduce", 0), "all_reduce": ("all_reduce", 0),
     "_allgather_base_": ("all_gather", 0), "all_gather_into_tensor": ("all_gather", 0),
@@ -194,7 +202,8 @@ def predicted(case: Case) -> list[Cost]:
 def cases() -> dict[str, Case]:
     found = {}
     for name, plan in PLANS.items():
-        found[name] = Case(*plan)
+        if name not in VARIANTS:
+            found[name] = Case(*plan)
         found[f"{name}, micro-batches"] = Case(*plan, Other, several=True)
     for name, plan in EXPERTS.items():
         found[name] = Case(*plan, partial(NextToken, n_experts=4))
@@ -202,19 +211,18 @@ def cases() -> dict[str, Case]:
     for schedule in SCHEDULES:
         pipeline = partial(Pipeline, 2, schedule=schedule)
         found[schedule] = Case(2, (pipeline,), partial(NextToken, n_layers=4))
-        found[f"{schedule} zero2"] = Case(4, (partial(pipeline, micro_batches=6), ZERO2), partial(Other, n_layers=5))
-    for schedule in ("gpipe", "1f1b", "interleaved_1f1b", "looped_bfs"):
-        pipeline = partial(Pipeline, 2, schedule=schedule, micro_batches=6)
-        found[f"{schedule} fsdp"] = Case(4, (pipeline, FSDP), partial(NextToken, n_layers=4))
+        sharded = ZERO2 if schedule in SPLIT_BACKWARD else FSDP
+        found[f"{schedule} fsdp"] = Case(4, (partial(pipeline, micro_batches=6), sharded), partial(Other, n_layers=5))
+    found["1f1b zero2"] = Case(4, (partial(Pipeline, 2, micro_batches=6), ZERO2))
     found["1f1b sequence"] = Case(4, (partial(Pipeline, 2), partial(SEQUENCE, 2)))
     found["zbv zero1"] = Case(4, (partial(Pipeline, 2, schedule="zbv"), Zero1), partial(NextToken, n_layers=4))
     many = partial(Pipeline, 2, schedule="looped_bfs", stages_per_rank=4)  # of which torch keeps three gathered
     found["looped_bfs fsdp, many stages"] = Case(4, (many, FSDP), partial(NextToken, n_layers=8))
-    for name in ("ddp", "fsdp", "zero2", "hsdp", "tensor", "ddp_tensor"):
+    for name in ("ddp", "fsdp", "zero2", "tensor"):
         found[f"{name} gan"] = Case(*PLANS[name], GAN, several=True)
     for name in ("fsdp", "tensor_sequence", "ring", "fsdp_tensor"):
         found[f"{name}, recomputed"] = Case(*PLANS[name], recompute=True)
-    for name in ("allreduce", "fsdp", "hsdp", "fsdp_tensor", "fsdp_context"):
+    for name in ("allreduce", "hsdp", "fsdp_tensor"):
         found[f"{name}, bf16"] = Case(*PLANS[name], precision=Precision("bf16", reduce="bf16"))
     for name in ("tensor", "tensor_sequence", "ring"):
         found[f"{name}, autocast"] = Case(*PLANS[name], precision=Precision("bf16"))
