@@ -93,9 +93,9 @@ def compare(config: DictConfig) -> None:
     own = [o for o in runtime.task if o.split("=")[0] not in ("strategies", "baseline", "strategy")]
 
     def configure(name: str) -> DictConfig:
-        check_axes(name.split("+"))
         choice = f"[{name.replace('+', ',')}]" if "+" in name else name
         composed = compose("compare", overrides=[*own, f"strategy={choice}"])
+        check_axes(name.split("+"))
         composed.logger = {"files": {"_target_": "dtrain.report.files.Files"}}  # the table is the console here
         if not composed.strategy:
             composed.launch.nproc = 1
