@@ -86,7 +86,7 @@ def test_every_plan_on_four_ranks_resumes_from_every_other(model: tuple, world, 
     """The whole matrix, expert parallelism with a model that has experts."""
     plans = [s for s in STRATEGIES if s not in VARIANTS and not refusal(Case("next_token", s, model=model), 4)]
     if model == SPREAD:
-        plans = ["expert", "moe_fsdp", "fsdp_tensor", "pipeline_fsdp", "zero1", "zbv", "ring"]
+        plans = ["expert", "moe_fsdp", "fsdp_tensor", "pipeline_fsdp", "zero1", "1f1b", "ring"]
     for saver in plans:
         done = world(4).run(_everyone_from, saver, plans, model, str(tmp_path))
         assert done == [len(plans)] * 4
