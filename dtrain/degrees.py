@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from math import prod
 
+from dtrain.layout import multiples
 from dtrain.strategy.base import REST, Strategy
 
 MESH_ORDER = ("pp", "dp", "fsdp", "cp", "ep", "tp")
@@ -13,11 +14,11 @@ AFTER_VALUES = ("cp", "dp")
 APPLICATION_ORDER = BEFORE_VALUES + AFTER_VALUES
 
 
-def on_axes(strategies: Iterable[Strategy]) -> dict[str, Strategy]:
-    """The strategies by their axis, in application order.
+def laid_out(strategies: Iterable[Strategy], world_size: int) -> tuple[Strategy, ...]:
+    """The strategies in application order, each told its degree.
 
     Raises:
-        ValueError: an axis that there is not, or two strategies on one.
+        ValueError: an axis that there is not, two strategies on one, or degrees that do not fill the world.
     """
     found: dict[str, Strategy] = {}
     for strategy in strategies:
@@ -27,7 +28,10 @@ def on_axes(strategies: Iterable[Strategy]) -> dict[str, Strategy]:
         if axis in found:
             raise ValueError(f"{type(found[axis]).__name__} and {name} both want the axis {axis}: choose one of them")
         found[axis] = strategy
-    return {axis: found[axis] for axis in APPLICATION_ORDER if axis in found}
+    degrees = fill({axis: found[axis].degree for axis in MESH_ORDER if axis in found}, world_size)
+    for axis, degree in degrees.items():
+        found[axis].degree = degree
+    return tuple(found[axis] for axis in APPLICATION_ORDER if axis in found)
 
 
 def fill(degrees: dict[str, int], world_size: int) -> dict[str, int]:
@@ -67,8 +71,7 @@ def rows_of_a_rank(global_batch_size: int, ranks: int, micro_batch_size: int | N
     """
     unit = ranks * (micro_batch_size or 1)
     if global_batch_size % unit:
-        near = sorted({max(1, global_batch_size // unit) * unit, -(-global_batch_size // unit) * unit})
         micro = f" x micro_batch_size={micro_batch_size}" if micro_batch_size else ""
         raise ValueError(f"global_batch_size={global_batch_size} is not divisible by {ranks} data-parallel ranks"
-                         f"{micro}: use {' or '.join(map(str, near))}")  # fmt: skip
+                         f"{micro}: use {multiples(global_batch_size, unit)}")  # fmt: skip
     return global_batch_size // ranks

@@ -101,6 +101,13 @@ def shared_names(model: nn.Module) -> dict[str, str]:
     return {name: first[id(parameter)] for name, parameter in names if name != first[id(parameter)]}
 
 
+def refuse_batch_norm(model: nn.Module) -> None:
+    """Raise ValueError for a model whose ranks would normalise by the statistics of their own rows."""
+    if any(isinstance(module, nn.modules.batchnorm._BatchNorm) for module in model.modules()):
+        raise ValueError(f"{type(model).__name__} has batch norm, whose statistics would be those of one rank's part "
+                         f"of the batch: use GroupNorm or LayerNorm, or one process")  # fmt: skip
+
+
 def sequence_length(model: nn.Module | None, seq_len: int | None) -> int:
     """`seq_len`, or where it is None the longest sequence that the model says it takes (`context`).
 
@@ -116,6 +123,12 @@ def sequence_length(model: nn.Module | None, seq_len: int | None) -> int:
             f"or set model.context"
         )
     return int(seq_len or context or 0)
+
+
+def multiples(number: int, parts: int) -> str:
+    """The nearest multiples of `parts` below and above `number`, for an error's remedy."""
+    below = number // parts * parts
+    return " or ".join(str(each) for each in (below, below + parts) if each)
 
 
 def divisors(number: int) -> str:

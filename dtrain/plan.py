@@ -16,16 +16,16 @@ from math import prod
 from typing import TYPE_CHECKING
 
 import torch
-from torch import Tensor, nn
+from torch import Size, Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.optim import Optimizer
 from torch.utils.checkpoint import checkpoint
 
 from dtrain.accumulate import Accumulate
 from dtrain.batch import Batch, ModelFactory, Models, Stages, pieces
-from dtrain.degrees import AFTER_VALUES, MESH_ORDER, fill, on_axes, rows_of_a_rank
+from dtrain.degrees import AFTER_VALUES, MESH_ORDER, laid_out, rows_of_a_rank
 from dtrain.initialize import build, materialize, on_meta
-from dtrain.layout import blocks_of
+from dtrain.layout import blocks_of, refuse_batch_norm
 from dtrain.precision import Precision
 from dtrain.strategy.base import Executor, Strategy
 
@@ -60,11 +60,7 @@ class Plan:
             ValueError: two strategies want one axis, the degrees do not fill the world, or a strategy
                 refuses its neighbours.
         """
-        by_axis = on_axes(strategies)
-        degrees = fill({axis: by_axis[axis].degree for axis in MESH_ORDER if axis in by_axis}, world_size)
-        for axis, strategy in by_axis.items():
-            strategy.degree = degrees[axis]
-        plan = cls(tuple(by_axis.values()), world_size, **settings)  # type: ignore[arg-type]
+        plan = cls(laid_out(strategies, world_size), world_size, **settings)  # type: ignore[arg-type]
         for strategy in plan.strategies:
             strategy.check(plan)
         return plan
@@ -162,6 +158,10 @@ class Plan:
         for factory in task.models.values():
             model = on_meta(factory)
             self.check_model(factory() if model is None else model)
+        self.check_updates(task)
+
+    def check_updates(self, task: Task) -> None:
+        """The same but for the models, which `parallelize` checks as it builds them."""
         for strategy in self.strategies:
             strategy.check_task(task, self)
 
@@ -169,14 +169,10 @@ class Plan:
         """Refuse what would train wrong, or not do what was asked."""
         for strategy in self.strategies:
             strategy.check_model(model, self)
-        name = type(model).__name__
-        if self.parts > 1 and any(isinstance(m, nn.modules.batchnorm._BatchNorm) for m in model.modules()):
-            raise ValueError(
-                f"{name} has batch norm, whose statistics would be those of one rank's part of the batch: "
-                f"use GroupNorm or LayerNorm, or one process"
-            )
+        if self.parts > 1:
+            refuse_batch_norm(model)
         if (self.recompute or self.compile) and not blocks_of(model):
-            asked = "activation_checkpointing" if self.recompute else "compile"
+            asked, name = "activation_checkpointing" if self.recompute else "compile", type(model).__name__
             raise ValueError(f"{asked}=true acts on a model's blocks, and {name} names none in a Layout")
 
     def _apply(self, axes: Sequence[str], model: nn.Module) -> nn.Module:
@@ -203,10 +199,20 @@ class Plan:
                 return executor
         return Accumulate(models, micro_batches, self)
 
+    @property
+    def casts(self) -> bool:
+        """Does a strategy cast weights and inputs itself? Then activations between blocks are narrow too."""
+        return any(strategy.casts for strategy in self.strategies)
+
     def autocast(self) -> AbstractContextManager:
-        """The context of every forward pass; none where a strategy casts weights and inputs itself."""
-        casts = any(strategy.casts for strategy in self.strategies)
-        return nullcontext() if casts else self.precision.autocast(self.device.type)
+        """The context of every forward pass."""
+        return nullcontext() if self.casts else self.precision.autocast(self.device.type)
+
+    def activation(self, shape: Size) -> Size:
+        """The shape of activations between blocks on this rank, told that of whole ones."""
+        for strategy in self.strategies:
+            shape = strategy.activation(shape)
+        return shape
 
     @contextmanager
     def around(self) -> Iterator[None]:
@@ -244,7 +250,6 @@ class Plan:
 
     def total_of_parts(self, value: Tensor) -> Tensor:
         """The sum over the ranks that read different parts of the batch, in place: of what each stage counts."""
-        for strategy in self.strategies:
-            if strategy.splits:
-                value = strategy.total(value, self)
+        for strategy in (s for s in self.strategies if s.splits):
+            value = strategy.total(value, self)
         return value

@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING, Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.fsdp import FSDPModule
 from torch.distributed.pipelining import PipelineStage
 from torch.distributed.pipelining.schedules import PipelineScheduleSingle, _ComputationType
 
@@ -137,9 +136,11 @@ class Flow:
     def evaluate(self, update: Any, batch: Batch) -> Sums:
         """Forward only, stage by stage: each rank goes on to its next micro-batch when it has sent this one."""
         sums: Sums = {}
+        parts = list(divide(batch, self.micro_batches))
+        hidden = self._activation(parts[0], update.inputs)
         with self.plan.around(), self.plan.autocast():
-            for part in divide(batch, self.micro_batches):
-                for name, value in self._measure(update, part).items():
+            for part in parts:
+                for name, value in self._measure(update, part, hidden).items():
                     sums[name] = sums.get(name, 0) + whole(value).double()
         if self.names is None:  # every rank sums the same names, though one alone measures
             told = [list(sums)]
@@ -147,12 +148,12 @@ class Flow:
             self.names = told[0]
         return {name: sums.get(name, self._zero()) for name in self.names}
 
-    def _measure(self, update: Any, part: Batch) -> Sums:
+    def _measure(self, update: Any, part: Batch, hidden: Tensor) -> Sums:
         inputs, named = self._arguments(update, part)
         x, here = inputs[0] if inputs else None, self.group.rank()
         for stage, piece in self.stages.items():
             if stage and self.pipeline.owner(stage - 1) != here:
-                x = torch.empty_like(self._activation(part, update.inputs), device=self.plan.device)
+                x = torch.empty_like(hidden, device=self.plan.device)
                 dist.recv(x, group=self.group, group_src=self.pipeline.owner(stage - 1))
             x = piece(x, **named)
             if stage < self.last and self.pipeline.owner(stage + 1) != here:
@@ -197,13 +198,8 @@ class Flow:
         with torch.no_grad():
             self.outline(*(part[name].to("meta") for name in inputs))
         hook.remove()
-        shape = shapes[0]
-        for strategy in self.plan.strategies:
-            shape = strategy.activation(shape)
-        precision = self.plan.precision
-        narrow = any(isinstance(piece, FSDPModule) for piece in self.stages.values())
-        dtype = precision.compute_dtype if narrow else precision.weights_dtype
-        return torch.empty(shape, dtype=dtype, device="meta", requires_grad=True)
+        dtype = self.plan.precision.compute_dtype if self.plan.casts else self.plan.precision.weights_dtype
+        return torch.empty(self.plan.activation(shapes[0]), dtype=dtype, device="meta", requires_grad=True)
 
 
 def sum_ends(

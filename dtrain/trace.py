@@ -35,8 +35,7 @@ def trace(
         ValueError: a model cannot be built on the meta device.
     """
     micro_batches, dtype = plan.micro_batches(global_batch_size, micro_batch_size), plan.precision.weights_dtype
-    casts = any(strategy.casts for strategy in plan.strategies)
-    activations = plan.precision.compute_dtype if casts else dtype
+    activations = plan.precision.compute_dtype if plan.casts else dtype
     models = {name: _outline(name, on_meta(factory), plan) for name, factory in task.models.items()}
     batch = _shapes(task.batch(0), plan.row_parts * micro_batches, plan.parts // plan.row_parts)
     recorder = _Recorder(models)

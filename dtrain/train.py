@@ -78,7 +78,7 @@ class Trainer:
 
     def __init__(self, task: Task, plan: Plan, optimizer: Callable[[nn.Module], Optimizer], settings: Settings) -> None:
         micro_batches = plan.micro_batches(settings.global_batch_size, settings.micro_batch_size)
-        plan.check_task(task)
+        plan.check_updates(task)
         self.task, self.plan, self.settings = task, plan, settings
         self.models = {name: plan.parallelize(factory, settings.seed) for name, factory in task.models.items()}
         self.optimizers = {n: plan.optimizer(optimizer(model), model) for n, model in self.models.items()}
@@ -86,6 +86,7 @@ class Trainer:
         self._executor = plan.executor(self.models, micro_batches)
         self.next_step = self.tokens = 0
         self._has_states = False  # of the optimizers
+        self._aware = {n: [m for m in model.modules() if isinstance(m, StepAware)] for n, model in self.models.items()}
 
     def steps(self) -> Iterator[Step]:
         """Train to the last step, yielding each one's figures.
@@ -118,8 +119,7 @@ class Trainer:
             # In fp64: one over the count is no power of two, and every rank's gradient is multiplied by it.
             scale = (self.plan.parts / update.count(batch).clamp(min=1).double()).to(self.plan.device)
             model = self.models[update.trains]
-            aware = [module for module in model.modules() if isinstance(module, StepAware)]
-            for module in aware:
+            for module in self._aware[update.trains]:
                 module.before_step(scale)
             part = self._executor.train(update, mine, scale)
             self.plan.reduce_gradients(model)
@@ -129,7 +129,7 @@ class Trainer:
                 raise NonFinite(self._blame(step, update, part, loss, norm))
             self.optimizers[update.trains].step()
             self._has_states = True
-            for module in aware:
+            for module in self._aware[update.trains]:
                 module.after_step(self.plan.total_of_parts)
             for each in self.models.values():
                 each.zero_grad()

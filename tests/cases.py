@@ -249,7 +249,11 @@ def trainer(case: Case, world_size: int) -> Trainer:
 
 def train(case: Case, world_size: int) -> Outcome:
     """Train the case; every rank calls it."""
-    made = trainer(case, world_size)
+    return finish(trainer(case, world_size))
+
+
+def finish(made: Trainer) -> Outcome:
+    """Train to the last step and note what came of it."""
     outcome = Outcome()
     with keeping_gradients(made, outcome):
         for step in made.steps():

@@ -30,7 +30,7 @@ BELOW = {
     "accumulate": {"batch", "strategy.base"},
     "optimizer": set(),
     "checkpoint": {"launch"},
-    "degrees": {"strategy.base"},
+    "degrees": {"layout", "strategy.base"},
     "clip": {"plan", "strategy.base"},
     "plan": {"accumulate", "batch", "degrees", "initialize", "layout", "precision", "strategy.base"},
     "train": {"batch", "clip", "layout", "optimizer", "plan", "task.base"},

@@ -25,7 +25,7 @@ from dtrain.batch import Batch
 from dtrain.cost import Message, all_reduce_each, message
 from dtrain.exchange import Ring, Ulysses, is_plain
 from dtrain.footprint import Footprint
-from dtrain.layout import blocks_of, divisors, layout_of, modules_at
+from dtrain.layout import blocks_of, divisors, layout_of, modules_at, multiples
 from dtrain.strategy.base import REST, Strategy, average, gradients
 
 if TYPE_CHECKING:
@@ -88,8 +88,8 @@ class Context(Strategy):
 
     def _check_length(self, length: int) -> None:
         parts = self.degree * self.chunks
-        if rest := length % parts:
-            near = " or ".join(str(each) for each in (length - rest, length - rest + parts) if each)
+        if length % parts:
+            near = multiples(length, parts)
             factor, why = ("2 x ", " (each rank takes two chunks of the balanced ring)") if self.balanced else ("", "")
             other = ", or strategy.cp.balanced=false" if length % self.degree == 0 else ""
             raise ValueError(f"seq_len={length} is not divisible by {factor}cp={self.degree}{why}: use {near}{other}")

@@ -187,21 +187,23 @@ class Pipeline(Strategy):
         held = self._held_by(here)
         neighbours = [s for stage in held for s in (stage - 1, stage + 1) if 0 <= s <= last and self.owner(s) != here]
         shape = next(call.output for call in footprint.calls_at(lambda layout: (f"{layout.blocks}.*",)) if call.output)
-        for strategy in plan.strategies:
-            shape = strategy.activation(Size(shape))
         tied = set(shared_names(footprint.pieces[0].outline).values()) if len({0, last} & set(held)) == 1 else set()
         ends = [prod(w.held) for piece in footprint.pieces for w in piece.weights if w.name in tied]
-        sends = [prod(shape)] * len(neighbours)  # an activation to the next stage, its gradient to the one before
+        sends = [prod(plan.activation(Size(shape)))] * len(
+            neighbours
+        )  # an activation to the next stage, its gradient to the one before
         return [message(self.axis, "send", sends, footprint.activation_bytes, footprint.micro_batches),
                 message(self.axis, "send", ends, footprint.weight_bytes)]  # fmt: skip
 
     def executor(self, models: Models, plan: Plan, micro_batches: int) -> Executor:
         (model,) = models.values()
-        stages = dict(zip(self.held(plan), pieces(model), strict=True))
-        return Flow(self, stages, self.outline, plan, micro_batches)
+        return Flow(self, self._by_stage(model, plan), self.outline, plan, micro_batches)
+
+    def _by_stage(self, model: nn.Module, plan: Plan) -> dict[int, nn.Module]:
+        return dict(zip(self.held(plan), pieces(model), strict=True))
 
     def reduce_gradients(self, model: nn.Module, plan: Plan) -> None:
-        stages = dict(zip(self.held(plan), pieces(model), strict=True))
+        stages = self._by_stage(model, plan)
         for name in self.tied:
             sum_ends(name, stages, self.stages - 1, self.owner, plan.mesh[self.axis].get_group())
 

@@ -39,7 +39,7 @@ from torch.distributed.tensor.parallel import (
 from dtrain.batch import pieces
 from dtrain.cost import Message, all_reduce_each, message
 from dtrain.footprint import Footprint, Piece, Shape
-from dtrain.layout import divisors, experts_of, layout_of, modules_at, shared_names
+from dtrain.layout import divisors, experts_of, layout_of, modules_at, multiples, shared_names
 from dtrain.split import cut, edges, gather, heads, is_split, own, split_dims, split_parameter, summed
 from dtrain.strategy.base import REST, Strategy, add_up, local
 from dtrain.strategy.expert import with_local_weights
@@ -86,8 +86,8 @@ class TensorParallel(Strategy):
             return
         length = max((t.shape[1] for t in task.batch(0).values() if t.ndim > 1), default=1)
         parts = self.degree * plan.degrees.get("cp", 1)
-        if rest := length % parts:
-            near = " or ".join(str(each) for each in (length - rest, length - rest + parts) if each)
+        if length % parts:
+            near = multiples(length, parts)
             raise ValueError(f"seq_len={length} is not divisible by {parts} (tp x cp, sequence_parallel): use {near}")
 
     def parallelize(self, model: nn.Module, plan: Plan) -> nn.Module:
