@@ -27,10 +27,11 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
+from itertools import accumulate
 from math import prod
 from typing import TYPE_CHECKING
 
-from dtrain.footprint import Footprint, Weight
+from dtrain.footprint import Footprint, Kept, Weight
 
 if TYPE_CHECKING:
     from dtrain.plan import Plan
@@ -70,13 +71,15 @@ def all_reduce_each(axis: str, weights: Iterable[Weight], itemsize: int) -> Mess
 class Cost:
     """One rank's: messages of an optimizer step, and bytes held between steps (gradients: before the step).
 
-    Of several updates' gradients the most that are there at once.
+    Of several updates' gradients, and of activations, the most that are there at once; None: not told, since
+    autocast keeps some of them in one format and some in another.
     """
 
     messages: tuple[Message, ...]
     parameter_bytes: int
     gradient_bytes: int
     optimizer_bytes: int
+    activation_bytes: int | None
 
 
 def fold(footprint: Footprint, plan: Plan, rank: int = 0) -> Cost:
@@ -89,7 +92,8 @@ def fold(footprint: Footprint, plan: Plan, rank: int = 0) -> Cost:
         if each.calls and plan.degrees[each.axis] > 1:
             calls, size = totals.get((each.axis, each.operation), (0, 0))
             totals[each.axis, each.operation] = calls + each.calls, size + each.bytes
-    return Cost(tuple(Message(*key, *total) for key, total in sorted(totals.items())), *_held(footprint))
+    return Cost(tuple(Message(*key, *total) for key, total in sorted(totals.items())), *_held(footprint),
+                activations(footprint) if plan.casts or not plan.precision.mixed else None)  # fmt: skip
 
 
 def _held(footprint: Footprint) -> tuple[int, int, int]:
@@ -104,6 +108,35 @@ def _held(footprint: Footprint) -> tuple[int, int, int]:
         held["states"] += sum(stepped) * footprint.state_bytes[0] + len(stepped) * footprint.state_bytes[1]
     size = footprint.weight_bytes
     return held["elements"] * size, max(gradients.values(), default=0) * size, held["states"]
+
+
+def activations(footprint: Footprint) -> int:
+    """The most bytes of activations that a rank holds at once.
+
+    In a pipeline those of every micro-batch that waits for its backward pass, and what computing a block's
+    activations again adds to one of them.
+    """
+    pieces = footprint.pieces
+    if not any(piece.flights for piece in pieces):
+        return _peak(kept for piece in pieces for kept in piece.kept)
+    waiting = []
+    for piece in pieces:
+        turn = min((kept.died for kept in piece.kept), default=0)
+        waiting.append(sum(kept.bytes for kept in piece.kept if kept.born <= turn))
+    again = max(_peak(piece.kept) - each for piece, each in zip(pieces, waiting, strict=True))
+    curves = (
+        [begun * each + done * piece.sent for begun, done in piece.flights]
+        for piece, each in zip(pieces, waiting, strict=True)
+    )
+    return again + max(map(sum, zip(*curves, strict=True)))
+
+
+def _peak(kept: Iterable[Kept]) -> int:
+    change: Counter[int] = Counter()
+    for each in kept:
+        change[each.born] += each.bytes
+        change[each.died + 1] -= each.bytes
+    return max(accumulate(change[moment] for moment in sorted(change)), default=0)
 
 
 def place(degrees: Mapping[str, int], rank: int) -> dict[str, int]:

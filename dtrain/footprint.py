@@ -11,7 +11,7 @@ Each strategy's `footprint` takes what those before it have left, and returns wh
 from __future__ import annotations
 
 from collections import Counter, defaultdict
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from math import prod
 
@@ -87,34 +87,70 @@ class Call:
 
 
 @dataclass(frozen=True)
+class Kept:
+    """What the forward pass of a micro-batch leaves for its backward pass: an activation.
+
+    Args:
+        path: the module that computes it; None: outside of all, in the loss.
+        shape, bytes: in whole layers, and here.
+        born, died: when, in operations of the micro-batch.
+        feeds: the modules that are given it.
+    """
+
+    path: str | None
+    shape: Shape
+    bytes: int
+    born: int
+    died: int
+    feeds: frozenset[str]
+
+    def within(self, modules: Iterable[str]) -> bool:
+        """Is it computed in one of these modules?"""
+        return self.path is not None and any(f"{self.path}.".startswith(f"{module}.") for module in modules)
+
+    def divide(self, parts: int) -> Kept:
+        """With one of as many equal parts here."""
+        return replace(self, bytes=-(-self.bytes // parts))
+
+
+@dataclass(frozen=True)
 class Piece:
     """A model, or one stage of it.
 
     Args:
         model: its name.
         outline: all of the model on the meta device.
-        weights, calls: of this piece.
+        weights, calls, kept: of this piece.
         trained: how many updates train it.
         passes: FORWARD, BACKWARD ... over a step, if micro-batches do not simply follow each other.
+        flights: after each thing that the rank does, how many micro-batches wait here for their backward pass, and
+            how many have had it.
+        sent: bytes of an output on its way to another rank: kept to the end of the step.
     """
 
     model: str
     outline: nn.Module
     weights: tuple[Weight, ...]
     calls: tuple[Call, ...]
+    kept: tuple[Kept, ...]
     trained: int
     passes: tuple[str, ...] = ()
+    flights: tuple[tuple[int, int], ...] = ()
+    sent: int = 0
 
     def map(self, change: Callable[[Weight], Weight]) -> Piece:
         """With every weight changed."""
         return replace(self, weights=tuple(map(change, self.weights)))
 
-    def keep(self, part: nn.Module, passes: tuple[str, ...]) -> Piece:
+    def keep(self, part: nn.Module, passes: tuple[str, ...], flights: tuple[tuple[int, int], ...]) -> Piece:
         """What is present in a part of the model, a stage of a pipeline."""
         names, whole = dict(part.named_parameters()), dict(self.outline.named_modules())
         paths = {path for path, module in part.named_modules() if type(module) is type(whole.get(path))}
         weights = tuple(replace(weight) for weight in self.weights if weight.name in names)
-        return replace(self, weights=weights, calls=tuple(c for c in self.calls if c.path in paths), passes=passes)
+        calls = tuple(call for call in self.calls if call.path in paths)
+        last = layout_of(self.outline).last in paths
+        kept = tuple(kept for kept in self.kept if (last if kept.path is None else kept.path in paths))
+        return replace(self, weights=weights, calls=calls, kept=kept, passes=passes, flights=flights)
 
     def calls_at(self, patterns: tuple[str, ...]) -> list[Call]:
         """Calls of the modules at these paths of the model's layout, in one micro-batch of each update."""

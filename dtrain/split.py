@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Partial, Placement, Replicate, Shard, distribute_tensor
 
-from dtrain.footprint import Call, Piece, Shape
+from dtrain.footprint import Call, Kept, Piece, Shape
 from dtrain.layout import experts_of, layout_of, modules_at, shared_names
 
 
@@ -100,6 +100,27 @@ def edges(piece: Piece, sequence_parallel: bool) -> Iterator[tuple[str, int, boo
     yield from _outputs(at(routers), "", gathered)
     yield from _inputs(at(experts), "", "all_reduce")
     yield from _outputs(at(experts), "all_reduce", "", products=True)
+
+
+def kept_by_rank(piece: Piece, parts: int, sequence_parallel: bool, loss_parallel: bool) -> Iterator[Kept]:
+    """A piece's activations on one rank: cut within split layers; what goes into them is whole."""
+    layout, model = layout_of(piece.outline), piece.outline
+    holders = {path.rpartition(".")[0] for path, _ in modules_at(model, layout.column)}
+    rows, experts = {path for path, _ in modules_at(model, layout.row)}, dict(experts_of(model))
+    routers = {path.rpartition(".")[0] for path in experts}
+    parameters = ((getattr(e, name, None), dim) for e in experts.values() for name, dim in layout.hidden)
+    hidden = {parameter.shape[dim] for parameter, dim in parameters if parameter is not None}
+    whole, logits = holders | routers | set(_paths(piece, nn.Linear)), {None, *_paths(piece, nn.Linear)}
+    for kept in piece.kept:
+        if kept.within(experts):
+            divided = kept.shape[-1:] and kept.shape[-1] in hidden
+        elif kept.path in logits:
+            divided = loss_parallel
+        elif kept.within(holders) and kept.path not in rows:
+            divided = True
+        else:
+            divided = sequence_parallel and not kept.within(routers) and not kept.feeds & whole
+        yield kept.divide(parts) if divided else kept
 
 
 def heads(piece: Piece) -> list[Shape]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable
 from functools import lru_cache
+from itertools import accumulate
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
@@ -28,6 +29,7 @@ PASSES = {
     _ComputationType.BACKWARD_INPUT: BACKWARD, _ComputationType.UNSHARD: GATHER,
     _ComputationType.RESHARD: FREE, _ComputationType.REDUCE_GRAD: FREE,
 }  # fmt: skip
+FINISHED = (_ComputationType.FULL_BACKWARD, _ComputationType.BACKWARD_WEIGHT)
 
 
 def keep_name(model: nn.Module, alias: str, name: str) -> None:
@@ -77,16 +79,26 @@ def _products(module: nn.Module) -> int:
 
 def passes_of_stages(
     pipeline: Pipeline, stages: list[int], rank: int, micro_batches: int
-) -> dict[int, tuple[str, ...]]:
-    """What happens to the weights of each of a rank's stages in a step, in the schedule's order; no process group."""
+) -> dict[int, tuple[tuple[str, ...], tuple[tuple[int, int], ...]]]:
+    """What happens to the weights of each of a rank's stages in a step, in the schedule's order; no process group.
+
+    And, after each of the rank's actions, how many micro-batches have gone forward through the stage and not all the
+    way back, and how many have.
+    """
     of_all = {"num_stages": pipeline.stages, "group_size": pipeline.degree, "group_rank": rank, "submod": None}
     told: Any = [SimpleNamespace(stage_index=stage, **of_all) for stage in stages]
     single = issubclass(pipeline.kind, PipelineScheduleSingle)
     schedule: Any = pipeline.kind(told[0] if single else told, micro_batches)
     order = schedule._get_pipeline_order() if single else schedule.pipeline_order_with_comms
     actions = [part for action in order[rank] if action for part in action.sub_actions or (action,)]
-    return {stage: tuple(PASSES[a.computation_type] for a in actions
-                         if a.stage_index == stage and a.computation_type in PASSES) for stage in stages}  # fmt: skip
+    found = {}
+    for stage in stages:
+        own = [a.computation_type if a.stage_index == stage else None for a in actions]
+        begun = accumulate(kind == _ComputationType.FORWARD for kind in own)
+        done = accumulate(kind in FINISHED for kind in own)
+        flights = tuple((b - d, int(d)) for b, d in zip(begun, done, strict=True))
+        found[stage] = tuple(PASSES[kind] for kind in own if kind in PASSES), flights
+    return found
 
 
 class Flow:

@@ -3,20 +3,23 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.utils.checkpoint import checkpoint
 
 from dtrain.batch import Batch, Models
-from dtrain.footprint import Call, Footprint, Piece, Weight
+from dtrain.footprint import Call, Footprint, Kept, Piece, Weight
 from dtrain.initialize import on_meta
 from dtrain.layout import blocks_of, layout_of
+from dtrain.measure.ledger import Ledger
 
 if TYPE_CHECKING:
     from dtrain.plan import Plan
@@ -39,12 +42,14 @@ def trace(
     models = {name: _outline(name, on_meta(factory), plan) for name, factory in task.models.items()}
     batch = _shapes(task.batch(0), plan.row_parts * micro_batches, plan.parts // plan.row_parts)
     recorder = _Recorder(models)
-    for index, update in enumerate(task.updates):
-        recorder.run(index, partial(update.loss, models, batch))
+    with recorder.ledger, _flash_attention():
+        for index, update in enumerate(task.updates):
+            recorder.run(index, partial(update.loss, models, batch))
     recorder.close()
-    trained = Counter(update.trains for update in task.updates)
+    trained, narrow = Counter(update.trains for update in task.updates), activations.itemsize / dtype.itemsize
+    pieces = (recorder.piece(name, trained[name], narrow) for name in models)
     return Footprint(
-        tuple(recorder.piece(name, trained[name]) for name in models), micro_batches, weight_bytes=dtype.itemsize,
+        tuple(pieces), micro_batches, weight_bytes=dtype.itemsize,
         compute_bytes=plan.precision.compute_dtype.itemsize, reduce_bytes=plan.precision.reduce_dtype.itemsize,
         activation_bytes=activations.itemsize, state_bytes=_states(optimizer, dtype) if optimizer else (0, 0),
     )  # fmt: skip
@@ -67,11 +72,30 @@ def _shapes(batch: Batch, row_parts: int, token_parts: int) -> Batch:
     return {name: tensor.to("meta") for name, tensor in parts.items()}
 
 
+@contextmanager
+def _flash_attention() -> Iterator[None]:
+    """On the meta device torch would take the attention that keeps all scores; devices have one that does not."""
+    original = F.scaled_dot_product_attention
+
+    def attention(q: Tensor, k: Tensor, v: Tensor, dropout_p: float = 0.0, is_causal: bool = False, **_: Any) -> Tensor:
+        return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, 0.0, is_causal)[0]
+
+    F.scaled_dot_product_attention = attention  # type: ignore[assignment]  # a function mode is off during backward, and recomputation needs it
+    try:
+        yield
+    finally:
+        F.scaled_dot_product_attention = original
+
+
 class _Recorder:
     """Hooks on the models' modules and parameters while updates run."""
 
     def __init__(self, models: Models) -> None:
         self.models, self.update, self.again = models, 0, False
+        self.within: list[tuple[str, str | None]] = []  # which modules compute: the last one
+        self.ledger = Ledger(lambda: self.within[-1])
+        for model in models.values():
+            self.ledger.hold("parameters", model.parameters())
         self.calls: dict[str, list[Call]] = {name: [] for name in models}
         self.ready: dict[str, list[str]] = {name: [] for name in models}
         self.hooks: list[Any] = []
@@ -79,19 +103,19 @@ class _Recorder:
             for path, module in model.named_modules():
                 begin, end = partial(self._begin, name, path), partial(self._end, name, path)
                 self.hooks += [module.register_forward_pre_hook(begin, with_kwargs=True),
-                               module.register_forward_hook(end)]  # fmt: skip
+                               module.register_forward_hook(end, always_call=True)]  # fmt: skip
             for key, parameter in model.named_parameters():
                 if parameter.requires_grad:
                     self.hooks += [parameter.register_post_accumulate_grad_hook(partial(self._complete, name, key))]
 
     def run(self, index: int, loss: Callable[[], Tensor]) -> None:
-        self.update, self.again = index, False
+        self.update, self.again, self.within = index, False, [("", None)]
         total = loss()
-        self.again = True
+        self.again, self.within = True, [(next(iter(self.models)), "")]  # checkpoint calls blocks' forward by itself
         total.backward()
 
-    def piece(self, name: str, trained: int) -> Piece:
-        """What was seen of a model."""
+    def piece(self, name: str, trained: int, narrow: float) -> Piece:
+        """What was seen of a model; `narrow` is a byte's share that is left of it where activations are narrow."""
         model, ready, blocks = self.models[name], self.ready[name], layout_of(self.models[name]).blocks
         units = (
             {f"{blocks}.{key}": block for key, block in model.get_submodule(blocks).named_children()} if blocks else {}
@@ -102,7 +126,17 @@ class _Recorder:
                    ready.index(key) if key in ready else None)
             for key, p in model.named_parameters()
         )  # fmt: skip
-        return Piece(name, model, tuple(weights), tuple(self.calls[name]), trained)
+        return Piece(name, model, tuple(weights), tuple(self.calls[name]), tuple(self._kept(name, narrow)), trained)
+
+    def _kept(self, name: str, narrow: float) -> Iterator[Kept]:
+        """What is kept of a model's activations; those of the loss are the first model's."""
+        for entry in self.ledger.entries:
+            if entry.what != "activations":
+                continue
+            model, path = entry.where
+            if (model or next(iter(self.models))) == name:
+                yield Kept(path, entry.shape, round(entry.bytes * narrow), entry.born, entry.died or 0,
+                           frozenset(entry.feeds))  # fmt: skip
 
     def close(self) -> None:
         for hook in self.hooks:
@@ -110,11 +144,15 @@ class _Recorder:
 
     def _begin(self, name: str, path: str, module: nn.Module, args: tuple[Any, ...], named: dict[str, Any]) -> None:
         inputs = [x for x in (*args, *named.values()) if isinstance(x, Tensor)]
+        for x in inputs:
+            self.ledger.entry(x).feeds.add(path)
+        self.within.append((name, path))
         returns = any(x.requires_grad for x in inputs) and not self.again
         self.calls[name].append(Call(path, self.update, tuple(tuple(x.shape) for x in inputs), None, False, returns))
 
     def _end(self, name: str, path: str, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         calls = self.calls[name]
+        self.within.pop()
         index = next(i for i in reversed(range(len(calls))) if calls[i].path == path and calls[i].output is None)
         if isinstance(output, Tensor):
             graded = output.requires_grad and not self.again

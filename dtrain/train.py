@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass, field
 
 import torch
@@ -21,6 +22,9 @@ from dtrain.layout import StepAware
 from dtrain.optimizer import fill_state, rate
 from dtrain.plan import Plan
 from dtrain.task.base import Task, Update
+
+FORWARD_BACKWARD, EXCHANGE, FIGURES, OPTIMIZER = "forward and backward", "exchange gradients", "figures", "optimizer"
+Phase = Callable[[str], AbstractContextManager]  # told what the loop does: by instruments
 
 
 class NonFinite(ArithmeticError):
@@ -74,12 +78,16 @@ class Trainer:
         task, plan: what is trained and how; the plan is connected.
         optimizer: makes an optimizer of a model's parameters.
         settings: sizes and schedules.
+        phase: entered around each part of a step, by its name.
     """
 
-    def __init__(self, task: Task, plan: Plan, optimizer: Callable[[nn.Module], Optimizer], settings: Settings) -> None:
+    def __init__(
+        self, task: Task, plan: Plan, optimizer: Callable[[nn.Module], Optimizer], settings: Settings,
+        phase: Phase = nullcontext,
+    ) -> None:  # fmt: skip
         micro_batches = plan.micro_batches(settings.global_batch_size, settings.micro_batch_size)
         plan.check_updates(task)
-        self.task, self.plan, self.settings = task, plan, settings
+        self.task, self.plan, self.settings, self.phase = task, plan, settings, phase
         self.models = {name: plan.parallelize(factory, settings.seed) for name, factory in task.models.items()}
         self.optimizers = {n: plan.optimizer(optimizer(model), model) for n, model in self.models.items()}
         self._rates = {n: [group["lr"] for group in o.param_groups] for n, o in self.optimizers.items()}
@@ -121,13 +129,17 @@ class Trainer:
             model = self.models[update.trains]
             for module in self._aware[update.trains]:
                 module.before_step(scale)
-            part = self._executor.train(update, mine, scale)
-            self.plan.reduce_gradients(model)
-            loss = self.plan.total(part.clone()).item() / self.plan.parts
-            norm = clip(model, self.settings.clip_norm, self.plan).item()
+            with self.phase(FORWARD_BACKWARD):
+                part = self._executor.train(update, mine, scale)
+            with self.phase(EXCHANGE):
+                self.plan.reduce_gradients(model)
+            with self.phase(FIGURES):
+                loss = self.plan.total(part.clone()).item() / self.plan.parts
+                norm = clip(model, self.settings.clip_norm, self.plan).item()
             if not (math.isfinite(loss) and math.isfinite(norm)):
                 raise NonFinite(self._blame(step, update, part, loss, norm))
-            self.optimizers[update.trains].step()
+            with self.phase(OPTIMIZER):
+                self.optimizers[update.trains].step()
             self._has_states = True
             for module in self._aware[update.trains]:
                 module.after_step(self.plan.total_of_parts)

@@ -8,12 +8,28 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
+from hypothesis import settings
 
 sys.path.insert(0, str(Path(__file__).parent))  # the ranks of a world import the tests' modules by name
 
 from worlds import World  # noqa: E402
 
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--exhaustive", action="store_true", help="300 drawn models, and every pair of checkpoints' plans")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    settings.register_profile("short", max_examples=15, deadline=None, derandomize=True)
+    settings.register_profile("exhaustive", max_examples=300, deadline=None)
+    settings.load_profile("exhaustive" if config.getoption("exhaustive") else "short")
+
+
+@pytest.fixture(scope="session")
+def exhaustive(pytestconfig: pytest.Config) -> bool:
+    return pytestconfig.getoption("exhaustive")
 
 
 @pytest.fixture(scope="session")

@@ -59,9 +59,9 @@ def test_what_one_plan_saves_every_plan_resumes(saver: tuple[str, int], world, a
             assert (resumed.weights[name] - expected).norm() <= tolerance * expected.norm(), (other, name)
 
 
-def _everyone_from(saver: str, plans: list[str], model: tuple, folder: str) -> int:
-    """One plan saves at step 2 of 3, then each resumes from it, on one process's curve; how many did."""
-    cases = {plan: Case("next_token", plan, steps=3, model=model) for plan in ("single", *plans)}
+def _all_from(saver: str, plans: list[str], model: tuple, folder: str) -> int:
+    """One plan saves at step 2 of 3, then all resume from it, on one process's curve; how many did."""
+    cases = {plan: Case("next_token", plan, steps=3, model=model) for plan in ("single", saver, *plans)}
     expected = _train(cases["single"], 1, folder, False, False)
     resumed = replace(expected, losses=expected.losses[2:])
     saved = _train(cases[saver], 4, f"{folder}/{saver}", True, False, at=2)
@@ -82,14 +82,14 @@ def _everyone_from(saver: str, plans: list[str], model: tuple, folder: str) -> i
 @pytest.mark.slow
 @pytest.mark.timeout(900)
 @pytest.mark.parametrize("model", [DEEP, SPREAD], ids=["dense", "experts"])
-def test_every_plan_on_four_ranks_resumes_from_every_other(model: tuple, world, tmp_path: Path) -> None:
-    """The whole matrix, expert parallelism with a model that has experts."""
+def test_every_plan_on_four_ranks_resumes_from_others(model: tuple, exhaustive: bool, world, tmp_path: Path) -> None:
+    """Each from itself and from the one before it, or the whole matrix; expert parallelism with experts' model."""
     plans = [s for s in STRATEGIES if s not in VARIANTS and not refusal(Case("next_token", s, model=model), 4)]
     if model == SPREAD:
         plans = ["expert", "moe_fsdp", "fsdp_tensor", "pipeline_fsdp", "zero1", "1f1b", "ring"]
-    for saver in plans:
-        done = world(4).run(_everyone_from, saver, plans, model, str(tmp_path))
-        assert done == [len(plans)] * 4
+    for saver, following in zip(plans, plans[1:] + plans[:1], strict=True):
+        those = plans if exhaustive else [saver, following]
+        assert world(4).run(_all_from, saver, those, model, str(tmp_path)) == [len(those)] * 4
 
 
 def _states(size: int) -> list[str]:
@@ -206,7 +206,7 @@ def test_no_checkpoint_is_said_with_the_place(tmp_path: Path) -> None:
 
 
 def _load_other(folder: str) -> str:
-    made = trainer(Case("next_token", "fsdp", steps=1, model=(("d_model", 32),)), 2)
+    made = trainer(Case("next_token", "fsdp", steps=1, model=(("d_model", 48),)), 2)
     try:
         load(find(folder, Path(folder), Path(folder), fallback=False, note=print), made.states())
     except ValueError as error:
@@ -216,7 +216,7 @@ def _load_other(folder: str) -> str:
 
 def test_another_model_is_refused_by_its_first_tensor_and_both_shapes(world, three: Path) -> None:
     for said in world(2).run(_load_other, str(three)):
-        assert "another model: model.blocks.0.attention.key.weight is (24, 24) there, (32, 32) here" in said
+        assert "another model: model.blocks.0.attention.key.weight is (24, 24) there, (48, 48) here" in said
 
 
 def test_nothing_in_a_checkpoint_is_a_pickle(three: Path) -> None:

@@ -3,28 +3,23 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterable
-from contextlib import ExitStack
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
+from statistics import fmean
 from typing import Any
-from unittest import mock
 
 import pytest
-import torch
-import torch.distributed as dist
 from cases import CONTEXT, GAN, ROWS, NextToken, adamw
-from torch import Tensor
-from torch.distributed.distributed_c10d import _resolve_process_group
-from torch.distributed.tensor import DTensor
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from dtrain.cost import Cost, Message, fold, place
+from dtrain.model.moe import MoE
 from dtrain.model.transformer import Transformer
 from dtrain.plan import Plan
 from dtrain.precision import Precision
+from dtrain.profile import Profile
 from dtrain.strategy.allreduce import AllReduce
-from dtrain.strategy.base import Strategy, local
+from dtrain.strategy.base import Strategy
 from dtrain.strategy.context import Context
 from dtrain.strategy.ddp import DDP
 from dtrain.strategy.expert import Expert
@@ -37,6 +32,7 @@ from dtrain.task.base import Task
 from dtrain.trace import trace
 from dtrain.train import Settings, Trainer
 
+ACTIVATIONS = 0.1  # of what is predicted
 WARM_UP = 2  # steps: DDP divides its buckets anew after the first, Adam makes its states in it
 ZERO2 = partial(FSDP, reshard_after_forward=False)
 EACH = partial(FSDP, reduce_each=True)
@@ -82,53 +78,6 @@ VARIANTS = (
     "zero1_tensor",
     "ulysses_sequence",
 )  # of a plan that is tried with both models
-OPERATIONS = {  # of torch's: what we call it, which argument is the payload
-    "allreduce_": ("all_reduce", 0), "all_reduce": ("all_reduce", 0),
-    "_allgather_base_": ("all_gather", 0), "all_gather_into_tensor": ("all_gather", 0),
-    "_reduce_scatter_base_": ("reduce_scatter", 1), "reduce_scatter_tensor": ("reduce_scatter", 0),
-    "alltoall_base_": ("all_to_all", 1), "broadcast_": ("broadcast", 0), "send": ("send", 0),
-}  # fmt: skip
-SILENT = {"recv_", "wait_tensor", "_wrap_tensor_autograd"}  # the other rank's send; no message at all
-
-
-class Counting(TorchDispatchMode):
-    """Counts what is handed to collectives: below distributed tensors, and in backward too."""
-
-    def __init__(self, axes: dict[tuple[int, ...], str]) -> None:
-        super().__init__()
-        self.axes, self.calls, self.bytes = axes, Counter(), Counter()
-
-    def __torch_dispatch__(self, function: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
-        if any(issubclass(kind, DTensor) for kind in types):
-            return NotImplemented  # what a distributed tensor sends is seen when its own dispatch sends it
-        name = function.overloadpacket.__name__
-        if function.namespace in ("c10d", "_c10d_functional") and name not in SILENT:
-            self._count(*OPERATIONS[name], args)
-        return function(*args, **(kwargs or {}))
-
-    def _count(self, operation: str, index: int, args: tuple) -> None:
-        tensors = args[index] if isinstance(args[index], list) else [args[index]]
-        size = sum(tensor.nbytes for tensor in tensors)
-        if isinstance(args[-1], str):  # a functional collective names its group, last
-            group = _resolve_process_group(args[-1])
-            size *= args[1] if operation == "all_gather" else 1  # it is given a part
-        else:
-            boxed = next(a for a in args if isinstance(a, torch.ScriptObject) and "ProcessGroup" in str(a._type()))
-            group = dist.ProcessGroup.unbox(boxed)
-        # By its ranks: distributed tensors may keep to the group of an equal mesh that was made before.
-        axis = self.axes[tuple(dist.get_process_group_ranks(group))]
-        self.calls[axis, operation] += 1
-        self.bytes[axis, operation] += size
-
-    def around(self, function: Callable[..., Any]) -> Callable[..., Any]:
-        def counted(*args: Any, **named: Any) -> Any:
-            with self:
-                return function(*args, **named)
-
-        return counted
-
-    def messages(self) -> tuple[Message, ...]:
-        return tuple(Message(*key, self.calls[key], self.bytes[key]) for key in sorted(self.calls))
 
 
 class Other(NextToken):
@@ -162,35 +111,16 @@ def measured(case: Case) -> Cost:
     task, plan, micro_batch_size = case.made()
     plan = plan.connect()
     settings = Settings(WARM_UP + 1, global_batch_size=ROWS, micro_batch_size=micro_batch_size)
-    made = Trainer(task, plan, adamw, settings)
-    steps = made.steps()
-    for _ in range(WARM_UP):
-        next(steps)
-    groups = {axis: plan.mesh[axis].get_group() for axis in plan.degrees}
-    counting = Counting({tuple(dist.get_process_group_ranks(group)): axis for axis, group in groups.items()})
-    gradients: list[int] = []
-    with ExitStack() as stack:
-        stack.enter_context(mock.patch.object(made._executor, "train", counting.around(made._executor.train)))
-        stack.enter_context(mock.patch.object(Plan, "reduce_gradients", counting.around(Plan.reduce_gradients)))
-        for optimizer in made.optimizers.values():
-            step = counting.around(optimizer.step)
-            stack.enter_context(mock.patch.object(optimizer, "step", partial(_noting, step, made, gradients)))
-        next(steps)
-    states = (value for o in made.optimizers.values() for state in o.state.values() for value in state.values())
-    return Cost(counting.messages(), _bytes(_parameters(made)), max(gradients), _bytes(states))
-
-
-def _noting(step: Callable[[], Any], made: Trainer, gradients: list[int]) -> Any:
-    gradients.append(_bytes(p.grad for p in _parameters(made)))
-    return step()
-
-
-def _parameters(made: Trainer) -> list[Tensor]:
-    return [parameter for model in made.models.values() for parameter in model.parameters()]
-
-
-def _bytes(tensors: Iterable[Tensor | None]) -> int:
-    return sum(local(tensor).nbytes for tensor in tensors if tensor is not None)
+    with Profile(plan) as profile:
+        made = Trainer(task, plan, adamw, settings, profile.phase)
+        steps = made.steps()
+        for _ in range(WARM_UP):
+            next(steps)
+        profile.take()
+        with profile.ledger(made) as ledger:
+            next(steps)
+        held = [ledger.held[kind] for kind in ("parameters", "gradients", "optimizer")]
+        return Cost(profile.take(), *held, ledger.peak("activations"))
 
 
 def predicted(case: Case) -> list[Cost]:
@@ -252,8 +182,24 @@ def _beside(axis: str, rank: int, plan: Plan) -> tuple[int, ...]:
 
 @pytest.mark.parametrize("case", cases().values(), ids=cases())
 def test_predicted_is_measured(case: Case, world) -> None:
-    _, plan, _ = case.made()
-    assert settled(predicted(case), plan) == settled(world(case.ranks).run(measured, case), plan)
+    """All but activations to the byte; those as nearly as kernels keep what formulas say."""
+    compare(case, world(case.ranks).run(measured, case))
+
+
+def compare(case: Case, costs: list[Cost]) -> None:
+    task, plan, _ = case.made()
+    expected = predicted(case)
+    exactly = [[replace(c, activation_bytes=0) for c in settled(each, plan)] for each in (expected, costs)]
+    assert exactly[0] == exactly[1]
+    ratios = [ours.activation_bytes / c.activation_bytes for c, ours in zip(expected, costs, strict=True)
+              if c.activation_bytes]  # fmt: skip
+    if ratios and "ep" in plan.degrees:  # where tokens go is known in sum alone
+        ratios = [fmean(ratios)]
+    # Of a GAN so small a few scalars are half; gathered logits are at times kept by torch's list of open messages.
+    if case.task is not GAN and GATHERED not in case.strategies:
+        split_experts = "tp" in plan.degrees and any(isinstance(m, MoE) for m in task.models["model"]().modules())
+        tolerance = 1.5 * ACTIVATIONS if split_experts else ACTIVATIONS  # of their sums it is hard to tell which stay
+        assert all(abs(ratio - 1) < tolerance for ratio in ratios), ratios
 
 
 @pytest.mark.slow
@@ -261,7 +207,7 @@ def test_predicted_is_measured(case: Case, world) -> None:
                                         (partial(Replicate, 2), FSDP, partial(TensorParallel, 2))], ids=["3d", "hsdp_tensor"])  # fmt: skip
 def test_predicted_is_measured_on_eight_ranks(strategies: tuple[Callable[..., Strategy], ...], world) -> None:
     case = Case(8, strategies, Other)
-    assert predicted(case) == world(8).run(measured, case)
+    compare(case, world(8).run(measured, case))
 
 
 def test_wire_bytes_of_a_ring() -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import re
 import shutil
 from dataclasses import replace
@@ -34,7 +33,6 @@ from dtrain.strategy.pipeline import SCHEDULES
 
 # Rounding alone: sums are taken in another order. fp64 has 1.1e-16, fp32 6e-8; twenty Adam steps carry it on.
 TOLERANCE = {"fp64": 1e-12, "fp32": 1e-5}
-EXAMPLES = int(os.environ.get("DTRAIN_EXAMPLES", "15"))  # drawn cases
 FEW, PAIR_STEPS, DRAWN_STEPS = 8, 3, 3
 DEEP = (("n_layers", 4),)  # enough blocks for two stages on each of two ranks
 COMPOSED_8 = ("hsdp_tensor", "3d", "4d", "pipeline_hsdp", "zero1_zbv_sequence")
@@ -167,7 +165,9 @@ def _drawn(case: Case, makers: dict[str, int], size: int) -> Outcome:
     return train(case, size)
 
 
-@settings(max_examples=EXAMPLES, deadline=None, suppress_health_check=list(HealthCheck), derandomize=EXAMPLES <= 15)
+@pytest.mark.slow
+@pytest.mark.timeout(0)  # each case has its own limit
+@settings(suppress_health_check=list(HealthCheck))
 @given(mesh=st.sampled_from(MESHES), data=st.data())
 def test_drawn_models_on_drawn_meshes_equal_one_process(mesh: dict[str, int], data, world, alone) -> None:
     makers = {data.draw(st.sampled_from(ONE_OF_AN_AXIS[axis])): degree for axis, degree in mesh.items()}
@@ -193,8 +193,10 @@ def test_drawn_models_on_drawn_meshes_equal_one_process(mesh: dict[str, int], da
 
 
 @pytest.mark.skipif(not any(map(shutil.which, COMPILERS)), reason="torch.compile needs a C++ compiler: none here")
-@pytest.mark.parametrize("strategy", ["ddp", "fsdp", "tensor", "1f1b", "ring"])
-def test_compiled_blocks_equal_one_plain_process(strategy: str, world, alone) -> None:
+@pytest.mark.parametrize("strategy", ["fsdp", "ddp", "tensor", "1f1b", "ring"])
+def test_compiled_blocks_equal_one_plain_process(strategy: str, exhaustive: bool, world, alone) -> None:
+    if strategy != "fsdp" and not exhaustive:
+        pytest.skip("compiling takes minutes: pytest --exhaustive")
     case = Case("next_token", strategy, dtype="fp32", compile=True)
     assert_all_equal(world(2).run(train, case, 2), reference(case), TOLERANCE["fp32"])
 

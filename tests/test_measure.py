@@ -6,7 +6,7 @@ from functools import partial
 
 import pytest
 import torch
-from cases import Case, NextToken, trainer
+from cases import CONTEXT, ROWS, Case, NextToken, trainer
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -36,7 +36,7 @@ def test_flops_are_the_textbooks(layers: int, heads: int, per_head: int, seq_len
 
 def test_a_tasks_flops_are_its_models() -> None:
     task = NextToken()
-    expected = info(task.models["model"], Precision(), 12).flops_per_token
+    expected = info(task.models["model"], Precision(), CONTEXT).flops_per_token
     assert flops_per_token(task) == expected
 
 
@@ -85,8 +85,8 @@ def _tokens(strategy: str, size: int) -> list[int]:
 
 
 def test_tokens_are_counted_once_however_the_world_is_factored(world) -> None:
-    for strategy in ("ddp", "fsdp", "hsdp"):
-        assert world(4).run(_tokens, strategy, 4) == [[144, 288]] * 4
+    for strategy in ("ddp", "fsdp", "hsdp", "tensor", "pipeline_tensor", "fsdp_context"):
+        assert world(4).run(_tokens, strategy, 4) == [[ROWS * CONTEXT, 2 * ROWS * CONTEXT]] * 4
 
 
 def test_matrices_decay_and_vectors_do_not() -> None:

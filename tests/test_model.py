@@ -204,7 +204,7 @@ def test_dropout_acts_in_training_only() -> None:
 def test_initial_weights_are_gpt2s() -> None:
     with torch.device("meta"):
         model = Transformer(256, 64, 256, 8, 4)
-    materialize(model, 0, torch.device("cpu"), torch.float32)
+    materialize(model, 0, torch.device("cpu"), torch.device("cpu"), torch.float32)
     block = model.blocks["3"]
     assert block.attention.query.weight.std().item() == pytest.approx(0.02, rel=0.02)
     assert block.feedforward.down.weight.std().item() == pytest.approx(0.02 / 4, rel=0.02)  # sqrt(2 * 8 layers)

@@ -183,7 +183,7 @@ def test_the_bias_balances_what_the_router_does_not() -> None:
 def test_bias_and_load_have_values_whatever_device_the_model_is_built_on() -> None:
     with torch.device("meta"):
         model = Transformer(31, 16, 16, 2, 2, n_experts=E)
-    materialize(model, 0, torch.device("cpu"), torch.float64)
+    materialize(model, 0, torch.device("cpu"), torch.device("cpu"), torch.float64)
     layer = model.blocks["0"].feedforward
     assert not layer.bias.any() and not layer.load.any()
     model(torch.randint(31, (2, 16))).sum().backward()
@@ -194,7 +194,7 @@ def test_bias_and_load_have_values_whatever_device_the_model_is_built_on() -> No
 def test_experts_initial_weights_are_those_of_a_dense_layer() -> None:
     with torch.device("meta"):
         model = Transformer(31, 16, 64, 8, 4, n_experts=E, activation="swiglu")
-    materialize(model, 0, torch.device("cpu"), torch.float32)
+    materialize(model, 0, torch.device("cpu"), torch.device("cpu"), torch.float32)
     layer = model.blocks["3"].feedforward
     assert layer.experts.up.std().item() == pytest.approx(0.02, rel=0.02)
     assert layer.experts.gate.std().item() == pytest.approx(0.02, rel=0.02)

@@ -19,38 +19,53 @@ class World:
 
     def __init__(self, size: int) -> None:
         self.size = size
+        self._start()
+
+    def _start(self) -> None:
         context = multiprocessing.get_context("spawn")
         self._folder = tempfile.TemporaryDirectory()
         self._pipes: list[Connection] = []
         self._processes = []
-        for rank in range(size):
+        for rank in range(self.size):
             ours, theirs = context.Pipe()
             process = context.Process(
-                target=_serve, args=(rank, size, str(Path(self._folder.name) / "store"), theirs), daemon=True
+                target=_serve, args=(rank, self.size, str(Path(self._folder.name) / "store"), theirs), daemon=True
             )
             process.start()
             self._pipes.append(ours)
             self._processes.append(process)
 
     def run(self, function: Callable[..., Any], *arguments: Any) -> list[Any]:
-        """Call `function(*arguments)` on every rank; their results in order. Raises what a rank raised."""
-        for pipe in self._pipes:
-            pipe.send((function, arguments))
-        results = []
-        for rank, pipe in enumerate(self._pipes):
-            assert pipe.poll(TIMEOUT_S), f"rank {rank} of {self.size} has not answered in {TIMEOUT_S} s"
-            ok, result = pipe.recv()
-            if not ok:
-                raise AssertionError(f"rank {rank}:\n{result}")
-            results.append(result)
-        return results
+        """Call `function(*arguments)` on every rank; their results in order. Raises what a rank raised.
+
+        After a failure the ranks may wait for each other: new ones take their places.
+        """
+        try:
+            for pipe in self._pipes:
+                pipe.send((function, arguments))
+            results = []
+            for rank, pipe in enumerate(self._pipes):
+                assert pipe.poll(TIMEOUT_S), f"rank {rank} of {self.size} has not answered in {TIMEOUT_S} s"
+                ok, result = pipe.recv()
+                assert ok, f"rank {rank}:\n{result}"
+                results.append(result)
+            return results
+        except BaseException:
+            self._kill()
+            self._start()
+            raise
 
     def close(self) -> None:
         for pipe in self._pipes:
             pipe.send(None)
         for process in self._processes:
             process.join(10)
+        self._kill()
+
+    def _kill(self) -> None:
+        for process in self._processes:
             process.kill()
+            process.join()
         self._folder.cleanup()
 
 

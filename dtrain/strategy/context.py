@@ -15,6 +15,7 @@ Llama team 2024 (2407.21783: early and late chunks); Dao et al. 2022, "FlashAtte
 
 from __future__ import annotations
 
+from dataclasses import replace
 from math import prod
 from typing import TYPE_CHECKING, Any
 
@@ -24,7 +25,7 @@ from torch import Tensor, nn
 from dtrain.batch import Batch
 from dtrain.cost import Message, all_reduce_each, message
 from dtrain.exchange import Ring, Ulysses, is_plain
-from dtrain.footprint import Footprint
+from dtrain.footprint import Footprint, Piece
 from dtrain.layout import blocks_of, divisors, layout_of, modules_at, multiples
 from dtrain.strategy.base import REST, Strategy, average, gradients
 
@@ -115,6 +116,19 @@ class Context(Strategy):
 
     def reduce_gradients(self, model: nn.Module, plan: Plan) -> None:
         average(gradients(model).values(), plan.mesh[self.axis].get_group(), plan.precision.reduce_dtype)
+
+    def footprint(self, footprint: Footprint, plan: Plan) -> Footprint:
+        if self.method == "ring":
+            return footprint
+
+        def swapped(piece: Piece) -> Piece:
+            """What attention gives is kept by its own backward, and again as rows of all heads."""
+            layout = layout_of(piece.outline)
+            cores = {call.path for call in piece.calls_at((f"{layout.blocks}.*.{layout.attention}",))}
+            more = (kept for kept in piece.kept if kept.path in cores and len(kept.shape) == 4)
+            return replace(piece, kept=(*piece.kept, *more))
+
+        return footprint.map(swapped)
 
     def cost(self, footprint: Footprint, plan: Plan) -> list[Message]:
         n, m, itemsize = self.degree, footprint.micro_batches, footprint.compute_bytes

@@ -28,7 +28,7 @@ from torch.distributed.pipelining import schedules
 
 from dtrain.batch import Models, pieces
 from dtrain.cost import Message, message
-from dtrain.footprint import Footprint
+from dtrain.footprint import Footprint, Kept
 from dtrain.layout import Absent, layout_of, shared_names
 from dtrain.stages import Flow, keep_name, passes_of_stages, split_evenly, sum_ends
 from dtrain.strategy.base import REST, Executor, Strategy
@@ -176,22 +176,36 @@ class Pipeline(Strategy):
         return model
 
     def footprint(self, footprint: Footprint, plan: Plan) -> Footprint:
-        (whole,), held = footprint.pieces, self._held_by(footprint.place[self.axis])
-        counts = self.split or split_evenly(whole.outline, self.stages)
-        passes = passes_of_stages(self, held, footprint.place[self.axis], footprint.micro_batches)
-        pieces = (whole.keep(self._piece(copy.deepcopy(whole.outline), stage, counts), passes[stage]) for stage in held)
+        (whole,), here = footprint.pieces, footprint.place[self.axis]
+        held, counts = self._held_by(here), self.split or split_evenly(whole.outline, self.stages)
+        told = passes_of_stages(self, held, here, footprint.micro_batches)
+        (output, *_), last = self._outputs(footprint, plan), layout_of(whole.outline).last
+        pieces = []
+        for stage in held:
+            piece = whole.keep(self._piece(copy.deepcopy(whole.outline), stage, counts), *told[stage])
+            if stage == self.stages - 1:  # what a stage gives is kept until its backward: of this one, the logits
+                end = max((kept.died for kept in piece.kept), default=0)
+                shapes = [call.output for call in piece.calls_at((last,)) if call.output and call.graded]
+                logits = (Kept(None, x, prod(x) * footprint.activation_bytes, 0, end, frozenset()) for x in shapes)
+                piece = replace(piece, kept=(*piece.kept, *logits))
+            elif self.schedule not in ONE_STAGE and self.owner(stage + 1) != here:
+                piece = replace(piece, sent=output * footprint.activation_bytes)  # torch waits for them all at the end
+            pieces.append(piece)
         return replace(footprint, pieces=tuple(pieces))
+
+    def _outputs(self, footprint: Footprint, plan: Plan) -> list[int]:
+        """Elements of what each call of a block gives, as it travels."""
+        calls = footprint.calls_at(lambda layout: (f"{layout.blocks}.*",))
+        return [prod(plan.activation(Size(call.output))) for call in calls if call.output]
 
     def cost(self, footprint: Footprint, plan: Plan) -> list[Message]:
         here, last = footprint.place[self.axis], self.stages - 1
         held = self._held_by(here)
         neighbours = [s for stage in held for s in (stage - 1, stage + 1) if 0 <= s <= last and self.owner(s) != here]
-        shape = next(call.output for call in footprint.calls_at(lambda layout: (f"{layout.blocks}.*",)) if call.output)
         tied = set(shared_names(footprint.pieces[0].outline).values()) if len({0, last} & set(held)) == 1 else set()
         ends = [prod(w.held) for piece in footprint.pieces for w in piece.weights if w.name in tied]
-        sends = [prod(plan.activation(Size(shape)))] * len(
-            neighbours
-        )  # an activation to the next stage, its gradient to the one before
+        # An activation to the next stage, its gradient to the one before.
+        sends = self._outputs(footprint, plan)[:1] * len(neighbours)
         return [message(self.axis, "send", sends, footprint.activation_bytes, footprint.micro_batches),
                 message(self.axis, "send", ends, footprint.weight_bytes)]  # fmt: skip
 

@@ -40,7 +40,7 @@ from dtrain.batch import pieces
 from dtrain.cost import Message, all_reduce_each, message
 from dtrain.footprint import Footprint, Piece, Shape
 from dtrain.layout import divisors, experts_of, layout_of, modules_at, multiples, shared_names
-from dtrain.split import cut, edges, gather, heads, is_split, own, split_dims, split_parameter, summed
+from dtrain.split import cut, edges, gather, heads, is_split, kept_by_rank, own, split_dims, split_parameter, summed
 from dtrain.strategy.base import REST, Strategy, add_up, local
 from dtrain.strategy.expert import with_local_weights
 
@@ -169,7 +169,8 @@ class TensorParallel(Strategy):
             dims, layout = split_dims(piece.outline), layout_of(piece.outline)
             cores = {call.path for call in piece.calls_at((f"{layout.blocks}.*.{layout.attention}",))}
             calls = (call.cut(1, self.degree, here) if call.path in cores else call for call in piece.calls)
-            return replace(piece, calls=tuple(calls)).map(
+            kept = kept_by_rank(piece, self.degree, self.sequence_parallel, self.loss_parallel)
+            return replace(piece, calls=tuple(calls), kept=tuple(kept)).map(
                 lambda w: w.split(self.axis, dims[w.name], self.degree, here) if w.name in dims else w
             )
 

@@ -1,0 +1,86 @@
+"""What this rank really hands to `torch.distributed`, whoever calls it.
+
+Every collective, from DDP's C++ reducer to distributed tensors and DeepSpeed, ends as an operator of torch's
+`c10d` library, of which each backend has a kernel. While a `Traffic` is open, a kernel of ours stands before those:
+it notes the operation, the group and the size, and calls on. Closed, nothing is left of it.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch._C import DispatchKey
+
+from dtrain.cost import Message
+
+SELECT = "BackendSelect"  # comes before the kernels of all backends, and after those of autograd
+OPERATIONS = {  # of torch's: what we call it, which argument is the payload as `dtrain.cost` defines it
+    "allreduce_": ("all_reduce", 0), "allreduce_coalesced_": ("all_reduce", 0),
+    "_allgather_base_": ("all_gather", 0), "allgather_into_tensor_coalesced_": ("all_gather", 0),
+    "allgather_": ("all_gather", 0), "allgather_coalesced_": ("all_gather", 0),
+    "_reduce_scatter_base_": ("reduce_scatter", 1), "reduce_scatter_tensor_coalesced_": ("reduce_scatter", 1),
+    "reduce_scatter_": ("reduce_scatter", 1), "alltoall_base_": ("all_to_all", 1), "alltoall_": ("all_to_all", 1),
+    "broadcast_": ("broadcast", 0), "reduce_": ("reduce", 0), "gather_": ("gather", 1), "scatter_": ("scatter", 0),
+    "send": ("send", 0),
+}  # fmt: skip
+
+
+class Traffic:
+    """Counts calls and payload bytes by axis and operation. One can be open in a process at a time.
+
+    Args:
+        axes: the name of each group of ranks; messages of others count under `other`.
+    """
+
+    def __init__(self, axes: Mapping[tuple[int, ...], str]) -> None:
+        self.axes, self.counting = axes, False
+        self._names: dict[int, str] = {}  # of the groups met
+        self._calls: Counter[tuple[str, str]] = Counter()
+        self._bytes: Counter[tuple[str, str]] = Counter()
+
+    def __enter__(self) -> Traffic:
+        self._library = torch.library.Library("c10d", "IMPL")
+        for name, (operation, index) in OPERATIONS.items():
+            self._library.impl(name, self._kernel(name, operation, index), SELECT, with_keyset=True)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._library._destroy()
+
+    def take(self) -> tuple[Message, ...]:
+        """What was counted since it was last taken."""
+        found = tuple(Message(*key, self._calls[key], self._bytes[key]) for key in sorted(self._calls))
+        self._calls.clear()
+        self._bytes.clear()
+        return found
+
+    def _kernel(self, name: str, operation: str, index: int) -> Any:
+        operator = getattr(torch.ops.c10d, name).default
+        where = [argument.name for argument in operator._schema.arguments].index("process_group")
+
+        def kernel(keys: Any, *args: Any, **named: Any) -> Any:
+            if self.counting:
+                self._count(operation, args[index], args[where])
+            return operator.redispatch(keys.remove(DispatchKey.BackendSelect), *args, **named)
+
+        return kernel
+
+    def _count(self, operation: str, payload: Any, group: torch.ScriptObject) -> None:
+        key = self._axis(dist.ProcessGroup.unbox(group)), operation
+        self._calls[key] += 1
+        self._bytes[key] += _bytes(payload)
+
+    def _axis(self, group: dist.ProcessGroup) -> str:
+        # By its ranks: distributed tensors may keep to the group of an equal mesh that was made before.
+        if hash(group) not in self._names:
+            self._names[hash(group)] = self.axes.get(tuple(dist.get_process_group_ranks(group)), "other")
+        return self._names[hash(group)]
+
+
+def _bytes(payload: Any) -> int:
+    return payload.nbytes if isinstance(payload, Tensor) else sum(map(_bytes, payload))
