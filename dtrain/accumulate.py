@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from dtrain.batch import Batch, Models, Sums, divide
+from dtrain.measure.timeline import PHASE, mark
 from dtrain.strategy.base import whole
 
 if TYPE_CHECKING:
@@ -26,9 +27,10 @@ class Accumulate:
         with self.plan.around():
             for index, part in enumerate(divide(batch, self.micro_batches), start=1):
                 self.plan.sync_gradients(self.models, enabled=index == self.micro_batches)
-                with self.plan.autocast():
+                with self.plan.autocast(), mark(PHASE, "forward"):
                     loss = whole(update.loss(self.models, part)) * scale
-                loss.backward()
+                with mark(PHASE, "backward"):
+                    loss.backward()
                 total += loss.detach()
         return total
 

@@ -27,6 +27,7 @@ from omegaconf.errors import OmegaConfBaseException
 from dtrain import capabilities
 from dtrain.compare import compare as run_all
 from dtrain.config import CONFIGS, Comparison, Config, check_axes, checked, options, register
+from dtrain.hang import Hang
 from dtrain.info import info as count
 from dtrain.job import assemble, model_factories
 from dtrain.launch import RanksFailed, World, spawn
@@ -42,7 +43,7 @@ WORDS: dict[str, dict[str, Callable[[], None]]] = {
 USAGE = 2  # exit status for a mistake of the user's
 FAILED = 1  # and for a run that broke off
 INTERRUPTED = 130
-MISTAKES = (ValueError, OSError, NonFinite, HydraException, OmegaConfBaseException)
+MISTAKES = (ValueError, OSError, NonFinite, Hang, HydraException, OmegaConfBaseException)
 GRACE_S = 3.0  # how long other ranks leave to rank 0 to say what is wrong, before torchrun stops it for their exit
 
 
@@ -160,7 +161,7 @@ def _explaining(config_name: str) -> Iterator[None]:
     try:
         yield
     except MISTAKES as error:
-        _exit(explain(error, config_name), FAILED if isinstance(error, NonFinite) else USAGE)
+        _exit(explain(error, config_name), FAILED if isinstance(error, NonFinite | Hang) else USAGE)
     except RanksFailed as error:
         if error.status > 0:  # the rank that failed has said why
             sys.exit(error.status)
@@ -186,9 +187,9 @@ def explain(error: BaseException, config_name: str) -> str:
     if isinstance(error, OmegaConfBaseException) and error.full_key:
         return f"{error.full_key}: {text.splitlines()[0]}"
     lines = [line.strip() for line in text.splitlines() if line.strip()]
-    return (
-        "; ".join(lines) if isinstance(error, ValueError | NonFinite) else (lines[0] if lines else type(error).__name__)
-    )
+    if isinstance(error, ValueError | NonFinite | Hang):
+        return "; ".join(lines)
+    return lines[0] if lines else type(error).__name__
 
 
 def _nearest(name: str, known: Iterable[str]) -> str:

@@ -71,6 +71,12 @@ class Measure:
 
 
 @dataclass
+class Fault:
+    rank: int | None = at_least(0)
+    step: int = at_least(1)
+
+
+@dataclass
 class Config:
     """A run. Groups are free-form; `configs/train.yaml` says what each scalar does."""
 
@@ -93,12 +99,14 @@ class Config:
     clip_norm: float | None = at_least(0)
     activation_checkpointing: bool = MISSING
     compile: bool = MISSING
+    profile: bool = MISSING
     resume: str | None = MISSING
 
     eval: Eval = field(default_factory=Eval)
     checkpoint: Checkpoint = field(default_factory=Checkpoint)
     schedule: Schedule = field(default_factory=Schedule)
     measure: Measure = field(default_factory=Measure)
+    fault: Fault = field(default_factory=Fault)
 
 
 @dataclass

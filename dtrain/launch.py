@@ -24,6 +24,7 @@ from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 from dtrain.measure.environment import cores
 
 T = TypeVar("T")
+NOTES = 4096  # collectives that torch's flight recorder remembers, for whoever asks why ranks wait
 
 
 class RanksFailed(RuntimeError):
@@ -96,6 +97,7 @@ def connected(world: World, device: torch.device, *, threads: int | None, timeou
     if device.type == "cuda":
         torch.cuda.set_device(device)
         torch.cuda.init()
+    os.environ.setdefault("TORCH_FR_BUFFER_SIZE", str(NOTES))
     settings: dict[str, Any] = {"timeout": timedelta(seconds=timeout_s)}
     if world.size == 1:
         settings |= {"store": dist.HashStore(), "rank": 0, "world_size": 1}  # nobody to find: no port

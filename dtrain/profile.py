@@ -1,45 +1,58 @@
-"""The instruments around a trainer: what it sends, what it holds, where its time goes.
+"""The instruments around a trainer: what it sends, what it holds, where its time goes; each beside its prediction.
 
 with Profile(plan) as profile:
     trainer = Trainer(..., profile.phase)
-    profile.take()                       messages of the steps since the last call
-    with profile.ledger(trainer):        memory by kind, of the steps within
+    for step in profile.steps(trainer):   messages are counted in every step, memory is followed in the third,
+        profile.traffic                   the timeline is recorded in the fourth: those two take longer
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING
+from dataclasses import asdict
+from typing import Any
 
 import torch.distributed as dist
 from torch import Tensor
-from torch.profiler import record_function
 
-from dtrain.cost import Message
-from dtrain.measure.ledger import Ledger
+from dtrain.cost import Cost, Message
+from dtrain.measure.ledger import KINDS, Ledger
+from dtrain.measure.timeline import PHASE, STAGE, Span, Timeline, mark, total
 from dtrain.measure.traffic import Traffic
-from dtrain.train import FIGURES, OPTIMIZER, Trainer
+from dtrain.plan import Plan
+from dtrain.schedule import bubble
+from dtrain.strategy.pipeline import Pipeline
+from dtrain.train import FIGURES, OPTIMIZER, Step, Trainer
 
-if TYPE_CHECKING:
-    from dtrain.plan import Plan
+FOLLOWED, RECORDED = 3, 4  # steps of a run: after DDP's new buckets and Adam's first states
 
 
 class Profile:
-    """Counts messages from when it is entered until it is left. Every rank of the plan has one."""
+    """Counts messages from when it is entered until it is left. Every rank of the plan has one.
 
-    def __init__(self, plan: Plan) -> None:
+    Args:
+        plan: connected.
+        predicted: what this rank should cost, or None: not known.
+    """
+
+    def __init__(self, plan: Plan, predicted: Cost | None = None) -> None:
+        self.plan, self.predicted = plan, predicted
         axes = [axis for axis, degree in plan.degrees.items() if degree > 1]
         groups = {tuple(dist.get_process_group_ranks(plan.mesh[axis].get_group())): axis for axis in axes}
-        self._traffic = Traffic(groups)
+        self._counter = Traffic(groups)
         self._held: tuple[Ledger, Trainer] | None = None
+        self.traffic: tuple[Message, ...] = ()  # of the last step
+        self.disturbed = False  # did an instrument slow the last step down?
+        self._ledger: Ledger | None = None
+        self.timeline = Timeline()
 
     def __enter__(self) -> Profile:
-        self._traffic.__enter__()
+        self._counter.__enter__()
         return self
 
     def __exit__(self, *error: object) -> None:
-        self._traffic.__exit__(*error)
+        self._counter.__exit__(*error)
 
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:
@@ -47,16 +60,32 @@ class Profile:
         if name == OPTIMIZER and self._held:
             ledger, trainer = self._held
             ledger.hold("gradients", (parameter.grad for parameter in _parameters(trainer)))
-        self._traffic.counting = name != FIGURES
+        self._counter.counting = name != FIGURES
         try:
-            with record_function(name):
+            with mark(PHASE, name):
                 yield
         finally:
-            self._traffic.counting = False
+            self._counter.counting = False
 
-    def take(self) -> tuple[Message, ...]:
-        """What this rank has handed to collectives since the last call."""
-        return self._traffic.take()
+    def steps(self, trainer: Trainer) -> Iterator[Step]:
+        """Those of the trainer, with the instruments on."""
+        steps, number = trainer.steps(), 0
+        while True:
+            number += 1
+            self.disturbed = number in (FOLLOWED, RECORDED)
+            if number == FOLLOWED and not self.plan.compile:
+                with self.ledger(trainer) as self._ledger:
+                    step = next(steps, None)
+            elif number == RECORDED:
+                dist.barrier()  # so that the spans of all begin together
+                with self.timeline.recording(self.plan.device):
+                    step = next(steps, None)
+            else:
+                step = next(steps, None)
+            if step is None:
+                return
+            self.traffic = self._counter.take()
+            yield step
 
     @contextmanager
     def ledger(self, trainer: Trainer) -> Iterator[Ledger]:
@@ -71,6 +100,61 @@ class Profile:
                 yield ledger
         finally:
             self._held = None
+
+    def figures(self) -> dict[str, int]:
+        """The last step's messages, for `metrics.jsonl`."""
+        flat = {}
+        for message in self.traffic:
+            flat[f"{message.axis}_{message.operation}_calls"] = message.calls
+            flat[f"{message.axis}_{message.operation}_bytes"] = message.bytes
+        return flat
+
+    def summary(self) -> tuple[dict[str, Any], list[list[Span]]]:
+        """What was measured on every rank, beside what was predicted; and every rank's spans. A collective."""
+        ranks: list[Any] = [None] * dist.get_world_size()
+        dist.all_gather_object(ranks, (self._own(), self.timeline.spans))
+        spans = [each for _, each in ranks]
+        return {"ranks": [own for own, _ in ranks], "bubble": self._bubble(spans)}, spans
+
+    def _own(self) -> dict[str, Any]:
+        degrees = self.plan.degrees
+        return {
+            "traffic": [_message(m, degrees) for m in self.traffic],
+            "traffic_predicted": [_message(m, degrees) for m in self.predicted.messages] if self.predicted else None,
+            "memory": self._memory() if self._ledger else None,
+            "time": asdict(self.timeline.shares()),
+        }
+
+    def _memory(self) -> dict[str, Any]:
+        ledger = self._ledger
+        assert ledger is not None
+        at_peak = ledger.at_peak()
+        predicted = {
+            "parameters": self.predicted.parameter_bytes, "gradients": self.predicted.gradient_bytes,
+            "optimizer": self.predicted.optimizer_bytes, "activations": self.predicted.activation_bytes,
+        } if self.predicted else {}  # fmt: skip
+        kinds = {
+            kind: {"at_peak": at_peak[kind], "most": ledger.held.get(kind) or ledger.peak(kind),
+                   "predicted": predicted.get(kind)}
+            for kind in KINDS
+        }  # fmt: skip
+        return {"peak": sum(at_peak.values()), "kinds": kinds}
+
+    def _bubble(self, ranks: list[list[Span]]) -> dict[str, float] | None:
+        """The idle share of a pipeline's ranks, from its first work to its last, and what the schedule leaves idle."""
+        pipeline = self.plan.on("pp")
+        stages = [[span for span in spans if span.kind == STAGE] for spans in ranks]
+        if not isinstance(pipeline, Pipeline) or not all(stages):
+            return None
+        begin, end = min(s.start for spans in stages for s in spans), max(s.end for spans in stages for s in spans)
+        busy = sum(total((s.start, s.end) for s in spans) for spans in stages)
+        micro_batches = 1 + max(span.micro_batch for span in stages[0])
+        return {"measured": 1 - busy / (len(stages) * (end - begin)), "theory": bubble(pipeline, micro_batches),
+                "micro_batches": micro_batches}  # fmt: skip
+
+
+def _message(message: Message, degrees: dict[str, int]) -> dict[str, Any]:
+    return asdict(message) | {"wire_bytes": message.wire_bytes(degrees.get(message.axis, 1))}
 
 
 def _parameters(trainer: Trainer) -> list[Tensor]:

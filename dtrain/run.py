@@ -2,26 +2,32 @@
 
 from __future__ import annotations
 
-from contextlib import ExitStack
+from collections.abc import Callable
+from contextlib import ExitStack, nullcontext
 from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+import torch.distributed as dist
 from torch import nn
 from torch.optim import Optimizer
 
 from dtrain import checkpoint, launch
 from dtrain.checkpoint import Checkpoints
 from dtrain.config import Config, make
+from dtrain.cost import Cost, fold
 from dtrain.figures import facts, meter_of, summary_of
+from dtrain.hang import Skip, Watch
 from dtrain.job import Job, assemble
 from dtrain.launch import World, agree
 from dtrain.measure import memory
 from dtrain.optimizer import parameter_groups
-from dtrain.report import ranklog
+from dtrain.profile import RECORDED, Profile
+from dtrain.report import gantt, instruments, ranklog
 from dtrain.report.base import All, Run
-from dtrain.train import Settings, Trainer
+from dtrain.trace import trace
+from dtrain.train import Phase, Settings, Trainer
 
 
 def run(config: Config, world: World, folder: Path, strategy: str) -> dict[str, Any]:
@@ -45,10 +51,12 @@ def run(config: Config, world: World, folder: Path, strategy: str) -> dict[str, 
         stack.enter_context(ranklog.writing(folder, world.rank))
         job = replace(job, plan=job.plan.connect(), logger=job.logger if world.rank == 0 else All())
         stack.callback(job.logger.close)
-        return _train(job, world, folder, strategy, stack)
+        watch = stack.enter_context(Watch(job.plan, config.launch.timeout_s))
+        with watch.explaining():
+            return _train(job, world, folder, strategy, stack, watch)
 
 
-def _train(job: Job, world: World, folder: Path, strategy: str, stack: ExitStack) -> dict[str, Any]:
+def _train(job: Job, world: World, folder: Path, strategy: str, stack: ExitStack, watch: Watch) -> dict[str, Any]:
     config, plan = job.config, job.plan
     meter, peak_source = meter_of(job, world)
     memory.reset_peak(plan.device)
@@ -56,9 +64,13 @@ def _train(job: Job, world: World, folder: Path, strategy: str, stack: ExitStack
         config.steps, config.seed, config.global_batch_size, config.micro_batch_size, config.clip_norm,
         config.schedule.warmup_steps, config.schedule.final_ratio,
     )  # fmt: skip
-    trainer = Trainer(job.task, plan, partial(_optimizer, config.optimizer), settings)
+    optimizer = partial(_optimizer, config.optimizer)
+    profile, phase = _instruments(job, world, optimizer, stack)
+    trainer = Trainer(job.task, plan, optimizer, settings, phase)
     if config.resume:
         _resume(trainer, job, config.resume, folder)
+    if profile and config.steps - trainer.next_step < RECORDED:
+        raise ValueError(f"profile=true needs {RECORDED} steps, {config.steps - trainer.next_step} are left: use more")
     checkpoints = None
     if config.checkpoint.every:
         options = config.checkpoint
@@ -71,19 +83,56 @@ def _train(job: Job, world: World, folder: Path, strategy: str, stack: ExitStack
     job.logger.start(about)
 
     figures: dict[str, Any] = {}
-    for step in trainer.steps():
-        meter.add(step.tokens_per_second * step.step_seconds, step.step_seconds)
-        figures = step.figures()
+    watch.step(trainer.next_step + 1)
+    for step in profile.steps(trainer) if profile else trainer.steps():
+        if not (profile and profile.disturbed):
+            meter.add(step.tokens_per_second * step.step_seconds, step.step_seconds)
+        figures = step.figures() | (profile.figures() if profile else {})
         if _due(step.step, config.eval.every, config.steps):
             figures |= {f"val_{name}": value for name, value in trainer.evaluate().items()}
         job.logger.step(figures)
         if checkpoints and _due(step.step, config.checkpoint.every, config.steps):
             checkpoints.save(step.step, trainer.state(), _identity(job, trainer))
+        watch.step(step.step + 1)
     if checkpoints:
         checkpoints.wait()  # what it could not write is an error of the run's
     summary = summary_of(job, world, strategy, figures, meter, peak_source)
+    if profile:
+        summary["profile"] = _shown(profile, world, folder, strategy)
     job.logger.finish(summary)
     return summary
+
+
+def _instruments(
+    job: Job, world: World, optimizer: Callable[[nn.Module], Optimizer], stack: ExitStack
+) -> tuple[Profile | None, Phase]:
+    """The profile that is asked for, and what the trainer tells its phases."""
+    fault = job.config.fault
+    if fault.rank is not None and fault.rank >= world.size:
+        raise ValueError(f"fault.rank={fault.rank} is not below the {world.size} ranks of this run")
+    if job.config.profile:
+        profile = stack.enter_context(Profile(job.plan, _predicted(job, optimizer)))
+        return profile, profile.phase
+    return None, Skip(fault.step).phase if fault.rank == world.rank else nullcontext
+
+
+def _predicted(job: Job, optimizer: Callable[[nn.Module], Optimizer]) -> Cost | None:
+    """What this rank should cost; None, with a note, where a model cannot be told from shapes."""
+    sizes = {"global_batch_size": job.config.global_batch_size, "micro_batch_size": job.config.micro_batch_size}
+    try:
+        return fold(trace(job.task, job.plan, optimizer, **sizes), job.plan, dist.get_rank())  # type: ignore[arg-type]
+    except ValueError as error:
+        job.logger.note(f"nothing is predicted: {error}")
+        return None
+
+
+def _shown(profile: Profile, world: World, folder: Path, strategy: str) -> dict[str, Any]:
+    """The profile's figures, shown and drawn by the first rank. A collective."""
+    found, spans = profile.summary()
+    if world.rank == 0:
+        gantt.write(folder / "profile", spans, f"{strategy} on {world.size} ranks: one step")
+        instruments.show(found)
+    return found
 
 
 def _due(step: int, every: int, last: int) -> bool:

@@ -5,31 +5,24 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable
 from functools import lru_cache
-from itertools import accumulate
-from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.pipelining import PipelineStage
-from torch.distributed.pipelining.schedules import PipelineScheduleSingle, _ComputationType
+from torch.distributed.pipelining.schedules import PipelineScheduleSingle
 
 from dtrain.batch import Batch, Sums, divide
-from dtrain.footprint import BACKWARD, FORWARD, FREE, GATHER
+from dtrain.footprint import BACKWARD, FORWARD
 from dtrain.layout import blocks_of, layout_of
+from dtrain.measure.timeline import STAGE, mark
+from dtrain.schedule import WEIGHTS
 from dtrain.strategy.base import local, whole
 
 if TYPE_CHECKING:
     from dtrain.plan import Plan
     from dtrain.strategy.pipeline import Pipeline
-
-PASSES = {
-    _ComputationType.FORWARD: FORWARD, _ComputationType.FULL_BACKWARD: BACKWARD,
-    _ComputationType.BACKWARD_INPUT: BACKWARD, _ComputationType.UNSHARD: GATHER,
-    _ComputationType.RESHARD: FREE, _ComputationType.REDUCE_GRAD: FREE,
-}  # fmt: skip
-FINISHED = (_ComputationType.FULL_BACKWARD, _ComputationType.BACKWARD_WEIGHT)
 
 
 def keep_name(model: nn.Module, alias: str, name: str) -> None:
@@ -77,28 +70,20 @@ def _products(module: nn.Module) -> int:
     return sum(p.numel() for layer in layers for p in layer.parameters(recurse=False) if p.ndim > 1)
 
 
-def passes_of_stages(
-    pipeline: Pipeline, stages: list[int], rank: int, micro_batches: int
-) -> dict[int, tuple[tuple[str, ...], tuple[tuple[int, int], ...]]]:
-    """What happens to the weights of each of a rank's stages in a step, in the schedule's order; no process group.
+class MarkedStage(PipelineStage):
+    """torch's stage; what it computes is marked for the timeline, without the waiting around it."""
 
-    And, after each of the rank's actions, how many micro-batches have gone forward through the stage and not all the
-    way back, and how many have.
-    """
-    of_all = {"num_stages": pipeline.stages, "group_size": pipeline.degree, "group_rank": rank, "submod": None}
-    told: Any = [SimpleNamespace(stage_index=stage, **of_all) for stage in stages]
-    single = issubclass(pipeline.kind, PipelineScheduleSingle)
-    schedule: Any = pipeline.kind(told[0] if single else told, micro_batches)
-    order = schedule._get_pipeline_order() if single else schedule.pipeline_order_with_comms
-    actions = [part for action in order[rank] if action for part in action.sub_actions or (action,)]
-    found = {}
-    for stage in stages:
-        own = [a.computation_type if a.stage_index == stage else None for a in actions]
-        begun = accumulate(kind == _ComputationType.FORWARD for kind in own)
-        done = accumulate(kind in FINISHED for kind in own)
-        flights = tuple((b - d, int(d)) for b, d in zip(begun, done, strict=True))
-        found[stage] = tuple(PASSES[kind] for kind in own if kind in PASSES), flights
-    return found
+    def forward_one_chunk(self, fwd_chunk_id: int, *args: Any, **named: Any) -> Any:
+        with mark(STAGE, FORWARD, self.stage_index, fwd_chunk_id):
+            return super().forward_one_chunk(fwd_chunk_id, *args, **named)
+
+    def backward_one_chunk(self, bwd_chunk_id: int, *args: Any, **named: Any) -> Any:
+        with mark(STAGE, BACKWARD, self.stage_index, bwd_chunk_id):
+            return super().backward_one_chunk(bwd_chunk_id, *args, **named)
+
+    def backward_weight_one_chunk(self, bwd_chunk_id: int, *args: Any, **named: Any) -> Any:
+        with mark(STAGE, WEIGHTS, self.stage_index, bwd_chunk_id):
+            return super().backward_weight_one_chunk(bwd_chunk_id, *args, **named)
 
 
 class Flow:
@@ -189,7 +174,7 @@ class Flow:
             if stage < self.last:  # what travels has one format, also where autocast made the block's last product
                 piece.register_forward_hook(lambda module, args, output: output.to(hidden.dtype))
         made = [
-            PipelineStage(
+            MarkedStage(
                 piece, stage, self.last + 1, self.plan.device, hidden if stage else first, hidden, group=self.group
             )  # fmt: skip
             for stage, piece in self.stages.items()

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import multiprocessing
+import pickle
 import tempfile
 import traceback
 from collections.abc import Callable
 from datetime import timedelta
+from functools import lru_cache
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
@@ -42,11 +44,11 @@ class World:
         """
         try:
             for pipe in self._pipes:
-                pipe.send((function, arguments))
+                pipe.send_bytes(pickle.dumps((function, arguments)))
             results = []
             for rank, pipe in enumerate(self._pipes):
                 assert pipe.poll(TIMEOUT_S), f"rank {rank} of {self.size} has not answered in {TIMEOUT_S} s"
-                ok, result = pipe.recv()
+                ok, result = pickle.loads(pipe.recv_bytes())
                 assert ok, f"rank {rank}:\n{result}"
                 results.append(result)
             return results
@@ -57,7 +59,7 @@ class World:
 
     def close(self) -> None:
         for pipe in self._pipes:
-            pipe.send(None)
+            pipe.send_bytes(pickle.dumps(None))
         for process in self._processes:
             process.join(10)
         self._kill()
@@ -73,14 +75,19 @@ def _serve(rank: int, size: int, store: str, pipe: Connection) -> None:
     import torch
     import torch.distributed as dist
 
+    from dtrain import plan
+
     torch.set_num_threads(1)
     dist.init_process_group(
         "gloo", store=dist.FileStore(store, size), rank=rank, world_size=size, timeout=timedelta(seconds=TIMEOUT_S)
     )
-    while (work := pipe.recv()) is not None:
+    # Every group costs each rank three threads: meshes that are equal are one.
+    plan.init_device_mesh = lru_cache(None)(plan.init_device_mesh)
+    while (work := pickle.loads(pipe.recv_bytes())) is not None:
         function, arguments = work
         try:
-            pipe.send((True, function(*arguments)))
+            answer = True, function(*arguments)
         except Exception:
-            pipe.send((False, traceback.format_exc()))
+            answer = False, traceback.format_exc()
+        pipe.send_bytes(pickle.dumps(answer))  # by value: torch would share a file for each tensor
     dist.destroy_process_group()

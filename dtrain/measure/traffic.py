@@ -17,6 +17,7 @@ from torch import Tensor
 from torch._C import DispatchKey
 
 from dtrain.cost import Message
+from dtrain.measure.timeline import MESSAGE, mark
 
 SELECT = "BackendSelect"  # comes before the kernels of all backends, and after those of autograd
 OPERATIONS = {  # of torch's: what we call it, which argument is the payload as `dtrain.cost` defines it
@@ -64,16 +65,20 @@ class Traffic:
         where = [argument.name for argument in operator._schema.arguments].index("process_group")
 
         def kernel(keys: Any, *args: Any, **named: Any) -> Any:
-            if self.counting:
-                self._count(operation, args[index], args[where])
-            return operator.redispatch(keys.remove(DispatchKey.BackendSelect), *args, **named)
+            keys = keys.remove(DispatchKey.BackendSelect)
+            if not self.counting:
+                return operator.redispatch(keys, *args, **named)
+            axis = self._count(operation, args[index], args[where])
+            with mark(MESSAGE, operation, axis):
+                return operator.redispatch(keys, *args, **named)
 
         return kernel
 
-    def _count(self, operation: str, payload: Any, group: torch.ScriptObject) -> None:
-        key = self._axis(dist.ProcessGroup.unbox(group)), operation
-        self._calls[key] += 1
-        self._bytes[key] += _bytes(payload)
+    def _count(self, operation: str, payload: Any, group: torch.ScriptObject) -> str:
+        axis = self._axis(dist.ProcessGroup.unbox(group))
+        self._calls[axis, operation] += 1
+        self._bytes[axis, operation] += _bytes(payload)
+        return axis
 
     def _axis(self, group: dist.ProcessGroup) -> str:
         # By its ranks: distributed tensors may keep to the group of an equal mesh that was made before.

@@ -30,7 +30,8 @@ from dtrain.batch import Models, pieces
 from dtrain.cost import Message, message
 from dtrain.footprint import Footprint, Kept
 from dtrain.layout import Absent, layout_of, shared_names
-from dtrain.stages import Flow, keep_name, passes_of_stages, split_evenly, sum_ends
+from dtrain.schedule import passes_of_stages
+from dtrain.stages import Flow, keep_name, split_evenly, sum_ends
 from dtrain.strategy.base import REST, Executor, Strategy
 
 if TYPE_CHECKING:

@@ -1,0 +1,171 @@
+"""Where the time of a step goes: torch's profiler, read as spans of a few kinds.
+
+    phase          what the loop does: forward, backward, optimizer ...
+    stage          one micro-batch in one stage of a pipeline, forward or backward
+    compute        operations on the device (on a CPU: of the thread that trains), gaps below GAP bridged
+    communication  a collective, from its call until its result is there
+
+Communication is overlapped while something is computed, and exposed while nothing is. A send counts by its receiver:
+the sender has no need to wait for it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch.profiler import ProfilerActivity, profile, record_function
+
+MARK = "dtrain"
+PHASE, STAGE, MESSAGE = "phase", "stage", "message"  # kinds of marks
+COMPUTE, COMMUNICATION = "compute", "communication"
+OPERATIONS = ("aten::", "fsdp::", "cpp_fused", "triton_")  # names of what computes on a CPU
+GAP = 100_000  # nanoseconds between two operations in which Python prepares the next one
+
+Interval = tuple[int, int]
+
+
+@dataclass(frozen=True)
+class Span:
+    """Something that one rank did: nanoseconds on a clock that a machine's ranks share.
+
+    Args:
+        kind, name: one of the kinds above; what.
+        axis: of a collective.
+        stage, micro_batch: of a pipeline's work.
+    """
+
+    kind: str
+    name: str
+    start: int
+    end: int
+    axis: str = ""
+    stage: int = -1
+    micro_batch: int = -1
+
+
+@dataclass(frozen=True)
+class Shares:
+    """Seconds of a step, on one rank."""
+
+    step: float
+    compute: float
+    communication: float
+    exposed: float
+    overlapped: float
+
+
+def mark(kind: str, *words: object) -> record_function:
+    """A context that the timeline finds again; costs microseconds, and nothing is kept without a profiler."""
+    return record_function(":".join((MARK, kind, *map(str, words))))
+
+
+class Timeline:
+    """What this rank does while it is recorded."""
+
+    def __init__(self) -> None:
+        self.spans: list[Span] = []
+
+    @contextmanager
+    def recording(self, device: torch.device) -> Iterator[None]:
+        """Fill `spans` with what happens within."""
+        activities = [ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * (device.type == "cuda")
+        with profile(activities=activities, acc_events=True) as profiler:
+            yield
+        events = profiler.profiler.kineto_results.events()
+        self.spans = sorted(_spans(events, device.type), key=lambda span: (span.start, -span.end))
+
+    def shares(self) -> Shares:
+        """How the time between the first phase's begin and the last one's end was spent."""
+        phases = self._of(PHASE)
+        begin, end = min(start for start, _ in phases), max(end for _, end in phases)
+        computing = merged(self._of(COMPUTE))
+        talking = merged((s.start, s.end) for s in self.spans if s.kind == COMMUNICATION and s.name != "send")
+        overlapped = total(common(computing, talking))
+        seconds = [x / 1e9 for x in (end - begin, total(computing), total(talking), overlapped)]
+        return Shares(seconds[0], seconds[1], seconds[2], seconds[2] - seconds[3], seconds[3])
+
+    def _of(self, kind: str) -> list[Interval]:
+        return [(span.start, span.end) for span in self.spans if span.kind == kind]
+
+
+def merged(intervals: Iterable[Interval], gap: int = 0) -> list[Interval]:
+    """Disjoint intervals in order that cover the same; those less than `gap` apart are joined."""
+    found: list[Interval] = []
+    for start, end in sorted(intervals):
+        if found and start - found[-1][1] <= gap:
+            found[-1] = found[-1][0], max(end, found[-1][1])
+        else:
+            found.append((start, end))
+    return found
+
+
+def common(ours: list[Interval], theirs: list[Interval]) -> list[Interval]:
+    """What two lists of disjoint intervals, in order, both cover."""
+    found, i, j = [], 0, 0
+    while i < len(ours) and j < len(theirs):
+        start, end = max(ours[i][0], theirs[j][0]), min(ours[i][1], theirs[j][1])
+        if start < end:
+            found.append((start, end))
+        if ours[i][1] < theirs[j][1]:
+            i += 1
+        else:
+            j += 1
+    return found
+
+
+def total(intervals: Iterable[Interval]) -> int:
+    """The length of disjoint intervals."""
+    return sum(end - start for start, end in intervals)
+
+
+def _spans(events: list[Any], device: str) -> Iterator[Span]:
+    marks = [event for event in events if event.name().startswith(f"{MARK}:")]
+    messages = []
+    for event in marks:
+        _, kind, *words = event.name().split(":")
+        if kind == MESSAGE:
+            messages.append((event.start_ns(), event.end_ns(), *words))
+        elif kind == PHASE:
+            yield Span(PHASE, words[0], event.start_ns(), event.end_ns())
+        else:
+            name, stage, micro_batch = words
+            yield Span(STAGE, name, event.start_ns(), event.end_ns(), "", int(stage), int(micro_batch))
+    computing = _kernels(events) if device == "cuda" else _leaves(events, {e.start_thread_id() for e in marks})
+    for start, end in merged(computing, 0 if device == "cuda" else GAP):
+        yield Span(COMPUTE, "compute", start, end)
+    yield from _collectives(events, device, sorted(messages))
+
+
+def _collectives(events: list[Any], device: str, messages: list[tuple[int, int, str, str]]) -> Iterator[Span]:
+    """Each with the axis of its message: the first one before it that has no other collective yet."""
+    seen = [e for e in events if e.name().startswith(("gloo:", "nccl:")) and (device == "cpu") == e.is_async()]
+    for event in sorted(seen, key=lambda event: event.start_ns()):
+        name, axis = event.name().split(":")[1], ""
+        pair = name in ("send", "recv")
+        before = [m for m in messages if m[0] <= event.start_ns() and (m[2] == "send") == pair]
+        if before:
+            axis = before[0][3]
+            if name != "recv":  # which has no message of its own
+                messages.remove(before[0])
+        yield Span(COMMUNICATION, name, event.start_ns(), event.end_ns(), axis)
+
+
+def _kernels(events: list[Any]) -> Iterator[Interval]:
+    for event in events:
+        if event.device_type() == torch.autograd.DeviceType.CUDA and "nccl" not in event.name().lower():
+            yield event.start_ns(), event.end_ns()
+
+
+def _leaves(events: list[Any], threads: set[int]) -> Iterator[Interval]:
+    """Operations that contain no other: the outer ones may wait within."""
+    for thread in threads:
+        own = [e for e in events if e.start_thread_id() == thread and not e.is_async() and e.duration_ns()]
+        own.sort(key=lambda event: (event.start_ns(), -event.end_ns()))
+        for event, following in zip(own, [*own[1:], None], strict=True):
+            contains = following is not None and following.start_ns() < event.end_ns()
+            if not contains and event.name().startswith(OPERATIONS):
+                yield event.start_ns(), event.end_ns()
