@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 PIP := $(VENV)/bin/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
-.PHONY: demo test lint readme clean
+.PHONY: demo test lint readme bench-bubble clean
 
 demo: $(VENV)/.run
 	$(VENV)/bin/python scripts/compare.py
@@ -15,6 +15,9 @@ lint: $(VENV)/.test
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/mypy
+
+bench-bubble: $(VENV)/.run
+	$(VENV)/bin/python scripts/bench_bubble.py
 
 readme: $(VENV)/.run
 	$(VENV)/bin/python scripts/info.py readme

@@ -44,7 +44,7 @@ class Profile:
         self._held: tuple[Ledger, Trainer] | None = None
         self.traffic: tuple[Message, ...] = ()  # of the last step
         self.disturbed = False  # did an instrument slow the last step down?
-        self._ledger: Ledger | None = None
+        self.followed: Ledger | None = None  # the memory of one step
         self.timeline = Timeline()
 
     def __enter__(self) -> Profile:
@@ -74,7 +74,7 @@ class Profile:
             number += 1
             self.disturbed = number in (FOLLOWED, RECORDED)
             if number == FOLLOWED and not self.plan.compile:
-                with self.ledger(trainer) as self._ledger:
+                with self._following(trainer) as self.followed:
                     step = next(steps, None)
             elif number == RECORDED:
                 dist.barrier()  # so that the spans of all begin together
@@ -88,7 +88,7 @@ class Profile:
             yield step
 
     @contextmanager
-    def ledger(self, trainer: Trainer) -> Iterator[Ledger]:
+    def _following(self, trainer: Trainer) -> Iterator[Ledger]:
         """Follow the memory of the steps within."""
         ledger = Ledger()
         ledger.hold("parameters", _parameters(trainer))
@@ -121,12 +121,12 @@ class Profile:
         return {
             "traffic": [_message(m, degrees) for m in self.traffic],
             "traffic_predicted": [_message(m, degrees) for m in self.predicted.messages] if self.predicted else None,
-            "memory": self._memory() if self._ledger else None,
+            "memory": self._memory() if self.followed else None,
             "time": asdict(self.timeline.shares()),
         }
 
     def _memory(self) -> dict[str, Any]:
-        ledger = self._ledger
+        ledger = self.followed
         assert ledger is not None
         at_peak = ledger.at_peak()
         predicted = {

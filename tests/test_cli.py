@@ -96,7 +96,7 @@ MISTAKES = [
     (["strategy=fspd"], "unknown strategy 'fspd': did you mean 'fsdp'? (3d, 4d, allreduce, context, ddp, "),
     (["strategy=[fsdp,tensr]"], "unknown strategy 'tensr'"),
     (["model=smal"], "unknown model 'smal': did you mean 'small'?"),
-    (["experiment=stdlib_small"], "group 'experiment' has no default to override: append to it with +experiment=…, of stdlib_small"),
+    (["experiment=stdlib_small"], "group 'experiment' has no default to override: append to it with +experiment=…, of hang, stdlib_small"),
     (["stepz=3"], "unknown key 'stepz': did you mean 'steps'?"),
     (["optimiser=adamw"], "unknown key 'optimiser': did you mean 'optimizer'?"),
     (["eval.evry=3"], "unknown key 'eval.evry': did you mean 'eval.every'?"),

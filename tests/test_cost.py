@@ -112,15 +112,13 @@ def measured(case: Case) -> Cost:
     plan = plan.connect()
     settings = Settings(WARM_UP + 1, global_batch_size=ROWS, micro_batch_size=micro_batch_size)
     with Profile(plan) as profile:
-        made = Trainer(task, plan, adamw, settings, profile.phase)
-        steps = made.steps()
-        for _ in range(WARM_UP):
+        steps = profile.steps(Trainer(task, plan, adamw, settings, profile.phase))
+        for _ in range(WARM_UP + 1):
             next(steps)
-        profile.take()
-        with profile.ledger(made) as ledger:
-            next(steps)
+        ledger = profile.followed
+        assert ledger is not None
         held = [ledger.held[kind] for kind in ("parameters", "gradients", "optimizer")]
-        return Cost(profile.take(), *held, ledger.peak("activations"))
+        return Cost(profile.traffic, *held, ledger.peak("activations"))
 
 
 def predicted(case: Case) -> list[Cost]:
@@ -208,6 +206,19 @@ def compare(case: Case, costs: list[Cost]) -> None:
 def test_predicted_is_measured_on_eight_ranks(strategies: tuple[Callable[..., Strategy], ...], world) -> None:
     case = Case(8, strategies, Other)
     compare(case, world(8).run(measured, case))
+
+
+def test_payload_is_that_of_the_model_however_the_world_is_factored(world) -> None:
+    """What data parallel and sharded ranks say is about the whole model; its dims divide by two and by four."""
+    payload = {}
+    for name, ranks, strategies in (("ddp", 2, (DDP,)), ("ddp", 4, (DDP,)), ("fsdp", 2, (FSDP,)), ("fsdp", 4, (FSDP,)),
+                                    ("hsdp", 4, (partial(Replicate, 2), FSDP))):  # fmt: skip
+        messages = world(ranks).run(measured, Case(ranks, strategies, Other))[0].messages
+        payload[name, ranks] = {(m.axis, m.operation): m.bytes for m in messages}
+    assert payload["ddp", 2] == payload["ddp", 4]
+    sharded = payload["fsdp", 2]
+    assert sharded == payload["fsdp", 4] == {k: v for k, v in payload["hsdp", 4].items() if k[0] == "fsdp"}
+    assert sharded["fsdp", "all_gather"] == 2 * sharded["fsdp", "reduce_scatter"]
 
 
 def test_wire_bytes_of_a_ring() -> None:
