@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 PIP := $(VENV)/bin/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
-.PHONY: demo test lint readme bench-bubble clean
+.PHONY: demo test lint readme bench-bubble bench-traffic clean
 
 demo: $(VENV)/.run
 	$(VENV)/bin/python scripts/compare.py
@@ -18,6 +18,9 @@ lint: $(VENV)/.test
 
 bench-bubble: $(VENV)/.run
 	$(VENV)/bin/python scripts/bench_bubble.py
+
+bench-traffic: $(VENV)/.run
+	$(VENV)/bin/python scripts/bench_traffic.py
 
 readme: $(VENV)/.run
 	$(VENV)/bin/python scripts/info.py readme

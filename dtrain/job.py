@@ -18,6 +18,7 @@ from dtrain.data.tokenizer import Tokenizer
 from dtrain.launch import World
 from dtrain.plan import Plan
 from dtrain.precision import Precision
+from dtrain.profile import RECORDED
 from dtrain.report.base import All, Logger
 from dtrain.report.console import preparing
 from dtrain.strategy.base import Strategy
@@ -52,6 +53,10 @@ def assemble(config: Config, world: World) -> Job:
     if config.compile and plan.device.type == "cpu" and not any(map(shutil.which, COMPILERS)):
         raise ValueError(f"compile=true needs a C++ compiler, and there is none of {', '.join(COMPILERS)}")
     plan.micro_batches(config.global_batch_size, config.micro_batch_size)
+    if config.profile and config.steps < RECORDED:
+        raise ValueError(f"profile=true looks at a run's first {RECORDED} steps, steps={config.steps} are too few")
+    if config.fault.rank is not None and config.fault.rank >= world.size:
+        raise ValueError(f"fault.rank={config.fault.rank} is none of the {world.size} ranks of this run")
     logger = All([make(node, Logger, f"logger.{name}") for name, node in config.logger.items()])
     data, task = task_of(config, shown=world.rank == 0)
     plan.check_task(task)

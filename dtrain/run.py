@@ -64,7 +64,7 @@ def _train(job: Job, world: World, folder: Path, strategy: str, stack: ExitStack
         config.steps, config.seed, config.global_batch_size, config.micro_batch_size, config.clip_norm,
         config.schedule.warmup_steps, config.schedule.final_ratio,
     )  # fmt: skip
-    optimizer = partial(_optimizer, config.optimizer)
+    optimizer = partial(optimizer_of, config.optimizer)
     profile, phase = _instruments(job, world, optimizer, stack)
     trainer = Trainer(job.task, plan, optimizer, settings, phase)
     if config.resume:
@@ -108,8 +108,6 @@ def _instruments(
 ) -> tuple[Profile | None, Phase]:
     """The profile that is asked for, and what the trainer tells its phases."""
     fault = job.config.fault
-    if fault.rank is not None and fault.rank >= world.size:
-        raise ValueError(f"fault.rank={fault.rank} is not below the {world.size} ranks of this run")
     if job.config.profile:
         profile = stack.enter_context(Profile(job.plan, _predicted(job, optimizer)))
         return profile, profile.phase
@@ -148,7 +146,7 @@ def _writable(folder: Path) -> Path:
     return folder.resolve()
 
 
-def _optimizer(node: dict[str, Any], model: nn.Module) -> Optimizer:
+def optimizer_of(node: dict[str, Any], model: nn.Module) -> Optimizer:
     return make(node, Optimizer, "optimizer", params=parameter_groups(model))
 
 
