@@ -5,36 +5,30 @@ Under torchrun every rank composes the configuration; rank 0 alone gets a run's 
 
 from __future__ import annotations
 
-import difflib
 import os
-import re
 import sys
 import time
 import traceback
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NoReturn
 
 import hydra
-from hydra import compose, initialize_config_dir
-from hydra.core.global_hydra import GlobalHydra
+from hydra import compose
 from hydra.core.hydra_config import HydraConfig
-from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
-from omegaconf.errors import OmegaConfBaseException
 
 from dtrain import capabilities
 from dtrain.compare import compare as run_all
-from dtrain.config import CONFIGS, Comparison, Config, check_axes, checked, options, register
-from dtrain.hang import Hang
+from dtrain.config import CONFIGS, Comparison, Config, check_axes, checked, register
 from dtrain.info import info as count
 from dtrain.job import assemble, model_factories
 from dtrain.launch import RanksFailed, World, spawn
+from dtrain.mistakes import BROKEN_OFF, MISTAKES, explain
 from dtrain.precision import Precision
 from dtrain.report.console import show
 from dtrain.run import run
-from dtrain.train import NonFinite
 
 # What a script does at a word, before there is a configuration: `python scripts/info.py capabilities`.
 WORDS: dict[str, dict[str, Callable[[], None]]] = {
@@ -43,7 +37,6 @@ WORDS: dict[str, dict[str, Callable[[], None]]] = {
 USAGE = 2  # exit status for a mistake of the user's
 FAILED = 1  # and for a run that broke off
 INTERRUPTED = 130
-MISTAKES = (ValueError, OSError, NonFinite, Hang, HydraException, OmegaConfBaseException)
 GRACE_S = 3.0  # how long other ranks leave to rank 0 to say what is wrong, before torchrun stops it for their exit
 
 
@@ -161,70 +154,13 @@ def _explaining(config_name: str) -> Iterator[None]:
     try:
         yield
     except MISTAKES as error:
-        _exit(explain(error, config_name), FAILED if isinstance(error, NonFinite | Hang) else USAGE)
+        _exit(explain(error, config_name), FAILED if isinstance(error, BROKEN_OFF) else USAGE)
     except RanksFailed as error:
         if error.status > 0:  # the rank that failed has said why
             sys.exit(error.status)
         _exit(str(error), FAILED)
     except KeyboardInterrupt:
         _exit("interrupted", INTERRUPTED)
-
-
-def explain(error: BaseException, config_name: str) -> str:
-    """One line: what is wrong, the value, and what would work."""
-    text = str(error)
-    if match := re.search(r"Could not (?:find|load) '(\w+)/([^']*)'", text):
-        group, name = match.groups()
-        return f"unknown {group} {name!r}: {_nearest(name, options(group))}"
-    if match := re.match(r"Could not override '([^']+)'", text):
-        key = match.group(1)
-        if key in _groups():
-            return f"group {key!r} has no default to override: append to it with +{key}=…, of {', '.join(options(key))}"
-        return f"unknown key {key!r}: {_nearest(key, _keys(config_name, key))}"
-    if match := re.match(r"Error merging override (.*)", text):
-        cause = str(error.__cause__).splitlines()[0] if error.__cause__ else ""
-        return f"{match.group(1)}: {cause}"
-    if isinstance(error, OmegaConfBaseException) and error.full_key:
-        return f"{error.full_key}: {text.splitlines()[0]}"
-    lines = [line.strip() for line in text.splitlines() if line.strip()]
-    if isinstance(error, ValueError | NonFinite | Hang):
-        return "; ".join(lines)
-    return lines[0] if lines else type(error).__name__
-
-
-def _nearest(name: str, known: Iterable[str]) -> str:
-    known = sorted(known)
-    close = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
-    if not close and "." in name:  # the right leaf in another place
-        leaf = name.rsplit(".", 1)[-1]
-        close = [key for key in known if key.rsplit(".", 1)[-1] == leaf][:1]
-    listing = ", ".join(known) if len(known) <= 24 else "see --cfg job"
-    return f"did you mean {close[0]!r}? ({listing})" if close else f"use one of {listing}"
-
-
-def _groups() -> list[str]:
-    return [folder.name for folder in CONFIGS.iterdir() if folder.is_dir()]
-
-
-def _keys(config_name: str, unknown: str) -> list[str]:
-    """The keys of the configuration as the command line composes it without the unknown one."""
-    GlobalHydra.instance().clear()
-    kept = [a for a in sys.argv[1:] if "=" in a and not a.startswith("-") and a.split("=")[0].strip("+~") != unknown]
-    try:
-        with initialize_config_dir(str(CONFIGS), version_base="1.3"):
-            config = compose(config_name, overrides=[a for a in kept if not a.startswith("hydra")])
-    except HydraException:
-        return []
-    keys: list[str] = []
-
-    def walk(node: Any, prefix: str) -> None:
-        for key, value in node.items():
-            keys.append(f"{prefix}{key}")
-            if isinstance(value, dict):
-                walk(value, f"{prefix}{key}.")
-
-    walk(OmegaConf.to_container(config), "")
-    return keys
 
 
 def _world() -> World | None:
