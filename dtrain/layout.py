@@ -7,7 +7,7 @@ with every strategy and a new strategy with every model.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any, Protocol, runtime_checkable
 
@@ -80,6 +80,11 @@ def modules_at(model: nn.Module, patterns: tuple[str, ...]) -> Iterator[tuple[st
     for name, module in model.named_modules():
         if not isinstance(module, Absent) and any(pattern.fullmatch(name) for pattern in wanted):
             yield name, module
+
+
+def holders(paths: Iterable[str]) -> tuple[str, ...]:
+    """The modules that directly hold these, in order, each once."""
+    return tuple(dict.fromkeys(path.rpartition(".")[0] for path in paths))
 
 
 def experts_of(model: nn.Module) -> list[tuple[str, nn.Module]]:

@@ -12,7 +12,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Partial, Placement, Replicate, Shard, distribute_tensor
 
 from dtrain.footprint import Call, Kept, Piece, Shape
-from dtrain.layout import experts_of, layout_of, modules_at, shared_names
+from dtrain.layout import experts_of, holders, layout_of, modules_at, shared_names
 
 
 def split_parameter(module: nn.Module, name: str, dim: int, mesh: DeviceMesh) -> None:
@@ -89,10 +89,10 @@ def edges(piece: Piece, sequence_parallel: bool) -> Iterator[tuple[str, int, boo
     """
     layout, at = layout_of(piece.outline), piece.calls_at
     gathered, summed = ("all_gather", "reduce_scatter") if sequence_parallel else ("", "all_reduce")
-    holders = tuple({path.rpartition(".")[0]: None for path, _ in modules_at(piece.outline, layout.column)})
+    splitters = holders(path for path, _ in modules_at(piece.outline, layout.column))
     experts = tuple(path for path, _ in experts_of(piece.outline))
-    routers = tuple(path.rpartition(".")[0] for path in experts)
-    yield from _inputs(at(holders) + at(_paths(piece, nn.Linear)), gathered, summed)
+    routers = holders(experts)
+    yield from _inputs(at(splitters) + at(_paths(piece, nn.Linear)), gathered, summed)
     yield from _outputs(at(layout.row), summed, gathered, products=True)
     yield from _outputs(at(_paths(piece, nn.Embedding)), "all_reduce", "")
     yield from _outputs(at((layout.first,)), "", gathered)
@@ -105,18 +105,19 @@ def edges(piece: Piece, sequence_parallel: bool) -> Iterator[tuple[str, int, boo
 def kept_by_rank(piece: Piece, parts: int, sequence_parallel: bool, loss_parallel: bool) -> Iterator[Kept]:
     """A piece's activations on one rank: cut within split layers; what goes into them is whole."""
     layout, model = layout_of(piece.outline), piece.outline
-    holders = {path.rpartition(".")[0] for path, _ in modules_at(model, layout.column)}
+    splitters = holders(path for path, _ in modules_at(model, layout.column))
     rows, experts = {path for path, _ in modules_at(model, layout.row)}, dict(experts_of(model))
-    routers = {path.rpartition(".")[0] for path in experts}
+    routers = holders(experts)
     parameters = ((getattr(e, name, None), dim) for e in experts.values() for name, dim in layout.hidden)
     hidden = {parameter.shape[dim] for parameter, dim in parameters if parameter is not None}
-    whole, logits = holders | routers | set(_paths(piece, nn.Linear)), {None, *_paths(piece, nn.Linear)}
+    logits = _paths(piece, nn.Linear)
+    whole = {*splitters, *routers, *logits}
     for kept in piece.kept:
         if kept.within(experts):
             divided = kept.shape[-1:] and kept.shape[-1] in hidden
-        elif kept.path in logits:
+        elif kept.path is None or kept.path in logits:
             divided = loss_parallel
-        elif kept.within(holders) and kept.path not in rows:
+        elif kept.within(splitters) and kept.path not in rows:
             divided = True
         else:
             divided = sequence_parallel and not kept.within(routers) and not kept.feeds & whole

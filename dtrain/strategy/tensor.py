@@ -39,7 +39,7 @@ from torch.distributed.tensor.parallel import (
 from dtrain.batch import pieces
 from dtrain.cost import Message, all_reduce_each, message
 from dtrain.footprint import Footprint, Piece, Shape
-from dtrain.layout import divisors, experts_of, layout_of, modules_at, multiples, shared_names
+from dtrain.layout import divisors, experts_of, holders, layout_of, modules_at, multiples, shared_names
 from dtrain.split import cut, edges, gather, heads, is_split, kept_by_rank, own, split_dims, split_parameter, summed
 from dtrain.strategy.base import REST, Strategy, add_up, local
 from dtrain.strategy.expert import with_local_weights
@@ -125,13 +125,13 @@ class TensorParallel(Strategy):
 
     def _join_edges(self, model: nn.Module, mesh: DeviceMesh, outer: Placement) -> None:
         layout = layout_of(model)
-        for holder in dict.fromkeys(path.rpartition(".")[0] for path, _ in modules_at(model, layout.column)):
+        for holder in holders(path for path, _ in modules_at(model, layout.column)):
             model.get_submodule(holder).register_forward_pre_hook(gather(mesh, outer), with_kwargs=True)
         if self.sequence_parallel:
             for _, first_module in modules_at(model, (layout.first,)):
                 first_module.register_forward_hook(cut(mesh))
-            for path, _ in experts_of(model):  # their router sees whole rows
-                router = model.get_submodule(path.rpartition(".")[0])
+            for path in holders(path for path, _ in experts_of(model)):  # routers see whole rows
+                router = model.get_submodule(path)
                 router.register_forward_pre_hook(gather(mesh, outer, local=True), with_kwargs=True)
                 router.register_forward_hook(cut(mesh))
         model.register_forward_hook(own)
@@ -199,6 +199,6 @@ class TensorParallel(Strategy):
 
     def _see_all(self, piece: nn.Module) -> set[int]:
         """Parameters to which every token comes though they are not split: of the first module, and of routers."""
-        holders = [path.rpartition(".")[0] for path, _ in experts_of(piece)]
-        modules = [module for _, module in modules_at(piece, (layout_of(piece).first, *holders))]
+        routers = holders(path for path, _ in experts_of(piece))
+        modules = [module for _, module in modules_at(piece, (layout_of(piece).first, *routers))]
         return {id(parameter) for module in modules for parameter in module.parameters()}
