@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from dtrain.batch import Batch, Models, Sums, divide
+from dtrain.footprint import BACKWARD, FORWARD
 from dtrain.measure.timeline import PHASE, mark
 from dtrain.strategy.base import whole
 
@@ -27,9 +28,9 @@ class Accumulate:
         with self.plan.around():
             for index, part in enumerate(divide(batch, self.micro_batches), start=1):
                 self.plan.sync_gradients(self.models, enabled=index == self.micro_batches)
-                with self.plan.autocast(), mark(PHASE, "forward"):
+                with self.plan.autocast(), mark(PHASE, FORWARD):
                     loss = whole(update.loss(self.models, part)) * scale
-                with mark(PHASE, "backward"):
+                with mark(PHASE, BACKWARD):
                     loss.backward()
                 total += loss.detach()
         return total

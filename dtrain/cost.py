@@ -135,11 +135,17 @@ def activations(footprint: Footprint) -> int:
 
 
 def _peak(kept: Iterable[Kept]) -> int:
+    return max(curve((each.born, each.died, each.bytes) for each in kept).values(), default=0)
+
+
+def curve(lifetimes: Iterable[tuple[int, int, int]]) -> dict[int, int]:
+    """The bytes that are there from each moment at which they change; of (born, died, bytes), both moments included."""
     change: Counter[int] = Counter()
-    for each in kept:
-        change[each.born] += each.bytes
-        change[each.died + 1] -= each.bytes
-    return max(accumulate(change[moment] for moment in sorted(change)), default=0)
+    for born, died, size in lifetimes:
+        change[born] += size
+        change[died + 1] -= size
+    moments = sorted(change)
+    return dict(zip(moments, accumulate(change[moment] for moment in moments), strict=True))
 
 
 def place(degrees: Mapping[str, int], rank: int) -> dict[str, int]:

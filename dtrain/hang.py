@@ -23,7 +23,7 @@ import torch.distributed as dist
 from torch._C._distributed_c10d import _dump_fr_trace_json  # type: ignore[attr-defined]
 
 from dtrain.plan import Plan
-from dtrain.train import FIGURES, FORWARD_BACKWARD
+from dtrain.train import FIGURES
 
 PATIENCE = 0.5  # of the collectives' timeout: without anything new, until ranks hand in their notes
 ANSWER = 0.25  # of it, at most this and ANSWER_S: how long the first rank waits for the notes of others
@@ -153,6 +153,16 @@ class Watch:
             return self.finding
 
     @contextmanager
+    def skipping(self, step: int, name: str) -> Iterator[None]:
+        """A fault to learn from: in this step the rank stays away from the collectives for figures, and all later ones.
+
+        Were it to go on, its next collective would meet another one of the others', and gloo ends a process in that.
+        """
+        if name == FIGURES and self._begun[-1][0] == step:
+            threading.Event().wait()  # until the launcher ends this process
+        yield
+
+    @contextmanager
     def explaining(self) -> Iterator[None]:
         """Give the error of a failed collective its reason.
 
@@ -219,24 +229,3 @@ def _what(entry: dict[str, Any]) -> str:
 def _read(text: bytes) -> Notes:
     told = json.loads(text)
     return Notes(told["step"], {name: [Note(**note) for note in notes] for name, notes in told["groups"].items()})
-
-
-class Skip:
-    """A fault to learn from: this rank leaves out the collectives of a step's figures, and comes to no later one.
-
-    Were it to go on, its next collective would meet another one of the others', and gloo ends a process in that.
-
-    Args:
-        step: counted from 1.
-    """
-
-    def __init__(self, step: int) -> None:
-        self.skipped, self.now = step, 0
-
-    @contextmanager
-    def phase(self, name: str) -> Iterator[None]:
-        """For the trainer."""
-        self.now += name == FORWARD_BACKWARD
-        if name == FIGURES and self.now == self.skipped:
-            threading.Event().wait()  # until the launcher ends this process
-        yield

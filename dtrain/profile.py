@@ -9,7 +9,7 @@ with Profile(plan) as profile:
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import asdict
 from typing import Any
 
@@ -73,31 +73,33 @@ class Profile:
         while True:
             number += 1
             self.disturbed = number in (FOLLOWED, RECORDED)
-            if number == FOLLOWED and not self.plan.compile:
-                with self._following(trainer) as self.followed:
-                    step = next(steps, None)
-            elif number == RECORDED:
-                dist.barrier()  # so that the spans of all begin together
-                with self.timeline.recording(self.plan.device):
-                    step = next(steps, None)
-            else:
+            with self._instrument(number, trainer):
                 step = next(steps, None)
             if step is None:
                 return
             self.traffic = self._counter.take()
             yield step
 
+    def _instrument(self, number: int, trainer: Trainer) -> AbstractContextManager:
+        """What looks on in this step of the run, besides the counter."""
+        if number == FOLLOWED and not self.plan.compile:
+            return self._following(trainer)
+        if number == RECORDED:
+            dist.barrier()  # so that the spans of all begin together
+            return self.timeline.recording(self.plan.device)
+        return nullcontext()
+
     @contextmanager
-    def _following(self, trainer: Trainer) -> Iterator[Ledger]:
-        """Follow the memory of the steps within."""
-        ledger = Ledger()
+    def _following(self, trainer: Trainer) -> Iterator[None]:
+        """Follow the memory of the step within."""
+        self.followed = ledger = Ledger()
         ledger.hold("parameters", _parameters(trainer))
         states = (state for optimizer in trainer.optimizers.values() for state in optimizer.state.values())
         ledger.hold("optimizer", (value for state in states for value in state.values() if isinstance(value, Tensor)))
         self._held = ledger, trainer
         try:
             with ledger:
-                yield ledger
+                yield
         finally:
             self._held = None
 

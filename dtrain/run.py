@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from contextlib import ExitStack, nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
@@ -18,7 +18,7 @@ from dtrain.checkpoint import Checkpoints
 from dtrain.config import Config, make
 from dtrain.cost import Cost, fold
 from dtrain.figures import facts, meter_of, summary_of
-from dtrain.hang import Skip, Watch
+from dtrain.hang import Watch
 from dtrain.job import Job, assemble
 from dtrain.launch import World, agree
 from dtrain.measure import memory
@@ -65,7 +65,7 @@ def _train(job: Job, world: World, folder: Path, strategy: str, stack: ExitStack
         config.schedule.warmup_steps, config.schedule.final_ratio,
     )  # fmt: skip
     optimizer = partial(optimizer_of, config.optimizer)
-    profile, phase = _instruments(job, world, optimizer, stack)
+    profile, phase = _instruments(job, optimizer, stack, watch)
     trainer = Trainer(job.task, plan, optimizer, settings, phase)
     if config.resume:
         _resume(trainer, job, config.resume, folder)
@@ -104,14 +104,21 @@ def _train(job: Job, world: World, folder: Path, strategy: str, stack: ExitStack
 
 
 def _instruments(
-    job: Job, world: World, optimizer: Callable[[nn.Module], Optimizer], stack: ExitStack
+    job: Job, optimizer: Callable[[nn.Module], Optimizer], stack: ExitStack, watch: Watch
 ) -> tuple[Profile | None, Phase]:
     """The profile that is asked for, and what the trainer tells its phases."""
-    fault = job.config.fault
+    fault, profile = job.config.fault, None
+    observed: Phase = nullcontext
     if job.config.profile:
         profile = stack.enter_context(Profile(job.plan, _predicted(job, optimizer)))
-        return profile, profile.phase
-    return None, Skip(fault.step).phase if fault.rank == world.rank else nullcontext
+        observed = profile.phase
+
+    @contextmanager
+    def faulty(name: str) -> Iterator[None]:
+        with watch.skipping(fault.step, name), observed(name):
+            yield
+
+    return profile, faulty if fault.rank == dist.get_rank() else observed
 
 
 def _predicted(job: Job, optimizer: Callable[[nn.Module], Optimizer]) -> Cost | None:

@@ -28,7 +28,7 @@ BELOW = {
     "stages": {"batch", "footprint", "layout", "measure", "schedule", "strategy.base"},
     "task": {"batch", "data", "initialize", "layout"},
     "initialize": {"batch"},
-    "accumulate": {"batch", "measure", "strategy.base"},
+    "accumulate": {"batch", "footprint", "measure", "strategy.base"},
     "optimizer": set(),
     "checkpoint": {"launch"},
     "degrees": {"layout", "strategy.base"},
@@ -39,7 +39,7 @@ BELOW = {
     "profile": {"cost", "measure", "plan", "schedule", "strategy", "train"},
     "info": {"batch", "initialize", "layout", "measure", "precision"},
     "launch": {"measure"},
-    "report": {"info", "measure"},
+    "report": {"footprint", "info", "measure", "schedule", "train"},
     "compare": set(),
     "config": set(),
 }

@@ -16,7 +16,6 @@ from __future__ import annotations
 import weakref
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, replace
-from itertools import accumulate
 from typing import Any
 
 import torch
@@ -25,6 +24,8 @@ from torch.distributed._functional_collectives import AsyncCollectiveTensor
 from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
+
+from dtrain.cost import curve
 
 KINDS = ("parameters", "gradients", "optimizer", "activations", "communication", "other")
 
@@ -142,25 +143,23 @@ class Ledger(TorchDispatchMode):
 
     def peak(self, kind: str = "") -> int:
         """The most bytes of a kind, or of all, that there were at once."""
-        return max(self._curve(lambda entry: kind in ("", entry.what)), default=0)
+        return max(self._curve(kind).values(), default=0)
 
     def at_peak(self) -> dict[str, int]:
         """Bytes of each kind when there were most of all together."""
-        curve = self._curve(lambda entry: True)
-        moment = curve.index(max(curve))
+        together = self._curve()
+        moment = max(together, key=lambda moment: together[moment], default=0)
         found = dict.fromkeys(KINDS, 0)
         for entry in self.entries:
-            if entry.born <= moment <= (self._now if entry.died is None else entry.died):
-                found[entry.what] += entry.bytes
+            born, died, size = self._lifetime(entry)
+            found[entry.what] += size if born <= moment <= died else 0
         return found
 
-    def _curve(self, of: Callable[[Entry], bool]) -> list[int]:
-        """Bytes during each operation."""
-        change = [0] * (self._now + 2)
-        for entry in filter(of, self.entries):
-            change[entry.born] += entry.bytes
-            change[(self._now if entry.died is None else entry.died) + 1] -= entry.bytes
-        return list(accumulate(change))[:-1]
+    def _curve(self, kind: str = "") -> dict[int, int]:
+        return curve(self._lifetime(entry) for entry in self.entries if kind in ("", entry.what))
+
+    def _lifetime(self, entry: Entry) -> tuple[int, int, int]:
+        return entry.born, self._now if entry.died is None else entry.died, entry.bytes
 
     def _open(self, storage: torch.UntypedStorage, entry: Entry) -> Entry:
         key = storage._cdata

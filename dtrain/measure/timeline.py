@@ -82,7 +82,7 @@ class Timeline:
         """How the time between the first phase's begin and the last one's end was spent."""
         phases = self._of(PHASE)
         begin, end = min(start for start, _ in phases), max(end for _, end in phases)
-        computing = merged(self._of(COMPUTE))
+        computing = self._of(COMPUTE)  # merged when they were read
         talking = merged((s.start, s.end) for s in self.spans if s.kind == COMMUNICATION and s.name != "send")
         overlapped = total(common(computing, talking))
         seconds = [x / 1e9 for x in (end - begin, total(computing), total(talking), overlapped)]

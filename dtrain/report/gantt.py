@@ -7,16 +7,18 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from dtrain.footprint import BACKWARD, FORWARD
 from dtrain.measure.timeline import COMMUNICATION, COMPUTE, PHASE, STAGE, Span
+from dtrain.schedule import WEIGHTS
+from dtrain.train import EXCHANGE, FIGURES, OPTIMIZER
 
 ROWS = (PHASE, STAGE, COMPUTE, COMMUNICATION)  # of a rank, from top to bottom
-PASSES = {"forward": "#4c78a8", "backward": "#f58518", "weights": "#eeca3b"}
-COLOURS = PASSES | {
-    "optimizer": "#54a24b", "exchange gradients": "#b279a2", "figures": "#9d9d9d", "compute": "#8fb8de",
+COLOURS = {  # of a pipeline's passes, the loop's phases, and collectives; a phase that holds others has none
+    FORWARD: "#4c78a8", BACKWARD: "#f58518", WEIGHTS: "#eeca3b",
+    OPTIMIZER: "#54a24b", EXCHANGE: "#b279a2", FIGURES: "#9d9d9d",
     "all_reduce": "#e45756", "all_gather": "#d67195", "reduce_scatter": "#ff9da6", "send": "#c9b18f",
     "recv": "#9d755d", "all_to_all": "#bf5b17", "broadcast": "#7f3c8d",
 }  # fmt: skip
-OUTER = "forward and backward"  # holds the others
 
 
 def trace(ranks: Sequence[Sequence[Span]]) -> dict[str, Any]:
@@ -28,16 +30,20 @@ def trace(ranks: Sequence[Sequence[Span]]) -> dict[str, Any]:
     events: list[dict[str, Any]] = []
     for rank, spans in enumerate(ranks):
         events.append({"ph": "M", "name": "process_name", "pid": rank, "args": {"name": f"rank {rank}"}})
-        for kind, lane, span in _in_lanes(spans):
-            thread = 100 * ROWS.index(kind) + lane
-            if not any(e["ph"] == "M" and (e["pid"], e.get("tid")) == (rank, thread) for e in events):
-                name = {"name": kind if not lane else f"{kind} {lane + 1}"}
-                events.append({"ph": "M", "name": "thread_name", "pid": rank, "tid": thread, "args": name})
+        placed = _in_lanes(spans)
+        for kind, lane in sorted({(kind, lane) for kind, lane, _ in placed}):
+            name = {"name": f"{kind} {lane + 1}" if lane else kind}
+            events.append({"ph": "M", "name": "thread_name", "pid": rank, "tid": _thread(kind, lane), "args": name})
+        for kind, lane, span in placed:
             events.append({
-                "ph": "X", "name": _label(span), "cat": kind, "pid": rank, "tid": thread,
+                "ph": "X", "name": _label(span), "cat": kind, "pid": rank, "tid": _thread(kind, lane),
                 "ts": (span.start - begin) / 1e3, "dur": (span.end - span.start) / 1e3,
             })  # fmt: skip
     return {"traceEvents": events, "displayTimeUnit": "ms"}
+
+
+def _thread(kind: str, lane: int) -> int:
+    return 100 * ROWS.index(kind) + lane
 
 
 def _in_lanes(spans: Sequence[Span]) -> list[tuple[str, int, Span]]:
@@ -67,7 +73,7 @@ def draw(ranks: Sequence[Sequence[Span]], title: str, files: Sequence[Path]) -> 
     axes = figure.subplots()
     for rank, spans in enumerate(ranks):
         for span in spans:
-            work = span.kind == STAGE or (span.kind == PHASE and span.name != OUTER)
+            work = span.kind in (STAGE, PHASE)
             if (work or span.kind == COMMUNICATION) and span.name in COLOURS:
                 place = (rank, 0.44) if work else (rank + 0.47, 0.2)
                 left, width = (span.start - begin) / 1e6, (span.end - span.start) / 1e6
@@ -81,7 +87,7 @@ def draw(ranks: Sequence[Sequence[Span]], title: str, files: Sequence[Path]) -> 
     axes.set_xlim(0, (end - begin) / 1e6)
     axes.set_xlabel("milliseconds")
     axes.set_title(title, loc="left", size=10)
-    used = {span.name for spans in ranks for span in spans} & COLOURS.keys() - {"compute"}
+    used = {span.name for spans in ranks for span in spans} & COLOURS.keys()
     axes.legend(handles=[Patch(color=COLOURS[name], label=name) for name in COLOURS if name in used],
                 loc="upper left", bbox_to_anchor=(1, 1), frameon=False, fontsize=8)  # fmt: skip
     for spine in ("top", "right"):
