@@ -10,9 +10,12 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Partial, Placement, Replicate, Shard, distribute_tensor
+from torch.distributed.tensor._utils import _compute_local_shape_and_global_offset
+from torch.distributed.tensor.placement_types import _StridedShard
 
 from dtrain.footprint import Call, Kept, Piece, Shape
-from dtrain.layout import experts_of, holders, layout_of, modules_at, shared_names
+from dtrain.footprint import cut as chunk
+from dtrain.layout import experts_of, holders, layout_of, modules_at, multiples, shared_names
 
 
 def split_parameter(module: nn.Module, name: str, dim: int, mesh: DeviceMesh) -> None:
@@ -79,6 +82,31 @@ def split_dims(model: nn.Module) -> dict[str, int | None]:
     for path, layer in modules_at(model, layout.row):
         dims |= {f"{path}.{key}": 1 if key == "weight" else None for key, _ in layer.named_parameters()}
     return dims | {f"{path}.{key}": dim for path, _ in experts_of(model) for key, dim in layout.hidden}
+
+
+def refuse_lost_rows(model: nn.Module, tp: int, fsdp: int) -> None:
+    """Refuse rows that `fsdp` would cut after `tp`, where torch does not find which of them are whose.
+
+    torch 2.13 counts wrong for some sizes that `tp` does not divide: ranks would be given others' rows, or none.
+    """
+    dims = split_dims(model)
+    for name, parameter in model.named_parameters():
+        rows = parameter.shape[0] if dims.get(name) == 0 else 0
+        if rows % tp and not all(_found(rows, tp, fsdp, i, j) for i in range(fsdp) for j in range(tp)):
+            raise ValueError(f"torch loses count of the {rows} rows of {name}, cut by tp={tp} and then by fsdp={fsdp}: "
+                             f"use {multiples(rows, tp)} rows, or other degrees")  # fmt: skip
+
+
+def _found(rows: int, tp: int, fsdp: int, fsdp_rank: int, tp_rank: int) -> bool:
+    start, size = _part(*_part(0, rows, tp, tp_rank), fsdp, fsdp_rank)
+    placements = (_StridedShard(0, split_factor=tp), Shard(0))
+    shape, offset = _compute_local_shape_and_global_offset((rows,), (fsdp, tp), [fsdp_rank, tp_rank], placements)
+    return shape == (size,) and (not size or offset == (start,))
+
+
+def _part(start: int, size: int, parts: int, index: int) -> tuple[int, int]:
+    """Where a part begins and how long it is."""
+    return start + min(size, index * -(-size // parts)), chunk((size,), 0, parts, index)[0]
 
 
 def edges(piece: Piece, sequence_parallel: bool) -> Iterator[tuple[str, int, bool]]:

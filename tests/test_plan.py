@@ -6,12 +6,14 @@ from math import prod
 
 import pytest
 import torch
-from cases import STRATEGIES, Case, trainer
+from cases import STRATEGIES, Case, refusal, trainer
 from hypothesis import given
 from hypothesis import strategies as st
 
 from dtrain.degrees import fill
+from dtrain.model.transformer import Transformer
 from dtrain.plan import Plan
+from dtrain.split import refuse_lost_rows
 from dtrain.strategy.base import Strategy
 from dtrain.strategy.ddp import DDP
 from dtrain.strategy.fsdp import FSDP
@@ -160,3 +162,24 @@ def test_buffers_are_part_of_the_state(alone) -> None:
     made.models["generator"].register_buffer("kept", torch.ones(2))
     made.models["generator"].register_buffer("passing", torch.ones(2), persistent=False)
     assert "generator.kept" in made.state() and "generator.passing" not in made.state()
+
+
+@given(st.integers(1, 400), st.integers(2, 4), st.integers(1, 8))
+def test_torch_finds_rows_that_tp_divides(parts: int, tp: int, fsdp: int) -> None:
+    """So only sizes that tp does not divide can be refused; and two sharded ranks never lose count."""
+    with torch.device("meta"):
+        divided, any_size = (Transformer(rows, 4, 4 * tp, 1, tp) for rows in (parts * tp, parts))
+    refuse_lost_rows(divided, tp, fsdp)
+    refuse_lost_rows(any_size, tp, 2)
+
+
+def test_rows_that_torch_would_lose_are_refused() -> None:
+    """GPT-2's 50,257 words on two by four ranks: some would be given rows of others, and the rest wait for them."""
+    said = (
+        "torch loses count of the 61 rows of embedding.token.weight, cut by tp=2 and then by fsdp=3: use 60 or 62 rows"
+    )
+    assert said in refusal(Case("next_token", "fsdp_tensor"), 6) and not refusal(Case("next_token", "fsdp_tensor"), 4)
+    with torch.device("meta"):
+        model = Transformer(50257, 4, 8, 1, 2)
+    with pytest.raises(ValueError, match="50257 rows .* use 50256 or 50258 rows"):
+        refuse_lost_rows(model, 2, 4)

@@ -40,7 +40,19 @@ from dtrain.batch import pieces
 from dtrain.cost import Message, all_reduce_each, message
 from dtrain.footprint import Footprint, Piece, Shape
 from dtrain.layout import divisors, experts_of, holders, layout_of, modules_at, multiples, shared_names
-from dtrain.split import cut, edges, gather, heads, is_split, kept_by_rank, own, split_dims, split_parameter, summed
+from dtrain.split import (
+    cut,
+    edges,
+    gather,
+    heads,
+    is_split,
+    kept_by_rank,
+    own,
+    refuse_lost_rows,
+    split_dims,
+    split_parameter,
+    summed,
+)  # fmt: skip
 from dtrain.strategy.base import REST, Strategy, add_up, local
 from dtrain.strategy.expert import with_local_weights
 
@@ -80,6 +92,7 @@ class TensorParallel(Strategy):
             if isinstance(layer, nn.Linear) and layer.out_features % n:
                 raise ValueError(f"the {layer.out_features} outputs of {name}'s {path} are not divisible by tp={n}: "
                                  f"use {divisors(layer.out_features)}")  # fmt: skip
+        refuse_lost_rows(model, n, plan.degrees.get("fsdp", 1))
 
     def check_task(self, task: Task, plan: Plan) -> None:
         if not self.sequence_parallel:
