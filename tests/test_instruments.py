@@ -24,7 +24,7 @@ from hypothesis import strategies as st
 from dtrain.cost import Message
 from dtrain.hang import Note, Notes, missing
 from dtrain.measure.ledger import Ledger
-from dtrain.measure.timeline import COMMUNICATION, PHASE, STAGE, Span, common, merged, total
+from dtrain.measure.timeline import COMMUNICATION, PHASE, STAGE, Span, Timeline, common, mark, merged, total, without
 from dtrain.profile import RECORDED, Profile
 from dtrain.report import gantt
 from dtrain.schedule import bubble
@@ -118,6 +118,30 @@ def test_a_step_is_seen_as_spans(strategy: str, axis: str, world) -> None:
         assert 0 < found["bubble"]["theory"] < found["bubble"]["measured"] < 1
     else:
         assert not stages and found["bubble"] is None
+
+
+def test_work_that_does_not_wait_is_compute() -> None:
+    """A layer's product calls small operations within: the time is the whole operation's."""
+    layer, inputs = torch.nn.Linear(512, 512), torch.ones(64, 512)
+    timeline = Timeline()
+    with timeline.recording(torch.device("cpu")), mark(PHASE, "all"), mark(STAGE, "forward", 0, 0):
+        for _ in range(50):
+            layer(inputs)
+    shares = timeline.shares()
+    assert shares.communication == 0 and shares.step >= shares.compute > 0.8 * shares.step
+
+
+INTERVALS = st.lists(st.tuples(st.integers(0, 60), st.integers(0, 60)).map(lambda t: (min(t), max(t))), max_size=8)
+
+
+@given(ours=INTERVALS, theirs=INTERVALS)
+def test_what_two_cover_and_what_one_covers_alone_make_up_the_one(ours: list, theirs: list) -> None:
+    ours, theirs = merged(ours), merged(theirs)
+    assert total(common(ours, theirs)) + total(without(ours, theirs)) == total(ours)
+    points = {x for start, end in ours for x in range(start, end)} - {
+        x for start, end in theirs for x in range(start, end)
+    }
+    assert total(without(ours, theirs)) == len(points)
 
 
 def test_a_trace_is_chromes(tmp_path: Path) -> None:
@@ -235,7 +259,7 @@ def hosts() -> Iterator[list[str]]:
         for name in names:
             if (made := _ip("netns", "add", name)).returncode:
                 pytest.skip(f"`ip netns add` is not permitted here: {made.stderr.strip()}")
-        made = _ip("-n", names[0], "link", "add", "veth", "type", "veth", "peer", "name", "veth", "netns", names[1])
+        made = _ip("-n", names[0], "link", "add", "veth", "mtu", "9000", "type", "veth", "peer", "name", "veth", "mtu", "9000", "netns", names[1])
         if made.returncode:
             pytest.skip(f"no virtual cable can be made here: {made.stderr.strip()}")
         for rank, name in enumerate(names):

@@ -11,6 +11,7 @@ the sender has no need to wait for it.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -23,6 +24,7 @@ MARK = "dtrain"
 PHASE, STAGE, MESSAGE = "phase", "stage", "message"  # kinds of marks
 COMPUTE, COMMUNICATION = "compute", "communication"
 OPERATIONS = ("aten::", "fsdp::", "cpp_fused", "triton_")  # names of what computes on a CPU
+WAITS = ("c10d::", "_c10d_functional::", "gloo:")  # and of what may wait within it
 GAP = 100_000  # nanoseconds between two operations in which Python prepares the next one
 
 Interval = tuple[int, int]
@@ -72,6 +74,7 @@ class Timeline:
     @contextmanager
     def recording(self, device: torch.device) -> Iterator[None]:
         """Fill `spans` with what happens within."""
+        os.environ.setdefault("KINETO_LOG_LEVEL", "9")  # it tells of every start and stop
         activities = [ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * (device.type == "cuda")
         with profile(activities=activities, acc_events=True) as profiler:
             yield
@@ -117,6 +120,14 @@ def common(ours: list[Interval], theirs: list[Interval]) -> list[Interval]:
     return found
 
 
+def without(ours: list[Interval], theirs: list[Interval]) -> list[Interval]:
+    """What the first of two lists of disjoint intervals, in order, covers and the second does not."""
+    if not ours:
+        return []
+    ends = [ours[0][0], *(t for interval in theirs for t in interval), ours[-1][1]]
+    return common(ours, [(start, end) for start, end in zip(ends[::2], ends[1::2], strict=True) if start < end])
+
+
 def total(intervals: Iterable[Interval]) -> int:
     """The length of disjoint intervals."""
     return sum(end - start for start, end in intervals)
@@ -134,7 +145,7 @@ def _spans(events: list[Any], device: str) -> Iterator[Span]:
         else:
             name, stage, micro_batch = words
             yield Span(STAGE, name, event.start_ns(), event.end_ns(), "", int(stage), int(micro_batch))
-    computing = _kernels(events) if device == "cuda" else _leaves(events, {e.start_thread_id() for e in marks})
+    computing = _kernels(events) if device == "cuda" else _operations(events, {e.start_thread_id() for e in marks})
     for start, end in merged(computing, 0 if device == "cuda" else GAP):
         yield Span(COMPUTE, "compute", start, end)
     yield from _collectives(events, device, sorted(messages))
@@ -160,12 +171,12 @@ def _kernels(events: list[Any]) -> Iterator[Interval]:
             yield event.start_ns(), event.end_ns()
 
 
-def _leaves(events: list[Any], threads: set[int]) -> Iterator[Interval]:
-    """Operations that contain no other: the outer ones may wait within."""
+def _operations(events: list[Any], threads: set[int]) -> Iterator[Interval]:
+    """What the threads that train compute: their operations, without the messages that some of them wait for."""
     for thread in threads:
-        own = [e for e in events if e.start_thread_id() == thread and not e.is_async() and e.duration_ns()]
-        own.sort(key=lambda event: (event.start_ns(), -event.end_ns()))
-        for event, following in zip(own, [*own[1:], None], strict=True):
-            contains = following is not None and following.start_ns() < event.end_ns()
-            if not contains and event.name().startswith(OPERATIONS):
-                yield event.start_ns(), event.end_ns()
+        own = [e for e in events if e.start_thread_id() == thread and not e.is_async()]
+        yield from without(_covered(own, OPERATIONS), _covered(own, WAITS))
+
+
+def _covered(events: list[Any], names: tuple[str, ...]) -> list[Interval]:
+    return merged((event.start_ns(), event.end_ns()) for event in events if event.name().startswith(names))
