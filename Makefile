@@ -22,7 +22,7 @@ bench-bubble: $(VENV)/.run
 bench-traffic: $(VENV)/.run
 	$(VENV)/bin/python scripts/bench_traffic.py
 
-readme: $(VENV)/.run
+readme: $(VENV)/.test
 	$(VENV)/bin/python scripts/info.py readme
 
 # torch first, by its pin: otherwise another package's range may choose a newer build.

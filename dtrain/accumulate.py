@@ -10,14 +10,14 @@ from torch import Tensor
 from dtrain.batch import Batch, Models, Sums, divide
 from dtrain.footprint import BACKWARD, FORWARD
 from dtrain.measure.timeline import PHASE, mark
-from dtrain.strategy.base import whole
+from dtrain.strategy.base import Executor, whole
 
 if TYPE_CHECKING:
     from dtrain.plan import Plan
     from dtrain.task.base import Update
 
 
-class Accumulate:
+class Accumulate(Executor):
     """Run a rank's rows in equal micro-batches; gradients are exchanged with the last one only."""
 
     def __init__(self, models: Models, micro_batches: int, plan: Plan) -> None:
@@ -31,9 +31,12 @@ class Accumulate:
                 with self.plan.autocast(), mark(PHASE, FORWARD):
                     loss = whole(update.loss(self.models, part)) * scale
                 with mark(PHASE, BACKWARD):
-                    loss.backward()
+                    self.backward(update, loss)
                 total += loss.detach()
         return total
+
+    def backward(self, update: Update, loss: Tensor) -> None:
+        loss.backward()
 
     @torch.no_grad()
     def evaluate(self, update: Update, batch: Batch) -> Sums:

@@ -17,8 +17,12 @@ def sheets() -> list[Sheet]:
     trials = survey()
     pairs = {frozenset(part.name for part in trial.parts): trial.mark for trial in trials if trial.parts}
     alone, composed = ([t for t in trials if not t.parts and (len(t.axes) > 1) is several] for several in (False, True))
-    names = [trial.name for trial in alone if trial.axes]
-    legend = f"{PARTLY}: for some of the tasks; {REFUSED}: refused; {SAME_AXIS}: both want one axis"
+    composes = {name for pair, mark in pairs.items() if mark not in (REFUSED, SAME_AXIS) for name in pair}
+    names = [trial.name for trial in alone if trial.name in composes]
+    lonely = [trial.name for trial in alone if trial.axes and trial.name not in composes]
+    legend = (f"{PARTLY}: for some of the tasks; {REFUSED}: refused; {SAME_AXIS}: both want one axis; those that stand "
+              f"alone, {', '.join(lonely)}, are not here")  # fmt: skip
+    told = [t for t in trials if not t.parts or composes >= {part.name for part in t.parts}]
     return [
         Sheet(f"Strategies, for the tasks {', '.join(trials[0].refusals)}",
               ("strategy", "axis", "divides of a batch", "tasks", "in a sentence"),
@@ -29,7 +33,7 @@ def sheets() -> list[Sheet]:
         Sheet("Compositions that have a name", ("strategy", "mesh", "tasks", "in a sentence"),
               [(t.name, " x ".join(t.axes), t.tasks, _about(t.name)) for t in composed]),
         Sheet("Refusals", ("how many", "which", "reason"),
-              [(str(len(whom)), ", ".join(whom), reason) for reason, whom in reasons(trials).items()]),
+              [(str(len(whom)), ", ".join(whom), reason) for reason, whom in reasons(told).items()]),
     ]  # fmt: skip
 
 

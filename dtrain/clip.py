@@ -17,13 +17,13 @@ from dtrain.plan import Plan
 from dtrain.strategy.base import local
 
 
-def clip(model: nn.Module, max_norm: float | None, plan: Plan) -> Tensor:
-    """Scale the gradients to at most `max_norm` (None: leave them); return the norm before. A collective."""
+def clip(model: nn.Module, plan: Plan) -> Tensor:
+    """Scale gradients to at most the plan's `clip_norm` (None: leave them); return the norm before. A collective."""
     gradients = [p.grad for p in model.parameters() if p.grad is not None]
     copies = {id(p.grad) for p in plan.copies(model)}
     norm = _norm([gradient for gradient in gradients if id(gradient) not in copies], plan)
-    if max_norm is not None:
-        factor = (max_norm / (norm + 1e-6)).clamp(max=1.0).to(plan.storage)
+    if plan.clip_norm is not None:
+        factor = (plan.clip_norm / (norm + 1e-6)).clamp(max=1.0).to(plan.storage)
         for gradient in gradients:
             local(gradient).mul_(factor)
     return norm

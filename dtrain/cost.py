@@ -100,6 +100,8 @@ def fold(footprint: Footprint, plan: Plan, rank: int = 0) -> Cost:
 
 
 def _held(footprint: Footprint) -> tuple[int, int, int]:
+    if footprint.held:
+        return footprint.held
     held: Counter[str] = Counter()
     gradients: Counter[int] = Counter()
     for piece in footprint.pieces:

@@ -17,7 +17,6 @@ from dtrain.launch import World
 from dtrain.measure import environment, flops, memory
 from dtrain.measure.meter import Meter
 from dtrain.task.base import Task
-from dtrain.train import Trainer
 
 
 def meter_of(job: Job, world: World) -> tuple[Meter, str]:
@@ -51,9 +50,10 @@ def flops_per_token(task: Task) -> float | None:
         return None
 
 
-def facts(job: Job, trainer: Trainer, meter: Meter, peak_source: str) -> tuple[str, ...]:
+def facts(job: Job, meter: Meter, peak_source: str) -> tuple[str, ...]:
     """Lines for a person."""
-    parameters = sum(p.numel() for model in trainer.models.values() for p in model.parameters())
+    whole = [factory() if (model := on_meta(factory)) is None else model for factory in job.task.models.values()]
+    parameters = sum(p.numel() for model in whole for p in model.parameters())  # an engine may have put them away
     precision, config = job.plan.precision, job.config
     weights = str(precision.weights_dtype).removeprefix("torch.")
     data = ", ".join(

@@ -202,6 +202,7 @@ class Footprint:
         activation_bytes: of an element between layers.
         state_bytes: of the optimizer, for each element and for each parameter.
         place: the rank's coordinate on each axis.
+        held: bytes of parameters, gradients and optimizer states, where an engine lays them out; None: as pieces tell.
     """
 
     pieces: tuple[Piece, ...]
@@ -212,6 +213,7 @@ class Footprint:
     activation_bytes: int
     state_bytes: tuple[int, int] = (0, 0)
     place: Mapping[str, int] = field(default_factory=dict)
+    held: tuple[int, int, int] | None = None
 
     def calls_at(self, role: Callable[[Layout], tuple[str, ...]]) -> list[Call]:
         """Calls of the modules at the paths that `role` picks from each model's layout."""

@@ -10,6 +10,7 @@ from functools import partial
 from torch import nn
 
 from dtrain import launch
+from dtrain.accelerator import refuse_contradictions
 from dtrain.batch import ModelFactory
 from dtrain.config import Config, make
 from dtrain.data.base import Data
@@ -48,11 +49,11 @@ def assemble(config: Config, world: World) -> Job:
     strategies = [make(node, Strategy, f"strategy.{axis}") for axis, node in config.strategy.items()]
     plan = Plan.of(
         strategies, world.size, precision=precision, device=launch.device_of(config.device, world),
-        recompute=config.activation_checkpointing, compile=config.compile,
+        recompute=config.activation_checkpointing, compile=config.compile, clip_norm=config.clip_norm,
     )  # fmt: skip
     if config.compile and plan.device.type == "cpu" and not any(map(shutil.which, COMPILERS)):
         raise ValueError(f"compile=true needs a C++ compiler, and there is none of {', '.join(COMPILERS)}")
-    plan.micro_batches(config.global_batch_size, config.micro_batch_size)
+    refuse_contradictions(plan, plan.micro_batches(config.global_batch_size, config.micro_batch_size))
     if config.profile and config.steps < RECORDED:
         raise ValueError(f"profile=true looks at a run's first {RECORDED} steps, steps={config.steps} are too few")
     if config.fault.rank is not None and config.fault.rank >= world.size:

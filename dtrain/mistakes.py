@@ -50,7 +50,7 @@ def _nearest(name: str, known: Iterable[str]) -> str:
     if not close and "." in name:  # the right leaf in another place
         leaf = name.rsplit(".", 1)[-1]
         close = [key for key in known if key.rsplit(".", 1)[-1] == leaf][:1]
-    listing = ", ".join(known) if len(known) <= 24 else "see --cfg job"
+    listing = ", ".join(known) if len(known) <= 40 else "see --cfg job"
     return f"did you mean {close[0]!r}? ({listing})" if close else f"use one of {listing}"
 
 

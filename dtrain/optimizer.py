@@ -6,7 +6,9 @@ import math
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+
+OPTIMIZER_STATE = "optimizer."  # begins the names of its tensors in a checkpoint
 
 
 def parameter_groups(model: nn.Module) -> list[dict[str, Any]]:
@@ -46,3 +48,15 @@ def fill_state(optimizer: torch.optim.Optimizer) -> None:
     optimizer.zero_grad()
     for group, saved in zip(optimizer.param_groups, rates, strict=True):
         group["lr"] = saved
+
+
+def named_tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+    """Weights and kept buffers by their names in the model, the optimizer's states by `optimizer.<name>.<key>`."""
+    kept = model.state_dict().keys()
+    tensors = {name: buffer for name, buffer in model.named_buffers() if name in kept}
+    for name, parameter in model.named_parameters():
+        tensors[name] = parameter.detach()
+        for key, value in optimizer.state.get(parameter, {}).items():
+            if isinstance(value, Tensor):
+                tensors[f"{OPTIMIZER_STATE}{name}.{key}"] = value
+    return tensors

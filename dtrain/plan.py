@@ -8,7 +8,7 @@ Between `fsdp` and `cp` the parameters get their values: before, they have shape
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -40,7 +40,7 @@ class Plan:
     Args:
         strategies: in application order; made by `Plan.of`.
         world_size: ranks of the job.
-        precision, device, recompute, compile: as the configuration says.
+        precision, device, recompute, compile, clip_norm: as the configuration says.
         mesh: None until `connect`; a plan without strategies needs none.
     """
 
@@ -50,6 +50,7 @@ class Plan:
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
     recompute: bool = False
     compile: bool = False
+    clip_norm: float | None = 1.0
     _mesh: DeviceMesh | None = None
 
     @classmethod
@@ -192,12 +193,10 @@ class Plan:
             optimizer = strategy.optimizer(optimizer, model, self)
         return optimizer
 
-    def executor(self, models: Models, micro_batches: int) -> Executor:
+    def executor(self, models: Models, optimizers: Mapping[str, Optimizer], micro_batches: int) -> Executor:
         """The first strategy's own way to run forward and backward, or gradient accumulation."""
-        for strategy in self.strategies:
-            if executor := strategy.executor(models, self, micro_batches):
-                return executor
-        return Accumulate(models, micro_batches, self)
+        made = (strategy.executor(models, optimizers, self, micro_batches) for strategy in self.strategies)
+        return next(filter(None, made), None) or Accumulate(models, micro_batches, self)
 
     @property
     def casts(self) -> bool:

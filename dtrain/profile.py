@@ -14,7 +14,6 @@ from dataclasses import asdict
 from typing import Any
 
 import torch.distributed as dist
-from torch import Tensor
 
 from dtrain.cost import Cost, Message
 from dtrain.measure.ledger import KINDS, Ledger
@@ -59,7 +58,7 @@ class Profile:
         """For the trainer: names what it does. The sums that it needs for its figures are no traffic of the plan's."""
         if name == OPTIMIZER and self._held:
             ledger, trainer = self._held
-            ledger.hold("gradients", (parameter.grad for parameter in _parameters(trainer)))
+            ledger.hold("gradients", trainer.held("gradients"))
         self._counter.counting = name != FIGURES
         try:
             with mark(PHASE, name):
@@ -93,9 +92,8 @@ class Profile:
     def _following(self, trainer: Trainer) -> Iterator[None]:
         """Follow the memory of the step within."""
         self.followed = ledger = Ledger()
-        ledger.hold("parameters", _parameters(trainer))
-        states = (state for optimizer in trainer.optimizers.values() for state in optimizer.state.values())
-        ledger.hold("optimizer", (value for state in states for value in state.values() if isinstance(value, Tensor)))
+        for kind in ("parameters", "optimizer"):
+            ledger.hold(kind, trainer.held(kind))
         self._held = ledger, trainer
         try:
             with ledger:
@@ -157,7 +155,3 @@ class Profile:
 
 def _message(message: Message, degrees: dict[str, int]) -> dict[str, Any]:
     return asdict(message) | {"wire_bytes": message.wire_bytes(degrees.get(message.axis, 1))}
-
-
-def _parameters(trainer: Trainer) -> list[Tensor]:
-    return [parameter for model in trainer.models.values() for parameter in model.parameters()]

@@ -61,7 +61,7 @@ def _train(job: Job, world: World, folder: Path, strategy: str, stack: ExitStack
     meter, peak_source = meter_of(job, world)
     memory.reset_peak(plan.device)
     settings = Settings(
-        config.steps, config.seed, config.global_batch_size, config.micro_batch_size, config.clip_norm,
+        config.steps, config.seed, config.global_batch_size, config.micro_batch_size,
         config.schedule.warmup_steps, config.schedule.final_ratio,
     )  # fmt: skip
     optimizer = partial(optimizer_of, config.optimizer)
@@ -79,7 +79,7 @@ def _train(job: Job, world: World, folder: Path, strategy: str, stack: ExitStack
         )
         stack.callback(checkpoints.wait)
     about = Run(strategy, plan.degrees, world.size, trainer.next_step, config.steps, folder,
-                facts(job, trainer, meter, peak_source), asdict(config))  # fmt: skip
+                facts(job, meter, peak_source), asdict(config))  # fmt: skip
     job.logger.start(about)
 
     figures: dict[str, Any] = {}
@@ -166,7 +166,7 @@ def _resume(trainer: Trainer, job: Job, resume: str, folder: Path) -> None:
         raise ValueError(
             f"resume: {found} has done {saved['step']} steps already, steps={config.steps}: ask for more steps"
         )
-    checkpoint.load(found, trainer.states())
+    trainer.load(partial(checkpoint.load, found))
     trainer.next_step, trainer.tokens = saved["step"], saved["tokens"]
     note(f"resumed from {found}, step {saved['step']}")
     for key, ours in _curve(job).items():

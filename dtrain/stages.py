@@ -18,7 +18,7 @@ from dtrain.footprint import BACKWARD, FORWARD
 from dtrain.layout import blocks_of, layout_of
 from dtrain.measure.timeline import STAGE, mark
 from dtrain.schedule import WEIGHTS
-from dtrain.strategy.base import local, whole
+from dtrain.strategy.base import Executor, local, whole
 
 if TYPE_CHECKING:
     from dtrain.plan import Plan
@@ -86,7 +86,7 @@ class MarkedStage(PipelineStage):
             return super().backward_weight_one_chunk(bwd_chunk_id, *args, **named)
 
 
-class Flow:
+class Flow(Executor):
     """The executor of a pipeline: torch's schedule over this rank's stages. Its updates are `Supervised`.
 
     Args:

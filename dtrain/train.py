@@ -19,7 +19,7 @@ from torch.optim import Optimizer
 from dtrain.batch import pieces
 from dtrain.clip import clip
 from dtrain.layout import StepAware
-from dtrain.optimizer import fill_state, rate
+from dtrain.optimizer import OPTIMIZER_STATE, fill_state, named_tensors, rate
 from dtrain.plan import Plan
 from dtrain.task.base import Task, Update
 
@@ -39,7 +39,6 @@ class Settings:
     seed: int = 0
     global_batch_size: int = 8
     micro_batch_size: int | None = None
-    clip_norm: float | None = 1.0
     warmup_steps: int = 0
     final_ratio: float = 1.0
 
@@ -91,7 +90,7 @@ class Trainer:
         self.models = {name: plan.parallelize(factory, settings.seed) for name, factory in task.models.items()}
         self.optimizers = {n: plan.optimizer(optimizer(model), model) for n, model in self.models.items()}
         self._rates = {n: [group["lr"] for group in o.param_groups] for n, o in self.optimizers.items()}
-        self._executor = plan.executor(self.models, micro_batches)
+        self._executor = plan.executor(self.models, self.optimizers, micro_batches)
         self.next_step = self.tokens = 0
         self._has_states = False  # of the optimizers
         self._aware = {n: [m for m in model.modules() if isinstance(m, StepAware)] for n, model in self.models.items()}
@@ -135,11 +134,12 @@ class Trainer:
                 self.plan.reduce_gradients(model)
             with self.phase(FIGURES):
                 loss = self.plan.total(part.clone()).item() / self.plan.parts
-                norm = clip(model, self.settings.clip_norm, self.plan).item()
+                known = self._executor.norm(update.trains)
+                norm = (clip(model, self.plan) if known is None else known).item()
             if not (math.isfinite(loss) and math.isfinite(norm)):
                 raise NonFinite(self._blame(step, update, part, loss, norm))
             with self.phase(OPTIMIZER):
-                self.optimizers[update.trains].step()
+                self._executor.step(update.trains, self.optimizers[update.trains])
             self._has_states = True
             for module in self._aware[update.trains]:
                 module.after_step(self.plan.total_of_parts)
@@ -192,23 +192,43 @@ class Trainer:
     def states(self) -> list[dict[str, Tensor]]:
         """The state of each piece of the models on this rank: two of them may hold copies of one weight."""
         found = []
-        for model_name, model in self.models.items():
-            optimizer = self.optimizers[model_name]
-            if not self._has_states:  # asked of the trainer, not of the optimizer: one that has no share has none
-                fill_state(optimizer)
-            for piece in pieces(model):
-                found.append(_named(model_name, self.plan.unwrap(piece), optimizer))
+        for name, model in self.models.items():
+            for tensors in self._tensors(name, model, self.optimizers[name]):
+                found.append({_within(name, key): value for key, value in tensors.items()})
         self._has_states = True
         return found
 
+    def _tensors(self, name: str, model: nn.Module, optimizer: Optimizer) -> list[dict[str, Tensor]]:
+        if engine := self._executor.tensors(name):
+            return [engine]
+        if not self._has_states:  # asked of the trainer, not of the optimizer: one that has no share has none
+            fill_state(optimizer)
+        return [named_tensors(self.plan.unwrap(piece), optimizer) for piece in pieces(model)]
 
-def _named(model_name: str, model: nn.Module, optimizer: Optimizer) -> dict[str, Tensor]:
-    kept = model.state_dict().keys()
-    tensors = {f"{model_name}.{name}": buffer for name, buffer in model.named_buffers() if name in kept}
-    for parameter_name, parameter in model.named_parameters():
-        name = f"{model_name}.{parameter_name}"
-        tensors[name] = parameter.detach()
-        for key, value in optimizer.state.get(parameter, {}).items():
-            if isinstance(value, Tensor):
-                tensors[f"optimizer.{name}.{key}"] = value
-    return tensors
+    def held(self, kind: str) -> list[Tensor]:
+        """This rank's tensors that are `parameters`, `gradients` or `optimizer`: states."""
+        found: list[Tensor] = []
+        for name, model in self.models.items():
+            states = (value for state in self.optimizers[name].state.values() for value in state.values())
+            own: dict[str, list[Tensor]] = {
+                "parameters": list(model.parameters()),
+                "gradients": [p.grad for p in model.parameters() if p.grad is not None],
+                "optimizer": [value for value in states if isinstance(value, Tensor)],
+            }
+            found += (self._executor.held(name) or own)[kind]
+        return found
+
+    def load(self, fill: Callable[[list[dict[str, Tensor]]], None]) -> None:
+        """Take weights, buffers and states from a checkpoint: `fill` fills the tensors it is given. A collective."""
+        states = self.states()
+        fill(states)
+        for name in self.models:
+            own = {key.replace(f"{name}.", "", 1): value for state in states for key, value in state.items()
+                   if key.removeprefix(OPTIMIZER_STATE).startswith(f"{name}.")}  # fmt: skip
+            self._executor.restore(name, own)
+
+
+def _within(model_name: str, key: str) -> str:
+    """The full name of what a model calls `key`."""
+    name = key.removeprefix(OPTIMIZER_STATE)
+    return f"{OPTIMIZER_STATE if name != key else ''}{model_name}.{name}"

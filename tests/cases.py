@@ -226,7 +226,7 @@ def plan_of(case: Case, world_size: int) -> Plan:
     makers = STRATEGIES.get(case.strategy) if "+" not in case.strategy else with_degrees(case.strategy.split("+"), 2)
     assert makers is not None, case.strategy
     return Plan.of([make() for make in makers], world_size, precision=Precision(case.dtype), recompute=case.recompute,
-                   compile=case.compile)  # fmt: skip
+                   compile=case.compile, clip_norm=case.clip_norm)  # fmt: skip
 
 
 def refusal(case: Case, world_size: int) -> str:
@@ -243,7 +243,7 @@ def refusal(case: Case, world_size: int) -> str:
 def trainer(case: Case, world_size: int) -> Trainer:
     task = TASKS[case.task](**dict(case.model))
     settings = Settings(case.steps, global_batch_size=ROWS, micro_batch_size=case.micro_batch_size,
-                        clip_norm=case.clip_norm, warmup_steps=3, final_ratio=0.1)  # fmt: skip
+                        warmup_steps=3, final_ratio=0.1)  # fmt: skip
     return Trainer(task, plan_of(case, world_size).connect(), adamw, settings)
 
 

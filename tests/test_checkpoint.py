@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -29,7 +30,7 @@ def _train(
     made = trainer(case, size)
     if resume:
         path = find(folder, Path(folder), Path(folder), fallback=False, note=print)
-        load(path, made.states())
+        made.load(partial(load, path))
         made.next_step, made.tokens = about(path)["step"], about(path)["tokens"]
     checkpoints = Checkpoints(Path(folder), keep_last=1, asynchronous=asynchronous) if save else None
     outcome = Outcome()
@@ -208,7 +209,7 @@ def test_no_checkpoint_is_said_with_the_place(tmp_path: Path) -> None:
 def _load_other(folder: str) -> str:
     made = trainer(Case("next_token", "fsdp", steps=1, model=(("d_model", 48),)), 2)
     try:
-        load(find(folder, Path(folder), Path(folder), fallback=False, note=print), made.states())
+        made.load(partial(load, find(folder, Path(folder), Path(folder), fallback=False, note=print)))
     except ValueError as error:
         return str(error)
     return ""

@@ -93,7 +93,7 @@ def test_resume_goes_on_where_the_run_stopped(call, tmp_path: Path) -> None:
 
 
 MISTAKES = [
-    (["strategy=fspd"], "unknown strategy 'fspd': did you mean 'fsdp'? (3d, 4d, allreduce, context, ddp, "),
+    (["strategy=fspd"], "unknown strategy 'fspd': did you mean 'fsdp'? (3d, 4d, accelerate_ddp, accelerate_deepspeed, "),
     (["strategy=[fsdp,tensr]"], "unknown strategy 'tensr'"),
     (["model=smal"], "unknown model 'smal': did you mean 'small'?"),
     (["experiment=stdlib_small"], "group 'experiment' has no default to override: append to it with +experiment=…, of hang, stdlib_small"),

@@ -259,7 +259,8 @@ def hosts() -> Iterator[list[str]]:
         for name in names:
             if (made := _ip("netns", "add", name)).returncode:
                 pytest.skip(f"`ip netns add` is not permitted here: {made.stderr.strip()}")
-        made = _ip("-n", names[0], "link", "add", "veth", "mtu", "9000", "type", "veth", "peer", "name", "veth", "mtu", "9000", "netns", names[1])
+        end = ("veth", "mtu", "9000")
+        made = _ip("-n", names[0], "link", "add", *end, "type", "veth", "peer", "name", *end, "netns", names[1])
         if made.returncode:
             pytest.skip(f"no virtual cable can be made here: {made.stderr.strip()}")
         for rank, name in enumerate(names):

@@ -6,9 +6,10 @@ different axes therefore compose without knowing each other.
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping
 from contextlib import AbstractContextManager, nullcontext
-from typing import TYPE_CHECKING, ClassVar, Protocol
+from typing import TYPE_CHECKING, ClassVar
 
 import torch
 import torch.distributed as dist
@@ -26,16 +27,38 @@ if TYPE_CHECKING:
 REST = -1  # a degree: all the ranks that the other axes leave
 
 
-class Executor(Protocol):
-    """How one update's forward and backward are run."""
+class Executor(ABC):
+    """How an update's forward and backward are run; and, for an engine, the rest of a step and its state."""
 
+    @abstractmethod
     def train(self, update: Update, batch: Batch, scale: Tensor) -> Tensor:
         """Fill `.grad` from this rank's part of the batch; return its summed loss times `scale`, detached."""
-        ...
 
+    @abstractmethod
     def evaluate(self, update: Update, batch: Batch) -> Sums:
         """This rank's sums of every measure of the update (loss, count, ...), without gradients."""
-        ...
+
+    def norm(self, model: str) -> Tensor | None:
+        """The norm of the whole gradient, if an engine clips with its step; None: the loop clips. A collective."""
+        return None
+
+    def step(self, model: str, optimizer: Optimizer) -> None:
+        """Update the weights."""
+        optimizer.step()
+
+    def tensors(self, model: str) -> dict[str, Tensor] | None:
+        """What an engine keeps: weights by their full names, states by `optimizer.<name>.<key>`. A collective.
+
+        Whole ones, or distributed; each on one rank at least. None: they are in the model and its optimizer.
+        """
+        return None
+
+    def restore(self, model: str, tensors: dict[str, Tensor]) -> None:  # noqa: B027  # a default, as the others
+        """Hand the same tensors, filled from a checkpoint, back to the engine. A collective."""
+
+    def held(self, model: str) -> dict[str, list[Tensor]] | None:
+        """An engine's tensors on this rank: `parameters`, `gradients` and `optimizer`; None: as above."""
+        return None
 
 
 class Strategy:
@@ -47,7 +70,7 @@ class Strategy:
     """
 
     axis: ClassVar[str]  # the mesh axis it owns
-    casts: ClassVar[bool] = False  # does it cast weights and inputs to the format of products itself?
+    casts: bool = False  # does it cast weights and inputs to the format of products itself?
     splits: ClassVar[str] = "rows"  # what ranks along `axis` divide of a batch: "rows", "tokens" or ""
 
     def __init__(self, degree: int = REST) -> None:
@@ -102,7 +125,9 @@ class Strategy:
         """The optimizer this rank steps."""
         return optimizer
 
-    def executor(self, models: Models, plan: Plan, micro_batches: int) -> Executor | None:
+    def executor(
+        self, models: Models, optimizers: Mapping[str, Optimizer], plan: Plan, micro_batches: int
+    ) -> Executor | None:
         """Another way to run forward and backward than plain gradient accumulation, or None."""
         return None
 

@@ -18,6 +18,7 @@ et al. 2021, interleaved 1F1B (2104.04473); Lamy-Poirier 2022, looped BFS (2211.
 from __future__ import annotations
 
 import copy
+from collections.abc import Mapping
 from dataclasses import replace
 from math import prod
 from typing import TYPE_CHECKING
@@ -25,6 +26,7 @@ from typing import TYPE_CHECKING
 import torch.distributed as dist
 from torch import Size, Tensor, nn
 from torch.distributed.pipelining import schedules
+from torch.optim import Optimizer
 
 from dtrain.batch import Models, pieces
 from dtrain.cost import Message, message
@@ -210,7 +212,7 @@ class Pipeline(Strategy):
         return [message(self.axis, "send", sends, footprint.activation_bytes, footprint.micro_batches),
                 message(self.axis, "send", ends, footprint.weight_bytes)]  # fmt: skip
 
-    def executor(self, models: Models, plan: Plan, micro_batches: int) -> Executor:
+    def executor(self, models: Models, optimizers: Mapping[str, Optimizer], plan: Plan, micro_batches: int) -> Executor:
         (model,) = models.values()
         return Flow(self, self._by_stage(model, plan), self.outline, plan, micro_batches)
 

@@ -13,6 +13,7 @@ Source: Rajbhandari et al. 2020, "ZeRO" (1910.02054), P_os.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 from math import prod
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -71,14 +72,14 @@ class Zero1(AllReduce):
         return [shared_out(weights, self.degree) for weights in by_model.values()]
 
 
-def shared_out(parameters: list[P], shares: int) -> list[list[P]]:
+def shared_out(parameters: list[P], shares: int, size: Callable[[P], int] = lambda p: p.numel()) -> list[list[P]]:
     """The parameters in `shares` lists of about equal size, by their global sizes: the same on every rank."""
     given: list[list[P]] = [[] for _ in range(shares)]
     sizes = [0] * shares
-    for parameter in sorted(parameters, key=lambda p: -p.numel()):
+    for parameter in sorted(parameters, key=lambda p: -size(p)):
         least = sizes.index(min(sizes))
         given[least].append(parameter)
-        sizes[least] += parameter.numel()
+        sizes[least] += size(parameter)
     return given
 
 

@@ -1,0 +1,216 @@
+"""ZeRO by DeepSpeed's own engine: it takes over the backward pass, the gradients and the optimizer.
+
+    stage 0   as ddp: all-reduce of the gradients
+    stage 1   each rank keeps the fp32 weights and the optimizer's states of one slice of all weights, laid flat
+    stage 2   and of the gradients its slice alone
+    stage 3   and of the weights: gathered for a module's forward and backward pass, then let go
+
+    backward:  every gradient in a bucket, which is summed over the ranks as soon as it is full
+    step:      each rank its slice; stages 1 and 2 then all-gather the weights
+
+`deepspeed` is DeepSpeed's own configuration, every key of it: offload, buckets, overlap, quantisation. What the run
+sets already (sizes of a batch, clipping, the optimizer) is dtrain's to say, and refused there.
+Sources: Rajbhandari et al. 2020, "ZeRO" (1910.02054); Ren et al. 2021, "ZeRO-Offload" (2101.06840).
+Cost a step, per rank: see `zero_messages`.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Mapping
+from dataclasses import replace
+from importlib.util import find_spec
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from dtrain.accumulate import Accumulate
+from dtrain.batch import Models
+from dtrain.cost import Message
+from dtrain.footprint import Footprint
+from dtrain.strategy.base import REST, Executor, Strategy
+from dtrain.strategy.zero1 import shared_out
+from dtrain.zero import elements, flats, held, kinds, messages, put_back, whole_tensors
+
+if TYPE_CHECKING:
+    from dtrain.plan import Plan
+    from dtrain.task.base import Task, Update
+
+PADDING = 8  # elements that each slice may be filled up with
+OWNED = {  # keys of DeepSpeed's configuration that the run has a word of its own for
+    "train_batch_size": "global_batch_size", "train_micro_batch_size_per_gpu": "micro_batch_size",
+    "gradient_accumulation_steps": "micro_batch_size", "gradient_clipping": "clip_norm", "optimizer": "optimizer",
+    "scheduler": "schedule", "bf16": "dtype=bf16", "fp16": "dtype=bf16", "torch_autocast": "dtype=bf16",
+    "prescale_gradients": "nothing: losses are scaled", "gradient_predivide_factor": "nothing: losses are scaled",
+}  # fmt: skip
+
+
+class DeepSpeed(Strategy):
+    """DeepSpeed's ZeRO over `dp`. It stands alone.
+
+    Args:
+        degree: ranks along `dp`; -1: the rest of the world.
+        deepspeed: DeepSpeed's configuration (https://www.deepspeed.ai/docs/config-json/), as nested keys.
+    """
+
+    axis = "dp"
+
+    def __init__(self, degree: int = REST, deepspeed: dict[str, Any] | None = None) -> None:
+        super().__init__(degree)
+        self.settings = deepspeed or {}
+        self.zero: dict[str, Any] = self.settings.get("zero_optimization") or {}
+        self.stage = self.zero.get("stage", 0)
+        for key in OWNED.keys() & self.settings.keys():
+            said = f"strategy.dp.deepspeed.{key}={self.settings[key]}"
+            raise ValueError(f"{said} is for the run to say: use {OWNED[key]}")
+        if self.zero.get("round_robin_gradients"):  # _hp_mapping then names the wrong weights
+            raise ValueError("DeepSpeed 0.19 loses count of its slices with round_robin_gradients=true: use false")
+        if self.stage not in (0, 1, 2, 3):
+            raise ValueError(f"strategy.dp.deepspeed.zero_optimization.stage={self.stage} must be 0, 1, 2 or 3")
+
+    def check(self, plan: Plan) -> None:
+        if others := [s.axis for s in plan.strategies if s is not self]:
+            beside = ", ".join(others)
+            raise ValueError(f"strategy deepspeed stands alone, not beside {beside}: use fsdp or zero1 there")
+        if find_spec("deepspeed") is None:
+            raise ValueError("strategy deepspeed needs the package deepspeed: pip install 'dtrain[deepspeed]'")
+        self.casts = plan.precision.mixed
+        if plan.precision.weights_dtype != torch.float32:
+            raise ValueError(f"strategy deepspeed keeps its weights in fp32, dtype={plan.precision.compute} does not: "
+                             f"use fp32 or bf16")  # fmt: skip
+        if self.casts and not self.stage:
+            raise ValueError("DeepSpeed's stage 0 keeps no weights in fp32 beside dtype=bf16: use stage 1, 2 or 3")
+        if plan.precision.reduce:
+            raise ValueError(f"precision.reduce={plan.precision.reduce} is not for strategy deepspeed: set "
+                             f"strategy.dp.deepspeed.communication_data_type")  # fmt: skip
+        if plan.compile:
+            raise ValueError("compile=true compiles blocks before DeepSpeed hooks into them: use compile=false")
+        self._check_settings()
+
+    def _check_settings(self) -> None:
+        """Whatever DeepSpeed's own schema finds wrong."""
+        from pydantic import ValidationError
+
+        imported()
+        from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
+
+        try:
+            DeepSpeedZeroConfig(**self.zero)
+        except ValidationError as error:
+            first = error.errors()[0]
+            where = f"strategy.dp.deepspeed.zero_optimization.{'.'.join(map(str, first['loc']))}"
+            raise ValueError(f"{where}={first['input']}: {first['msg']}") from None
+
+    def check_task(self, task: Task, plan: Plan) -> None:
+        if self.stage != 1 and len(task.models) > 1:  # 0 lets no other engine call backward; 2 and 3 reduce at once
+            raise ValueError(f"task {type(task).__name__} trains {len(task.models)} models, and DeepSpeed's stage "
+                             f"{self.stage} takes every gradient for its own model's: use stage 1")  # fmt: skip
+
+    def optimizer(self, optimizer: Optimizer, model: nn.Module, plan: Plan) -> Optimizer:
+        """DeepSpeed's compiled AdamW for states in host memory, where it can be built; else torch's."""
+        device = (self.zero.get("offload_optimizer") or {}).get("device", "none")
+        if device == "none" or not isinstance(optimizer, torch.optim.AdamW):
+            return optimizer
+        imported()
+        from deepspeed.ops.adam import DeepSpeedCPUAdam
+
+        try:
+            groups = [{key: group[key] for key in ("params", "lr", "betas", "eps", "weight_decay")}
+                      for group in optimizer.param_groups]  # fmt: skip
+            return DeepSpeedCPUAdam(groups, adamw_mode=True)
+        except Exception as error:  # a compiler may fail in any way
+            reason = (str(error).strip() or type(error).__name__).splitlines()[-1]
+            logging.getLogger("dtrain").warning("DeepSpeed's CPU Adam cannot be built, torch's steps: %s", reason)
+            self.settings = self.settings | {"zero_force_ds_cpu_optimizer": False}
+            return optimizer
+
+    def executor(self, models: Models, optimizers: Mapping[str, Optimizer], plan: Plan, micro_batches: int) -> Executor:
+        deepspeed = imported()
+        os.environ.setdefault("LOCAL_RANK", str(plan.device.index or dist.get_rank()))  # it asks for one
+        deepspeed.init_distributed(dist_backend=dist.get_backend())  # takes the process group that is there
+        config, engines = self._config(plan, micro_batches), {}
+        for name, model in models.items():
+            engines[name] = deepspeed.initialize(model=model, optimizer=optimizers[name], config=config)[0]
+            self._verify(engines[name])
+        return ByEngine(self.stage, engines, micro_batches, plan)
+
+    def _config(self, plan: Plan, micro_batches: int) -> dict[str, Any]:
+        return self.settings | {
+            "train_micro_batch_size_per_gpu": 1, "gradient_accumulation_steps": micro_batches,
+            "gradient_clipping": plan.clip_norm or 0.0, "zero_allow_untested_optimizer": True,
+            "steps_per_print": 1 << 60, **({"bf16": {"enabled": True}} if plan.precision.mixed else {}),
+        }  # fmt: skip
+
+    def _verify(self, engine: Any) -> None:
+        """Asked = got: the stage, and that a rank keeps its share alone."""
+        stage = engine.zero_optimization_stage()
+        assert stage == self.stage, f"stage {stage}, not {self.stage}"
+        assert engine.dp_world_size == self.degree, f"DeepSpeed sees {engine.dp_world_size} ranks, not {self.degree}"
+        if self.stage:
+            kept, every = sum(flat.numel() for flat in flats(engine)), sum(map(elements, engine.module.parameters()))
+            most = -(-every // self.degree) + PADDING * self.degree * len(list(engine.module.parameters()))
+            assert kept <= most, f"{kept} fp32 weights on this rank, of {every} on {self.degree}"
+
+    def sync_gradients(self, model: nn.Module, enabled: bool) -> None:
+        model.set_gradient_accumulation_boundary(enabled)  # type: ignore[operator]  # an engine
+
+    def footprint(self, footprint: Footprint, plan: Plan) -> Footprint:
+        if not self.stage or len(footprint.pieces) > 1:
+            return footprint
+        return replace(footprint, held=held(footprint, self.degree, footprint.place[self.axis], self.stage))
+
+    def cost(self, footprint: Footprint, plan: Plan) -> list[Message]:
+        return messages(footprint, self.axis, self.degree, self.zero, bool(plan.clip_norm))
+
+
+class ByEngine(Accumulate):
+    """Micro-batches through DeepSpeed's engines, which exchange gradients, clip and step by themselves."""
+
+    def __init__(self, stage: int, engines: dict[str, Any], micro_batches: int, plan: Plan) -> None:
+        super().__init__(engines, micro_batches, plan)
+        self.stage, self.engines = stage, engines
+
+    def backward(self, update: Update, loss: Tensor) -> None:
+        self.engines[update.trains].backward(loss, scale_wrt_gas=False)
+
+    def norm(self, model: str) -> Tensor | None:
+        if not self.stage:
+            return None  # gradients stand where they always do
+        zero = self.engines[model].optimizer
+        norm = torch.stack(zero._get_norm_groups()).norm() if self.stage == 3 else zero.scaled_global_norm()
+        return norm.double() / zero.loss_scale
+
+    def step(self, model: str, optimizer: Optimizer) -> None:
+        self.engines[model].step()
+
+    def tensors(self, model: str) -> dict[str, Tensor] | None:
+        return whole_tensors(self.engines[model], self._owners(model)) if self.stage else None
+
+    def restore(self, model: str, tensors: dict[str, Tensor]) -> None:
+        if self.stage:
+            put_back(self.engines[model], self._owners(model), tensors)
+
+    def held(self, model: str) -> dict[str, list[Tensor]] | None:
+        return kinds(self.engines[model]) if self.stage else None
+
+    def _owners(self, model: str) -> dict[str, int]:
+        """Which rank keeps which weight whole while a checkpoint is written or read."""
+        module = self.engines[model].module
+        shares = shared_out(list(module.parameters()), dist.get_world_size(), elements)
+        ranks = {id(parameter): rank for rank, share in enumerate(shares) for parameter in share}
+        return {name: ranks[id(parameter)] for name, parameter in module.named_parameters()}
+
+
+def imported() -> Any:
+    """DeepSpeed, without the lines that it prints as it is imported; on a machine without GPUs it is told so."""
+    if not torch.cuda.is_available():
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    import deepspeed
+
+    # Sums in shared memory, for inference: compiled at first use, and a killed build's lock makes all later runs wait.
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    return deepspeed

@@ -1,0 +1,254 @@
+"""DeepSpeed's ZeRO from without: its tensors as a checkpoint wants them, and what it sends.
+
+Every weight that trains lies, in fp32, in a flat tensor for each group of the optimizer's (a sub-group, at stage 3),
+cut into one slice for each rank. Stages 1 and 2 cut across weights, stage 3 cuts each weight by itself.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from dtrain.cost import Message, message
+from dtrain.footprint import Footprint, Piece, Weight
+from dtrain.optimizer import OPTIMIZER_STATE
+
+ALL_REDUCED = 500_000_000  # elements of a message of stage 0
+ALIGNED = 2  # a flat tensor of stages 1 and 2 is filled up to so many times the ranks
+TOLD = {  # settings with which the messages are known, by name; others may be anything
+    "reduce_scatter": True, "contiguous_gradients": True, "use_multi_rank_bucket_allreduce": True,
+    "round_robin_gradients": False, "offload_optimizer": None, "offload_param": None, "zero_hpz_partition_size": 1,
+    "zero_quantized_weights": False, "zero_quantized_gradients": False, "mics_shard_size": -1, "overlap_comm": False,
+}  # fmt: skip
+TOLD_OF_STAGE_3 = dict.fromkeys(
+    ("stage3_param_persistence_threshold", "stage3_prefetch_bucket_size", "stage3_max_reuse_distance"), 0
+)
+
+
+def flats(engine: Any) -> list[Tensor]:
+    """This rank's slices of the fp32 weights: what the optimizer steps."""
+    zero = engine.optimizer
+    return getattr(zero, "fp32_partitioned_groups_flat", None) or zero.single_partition_of_fp32_groups
+
+
+def elements(parameter: nn.Parameter) -> int:
+    """Of the whole parameter, though this rank may hold a slice."""
+    return int(getattr(parameter, "ds_numel", parameter.numel()))
+
+
+@torch.no_grad()
+def whole_tensors(engine: Any, owners: dict[str, int]) -> dict[str, Tensor]:
+    """Weights, states and buffers by their full names, each whole on the rank that owns it. A collective."""
+    states, found = _states(engine), dict(engine.module.named_buffers())
+    for name, parameter in _trained(engine):
+        for key in (None, *_moments(states[0])):
+            whole = torch.zeros(elements(parameter), device=engine.device)
+            start, part = _slice(engine, parameter, key)
+            whole[start : start + part.numel()] = part
+            dist.reduce(whole, dst=owners[name])  # to all others zeros, so exact
+            if owners[name] == dist.get_rank():
+                found[_named(name, key)] = whole.view(getattr(parameter, "ds_shape", parameter.shape))
+        if owners[name] == dist.get_rank():
+            once = {key: value for key, value in states[0].items() if key not in _moments(states[0])}
+            found |= {_named(name, key): torch.tensor(float(value)) for key, value in once.items()}
+    return found
+
+
+@torch.no_grad()
+def put_back(engine: Any, owners: dict[str, int], tensors: dict[str, Tensor]) -> None:
+    """Hand every rank its slices of the owners' tensors, one at a time. A collective."""
+    states = _states(engine)
+    for name, parameter in _trained(engine):
+        for key in (None, *_moments(states[0])):
+            whole = torch.empty(elements(parameter), device=engine.device)
+            if owners[name] == dist.get_rank():
+                whole.copy_(tensors[_named(name, key)].flatten())
+            dist.broadcast(whole, src=owners[name])
+            start, part = _slice(engine, parameter, key)
+            part.copy_(whole[start : start + part.numel()])
+            _keep(parameter, key, part)
+    for key in states[0].keys() - set(_moments(states[0])):
+        mine = [float(tensors[full]) for name in owners if (full := _named(name, key)) in tensors]
+        every: list[list[float]] = [[]] * dist.get_world_size()
+        dist.all_gather_object(every, mine)  # a rank that owns no weight has none
+        for state in states:
+            _count(state, key, max(max(each, default=0.0) for each in every))
+    _publish(engine.optimizer)
+
+
+def _slice(engine: Any, parameter: Any, key: str | None) -> tuple[int, Tensor]:
+    """Where this rank's slice begins in the flattened parameter, and its values: of the weight, or of a state."""
+    zero = engine.optimizer
+    if hasattr(parameter, "ds_tensor"):
+        value = zero.get_local_fp32_param(parameter, key)  # the last ones are filled up
+        start = value.numel() * dist.get_rank()
+        return start, value[: max(0, parameter.ds_numel - start)]
+    if parameter._hp_mapping is None:
+        return 0, torch.empty(0, device=engine.device)
+    mapping, where = parameter._hp_mapping, parameter._hp_mapping.hp_fragment_address
+    flat = zero.single_partition_of_fp32_groups[mapping.param_group_index]
+    flat = zero.optimizer.state[flat][key] if key else flat
+    return mapping.lp_fragment_address.start, flat.narrow(0, where.start, where.numel)
+
+
+def _keep(parameter: Any, key: str | None, part: Tensor) -> None:
+    """At stage 3 a slice may have been a copy, from elsewhere; and there is another of the weights, that travels."""
+    if hasattr(parameter, "ds_tensor"):
+        padded = nn.functional.pad(part, (0, parameter.ds_tensor.numel() - part.numel()))
+        parameter._z3_optimizer.set_local_hp_param(padded, parameter, key)
+        if key is None:
+            parameter.ds_tensor.copy_(padded)
+
+
+def _publish(zero: Any) -> None:
+    """Bring the weights that the passes use up to date with the slices. A collective."""
+    if not hasattr(zero, "fp32_partitioned_groups_flat"):
+        zero.update_lp_params()
+        return
+    zero._partition_all_parameters()  # those that stay whole, too
+    if zero.persistent_parameters:
+        zero.persistent_parameters[0].all_gather(zero.persistent_parameters)
+
+
+def kinds(engine: Any) -> dict[str, list[Tensor]]:
+    """What this rank keeps, by its kind; the fp32 weights that are stepped are the optimizer's."""
+    zero, parameters = engine.optimizer, list(engine.module.parameters())
+    states = [value for state in zero.optimizer.state.values() for value in state.values() if isinstance(value, Tensor)]
+    parts = [part for parts in zero.averaged_gradients.values() for part in parts or []]
+    return {"parameters": [getattr(p, "ds_tensor", p) for p in parameters], "optimizer": [*flats(engine), *states],
+            "gradients": [*parts, *(p.grad for p in parameters if p.grad is not None)]}  # fmt: skip
+
+
+def _trained(engine: Any) -> Iterator[tuple[str, nn.Parameter]]:
+    return ((name, p) for name, p in engine.module.named_parameters() if p.requires_grad)
+
+
+def _states(engine: Any) -> list[dict[str, Any]]:
+    """The optimizer's states of each flat tensor; made, where no step has been yet, by one of zeros at rate zero."""
+    zero = engine.optimizer
+    groups = zero.optimizer.param_groups
+    rates = [group["lr"] for group in groups]
+    for index, flat in enumerate(flats(engine)):
+        if not zero.optimizer.state.get(flat):
+            for group in groups:
+                group["lr"] = 0.0
+            gradient, flat.grad = flat.grad, torch.zeros_like(flat)
+            zero._optimizer_step(index)
+            flat.grad = gradient  # offloading keeps its buffer there
+            for key in zero.optimizer.state[flat].keys() - set(_moments(zero.optimizer.state[flat])):
+                _count(zero.optimizer.state[flat], key, 0)
+    for group, saved in zip(groups, rates, strict=True):
+        group["lr"] = saved
+    return [zero.optimizer.state[flat] for flat in flats(engine)]
+
+
+def _moments(state: dict[str, Any]) -> list[str]:
+    """The keys of states that are as large as the weights; others are steps."""
+    return [key for key, value in state.items() if isinstance(value, Tensor) and value.ndim]
+
+
+def _count(state: dict[str, Any], key: str, steps: float) -> None:
+    if isinstance(state[key], Tensor):
+        state[key].fill_(steps)
+    else:
+        state[key] = type(state[key])(steps)
+
+
+def _named(name: str, key: str | None) -> str:
+    return f"{OPTIMIZER_STATE}{name}.{key}" if key else name
+
+
+def messages(footprint: Footprint, axis: str, ranks: int, zero: dict[str, Any], clips: bool) -> list[Message]:
+    """What a rank hands to collectives in a step, by the stage and the settings of `zero_optimization`.
+
+    Raises:
+        ValueError: it is not known with these settings.
+    """
+    stage = zero.get("stage", 0)
+    _refuse_untold(zero, footprint)
+    (piece,) = footprint.pieces
+    ready = sorted((w for w in piece.weights if w.ready is not None), key=lambda w: w.ready or 0)
+    groups, sent = _groups(piece), footprint.compute_bytes
+    overflow = message(axis, "all_reduce", [1] * (sent < 4), 1)
+    bucket = int(zero.get("reduce_bucket_size", 5e8))
+    if stage == 0:
+        sums = list(_cut([w for w in piece.weights if w.ready is not None], ALL_REDUCED, after=True))
+        return [message(axis, "all_reduce", [sum(map(Weight.numel, each)) for each in sums], sent),
+                message(axis, "all_reduce", [1] * clips, 4)]  # fmt: skip
+    if stage == 3:
+        filled = lambda weights: sum(-(-w.elements // ranks) * ranks for w in weights)  # noqa: E731
+        reduced, gathered = [filled(each) for each in _cut(ready, bucket)], _gathers(piece, filled)
+        return [message(axis, "reduce_scatter", reduced, sent, footprint.micro_batches),
+                message(axis, "all_gather", gathered, footprint.compute_bytes, footprint.micro_batches),
+                message(axis, "all_reduce", [1] * len(groups), 8)]  # fmt: skip
+    order, times = (ready, footprint.micro_batches) if stage == 2 else ([w for group in groups for w in group], 1)
+    reduced = [sum(map(Weight.numel, each)) for each in _cut(order, bucket)]
+    flat = [_flat(group, ranks) for group in groups]
+    return [message(axis, "all_reduce", reduced, sent, times), message(axis, "all_reduce", [1] * len(groups), 4),
+            overflow, message(axis, "all_gather", flat, footprint.compute_bytes)]  # fmt: skip
+
+
+def _refuse_untold(zero: dict[str, Any], footprint: Footprint) -> None:
+    stage = zero.get("stage", 0)
+    told = (TOLD if stage else {}) | (TOLD_OF_STAGE_3 if stage == 3 else {})
+    missing = {key: None for key in TOLD_OF_STAGE_3} if stage == 3 else {}
+    for key, value in (missing | zero).items():
+        if key in told and value != told[key]:
+            raise ValueError(f"DeepSpeed's messages are known with {key}={told[key]}, and it is {value}")
+    if len(footprint.pieces) > 1:
+        raise ValueError("DeepSpeed's messages are known of a task of one model")
+    if any(weight.elements > zero.get("reduce_bucket_size", 5e8) for weight in footprint.pieces[0].weights):
+        raise ValueError("DeepSpeed cuts a gradient that is larger than reduce_bucket_size, and where is not told")
+
+
+def _groups(piece: Piece) -> list[list[Weight]]:
+    """The optimizer's groups of `parameter_groups`: matrices, then vectors."""
+    trained = [weight for weight in piece.weights if weight.ready is not None]
+    halves = [w for w in trained if len(w.used) >= 2], [w for w in trained if len(w.used) < 2]
+    return [half for half in halves if half]
+
+
+def _flat(group: list[Weight], ranks: int) -> int:
+    """Elements of a group's flat tensor, filled up."""
+    parts = ALIGNED * ranks
+    return -(-sum(map(Weight.numel, group)) // parts) * parts
+
+
+def _cut(weights: list[Weight], limit: int, *, after: bool = False) -> Iterator[list[Weight]]:
+    """Buckets of at most `limit` elements; with `after`, of as few as are more."""
+    bucket: list[Weight] = []
+    for weight in weights:
+        held = sum(map(Weight.numel, bucket))
+        if bucket and (held > limit if after else held + weight.elements > limit):
+            yield bucket
+            bucket = []
+        bucket.append(weight)
+    if bucket:
+        yield bucket
+
+
+def _gathers(piece: Piece, filled: Callable[[list[Weight]], int]) -> list[int]:
+    """Elements gathered for each module's passes in a micro-batch: it has no weights but in a pass."""
+    by_id = {id(p): name for name, p in piece.outline.named_parameters()}
+    weights = {weight.name: weight for weight in piece.weights}
+    found = []
+    for path, module in piece.outline.named_modules():
+        own = [weights[by_id[id(p)]] for p in module.parameters(recurse=False)]
+        for call in (call for call in piece.calls if own and call.path == path):
+            found += [filled(own)] * (1 + call.graded)
+    return found
+
+
+def held(footprint: Footprint, ranks: int, rank: int, stage: int) -> tuple[int, int, int]:
+    """Bytes of weights, gradients (before the step) and of fp32 weights with their states, on one rank."""
+    (piece,) = footprint.pieces
+    groups, every = _groups(piece), sum(map(Weight.numel, piece.weights))
+    part = [sum(-(-w.elements // ranks) for w in g) if stage == 3 else _flat(g, ranks) // ranks for g in groups]
+    weights = sum(-(-w.elements // ranks) for w in piece.weights) if stage == 3 else every
+    each, once = footprint.state_bytes
+    states = sum(part) * (4 + each) + len(part) * once
+    return weights * footprint.compute_bytes, sum(part) * footprint.compute_bytes, states

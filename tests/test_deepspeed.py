@@ -1,0 +1,184 @@
+"""DeepSpeed's engine under our loop: one process's curve, our checkpoints, and the messages that its stages should send."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import pytest
+import torch
+from cases import STRATEGIES, Case, Outcome, assert_all_equal, refusal, train
+from test_checkpoint import _train
+from test_cost import Case as Costed
+from test_cost import Other, measured, predicted
+
+from dtrain.plan import Plan
+from dtrain.precision import Precision
+from dtrain.strategy.deepspeed import DeepSpeed
+from dtrain.strategy.fsdp import FSDP
+
+pytest.importorskip("deepspeed", reason="the extra dtrain[deepspeed] is not installed")
+
+TOLERANCE = 1e-5  # relative, in fp32
+FREED = {"stage3_param_persistence_threshold": 0, "stage3_prefetch_bucket_size": 0, "stage3_max_reuse_distance": 0}
+
+
+def zero(stage: int, **settings: Any) -> partial[DeepSpeed]:
+    settings = {"stage": stage, **(FREED if stage == 3 else {}), **settings}
+    return partial(DeepSpeed, deepspeed={"zero_optimization": settings})
+
+
+OFFLOAD = {"offload_optimizer": {"device": "cpu"}}
+PLANS: dict[str, partial[DeepSpeed]] = {
+    **{f"zero{stage}": zero(stage) for stage in range(4)},
+    **{f"zero{stage}, small buckets": zero(stage, reduce_bucket_size=2000) for stage in (1, 2, 3)},
+    "zero1, overlap": zero(1, overlap_comm=True),
+    "zero3, defaults": partial(DeepSpeed, deepspeed={"zero_optimization": {"stage": 3}}),
+    **{f"zero{stage}, offload": zero(stage, **OFFLOAD) for stage in (1, 2, 3)},
+}
+KNOWN = {f"deepspeed {name}": [made] for name, made in PLANS.items()}
+
+
+def trained(case: Case, size: int) -> Outcome:
+    with mock.patch.dict(STRATEGIES, KNOWN):
+        return train(case, size)
+
+
+def kept(*arguments: Any) -> Outcome:
+    with mock.patch.dict(STRATEGIES, KNOWN):
+        return _train(*arguments)
+
+
+@pytest.fixture(scope="module")
+def single(world) -> dict[Case, Outcome]:
+    """One process's outcome of each case, made once."""
+    return {}
+
+
+def reference(case: Case, known: dict[Case, Outcome], world) -> Outcome:
+    plain = case.reference()
+    if plain not in known:
+        known[plain] = world(2).run(trained, plain, 1)[0]
+    return known[plain]
+
+
+@pytest.mark.parametrize("name", PLANS)
+def test_every_stage_equals_one_process(name: str, world, single) -> None:
+    """Losses, norms, metrics, weights and states; two tasks, three ranks, micro-batches, clipping that cuts."""
+    cases = [Case("next_token", f"deepspeed {name}", "fp32", micro_batch_size=2),
+             Case("masked_token", f"deepspeed {name}", "fp32")]  # fmt: skip
+    if name in ("zero1", "zero2", "zero3"):
+        cases += [
+            Case(
+                "masked_token", f"deepspeed {name}", "fp32", clip_norm=0.05, micro_batch_size=1, recompute=True, steps=8
+            )
+        ]
+    for case in cases:
+        expected = reference(case, single, world)
+        found = world(3).run(trained, case, 3)
+        for each in found:
+            each.gradients = expected.gradients  # which are the engine's, and gone when it has stepped
+        assert_all_equal(found, expected, TOLERANCE)
+
+
+def test_a_gan_has_two_engines(world, single) -> None:
+    case = Case("gan", "deepspeed zero1", "fp32")
+    found = world(2).run(trained, case, 2)
+    expected = reference(case, single, world)
+    for each in found:
+        assert each.losses == pytest.approx(expected.losses, rel=TOLERANCE)
+        assert each.norms == pytest.approx(expected.norms, rel=TOLERANCE)
+
+
+@pytest.mark.parametrize("stage", [1, 2, 3])
+def test_bf16_drifts_as_little_as_ours(stage: int, world, single) -> None:
+    case = Case("next_token", f"deepspeed zero{stage}", "bf16")
+    ours = world(2).run(trained, replace(case, strategy="fsdp"), 2)[0]
+    theirs = world(2).run(trained, case, 2)[0]
+    exact = reference(replace(case, dtype="fp32"), single, world)
+    drift = [max(abs(a - b) for a, b in zip(each.losses, exact.losses, strict=True)) for each in (ours, theirs)]
+    assert 0 < drift[1] < 3 * drift[0]
+    assert all(t.dtype == torch.float32 for t in theirs.weights.values())
+
+
+def test_what_either_saves_the_other_resumes(world, tmp_path: Path) -> None:
+    """DeepSpeed's stage 3 under native fsdp and back, and every stage under every other, on other numbers of ranks."""
+    plans = [("deepspeed zero3", 3), ("fsdp", 2), ("deepspeed zero1", 2), ("deepspeed zero0", 3), ("deepspeed zero2", 3),
+             ("deepspeed zero3, defaults", 2), ("deepspeed zero2, offload", 2)]  # fmt: skip
+    cases = {name: Case("next_token", name, "fp32", steps=8) for name, _ in plans}
+    for saver, size in plans:
+        folder = str(tmp_path / f"{saver}-{size}")
+        whole = world(size).run(kept, cases[saver], size, folder, True, False)[0]
+        for other, ranks in plans:
+            if (saver, size) == plans[0] or (other, ranks) in (plans[0], plans[1]):
+                resumed = world(ranks).run(kept, cases[other], ranks, folder, False, True)[0]
+                assert resumed.losses == pytest.approx(whole.losses[4:], rel=TOLERANCE), (saver, other)
+
+
+COSTS = {
+    **{f"zero{stage}": Costed(3, (zero(stage),)) for stage in range(4)},
+    **{f"zero{stage}, micro-batches": Costed(3, (zero(stage, reduce_bucket_size=9000),), Other, several=True) for stage in range(4)},
+    **{f"zero{stage}, bf16": Costed(2, (zero(stage),), precision=Precision("bf16")) for stage in (1, 2, 3)},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", COSTS.values(), ids=COSTS)
+def test_messages_and_memory_are_as_told(case: Costed, world) -> None:
+    for ours, told in zip(world(case.ranks).run(measured, case), predicted(case), strict=True):
+        assert sorted(map(str, ours.messages)) == sorted(map(str, told.messages))
+        assert replace(ours, messages=(), activation_bytes=0) == replace(told, messages=(), activation_bytes=0)
+        assert abs(ours.activation_bytes / told.activation_bytes - 1) < 0.1
+
+
+@pytest.mark.parametrize(("settings", "said"), [
+    ({"overlap_comm": True}, "overlap_comm=False, and it is True"),
+    ({"offload_optimizer": {"device": "cpu"}}, "offload_optimizer=None"),
+    ({"reduce_bucket_size": 100}, "larger than reduce_bucket_size"),
+])  # fmt: skip
+def test_what_is_not_known_is_not_told(settings: dict[str, Any], said: str) -> None:
+    with pytest.raises(ValueError, match=said):
+        predicted(Costed(2, (zero(2, **settings),)))
+    with pytest.raises(ValueError, match="stage3_param_persistence_threshold=0"):
+        predicted(Costed(2, (partial(DeepSpeed, deepspeed={"zero_optimization": {"stage": 3}}),)))
+
+
+def _of(settings: dict[str, Any], *others: Any, **plan: Any) -> str:
+    try:
+        Plan.of([DeepSpeed(2, settings), *others], 2 * 2 ** len(others), **plan)
+    except ValueError as error:
+        return str(error)
+    return ""
+
+
+def test_contradictions_are_refused_in_one_line() -> None:
+    said = {
+        _of({"gradient_clipping": 2.0}): "gradient_clipping=2.0 is for the run to say: use clip_norm",
+        _of({"train_batch_size": 8}): "train_batch_size=8 is for the run to say: use global_batch_size",
+        _of({"fp16": {"enabled": True}}): "use dtype=bf16",
+        _of({"zero_optimization": {"stage": 4}}): "stage=4 must be 0, 1, 2 or 3",
+        _of({"zero_optimization": {"stage": 2, "reduce_bucket_sizes": 5}}): "reduce_bucket_sizes=5",
+        _of({"zero_optimization": {"stage": 2, "reduce_bucket_size": "many"}}): "reduce_bucket_size=many",
+        _of({"zero_optimization": {"stage": 2, "round_robin_gradients": True}}): "use false",
+        _of({}, FSDP(2)): "stands alone, not beside fsdp",
+        _of({}, precision=Precision("fp64")): "use fp32 or bf16",
+        _of({}, precision=Precision("bf16")): "stage 0",
+        _of({}, compile=True): "compile=true",
+    }
+    for line, wanted in said.items():
+        assert wanted in line and "\n" not in line
+    with mock.patch.dict(STRATEGIES, KNOWN):
+        refusals = [refusal(Case("gan", f"deepspeed zero{stage}", "fp32"), 2) for stage in (0, 2, 3)]
+    for said_of in refusals:
+        assert "use stage 1" in said_of
+
+
+def test_nothing_of_deepspeed_is_imported_without_it() -> None:
+    """Nor by the file of the strategy: only by a plan that has it."""
+    code = ("import sys, dtrain.cli, dtrain.strategy.deepspeed\n"
+            "assert not {'deepspeed', 'accelerate', 'transformers'} & set(sys.modules)")  # fmt: skip
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=Path(__file__).parent.parent)
