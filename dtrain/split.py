@@ -45,8 +45,11 @@ def gather(mesh: DeviceMesh, outer: Placement, *, local: bool = False) -> Any:
     """A hook: give the module its input whole; a distributed one for column layers, which share its gradient's sum."""
 
     def hook(module: nn.Module, inputs: tuple[Any, ...], named: dict[str, Any]) -> tuple[tuple[Any, ...], dict]:
-        x = DTensor.from_local(inputs[0], mesh, (outer,), run_check=False).redistribute(placements=(Replicate(),))
-        return (x.to_local() if local else x, *inputs[1:]), named
+        first = next(iter(named)) if not inputs else None  # of a model whose modules call each other by names
+        x = inputs[0] if first is None else named[first]
+        x = DTensor.from_local(x, mesh, (outer,), run_check=False).redistribute(placements=(Replicate(),))
+        x = x.to_local() if local else x
+        return ((x, *inputs[1:]), named) if first is None else ((), {**named, first: x})
 
     return hook
 

@@ -43,7 +43,8 @@ def elements(parameter: nn.Parameter) -> int:
 @torch.no_grad()
 def whole_tensors(engine: Any, owners: dict[str, int]) -> dict[str, Tensor]:
     """Weights, states and buffers by their full names, each whole on the rank that owns it. A collective."""
-    states, found = _states(engine), dict(engine.module.named_buffers())
+    states, kept = _states(engine), engine.module.state_dict().keys()
+    found = {name: buffer for name, buffer in engine.module.named_buffers() if name in kept}
     for name, parameter in _trained(engine):
         for key in (None, *_moments(states[0])):
             whole = torch.zeros(elements(parameter), device=engine.device)

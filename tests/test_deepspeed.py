@@ -39,7 +39,7 @@ PLANS: dict[str, partial[DeepSpeed]] = {
     **{f"zero{stage}, small buckets": zero(stage, reduce_bucket_size=2000) for stage in (1, 2, 3)},
     "zero1, overlap": zero(1, overlap_comm=True),
     "zero3, defaults": partial(DeepSpeed, deepspeed={"zero_optimization": {"stage": 3}}),
-    **{f"zero{stage}, offload": zero(stage, **OFFLOAD) for stage in (1, 2, 3)},
+    **{f"zero{stage}, offload": zero(stage, **OFFLOAD) for stage in (2, 3)},
 }
 KNOWN = {f"deepspeed {name}": [made] for name, made in PLANS.items()}
 
@@ -75,7 +75,7 @@ def test_every_stage_equals_one_process(name: str, world, single) -> None:
     if name in ("zero1", "zero2", "zero3"):
         cases += [
             Case(
-                "masked_token", f"deepspeed {name}", "fp32", clip_norm=0.05, micro_batch_size=1, recompute=True, steps=8
+                "masked_token", f"deepspeed {name}", "fp32", clip_norm=0.05, micro_batch_size=2, recompute=True, steps=8
             )
         ]
     for case in cases:

@@ -118,7 +118,7 @@ def _drift(case: Case, size: int) -> list[float]:
 def test_bf16_drifts_no_more_than_its_rounding(strategy: str, size: int, world, alone) -> None:
     """With accumulation, recomputation and an evaluation at the end."""
     case = Case(
-        "next_token", strategy, dtype="bf16", steps=5, micro_batch_size=1, recompute=True, model=(("n_layers", 4),)
+        "next_token", strategy, dtype="bf16", steps=5, micro_batch_size=3, recompute=True, model=(("n_layers", 4),)
     )
     exact = _drift(replace(case.reference(), dtype="fp32"), 1)
     for losses in world(size).run(_drift, case, size):

@@ -1,0 +1,201 @@
+"""Any causal language model of `transformers`, as a model of ours.
+
+Without a layout it is theirs, untouched: one piece, for ddp, fsdp, DeepSpeed and Accelerate. With a layout its parts
+are put into the order that tensor, pipeline and context parallelism cut along, and compute the same:
+
+    tokens, positions -> embedding -> blocks -> head -> logits
+"""
+
+from __future__ import annotations
+
+import os
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from dtrain.layout import Layout
+from dtrain.model.block import Core
+from dtrain.model.transformer import Head
+
+ATTENTION = "dtrain"  # our name among transformers' attention functions
+PARTS = {"token", "blocks", "norm", "head", "attention"}  # that a layout must tell
+OPTIONAL = {"position", "dropout", "rotary", "column", "row", "fused"}
+WEIGHTS = ("*.safetensors", "*.bin")
+
+
+class CausalLM(nn.Module):
+    """(tokens, positions) -> logits, each (B, T) -> (B, T, V).
+
+    Args:
+        name_or_path: a folder or a name on the hub that `from_pretrained` takes, or a configuration file (JSON).
+        config: settings of its configuration to replace.
+        pretrained: load its weights; None: if the folder has some. Otherwise they are drawn as the model draws them.
+        layout: paths in the model, by their part: `token` and `position` embeddings, `dropout` after them, `rotary`
+            (the module that gives cos and sin), `blocks`, the last `norm`, `head`; and in a block: `attention` (the
+            module that calls transformers' attention function), linear layers to split by `column` and by `row`,
+            and `fused` ones: how many layers stand side by side in one. None: the model is one piece.
+
+    Raises:
+        ValueError: there is no such model, or the layout is not one of it.
+    """
+
+    def __init__(
+        self, name_or_path: str, *, config: dict[str, Any] | None = None, pretrained: bool | None = None,
+        layout: dict[str, Any] | None = None,
+    ) -> None:  # fmt: skip
+        super().__init__()
+        settings = _config(name_or_path, config or {})
+        inner = _model(name_or_path, settings, pretrained, "sdpa" if layout is None else _register())
+        self.vocab_size, self.context = settings.vocab_size, getattr(settings, "max_position_embeddings", None)
+        self.n_heads = getattr(settings, "num_attention_heads", 0)
+        self.n_kv_heads = getattr(settings, "num_key_value_heads", None) or self.n_heads
+        self.inner: nn.Module | None = None
+        if layout is None:
+            self.inner = inner
+        else:
+            self._arrange(inner, layout)
+
+    def _arrange(self, inner: nn.Module, layout: dict[str, Any]) -> None:
+        if wrong := (PARTS - layout.keys()) | (layout.keys() - PARTS - OPTIONAL):
+            raise ValueError(f"model.layout: {', '.join(sorted(wrong))}: it takes {', '.join(sorted(PARTS))} and "
+                             f"perhaps {', '.join(sorted(OPTIONAL))}")  # fmt: skip
+
+        def find(name: str) -> Any:
+            return _find(inner, layout[name], f"model.layout.{name}") if layout.get(name) else None
+
+        self.embedding = Embedding(find("token"), find("position"), find("dropout"))
+        self.rotary = find("rotary")
+        self.blocks = nn.ModuleDict({str(index): block for index, block in enumerate(find("blocks").children())})
+        self.head = Head(find("norm"), nn.Identity(), find("head"))
+        fused: dict[str, int] = layout.get("fused") or {}
+        for block in self.blocks.values():
+            for path in (*layout.get("column", ()), *layout.get("row", ())):
+                block.set_submodule(path, _linear(_find(block, path, "model.layout"), fused.get(path, 1)))
+            attention = _find(block, layout["attention"], "model.layout.attention")
+            attention.core = Core(causal=True, dropout=_dropout(attention))
+        self.layout = Layout(
+            first="embedding", blocks="blocks", last="head", attention=f"{layout['attention']}.core",
+            column=tuple(f"blocks.*.{path}{'.*' if path in fused else ''}" for path in layout.get("column", ())),
+            row=tuple(f"blocks.*.{path}" for path in layout.get("row", ())),
+            vocabulary=("embedding.token", "head.output"), sizes=("n_heads", "n_kv_heads"),
+        )  # fmt: skip
+
+    def forward(self, tokens: Tensor, positions: Tensor | None = None) -> Tensor:
+        if positions is None:
+            positions = torch.arange(tokens.shape[1], device=tokens.device).expand(len(tokens), -1)
+        if self.inner is not None:
+            return self.inner(input_ids=tokens, position_ids=positions, use_cache=False).logits
+        x = self.embedding(tokens, positions)
+        named = {} if self.rotary is None else {"position_embeddings": self.rotary(x, positions)}
+        for block in self.blocks.values():
+            x = block(x, **named)
+            x = x[0] if isinstance(x, tuple) else x
+        return self.head(x)
+
+
+class Embedding(nn.Module):
+    """Of tokens, and of their positions where the model learns some."""
+
+    def __init__(self, token: nn.Module, position: nn.Module | None, dropout: nn.Module | None) -> None:
+        super().__init__()
+        self.token, self.position, self.dropout = token, position, dropout
+
+    def forward(self, tokens: Tensor, positions: Tensor) -> Tensor:
+        x = self.token(tokens)
+        x = x if self.position is None else x + self.position(positions)
+        return x if self.dropout is None else self.dropout(x)
+
+
+class Fused(nn.ModuleList):
+    """Linear layers that stood side by side in one, so that each can be split by its own outputs."""
+
+    def forward(self, x: Tensor) -> Apart:
+        return Apart(layer(x) for layer in self)
+
+
+class Apart(tuple):
+    """What a fused layer gives, split already."""
+
+    def split(self, *_: Any, **__: Any) -> Apart:
+        return self
+
+
+def _config(name_or_path: str, settings: dict[str, Any]) -> Any:
+    if find_spec("transformers") is None:
+        raise ValueError("model=hf needs the package transformers: pip install 'dtrain[hf]'")
+    if not torch.cuda.is_available():
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")  # transformers imports DeepSpeed where it is, which would tell
+    from transformers import AutoConfig
+    from transformers.utils import logging
+
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        return AutoConfig.from_pretrained(name_or_path, **settings)
+    except (OSError, ValueError) as error:
+        raise ValueError(f"model.name_or_path={name_or_path}: {str(error).strip().splitlines()[0]}") from None
+
+
+def _model(name_or_path: str, config: Any, pretrained: bool | None, attention: str) -> nn.Module:
+    from transformers import AutoModelForCausalLM
+
+    folder = Path(name_or_path)
+    there = folder.is_dir() and any(found for pattern in WEIGHTS for found in folder.glob(pattern))
+    if pretrained and not there and folder.exists():
+        raise ValueError(f"model.pretrained=true: {name_or_path} has no weights ({', '.join(WEIGHTS)})")
+    load = there if pretrained is None else pretrained
+    try:
+        if load and torch.get_default_device().type != "meta":
+            return AutoModelForCausalLM.from_pretrained(
+                name_or_path, config=config, dtype=torch.float32, attn_implementation=attention
+            ).train()
+        return AutoModelForCausalLM.from_config(config, dtype=torch.float32, attn_implementation=attention).train()
+    except (OSError, ValueError) as error:
+        raise ValueError(f"model.name_or_path={name_or_path}: {str(error).strip().splitlines()[0]}") from None
+
+
+def _find(module: nn.Module, path: str, where: str) -> Any:
+    try:
+        return module.get_submodule(path)
+    except AttributeError:
+        raise ValueError(f"{where}: {type(module).__name__} has no module {path}") from None
+
+
+def _linear(layer: nn.Module, fused: int) -> nn.Module:
+    """The layer as `nn.Linear`, though GPT-2 keeps its weights transposed; or each of the layers that are in it."""
+    weight = layer.weight if isinstance(layer, nn.Linear) else layer.weight.T
+    assert isinstance(weight, Tensor)
+    made = []
+    for index in range(fused):
+        rows = slice(index * len(weight) // fused, (index + 1) * len(weight) // fused)
+        each = nn.Linear(weight.shape[1], rows.stop - rows.start, bias=layer.bias is not None, device="meta")
+        each.weight = nn.Parameter(weight.detach()[rows].clone(memory_format=torch.contiguous_format))
+        if isinstance(layer.bias, Tensor):
+            each.bias = nn.Parameter(layer.bias.detach()[rows].clone())
+        made.append(each)
+    return Fused(made) if fused > 1 else made[0]
+
+
+def _dropout(attention: nn.Module) -> float:
+    """Of attention weights, by the names that transformers' models have for it."""
+    found = getattr(attention, "attn_dropout", getattr(attention, "attention_dropout", 0.0))
+    return float(found.p if isinstance(found, nn.Dropout) else found)
+
+
+def _register() -> str:
+    """Make transformers' attention call the core that a strategy may replace; their masks are left out with it."""
+    from transformers import AttentionInterface
+
+    AttentionInterface.register(ATTENTION, _attend)
+    return ATTENTION
+
+
+def _attend(
+    module: Any, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scaling: float | None = None, **_: Any
+) -> tuple[Tensor, None]:
+    if mask is not None or (scaling or query.shape[-1] ** -0.5) != query.shape[-1] ** -0.5:
+        raise ValueError(f"{type(module).__name__} masks or scales its attention in its own way: use it without layout")
+    return module.core(query, key, value).transpose(1, 2), None

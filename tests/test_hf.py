@@ -1,0 +1,137 @@
+"""Models of `transformers` under our strategies: their logits, one process's curve, and a layout where one is needed."""
+
+from __future__ import annotations
+
+from functools import partial
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import pytest
+import torch
+from cases import CONTEXT, STRATEGIES, TASKS, VOCAB, Case, NextToken, Outcome, assert_equal, refusal, train
+from omegaconf import OmegaConf
+from test_accelerate import KNOWN as ACCELERATED
+from test_deepspeed import KNOWN as DEEPSPED
+from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
+
+from dtrain.model.hf import CausalLM
+
+CONFIGS = Path(__file__).parent.parent / "configs" / "model"
+TOLERANCE = 1e-5  # relative, in fp32
+GPT2 = dict(vocab_size=VOCAB, n_positions=CONTEXT, n_embd=24, n_layer=2, n_head=4, bos_token_id=1, eos_token_id=1,
+            resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0)  # fmt: skip
+LLAMA = dict(vocab_size=VOCAB, max_position_embeddings=CONTEXT, hidden_size=32, num_hidden_layers=2, intermediate_size=48,
+             num_attention_heads=4, num_key_value_heads=2)  # fmt: skip
+MODELS: dict[str, Any] = {
+    "gpt2": lambda: GPT2LMHeadModel(GPT2Config(**GPT2)),
+    "llama": lambda: LlamaForCausalLM(LlamaConfig(**LLAMA)),
+}
+ANY = ("ddp", "fsdp", "deepspeed zero0", "deepspeed zero1", "deepspeed zero2", "deepspeed zero3", "accelerate_ddp",
+       "accelerate_zero2")  # fmt: skip
+CUTTING = ("tensor", "tensor_sequence", "1f1b", "ring", "ulysses", "fsdp")
+
+
+def layout_of(kind: str) -> dict[str, Any]:
+    found = OmegaConf.to_container(OmegaConf.load(CONFIGS / f"hf_{kind}.yaml").layout)
+    assert isinstance(found, dict)
+    return {str(key): value for key, value in found.items()}
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    """Models with their weights, as `save_pretrained` leaves them."""
+    made = {}
+    for kind, make in MODELS.items():
+        torch.manual_seed(3)
+        made[kind] = str(tmp_path_factory.mktemp(kind))
+        make().save_pretrained(made[kind])
+    return made
+
+
+class Theirs(NextToken):
+    """The next token, by a model that a folder has."""
+
+    def __init__(self, folder: str = "", kind: str = "", **_: Any) -> None:
+        super().__init__()
+        self.models = {"model": partial(CausalLM, folder, layout=layout_of(kind) if kind else None)}
+
+
+def trained(case: Case, size: int) -> Outcome:
+    with mock.patch.dict(STRATEGIES, {**DEEPSPED, **ACCELERATED}), mock.patch.dict(TASKS, theirs=Theirs):
+        return train(case, size)
+
+
+def case_of(strategy: str, folder: str, kind: str = "") -> Case:
+    return Case("theirs", strategy, "fp32", steps=6, model=(("folder", folder), ("kind", kind)))
+
+
+def assert_like(found: Outcome, expected: Outcome) -> None:
+    """All but the biases of keys: softmax takes them out, so their gradient is rounding, of which Adam makes steps."""
+    found.gradients = expected.gradients  # engines let go of them
+    for name in [n for n in expected.weights if "c_attn" in n and "bias" in n]:
+        found.weights[name] = expected.weights[name]
+    assert_equal(found, expected, TOLERANCE)
+
+
+@pytest.mark.parametrize("kind", MODELS)
+def test_its_logits_are_theirs_with_a_layout_and_without(kind: str, folders: dict[str, str]) -> None:
+    theirs = MODELS[kind]().from_pretrained(folders[kind]).eval()
+    tokens = torch.randint(0, VOCAB, (3, CONTEXT), generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        expected = theirs(tokens).logits
+        for layout in (None, layout_of(kind)):
+            ours = CausalLM(folders[kind], layout=layout).eval()
+            torch.testing.assert_close(ours(tokens), expected)
+            assert sum(p.numel() for p in ours.parameters()) == sum(p.numel() for p in theirs.parameters())
+            assert (ours.vocab_size, ours.context) == (VOCAB, CONTEXT)
+
+
+@pytest.mark.parametrize("kind", MODELS)
+def test_every_strategy_trains_it_as_one_process_does(kind: str, folders: dict[str, str], world) -> None:
+    for names, layout in ((ANY, ""), (CUTTING, kind)):
+        expected = world(2).run(trained, case_of("single", folders[kind], layout), 1)[0]
+        for name in names:
+            for found in world(2).run(trained, case_of(name, folders[kind], layout), 2):
+                assert_like(found, expected)
+
+
+def test_four_ranks_cut_it_two_ways(folders: dict[str, str], world) -> None:
+    expected = world(2).run(trained, case_of("single", folders["llama"], "llama"), 1)[0]
+    for name in ("fsdp_tensor", "pipeline_tensor"):
+        for found in world(4).run(trained, case_of(name, folders["llama"], "llama"), 4):
+            assert_like(found, expected)
+
+
+def test_random_weights_from_a_configuration_are_of_the_seed(folders: dict[str, str], tmp_path: Path) -> None:
+    LlamaConfig(**LLAMA).save_pretrained(tmp_path)
+    drawn = []
+    for place in (tmp_path, tmp_path / "config.json", tmp_path):
+        torch.manual_seed(5)
+        drawn.append(CausalLM(str(place), config={"vocab_size": 64}))
+    first, *others = ([p.detach() for p in model.parameters()] for model in drawn)
+    assert all(torch.equal(a, b) for other in others for a, b in zip(first, other, strict=True))
+    assert drawn[0].vocab_size == 64
+
+
+def test_without_a_layout_what_cuts_is_refused_in_one_line(folders: dict[str, str]) -> None:
+    with mock.patch.dict(TASKS, theirs=Theirs):
+        said = {name: refusal(case_of(name, folders["gpt2"]), 2) for name in ("tensor", "1f1b", "ring")}
+    for line in said.values():
+        assert "Layout" in line and "\n" not in line
+
+
+def test_mistakes_take_one_line(folders: dict[str, str], tmp_path: Path) -> None:
+    wrong = {
+        "it takes": dict(layout={"token": "transformer.wte"}),
+        "has no module transformer.g": dict(layout=layout_of("gpt2") | {"blocks": "transformer.g"}),
+    }
+    for message, settings in wrong.items():
+        with pytest.raises(ValueError, match=message) as error:
+            CausalLM(folders["gpt2"], **settings)
+        assert "\n" not in str(error.value)
+    with pytest.raises(ValueError, match="has no weights"):
+        CausalLM(str(tmp_path), pretrained=True) if LlamaConfig(**LLAMA).save_pretrained(tmp_path) is None else None
+    with pytest.raises(ValueError, match="model.name_or_path=") as error:
+        CausalLM(str(tmp_path / "nothing.json"))
+    assert "\n" not in str(error.value)
