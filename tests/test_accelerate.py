@@ -157,6 +157,7 @@ def test_local_sgd_averages_every_third_step_and_saves_the_average(world) -> Non
 
 COSTS = {
     "accelerate_ddp": Costed(3, (AccelerateDDP,)),
+    "accelerate_ddp, two buckets": Costed(2, (AccelerateDDP,), partial(Other, d_model=192)),
     "accelerate_ddp, micro-batches": Costed(2, (partial(AccelerateDDP, bucket_mb=0.005),), Other, several=True),
     "accelerate_local_sgd": Costed(2, (partial(AccelerateLocalSGD, local_sgd_steps=1),)),
     **{f"accelerate_zero{stage}": Costed(2, (by_deepspeed(stage),), Other, several=True) for stage in (1, 2, 3)},

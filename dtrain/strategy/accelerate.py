@@ -51,6 +51,8 @@ class AccelerateDDP(DDP):
 
     def __init__(self, degree: int = REST, bucket_mb: float = 25.0, ddp: dict[str, Any] | None = None) -> None:
         super().__init__(degree, bucket_mb)
+        if bucket_mb == 25.0:  # torch's default, which Accelerate does not pass on: then the first is of 1 MiB
+            self.first_bucket_mb = 1.0
         self.settings = {"bucket_cap_mb": bucket_mb, "gradient_as_bucket_view": True} | (ddp or {})
 
     def check(self, plan: Plan) -> None:

@@ -37,7 +37,7 @@ class DDP(Strategy):
         super().__init__(degree)
         if bucket_mb <= 0:
             raise ValueError(f"strategy.dp.bucket_mb={bucket_mb} must be more than 0")
-        self.bucket_mb = bucket_mb
+        self.bucket_mb = self.first_bucket_mb = bucket_mb
 
     def check(self, plan: Plan) -> None:
         if others := [s.axis for s in plan.strategies if s is not self]:
@@ -81,6 +81,7 @@ class DDP(Strategy):
         sizes = [0]
         for weight in sorted((w for w in piece.weights if w.ready is not None), key=lambda w: w.ready or 0):
             sizes[-1] += weight.elements
-            if sizes[-1] * itemsize >= int(self.bucket_mb * 2**20):
+            limit = self.first_bucket_mb if len(sizes) == 1 else self.bucket_mb
+            if sizes[-1] * itemsize >= int(limit * 2**20):
                 sizes.append(0)
         return [size for size in sizes if size] * len(piece.reached)
