@@ -75,6 +75,8 @@ def device_of(name: str, world: World) -> torch.device:
         ValueError: a GPU is asked for and there is none for this rank.
     """
     gpus = torch.cuda.device_count()
+    if not gpus:  # DeepSpeed, which transformers imports too, would look for one and print a line about it
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
     if name == "cpu" or (name == "auto" and gpus < world.local_size):
         return torch.device("cpu")
     if gpus < world.local_size:

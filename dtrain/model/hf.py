@@ -8,7 +8,6 @@ are put into the order that tensor, pipeline and context parallelism cut along, 
 
 from __future__ import annotations
 
-import os
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -126,8 +125,6 @@ class Apart(tuple):
 def _config(name_or_path: str, settings: dict[str, Any]) -> Any:
     if find_spec("transformers") is None:
         raise ValueError("model=hf needs the package transformers: pip install 'dtrain[hf]'")
-    if not torch.cuda.is_available():
-        os.environ.setdefault("DS_ACCELERATOR", "cpu")  # transformers imports DeepSpeed where it is, which would tell
     from transformers import AutoConfig
     from transformers.utils import logging
 
