@@ -8,7 +8,6 @@ are put into the order that tensor, pipeline and context parallelism cut along, 
 
 from __future__ import annotations
 
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -123,9 +122,10 @@ class Apart(tuple):
 
 
 def _config(name_or_path: str, settings: dict[str, Any]) -> Any:
-    if find_spec("transformers") is None:
-        raise ValueError("model=hf needs the package transformers: pip install 'dtrain[hf]'")
-    from transformers import AutoConfig
+    try:
+        from transformers import AutoConfig
+    except ImportError:
+        raise ValueError("model=hf needs the package transformers: pip install 'dtrain[hf]'") from None
     from transformers.utils import logging
 
     logging.set_verbosity_error()

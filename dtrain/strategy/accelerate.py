@@ -12,6 +12,7 @@ local SGD: Stich 2019 (1805.09767).
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from dataclasses import replace
 from importlib.util import find_spec
@@ -199,6 +200,7 @@ class AccelerateDeepSpeed(DeepSpeed):
         from accelerate.utils import DeepSpeedPlugin, InitProcessGroupKwargs
         from deepspeed import DeepSpeedEngine
 
+        os.environ.pop("ACCELERATE_CONFIG_DS_FIELDS", None)  # what they say is what we say: it has been compared
         plugin = DeepSpeedPlugin(hf_ds_config=self._config(plan, micro_batches))
         backend = InitProcessGroupKwargs(backend=dist.get_backend())
         with accelerator_of(plan, micro_batches, deepspeed_plugin=plugin, kwargs_handlers=[backend]) as accelerator:
