@@ -43,17 +43,17 @@ def elements(parameter: nn.Parameter) -> int:
 @torch.no_grad()
 def whole_tensors(engine: Any, owners: dict[str, int]) -> dict[str, Tensor]:
     """Weights, states and buffers by their full names, each whole on the rank that owns it. A collective."""
-    states, kept = _states(engine), engine.module.state_dict().keys()
+    states, kept, group = _states(engine), engine.module.state_dict().keys(), engine.optimizer.dp_process_group
     found = {name: buffer for name, buffer in engine.module.named_buffers() if name in kept}
     for name, parameter in _trained(engine):
         for key in (None, *_moments(states[0])):
             whole = torch.zeros(elements(parameter), device=engine.device)
             start, part = _slice(engine, parameter, key)
             whole[start : start + part.numel()] = part
-            dist.reduce(whole, dst=owners[name])  # to all others zeros, so exact
-            if owners[name] == dist.get_rank():
+            dist.reduce(whole, group_dst=owners[name], group=group)  # to all others zeros, so exact
+            if owners[name] == dist.get_rank(group):
                 found[_named(name, key)] = whole.view(getattr(parameter, "ds_shape", parameter.shape))
-        if owners[name] == dist.get_rank():
+        if owners[name] == dist.get_rank(group):
             once = {key: value for key, value in states[0].items() if key not in _moments(states[0])}
             found |= {_named(name, key): torch.tensor(float(value)) for key, value in once.items()}
     return found
@@ -62,20 +62,20 @@ def whole_tensors(engine: Any, owners: dict[str, int]) -> dict[str, Tensor]:
 @torch.no_grad()
 def put_back(engine: Any, owners: dict[str, int], tensors: dict[str, Tensor]) -> None:
     """Hand every rank its slices of the owners' tensors, one at a time. A collective."""
-    states = _states(engine)
+    states, group = _states(engine), engine.optimizer.dp_process_group
     for name, parameter in _trained(engine):
         for key in (None, *_moments(states[0])):
             whole = torch.empty(elements(parameter), device=engine.device)
-            if owners[name] == dist.get_rank():
+            if owners[name] == dist.get_rank(group):
                 whole.copy_(tensors[_named(name, key)].flatten())
-            dist.broadcast(whole, src=owners[name])
+            dist.broadcast(whole, group_src=owners[name], group=group)
             start, part = _slice(engine, parameter, key)
             part.copy_(whole[start : start + part.numel()])
             _keep(parameter, key, part)
     for key in states[0].keys() - set(_moments(states[0])):
         mine = [float(tensors[full]) for name in owners if (full := _named(name, key)) in tensors]
-        every: list[list[float]] = [[]] * dist.get_world_size()
-        dist.all_gather_object(every, mine)  # a rank that owns no weight has none
+        every: list[list[float]] = [[]] * dist.get_world_size(group)
+        dist.all_gather_object(every, mine, group)  # a rank that owns no weight has none
         for state in states:
             _count(state, key, max(max(each, default=0.0) for each in every))
     _publish(engine.optimizer)
@@ -86,7 +86,7 @@ def _slice(engine: Any, parameter: Any, key: str | None) -> tuple[int, Tensor]:
     zero = engine.optimizer
     if hasattr(parameter, "ds_tensor"):
         value = zero.get_local_fp32_param(parameter, key)  # the last ones are filled up
-        start = value.numel() * dist.get_rank()
+        start = value.numel() * dist.get_rank(zero.dp_process_group)
         return start, value[: max(0, parameter.ds_numel - start)]
     if parameter._hp_mapping is None:
         return 0, torch.empty(0, device=engine.device)

@@ -19,6 +19,7 @@ from test_cost import Other, measured, predicted
 
 from dtrain.plan import Plan
 from dtrain.precision import Precision
+from dtrain.strategy.autotp import AutoTP
 from dtrain.strategy.deepspeed import DeepSpeed
 from dtrain.strategy.fsdp import FSDP
 
@@ -42,6 +43,9 @@ PLANS: dict[str, partial[DeepSpeed]] = {
     **{f"zero{stage}, offload": zero(stage, **OFFLOAD) for stage in (2, 3)},
 }
 KNOWN = {f"deepspeed {name}": [made] for name, made in PLANS.items()}
+
+
+KNOWN |= {f"autotp zero{stage}": [PLANS[f"zero{stage}"], partial(AutoTP, 2)] for stage in (1, 2, 3)}
 
 
 def trained(case: Case, size: int) -> Outcome:
@@ -86,6 +90,21 @@ def test_every_stage_equals_one_process(name: str, world, single) -> None:
         assert_all_equal(found, expected, TOLERANCE)
 
 
+@pytest.mark.parametrize("stage", [1, 2, 3])
+def test_autotp_equals_one_process(stage: int, world, single) -> None:
+    """Two ranks of tp, alone and beside two of dp; heads that share keys, clipping that cuts."""
+    model = (("n_kv_heads", 6), ("activation", "swiglu"))
+    for size in (2, 4):
+        case = Case(
+            "masked_token", f"autotp zero{stage}", "fp32", clip_norm=0.05, micro_batch_size=3, steps=8, model=model
+        )
+        expected = reference(case, single, world)
+        found = world(size).run(trained, case, size)
+        for each in found:
+            each.gradients = expected.gradients
+        assert_all_equal(found, expected, TOLERANCE)
+
+
 def test_a_gan_has_two_engines(world, single) -> None:
     case = Case("gan", "deepspeed zero1", "fp32")
     found = world(2).run(trained, case, 2)
@@ -109,7 +128,7 @@ def test_bf16_drifts_as_little_as_ours(stage: int, world, single) -> None:
 def test_what_either_saves_the_other_resumes(world, tmp_path: Path) -> None:
     """DeepSpeed's stage 3 under native fsdp and back, and every stage under every other, on other numbers of ranks."""
     plans = [("deepspeed zero3", 3), ("fsdp", 2), ("deepspeed zero1", 2), ("deepspeed zero0", 3), ("deepspeed zero2", 3),
-             ("deepspeed zero3, defaults", 2), ("deepspeed zero2, offload", 2)]  # fmt: skip
+             ("deepspeed zero3, defaults", 2), ("deepspeed zero2, offload", 2), ("autotp zero3", 4), ("autotp zero1", 2)]  # fmt: skip
     cases = {name: Case("next_token", name, "fp32", steps=8) for name, _ in plans}
     for saver, size in plans:
         folder = str(tmp_path / f"{saver}-{size}")
@@ -168,6 +187,7 @@ def test_contradictions_are_refused_in_one_line() -> None:
         _of({}, precision=Precision("fp64")): "use fp32 or bf16",
         _of({}, precision=Precision("bf16")): "stage 0",
         _of({}, compile=True): "compile=true",
+        _of({}, AutoTP(2)): "for stages 1, 2 and 3",
     }
     for line, wanted in said.items():
         assert wanted in line and "\n" not in line

@@ -32,6 +32,7 @@ from dtrain.accumulate import Accumulate
 from dtrain.batch import Models
 from dtrain.cost import Message
 from dtrain.footprint import Footprint
+from dtrain.strategy.autotp import AutoTP
 from dtrain.strategy.base import REST, Executor, Strategy
 from dtrain.strategy.zero1 import shared_out
 from dtrain.zero import elements, flats, held, kinds, messages, put_back, whole_tensors
@@ -50,7 +51,7 @@ OWNED = {  # keys of DeepSpeed's configuration that the run has a word of its ow
 
 
 class DeepSpeed(Strategy):
-    """DeepSpeed's ZeRO over `dp`. It stands alone.
+    """DeepSpeed's ZeRO over `dp`. It stands alone, but for its AutoTP.
 
     Args:
         degree: ranks along `dp`; -1: the rest of the world.
@@ -73,7 +74,7 @@ class DeepSpeed(Strategy):
             raise ValueError(f"strategy.dp.deepspeed.zero_optimization.stage={self.stage} must be 0, 1, 2 or 3")
 
     def check(self, plan: Plan) -> None:
-        if others := [s.axis for s in plan.strategies if s is not self]:
+        if others := [s.axis for s in plan.strategies if s is not self and not isinstance(s, AutoTP)]:
             beside = ", ".join(others)
             raise ValueError(f"strategy deepspeed stands alone, not beside {beside}: use fsdp or zero1 there")
         if find_spec("deepspeed") is None:
@@ -82,6 +83,8 @@ class DeepSpeed(Strategy):
         if plan.precision.weights_dtype != torch.float32:
             raise ValueError(f"strategy deepspeed keeps its weights in fp32, dtype={plan.precision.compute} does not: "
                              f"use fp32 or bf16")  # fmt: skip
+        if _autotp(plan) and not self.stage:
+            raise ValueError("strategy deepspeed_autotp is for stages 1, 2 and 3: use strategy=tensor for stage 0")
         if self.casts and not self.stage:
             raise ValueError("DeepSpeed's stage 0 keeps no weights in fp32 beside dtype=bf16: use stage 1, 2 or 3")
         if plan.precision.reduce:
@@ -132,10 +135,16 @@ class DeepSpeed(Strategy):
         deepspeed = imported()
         os.environ.setdefault("LOCAL_RANK", str(plan.device.index or dist.get_rank()))  # it asks for one
         deepspeed.init_distributed(dist_backend=dist.get_backend())  # takes the process group that is there
+        for name in ("_DATA_PARALLEL_GROUP", "_MODEL_PARALLEL_GROUP", "_TENSOR_MODEL_PARALLEL_GROUP", "mpu"):
+            setattr(deepspeed.utils.groups, name, None)  # of an earlier run of this process
         config, engines = self._config(plan, micro_batches), {}
         for name, model in models.items():
-            engines[name] = deepspeed.initialize(model=model, optimizer=optimizers[name], config=config)[0]
+            tensor, shapes = _autotp(plan), {n: p.shape for n, p in model.named_parameters()}
+            more = {"tensor_parallel": tensor.settings(model)} if tensor else {}
+            engines[name] = deepspeed.initialize(model=model, optimizer=optimizers[name], config=config | more)[0]
             self._verify(engines[name])
+            if tensor:
+                tensor.verify_engine(model, shapes)
         return ByEngine(self.stage, engines, micro_batches, plan)
 
     def _config(self, plan: Plan, micro_batches: int) -> dict[str, Any]:
@@ -188,21 +197,31 @@ class ByEngine(Accumulate):
         self.engines[model].step()
 
     def tensors(self, model: str) -> dict[str, Tensor] | None:
-        return whole_tensors(self.engines[model], self._owners(model)) if self.stage else None
+        if not self.stage:
+            return None
+        engine, autotp = self.engines[model], _autotp(self.plan)
+        found = whole_tensors(engine, self._owners(model))
+        return autotp.joined(engine.module, found, self.plan) if autotp else found
 
     def restore(self, model: str, tensors: dict[str, Tensor]) -> None:
         if self.stage:
-            put_back(self.engines[model], self._owners(model), tensors)
+            engine, autotp = self.engines[model], _autotp(self.plan)
+            own = autotp.parted(engine.module, tensors, self.plan) if autotp else tensors
+            put_back(engine, self._owners(model), own)
 
     def held(self, model: str) -> dict[str, list[Tensor]] | None:
         return kinds(self.engines[model]) if self.stage else None
 
     def _owners(self, model: str) -> dict[str, int]:
-        """Which rank keeps which weight whole while a checkpoint is written or read."""
+        """Which rank along `dp` keeps which weight whole while a checkpoint is written or read."""
         module = self.engines[model].module
-        shares = shared_out(list(module.parameters()), dist.get_world_size(), elements)
+        shares = shared_out(list(module.parameters()), self.plan.degrees["dp"], elements)
         ranks = {id(parameter): rank for rank, share in enumerate(shares) for parameter in share}
         return {name: ranks[id(parameter)] for name, parameter in module.named_parameters()}
+
+
+def _autotp(plan: Plan) -> AutoTP | None:
+    return next((strategy for strategy in plan.strategies if isinstance(strategy, AutoTP)), None)
 
 
 def imported() -> Any:
