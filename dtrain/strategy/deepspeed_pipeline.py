@@ -1,0 +1,161 @@
+"""Pipeline parallelism by DeepSpeed's PipelineModule and its engine, with its ZeRO stage 1 on `dp`.
+
+    pp 0:  embedding, blocks 0, 1  ->  activations  ->  pp 1:  blocks 2, 3, head      schedule: 1F1B
+    the engine runs forward, backward, exchange, clipping and step; a matrix that both ends share is summed over them
+
+The stages are those of `pipeline`: each is one layer of a PipelineModule. Evaluations run as `pipeline`'s.
+Cost a micro-batch, per rank: its activation to the next stage, its gradient to the one before; then as DeepSpeed's
+stage 1 along `dp`, and one all-reduce of the shared matrix between first and last stage.
+Source: https://www.deepspeed.ai/tutorials/pipeline/; Narayanan et al. 2019, PipeDream (1806.03377).
+"""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Iterator, Mapping
+from contextlib import redirect_stdout
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from dtrain.batch import Batch, Models, divide
+from dtrain.cost import Message
+from dtrain.footprint import Footprint
+from dtrain.optimizer import OPTIMIZER_STATE
+from dtrain.stages import Flow
+from dtrain.strategy.base import REST, Executor, whole
+from dtrain.strategy.deepspeed import DeepSpeed, fresh, imported, owners
+from dtrain.strategy.pipeline import Pipeline
+from dtrain.zero import kinds, put_back, whole_tensors
+
+if TYPE_CHECKING:
+    from dtrain.plan import Plan
+
+
+class DeepSpeedPipeline(Pipeline):
+    """Cut the model's blocks over `pp`, by DeepSpeed; beside its ZeRO on `dp`.
+
+    Args:
+        degree, micro_batches, split: as Pipeline's.
+    """
+
+    engine = "deepspeed"
+
+    def __init__(self, degree: int = REST, *, micro_batches: int | None = None, split: list[int] | None = None) -> None:
+        super().__init__(degree, micro_batches=micro_batches, split=split)
+
+    def check(self, plan: Plan) -> None:
+        super().check(plan)
+        zero = plan.on("dp")
+        if not isinstance(zero, DeepSpeed) or len(plan.strategies) > 2:
+            raise ValueError(
+                "strategy deepspeed_pipeline goes with DeepSpeed's ZeRO on dp alone: use strategy=pipeline"
+            )
+        if zero.stage != 1:
+            reason = "tells no norm, and counts a matrix that both ends share twice" if not zero.stage else "refuses it"
+            raise ValueError(f"DeepSpeed's pipeline {reason} at stage {zero.stage}: use stage 1")
+
+    def reduce_gradients(self, model: nn.Module, plan: Plan) -> None:
+        """The engine has."""
+
+    def executor(self, models: Models, optimizers: Mapping[str, Optimizer], plan: Plan, micro_batches: int) -> Executor:
+        deepspeed, zero = imported(), plan.on("dp")
+        assert isinstance(zero, DeepSpeed)
+        ((name, model),) = models.items()
+        fresh(deepspeed, plan)
+        ((stage, piece),) = self._by_stage(model, plan).items()
+        flow = ByPipeline(self, {stage: piece}, self.outline, plan, micro_batches)
+        with redirect_stdout(io.StringIO()):  # a table of the stages
+            module = deepspeed.pipe.PipelineModule(
+                [self._layer(each, flow.layer) for each in range(self.stages)], num_stages=self.stages,
+                loss_fn=flow.loss, partition_method="uniform",
+            )  # fmt: skip
+            config = zero.config(plan, micro_batches)
+            flow.engine = deepspeed.initialize(model=module, optimizer=optimizers[name], config=config)[0]
+        for key, parameter in piece.named_parameters():  # of a shared layer DeepSpeed takes all for shared
+            parameter.ds_pipe_replicated = stage > 0 and key in self.tied  # type: ignore[attr-defined]
+        zero.verify_engine(flow.engine)
+        assert flow.engine.num_stages == self.degree, f"{flow.engine.num_stages} stages, not {self.degree}"
+        return flow
+
+    def _layer(self, stage: int, module: nn.Module) -> Any:
+        """What DeepSpeed takes for a layer: the whole stage, which is there on its own rank alone."""
+        from deepspeed.pipe import LayerSpec, TiedLayerSpec
+
+        kind = TiedLayerSpec if self.tied and stage in (0, self.stages - 1) else LayerSpec
+        named = {"tied_weight_attr": [f"piece.{name}" for name in self.tied]} if kind is TiedLayerSpec else {}
+        spec = kind(*(["ends"] if named else []), nn.Identity, **named)
+        spec.build = lambda log=False: module
+        return spec
+
+    def cost(self, footprint: Footprint, plan: Plan) -> list[Message]:
+        raise ValueError("the messages of DeepSpeed's pipeline are not told")
+
+
+class Layer(nn.Module):
+    """A stage that is called with activations alone: it knows the other inputs, micro-batch by micro-batch."""
+
+    def __init__(self, piece: nn.Module) -> None:
+        super().__init__()
+        self.piece = piece
+        self.others: Iterator[dict[str, Tensor]] = iter(())
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.piece(x, **next(self.others))
+
+
+class ByPipeline(Flow):
+    """Micro-batches through DeepSpeed's pipeline engine, which clips and steps by itself."""
+
+    def __init__(self, *parts: Any) -> None:
+        super().__init__(*parts)
+        (piece,) = self.stages.values()
+        self.layer = Layer(piece)
+        self.engine: Any = None
+
+    def train(self, update: Any, batch: Batch, scale: Tensor) -> Tensor:
+        losses: list[Tensor] = []
+
+        def criterion(outputs: Tensor, index: Tensor) -> Tensor:
+            losses.append(whole(update.criterion(outputs, parts[int(index)])) * scale)
+            return losses[-1] * self.micro_batches  # by which the engine divides
+
+        parts = list(divide(batch, self.micro_batches))
+        self.criterion = criterion
+        self.layer.others = iter([self._arguments(update, part)[1] for part in parts])
+        first = update.inputs[0]
+        with self.plan.around(), self.plan.autocast():
+            self.engine.train_batch(iter([(part[first], torch.tensor(i)) for i, part in enumerate(parts)]))
+        return torch.stack(losses).detach().sum() if losses else self._zero()
+
+    def loss(self, outputs: Tensor, index: Tensor) -> Tensor:
+        return self.criterion(outputs, index)
+
+    def norm(self, model: str) -> Tensor | None:
+        return torch.as_tensor(self.engine.get_global_grad_norm(), dtype=torch.float64)
+
+    def step(self, model: str, optimizer: Optimizer) -> None:
+        """It has."""
+
+    def tensors(self, model: str) -> dict[str, Tensor] | None:
+        found = whole_tensors(self.engine, owners(self.engine, self.plan))
+        return {self._ours(name): tensor for name, tensor in found.items()}
+
+    def restore(self, model: str, tensors: dict[str, Tensor]) -> None:
+        name = next(name for name, _ in self.engine.module.named_parameters())
+        prefix = name.removesuffix(self._ours(name))
+        theirs = {}
+        for key, tensor in tensors.items():
+            state = OPTIMIZER_STATE if key.startswith(OPTIMIZER_STATE) else ""
+            theirs[state + prefix + key.removeprefix(state)] = tensor
+        put_back(self.engine, owners(self.engine, self.plan), theirs)
+
+    def held(self, model: str) -> dict[str, list[Tensor]] | None:
+        return kinds(self.engine)
+
+    def _ours(self, name: str) -> str:
+        """The full name of what DeepSpeed calls `<layer>.piece.<name>`."""
+        state = OPTIMIZER_STATE if name.startswith(OPTIMIZER_STATE) else ""
+        return state + name.partition("piece.")[2]
