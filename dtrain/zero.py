@@ -163,7 +163,7 @@ def _named(name: str, key: str | None) -> str:
     return f"{OPTIMIZER_STATE}{name}.{key}" if key else name
 
 
-def messages(footprint: Footprint, axis: str, ranks: int, zero: dict[str, Any], clips: bool) -> list[Message]:
+def messages(footprint: Footprint, axis: str, ranks: int, zero: dict[str, Any]) -> list[Message]:
     """What a rank hands to collectives in a step, by the stage and the settings of `zero_optimization`.
 
     Raises:
@@ -178,8 +178,7 @@ def messages(footprint: Footprint, axis: str, ranks: int, zero: dict[str, Any], 
     bucket = int(zero.get("reduce_bucket_size", 5e8))
     if stage == 0:
         sums = list(_cut([w for w in piece.weights if w.ready is not None], ALL_REDUCED, after=True))
-        return [message(axis, "all_reduce", [sum(map(Weight.numel, each)) for each in sums], sent),
-                message(axis, "all_reduce", [1] * clips, 4)]  # fmt: skip
+        return [message(axis, "all_reduce", [sum(map(Weight.numel, each)) for each in sums], sent)]
     if stage == 3:
         filled = lambda weights: sum(-(-w.elements // ranks) * ranks for w in weights)  # noqa: E731
         reduced, gathered = [filled(each) for each in _cut(ready, bucket)], _gathers(piece, filled)

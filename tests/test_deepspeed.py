@@ -22,6 +22,7 @@ from dtrain.precision import Precision
 from dtrain.strategy.autotp import AutoTP
 from dtrain.strategy.deepspeed import DeepSpeed
 from dtrain.strategy.deepspeed_pipeline import DeepSpeedPipeline
+from dtrain.strategy.deepspeed_ulysses import DeepSpeedUlysses
 from dtrain.strategy.fsdp import FSDP
 
 pytest.importorskip("deepspeed", reason="the extra dtrain[deepspeed] is not installed")
@@ -48,6 +49,7 @@ KNOWN = {f"deepspeed {name}": [made] for name, made in PLANS.items()}
 
 KNOWN |= {"pipeline": [DeepSpeedPipeline, partial(PLANS["zero1"], 1)],
           "pipeline dp": [partial(DeepSpeedPipeline, 2), PLANS["zero1"]]}  # fmt: skip
+KNOWN |= {f"sequences zero{stage}": [PLANS[f"zero{stage}"], partial(DeepSpeedUlysses, 2)] for stage in range(4)}
 KNOWN |= {f"autotp zero{stage}": [PLANS[f"zero{stage}"], partial(AutoTP, 2)] for stage in (1, 2, 3)}
 
 
@@ -101,6 +103,18 @@ def test_autotp_equals_one_process(stage: int, world, single) -> None:
         case = Case(
             "masked_token", f"autotp zero{stage}", "fp32", clip_norm=0.05, micro_batch_size=3, steps=8, model=model
         )
+        expected = reference(case, single, world)
+        found = world(size).run(trained, case, size)
+        for each in found:
+            each.gradients = expected.gradients
+        assert_all_equal(found, expected, TOLERANCE)
+
+
+@pytest.mark.parametrize("stage", range(4))
+def test_its_ulysses_equals_one_process(stage: int, world, single) -> None:
+    for size in (2, 4):
+        case = Case("masked_token", f"sequences zero{stage}", "fp32", clip_norm=0.05, micro_batch_size=3, steps=8,
+                    model=(("n_kv_heads", 6),))  # fmt: skip
         expected = reference(case, single, world)
         found = world(size).run(trained, case, size)
         for each in found:

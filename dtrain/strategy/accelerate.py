@@ -208,7 +208,7 @@ class AccelerateDeepSpeed(DeepSpeed):
         with accelerator_of(plan, micro_batches, deepspeed_plugin=plugin, kwargs_handlers=[backend]) as accelerator:
             engines, _ = prepared(accelerator, models, optimizers, DeepSpeedEngine)
         for engine in engines.values():
-            self.verify_engine(engine)
+            self.verify_engine(engine, self.degree)
         return ByAcceleratedEngine(accelerator, self.stage, engines, micro_batches, plan)
 
 

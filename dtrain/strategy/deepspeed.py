@@ -139,28 +139,33 @@ class DeepSpeed(Strategy):
         for name, model in models.items():
             tensor, shapes = _autotp(plan), {n: p.shape for n, p in model.named_parameters()}
             more = {"tensor_parallel": tensor.settings(model)} if tensor else {}
-            engines[name] = deepspeed.initialize(model=model, optimizer=optimizers[name], config=config | more)[0]
-            self.verify_engine(engines[name])
+            engines[name] = deepspeed.initialize(
+                model=model, optimizer=optimizers[name], config=config | more, mpu=_sequences(plan)
+            )[0]
+            self.verify_engine(engines[name], self.degree * plan.degrees.get("cp", 1))
             if tensor:
                 tensor.verify_engine(model, shapes)
         return ByEngine(self.stage, engines, micro_batches, plan)
 
     def config(self, plan: Plan, micro_batches: int) -> dict[str, Any]:
+        clipping = (plan.clip_norm or 0.0) if self.stage else 0.0  # at stage 0 the loop clips
         return self.settings | {
             "train_micro_batch_size_per_gpu": 1, "gradient_accumulation_steps": micro_batches,
-            "gradient_clipping": plan.clip_norm or 0.0, "zero_allow_untested_optimizer": True,
-            "steps_per_print": 1 << 60, **({"bf16": {"enabled": True}} if plan.precision.mixed else {}),
+            "gradient_clipping": clipping, "zero_allow_untested_optimizer": True,
+            "steps_per_print": 1 << 60, "sequence_parallel_size": plan.degrees.get("cp", 1),
+            **({"bf16": {"enabled": True}} if plan.precision.mixed else {}),
         }  # fmt: skip
 
-    def verify_engine(self, engine: Any) -> None:
+    def verify_engine(self, engine: Any, ranks: int) -> None:
         """Asked = got: the stage, and that a rank keeps its share alone."""
         stage = engine.zero_optimization_stage()
         assert stage == self.stage, f"stage {stage}, not {self.stage}"
-        assert engine.dp_world_size == self.degree, f"DeepSpeed sees {engine.dp_world_size} ranks, not {self.degree}"
+        seen = engine.seq_dp_world_size if ranks != self.degree else engine.dp_world_size
+        assert seen == ranks, f"DeepSpeed sees {seen} ranks, not {ranks}"
         if self.stage:
             kept, every = sum(flat.numel() for flat in flats(engine)), sum(map(elements, engine.module.parameters()))
-            most = -(-every // self.degree) + PADDING * self.degree * len(list(engine.module.parameters()))
-            assert kept <= most, f"{kept} fp32 weights on this rank, of {every} on {self.degree}"
+            most = -(-every // ranks) + PADDING * ranks * len(list(engine.module.parameters()))
+            assert kept <= most, f"{kept} fp32 weights on this rank, of {every} on {ranks}"
 
     def sync_gradients(self, model: nn.Module, enabled: bool) -> None:
         model.set_gradient_accumulation_boundary(enabled)  # type: ignore[operator]  # an engine
@@ -171,7 +176,7 @@ class DeepSpeed(Strategy):
         return replace(footprint, held=held(footprint, self.degree, footprint.place[self.axis], self.stage))
 
     def cost(self, footprint: Footprint, plan: Plan) -> list[Message]:
-        return messages(footprint, self.axis, self.degree, self.zero, bool(plan.clip_norm))
+        return messages(footprint, self.axis, self.degree, self.zero)
 
 
 class ByEngine(Accumulate):
@@ -182,7 +187,9 @@ class ByEngine(Accumulate):
         self.stage, self.engines = stage, engines
 
     def backward(self, update: Update, loss: Tensor) -> None:
-        self.engines[update.trains].backward(loss, scale_wrt_gas=False)
+        # Where cp cuts sequences, stages 0 to 2 average over the ranks of dp alone.
+        parts = self.plan.degrees.get("cp", 1) if self.stage < 3 else 1
+        self.engines[update.trains].backward(loss / parts, scale_wrt_gas=False)
 
     def norm(self, model: str) -> Tensor | None:
         if not self.stage:
@@ -198,22 +205,23 @@ class ByEngine(Accumulate):
         if not self.stage:
             return None
         engine, autotp = self.engines[model], _autotp(self.plan)
-        found = whole_tensors(engine, owners(self.engines[model], self.plan))
+        found = whole_tensors(engine, owners(self.engines[model]))
         return autotp.joined(engine.module, found, self.plan) if autotp else found
 
     def restore(self, model: str, tensors: dict[str, Tensor]) -> None:
         if self.stage:
             engine, autotp = self.engines[model], _autotp(self.plan)
             own = autotp.parted(engine.module, tensors, self.plan) if autotp else tensors
-            put_back(engine, owners(self.engines[model], self.plan), own)
+            put_back(engine, owners(self.engines[model]), own)
 
     def held(self, model: str) -> dict[str, list[Tensor]] | None:
         return kinds(self.engines[model]) if self.stage else None
 
 
-def owners(engine: Any, plan: Plan) -> dict[str, int]:
-    """Which rank along `dp` keeps which weight whole while a checkpoint is written or read."""
-    shares = shared_out(list(engine.module.parameters()), plan.degrees["dp"], elements)
+def owners(engine: Any) -> dict[str, int]:
+    """Which of the ranks that share the states keeps which weight whole while a checkpoint is written or read."""
+    sharing = dist.get_world_size(engine.optimizer.dp_process_group)
+    shares = shared_out(list(engine.module.parameters()), sharing, elements)
     ranks = {id(parameter): rank for rank, share in enumerate(shares) for parameter in share}
     return {name: ranks[id(parameter)] for name, parameter in engine.module.named_parameters()}
 
@@ -224,6 +232,17 @@ def fresh(deepspeed: Any, plan: Plan) -> None:
     deepspeed.init_distributed(dist_backend=dist.get_backend())
     for name in ("_DATA_PARALLEL_GROUP", "_MODEL_PARALLEL_GROUP", "_TENSOR_MODEL_PARALLEL_GROUP", "mpu"):
         setattr(deepspeed.utils.groups, name, None)
+
+
+def _sequences(plan: Plan) -> Any:
+    """DeepSpeed's groups for Ulysses, if a strategy of its cuts sequences."""
+    if not plan.on("cp"):
+        return None
+    from deepspeed.runtime.sequence_parallel import parallel_state_sp
+
+    parallel_state_sp._release_sequence_parallel_groups()  # of an earlier run of this process
+    parallel_state_sp.initialize_sequence_parallel(plan.degrees["cp"])
+    return parallel_state_sp
 
 
 def _autotp(plan: Plan) -> AutoTP | None:

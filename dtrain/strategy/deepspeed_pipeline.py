@@ -76,7 +76,7 @@ class DeepSpeedPipeline(Pipeline):
             flow.engine = deepspeed.initialize(model=module, optimizer=optimizers[name], config=config)[0]
         for key, parameter in piece.named_parameters():  # of a shared layer DeepSpeed takes all for shared
             parameter.ds_pipe_replicated = stage > 0 and key in self.tied  # type: ignore[attr-defined]
-        zero.verify_engine(flow.engine)
+        zero.verify_engine(flow.engine, zero.degree)
         assert flow.engine.num_stages == self.degree, f"{flow.engine.num_stages} stages, not {self.degree}"
         return flow
 
@@ -140,7 +140,7 @@ class ByPipeline(Flow):
         """It has."""
 
     def tensors(self, model: str) -> dict[str, Tensor] | None:
-        found = whole_tensors(self.engine, owners(self.engine, self.plan))
+        found = whole_tensors(self.engine, owners(self.engine))
         return {self._ours(name): tensor for name, tensor in found.items()}
 
     def restore(self, model: str, tensors: dict[str, Tensor]) -> None:
@@ -150,7 +150,7 @@ class ByPipeline(Flow):
         for key, tensor in tensors.items():
             state = OPTIMIZER_STATE if key.startswith(OPTIMIZER_STATE) else ""
             theirs[state + prefix + key.removeprefix(state)] = tensor
-        put_back(self.engine, owners(self.engine, self.plan), theirs)
+        put_back(self.engine, owners(self.engine), theirs)
 
     def held(self, model: str) -> dict[str, list[Tensor]] | None:
         return kinds(self.engine)
