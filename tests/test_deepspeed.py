@@ -19,8 +19,8 @@ from test_cost import Other, measured, predicted
 
 from dtrain.plan import Plan
 from dtrain.precision import Precision
-from dtrain.strategy.autotp import AutoTP
 from dtrain.strategy.deepspeed import DeepSpeed
+from dtrain.strategy.deepspeed_autotp import AutoTP
 from dtrain.strategy.deepspeed_pipeline import DeepSpeedPipeline
 from dtrain.strategy.deepspeed_ulysses import DeepSpeedUlysses
 from dtrain.strategy.fsdp import FSDP

@@ -17,7 +17,6 @@ Cost a step, per rank: see `zero_messages`.
 from __future__ import annotations
 
 import logging
-import os
 from collections.abc import Mapping
 from dataclasses import replace
 from importlib.util import find_spec
@@ -31,9 +30,10 @@ from torch.optim import Optimizer
 from dtrain.accumulate import Accumulate
 from dtrain.batch import Models
 from dtrain.cost import Message
+from dtrain.engine import fresh, imported, sequences
 from dtrain.footprint import Footprint
-from dtrain.strategy.autotp import AutoTP
 from dtrain.strategy.base import REST, Executor, Strategy
+from dtrain.strategy.deepspeed_autotp import AutoTP
 from dtrain.strategy.zero1 import shared_out
 from dtrain.zero import elements, flats, held, kinds, messages, put_back, whole_tensors
 
@@ -140,7 +140,7 @@ class DeepSpeed(Strategy):
             tensor, shapes = _autotp(plan), {n: p.shape for n, p in model.named_parameters()}
             more = {"tensor_parallel": tensor.settings(model)} if tensor else {}
             engines[name] = deepspeed.initialize(
-                model=model, optimizer=optimizers[name], config=config | more, mpu=_sequences(plan)
+                model=model, optimizer=optimizers[name], config=config | more, mpu=sequences(plan)
             )[0]
             self.verify_engine(engines[name], self.degree * plan.degrees.get("cp", 1))
             if tensor:
@@ -226,35 +226,5 @@ def owners(engine: Any) -> dict[str, int]:
     return {name: ranks[id(parameter)] for name, parameter in engine.module.named_parameters()}
 
 
-def fresh(deepspeed: Any, plan: Plan) -> None:
-    """DeepSpeed in the process group that is there, without the groups of an earlier run of this process."""
-    os.environ.setdefault("LOCAL_RANK", str(plan.device.index or dist.get_rank()))  # it asks for one
-    deepspeed.init_distributed(dist_backend=dist.get_backend())
-    for name in ("_DATA_PARALLEL_GROUP", "_MODEL_PARALLEL_GROUP", "_TENSOR_MODEL_PARALLEL_GROUP", "mpu"):
-        setattr(deepspeed.utils.groups, name, None)
-
-
-def _sequences(plan: Plan) -> Any:
-    """DeepSpeed's groups for Ulysses, if a strategy of its cuts sequences."""
-    if not plan.on("cp"):
-        return None
-    from deepspeed.runtime.sequence_parallel import parallel_state_sp
-
-    parallel_state_sp._release_sequence_parallel_groups()  # of an earlier run of this process
-    parallel_state_sp.initialize_sequence_parallel(plan.degrees["cp"])
-    return parallel_state_sp
-
-
 def _autotp(plan: Plan) -> AutoTP | None:
     return next((strategy for strategy in plan.strategies if isinstance(strategy, AutoTP)), None)
-
-
-def imported() -> Any:
-    """DeepSpeed, without the lines that it prints as it is imported; on a machine without GPUs it is told so."""
-    if not torch.cuda.is_available():
-        os.environ.setdefault("DS_ACCELERATOR", "cpu")
-    import deepspeed
-
-    # Sums in shared memory, for inference: compiled at first use, and a killed build's lock makes all later runs wait.
-    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-    return deepspeed

@@ -22,11 +22,12 @@ from torch.optim import Optimizer
 
 from dtrain.batch import Batch, Models, divide
 from dtrain.cost import Message
+from dtrain.engine import fresh, imported
 from dtrain.footprint import Footprint
 from dtrain.optimizer import OPTIMIZER_STATE
 from dtrain.stages import Flow
 from dtrain.strategy.base import REST, Executor, whole
-from dtrain.strategy.deepspeed import DeepSpeed, fresh, imported, owners
+from dtrain.strategy.deepspeed import DeepSpeed, owners
 from dtrain.strategy.pipeline import Pipeline
 from dtrain.zero import kinds, put_back, whole_tensors
 

@@ -1,0 +1,53 @@
+"""DeepSpeed as a library: imported without its talk, in our process group, one run after another."""
+
+from __future__ import annotations
+
+import os
+import time
+from contextlib import suppress
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.distributed as dist
+
+if TYPE_CHECKING:
+    from dtrain.plan import Plan
+
+STALE_S = 900  # a lock on an extension that is being compiled is older than that if nobody compiles it
+
+
+def imported() -> Any:
+    """DeepSpeed, without the lines that it prints as it is imported; on a machine without GPUs it is told so."""
+    if not torch.cuda.is_available():
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    import deepspeed
+
+    # Sums in shared memory, for inference: compiled at first use, and a killed build's lock makes all later runs wait.
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    return deepspeed
+
+
+def fresh(deepspeed: Any, plan: Plan) -> None:
+    """DeepSpeed in the process group that is there, without the groups of an earlier run of this process."""
+    os.environ.setdefault("LOCAL_RANK", str(plan.device.index or dist.get_rank()))  # it asks for one
+    deepspeed.init_distributed(dist_backend=dist.get_backend())
+    from torch.utils.cpp_extension import get_default_build_root
+
+    for lock in Path(get_default_build_root()).glob("*/*/lock"):  # of what it compiles for offloading
+        with suppress(FileNotFoundError):
+            if time.time() - lock.stat().st_mtime > STALE_S:
+                lock.unlink(missing_ok=True)  # a build that was killed: all later ones would wait for it
+    for name in ("_DATA_PARALLEL_GROUP", "_MODEL_PARALLEL_GROUP", "_TENSOR_MODEL_PARALLEL_GROUP", "mpu"):
+        setattr(deepspeed.utils.groups, name, None)
+
+
+def sequences(plan: Plan) -> Any:
+    """DeepSpeed's groups for Ulysses, if a strategy of its cuts sequences."""
+    if not plan.on("cp"):
+        return None
+    from deepspeed.runtime.sequence_parallel import parallel_state_sp
+
+    parallel_state_sp._release_sequence_parallel_groups()  # of an earlier run of this process
+    parallel_state_sp.initialize_sequence_parallel(plan.degrees["cp"])
+    return parallel_state_sp
