@@ -28,6 +28,14 @@ def imported() -> Any:
     return deepspeed
 
 
+def reaches_disks() -> bool:
+    """Can DeepSpeed's asynchronous I/O be compiled, or has it been?"""
+    imported()
+    from deepspeed.ops.op_builder import AsyncIOBuilder
+
+    return bool(AsyncIOBuilder().is_compatible(verbose=False))
+
+
 def fresh(deepspeed: Any, plan: Plan) -> None:
     """DeepSpeed in the process group that is there, without the groups of an earlier run of this process."""
     os.environ.setdefault("LOCAL_RANK", str(plan.device.index or dist.get_rank()))  # it asks for one

@@ -230,6 +230,18 @@ def test_contradictions_are_refused_in_one_line() -> None:
         assert "use stage 1" in said_of
 
 
+def test_what_cannot_be_built_is_said(caplog: pytest.LogCaptureFixture) -> None:
+    disks = {"zero_optimization": {"stage": 3, "offload_optimizer": {"device": "nvme", "nvme_path": "/tmp"}}}
+    with mock.patch("dtrain.strategy.deepspeed.reaches_disks", return_value=False):
+        assert "install libaio-dev" in _of(disks)
+    model = torch.nn.Linear(2, 2)
+    optimizer = torch.optim.AdamW(model.parameters())
+    strategy = zero(2, **OFFLOAD)(2)
+    with mock.patch("deepspeed.ops.adam.DeepSpeedCPUAdam", side_effect=RuntimeError("no ninja")):
+        assert strategy.optimizer(optimizer, model, Plan.of([strategy], 2)) is optimizer
+    assert "CPU Adam cannot be built, torch's steps: no ninja" in caplog.text
+
+
 def test_nothing_of_deepspeed_is_imported_without_it() -> None:
     """Nor by the file of the strategy: only by a plan that has it."""
     code = ("import sys, dtrain.cli, dtrain.strategy.deepspeed\n"

@@ -30,7 +30,7 @@ from torch.optim import Optimizer
 from dtrain.accumulate import Accumulate
 from dtrain.batch import Models
 from dtrain.cost import Message
-from dtrain.engine import fresh, imported, sequences
+from dtrain.engine import fresh, imported, reaches_disks, sequences
 from dtrain.footprint import Footprint
 from dtrain.strategy.base import REST, Executor, Strategy
 from dtrain.strategy.deepspeed_autotp import AutoTP
@@ -108,6 +108,10 @@ class DeepSpeed(Strategy):
             first = error.errors()[0]
             where = f"strategy.dp.deepspeed.zero_optimization.{'.'.join(map(str, first['loc']))}"
             raise ValueError(f"{where}={first['input']}: {first['msg']}") from None
+        for what in ("offload_optimizer", "offload_param"):
+            if (self.zero.get(what) or {}).get("device") == "nvme" and not reaches_disks():
+                raise ValueError(f"strategy.dp.deepspeed.zero_optimization.{what}.device=nvme: DeepSpeed cannot build "
+                                 f"its asynchronous I/O; install libaio-dev and a C++ compiler, or use cpu")  # fmt: skip
 
     def check_task(self, task: Task, plan: Plan) -> None:
         if self.stage != 1 and len(task.models) > 1:  # 0 lets no other engine call backward; 2 and 3 reduce at once
