@@ -111,7 +111,7 @@ class DeepSpeed(Strategy):
         for what in ("offload_optimizer", "offload_param"):
             if (self.zero.get(what) or {}).get("device") == "nvme" and not reaches_disks():
                 raise ValueError(f"strategy.dp.deepspeed.zero_optimization.{what}.device=nvme: DeepSpeed cannot build "
-                                 f"its asynchronous I/O; install libaio-dev and a C++ compiler, or use cpu")  # fmt: skip
+                                 f"its asynchronous I/O; install libaio-dev and a compiler, or use cpu")  # fmt: skip
 
     def check_task(self, task: Task, plan: Plan) -> None:
         if self.stage != 1 and len(task.models) > 1:  # 0 lets no other engine call backward; 2 and 3 reduce at once
