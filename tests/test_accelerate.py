@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import os
+import subprocess
+import sys
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -108,6 +111,21 @@ def test_its_fsdp_shards_and_equals_one_process_where_it_may(world) -> None:
         found.gradients = expected.gradients
         assert_equal(found, expected, TOLERANCE)
         assert mine < 0.55 * every
+
+
+@pytest.mark.skipif(
+    not torch.cuda.is_available(), reason="Accelerate makes FSDP of its plugin on GPUs alone: none here"
+)
+@pytest.mark.parametrize("strategy", ["accelerate_fsdp", "accelerate_deepspeed", "deepspeed_zero3"])
+def test_on_gpus_it_trains_as_one_does(strategy: str, tmp_path: Path) -> None:
+    losses = {}
+    for name, ranks in (("single", 1), (strategy, min(2, torch.cuda.device_count()))):
+        run = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}", "scripts/train.py",
+               f"strategy={name}", "model=tiny", "steps=8", "device=cuda", f"hydra.run.dir={tmp_path / name}"]  # fmt: skip
+        subprocess.run(run, check=True, cwd=Path(__file__).parent.parent)
+        lines = map(json.loads, (tmp_path / name / "metrics.jsonl").read_text().splitlines())
+        losses[name] = [line["loss"] for line in lines if "loss" in line]
+    assert losses[strategy] == pytest.approx(losses["single"], rel=1e-4)
 
 
 def test_on_a_cpu_its_fsdp_is_refused() -> None:

@@ -9,7 +9,7 @@ from unittest import mock
 
 import pytest
 import torch
-from cases import CONTEXT, STRATEGIES, TASKS, VOCAB, Case, NextToken, Outcome, assert_equal, refusal, train
+from cases import CONTEXT, STRATEGIES, TASKS, VOCAB, Case, NextToken, Outcome, assert_equal, refusal, train, trainer
 from omegaconf import OmegaConf
 from test_accelerate import KNOWN as ACCELERATED
 from test_deepspeed import KNOWN as DEEPSPED
@@ -101,6 +101,20 @@ def test_four_ranks_cut_it_two_ways(folders: dict[str, str], world) -> None:
     for name in ("fsdp_tensor", "pipeline_tensor"):
         for found in world(4).run(trained, case_of(name, folders["llama"], "llama"), 4):
             assert_like(found, expected)
+
+
+def shapes_beside_zero3(case: Case, folder: str, size: int) -> set[tuple[int, ...]]:
+    with mock.patch.dict(STRATEGIES, ACCELERATED), mock.patch.dict(TASKS, theirs=Theirs):
+        made = trainer(case, size)
+    shapes = {tuple(parameter.shape) for parameter in CausalLM(folder).parameters()}
+    del made
+    return shapes
+
+
+def test_a_model_made_beside_an_engine_is_whole(folders: dict[str, str], world) -> None:
+    """Accelerate tells transformers of DeepSpeed's ZeRO 3, for the whole process."""
+    for shapes in world(2).run(shapes_beside_zero3, case_of("accelerate_zero3", folders["gpt2"]), folders["gpt2"], 2):
+        assert (0,) not in shapes and len(shapes) > 3
 
 
 def test_random_weights_from_a_configuration_are_of_the_seed(folders: dict[str, str], tmp_path: Path) -> None:

@@ -232,15 +232,18 @@ dist.init_process_group("gloo", init_method="tcp://10.77.0.1:29571", rank=rank, 
 x, out = torch.ones(elements), torch.ones(elements)
 dist.barrier()
 sent = lambda: int(Path("/sys/class/net/veth/statistics/tx_bytes").read_text())
-before = sent()
-for _ in range(8):
-    if operation == "all_reduce": dist.all_reduce(x)
-    elif operation == "all_gather": dist.all_gather_into_tensor(out, x[: elements // 2])
-    elif operation == "reduce_scatter": dist.reduce_scatter_tensor(out[: elements // 2], x)
-    elif operation == "all_to_all": dist.all_to_all_single(out, x)
-    elif rank == 0: dist.send(x, 1)
-    else: dist.recv(x, 0)
-print(sent() - before, flush=True)
+for _ in range(4):
+    dist.barrier()
+    before = sent()
+    for _ in range(8):
+        if operation == "all_reduce": dist.all_reduce(x)
+        elif operation == "all_gather": dist.all_gather_into_tensor(out, x[: elements // 2])
+        elif operation == "reduce_scatter": dist.reduce_scatter_tensor(out[: elements // 2], x)
+        elif operation == "all_to_all": dist.all_to_all_single(out, x)
+        elif rank == 0: dist.send(x, 1)
+        else: dist.recv(x, 0)
+    dist.barrier()
+    print(sent() - before, flush=True)
 dist.barrier()
 """
 
@@ -275,14 +278,17 @@ def hosts() -> Iterator[list[str]]:
 
 @pytest.mark.parametrize("operation", ["all_reduce", "all_gather", "reduce_scatter", "all_to_all", "send"])
 def test_a_wire_carries_what_the_message_says(operation: str, hosts: list[str]) -> None:
-    """Of eight megabytes eight times, within 5 %: headers, and their acknowledgements."""
+    """Of eight megabytes eight times, within 5 %: headers, and their acknowledgements.
+
+    The least of four tries: on a busy machine TCP sends again what was acknowledged late.
+    """
     elements = 2**21
     command = [sys.executable, "-c", TALK]
     environment = os.environ | {"GLOO_SOCKET_IFNAME": "veth"}
     ranks = [subprocess.Popen(["ip", "netns", "exec", name, *command, str(rank), operation, str(elements)],
                               stdout=subprocess.PIPE, env=environment, text=True)
              for rank, name in enumerate(hosts)]  # fmt: skip
-    counted = int(ranks[0].communicate(timeout=100)[0].split()[0])
+    counted = min(map(int, ranks[0].communicate(timeout=100)[0].split()))
     ranks[1].communicate(timeout=100)
     expected = Message("dp", operation, 8, 8 * 4 * elements).wire_bytes(2, "gloo")
     assert abs(counted / expected - 1) < 0.05, (counted, expected)

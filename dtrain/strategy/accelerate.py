@@ -208,6 +208,7 @@ class AccelerateDeepSpeed(DeepSpeed):
         backend = InitProcessGroupKwargs(backend=dist.get_backend())
         with accelerator_of(plan, micro_batches, deepspeed_plugin=plugin, kwargs_handlers=[backend]) as accelerator:
             engines, _ = prepared(accelerator, models, optimizers, DeepSpeedEngine)
+        plugin.dschf = None  # by which transformers would make its next models as slices of ZeRO 3
         for engine in engines.values():
             self.verify_engine(engine, self.degree)
         return ByAcceleratedEngine(accelerator, self.stage, engines, micro_batches, plan)
