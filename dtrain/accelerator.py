@@ -133,7 +133,7 @@ def prepared(
     accelerator: Any, models: Models, optimizers: Mapping[str, Optimizer], kind: type
 ) -> tuple[dict[str, Any], dict[str, Any]]:
     """Models and optimizers as Accelerate makes them ready; asserts that the models became what was asked for."""
-    made = {name: accelerator.prepare(model, optimizers[name]) for name, model in models.items()}
+    made = {name: accelerator.prepare(model, optimizers[name]) for name, model in models.items() if name in optimizers}
     for name, (model, _) in made.items():
         assert isinstance(model, kind), f"{kind.__name__} was asked for, {name} is a {type(model).__name__}"
     return {name: model for name, (model, _) in made.items()}, {

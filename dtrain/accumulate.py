@@ -25,7 +25,7 @@ class Accumulate(Executor):
 
     def train(self, update: Update, batch: Batch, scale: Tensor) -> Tensor:
         total = torch.zeros((), device=self.plan.device, dtype=torch.float64)
-        with self.plan.around():
+        with self.plan.around(self.models if update.second_order else None):
             for index, part in enumerate(divide(batch, self.micro_batches), start=1):
                 self.plan.sync_gradients(self.models, enabled=index == self.micro_batches)
                 with self.plan.autocast(), mark(PHASE, FORWARD):

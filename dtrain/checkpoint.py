@@ -11,26 +11,24 @@ renamed: a kill at any moment leaves the ones before it as they were. The folder
 
 from __future__ import annotations
 
-import hashlib
 import itertools
 import json
 import os
 import shutil
 import threading
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
-from safetensors import SafetensorError
 from torch import Tensor
 from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader, HuggingFaceStorageWriter
 from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
 
 from dtrain.launch import agree
+from dtrain.optimizer import OPTIMIZER_STATE
+from dtrain.saved import MANIFEST, describe, whole
 
-MANIFEST = "checkpoint.json"
 PARTIAL = ".partial-"
 VERSION = 1
 
@@ -98,7 +96,7 @@ class Checkpoints:
         agree(lambda: self._publish(partial, step, about), self._group)
 
     def _publish(self, partial: Path, step: int, about: dict[str, Any]) -> None:
-        files = {file.name: _describe(file) for file in sorted(partial.glob("*.safetensors"))}
+        files = {file.name: describe(file) for file in sorted(partial.glob("*.safetensors"))}
         _write_synced(partial / MANIFEST, {"version": VERSION, "step": step, **about, "files": files})
         _sync(partial)
         final = self.folder / f"step-{step:08d}"
@@ -112,7 +110,7 @@ class Checkpoints:
         pointer.symlink_to(final.name)
         os.replace(pointer, self.folder / "latest")
         _sync(self.folder)
-        for old in _whole(self.folder)[: -self.keep_last]:
+        for old in whole(self.folder)[: -self.keep_last]:
             gone = self.folder / f"{PARTIAL}{old.name}"
             old.rename(gone)  # at once: removing takes a while, and a kill would leave half of it
             shutil.rmtree(gone)
@@ -126,13 +124,7 @@ def load(path: Path, states: list[dict[str, Tensor]]) -> None:
     Raises:
         ValueError: the checkpoint is of another model; the first differing tensor and both shapes are named.
     """
-    reader = HuggingFaceStorageReader(str(path))
-    saved = {n: tuple(getattr(m, "size", ())) for n, m in reader.read_metadata().state_dict_metadata.items()}
-    ours: dict[str, tuple[int, ...]] = {}
-    gathered: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(gathered, {name: tuple(t.shape) for part in states for name, t in part.items()})
-    for part in gathered:
-        ours |= part
+    reader, saved, ours = _shapes(path, states)
     for name in sorted(ours | saved, key=lambda n: (n.startswith("optimizer."), n)):
         if ours.get(name) != saved.get(name):
             kind = "optimizer" if name.startswith("optimizer.") else "model"
@@ -142,89 +134,38 @@ def load(path: Path, states: list[dict[str, Tensor]]) -> None:
         dcp.load(tensors, storage_reader=reader)
 
 
-def find(resume: str, run_folder: Path, outputs: Path, *, fallback: bool, note: Callable[[str], None]) -> Path:
-    """The checkpoint that `resume` names, whole and undamaged.
+def load_weights(path: Path, states: list[dict[str, Tensor]], *, taken: list[str], new: list[str]) -> None:
+    """Fill those tensors of `states` that the checkpoint has too, in the same shape; all others stay. A collective.
 
     Args:
-        resume: a checkpoint, a folder of them, a run's folder; or `latest`: this run's newest, or else the
-            newest of all runs below `outputs`.
-        fallback: if that one is damaged, take the newest whole one before it, and `note` so.
+        path, states: as `load` takes them; optimizer states are left alone.
+        taken, new: told the names of those filled, and of those that stay.
 
     Raises:
-        ValueError: none there, or damaged; says where, and what would do.
+        ValueError: nothing fits.
     """
-    if resume == "latest":
-        found = _whole(run_folder / "checkpoints")
-        if not found:
-            runs = [_whole(p.parent) for p in outputs.glob("**/checkpoints/latest")]
-            found = max((run for run in runs if run), key=lambda run: _written(run[-1]), default=[])
-        where = f"{run_folder} or below {outputs}"
-    else:
-        path = Path(resume).expanduser()
-        if (path / MANIFEST).exists():
-            path, written = path.resolve(), _whole(path.resolve().parent)
-            found = written[: written.index(path) + 1] if path in written else [path]
-        else:
-            found = _whole(path / "checkpoints") or _whole(path)
-        where = str(path)
-    if not found:
-        raise ValueError(f"resume={resume}: no checkpoint in {where}")
-    return _first_whole(list(reversed(found)), fallback=fallback, note=note)
+    reader, saved, ours = _shapes(path, states)
+    weights = {name: shape for name, shape in ours.items() if not name.startswith(OPTIMIZER_STATE)}
+    taken += [name for name in sorted(weights) if saved.get(name) == weights[name]]
+    new += [name for name in sorted(weights) if saved.get(name) != weights[name]]
+    if not taken:
+        name = new[0]
+        raise ValueError(f"init_from: nothing in {path} fits this model: {name} is {saved.get(name, 'absent')} there, "
+                         f"{weights[name]} here")  # fmt: skip
+    for tensors in states:
+        dcp.load({name: tensor for name, tensor in tensors.items() if name in taken}, storage_reader=reader)
 
 
-def _first_whole(newest_first: list[Path], *, fallback: bool, note: Callable[[str], None]) -> Path:
-    for path, older in zip(newest_first, [*newest_first[1:], None], strict=True):
-        damage = verify(path)
-        if not damage:
-            return path
-        if not older:
-            raise ValueError(f"checkpoint {path} is damaged: {damage}; there is no earlier one")
-        if not fallback:
-            raise ValueError(
-                f"checkpoint {path} is damaged: {damage}; checkpoint.fallback=true would take {older.name}"
-            )
-        note(f"checkpoint {path} is damaged: {damage}; falling back to {older.name}")
-    raise AssertionError("no checkpoint was given")
-
-
-def verify(path: Path) -> str:
-    """What is wrong with the files of a checkpoint, or an empty string."""
-    try:
-        manifest = about(path)
-        for name, expected in manifest["files"].items():
-            if not (path / name).exists():
-                return f"{name} is missing"
-            if (size := (path / name).stat().st_size) != expected["bytes"]:
-                return f"{name} has {size} bytes, not {expected['bytes']}"
-            if _describe(path / name) != expected:
-                return f"{name} does not have its SHA-256"
-        HuggingFaceStorageReader(str(path)).read_metadata()
-    except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError, AttributeError):
-        return f"{MANIFEST} is not readable"
-    except SafetensorError as error:
-        return str(error)
-    return ""
-
-
-def about(path: Path) -> dict[str, Any]:
-    """What a checkpoint says of itself: step, tokens, and what its run gave."""
-    return json.loads((path / MANIFEST).read_text())
-
-
-def _whole(folder: Path) -> list[Path]:
-    """The published checkpoints of a folder, in the order in which they were written."""
-    return sorted((p.resolve() for p in folder.glob("step-*") if (p / MANIFEST).exists()), key=_written)
-
-
-def _written(path: Path) -> tuple[int, str]:
-    return (path / MANIFEST).stat().st_mtime_ns, path.name
-
-
-def _describe(file: Path) -> dict[str, Any]:
-    with file.open("rb") as stream:
-        digest = hashlib.file_digest(stream, "sha256").hexdigest()
-        os.fsync(stream.fileno())
-    return {"bytes": file.stat().st_size, "sha256": digest}
+def _shapes(path: Path, states: list[dict[str, Tensor]]) -> tuple[Any, dict[str, Any], dict[str, Any]]:
+    """A reader of the checkpoint, and the shapes of all tensors there and of all ranks here."""
+    reader = HuggingFaceStorageReader(str(path))
+    saved = {n: tuple(getattr(m, "size", ())) for n, m in reader.read_metadata().state_dict_metadata.items()}
+    ours: dict[str, tuple[int, ...]] = {}
+    gathered: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(gathered, {name: tuple(t.shape) for part in states for name, t in part.items()})
+    for part in gathered:
+        ours |= part
+    return reader, saved, ours
 
 
 def _write_synced(file: Path, content: dict[str, Any]) -> None:

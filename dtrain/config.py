@@ -101,6 +101,7 @@ class Config:
     compile: bool = MISSING
     profile: bool = MISSING
     resume: str | None = MISSING
+    init_from: str | None = MISSING
 
     eval: Eval = field(default_factory=Eval)
     checkpoint: Checkpoint = field(default_factory=Checkpoint)

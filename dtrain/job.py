@@ -13,6 +13,7 @@ from dtrain import launch
 from dtrain.accelerator import refuse_contradictions
 from dtrain.batch import ModelFactory
 from dtrain.config import Config, make
+from dtrain.data.augment import ImageChange, Mixup, TextChange
 from dtrain.data.base import Data
 from dtrain.data.sources import Source
 from dtrain.data.tokenizer import Tokenizer
@@ -25,6 +26,7 @@ from dtrain.report.console import preparing
 from dtrain.strategy.base import Strategy
 from dtrain.task.base import Sizes, Task
 
+AUGMENT = (TextChange, ImageChange, Mixup)
 COMPILERS = tuple(filter(None, (os.environ.get("CXX"), "g++", "clang++")))  # what torch.compile uses on a CPU
 
 
@@ -70,7 +72,7 @@ def task_of(config: Config, *, shown: bool = True) -> tuple[Data, Task]:
     with preparing(data.name, shown=shown) as progress:
         data.prepare(progress)
     sizes = Sizes(config.seed, config.global_batch_size, config.seq_len, config.eval.batches)
-    return data, make(config.task, Task, "task", models=model_factories(config), data=data, sizes=sizes)
+    return data, make(config.task, Task, "task", parts=AUGMENT, models=model_factories(config), data=data, sizes=sizes)
 
 
 def model_factories(config: Config) -> dict[str, ModelFactory]:

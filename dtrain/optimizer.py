@@ -50,13 +50,13 @@ def fill_state(optimizer: torch.optim.Optimizer) -> None:
         group["lr"] = saved
 
 
-def named_tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+def named_tensors(model: nn.Module, optimizer: torch.optim.Optimizer | None) -> dict[str, Tensor]:
     """Weights and kept buffers by their names in the model, the optimizer's states by `optimizer.<name>.<key>`."""
     kept = model.state_dict().keys()
     tensors = {name: buffer for name, buffer in model.named_buffers() if name in kept}
     for name, parameter in model.named_parameters():
         tensors[name] = parameter.detach()
-        for key, value in optimizer.state.get(parameter, {}).items():
+        for key, value in optimizer.state.get(parameter, {}).items() if optimizer else ():
             if isinstance(value, Tensor):
                 tensors[f"{OPTIMIZER_STATE}{name}.{key}"] = value
     return tensors

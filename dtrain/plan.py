@@ -68,10 +68,9 @@ class Plan:
 
     def connect(self) -> Plan:
         """The same plan with its device mesh. A collective: every rank calls it, once."""
-        degrees = self.degrees
-        if not degrees:
+        if not self.degrees:
             return self
-        mesh = init_device_mesh(self.device.type, tuple(degrees.values()), mesh_dim_names=tuple(degrees))
+        mesh = init_device_mesh(self.device.type, tuple(self.degrees.values()), mesh_dim_names=tuple(self.degrees))
         return replace(self, _mesh=mesh)
 
     @property
@@ -214,11 +213,13 @@ class Plan:
         return shape
 
     @contextmanager
-    def around(self) -> Iterator[None]:
-        """The strategies' contexts for forward and backward."""
+    def around(self, twice: Models | None = None) -> Iterator[None]:
+        """The strategies' contexts for forward and backward; `twice`: models whose gradients are in the loss."""
         with ExitStack() as stack:
             for strategy in self.strategies:
                 stack.enter_context(strategy.around(self))
+                for model in (twice or {}).values():
+                    stack.enter_context(strategy.second_order(model))
             yield
 
     def sync_gradients(self, models: Models, enabled: bool) -> None:

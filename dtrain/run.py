@@ -13,7 +13,8 @@ import torch.distributed as dist
 from torch import nn
 from torch.optim import Optimizer
 
-from dtrain import checkpoint, launch
+from dtrain import checkpoint, launch, pictures, saved
+from dtrain.batch import Sums
 from dtrain.checkpoint import Checkpoints
 from dtrain.config import Config, make
 from dtrain.cost import Cost, fold
@@ -67,8 +68,7 @@ def _train(job: Job, world: World, folder: Path, strategy: str, stack: ExitStack
     optimizer = partial(optimizer_of, config.optimizer)
     profile, phase = _instruments(job, optimizer, stack, watch)
     trainer = Trainer(job.task, plan, optimizer, settings, phase)
-    if config.resume:
-        _resume(trainer, job, config.resume, folder)
+    _take_weights(trainer, job, folder)
     if profile and config.steps - trainer.next_step < RECORDED:
         raise ValueError(f"profile=true needs {RECORDED} steps, {config.steps - trainer.next_step} are left: use more")
     checkpoints = None
@@ -81,15 +81,16 @@ def _train(job: Job, world: World, folder: Path, strategy: str, stack: ExitStack
     about = Run(strategy, plan.degrees, world.size, trainer.next_step, config.steps, folder,
                 facts(job, meter, peak_source), asdict(config))  # fmt: skip
     job.logger.start(about)
-
+    if world.rank == 0:
+        job.data.leave(folder)
     figures: dict[str, Any] = {}
     watch.step(trainer.next_step + 1)
     for step in profile.steps(trainer) if profile else trainer.steps():
         if not (profile and profile.disturbed):
             meter.add(step.tokens_per_second * step.step_seconds, step.step_seconds)
         figures = step.figures() | (profile.figures() if profile else {})
-        if _due(step.step, config.eval.every, config.steps):
-            figures |= {f"val_{name}": value for name, value in trainer.evaluate().items()}
+        if _due(step.step, config.eval.every, config.steps) and (totals := trainer.totals()):
+            figures |= _evaluated(job, totals, folder, step.step)
         job.logger.step(figures)
         if checkpoints and _due(step.step, config.checkpoint.every, config.steps):
             checkpoints.save(step.step, trainer.state(), _identity(job, trainer))
@@ -157,21 +158,51 @@ def optimizer_of(node: dict[str, Any], model: nn.Module) -> Optimizer:
     return make(node, Optimizer, "optimizer", params=parameter_groups(model))
 
 
+def _evaluated(job: Job, totals: Sums, folder: Path, step: int) -> dict[str, float]:
+    """An evaluation's figures; the first rank keeps its pictures."""
+    if dist.get_rank() == 0:
+        pictures.write(folder / "pictures", step, job.task.pictures(totals))
+    return {f"val_{name}": value for name, value in job.task.describe(totals).items()}
+
+
+def _take_weights(trainer: Trainer, job: Job, folder: Path) -> None:
+    """From a checkpoint to go on with, or to begin with; and say where a model's own come from. A collective."""
+    for model in trainer.models.values():
+        for origin in {str(module.origin) for module in model.modules() if hasattr(module, "origin")}:
+            job.logger.note(origin)
+    if job.config.resume:
+        _resume(trainer, job, job.config.resume, folder)
+    elif job.config.init_from:
+        _begin(trainer, job, job.config.init_from, folder)
+
+
+def _begin(trainer: Trainer, job: Job, path: str, folder: Path) -> None:
+    """Take what fits of another run's weights; say what does not."""
+    note = job.logger.note
+    found = agree(
+        lambda: saved.find(path, folder, Path("outputs").resolve(), fallback=False, note=note, key="init_from")
+    )
+    taken: list[str] = []
+    new: list[str] = []
+    trainer.begin(partial(checkpoint.load_weights, found, taken=taken, new=new))
+    note(f"begun from {found}: {len(taken)} tensors; new: {', '.join(new) or 'none'}")
+
+
 def _resume(trainer: Trainer, job: Job, resume: str, folder: Path) -> None:
     config, note = job.config, job.logger.note
     outputs = Path("outputs").resolve()  # where Hydra puts runs by default
-    found = agree(lambda: checkpoint.find(resume, folder, outputs, fallback=config.checkpoint.fallback, note=note))
-    saved = checkpoint.about(found)
-    if saved["step"] >= config.steps:
+    found = agree(lambda: saved.find(resume, folder, outputs, fallback=config.checkpoint.fallback, note=note))
+    theirs = saved.about(found)
+    if theirs["step"] >= config.steps:
         raise ValueError(
-            f"resume: {found} has done {saved['step']} steps already, steps={config.steps}: ask for more steps"
+            f"resume: {found} has done {theirs['step']} steps already, steps={config.steps}: ask for more steps"
         )
     trainer.load(partial(checkpoint.load, found))
-    trainer.next_step, trainer.tokens = saved["step"], saved["tokens"]
-    note(f"resumed from {found}, step {saved['step']}")
+    trainer.next_step, trainer.tokens = theirs["step"], theirs["tokens"]
+    note(f"resumed from {found}, step {theirs['step']}")
     for key, ours in _curve(job).items():
-        if saved.get(key) != ours:
-            note(f"the checkpoint's run had {key}={saved.get(key)}, this one has {ours}: the curve may differ")
+        if theirs.get(key) != ours:
+            note(f"the checkpoint's run had {key}={theirs.get(key)}, this one has {ours}: the curve may differ")
 
 
 def _curve(job: Job) -> dict[str, Any]:

@@ -106,7 +106,7 @@ class Flow(Executor):
         self.criterion: Callable[[Tensor, Tensor], Tensor]  # of the step that runs
         self.shapes: dict[str, tuple[int, ...]] = {}
         self.schedule: Any = None  # built with the first batch, which tells the shapes
-        self.names: list[str] | None = None  # of what an evaluation measures
+        self.measured: dict[str, tuple[int, ...]] | None = None  # shapes of what an evaluation measures
 
     def train(self, update: Any, batch: Batch, scale: Tensor) -> Tensor:
         losses: list[Tensor] = []
@@ -139,11 +139,11 @@ class Flow(Executor):
             for part in parts:
                 for name, value in self._measure(update, part, hidden).items():
                     sums[name] = sums.get(name, 0) + whole(value).double()
-        if self.names is None:  # every rank sums the same names, though one alone measures
-            told = [list(sums)]
+        if self.measured is None:  # every rank sums the same, though one alone measures
+            told = [_shapes(sums)]
             dist.broadcast_object_list(told, group=self.group, group_src=self.pipeline.owner(self.last))
-            self.names = told[0]
-        return {name: sums.get(name, self._zero()) for name in self.names}
+            self.measured = told[0]
+        return {name: sums[name] if name in sums else self._zero(shape) for name, shape in self.measured.items()}
 
     def _measure(self, update: Any, part: Batch, hidden: Tensor) -> Sums:
         inputs, named = self._arguments(update, part)
@@ -157,8 +157,8 @@ class Flow(Executor):
                 dist.send(x.contiguous(), group=self.group, group_dst=self.pipeline.owner(stage + 1))
         return update.measured(x, part) if self.last in self.stages else {}
 
-    def _zero(self) -> Tensor:
-        return torch.zeros((), device=self.plan.device, dtype=torch.float64)
+    def _zero(self, shape: tuple[int, ...] = ()) -> Tensor:
+        return torch.zeros(shape, device=self.plan.device, dtype=torch.float64)
 
     def _arguments(self, update: Any, batch: Batch) -> tuple[tuple[Tensor, ...], dict[str, Tensor]]:
         """The first input enters at the first stage; every stage knows the others, such as positions."""

@@ -42,7 +42,10 @@ class Trial:
     @property
     def tasks(self) -> str:
         able = [task for task, reason in self.refusals.items() if not reason]
-        return "all" if len(able) == len(self.refusals) else ", ".join(able) or "none"
+        unable = [task for task, reason in self.refusals.items() if reason]
+        if not able or not unable:
+            return "all" if able else "none"
+        return f"all but {', '.join(unable)}" if len(unable) < len(able) else ", ".join(able)
 
     @property
     def asked(self) -> dict[str, str]:

@@ -88,7 +88,8 @@ class Trainer:
         plan.check_updates(task)
         self.task, self.plan, self.settings, self.phase = task, plan, settings, phase
         self.models = {name: plan.parallelize(factory, settings.seed) for name, factory in task.models.items()}
-        self.optimizers = {n: plan.optimizer(optimizer(model), model) for n, model in self.models.items()}
+        trained = {update.trains for update in task.updates}  # a model that only follows another has no optimizer
+        self.optimizers = {n: plan.optimizer(optimizer(m), m) for n, m in self.models.items() if n in trained}
         self._rates = {n: [group["lr"] for group in o.param_groups] for n, o in self.optimizers.items()}
         self._executor = plan.executor(self.models, self.optimizers, micro_batches)
         self.next_step = self.tokens = 0
@@ -145,8 +146,9 @@ class Trainer:
                 module.after_step(self.plan.total_of_parts)
             for each in self.models.values():
                 each.zero_grad()
-            losses[update.trains] = losses.get(update.trains, 0.0) + loss
-            norms[update.trains] = math.hypot(norms.get(update.trains, 0.0), norm)
+            if update.then:
+                update.then(self.models)
+            losses[update.trains], norms[update.trains] = loss, norm  # of its last update, if it has several
         return losses, norms
 
     def _set_rate(self, step: int) -> None:
@@ -170,7 +172,15 @@ class Trainer:
         )
 
     def evaluate(self) -> dict[str, float]:
-        """The task's metrics on its validation batches; empty if there are none."""
+        """The task's metrics on its validation batches; empty if there are none. A collective."""
+        totals = self.totals()
+        return self.task.describe(totals) if totals else {}
+
+    def totals(self) -> dict[str, Tensor]:
+        """The sums of every measure over the validation batches, in fp64 on the host; empty if nothing counts.
+
+        A collective; the same on every rank.
+        """
         sums: dict[str, Tensor] = {}
         for model in self.models.values():
             model.eval()
@@ -182,8 +192,7 @@ class Trainer:
         for model in self.models.values():
             model.train()
         self.plan.after_evaluation(self.models)
-        count = sums.pop("count").item() if sums else 0
-        return self.task.describe({name: total.item() / count for name, total in sums.items()}) if count else {}
+        return {name: total.cpu() for name, total in sums.items()} if sums and sums["count"] else {}
 
     def state(self) -> dict[str, Tensor]:
         """Every weight, buffer and optimizer state by its full name: the same names and shapes under every plan."""
@@ -193,15 +202,15 @@ class Trainer:
         """The state of each piece of the models on this rank: two of them may hold copies of one weight."""
         found = []
         for name, model in self.models.items():
-            for tensors in self._tensors(name, model, self.optimizers[name]):
+            for tensors in self._tensors(name, model, self.optimizers.get(name)):
                 found.append({_within(name, key): value for key, value in tensors.items()})
         self._has_states = True
         return found
 
-    def _tensors(self, name: str, model: nn.Module, optimizer: Optimizer) -> list[dict[str, Tensor]]:
+    def _tensors(self, name: str, model: nn.Module, optimizer: Optimizer | None) -> list[dict[str, Tensor]]:
         if engine := self._executor.tensors(name):
             return [engine]
-        if not self._has_states:  # asked of the trainer, not of the optimizer: one that has no share has none
+        if optimizer and not self._has_states:  # asked of the trainer: an optimizer that has no share has none
             fill_state(optimizer)
         return [named_tensors(self.plan.unwrap(piece), optimizer) for piece in pieces(model)]
 
@@ -209,7 +218,8 @@ class Trainer:
         """This rank's tensors that are `parameters`, `gradients` or `optimizer`: states."""
         found: list[Tensor] = []
         for name, model in self.models.items():
-            states = (value for state in self.optimizers[name].state.values() for value in state.values())
+            kept = self.optimizers[name].state if name in self.optimizers else {}
+            states = (value for state in kept.values() for value in state.values())
             own: dict[str, list[Tensor]] = {
                 "parameters": list(model.parameters()),
                 "gradients": [p.grad for p in model.parameters() if p.grad is not None],
@@ -218,10 +228,21 @@ class Trainer:
             found += (self._executor.held(name) or own)[kind]
         return found
 
+    def begin(self, fill: Callable[[list[dict[str, Tensor]]], None]) -> None:
+        """Take weights from elsewhere: `fill` fills some of the tensors it is given. Optimizers begin anew."""
+        with_states, self._has_states = self._has_states, True  # not to make states that a first step would have made
+        states = self.states()
+        self._has_states = with_states
+        fill(states)
+        self._restore(states)
+
     def load(self, fill: Callable[[list[dict[str, Tensor]]], None]) -> None:
         """Take weights, buffers and states from a checkpoint: `fill` fills the tensors it is given. A collective."""
         states = self.states()
         fill(states)
+        self._restore(states)
+
+    def _restore(self, states: list[dict[str, Tensor]]) -> None:
         for name in self.models:
             own = {key.replace(f"{name}.", "", 1): value for state in states for key, value in state.items()
                    if key.removeprefix(OPTIMIZER_STATE).startswith(f"{name}.")}  # fmt: skip

@@ -15,7 +15,8 @@ from pathlib import Path
 import pytest
 from cases import MOE, STRATEGIES, VARIANTS, Case, Outcome, assert_equal, refusal, trainer, whole
 
-from dtrain.checkpoint import Checkpoints, about, find, load, verify
+from dtrain.checkpoint import Checkpoints, load
+from dtrain.saved import about, find, verify
 from dtrain.strategy.base import local
 
 STEPS, SAVED_AT = 8, 4

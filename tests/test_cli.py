@@ -17,7 +17,7 @@ import torch
 from hydra.core.global_hydra import GlobalHydra
 
 from dtrain import cli
-from dtrain.checkpoint import about, verify
+from dtrain.saved import about, verify
 
 ROOT = Path(__file__).parent.parent
 TINY = ["model=tiny", "steps=3", "eval.every=0", "global_batch_size=4"]

@@ -22,8 +22,12 @@ from dtrain.strategy.base import Strategy
 
 CONFIGS = Path(__file__).parent.parent / "configs"
 NEEDED = {
-    "files": ["data.source.path=x"],
-    "hub": ["data.source.name=x"],
+    **dict.fromkeys(("files", "rows", "squad"), ["data.source.path=x"]),
+    **dict.fromkeys(("hub", "hub_rows"), ["data.source.name=x"]),
+    **dict.fromkeys(("digits", "mnist", "ring"), ["model=convnet"]),
+    "images": ["data.path=x", "model=convnet"],
+    "hub_images": ["data.source=x", "model=convnet"],
+    "file": ["data.tokenizer.path=x", "data.tokenizer.vocab_size=300"],
     "tracker": ["logger.tracker.name=tensorboard"],
     "hf": ["model.name_or_path=x"],
     "hf_gpt2": ["model.name_or_path=x"],
@@ -32,7 +36,7 @@ NEEDED = {
 # The published sizes, in parameters.
 PUBLISHED = {"gpt2": 124_439_808, "medium": 354_823_168, "large": 774_030_080, "xl": 1_557_611_200,
              "llama_8b": 8_030_261_248, "llama_70b": 70_553_706_496, "mixtral_8x7b": 46_702_792_704}  # fmt: skip
-ABOUT = {"tiny": 0.12e6, "mini": 3.2e6, "small": 10.8e6, "gpt3_175b": 175e9, "moe": 9.55e6}
+ABOUT = {"tiny": 0.12e6, "mini": 3.2e6, "small": 10.8e6, "gpt3_175b": 175e9, "moe": 9.55e6, "convnet": 4.06e4}
 
 
 def options(group: str) -> list[str]:
@@ -45,12 +49,13 @@ def composed(*overrides: str) -> Any:
         return compose("train", overrides=list(overrides))
 
 
-@pytest.mark.parametrize("path", sorted(CONFIGS.glob("*/*.yaml")), ids=lambda p: f"{p.parent.name}={p.stem}")
+@pytest.mark.parametrize("path", sorted(CONFIGS.glob("*/**/*.yaml")), ids=lambda p: f"{p.parent.name}={p.stem}")
 def test_every_option_of_every_group_composes(path: Path) -> None:
     if path.parent.name in ("help",):
         return
-    prefix = "+" if path.parent.name == "experiment" else ""
-    config = composed(f"{prefix}{path.parent.name}={path.stem}", *NEEDED.get(path.stem, []))
+    group = path.parent.relative_to(CONFIGS).as_posix()
+    prefix = "+" if group in ("experiment", "task/augment") else ""
+    config = composed(f"{prefix}{group}={path.stem}", *NEEDED.get(path.stem, []))
     assert checked(config).steps >= 1
 
 
@@ -66,7 +71,7 @@ def test_every_strategy_builds_a_plan(name: str) -> None:
         assert Plan.of(strategies, 16 if strategies else 1)
 
 
-@pytest.mark.parametrize("name", [name for name in options("model") if not name.startswith("hf")])
+@pytest.mark.parametrize("name", [name for name in options("model") if not name.startswith(("hf", "gan"))])
 def test_every_model_has_its_published_size(name: str) -> None:
     node = OmegaConf.to_container(composed(f"model={name}"), resolve=True)["model"]
     with torch.device("meta"):

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from dtrain.data.prepare import clean, prepare
 from dtrain.data.sources import Files, HuggingFace, StandardLibrary
-from dtrain.data.tokenizer import BPE, END, Bytes
+from dtrain.data.tokenizer import BPE, Bytes
 from dtrain.data.windows import Windows
 
 
@@ -157,7 +157,7 @@ def test_bpe_round_trips_and_is_shorter(tmp_path: Path) -> None:
     fresh.load(Path(made.folder))
     for text in ("words and words", "naïve café – 你好 🙂", "a <end> b"):
         assert fresh.decode(fresh.encode(text)) == text
-    assert (ids == END).sum() == made.documents
+    assert (ids == tokenizer.marks.end).sum() == made.documents
 
 
 @given(st.text(max_size=50))

@@ -13,10 +13,11 @@ from cases import MLP, ROWS, MaskedToken, NextToken, Outcome, adamw, assert_equa
 from test_exact import TOLERANCE
 from torch import nn
 
-from dtrain.checkpoint import Checkpoints, find, load
+from dtrain.checkpoint import Checkpoints, load
 from dtrain.model.transformer import Transformer
 from dtrain.plan import Plan
 from dtrain.precision import Precision
+from dtrain.saved import find
 from dtrain.strategy.allreduce import AllReduce
 from dtrain.strategy.base import Strategy, local
 from dtrain.strategy.expert import Expert

@@ -15,7 +15,7 @@ from test_accelerate import KNOWN as ACCELERATED
 from test_deepspeed import KNOWN as DEEPSPED
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
-from dtrain.model.hf import CausalLM
+from dtrain.model.hf import HuggingFace
 
 CONFIGS = Path(__file__).parent.parent / "configs" / "model"
 TOLERANCE = 1e-5  # relative, in fp32
@@ -54,7 +54,7 @@ class Theirs(NextToken):
 
     def __init__(self, folder: str = "", kind: str = "", **_: Any) -> None:
         super().__init__()
-        self.models = {"model": partial(CausalLM, folder, layout=layout_of(kind) if kind else None)}
+        self.models = {"model": partial(HuggingFace, folder, layout=layout_of(kind) if kind else None)}
 
 
 def trained(case: Case, size: int) -> Outcome:
@@ -81,7 +81,7 @@ def test_its_logits_are_theirs_with_a_layout_and_without(kind: str, folders: dic
     with torch.no_grad():
         expected = theirs(tokens).logits
         for layout in (None, layout_of(kind)):
-            ours = CausalLM(folders[kind], layout=layout).eval()
+            ours = HuggingFace(folders[kind], layout=layout).eval()
             torch.testing.assert_close(ours(tokens), expected)
             assert sum(p.numel() for p in ours.parameters()) == sum(p.numel() for p in theirs.parameters())
             assert (ours.vocab_size, ours.context) == (VOCAB, CONTEXT)
@@ -106,7 +106,7 @@ def test_four_ranks_cut_it_two_ways(folders: dict[str, str], world) -> None:
 def shapes_beside_zero3(case: Case, folder: str, size: int) -> set[tuple[int, ...]]:
     with mock.patch.dict(STRATEGIES, ACCELERATED), mock.patch.dict(TASKS, theirs=Theirs):
         made = trainer(case, size)
-    shapes = {tuple(parameter.shape) for parameter in CausalLM(folder).parameters()}
+    shapes = {tuple(parameter.shape) for parameter in HuggingFace(folder).parameters()}
     del made
     return shapes
 
@@ -122,7 +122,7 @@ def test_random_weights_from_a_configuration_are_of_the_seed(folders: dict[str, 
     drawn = []
     for place in (tmp_path, tmp_path / "config.json", tmp_path):
         torch.manual_seed(5)
-        drawn.append(CausalLM(str(place), config={"vocab_size": 64}))
+        drawn.append(HuggingFace(str(place), config={"vocab_size": 64}))
     first, *others = ([p.detach() for p in model.parameters()] for model in drawn)
     assert all(torch.equal(a, b) for other in others for a, b in zip(first, other, strict=True))
     assert drawn[0].vocab_size == 64
@@ -142,10 +142,10 @@ def test_mistakes_take_one_line(folders: dict[str, str], tmp_path: Path) -> None
     }
     for message, settings in wrong.items():
         with pytest.raises(ValueError, match=message) as error:
-            CausalLM(folders["gpt2"], **settings)
+            HuggingFace(folders["gpt2"], **settings)
         assert "\n" not in str(error.value)
     with pytest.raises(ValueError, match="has no weights"):
-        CausalLM(str(tmp_path), pretrained=True) if LlamaConfig(**LLAMA).save_pretrained(tmp_path) is None else None
+        HuggingFace(str(tmp_path), pretrained=True) if LlamaConfig(**LLAMA).save_pretrained(tmp_path) is None else None
     with pytest.raises(ValueError, match="model.name_or_path=") as error:
-        CausalLM(str(tmp_path / "nothing.json"))
+        HuggingFace(str(tmp_path / "nothing.json"))
     assert "\n" not in str(error.value)

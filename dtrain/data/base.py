@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 Progress = Callable[[str, int], None]  # (what is being done, documents or samples so far)
@@ -21,6 +22,9 @@ class Data(ABC):
         Raises:
             ValueError: nothing to read, or something that cannot be read.
         """
+
+    def leave(self, folder: Path) -> None:  # noqa: B027
+        """Put beside a run what its model needs to be used: a tokenizer, say."""
 
     @abstractmethod
     def describe(self) -> dict[str, Any]:

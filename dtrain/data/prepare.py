@@ -22,7 +22,7 @@ import numpy as np
 
 from dtrain.data.base import Progress
 from dtrain.data.sources import Source
-from dtrain.data.tokenizer import END, Tokenizer
+from dtrain.data.tokenizer import Tokenizer
 
 VERSION = 1  # of cleaning and of the files' form: part of the fingerprint
 SPLITS = ("train", "validation")
@@ -143,7 +143,7 @@ def _write(folder: Path, texts: _Texts, tokenizer: Tokenizer) -> tuple[int, int]
     with (folder / "train.bin").open("wb") as train, (folder / "validation.bin").open("wb") as validation:
         files = {"train": train, "validation": validation}
         for split, text in texts.read("tokenising"):
-            ids = np.append(tokenizer.encode(text), END).astype(f"u{width}")
+            ids = np.append(tokenizer.encode(text), tokenizer.marks.end).astype(f"u{width}")
             ids.tofile(files[split])
     if not texts.documents:
         raise ValueError("the data hold no text: every document is empty")

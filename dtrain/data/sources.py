@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import csv
 import glob
+import io
 import json
 import sysconfig
 from abc import ABC, abstractmethod
@@ -21,15 +23,22 @@ LEFT_OUT = ("test", "__pycache__", "_sysconfigdata")
 
 
 class Source(ABC):
-    """A collection of documents."""
+    """A collection of documents, or of rows with several fields."""
+
+    field: str = "text"  # of a row: what its document is
 
     @abstractmethod
     def describe(self) -> dict[str, Any]:
         """What decides the documents, cheaply: names, sizes, times. ValueError if there is nothing."""
 
     @abstractmethod
+    def rows(self) -> Iterator[tuple[str, dict[str, Any]]]:
+        """(name, fields) of each row, in a fixed order. ValueError for what cannot be read."""
+
     def documents(self) -> Iterator[tuple[str, str]]:
-        """(name, text) of each document, in a fixed order. ValueError for what cannot be read."""
+        """(name, text) of each row."""
+        for where, row in self.rows():
+            yield where, text_of(row, self.field, where)
 
 
 class StandardLibrary(Source):
@@ -47,87 +56,45 @@ class StandardLibrary(Source):
     def describe(self) -> dict[str, Any]:
         return {"kind": "standard library", "files": _stamp(self._files())}
 
-    def documents(self) -> Iterator[tuple[str, str]]:
+    def rows(self) -> Iterator[tuple[str, dict[str, Any]]]:
         for file in self._files():
-            yield file.relative_to(self._root).as_posix(), file.read_text(encoding="utf-8")
+            yield file.relative_to(self._root).as_posix(), {"text": file.read_text(encoding="utf-8")}
 
 
 class Files(Source):
-    """UTF-8 text, JSON lines or Parquet by a path, a folder or a glob.
+    """UTF-8 text, JSON lines, CSV or Parquet by a path, a folder or a glob.
 
     Args:
         path: a file, a folder (everything in it), or a pattern such as `docs/**/*.md`.
-        format: text (a file is a document), jsonl or parquet (a row is one); None: by the file's ending.
-        field: the column or key that holds the text, for jsonl and parquet.
+        format: text (a file is a document), jsonl, csv or parquet (a row is one); None: by the file's ending.
+        field: the column or key that holds the text, but for text.
     """
 
-    FORMATS = ("text", "jsonl", "parquet")
+    FORMATS = ("text", "jsonl", "csv", "parquet")
 
     def __init__(self, path: str, format: str | None = None, field: str = "text") -> None:
         if format not in (None, *self.FORMATS):
             raise ValueError(f"data.source.format={format} is unknown: use {', '.join(self.FORMATS)}")
         self.path, self.format, self.field = path, format, field
 
-    def _files(self) -> list[Path]:
-        path = Path(self.path).expanduser()
-        found = path.rglob("*") if path.is_dir() else (Path(p) for p in glob.glob(str(path), recursive=True))
-        files = sorted(p for p in found if p.is_file() and not p.name.startswith("."))
-        if not files:
-            raise ValueError(f"data.source.path={self.path}: no such file, and no file in it or matching it")
-        return files
-
     def _format(self, file: Path) -> str:
-        return self.format or {".jsonl": "jsonl", ".parquet": "parquet"}.get(file.suffix.lower(), "text")
+        kind = file.suffix.lower().removeprefix(".")
+        return self.format or (kind if kind in self.FORMATS else "text")
 
     def describe(self) -> dict[str, Any]:
-        return {"kind": "files", "format": self.format, "field": self.field, "files": _stamp(self._files())}
+        files = files_at(self.path, "data.source.path")
+        return {"kind": "files", "format": self.format, "field": self.field, "files": _stamp(files)}
 
-    def documents(self) -> Iterator[tuple[str, str]]:
-        for file in self._files():
-            read = {"text": self._text, "jsonl": self._jsonl, "parquet": self._parquet}[self._format(file)]
-            yield from read(file)
+    def rows(self) -> Iterator[tuple[str, dict[str, Any]]]:
+        read = {"text": self._text, "jsonl": _jsonl, "csv": _csv, "parquet": _parquet}
+        for file in files_at(self.path, "data.source.path"):
+            yield from read[self._format(file)](file)
 
-    def _text(self, file: Path) -> Iterator[tuple[str, str]]:
-        try:
-            text = file.read_text(encoding="utf-8")
-        except UnicodeDecodeError as error:
-            raise ValueError(
-                f"{file} is not UTF-8 text (byte {error.start}): convert it, or choose other files"
-            ) from None
+    def _text(self, file: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+        text = _utf8(file)
         if not text.strip():
             raise ValueError(f"{file} is empty")
-        yield str(file), text
-
-    def _jsonl(self, file: Path) -> Iterator[tuple[str, str]]:
-        with file.open(encoding="utf-8") as lines:
-            try:
-                for number, line in enumerate(lines, start=1):
-                    if line.strip():
-                        yield f"{file}:{number}", self._field(json.loads(line), f"{file}, line {number}")
-            except UnicodeDecodeError:
-                raise ValueError(f"{file} is not UTF-8 text") from None
-            except json.JSONDecodeError as error:
-                raise ValueError(f"{file}, line {number}: not JSON ({error.msg})") from None
-
-    def _parquet(self, file: Path) -> Iterator[tuple[str, str]]:
-        try:
-            from pyarrow import ArrowInvalid, parquet
-        except ImportError:
-            raise ValueError("Parquet files need `pyarrow`: pip install 'dtrain[parquet]'") from None
-        try:
-            table = parquet.ParquetFile(file)
-        except ArrowInvalid as error:
-            raise ValueError(f"{file} is not a Parquet file ({error})") from None
-        if self.field not in table.schema_arrow.names:
-            raise ValueError(_missing(str(file), self.field, table.schema_arrow.names))
-        rows = (row for batch in table.iter_batches(columns=[self.field]) for row in batch.to_pylist())
-        for number, row in enumerate(rows):
-            yield f"{file}:{number}", self._field(row, f"{file}, row {number}")
-
-    def _field(self, row: Any, where: str) -> str:
-        if not isinstance(row, dict) or self.field not in row:
-            raise ValueError(_missing(where, self.field, row if isinstance(row, dict) else ()))
-        return _text(row[self.field], self.field, where)
+        yield str(file), {self.field: text}
 
 
 class HuggingFace(Source):
@@ -165,16 +132,50 @@ class HuggingFace(Source):
                 raise ValueError(
                     f"data.source.name={self.name} cannot be loaded: {str(error).splitlines()[0]}"
                 ) from error
-        if self.field not in self._rows.column_names:
-            raise ValueError(_missing(self.name, self.field, self._rows.column_names))
         return self._rows
 
     def describe(self) -> dict[str, Any]:
         return {"kind": "hub", "name": self.name, "field": self.field, "rows": self._load()._fingerprint}
 
-    def documents(self) -> Iterator[tuple[str, str]]:
-        for number, text in enumerate(self._load()[self.field]):
-            yield f"{self.name}:{number}", _text(text, self.field, f"{self.name}, row {number}")
+    def rows(self) -> Iterator[tuple[str, dict[str, Any]]]:
+        for number, row in enumerate(self._load()):
+            yield f"{self.name}, row {number}", row
+
+
+class Squad(Source):
+    """Questions on paragraphs, in SQuAD's JSON (1.1, or 2.0 without what cannot be answered).
+
+    Rows: context, question, answer, start (a character of the context), file (the article's title).
+    Source: Rajpurkar et al. 2016 (1606.05250).
+    """
+
+    def __init__(self, path: str) -> None:
+        self.path = path
+
+    def describe(self) -> dict[str, Any]:
+        return {"kind": "squad", "files": _stamp(files_at(self.path, "data.source.path"))}
+
+    def rows(self) -> Iterator[tuple[str, dict[str, Any]]]:
+        for file in files_at(self.path, "data.source.path"):
+            try:
+                for article in json.loads(_utf8(file))["data"]:
+                    for paragraph in article["paragraphs"]:
+                        yield from self._questions(file, article.get("title", ""), paragraph)
+            except json.JSONDecodeError as error:
+                raise ValueError(f"{file}, line {error.lineno}: not JSON ({error.msg})") from None
+            except (KeyError, TypeError) as error:
+                raise ValueError(f"{file} is not in SQuAD's form: {error} is missing or of another kind") from None
+
+    def _questions(self, file: Path, title: str, paragraph: dict[str, Any]) -> Iterator[tuple[str, dict[str, Any]]]:
+        context = paragraph["context"]
+        for question in paragraph["qas"]:
+            where = f"{file}, question {question.get('id', question['question'])}"
+            for answer in question["answers"][:1]:
+                start, text = answer["answer_start"], answer["text"]
+                if context[start : start + len(text)] != text or not text:
+                    raise ValueError(f"{where}: the answer {text!r} does not stand at character {start}")
+                yield where, {"context": context, "question": question["question"], "answer": text, "start": start,
+                              "file": title}  # fmt: skip
 
 
 def _skipped(path: Path) -> bool:
@@ -185,11 +186,69 @@ def _stamp(files: list[Path]) -> list[tuple[str, int, int]]:
     return [(str(file), file.stat().st_size, file.stat().st_mtime_ns) for file in files]
 
 
-def _text(value: Any, field: str, where: str) -> str:
-    if not isinstance(value, str):
-        raise ValueError(f"{where}: field {field!r} is {type(value).__name__}, not text")
-    return value
+def text_of(row: dict[str, Any], field: str, where: str, key: str = "data.source.field") -> str:
+    """The text in a row's field.
+
+    Raises:
+        ValueError: no such field, naming those there are and the `key` that chooses it; or no text in it.
+    """
+    if field not in row:
+        raise ValueError(f"{where} has no field {field!r}, only {', '.join(map(str, row)) or 'none'}: set {key}")
+    if not isinstance(row[field], str):
+        raise ValueError(f"{where}: field {field!r} is {type(row[field]).__name__}, not text")
+    return row[field]
 
 
-def _missing(where: str, field: str, present: Any) -> str:
-    return f"{where} has no field {field!r}, only {', '.join(map(str, present)) or 'none'}: set data.source.field"
+def files_at(path: str, key: str) -> list[Path]:
+    """The files of a path, a folder or a pattern, in order.
+
+    Raises:
+        ValueError: there are none.
+    """
+    place = Path(path).expanduser()
+    found = place.rglob("*") if place.is_dir() else (Path(p) for p in glob.glob(str(place), recursive=True))
+    files = sorted(p for p in found if p.is_file() and not p.name.startswith("."))
+    if not files:
+        raise ValueError(f"{key}={path}: no such file, and no file in it or matching it")
+    return files
+
+
+def _utf8(file: Path) -> str:
+    try:
+        return file.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{file} is not UTF-8 text (byte {error.start}): convert it, or choose other files") from None
+
+
+def _jsonl(file: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+    for number, line in enumerate(io.StringIO(_utf8(file)), start=1):
+        if line.strip():
+            try:
+                row = json.loads(line)
+            except json.JSONDecodeError as error:
+                raise ValueError(f"{file}, line {number}: not JSON ({error.msg})") from None
+            yield f"{file}, line {number}", row if isinstance(row, dict) else {}
+
+
+def _csv(file: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+    rows = csv.DictReader(io.StringIO(_utf8(file)), strict=True)
+    try:
+        for row in rows:
+            if None in row or None in row.values():
+                raise ValueError(f"{file}, line {rows.line_num}: not {len(rows.fieldnames or ())} columns as its head")
+            yield f"{file}, line {rows.line_num}", dict(row)
+    except csv.Error as error:
+        raise ValueError(f"{file}, line {rows.line_num}: not CSV ({error})") from None
+
+
+def _parquet(file: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+    try:
+        from pyarrow import ArrowInvalid, parquet
+    except ImportError:
+        raise ValueError("Parquet files need `pyarrow`: pip install 'dtrain[parquet]'") from None
+    try:
+        table = parquet.ParquetFile(file)
+    except ArrowInvalid as error:
+        raise ValueError(f"{file} is not a Parquet file ({error})") from None
+    for number, row in enumerate(row for batch in table.iter_batches() for row in batch.to_pylist()):
+        yield f"{file}, row {number}", row

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 from dtrain.data.base import Data, Progress
@@ -38,6 +39,9 @@ class Text(Data):
             self.name, self.source, self.tokenizer, self.cache,
             validation_fraction=self.validation_fraction, progress=progress,
         )  # fmt: skip
+
+    def leave(self, folder: Path) -> None:
+        self.tokenizer.save(folder)
 
     def describe(self) -> dict[str, Any]:
         assert self.corpus is not None, "the data are not prepared"

@@ -1,24 +1,46 @@
 """Text to token ids and back.
 
-Ids below 9 are free for marks: cleaned text holds no control characters but tab and newline.
+Our own tokenizers keep ids below 9 for marks: cleaned text holds no control characters but tab and newline.
 """
 
 from __future__ import annotations
 
+import hashlib
 from abc import ABC, abstractmethod
 from collections.abc import Iterable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-END = 0  # the id after each document
+KEPT = 9  # ids for marks
+
+
+@dataclass(frozen=True)
+class Marks:
+    """Ids that stand for no text.
+
+    Args:
+        end: after each document, and to fill up rows.
+        hidden: in the place of a token to be found.
+        first, between: before a row; between its two parts.
+        yes, no: answers to whether two parts belong together.
+    """
+
+    end: int = 0
+    hidden: int = 1
+    first: int = 2
+    between: int = 3
+    yes: int = 4
+    no: int = 5
 
 
 class Tokenizer(ABC):
     """What prepares a corpus: trained on it if need be, kept beside it."""
 
     vocab_size: int
+    marks = Marks()
 
     @abstractmethod
     def describe(self) -> dict[str, Any]:
@@ -27,8 +49,11 @@ class Tokenizer(ABC):
     def fit(self, texts: Iterable[str], folder: Path) -> None:  # noqa: B027  learning is optional
         """Learn from the training documents and save in `folder`."""
 
+    def save(self, folder: Path) -> None:  # noqa: B027
+        """Keep what has been learned in `folder`."""
+
     def load(self, folder: Path) -> None:  # noqa: B027
-        """Take up what `fit` has saved."""
+        """Take up what `save` has kept."""
 
     @abstractmethod
     def encode(self, text: str) -> np.ndarray:
@@ -36,7 +61,14 @@ class Tokenizer(ABC):
 
     @abstractmethod
     def decode(self, ids: Iterable[int]) -> str:
-        """The text of ids; marks and broken characters are shown as U+FFFD or left out."""
+        """The text of ids; marks are left out, broken characters shown as U+FFFD."""
+
+    def words(self) -> tuple[np.ndarray, np.ndarray]:
+        """For each id: does its text begin within a word, and does it end within one? (V,), (V,)"""
+        texts = [self.decode([i]) or " " for i in range(self.vocab_size)]
+        inside = [[c.isalnum() or c in "_\ufffd" for c in (text[0], text[-1])] for text in texts]
+        begins, ends = np.array(inside).T
+        return begins, ends
 
 
 class Bytes(Tokenizer):
@@ -56,24 +88,70 @@ class Bytes(Tokenizer):
         return np.frombuffer(text.encode(), dtype=np.uint8)
 
     def decode(self, ids: Iterable[int]) -> str:
-        return bytes(i for i in ids if i != END).decode(errors="replace")
+        return bytes(i for i in ids if i >= KEPT).decode(errors="replace")
+
+
+class FromFile(Tokenizer):
+    """A tokenizer that has been learned: `tokenizer.json` of a prepared corpus or of a model of `transformers`.
+
+    Args:
+        path: the file, or a folder that has one.
+        vocab_size: number of ids, which the file must have.
+
+    Raises:
+        ValueError: no such file, one that is no tokenizer, or of another size.
+    """
+
+    NAMES = {  # what marks are called, the likeliest first
+        "end": ("\0", "[PAD]", "<pad>", "</s>", "<|endoftext|>"), "hidden": ("\1", "[MASK]", "<mask>"),
+        "first": ("\2", "[CLS]", "<s>", "<|begin_of_text|>"), "between": ("\3", "[SEP]", "</s>"),
+        "yes": ("\4",), "no": ("\5",),
+    }  # fmt: skip
+
+    def __init__(self, path: str, vocab_size: int) -> None:
+        try:
+            import tokenizers
+        except ImportError:
+            raise ValueError("tokenizer files need `tokenizers`: pip install 'dtrain[bpe]'") from None
+        file = Path(path).expanduser()
+        self._file = file / BPE.FILE if file.is_dir() else file
+        try:
+            self._tokenizer: Any = tokenizers.Tokenizer.from_file(str(self._file))
+        except Exception as error:  # noqa: BLE001  the library raises nothing narrower
+            raise ValueError(f"data.tokenizer.path={path}: {str(error).splitlines()[0]}") from None
+        self.vocab_size = self._tokenizer.get_vocab_size()
+        if vocab_size != self.vocab_size:
+            raise ValueError(f"data.tokenizer.vocab_size={vocab_size}: {self._file} has {self.vocab_size} ids")
+        known = {mark: [i for n in names if (i := self._tokenizer.token_to_id(n)) is not None]
+                 for mark, names in self.NAMES.items()}  # fmt: skip
+        end = known["end"][0] if known["end"] else 0
+        self.marks = Marks(**{mark: ids[0] if ids else end for mark, ids in known.items()})
+
+    def describe(self) -> dict[str, Any]:
+        return {"kind": "file", "digest": hashlib.sha256(self._file.read_bytes()).hexdigest()[:16]}
+
+    def encode(self, text: str) -> np.ndarray:
+        return np.asarray(self._tokenizer.encode(text, add_special_tokens=False).ids, dtype=np.uint32)
+
+    def decode(self, ids: Iterable[int]) -> str:
+        return self._tokenizer.decode(list(ids))
 
 
 class BPE(Tokenizer):
     """Byte-level byte-pair encoding, trained on the corpus by the `tokenizers` library.
 
     Args:
-        vocab_size: number of ids, the end mark and 256 bytes included.
+        vocab_size: number of ids, 9 marks and 256 bytes included.
 
     Raises:
-        ValueError: fewer ids than 257, or `tokenizers` is not installed.
+        ValueError: fewer ids than 265, or `tokenizers` is not installed.
     """
 
     FILE = "tokenizer.json"
 
     def __init__(self, vocab_size: int) -> None:
-        if vocab_size < 257:
-            raise ValueError(f"data.tokenizer.vocab_size={vocab_size}: byte-pair encoding needs at least 257")
+        if vocab_size < KEPT + 256:
+            raise ValueError(f"data.tokenizer.vocab_size={vocab_size}: byte-pair encoding needs at least {KEPT + 256}")
         try:
             import tokenizers
         except ImportError:
@@ -82,7 +160,7 @@ class BPE(Tokenizer):
         self._tokenizer: Any = None
 
     def describe(self) -> dict[str, Any]:
-        return {"kind": "bpe", "vocab_size": self.vocab_size, "library": self._library.__version__}
+        return {"kind": "bpe", "vocab_size": self.vocab_size, "marks": KEPT, "library": self._library.__version__}
 
     def fit(self, texts: Iterable[str], folder: Path) -> None:
         lib = self._library
@@ -90,12 +168,15 @@ class BPE(Tokenizer):
         tokenizer.pre_tokenizer = lib.pre_tokenizers.ByteLevel(add_prefix_space=False)
         tokenizer.decoder = lib.decoders.ByteLevel()
         trainer = lib.trainers.BpeTrainer(
-            vocab_size=self.vocab_size, special_tokens=["\0"], show_progress=False,
+            vocab_size=self.vocab_size, special_tokens=list(map(chr, range(KEPT))), show_progress=False,
             initial_alphabet=lib.pre_tokenizers.ByteLevel.alphabet(),
         )  # fmt: skip
         tokenizer.train_from_iterator(texts, trainer)
-        tokenizer.save(str(folder / self.FILE))
         self._tokenizer = tokenizer
+        self.save(folder)
+
+    def save(self, folder: Path) -> None:
+        self._tokenizer.save(str(folder / self.FILE))
 
     def load(self, folder: Path) -> None:
         self._tokenizer = self._library.Tokenizer.from_file(str(folder / self.FILE))
@@ -104,4 +185,4 @@ class BPE(Tokenizer):
         return np.asarray(self._tokenizer.encode(text).ids, dtype=np.uint32)
 
     def decode(self, ids: Iterable[int]) -> str:
-        return self._tokenizer.decode([i for i in ids if i != END])
+        return self._tokenizer.decode([i for i in ids if i >= KEPT])

@@ -1,4 +1,4 @@
-"""Any causal language model of `transformers`, as a model of ours.
+"""A language model or classifier of `transformers`, as a model of ours.
 
 Without a layout it is theirs, untouched: one piece, for ddp, fsdp, DeepSpeed and Accelerate. With a layout its parts
 are put into the order that tensor, pipeline and context parallelism cut along, and compute the same:
@@ -24,7 +24,7 @@ OPTIONAL = {"position", "dropout", "rotary", "column", "row", "fused"}
 WEIGHTS = ("*.safetensors", "*.bin")
 
 
-class CausalLM(nn.Module):
+class HuggingFace(nn.Module):
     """(tokens, positions) -> logits, each (B, T) -> (B, T, V).
 
     Args:
@@ -35,6 +35,8 @@ class CausalLM(nn.Module):
             (the module that gives cos and sin), `blocks`, the last `norm`, `head`; and in a block: `attention` (the
             module that calls transformers' attention function), linear layers to split by `column` and by `row`,
             and `fused` ones: how many layers stand side by side in one. None: the model is one piece.
+        causal: does a token see only those before it, as GPT's do? False: a BERT.
+        outputs: what a new head gives for each token instead of the vocabulary: classes, say.
 
     Raises:
         ValueError: there is no such model, or the layout is not one of it.
@@ -42,11 +44,16 @@ class CausalLM(nn.Module):
 
     def __init__(
         self, name_or_path: str, *, config: dict[str, Any] | None = None, pretrained: bool | None = None,
-        layout: dict[str, Any] | None = None,
+        layout: dict[str, Any] | None = None, causal: bool = True, outputs: int | None = None,
     ) -> None:  # fmt: skip
         super().__init__()
-        settings = _config(name_or_path, config or {})
-        inner = _model(name_or_path, settings, pretrained, "sdpa" if layout is None else _register())
+        if layout and (outputs or not causal):
+            raise ValueError("model.layout is for causal language models: use layout=null here")
+        settings = _config(name_or_path, (config or {}) | ({"num_labels": outputs} if outputs else {}))
+        kind = "ForTokenClassification" if outputs else "ForCausalLM" if causal else "ForMaskedLM"
+        attention = "sdpa" if layout is None else _register()
+        inner, self.origin = _model(f"AutoModel{kind}", name_or_path, settings, pretrained, attention)
+        self.causal, self.outputs, self.padding = causal, outputs, getattr(settings, "pad_token_id", None)
         self.vocab_size, self.context = settings.vocab_size, getattr(settings, "max_position_embeddings", None)
         self.n_heads = getattr(settings, "num_attention_heads", 0)
         self.n_kv_heads = getattr(settings, "num_key_value_heads", None) or self.n_heads
@@ -85,7 +92,9 @@ class CausalLM(nn.Module):
         if positions is None:
             positions = torch.arange(tokens.shape[1], device=tokens.device).expand(len(tokens), -1)
         if self.inner is not None:
-            return self.inner(input_ids=tokens, position_ids=positions, use_cache=False).logits
+            seen = None if self.causal or self.padding is None else (tokens != self.padding).long()
+            cache = {"use_cache": False} if self.causal else {}
+            return self.inner(input_ids=tokens, position_ids=positions, attention_mask=seen, **cache).logits
         x = self.embedding(tokens, positions)
         named = {} if self.rotary is None else {"position_embeddings": self.rotary(x, positions)}
         for block in self.blocks.values():
@@ -136,8 +145,9 @@ def _config(name_or_path: str, settings: dict[str, Any]) -> Any:
         raise ValueError(f"model.name_or_path={name_or_path}: {str(error).strip().splitlines()[0]}") from None
 
 
-def _model(name_or_path: str, config: Any, pretrained: bool | None, attention: str) -> nn.Module:
-    from transformers import AutoModelForCausalLM
+def _model(kind: str, name_or_path: str, config: Any, pretrained: bool | None, attention: str) -> tuple[nn.Module, str]:
+    """The model, and where its weights are from."""
+    import transformers
 
     folder = Path(name_or_path)
     there = folder.is_dir() and any(found for pattern in WEIGHTS for found in folder.glob(pattern))
@@ -146,10 +156,18 @@ def _model(name_or_path: str, config: Any, pretrained: bool | None, attention: s
     load = there if pretrained is None else pretrained
     try:
         if load and torch.get_default_device().type != "meta":
-            return AutoModelForCausalLM.from_pretrained(
-                name_or_path, config=config, dtype=torch.float32, attn_implementation=attention
-            ).train()
-        return AutoModelForCausalLM.from_config(config, dtype=torch.float32, attn_implementation=attention).train()
+            model, told = getattr(transformers, kind).from_pretrained(
+                name_or_path,
+                config=config,
+                dtype=torch.float32,
+                attn_implementation=attention,
+                output_loading_info=True,
+            )
+            new = sorted(told["missing_keys"])
+            taken = len(model.state_dict()) - len(new)
+            return model.train(), f"weights of {name_or_path}: {taken} tensors; new: {', '.join(new) or 'none'}"
+        model = getattr(transformers, kind).from_config(config, dtype=torch.float32, attn_implementation=attention)
+        return model.train(), f"weights drawn for {name_or_path}"
     except (OSError, ValueError) as error:
         raise ValueError(f"model.name_or_path={name_or_path}: {str(error).strip().splitlines()[0]}") from None
 

@@ -76,6 +76,7 @@ class Transformer(nn.Module):
         bias: do the linear layers and layer norms have one?
         segments: kinds of segment embedding (BERT: 2); 0: none.
         head_transform: BERT's dense layer, activation and norm before the vocabulary; its output has a bias.
+        outputs: what the head gives for each token instead of the vocabulary: classes, say. Never tied.
         dropout: probability, for embeddings, attention weights and residuals.
         n_experts: experts in place of each feed-forward layer, without biases (see `MoE`); 0: none.
         top_k, capacity_factor, balance, balance_rate: how a router chooses among them.
@@ -103,17 +104,19 @@ class Transformer(nn.Module):
         n_kv_heads: int | None = None, d_ff: int | None = None, norm: str = "layernorm", norm_eps: float = 1e-5,
         norm_first: bool = True, activation: str = "gelu", position: str = "learned", rope_theta: float = 10000.0,
         causal: bool = True, tied: bool = True, bias: bool = True, segments: int = 0,
-        head_transform: bool = False, dropout: float = 0.0, n_experts: int = 0, top_k: int = 2,
-        capacity_factor: float | None = None, balance: str = "bias", balance_rate: float = 1e-3,
+        head_transform: bool = False, outputs: int | None = None, dropout: float = 0.0, n_experts: int = 0,
+        top_k: int = 2, capacity_factor: float | None = None, balance: str = "bias", balance_rate: float = 1e-3,
     ) -> None:  # fmt: skip
         super().__init__()
         n_kv_heads = n_heads if n_kv_heads is None else n_kv_heads
         d_ff = 4 * d_model if d_ff is None else d_ff
         sizes = dict(vocab_size=vocab_size, context=context, d_model=d_model, n_layers=n_layers,
                      n_heads=n_heads, n_kv_heads=n_kv_heads, d_ff=d_ff)  # fmt: skip
+        sizes |= {} if outputs is None else {"outputs": outputs}
         _check(sizes, {"segments": segments, "n_experts": n_experts}, norm=norm, activation=activation,
                position=position)  # fmt: skip
         self.vocab_size, self.context, self.causal = vocab_size, context, causal
+        self.segments, self.outputs = segments, outputs
         self.n_layers, self.head_dim = n_layers, d_model // n_heads
         self.n_heads, self.n_kv_heads, self.d_ff, self.n_experts = n_heads, n_kv_heads, d_ff, n_experts
         self.rope_theta = rope_theta if position == "rotary" else None
@@ -135,9 +138,9 @@ class Transformer(nn.Module):
         self.head = Head(
             norm=make_norm() if norm_first else nn.Identity(),
             transform=transform if head_transform else nn.Identity(),
-            output=nn.Linear(d_model, vocab_size, bias=head_transform),
+            output=nn.Linear(d_model, outputs or vocab_size, bias=head_transform or outputs is not None),
         )
-        if tied:
+        if tied and outputs is None:
             self.head.output.weight = self.embedding.token.weight
 
     def forward(

@@ -45,7 +45,10 @@ class Console(Logger):
 
     def step(self, figures: dict[str, Any]) -> None:
         line = f"loss {figures['loss']:.4f}  {figures['tokens_per_second']:,.0f} tokens/s"
-        held_out = f"  validation loss {figures['val_loss']:.4f}" if "val_loss" in figures else ""
+        found = [
+            f"{name.removeprefix('val_')} {value:.4f}" for name, value in figures.items() if name.startswith("val_")
+        ]
+        held_out = f"  validation {', '.join(found)}" if found else ""
         if self._progress:
             self._progress.update(self._task, completed=figures["step"], figures=line)
         due = figures["step"] in (self._first, self._last) or figures["step"] % self._every == 0

@@ -76,11 +76,15 @@ class AccelerateDDP(DDP):
         from accelerate.utils import DistributedDataParallelKwargs
 
         with accelerator_of(plan, 1, kwargs_handlers=[DistributedDataParallelKwargs(**self.settings)]) as accelerator:
-            wrapped = prepared(accelerator, models, optimizers, DistributedDataParallel)
-        return self.by(accelerator, *wrapped, micro_batches, plan)
+            wrapped, steppers = prepared(accelerator, models, optimizers, DistributedDataParallel)
+        return self.by(accelerator, models | wrapped, steppers, micro_batches, plan)
 
     def by(self, *parts: Any) -> Executor:
         return ByAccelerator(*parts)
+
+    def sync_gradients(self, model: nn.Module, enabled: bool) -> None:
+        if isinstance(model, DistributedDataParallel):  # a model that only follows another is not wrapped
+            super().sync_gradients(model, enabled)
 
     def cost(self, footprint: Footprint, plan: Plan) -> list[Message]:
         if self.settings.keys() - {"bucket_cap_mb", "gradient_as_bucket_view"}:
@@ -107,6 +111,11 @@ class AccelerateLocalSGD(AccelerateDDP):
 
     def by(self, *parts: Any) -> Executor:
         return ByLocalSGD(self.every, *parts)
+
+    def check_task(self, task: Task, plan: Plan) -> None:
+        if len(task.models) > len({update.trains for update in task.updates}):
+            raise ValueError(f"task {type(task).__name__} has a model that follows another, and each rank's would "
+                             f"follow its own: use accelerate_ddp")  # fmt: skip
 
     def sync_gradients(self, model: nn.Module, enabled: bool) -> None:
         """Never."""
@@ -211,7 +220,7 @@ class AccelerateDeepSpeed(DeepSpeed):
         plugin.dschf = None  # by which transformers would make its next models as slices of ZeRO 3
         for engine in engines.values():
             self.verify_engine(engine, self.degree)
-        return ByAcceleratedEngine(accelerator, self.stage, engines, micro_batches, plan)
+        return ByAcceleratedEngine(accelerator, self.stage, engines, micro_batches, plan, models)
 
 
 class ByAcceleratedEngine(ByEngine):

@@ -136,6 +136,10 @@ class Strategy:
         """A context for every forward and backward pass."""
         return nullcontext()
 
+    def second_order(self, model: nn.Module) -> AbstractContextManager:
+        """A context for a forward and backward pass whose loss holds gradients of the model."""
+        return nullcontext()
+
     def activation(self, shape: Size) -> Size:
         """The shape of activations between blocks on this rank, where the strategy changes it."""
         return shape

@@ -115,7 +115,12 @@ class DeepSpeed(Strategy):
                                  f"its asynchronous I/O; install libaio-dev and a compiler, or use cpu")  # fmt: skip
 
     def check_task(self, task: Task, plan: Plan) -> None:
-        if self.stage != 1 and len(task.models) > 1:  # 0 lets no other engine call backward; 2 and 3 reduce at once
+        if any(update.second_order for update in task.updates):
+            raise ValueError(f"a loss of task {type(task).__name__} holds gradients, and DeepSpeed takes every "
+                             f"backward pass for the step's: use another loss, or strategy=zero1")  # fmt: skip
+        if (
+            self.stage != 1 and len({update.trains for update in task.updates}) > 1
+        ):  # 0 lets no other engine call backward; 2 and 3 reduce at once
             raise ValueError(f"task {type(task).__name__} trains {len(task.models)} models, and DeepSpeed's stage "
                              f"{self.stage} takes every gradient for its own model's: use stage 1")  # fmt: skip
 
@@ -141,16 +146,17 @@ class DeepSpeed(Strategy):
         deepspeed = imported()
         fresh(deepspeed, plan)
         config, engines = self.config(plan, micro_batches), {}
-        for name, model in models.items():
+        for name, optimizer in optimizers.items():
+            model = models[name]
             tensor, shapes = _autotp(plan), {n: p.shape for n, p in model.named_parameters()}
             more = {"tensor_parallel": tensor.settings(model)} if tensor else {}
             engines[name] = deepspeed.initialize(
-                model=model, optimizer=optimizers[name], config=config | more, mpu=sequences(plan)
+                model=model, optimizer=optimizer, config=config | more, mpu=sequences(plan)
             )[0]
             self.verify_engine(engines[name], self.degree * plan.degrees.get("cp", 1))
             if tensor:
                 tensor.verify_engine(model, shapes)
-        return ByEngine(self.stage, engines, micro_batches, plan)
+        return ByEngine(self.stage, engines, micro_batches, plan, models)
 
     def config(self, plan: Plan, micro_batches: int) -> dict[str, Any]:
         clipping = (plan.clip_norm or 0.0) if self.stage else 0.0  # at stage 0 the loop clips
@@ -173,7 +179,8 @@ class DeepSpeed(Strategy):
             assert kept <= most, f"{kept} fp32 weights on this rank, of {every} on {ranks}"
 
     def sync_gradients(self, model: nn.Module, enabled: bool) -> None:
-        model.set_gradient_accumulation_boundary(enabled)  # type: ignore[operator]  # an engine
+        if boundary := getattr(model, "set_gradient_accumulation_boundary", None):  # a model that follows has none
+            boundary(enabled)
 
     def footprint(self, footprint: Footprint, plan: Plan) -> Footprint:
         if not self.stage or len(footprint.pieces) > 1:
@@ -185,10 +192,13 @@ class DeepSpeed(Strategy):
 
 
 class ByEngine(Accumulate):
-    """Micro-batches through DeepSpeed's engines, which exchange gradients, clip and step by themselves."""
+    """Micro-batches through DeepSpeed's engines, which exchange gradients, clip and step by themselves.
 
-    def __init__(self, stage: int, engines: dict[str, Any], micro_batches: int, plan: Plan) -> None:
-        super().__init__(engines, micro_batches, plan)
+    What is not trained has no engine, and stays as it is in `models`.
+    """
+
+    def __init__(self, stage: int, engines: dict[str, Any], micro_batches: int, plan: Plan, models: Models) -> None:
+        super().__init__(models | engines, micro_batches, plan)
         self.stage, self.engines = stage, engines
 
     def backward(self, update: Update, loss: Tensor) -> None:
@@ -207,20 +217,24 @@ class ByEngine(Accumulate):
         self.engines[model].step()
 
     def tensors(self, model: str) -> dict[str, Tensor] | None:
-        if not self.stage:
+        if not self._keeps(model):
             return None
         engine, autotp = self.engines[model], _autotp(self.plan)
         found = whole_tensors(engine, owners(self.engines[model]))
         return autotp.joined(engine.module, found, self.plan) if autotp else found
 
     def restore(self, model: str, tensors: dict[str, Tensor]) -> None:
-        if self.stage:
+        if self._keeps(model):
             engine, autotp = self.engines[model], _autotp(self.plan)
             own = autotp.parted(engine.module, tensors, self.plan) if autotp else tensors
             put_back(engine, owners(self.engines[model]), own)
 
     def held(self, model: str) -> dict[str, list[Tensor]] | None:
-        return kinds(self.engines[model]) if self.stage else None
+        return kinds(self.engines[model]) if self._keeps(model) else None
+
+    def _keeps(self, model: str) -> bool:
+        """Are the model's weights and states the engine's?"""
+        return self.stage > 0 and model in self.engines
 
 
 def owners(engine: Any) -> dict[str, int]:

@@ -13,6 +13,7 @@ Sources: Rajbhandari et al. 2020, "ZeRO" (1910.02054); Zhao et al. 2023, "PyTorc
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING, Any
 
 from torch import nn
@@ -24,7 +25,7 @@ from dtrain.cost import Message, message
 from dtrain.footprint import FORWARD, FREE, Footprint
 from dtrain.layout import blocks_of
 from dtrain.strategy.base import REST, Strategy, local
-from dtrain.strategy.replicate import Replicate, fsdp_module, reshard
+from dtrain.strategy.replicate import Replicate, fsdp_module, kept_gathered, reshard
 
 if TYPE_CHECKING:
     from dtrain.plan import Plan
@@ -92,6 +93,9 @@ class FSDP(Strategy):
                     mine = max(0, min(chunk, mine - plan.mesh[axis].get_local_rank() * chunk))
                 assert axis != self.axis or not placement.is_replicate(), f"{name} is {placement} over {axis}"
             assert local(parameter).shape[0] == mine, f"{name}: {local(parameter).shape[0]} rows here, not {mine}"
+
+    def second_order(self, model: nn.Module) -> AbstractContextManager:
+        return kept_gathered(model)
 
     def after_evaluation(self, model: nn.Module) -> None:
         reshard(model)

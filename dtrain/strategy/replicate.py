@@ -11,6 +11,8 @@ Source: Zhao et al. 2023, "PyTorch FSDP" (2304.11277), section 3.2.2 for hybrid 
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager
 from typing import TYPE_CHECKING, Any
 
 from torch import nn
@@ -54,6 +56,9 @@ class Replicate(Strategy):
             assert self.axis in names, f"{name} lives on {names}, not on {self.axis}"
             assert parameter.placements[names.index(self.axis)].is_replicate(), f"{name}: {parameter.placements}"
 
+    def second_order(self, model: nn.Module) -> AbstractContextManager:
+        return kept_gathered(model)
+
     def after_evaluation(self, model: nn.Module) -> None:
         reshard(model)
 
@@ -72,6 +77,21 @@ def fsdp_module(model: nn.Module) -> FSDPModule:
     """The model, known to be what `fully_shard` or `replicate` has made of it."""
     assert isinstance(model, FSDPModule), f"{type(model).__name__} is neither sharded nor replicated"
     return model
+
+
+@contextmanager
+def kept_gathered(model: nn.Module) -> Iterator[None]:
+    """Keep gathered weights from one backward pass to the next, which needs them, and free them after that.
+
+    Were they not freed, the next forward pass would not see what the optimizer does.
+    """
+    modules = [module for module in model.modules() if isinstance(module, FSDPModule)]
+    for module in modules:
+        module.set_reshard_after_backward(False, recurse=False)
+    yield
+    for module in modules:
+        module.reshard()
+        module.set_reshard_after_backward(True, recurse=False)
 
 
 def reshard(model: nn.Module) -> None:

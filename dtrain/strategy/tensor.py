@@ -95,6 +95,9 @@ class TensorParallel(Strategy):
         refuse_lost_rows(model, n, plan.degrees.get("fsdp", 1))
 
     def check_task(self, task: Task, plan: Plan) -> None:
+        if self.loss_parallel and getattr(task, "mixes_tokens", False):
+            raise ValueError(f"the loss of task {type(task).__name__} compares the tokens of a row, and takes whole "
+                             f"outputs: use strategy.tp.loss_parallel=false")  # fmt: skip
         if not self.sequence_parallel:
             return
         length = max((t.shape[1] for t in task.batch(0).values() if t.ndim > 1), default=1)

@@ -9,11 +9,15 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
+import torch
 from torch import Tensor
 
 from dtrain.batch import Batch, ModelFactory, Models, Sums
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 
 class Update(Protocol):
@@ -22,6 +26,16 @@ class Update(Protocol):
     @property
     def trains(self) -> str:
         """The name of the model whose weights it changes."""
+        ...
+
+    @property
+    def second_order(self) -> bool:
+        """Does the loss hold gradients of its models, so that backward goes through them twice?"""
+        ...
+
+    @property
+    def then(self) -> Callable[[Models], None] | None:
+        """Called with the models after the optimizer's step, if there is something to do."""
         ...
 
     def loss(self, models: Models, batch: Batch) -> Tensor:
@@ -39,13 +53,23 @@ class Update(Protocol):
 
 @dataclass(frozen=True)
 class LossUpdate:
-    """An update given by its loss alone: for tasks of several models."""
+    """An update given by its loss alone: for tasks of several models.
+
+    Args:
+        trains, loss, count, second_order, then: as of every update.
+        measures: (models, batch) -> sums for evaluation; None: the loss and the count.
+    """
 
     trains: str
     loss: Callable[[Models, Batch], Tensor]
     count: Callable[[Batch], Tensor]
+    measures: Callable[[Models, Batch], Sums] | None = None
+    second_order: bool = False
+    then: Callable[[Models], None] | None = None
 
     def measure(self, models: Models, batch: Batch) -> Sums:
+        if self.measures:
+            return self.measures(models, batch)
         return {"loss": self.loss(models, batch), "count": self.count(batch)}
 
 
@@ -66,6 +90,8 @@ class Supervised:
     criterion: Callable[[Tensor, Batch], Tensor]
     count: Callable[[Batch], Tensor]
     measures: Callable[[Tensor, Batch], Sums] = lambda outputs, batch: {}
+    second_order = False
+    then = None
 
     def outputs(self, models: Models, batch: Batch) -> Tensor:
         return models[self.trains](*(batch[name] for name in self.inputs))
@@ -122,6 +148,26 @@ class Task(ABC):
     def size(self, batch: Batch) -> int:
         """Tokens (or samples) in a global batch: what throughput counts."""
 
-    def describe(self, means: dict[str, float]) -> dict[str, float]:
-        """Metrics to report from the mean of each measure, `loss` among them."""
-        return means
+    def describe(self, totals: Sums) -> dict[str, float]:
+        """Metrics to report, from the sums of every measure over the validation batches: by default their means."""
+        return {name: float(total / totals["count"]) for name, total in totals.items() if name != "count"}
+
+    def pictures(self, totals: Sums) -> dict[str, Figure]:
+        """Pictures of the same sums, by name."""
+        return {}
+
+
+def the_model(models: dict[str, ModelFactory], task: str) -> ModelFactory:
+    """The one model of a task that trains one.
+
+    Raises:
+        ValueError: the configuration has several.
+    """
+    if set(models) != {"model"}:
+        raise ValueError(f"task {task} trains one model, the configuration has {', '.join(models)}")
+    return models["model"]
+
+
+def positions(tokens: Tensor) -> Tensor:
+    """The position of each token in its row: (B, T)."""
+    return torch.arange(tokens.shape[1]).expand(len(tokens), -1)

@@ -3,57 +3,79 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dtrain.batch import Batch, ModelFactory, Sums
+from dtrain.data.augment import TextChange
+from dtrain.data.draw import generator
+from dtrain.data.rows import Rows
 from dtrain.data.text import Text
 from dtrain.initialize import on_meta
 from dtrain.layout import sequence_length
-from dtrain.task.base import Sizes, Supervised, Task
+from dtrain.task.base import Sizes, Supervised, Task, positions, the_model
 
 IGNORE = -100  # a target that does not count
+FILL = -1  # in the place of what a change of the row has left out
 
 
 class CausalLM(Task):
     """A GPT on windows of a corpus. Batches: tokens, positions, targets, each (B, T).
 
+    Args:
+        augment: changes of the training rows; hidden tokens are inputs only.
+
     Raises:
         ValueError: several models, a tokenizer or a sequence too large for the model, too little text.
     """
 
-    def __init__(self, models: dict[str, ModelFactory], data: Text, sizes: Sizes) -> None:
-        if set(models) != {"model"}:
-            raise ValueError(f"task causal_lm trains one model, the configuration has {', '.join(models)}")
-        model = on_meta(models["model"])
-        self.models, self._batch_size, self._eval_batches = (
-            models,
-            sizes.global_batch_size,
-            sizes.eval_batches,
-        )
+    def __init__(
+        self,
+        models: dict[str, ModelFactory],
+        data: Text,
+        sizes: Sizes,
+        *,
+        augment: Mapping[str, TextChange] | None = None,
+    ) -> None:
+        self.augment, self.seed, self.marks = tuple((augment or {}).values()), sizes.seed, data.tokenizer.marks
+        model = on_meta(the_model(models, "causal_lm"))
+        if getattr(model, "causal", True) is False:
+            raise ValueError("task causal_lm needs a model that sees one side only: set model.causal=true")
+        self.models, self._batch_size, self._eval_batches = models, sizes.global_batch_size, sizes.eval_batches
         seq_len = fitting(model, data, sizes.seq_len)
         self._train = data.windows("train", seq_len=seq_len, seed=sizes.seed)
         self._validation = data.windows("validation", seq_len=seq_len, seed=sizes.seed)
         self.updates = (Supervised("model", ("tokens", "positions"), cross_entropy, valid, correct),)
 
     def batch(self, step: int) -> Batch:
-        return _pairs(self._train.batch(step, self._batch_size))
+        rows = self._train.batch(step, self._batch_size)
+        if not self.augment:
+            return _pairs(rows)
+        changed = [self._changed(row, generator(self.seed, "augment", step, place)) for place, row in enumerate(rows)]
+        batch = _pairs(torch.stack(changed))
+        unknown = (batch["targets"] == self.marks.hidden) | (batch["targets"] == FILL)
+        tokens = batch["tokens"].masked_fill(batch["tokens"] == FILL, self.marks.end)
+        return batch | {"tokens": tokens, "targets": batch["targets"].masked_fill(unknown, IGNORE)}
+
+    def _changed(self, row: Tensor, chance: torch.Generator) -> Tensor:
+        """A row after its changes, as long as it was."""
+        ids = row
+        for change in self.augment:
+            ids = change(ids, len(row), self.marks.hidden, chance)
+        return F.pad(ids[: len(row)], (0, max(0, len(row) - len(ids))), value=FILL)
 
     def validation(self) -> Iterator[Batch]:
         for rows in self._validation.sweep(self._eval_batches, self._batch_size):
-            batch = _pairs(rows)
-            if missing := self._batch_size - len(rows):  # fill up with rows that do not count
-                batch = {name: torch.cat((t, t[:1].expand(missing, -1))) for name, t in batch.items()}
-                batch["targets"][-missing:] = IGNORE
-            yield batch
+            yield filled_up(_pairs(rows), self._batch_size)
 
     def size(self, batch: Batch) -> int:
         return batch["tokens"].numel()
 
-    def describe(self, means: dict[str, float]) -> dict[str, float]:
+    def describe(self, totals: Sums) -> dict[str, float]:
+        means = super().describe(totals)
         return {
             "loss": means["loss"],
             "perplexity": math.exp(min(means["loss"], 700.0)),
@@ -79,12 +101,22 @@ def correct(logits: Tensor, batch: Batch) -> Sums:
 
 def _pairs(rows: Tensor) -> Batch:  # (B, T + 1) -> inputs and targets, one position apart
     tokens, targets = rows[:, :-1], rows[:, 1:].contiguous()
-    positions = torch.arange(tokens.shape[1]).expand(len(tokens), -1)
-    return {"tokens": tokens, "positions": positions, "targets": targets}
+    return {"tokens": tokens, "positions": positions(tokens), "targets": targets}
 
 
-def fitting(model: nn.Module | None, data: Text, seq_len: int | None) -> int:
-    """The sequence length, checked with the vocabulary against what the model says of itself."""
+def filled_up(batch: Batch, rows: int) -> Batch:
+    """With rows that do not count, so that every batch has as many."""
+    if missing := rows - len(batch["targets"]):
+        batch = {name: torch.cat((t, t[:1].expand(missing, *t.shape[1:]))) for name, t in batch.items()}
+        batch["targets"][-missing:] = IGNORE
+    return batch
+
+
+def fitting(model: nn.Module | None, data: Text | Rows, seq_len: int | None, outputs: int | None = None) -> int:
+    """The sequence length, checked with vocabulary and outputs against what the model says of itself."""
+    if (has := getattr(model, "outputs", outputs)) != outputs:
+        raise ValueError(f"model.outputs={'null' if has is None else has}: the task needs "
+                         f"{outputs or 'null: the vocabulary'}")  # fmt: skip
     length, vocab_size = sequence_length(model, seq_len), getattr(model, "vocab_size", None)
     if vocab_size and data.vocab_size > vocab_size:
         raise ValueError(f"model.vocab_size={vocab_size} is less than the tokenizer's {data.vocab_size} ids: "

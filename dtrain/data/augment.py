@@ -1,0 +1,133 @@
+"""Augmentation: changes of training samples by chance, each drawn from (seed, step, sample) alone.
+
+Sources: EDA, Wei & Zou 2019 (1901.11196: deletion); SpanBERT, Joshi et al. 2019 (1907.10529: spans of geometric
+length); cutout, DeVries & Taylor 2017 (1708.04552); mixup, Zhang et al. 2017 (1710.09412).
+"""
+
+from __future__ import annotations
+
+import math
+from abc import ABC, abstractmethod
+
+import torch
+from torch import Tensor
+
+
+class TextChange(ABC):
+    """A change of a text's token ids."""
+
+    @abstractmethod
+    def __call__(self, ids: Tensor, room: int, hidden: int, chance: torch.Generator) -> Tensor:
+        """The changed ids: (N,) -> (M,), of which a row takes `room`; `hidden` is the mark in a hidden one's place."""
+
+
+class TokenDrop(TextChange):
+    """Leave out tokens, each with this probability; one at least stays."""
+
+    def __init__(self, probability: float = 0.1) -> None:
+        self.probability = _probability("token_drop", probability)
+
+    def __call__(self, ids: Tensor, room: int, hidden: int, chance: torch.Generator) -> Tensor:
+        kept = torch.rand(len(ids), generator=chance) >= self.probability
+        return ids[kept] if kept.any() else ids[:1]
+
+
+class SpanMask(TextChange):
+    """Hide spans of tokens, of geometric length with this mean, up to this share of the text."""
+
+    def __init__(self, share: float = 0.15, mean_length: float = 3.0) -> None:
+        self.share, self.mean_length = _probability("span_mask", share, "share"), mean_length
+        if mean_length < 1:
+            raise ValueError(f"task.augment.span_mask.mean_length={mean_length} must be at least 1")
+
+    def __call__(self, ids: Tensor, room: int, hidden: int, chance: torch.Generator) -> Tensor:
+        left, changed = int(self.share * min(len(ids), room)), ids.clone()
+        while left > 0:
+            length = min(left, 1 + _geometric(1 / self.mean_length, chance))
+            start = int(torch.randint(max(1, min(len(ids), room) - length + 1), (), generator=chance))
+            changed[start : start + length] = hidden
+            left -= length
+        return changed
+
+
+class TextCrop(TextChange):
+    """Begin a text that is too long for its row anywhere: each time another part of it is read."""
+
+    def __call__(self, ids: Tensor, room: int, hidden: int, chance: torch.Generator) -> Tensor:
+        start = int(torch.randint(max(0, len(ids) - room) + 1, (), generator=chance))
+        return ids[start : start + room]
+
+
+class ImageChange(ABC):
+    """A change of an image."""
+
+    @abstractmethod
+    def __call__(self, pixels: Tensor, chance: torch.Generator) -> Tensor:
+        """The changed image: (C, H, W) -> (C, H, W), values from -1 to 1."""
+
+
+class Crop(ImageChange):
+    """Move the image by up to so many pixels in each direction; what comes in is dark."""
+
+    def __init__(self, pixels: int = 1) -> None:
+        self.pixels = pixels
+        if pixels < 1:
+            raise ValueError(f"task.augment.crop.pixels={pixels} must be at least 1")
+
+    def __call__(self, pixels: Tensor, chance: torch.Generator) -> Tensor:
+        down, right = torch.randint(2 * self.pixels + 1, (2,), generator=chance).tolist()
+        padded = torch.nn.functional.pad(pixels, [self.pixels] * 4, value=-1.0)
+        return padded[:, down : down + pixels.shape[1], right : right + pixels.shape[2]]
+
+
+class Flip(ImageChange):
+    """Mirror left and right, with this probability: not for letters and digits."""
+
+    def __init__(self, probability: float = 0.5) -> None:
+        self.probability = _probability("flip", probability)
+
+    def __call__(self, pixels: Tensor, chance: torch.Generator) -> Tensor:
+        return pixels.flip(-1) if torch.rand((), generator=chance) < self.probability else pixels
+
+
+class Cutout(ImageChange):
+    """Darken a square of this side, anywhere; it may reach over the edge."""
+
+    def __init__(self, side: int = 3) -> None:
+        self.side = side
+        if side < 1:
+            raise ValueError(f"task.augment.cutout.side={side} must be at least 1")
+
+    def __call__(self, pixels: Tensor, chance: torch.Generator) -> Tensor:
+        changed = pixels.clone()
+        top, left = (int(torch.randint(1 - self.side, size, (), generator=chance)) for size in pixels.shape[1:])
+        changed[:, max(0, top) : top + self.side, max(0, left) : left + self.side] = -1.0
+        return changed
+
+
+class Mixup:
+    """Mix each sample of a batch with another, and their labels likewise; shares are drawn from Beta(alpha, alpha)."""
+
+    def __init__(self, alpha: float = 0.2) -> None:
+        self.alpha = alpha
+        if alpha <= 0:
+            raise ValueError(f"task.augment.mixup.alpha={alpha} must be more than 0")
+
+    def mix(self, pixels: Tensor, targets: Tensor, chance: torch.Generator) -> tuple[Tensor, Tensor]:
+        """(B, C, H, W), (B, K) shares of each class -> the same."""
+        draws = [torch._standard_gamma(torch.full((len(pixels),), self.alpha), generator=chance) for _ in range(2)]
+        share = (draws[0] / (draws[0] + draws[1]).clamp(min=1e-9)).to(pixels.dtype)
+        other = torch.randperm(len(pixels), generator=chance)
+        wide, narrow = share[:, None, None, None], share[:, None]
+        return wide * pixels + (1 - wide) * pixels[other], narrow * targets + (1 - narrow) * targets[other]
+
+
+def _geometric(p: float, chance: torch.Generator) -> int:
+    """Failures before the first success."""
+    return 0 if p >= 1 else int(math.log(1 - float(torch.rand((), generator=chance))) / math.log(1 - p))
+
+
+def _probability(name: str, value: float, key: str = "probability") -> float:
+    if not 0 <= value < 1:
+        raise ValueError(f"task.augment.{name}.{key}={value} must be at least 0 and less than 1")
+    return value

@@ -1,0 +1,25 @@
+"""Chance and order that are functions of (seed, what for): the same on every rank, whatever came before."""
+
+from __future__ import annotations
+
+import hashlib
+from functools import lru_cache
+
+import torch
+
+
+def generator(seed: int, *purpose: object) -> torch.Generator:
+    """A generator for one purpose: a step, a sample, an epoch."""
+    digest = hashlib.blake2b("/".join(map(str, (seed, *purpose))).encode(), digest_size=8).digest()
+    return torch.Generator().manual_seed(int.from_bytes(digest, "big") >> 1)
+
+
+@lru_cache(maxsize=8)
+def _order(total: int, seed: int, epoch: int) -> list[int]:
+    return torch.randperm(total, generator=generator(seed, "epoch", epoch)).tolist()
+
+
+def rows_of(step: int, rows: int, total: int, seed: int) -> list[int]:
+    """Which `rows` of `total` samples a step reads: each is read once an epoch, in an order of the epoch's own."""
+    wanted = range(step * rows, (step + 1) * rows)
+    return [_order(total, seed, index // total)[index % total] for index in wanted]

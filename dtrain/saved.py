@@ -1,0 +1,103 @@
+"""Which checkpoints there are, and whether they are whole."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError
+from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader
+
+MANIFEST = "checkpoint.json"
+
+
+def find(
+    resume: str, run_folder: Path, outputs: Path, *, fallback: bool, note: Callable[[str], None], key: str = "resume"
+) -> Path:
+    """The checkpoint that `resume` names, whole and undamaged.
+
+    Args:
+        key: of the configuration, for what is said.
+        resume: a checkpoint, a folder of them, a run's folder; or `latest`: this run's newest, or else the
+            newest of all runs below `outputs`.
+        fallback: if that one is damaged, take the newest whole one before it, and `note` so.
+
+    Raises:
+        ValueError: none there, or damaged; says where, and what would do.
+    """
+    if resume == "latest":
+        found = whole(run_folder / "checkpoints")
+        if not found:
+            runs = [whole(p.parent) for p in outputs.glob("**/checkpoints/latest")]
+            found = max((run for run in runs if run), key=lambda run: _written(run[-1]), default=[])
+        where = f"{run_folder} or below {outputs}"
+    else:
+        path = Path(resume).expanduser()
+        if (path / MANIFEST).exists():
+            path, written = path.resolve(), whole(path.resolve().parent)
+            found = written[: written.index(path) + 1] if path in written else [path]
+        else:
+            found = whole(path / "checkpoints") or whole(path)
+        where = str(path)
+    if not found:
+        raise ValueError(f"{key}={resume}: no checkpoint in {where}")
+    return _first_whole(list(reversed(found)), fallback=fallback, note=note)
+
+
+def _first_whole(newest_first: list[Path], *, fallback: bool, note: Callable[[str], None]) -> Path:
+    for path, older in zip(newest_first, [*newest_first[1:], None], strict=True):
+        damage = verify(path)
+        if not damage:
+            return path
+        if not older:
+            raise ValueError(f"checkpoint {path} is damaged: {damage}; there is no earlier one")
+        if not fallback:
+            raise ValueError(
+                f"checkpoint {path} is damaged: {damage}; checkpoint.fallback=true would take {older.name}"
+            )
+        note(f"checkpoint {path} is damaged: {damage}; falling back to {older.name}")
+    raise AssertionError("no checkpoint was given")
+
+
+def verify(path: Path) -> str:
+    """What is wrong with the files of a checkpoint, or an empty string."""
+    try:
+        manifest = about(path)
+        for name, expected in manifest["files"].items():
+            if not (path / name).exists():
+                return f"{name} is missing"
+            if (size := (path / name).stat().st_size) != expected["bytes"]:
+                return f"{name} has {size} bytes, not {expected['bytes']}"
+            if describe(path / name) != expected:
+                return f"{name} does not have its SHA-256"
+        HuggingFaceStorageReader(str(path)).read_metadata()
+    except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError, AttributeError):
+        return f"{MANIFEST} is not readable"
+    except SafetensorError as error:
+        return str(error)
+    return ""
+
+
+def about(path: Path) -> dict[str, Any]:
+    """What a checkpoint says of itself: step, tokens, and what its run gave."""
+    return json.loads((path / MANIFEST).read_text())
+
+
+def whole(folder: Path) -> list[Path]:
+    """The published checkpoints of a folder, in the order in which they were written."""
+    return sorted((p.resolve() for p in folder.glob("step-*") if (p / MANIFEST).exists()), key=_written)
+
+
+def _written(path: Path) -> tuple[int, str]:
+    return (path / MANIFEST).stat().st_mtime_ns, path.name
+
+
+def describe(file: Path) -> dict[str, Any]:
+    with file.open("rb") as stream:
+        digest = hashlib.file_digest(stream, "sha256").hexdigest()
+        os.fsync(stream.fileno())
+    return {"bytes": file.stat().st_size, "sha256": digest}

@@ -1,0 +1,63 @@
+"""Classification of texts: a label for each row.
+
+The label is what the head says of one token: the first mark of a row, or the last where the model sees one side only.
+So every strategy that trains a language model trains a classifier. What the head gives for other tokens does not count.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+
+from dtrain.batch import Batch, ModelFactory
+from dtrain.data.augment import TextChange
+from dtrain.data.rows import Rows
+from dtrain.data.sources import text_of
+from dtrain.initialize import on_meta
+from dtrain.task.base import Sizes, Supervised, the_model
+from dtrain.task.causal_lm import IGNORE, cross_entropy, fitting, valid
+from dtrain.task.rows import Classifier, several
+
+
+class Classification(Classifier):
+    """A text's label out of a few. Batches: tokens, positions, targets, each (B, T).
+
+    Args:
+        text, label: the rows' fields.
+        examples: labelled rows to train on, drawn by the seed; None: all.
+        augment: changes of the training texts, in order.
+
+    Raises:
+        ValueError: a field is missing, there is one class only, or sizes do not fit.
+    """
+
+    def __init__(
+        self, models: dict[str, ModelFactory], data: Rows, sizes: Sizes, *, text: str = "text", label: str = "label",
+        examples: int | None = None, augment: Mapping[str, TextChange] | None = None,
+    ) -> None:  # fmt: skip
+        self.models, self.augment, self.text, self.label = models, tuple((augment or {}).values()), text, label
+        for where, row in data.all():
+            text_of(row, text, where, "task.text")
+            if row.get(label) in (None, ""):
+                raise ValueError(f"{where} has no {label!r}, only {', '.join(map(str, row))}: set task.label")
+        self.classes = several([str(row[label]) for _, row in data.all()], label, data)
+        model = on_meta(the_model(models, "classification"))
+        self.causal = bool(getattr(model, "causal", False))
+        self.length = fitting(model, data, sizes.seq_len, len(self.classes))
+        self.take(data, sizes, examples)
+        self.updates = (Supervised("model", ("tokens", "positions"), cross_entropy, valid, self.measures),)
+
+    def encode(self, where: str, row: dict[str, Any], chance: torch.Generator | None) -> Batch:
+        marks, room = self.data.tokenizer.marks, self.length - 1
+        ids = torch.from_numpy(self.data.tokenizer.encode(row[self.text]).astype("int64"))
+        if chance is not None:
+            for change in self.augment:
+                ids = change(ids, room, marks.hidden, chance)
+        ids = ids[:room]
+        tokens, targets = torch.full((self.length,), marks.end), torch.full((self.length,), IGNORE)
+        first, at = (0, len(ids)) if self.causal else (1, 0)
+        tokens[first : first + len(ids)], tokens[at] = ids, marks.first
+        targets[at] = self.classes.index(str(row[self.label]))
+        return {"tokens": tokens, "positions": torch.arange(self.length), "targets": targets}

@@ -1,0 +1,195 @@
+"""A generative adversarial network: two models, each with updates and an optimizer of its own.
+
+    discriminator: tell real samples from the generator's   (as many updates a step as asked for)
+    generator:     be taken for real
+    average:       follows the generator's weights; what is drawn and measured is its work
+
+Every random number is the batch's, a function of (seed, step): so ranks, micro-batches and resuming change nothing.
+Sources: Goodfellow et al. 2014 (1406.2661); hinge: Lim & Ye 2017 (1705.02894); WGAN-GP: Gulrajani et al. 2017
+(1704.00028); averaged generators: Yazici et al. 2018 (1806.04498); Fréchet distance: Heusel et al. 2017 (1706.08500);
+precision and recall: Kynkäänniemi et al. 2019 (1904.06991).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from functools import partial
+
+import torch
+import torch.nn.functional as F
+from matplotlib.figure import Figure
+from torch import Tensor
+
+from dtrain.batch import Batch, ModelFactory, Models, Sums
+from dtrain.data.draw import generator, rows_of
+from dtrain.data.images import Ring, Samples
+from dtrain.initialize import on_meta
+from dtrain.measure.likeness import frechet_distance, precision_recall
+from dtrain.pictures import image_grid, points
+from dtrain.task.base import LossUpdate, Sizes, Task
+
+# By name: the loss of scores that should be high (real), and of those that should be low. Both are summed.
+LOSSES: dict[str, tuple[Callable[[Tensor], Tensor], Callable[[Tensor], Tensor]]] = {
+    "non_saturating": (lambda high: F.softplus(-high).sum(), lambda low: F.softplus(low).sum()),
+    "hinge": (lambda high: F.relu(1 - high).sum(), lambda low: F.relu(1 + low).sum()),
+    "wgan_gp": (lambda high: -high.sum(), lambda low: low.sum()),
+}
+COVERED = 0.25  # a mode is covered that gets this share of what is its due
+NEAR = 3.0  # deviations from a centre within which a point is one of its mode
+DRAWN = 64  # samples in a picture
+
+
+class GAN(Task):
+    """Batches: real0 ..., labels0 ..., noise0 ..., mix0 ... for each of the discriminator's updates; noise, labels.
+
+    Args:
+        loss: non_saturating, hinge or wgan_gp.
+        discriminator_steps: updates of the discriminator before each of the generator's.
+        penalty: weight of WGAN-GP's gradient penalty.
+        average: share of the averaged generator that stays at a step; 0: it is the generator itself.
+        conditional: give both models the samples' classes.
+        samples: drawn and measured in an evaluation, rounded up to whole batches.
+
+    Raises:
+        ValueError: models that do not fit the samples or each other, or an unknown loss.
+    """
+
+    def __init__(
+        self, models: dict[str, ModelFactory], data: Samples, sizes: Sizes, *, loss: str = "non_saturating",
+        discriminator_steps: int = 1, penalty: float = 10.0, average: float = 0.99, conditional: bool = False,
+        samples: int = 512,
+    ) -> None:  # fmt: skip
+        if set(models) != {"generator", "discriminator"}:
+            raise ValueError(f"task gan trains generator and discriminator, the configuration has {', '.join(models)}: "
+                             f"use model=gan_ring, gan_digits, gan_mnist or gan_mlp")  # fmt: skip
+        if loss not in LOSSES:
+            raise ValueError(f"task.loss={loss} is unknown: use {', '.join(LOSSES)}")
+        if discriminator_steps < 1 or not 0 <= average < 1:
+            raise ValueError(f"task.discriminator_steps={discriminator_steps} must be at least 1, and task.average="
+                             f"{average} from 0 to less than 1")  # fmt: skip
+        self.data, self.sizes, self.conditional, self.penalty = data, sizes, conditional, penalty
+        self.real, self.fake = LOSSES[loss]
+        self.samples = -(-samples // sizes.global_batch_size) * sizes.global_batch_size
+        self.noise = self._check(models)
+        self.models = dict(models)
+        if average:  # made of the same seed and names: it begins as the generator
+            self.models["average"] = models["generator"]
+        self.shown = "average" if average else "generator"
+        then = partial(follow, leader="generator", follower="average", stays=average) if average else None
+        self.steps = discriminator_steps
+        self.penalised = loss == "wgan_gp"
+        self.updates = (
+            *(LossUpdate("discriminator", partial(self._discriminate, str(index)), self._count,
+                         measures=lambda models, batch: {}, second_order=self.penalised)
+              for index in range(self.steps)),
+            LossUpdate("generator", self._generate, self._count, measures=self._measures, then=then),
+        )  # fmt: skip
+
+    def _check(self, models: dict[str, ModelFactory]) -> int:
+        """Do the models fit the samples? Returns the size of the noise."""
+        generator_, discriminator = (on_meta(models[name]) for name in ("generator", "discriminator"))
+        classes = len(self.data.classes) if self.conditional else 0
+        for name, model in (("generator", generator_), ("discriminator", discriminator)):
+            has = getattr(model, "classes", classes)
+            if has != classes:
+                raise ValueError(f"model.{name}.classes={has}: the task needs {classes} (task.conditional="
+                                 f"{str(self.conditional).lower()})")  # fmt: skip
+        noise = getattr(generator_, "inputs", None)
+        if generator_ is None or discriminator is None or noise is None:
+            raise ValueError("task gan needs models with shapes: a generator that says its `inputs`")
+        labels = torch.zeros(2, dtype=torch.long, device="meta") if classes else None
+        try:
+            made = generator_(torch.empty(2, noise, device="meta"), labels)
+            discriminator(torch.empty(2, *self.data.shape, device="meta"), labels)
+        except RuntimeError as error:
+            raise ValueError(
+                f"the models do not take samples of {self.data.shape}: {str(error).splitlines()[0]}"
+            ) from None
+        if tuple(made.shape[1:]) != self.data.shape:
+            raise ValueError(f"model.generator makes {tuple(made.shape[1:])}, the samples of {self.data.name} are "
+                             f"{self.data.shape}")  # fmt: skip
+        return noise
+
+    def batch(self, step: int) -> Batch:
+        values, labels = self.data.split["train"]
+        rows, chance = self.sizes.global_batch_size, generator(self.sizes.seed, "gan", step)
+        batch = self._drawn(rows, chance)
+        for index in range(self.steps):
+            chosen = rows_of(step * self.steps + index, rows, len(values), self.sizes.seed)
+            batch |= {f"real{index}": values[chosen], f"labels{index}": labels[chosen],
+                      f"noise{index}": torch.randn(rows, self.noise, generator=chance),
+                      f"mix{index}": torch.rand(rows, generator=chance)}  # fmt: skip
+        return batch
+
+    def validation(self) -> Iterator[Batch]:
+        rows = self.sizes.global_batch_size
+        for index in range(self.samples // rows):
+            drawn = self._drawn(rows, generator(0, "gan", "validation", index))
+            yield drawn | {"place": torch.arange(index * rows, (index + 1) * rows)}
+
+    def size(self, batch: Batch) -> int:
+        return len(batch["noise"])
+
+    def describe(self, totals: Sums) -> dict[str, float]:
+        if isinstance(self.data, Ring):
+            distances = torch.cdist(totals["samples"], self.data.centres.double())
+            nearest, mode = distances.min(1)
+            good = nearest < NEAR * self.data.deviation
+            counts = torch.bincount(mode[good], minlength=len(self.data.centres))
+            due = len(nearest) / len(counts)
+            return {"modes": float((counts >= COVERED * due).sum()), "good": float(good.double().mean())}
+        if not self.data.classes:
+            return {}
+        real, made = (self.data.features(v) for v in (self.data.split["validation"][0], totals["samples"]))
+        precision, recall = precision_recall(real, made)
+        return {"frechet": frechet_distance(real, made), "precision": precision, "recall": recall}
+
+    def pictures(self, totals: Sums) -> dict[str, Figure]:
+        if isinstance(self.data, Ring):
+            return {"samples": points(totals["samples"], self.data.split["validation"][0])}
+        return {"samples": image_grid(totals["samples"][:DRAWN].view(-1, *self.data.shape))}
+
+    def _drawn(self, rows: int, chance: torch.Generator) -> Batch:
+        labels = torch.randint(max(1, len(self.data.classes)), (rows,), generator=chance)
+        return {"noise": torch.randn(rows, self.noise, generator=chance), "labels": labels}
+
+    def _discriminate(self, index: str, models: Models, batch: Batch) -> Tensor:
+        real, labels, noise, mix = (batch[f"{name}{index}"] for name in ("real", "labels", "noise", "mix"))
+        discriminator, given = models["discriminator"], self._given(labels)
+        with torch.no_grad():
+            fake = models["generator"](noise, *given)
+        real = real.to(fake.dtype)
+        scores = discriminator(torch.cat((real, fake)), *self._given(labels.repeat(2)))
+        high, low = scores.split(len(real))
+        loss = self.real(high) + self.fake(low)
+        if self.penalised:
+            shares = mix.to(fake.dtype).view(-1, *[1] * (fake.ndim - 1))
+            between = (shares * real + (1 - shares) * fake).requires_grad_()
+            (slope,) = torch.autograd.grad(discriminator(between, *given).sum(), between, create_graph=True)
+            loss = loss + self.penalty * (slope.flatten(1).norm(dim=1) - 1).square().sum()
+        return loss
+
+    def _generate(self, models: Models, batch: Batch) -> Tensor:
+        given = self._given(batch["labels"])
+        scores = models["discriminator"](models["generator"](batch["noise"], *given), *given)
+        return -scores.sum() if self.fake is not LOSSES["non_saturating"][1] else self.real(scores)
+
+    def _given(self, labels: Tensor) -> tuple[Tensor, ...]:
+        return (labels,) if self.conditional else ()
+
+    def _count(self, batch: Batch) -> Tensor:
+        return torch.tensor(len(batch["noise"]))
+
+    def _measures(self, models: Models, batch: Batch) -> Sums:
+        """Each sample at its place among all that are drawn: so the sum over the ranks has them all."""
+        made = models[self.shown](batch["noise"], *self._given(batch["labels"])).flatten(1).double()
+        samples = made.new_zeros(self.samples, made.shape[1])
+        samples[batch["place"]] = made
+        return {"samples": samples, "count": self._count(batch)}
+
+
+@torch.no_grad()
+def follow(models: Models, *, leader: str, follower: str, stays: float) -> None:
+    """Move the follower's weights towards the leader's: each rank its own parts of them."""
+    for ours, theirs in zip(models[follower].parameters(), models[leader].parameters(), strict=True):
+        ours.lerp_(theirs.detach().to(ours.dtype), 1 - stays)

@@ -1,0 +1,111 @@
+"""Classification of images."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+
+import torch
+import torch.nn.functional as F
+from matplotlib.figure import Figure
+from torch import Tensor
+
+from dtrain.batch import Batch, ModelFactory, Sums
+from dtrain.data.augment import ImageChange, Mixup
+from dtrain.data.draw import generator, rows_of
+from dtrain.data.images import Samples
+from dtrain.initialize import on_meta
+from dtrain.pictures import confusion_matrix
+from dtrain.task.base import Sizes, Supervised, Task, the_model
+from dtrain.task.rows import confusion, scores
+
+
+class ImageClassification(Task):
+    """An image's class. Batches: pixels (B, C, H, W), targets (B, K), the shares of the classes: zeros do not count.
+
+    Args:
+        examples: labelled images to train on, drawn by the seed; None: all.
+        augment: changes of the training images, in order; mixup comes last.
+
+    Raises:
+        ValueError: images without classes, or a model that does not fit them.
+    """
+
+    def __init__(
+        self, models: dict[str, ModelFactory], data: Samples, sizes: Sizes, *, examples: int | None = None,
+        augment: Mapping[str, ImageChange | Mixup] | None = None,
+    ) -> None:  # fmt: skip
+        self.models, self.data, self.sizes = models, data, sizes
+        self.changes = [change for change in (augment or {}).values() if isinstance(change, ImageChange)]
+        self.mixup = next((change for change in (augment or {}).values() if isinstance(change, Mixup)), None)
+        if not data.classes:
+            raise ValueError(f"data {data.name} bears no classes: put images into a folder for each")
+        self._check(the_model(models, "image_classification"))
+        values, labels = data.split["train"]
+        order = torch.randperm(len(values), generator=generator(sizes.seed, "examples"))[:examples]
+        self._train = (values[order], labels[order])
+        self.updates = (Supervised("model", ("pixels",), _criterion, _count, _measures),)
+
+    def _check(self, factory: ModelFactory) -> None:
+        model, kinds = on_meta(factory), len(self.data.classes)
+        if model is None:
+            return
+        try:
+            made = model(torch.empty(2, *self.data.shape, device="meta"))
+        except RuntimeError as error:
+            raise ValueError(
+                f"the model does not take images of {self.data.shape}: {str(error).splitlines()[0]}"
+            ) from None
+        if made.shape[-1] != kinds:
+            raise ValueError(f"model.outputs={made.shape[-1]}: the images have {kinds} classes")
+
+    def batch(self, step: int) -> Batch:
+        values, labels = self._train
+        size, seed = self.sizes.global_batch_size, self.sizes.seed
+        chosen = rows_of(step, size, len(values), seed)
+        pixels, targets = values[chosen], self._shares(labels[chosen])
+        if self.changes:
+            pixels = torch.stack([self._changed(image, step, place) for place, image in enumerate(pixels)])
+        if self.mixup:
+            pixels, targets = self.mixup.mix(pixels, targets, generator(seed, "mixup", step))
+        return {"pixels": pixels, "targets": targets}
+
+    def validation(self) -> Iterator[Batch]:
+        values, labels = self.data.split["validation"]
+        size = self.sizes.global_batch_size
+        for first in range(0, min(len(values), self.sizes.eval_batches * size), size):
+            pixels, targets = values[first : first + size], self._shares(labels[first : first + size])
+            missing = size - len(pixels)  # rows that do not count
+            yield {"pixels": torch.cat((pixels, pixels[:1].expand(missing, -1, -1, -1))),
+                   "targets": torch.cat((targets, targets.new_zeros(missing, targets.shape[1])))}  # fmt: skip
+
+    def size(self, batch: Batch) -> int:
+        return len(batch["pixels"])
+
+    def describe(self, totals: Sums) -> dict[str, float]:
+        return {"loss": float(totals["loss"] / totals["count"]), **scores(totals["confusion"])}
+
+    def pictures(self, totals: Sums) -> dict[str, Figure]:
+        return {"confusion": confusion_matrix(totals["confusion"], self.data.classes)}
+
+    def _shares(self, labels: Tensor) -> Tensor:
+        return F.one_hot(labels, len(self.data.classes)).float()
+
+    def _changed(self, image: Tensor, step: int, place: int) -> Tensor:
+        chance = generator(self.sizes.seed, "augment", step, place)
+        for change in self.changes:
+            image = change(image, chance)
+        return image
+
+
+def _criterion(logits: Tensor, batch: Batch) -> Tensor:
+    logits = logits.float() if logits.dtype == torch.bfloat16 else logits
+    return -(batch["targets"].to(logits.dtype) * logits.log_softmax(-1)).sum()
+
+
+def _count(batch: Batch) -> Tensor:
+    return (batch["targets"].sum(1) > 0).sum()
+
+
+def _measures(logits: Tensor, batch: Batch) -> Sums:
+    counts = batch["targets"].sum(1) > 0
+    return {"confusion": confusion(logits[counts], batch["targets"][counts].argmax(1))}

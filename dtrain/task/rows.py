@@ -1,0 +1,103 @@
+"""What tasks on labelled rows share: which rows a step reads, and what classifiers are measured by."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+from matplotlib.figure import Figure
+from torch import Tensor
+
+from dtrain.batch import Batch, Sums
+from dtrain.data.draw import generator, rows_of
+from dtrain.data.rows import Row, Rows
+from dtrain.pictures import confusion_matrix
+from dtrain.task.base import Sizes, Task
+from dtrain.task.causal_lm import IGNORE, filled_up
+
+
+class OfRows(Task):
+    """A task whose samples are rows of a `Rows`, the training ones perhaps a few of them."""
+
+    def take(self, data: Rows, sizes: Sizes, examples: int | None = None) -> None:
+        """Use these rows: all that are held out, and so many of the others, drawn by the seed."""
+        self.data, self.sizes = data, sizes
+        self._train = drawn(data.split["train"], examples, sizes.seed)
+
+    @abstractmethod
+    def encode(self, where: str, row: dict[str, Any], chance: torch.Generator | None) -> Batch:
+        """A row's tensors; `chance` for what is changed in training, None in evaluation."""
+
+    def batch(self, step: int) -> Batch:
+        rows, size, seed = self._train, self.sizes.global_batch_size, self.sizes.seed
+        return stacked(
+            self.encode(*rows[index], generator(seed, "augment", step, place))
+            for place, index in enumerate(rows_of(step, size, len(rows), seed))
+        )
+
+    def validation(self) -> Iterator[Batch]:
+        size = self.sizes.global_batch_size
+        rows = drawn(self.data.split["validation"], self.sizes.eval_batches * size, 0)
+        for first in range(0, len(rows), size):
+            yield filled_up(stacked(self.encode(*row, None) for row in rows[first : first + size]), size)
+
+    def size(self, batch: Batch) -> int:
+        return batch["tokens"].numel()
+
+
+class Classifier(OfRows):
+    """One whose targets are classes."""
+
+    classes: list[str]
+
+    def describe(self, totals: Sums) -> dict[str, float]:
+        return {"loss": float(totals["loss"] / totals["count"]), **scores(totals["confusion"])}
+
+    def pictures(self, totals: Sums) -> dict[str, Figure]:
+        return {"confusion": confusion_matrix(totals["confusion"], self.classes)}
+
+    def measures(self, logits: Tensor, batch: Batch) -> Sums:
+        return {"confusion": confusion(logits.flatten(0, 1), batch["targets"].flatten())}
+
+
+def stacked(rows: Iterator[Batch]) -> Batch:
+    """One batch of many rows."""
+    made = list(rows)
+    return {name: torch.stack([row[name] for row in made]) for name in made[0]}
+
+
+def drawn(rows: list[Row], number: int | None, seed: int) -> list[Row]:
+    """So many of the rows, at random."""
+    if number is None or number >= len(rows):
+        return rows
+    return [rows[i] for i in torch.randperm(len(rows), generator=generator(seed, "examples"))[:number].tolist()]
+
+
+def several(labels: Sequence[str], name: str, data: Rows) -> list[str]:
+    """The different ones, sorted.
+
+    Raises:
+        ValueError: there are fewer than two.
+    """
+    found = sorted(set(labels))
+    if len(found) < 2:
+        raise ValueError(f"data {data.name}: every {name} is {found[0]!r}: there is nothing to tell apart")
+    return found
+
+
+def confusion(logits: Tensor, targets: Tensor) -> Tensor:
+    """How often each class (rows) was taken for each other (columns): (N, K), (N,) -> (K, K), in fp64."""
+    kinds = logits.shape[-1]
+    counts = targets != IGNORE
+    pairs = targets[counts] * kinds + logits.argmax(-1)[counts]
+    return torch.bincount(pairs, minlength=kinds**2).view(kinds, kinds).double()
+
+
+def scores(matrix: Tensor) -> dict[str, float]:
+    """Accuracy, and F1 averaged over the classes that occur: from (K, K) counts."""
+    right, truth, said = matrix.diag(), matrix.sum(1), matrix.sum(0)
+    occurs = (truth + said) > 0
+    f1 = 2 * right[occurs] / (truth + said)[occurs]
+    return {"accuracy": float(right.sum() / matrix.sum()), "macro_f1": float(f1.mean())}

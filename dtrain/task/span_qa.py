@@ -1,0 +1,87 @@
+"""Span question answering: where in a text the answer begins and ends.
+
+    first mark | question | mark between | text        the model says two numbers for each token:
+    begin and end are each chosen by a softmax over the row's tokens
+
+A text that is too long is cut around its answer, in training and evaluation: that is easier than to search all of it.
+Source: Devlin et al. 2018 (1810.04805), section 4.2; data: Rajpurkar et al. 2016 (1606.05250).
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from dtrain.batch import Batch, ModelFactory, Sums
+from dtrain.data.draw import generator
+from dtrain.data.rows import Rows
+from dtrain.initialize import on_meta
+from dtrain.task.base import Sizes, Supervised, the_model
+from dtrain.task.causal_lm import IGNORE, fitting
+from dtrain.task.rows import OfRows
+
+FIELDS = ("context", "question", "answer", "start")
+SHORTEST = 8  # tokens of a row
+
+
+class SpanQA(OfRows):
+    """Begin and end of an answer. Batches: tokens, positions (B, T), targets (B, 2).
+
+    Raises:
+        ValueError: a field is missing, or sizes do not fit.
+    """
+
+    mixes_tokens = True
+
+    def __init__(self, models: dict[str, ModelFactory], data: Rows, sizes: Sizes) -> None:
+        self.models = models
+        for where, row in data.all():
+            if missing := [field for field in FIELDS if field not in row]:
+                raise ValueError(f"{where} has no field {missing[0]!r}, only {', '.join(map(str, row))}: a question "
+                                 f"has {', '.join(FIELDS)}")  # fmt: skip
+        self.length = fitting(on_meta(the_model(models, "span_qa")), data, sizes.seq_len, 2)
+        if self.length < SHORTEST:
+            raise ValueError(f"seq_len={self.length} is too short for a question and its text: use {SHORTEST} or more")
+        self.take(data, sizes)
+        self.updates = (Supervised("model", ("tokens", "positions"), _criterion, _count, _measures),)
+
+    def encode(self, where: str, row: dict[str, Any], chance: torch.Generator | None) -> Batch:
+        tokenizer, start = self.data.tokenizer, row["start"]
+        pieces = (row["question"], row["context"][:start], row["answer"], row["context"][start + len(row["answer"]) :])
+        question, before, answer, after = (tokenizer.encode(piece).astype("int64").tolist() for piece in pieces)
+        head = [tokenizer.marks.first, *question[: self.length // 2 - 2], tokenizer.marks.between]
+        answer = answer[: self.length - len(head)]
+        spare = self.length - len(head) - len(answer)
+        # How much of what does not fit is cut off before the answer is the row's own, and never changes.
+        least, most = min(max(0, spare - len(after)), len(before)), min(spare, len(before))
+        kept = int(torch.randint(least, most + 1, (), generator=generator(0, where)))
+        first = len(head) + kept
+        tokens = [*head, *before[len(before) - kept :], *answer, *after][: self.length]
+        tokens += [tokenizer.marks.end] * (self.length - len(tokens))
+        return {"tokens": torch.tensor(tokens), "positions": torch.arange(self.length),
+                "targets": torch.tensor([first, first + len(answer) - 1])}  # fmt: skip
+
+
+def _logits(outputs: Tensor) -> Tensor:  # (B, T, 2) -> (B, 2, T)
+    return outputs.transpose(1, 2).float() if outputs.dtype == torch.bfloat16 else outputs.transpose(1, 2)
+
+
+def _criterion(outputs: Tensor, batch: Batch) -> Tensor:
+    logits = _logits(outputs)
+    return F.cross_entropy(logits.flatten(0, 1), batch["targets"].flatten(), ignore_index=IGNORE, reduction="sum") / 2
+
+
+def _count(batch: Batch) -> Tensor:
+    return (batch["targets"][:, 0] != IGNORE).sum()
+
+
+def _measures(outputs: Tensor, batch: Batch) -> Sums:
+    """Answers found exactly, and F1 of the tokens that truth and answer share."""
+    (begin, end), counts = _logits(outputs).argmax(-1).unbind(1), batch["targets"][:, 0] != IGNORE
+    first, last = batch["targets"].unbind(1)
+    shared = (torch.minimum(end, last) - torch.maximum(begin, first) + 1).clamp(min=0)
+    f1 = 2 * shared / ((end - begin + 1).clamp(min=0) + last - first + 1)
+    return {"exact": ((begin == first) & (end == last) & counts).sum(), "f1": (f1 * counts).sum()}

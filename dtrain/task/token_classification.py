@@ -1,0 +1,59 @@
+"""A tag for each word of a text: named entities, for one."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from dtrain.batch import Batch, ModelFactory
+from dtrain.data.rows import Rows
+from dtrain.initialize import on_meta
+from dtrain.task.base import Sizes, Supervised, the_model
+from dtrain.task.causal_lm import IGNORE, cross_entropy, fitting, valid
+from dtrain.task.rows import Classifier, several
+
+
+class TokenClassification(Classifier):
+    """The tag of each word, said at its last token. Batches: tokens, positions, targets, each (B, T).
+
+    Args:
+        words, tags: the rows' fields, lists of equal length.
+
+    Raises:
+        ValueError: a field is missing or of another length, there is one tag only, or sizes do not fit.
+    """
+
+    def __init__(
+        self, models: dict[str, ModelFactory], data: Rows, sizes: Sizes, *, words: str = "words", tags: str = "tags"
+    ) -> None:
+        self.models, self.words, self.tags = models, words, tags
+        for where, row in data.all():
+            _check(where, row, words, tags)
+        self.classes = several([str(tag) for _, row in data.all() for tag in row[tags]], "tag", data)
+        model = on_meta(the_model(models, "token_classification"))
+        self.length = fitting(model, data, sizes.seq_len, len(self.classes))
+        self.take(data, sizes)
+        self.updates = (Supervised("model", ("tokens", "positions"), cross_entropy, valid, self.measures),)
+
+    def encode(self, where: str, row: dict[str, Any], chance: torch.Generator | None) -> Batch:
+        tokenizer, at = self.data.tokenizer, 1
+        tokens, targets = torch.full((self.length,), tokenizer.marks.end), torch.full((self.length,), IGNORE)
+        tokens[0] = tokenizer.marks.first
+        for index, (word, tag) in enumerate(zip(row[self.words], row[self.tags], strict=True)):
+            ids = torch.from_numpy(tokenizer.encode(f"{' ' if index else ''}{word}").astype("int64"))
+            if at + len(ids) > self.length:
+                break
+            tokens[at : at + len(ids)] = ids
+            at += len(ids)
+            targets[at - 1] = self.classes.index(str(tag))  # where a model that sees one side only has seen the word
+        return {"tokens": tokens, "positions": torch.arange(self.length), "targets": targets}
+
+
+def _check(where: str, row: dict[str, Any], words: str, tags: str) -> None:
+    for field in (words, tags):
+        if not isinstance(row.get(field), list):
+            raise ValueError(f"{where}: field {field!r} is no list; it has {', '.join(map(str, row))}: set task.words "
+                             f"and task.tags")  # fmt: skip
+    if len(row[words]) != len(row[tags]):
+        raise ValueError(f"{where}: {len(row[words])} words and {len(row[tags])} tags")
