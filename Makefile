@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 PIP := $(VENV)/bin/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
-.PHONY: demo test lint readme bench-bubble bench-traffic clean
+.PHONY: demo test lint readme bench-bubble bench-traffic bench-bert bench-gan bench-augment clean
 
 demo: $(VENV)/.run
 	$(VENV)/bin/python scripts/compare.py
@@ -21,6 +21,15 @@ bench-bubble: $(VENV)/.run
 
 bench-traffic: $(VENV)/.run
 	$(VENV)/bin/python scripts/bench_traffic.py
+
+bench-bert: $(VENV)/.test
+	$(VENV)/bin/python scripts/bench_bert.py
+
+bench-gan: $(VENV)/.test
+	$(VENV)/bin/python scripts/bench_gan.py
+
+bench-augment: $(VENV)/.test
+	$(VENV)/bin/python scripts/bench_augment.py
 
 readme: $(VENV)/.test
 	$(VENV)/bin/python scripts/info.py readme

@@ -7,14 +7,17 @@ process is needed. What cannot be raises a ValueError, and its message is the re
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from functools import partial
 from itertools import combinations
 from typing import Any
 
 from hydra import compose, initialize_config_dir
 from omegaconf import DictConfig, OmegaConf
+from torch import nn
 
 from dtrain.config import CONFIGS, Config, checked, make, options
 from dtrain.degrees import MESH_ORDER
+from dtrain.initialize import on_meta
 from dtrain.job import task_of
 from dtrain.plan import Plan
 from dtrain.strategy.base import Strategy
@@ -73,6 +76,8 @@ def survey() -> list[Trial]:
         named = {name: _strategies(run, compose(f"strategy/{name}")) for name in options("strategy")}
         configs = {name: checked(compose("train", overrides=[f"task={name}"])) for name in options("task")}
     jobs = {name: [(each, task_of(each)[1]) for each in _with_models(config)] for name, config in configs.items()}
+    for _, task in (job for several in jobs.values() for job in several):  # shapes alone, which nobody changes here
+        task.models = {name: partial(_same, on_meta(factory) or factory()) for name, factory in task.models.items()}
     tried = [_try(name, strategies, jobs) for name, strategies in named.items()]
     tried.sort(key=lambda trial: (len(trial.axes), [MESH_ORDER.index(axis) for axis in trial.axes], trial.name))
     pairs = [
@@ -80,6 +85,10 @@ def survey() -> list[Trial]:
         for one, other in combinations([trial for trial in tried if len(trial.axes) == 1], 2)
     ]
     return tried + pairs
+
+
+def _same(model: nn.Module) -> nn.Module:
+    return model
 
 
 def _strategies(run: DictConfig, chosen: DictConfig) -> list[Strategy]:

@@ -33,8 +33,9 @@ from dtrain.strategy.pipeline import SCHEDULES
 
 # Rounding alone: sums are taken in another order. fp64 has 1.1e-16, fp32 6e-8; twenty Adam steps carry it on.
 TOLERANCE = {"fp64": 1e-12, "fp32": 1e-5}
-FEW, PAIR_STEPS, DRAWN_STEPS = 8, 2, 3
+FEW, FEWER, PAIR_STEPS, DRAWN_STEPS = 8, 4, 2, 3
 DEEP = (("n_layers", 4),)  # enough blocks for two stages on each of two ranks
+ALIKE = ("replicate", "allreduce", "zero2", "tensor_sequence", "zbv", "ulysses")  # beside another of their axis
 COMPOSED_8 = ("hsdp_tensor", "3d", "4d", "pipeline_hsdp", "zero1_zbv_sequence")
 
 
@@ -69,7 +70,7 @@ def cases() -> list[tuple[Case, int]]:
     found += [
         (Case("gan", s, micro_batch_size=1, steps=FEW), 4) for s in ("ddp", "fsdp", "replicate", "zero1", "tensor")
     ]
-    found += [(Case("next_token", strategy, steps=FEW, model=model_of(strategy)), 8) for strategy in COMPOSED_8]
+    found += [(Case("next_token", strategy, steps=FEWER, model=model_of(strategy)), 8) for strategy in COMPOSED_8]
     return sorted((c for c in found if not refusal(*c)), key=lambda pair: (pair[1], str(pair[0])))
 
 
@@ -94,10 +95,14 @@ def _pair(case: Case) -> Outcome | str:
 
 
 @pytest.mark.parametrize("task", TASKS)
-def test_every_pair_is_equal_or_refused(task: str, world, alone) -> None:
-    """Two ranks on each of two axes; what is refused is refused with the reason, before any process group."""
+def test_every_pair_is_equal_or_refused(task: str, world, alone, exhaustive: bool) -> None:
+    """Two ranks on each of two axes; what is refused is refused with the reason, before any process group.
+
+    Masked tokens, which differ from the next ones in their counts alone, for one strategy of a kind, unless all are asked.
+    """
     equal, refused = [], {}
-    for pair in combinations(AXES, 2):
+    kinds = [name for name in AXES if exhaustive or task != "masked_token" or name not in ALIKE]
+    for pair in combinations(kinds, 2):
         name = "+".join(pair)
         case = Case(task, name, steps=PAIR_STEPS, model=() if task == "gan" else model_of(name))
         if reason := refusal(case, 4):
@@ -108,9 +113,9 @@ def test_every_pair_is_equal_or_refused(task: str, world, alone) -> None:
         assert not [r for r in ranks if isinstance(r, str)], f"{name} is refused too late: {ranks}"
         assert_all_equal(ranks, reference(case), TOLERANCE["fp64"])
         equal.append(name)
-    same_axis = [p for p in combinations(AXES, 2) if AXES[p[0]].func.axis == AXES[p[1]].func.axis]
+    same_axis = [p for p in combinations(kinds, 2) if AXES[p[0]].func.axis == AXES[p[1]].func.axis]
     assert all("both want the axis" in refused["+".join(p)] for p in same_axis)
-    assert len(equal) >= {"next_token": 47, "masked_token": 47, "gan": 9}[task], (len(equal), refused)
+    assert len(equal) >= {"next_token": 47, "masked_token": 16, "gan": 9}[task], (len(equal), refused)
 
 
 @st.composite

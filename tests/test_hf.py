@@ -13,7 +13,7 @@ from cases import CONTEXT, STRATEGIES, TASKS, VOCAB, Case, NextToken, Outcome, a
 from omegaconf import OmegaConf
 from test_accelerate import KNOWN as ACCELERATED
 from test_deepspeed import KNOWN as DEEPSPED
-from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
+from transformers import AutoModel, BertConfig, BertModel, GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
 from dtrain.model.hf import HuggingFace
 
@@ -23,6 +23,8 @@ GPT2 = dict(vocab_size=VOCAB, n_positions=CONTEXT, n_embd=24, n_layer=2, n_head=
             resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0)  # fmt: skip
 LLAMA = dict(vocab_size=VOCAB, max_position_embeddings=CONTEXT, hidden_size=32, num_hidden_layers=2, intermediate_size=48,
              num_attention_heads=4, num_key_value_heads=2)  # fmt: skip
+BERT = dict(vocab_size=VOCAB, hidden_size=24, num_hidden_layers=2, num_attention_heads=4, intermediate_size=48,
+            max_position_embeddings=CONTEXT)  # fmt: skip
 MODELS: dict[str, Any] = {
     "gpt2": lambda: GPT2LMHeadModel(GPT2Config(**GPT2)),
     "llama": lambda: LlamaForCausalLM(LlamaConfig(**LLAMA)),
@@ -149,3 +151,49 @@ def test_mistakes_take_one_line(folders: dict[str, str], tmp_path: Path) -> None
     with pytest.raises(ValueError, match="model.name_or_path=") as error:
         HuggingFace(str(tmp_path / "nothing.json"))
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("causal", [False, True])
+def test_a_bert_or_gpt_folder_becomes_a_classifier(causal: bool, folders: dict[str, str], tmp_path: Path) -> None:
+    """Its body is theirs, its head is new and named so."""
+    if causal:
+        folder = folders["gpt2"]
+    else:
+        folder, config = str(tmp_path), BertConfig(**BERT)
+        BertModel(config).save_pretrained(folder)
+    made = HuggingFace(folder, causal=causal, outputs=5).eval()
+    assert made.origin.endswith("new: classifier.bias, classifier.weight")
+    tokens = torch.randint(1, VOCAB, (3, CONTEXT), generator=torch.Generator().manual_seed(0))
+    inner: Any = made.inner
+    body = AutoModel.from_pretrained(folder).eval()
+    with torch.no_grad():
+        hidden = body(input_ids=tokens).last_hidden_state
+        torch.testing.assert_close(made(tokens), inner.classifier(hidden))
+    assert (made.causal, made.outputs) == (causal, 5)
+
+
+class Tagged(Theirs):
+    """The class of each token, by a BERT that a folder has."""
+
+    def __init__(self, folder: str = "", **_: Any) -> None:
+        super().__init__()
+        self.models = {"model": partial(HuggingFace, folder, causal=False, outputs=VOCAB, config={
+            "hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0, "classifier_dropout": 0.0})}  # fmt: skip
+
+
+def tagged(case: Case, size: int) -> Outcome:
+    with mock.patch.dict(STRATEGIES, {**DEEPSPED, **ACCELERATED}), mock.patch.dict(TASKS, tagged=Tagged):
+        return train(case, size)
+
+
+def test_strategies_fine_tune_a_bert_as_one_process_does(tmp_path: Path, world) -> None:
+    torch.manual_seed(4)
+    BertModel(BertConfig(**BERT)).save_pretrained(tmp_path)
+    made = (("folder", str(tmp_path)),)
+    expected = world(2).run(tagged, Case("tagged", "single", "fp32", steps=4, model=made), 1)[0]
+    for name in ("ddp", "fsdp", "deepspeed zero2"):
+        for found in world(2).run(tagged, Case("tagged", name, "fp32", steps=4, model=made), 2):
+            found.gradients = expected.gradients
+            for key in [key for key in expected.weights if "key.bias" in key]:  # softmax takes it out: rounding
+                found.weights[key] = expected.weights[key]
+            assert_equal(found, expected, TOLERANCE)
