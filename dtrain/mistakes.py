@@ -36,6 +36,9 @@ def explain(error: BaseException, config_name: str) -> str:
     if match := re.match(r"Error merging override (.*)", text):
         cause = str(error.__cause__).splitlines()[0] if error.__cause__ else ""
         return f"{match.group(1)}: {cause}"
+    if match := re.match(r"Interpolation key '([^']+)' not found", text):
+        key = getattr(error, "full_key", None) or "the configuration"
+        return f"{key} is to be {match.group(1)}, which these data have not: choose another model, or other data"
     if isinstance(error, OmegaConfBaseException) and error.full_key:
         return f"{error.full_key}: {text.splitlines()[0]}"
     lines = [line.strip() for line in text.splitlines() if line.strip()]

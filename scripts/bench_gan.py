@@ -1,4 +1,4 @@
-"""The figures of docs/tasks.md: python scripts/bench_gan.py trains both GANs, and fits mixtures of Gaussians beside them."""
+"""GANs beside mixtures of Gaussians: python scripts/bench_gan.py prints the figures of docs/tasks.md."""
 
 import json
 import subprocess

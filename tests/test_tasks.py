@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 import torch
 from cases import AXES, ROWS, STRATEGIES, TASKS, Case, Outcome, adamw, assert_equal, refusal, train, trainer
+from hydra import compose, initialize_config_dir
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
@@ -24,6 +25,7 @@ from sklearn.metrics import accuracy_score, f1_score
 from torch import Tensor
 
 from dtrain.checkpoint import Checkpoints, load
+from dtrain.config import CONFIGS, checked, register
 from dtrain.data.augment import Crop, Cutout, Flip, Mixup, SpanMask, TextCrop, TokenDrop
 from dtrain.data.draw import generator
 from dtrain.data.images import Folder, HubImages, Ring, Samples
@@ -32,6 +34,7 @@ from dtrain.data.rows import Rows
 from dtrain.data.sources import Files, Source, Squad
 from dtrain.data.text import Text
 from dtrain.data.tokenizer import KEPT, Bytes
+from dtrain.job import task_of
 from dtrain.measure.likeness import frechet_distance, precision_recall
 from dtrain.model.images import MLP, ConvGenerator, ConvNet, SpectralLinear
 from dtrain.model.transformer import Transformer
@@ -590,3 +593,28 @@ def test_fine_tuning_begins_with_what_fits(tmp_path: Path) -> None:
     assert one == pytest.approx(other, rel=1e-5) and one != pytest.approx(nothing, rel=1e-5)
     wrong = run(*tune, "task=image_classification", "data=digits", "model=convnet")
     assert wrong.returncode == 2 and "nothing in" in wrong.stderr and wrong.stderr.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        ("task=gan data=stdlib", "task GAN takes Samples, and data=stdlib are Text: choose other data"),
+        ("task=masked_lm data=functions", "task MaskedLM takes Text, and data=functions are Rows"),
+        ("task=classification +task/augment=[flip]", "task.augment.flip: Flip is no change of texts"),
+        ("task=image_classification +task/augment=[span_mask]", "SpanMask is no change of images"),
+        ("task=image_classification model.outputs=3", "model.outputs=3: the images have 10 classes"),
+        ("task=image_classification model.channels=3", r"the model does not take images of \(1, 8, 8\)"),
+        ("task=gan task.conditional=true", r"model.generator.classes=0: the task needs 8 \(task.conditional=true\)"),
+        ("task=gan data=digits", r"the models do not take samples of \(1, 8, 8\)"),
+        ("task=span_qa data=functions", "has no field 'context', only text, label, file"),
+    ],
+)
+def test_what_does_not_go_together_is_said_in_a_line(overrides: str, message: str, tmp_path: Path) -> None:
+    register()
+    with (
+        mock.patch.dict(os.environ, DTRAIN_CACHE=str(tmp_path)),
+        initialize_config_dir(str(CONFIGS), version_base="1.3"),
+        pytest.raises(ValueError, match=message) as caught,
+    ):
+        task_of(checked(compose("train", overrides.split())), shown=False)
+    assert "\n" not in str(caught.value)

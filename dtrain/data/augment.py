@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -19,6 +21,18 @@ class TextChange(ABC):
     @abstractmethod
     def __call__(self, ids: Tensor, room: int, hidden: int, chance: torch.Generator) -> Tensor:
         """The changed ids: (N,) -> (M,), of which a row takes `room`; `hidden` is the mark in a hidden one's place."""
+
+
+def changes(augment: Mapping[str, Any] | None, kinds: type | tuple[type, ...], of: str) -> list[Any]:
+    """The changes that a task is asked for.
+
+    Raises:
+        ValueError: one is of another kind.
+    """
+    for name, change in (augment or {}).items():
+        if not isinstance(change, kinds):
+            raise ValueError(f"task.augment.{name}: {type(change).__name__} is no change of {of}")
+    return list((augment or {}).values())
 
 
 class TokenDrop(TextChange):

@@ -168,6 +168,11 @@ def the_model(models: dict[str, ModelFactory], task: str) -> ModelFactory:
     return models["model"]
 
 
+def wide(x: Tensor) -> Tensor:
+    """In fp32 at least, to be summed."""
+    return x.float() if x.dtype == torch.bfloat16 else x
+
+
 def positions(tokens: Tensor) -> Tensor:
     """The position of each token in its row: (B, T)."""
     return torch.arange(tokens.shape[1]).expand(len(tokens), -1)

@@ -10,13 +10,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dtrain.batch import Batch, ModelFactory, Sums
-from dtrain.data.augment import TextChange
+from dtrain.data.augment import TextChange, changes
 from dtrain.data.draw import generator
 from dtrain.data.rows import Rows
 from dtrain.data.text import Text
 from dtrain.initialize import on_meta
 from dtrain.layout import sequence_length
-from dtrain.task.base import Sizes, Supervised, Task, positions, the_model
+from dtrain.task.base import Sizes, Supervised, Task, positions, the_model, wide
 
 IGNORE = -100  # a target that does not count
 FILL = -1  # in the place of what a change of the row has left out
@@ -40,7 +40,7 @@ class CausalLM(Task):
         *,
         augment: Mapping[str, TextChange] | None = None,
     ) -> None:
-        self.augment, self.seed, self.marks = tuple((augment or {}).values()), sizes.seed, data.tokenizer.marks
+        self.augment, self.seed, self.marks = changes(augment, TextChange, "texts"), sizes.seed, data.tokenizer.marks
         model = on_meta(the_model(models, "causal_lm"))
         if getattr(model, "causal", True) is False:
             raise ValueError("task causal_lm needs a model that sees one side only: set model.causal=true")
@@ -85,8 +85,7 @@ class CausalLM(Task):
 
 def cross_entropy(logits: Tensor, batch: Batch) -> Tensor:
     """Summed over the targets that count, in fp32 at least: (B, T, V), (B, T) -> ()."""
-    logits = logits.float() if logits.dtype == torch.bfloat16 else logits
-    return F.cross_entropy(logits.flatten(0, 1), batch["targets"].flatten(), ignore_index=IGNORE, reduction="sum")
+    return F.cross_entropy(wide(logits).flatten(0, 1), batch["targets"].flatten(), ignore_index=IGNORE, reduction="sum")
 
 
 def valid(batch: Batch) -> Tensor:

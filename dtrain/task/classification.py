@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from dtrain.batch import Batch, ModelFactory
-from dtrain.data.augment import TextChange
+from dtrain.data.augment import TextChange, changes
 from dtrain.data.rows import Rows
 from dtrain.data.sources import text_of
 from dtrain.initialize import on_meta
@@ -37,7 +37,7 @@ class Classification(Classifier):
         self, models: dict[str, ModelFactory], data: Rows, sizes: Sizes, *, text: str = "text", label: str = "label",
         examples: int | None = None, augment: Mapping[str, TextChange] | None = None,
     ) -> None:  # fmt: skip
-        self.models, self.augment, self.text, self.label = models, tuple((augment or {}).values()), text, label
+        self.models, self.augment, self.text, self.label = models, changes(augment, TextChange, "texts"), text, label
         for where, row in data.all():
             text_of(row, text, where, "task.text")
             if row.get(label) in (None, ""):

@@ -26,7 +26,7 @@ from dtrain.data.images import Ring, Samples
 from dtrain.initialize import on_meta
 from dtrain.measure.likeness import frechet_distance, precision_recall
 from dtrain.pictures import image_grid, points
-from dtrain.task.base import LossUpdate, Sizes, Task
+from dtrain.task.base import LossUpdate, Sizes, Task, wide
 
 # By name: the loss of scores that should be high (real), and of those that should be low. Both are summed.
 LOSSES: dict[str, tuple[Callable[[Tensor], Tensor], Callable[[Tensor], Tensor]]] = {
@@ -67,6 +67,8 @@ class GAN(Task):
         if discriminator_steps < 1 or not 0 <= average < 1:
             raise ValueError(f"task.discriminator_steps={discriminator_steps} must be at least 1, and task.average="
                              f"{average} from 0 to less than 1")  # fmt: skip
+        if conditional and not data.classes:
+            raise ValueError(f"task.conditional=true: data {data.name} bears no classes")
         self.data, self.sizes, self.conditional, self.penalty = data, sizes, conditional, penalty
         self.real, self.fake = LOSSES[loss]
         self.samples = -(-samples // sizes.global_batch_size) * sizes.global_batch_size
@@ -160,18 +162,18 @@ class GAN(Task):
             fake = models["generator"](noise, *given)
         real = real.to(fake.dtype)
         scores = discriminator(torch.cat((real, fake)), *self._given(labels.repeat(2)))
-        high, low = scores.split(len(real))
+        high, low = wide(scores).split(len(real))
         loss = self.real(high) + self.fake(low)
         if self.penalised:
             shares = mix.to(fake.dtype).view(-1, *[1] * (fake.ndim - 1))
             between = (shares * real + (1 - shares) * fake).requires_grad_()
             (slope,) = torch.autograd.grad(discriminator(between, *given).sum(), between, create_graph=True)
-            loss = loss + self.penalty * (slope.flatten(1).norm(dim=1) - 1).square().sum()
+            loss = loss + self.penalty * (wide(slope).flatten(1).norm(dim=1) - 1).square().sum()
         return loss
 
     def _generate(self, models: Models, batch: Batch) -> Tensor:
         given = self._given(batch["labels"])
-        scores = models["discriminator"](models["generator"](batch["noise"], *given), *given)
+        scores = wide(models["discriminator"](models["generator"](batch["noise"], *given), *given))
         return -scores.sum() if self.fake is not LOSSES["non_saturating"][1] else self.real(scores)
 
     def _given(self, labels: Tensor) -> tuple[Tensor, ...]:

@@ -10,12 +10,12 @@ from matplotlib.figure import Figure
 from torch import Tensor
 
 from dtrain.batch import Batch, ModelFactory, Sums
-from dtrain.data.augment import ImageChange, Mixup
+from dtrain.data.augment import ImageChange, Mixup, changes
 from dtrain.data.draw import generator, rows_of
 from dtrain.data.images import Samples
 from dtrain.initialize import on_meta
 from dtrain.pictures import confusion_matrix
-from dtrain.task.base import Sizes, Supervised, Task, the_model
+from dtrain.task.base import Sizes, Supervised, Task, the_model, wide
 from dtrain.task.rows import confusion, scores
 
 
@@ -35,8 +35,9 @@ class ImageClassification(Task):
         augment: Mapping[str, ImageChange | Mixup] | None = None,
     ) -> None:  # fmt: skip
         self.models, self.data, self.sizes = models, data, sizes
-        self.changes = [change for change in (augment or {}).values() if isinstance(change, ImageChange)]
-        self.mixup = next((change for change in (augment or {}).values() if isinstance(change, Mixup)), None)
+        several = changes(augment, (ImageChange, Mixup), "images")
+        self.changes = [change for change in several if isinstance(change, ImageChange)]
+        self.mixup = next((change for change in several if isinstance(change, Mixup)), None)
         if not data.classes:
             raise ValueError(f"data {data.name} bears no classes: put images into a folder for each")
         self._check(the_model(models, "image_classification"))
@@ -98,7 +99,7 @@ class ImageClassification(Task):
 
 
 def _criterion(logits: Tensor, batch: Batch) -> Tensor:
-    logits = logits.float() if logits.dtype == torch.bfloat16 else logits
+    logits = wide(logits)
     return -(batch["targets"].to(logits.dtype) * logits.log_softmax(-1)).sum()
 
 

@@ -19,7 +19,7 @@ from dtrain.batch import Batch, ModelFactory, Sums
 from dtrain.data.draw import generator
 from dtrain.data.rows import Rows
 from dtrain.initialize import on_meta
-from dtrain.task.base import Sizes, Supervised, the_model
+from dtrain.task.base import Sizes, Supervised, the_model, wide
 from dtrain.task.causal_lm import IGNORE, fitting
 from dtrain.task.rows import OfRows
 
@@ -42,6 +42,9 @@ class SpanQA(OfRows):
             if missing := [field for field in FIELDS if field not in row]:
                 raise ValueError(f"{where} has no field {missing[0]!r}, only {', '.join(map(str, row))}: a question "
                                  f"has {', '.join(FIELDS)}")  # fmt: skip
+            start, answer = row["start"], str(row["answer"])
+            if not isinstance(start, int) or not answer or row["context"][start : start + len(answer)] != answer:
+                raise ValueError(f"{where}: the answer {answer!r} does not stand at character {start}")
         self.length = fitting(on_meta(the_model(models, "span_qa")), data, sizes.seq_len, 2)
         if self.length < SHORTEST:
             raise ValueError(f"seq_len={self.length} is too short for a question and its text: use {SHORTEST} or more")
@@ -66,7 +69,7 @@ class SpanQA(OfRows):
 
 
 def _logits(outputs: Tensor) -> Tensor:  # (B, T, 2) -> (B, 2, T)
-    return outputs.transpose(1, 2).float() if outputs.dtype == torch.bfloat16 else outputs.transpose(1, 2)
+    return wide(outputs).transpose(1, 2)
 
 
 def _criterion(outputs: Tensor, batch: Batch) -> Tensor:
