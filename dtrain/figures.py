@@ -62,6 +62,7 @@ def facts(job: Job, meter: Meter, peak_source: str) -> tuple[str, ...]:
     return (
         f"model: {parameters:,} parameters; computes in {precision.compute}, weights in {weights}",
         f"data: {data}",
+        *([f"task: {job.task.told}"] if job.task.told else []),
         f"batch: {config.global_batch_size} rows over {job.plan.row_parts} x "
         f"{job.plan.micro_batches(config.global_batch_size, config.micro_batch_size)} micro-batches",
         f"device: {job.plan.device.type}, {torch.get_num_threads()} threads a process; "

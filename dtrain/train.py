@@ -109,8 +109,7 @@ class Trainer:
             if self.plan.device.type == "cuda":
                 torch.cuda.synchronize()
             seconds, tokens = time.perf_counter() - start, self.task.size(batch)
-            self.tokens += tokens
-            self.next_step += 1
+            self.tokens, self.next_step = self.tokens + tokens, self.next_step + 1
             lr = next(iter(self.optimizers.values())).param_groups[0]["lr"]
             yield Step(self.next_step, sum(losses.values()), math.hypot(*norms.values()), lr, self.tokens,
                        tokens / seconds, seconds, losses)  # fmt: skip
@@ -230,10 +229,11 @@ class Trainer:
 
     def begin(self, fill: Callable[[list[dict[str, Tensor]]], None]) -> None:
         """Take weights from elsewhere: `fill` fills some of the tensors it is given. Optimizers begin anew."""
-        with_states, self._has_states = self._has_states, True  # not to make states that a first step would have made
-        states = self.states()
-        self._has_states = with_states
+        self._has_states = True  # so that none are made
+        states, self._has_states = self.states(), False
         fill(states)
+        for value in (t for part in states for key, t in part.items() if key.startswith(OPTIMIZER_STATE)):
+            value.zero_()  # an engine's
         self._restore(states)
 
     def load(self, fill: Callable[[list[dict[str, Tensor]]], None]) -> None:

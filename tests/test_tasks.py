@@ -28,12 +28,12 @@ from dtrain.checkpoint import Checkpoints, load
 from dtrain.config import CONFIGS, checked, register
 from dtrain.data.augment import Crop, Cutout, Flip, Mixup, SpanMask, TextCrop, TokenDrop
 from dtrain.data.draw import generator
-from dtrain.data.images import Folder, HubImages, Ring, Samples
+from dtrain.data.images import Folder, HubImages, Ring, Samples, to_tensor
 from dtrain.data.library import Docstrings, Functions, Questions
 from dtrain.data.rows import Rows
 from dtrain.data.sources import Files, Source, Squad
 from dtrain.data.text import Text
-from dtrain.data.tokenizer import KEPT, Bytes
+from dtrain.data.tokenizer import KEPT, Bytes, FromFile
 from dtrain.job import task_of
 from dtrain.measure.likeness import frechet_distance, precision_recall
 from dtrain.model.images import MLP, ConvGenerator, ConvNet, SpectralLinear
@@ -42,7 +42,7 @@ from dtrain.plan import Plan
 from dtrain.task.base import Sizes, Task
 from dtrain.task.causal_lm import IGNORE, CausalLM
 from dtrain.task.classification import Classification
-from dtrain.task.gan import GAN
+from dtrain.task.gan import GAN, follow
 from dtrain.task.image_classification import ImageClassification
 from dtrain.task.masked_lm import MaskedLM
 from dtrain.task.rows import confusion, scores
@@ -618,3 +618,65 @@ def test_what_does_not_go_together_is_said_in_a_line(overrides: str, message: st
     ):
         task_of(checked(compose("train", overrides.split())), shown=False)
     assert "\n" not in str(caught.value)
+
+
+class Sorted(Squares):
+    """The same, one class after the other, as folders have them."""
+
+    def read(self, progress: Any) -> tuple[Tensor, Tensor]:
+        values, labels = super().read(progress)
+        order = labels.argsort(stable=True)
+        return values[order], labels[order]
+
+
+def test_images_are_evaluated_of_every_class() -> None:
+    data = prepared(Sorted(validation_fraction=0.5))
+    task = ImageClassification({"model": partial(ConvNet, 1, 8, 2, width=16)}, data, SIZES)
+    seen = torch.cat([batch["targets"] for batch in task.validation()]).sum(0)
+    assert (
+        seen.min() >= 3
+        and task.told == f"trains on {len(data.split['train'][0])} of {len(data.split['train'][0])} images"
+    )
+    with pytest.raises(ValueError, match="task.examples=0 must be at least 1"):
+        ImageClassification({"model": partial(ConvNet, 1, 8, 2, width=16)}, data, SIZES, examples=0)
+    with pytest.raises(ValueError, match="task.examples=-5 must be at least 1"):
+        Classification(transformer(outputs=6), rows_of_made(), SIZES, examples=-5)
+
+
+def test_an_averaged_generator_has_its_leader_s_buffers() -> None:
+    torch.manual_seed(0)
+    models: dict[str, Any] = {"generator": MLP(4, 2, 8, spectral=True), "average": MLP(4, 2, 8, spectral=True)}
+    for _ in range(20):
+        follow(models, leader="generator", follower="average", stays=0.5)
+    noise = torch.randn(5, 4)
+    torch.testing.assert_close(models["average"](noise), models["generator"](noise), rtol=1e-3, atol=1e-3)
+
+
+def test_words_and_marks_of_another_s_tokenizer(tmp_path: Path) -> None:
+    from tokenizers import Tokenizer, models, pre_tokenizers
+
+    vocabulary = {
+        t: i for i, t in enumerate(["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "the", "play", "##ing", "."])
+    }
+    made = Tokenizer(models.WordPiece(vocabulary, unk_token="[UNK]"))
+    made.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+    made.save(str(tmp_path / "tokenizer.json"))
+    found = FromFile(str(tmp_path), 9)
+    assert (found.marks.end, found.marks.hidden, found.marks.first, found.marks.between) == (0, 4, 2, 3)
+    ids = found.encode("the playing.")
+    begins, ends = found.words()
+    starts = [True, *(not (b and e) for b, e in zip(begins[ids[1:]], ends[ids[:-1]], strict=True))]
+    assert ids.tolist() == [5, 6, 7, 8] and starts == [True, True, False, True]
+    with pytest.raises(ValueError, match="no mark for no, yes, which pairs needs"):
+        found.need("hidden", "yes", "no", why="pairs")
+    with pytest.raises(ValueError, match=r"data.tokenizer.vocab_size=5: .* has 9 ids"):
+        FromFile(str(tmp_path), 5)
+
+
+def test_pictures_of_other_kinds_keep_what_they_show() -> None:
+    deep = Image.fromarray((np.arange(64, dtype=np.uint16) * 1000).reshape(8, 8))
+    assert to_tensor(deep, 8, True).flatten().diff().min() >= 0 and to_tensor(deep, 8, True).unique().numel() > 50
+    clear = Image.new("RGBA", (8, 8), (255, 255, 255, 0))
+    assert to_tensor(clear, 8, False).max() == -1
+    with pytest.raises(ValueError, match="mode F has values without a known range"):
+        to_tensor(Image.new("F", (8, 8)), 8, True)

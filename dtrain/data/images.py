@@ -13,6 +13,7 @@ from torch import Tensor
 
 from dtrain.data.base import Data, Progress
 from dtrain.data.draw import generator
+from dtrain.data.features import Features
 from dtrain.data.sources import files_at
 
 UNREADABLE = ("refuse", "skip")
@@ -62,28 +63,6 @@ class Samples(Data):
             ValueError: the samples bear no labels.
         """
         return Features(*self.split["train"])
-
-
-class Features:
-    """The hidden layer of a perceptron that has learned the samples' labels: what a Fréchet distance is taken in.
-
-    Trained here, by scikit-learn, in a second or a few; the same everywhere for the same samples.
-    """
-
-    WIDTH = 64
-
-    def __init__(self, values: Tensor, labels: Tensor) -> None:
-        from sklearn.neural_network import MLPClassifier
-
-        if len(labels.unique()) < 2:
-            raise ValueError("samples without two classes have no features to compare")
-        self.model = MLPClassifier((self.WIDTH,), max_iter=60, early_stopping=True, random_state=0)
-        self.model.fit(values.flatten(1).numpy(), labels.numpy())
-        self._weight, self._bias = (torch.as_tensor(part[0]) for part in (self.model.coefs_, self.model.intercepts_))
-
-    def __call__(self, values: Tensor) -> Tensor:  # (N, ...) -> (N, WIDTH), in fp64
-        flat = values.flatten(1).double().cpu()
-        return (flat @ self._weight.double() + self._bias.double()).relu()
 
 
 class Digits(Samples):
@@ -151,7 +130,7 @@ class Folder(Samples):
             try:
                 with Image.open(file) as image:
                     made.append(to_tensor(image, self.size, self.grey))
-            except (UnidentifiedImageError, OSError):
+            except (UnidentifiedImageError, OSError, ValueError, Image.DecompressionBombError):
                 self.skipped.append(file.name)
                 continue
             names.append(file.parent.name)
@@ -188,6 +167,8 @@ class HubImages(Samples):
         self.source, self.side, self.image, self.label, self.size, self.grey = source, split, image, label, size, grey
 
     def read(self, progress: Progress) -> tuple[Tensor, Tensor]:
+        from PIL import Image
+
         from dtrain.data.sources import HuggingFace
 
         made, names = [], []
@@ -195,11 +176,19 @@ class HubImages(Samples):
             for column, key in ((self.image, "data.image"), (self.label, "data.label")):
                 if column is not None and column not in row:
                     raise ValueError(f"{where} has no field {column!r}, only {', '.join(row)}: set {key}")
+            if not isinstance(row[self.image], Image.Image):
+                raise ValueError(
+                    f"{where}: {self.image!r} is {type(row[self.image]).__name__}, no image: set data.image"
+                )
+            if self.label and row[self.label] is None:
+                raise ValueError(f"{where} has no {self.label!r}: leave such rows out, or set data.label=null")
             made.append(to_tensor(row[self.image], self.size, self.grey))
             names.append(str(row[self.label]) if self.label else "")
             progress("reading", len(made))
-        self.classes = sorted(set(names)) if self.label else []
-        return torch.stack(made), torch.tensor([self.classes.index(name) if self.label else 0 for name in names])
+        if not made:
+            raise ValueError(f"data.source={self.source} has no rows")
+        self.classes = sorted(set(names)) if len(set(names)) > 1 else []
+        return torch.stack(made), torch.tensor([self.classes.index(name) if self.classes else 0 for name in names])
 
 
 class Ring(Samples):
@@ -231,9 +220,23 @@ class Ring(Samples):
 
 
 def to_tensor(image: Any, size: int, grey: bool) -> Tensor:
-    """A picture of PIL's, its shorter side scaled to `size` and the middle cut out: (C, H, W) from -1 to 1."""
-    from PIL import ImageOps
+    """A picture of PIL's, its shorter side scaled to `size` and the middle cut out: (C, H, W) from -1 to 1.
 
+    What is transparent is dark.
+
+    Raises:
+        ValueError: values without a known range.
+    """
+    from PIL import Image, ImageOps
+
+    if image.mode.startswith("I;16"):
+        image = Image.fromarray((np.asarray(image) // 257).astype(np.uint8))
+    if image.mode in ("I", "F"):
+        raise ValueError(f"an image of mode {image.mode} has values without a known range: save it with 8 or 16 bits")
+    image = ImageOps.exif_transpose(image)
+    if image.has_transparency_data:
+        image = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", image.size, (0, 0, 0, 255)), image)
     fitted = ImageOps.fit(image.convert("L" if grey else "RGB"), (size, size))
     pixels = torch.from_numpy(np.array(fitted)).float() / 127.5 - 1
     return pixels[None] if grey else pixels.permute(2, 0, 1).contiguous()

@@ -194,9 +194,11 @@ def text_of(row: dict[str, Any], field: str, where: str, key: str = "data.source
     """
     if field not in row:
         raise ValueError(f"{where} has no field {field!r}, only {', '.join(map(str, row)) or 'none'}: set {key}")
-    if not isinstance(row[field], str):
-        raise ValueError(f"{where}: field {field!r} is {type(row[field]).__name__}, not text")
-    return row[field]
+    if not isinstance(text := row[field], str):
+        raise ValueError(f"{where}: field {field!r} is {type(text).__name__}, not text")
+    if any("\ud800" <= c <= "\udfff" for c in text):
+        raise ValueError(f"{where}: field {field!r} holds half a surrogate pair, which is no UTF-8 text")
+    return text
 
 
 def files_at(path: str, key: str) -> list[Path]:
@@ -207,10 +209,9 @@ def files_at(path: str, key: str) -> list[Path]:
     """
     place = Path(path).expanduser()
     found = place.rglob("*") if place.is_dir() else (Path(p) for p in glob.glob(str(place), recursive=True))
-    files = sorted(p for p in found if p.is_file() and not p.name.startswith("."))
-    if not files:
-        raise ValueError(f"{key}={path}: no such file, and no file in it or matching it")
-    return files
+    if files := sorted(p for p in found if p.is_file() and not p.name.startswith(".")):
+        return files
+    raise ValueError(f"{key}={path}: no such file, and no file in it or matching it")
 
 
 def _utf8(file: Path) -> str:
@@ -231,7 +232,7 @@ def _jsonl(file: Path) -> Iterator[tuple[str, dict[str, Any]]]:
 
 
 def _csv(file: Path) -> Iterator[tuple[str, dict[str, Any]]]:
-    rows = csv.DictReader(io.StringIO(_utf8(file)), strict=True)
+    rows = csv.DictReader(io.StringIO(_utf8(file).removeprefix("\ufeff")), strict=True)
     try:
         for row in rows:
             if None in row or None in row.values():

@@ -41,6 +41,13 @@ class Tokenizer(ABC):
 
     vocab_size: int
     marks = Marks()
+    missing: frozenset[str] = frozenset()  # marks that it has no id for: `end` stands for them
+
+    def need(self, *marks: str, why: str) -> None:
+        """Raise ValueError if one of these marks is missing."""
+        if lacking := sorted(self.missing & set(marks)):
+            raise ValueError(f"the tokenizer has no mark for {', '.join(lacking)}, which {why} needs: use "
+                             f"another, such as data/tokenizer=bpe")  # fmt: skip
 
     @abstractmethod
     def describe(self) -> dict[str, Any]:
@@ -125,10 +132,20 @@ class FromFile(Tokenizer):
         known = {mark: [i for n in names if (i := self._tokenizer.token_to_id(n)) is not None]
                  for mark, names in self.NAMES.items()}  # fmt: skip
         end = known["end"][0] if known["end"] else 0
+        self.missing = frozenset(mark for mark, ids in known.items() if not ids)
         self.marks = Marks(**{mark: ids[0] if ids else end for mark, ids in known.items()})
 
     def describe(self) -> dict[str, Any]:
         return {"kind": "file", "digest": hashlib.sha256(self._file.read_bytes()).hexdigest()[:16]}
+
+    def words(self) -> tuple[np.ndarray, np.ndarray]:
+        """As of every tokenizer, but WordPiece marks what goes on (`##`), and others what begins."""
+        begins, ends = super().words()
+        raw = [self._tokenizer.id_to_token(i) or "" for i in range(self.vocab_size)]
+        if any(token.startswith("##") for token in raw):
+            return np.array([token.startswith("##") for token in raw]), np.ones(self.vocab_size, dtype=bool)
+        begins &= np.array([not token.startswith(("\u2581", "\u0120")) for token in raw])
+        return begins, ends
 
     def encode(self, text: str) -> np.ndarray:
         return np.asarray(self._tokenizer.encode(text, add_special_tokens=False).ids, dtype=np.uint32)

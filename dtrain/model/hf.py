@@ -52,9 +52,11 @@ class HuggingFace(nn.Module):
         settings = _config(name_or_path, (config or {}) | ({"num_labels": outputs} if outputs else {}))
         kind = "ForTokenClassification" if outputs else "ForCausalLM" if causal else "ForMaskedLM"
         attention = "sdpa" if layout is None else _register()
-        inner, self.origin = _model(f"AutoModel{kind}", name_or_path, settings, pretrained, attention)
+        inner, self.origin = _model(f"AutoModel{kind}", name_or_path, settings, pretrained, attention, causal)
         self.causal, self.outputs, self.padding = causal, outputs, getattr(settings, "pad_token_id", None)
-        self.vocab_size, self.context = settings.vocab_size, getattr(settings, "max_position_embeddings", None)
+        self.vocab_size, self.first_position = settings.vocab_size, _first_position(inner)
+        longest: int | None = getattr(settings, "max_position_embeddings", None)
+        self.context = longest - self.first_position if longest else None
         self.n_heads = getattr(settings, "num_attention_heads", 0)
         self.n_kv_heads = getattr(settings, "num_key_value_heads", None) or self.n_heads
         self.inner: nn.Module | None = None
@@ -94,7 +96,9 @@ class HuggingFace(nn.Module):
         if self.inner is not None:
             seen = None if self.causal or self.padding is None else (tokens != self.padding).long()
             cache = {"use_cache": False} if self.causal else {}
-            return self.inner(input_ids=tokens, position_ids=positions, attention_mask=seen, **cache).logits
+            return self.inner(
+                input_ids=tokens, position_ids=positions + self.first_position, attention_mask=seen, **cache
+            ).logits
         x = self.embedding(tokens, positions)
         named = {} if self.rotary is None else {"position_embeddings": self.rotary(x, positions)}
         for block in self.blocks.values():
@@ -145,7 +149,9 @@ def _config(name_or_path: str, settings: dict[str, Any]) -> Any:
         raise ValueError(f"model.name_or_path={name_or_path}: {str(error).strip().splitlines()[0]}") from None
 
 
-def _model(kind: str, name_or_path: str, config: Any, pretrained: bool | None, attention: str) -> tuple[nn.Module, str]:
+def _model(
+    kind: str, name_or_path: str, config: Any, pretrained: bool | None, attention: str, causal: bool
+) -> tuple[nn.Module, str]:
     """The model, and where its weights are from."""
     import transformers
 
@@ -154,6 +160,8 @@ def _model(kind: str, name_or_path: str, config: Any, pretrained: bool | None, a
     if pretrained and not there and folder.exists():
         raise ValueError(f"model.pretrained=true: {name_or_path} has no weights ({', '.join(WEIGHTS)})")
     load = there if pretrained is None else pretrained
+    if not causal and type(config) not in transformers.MODEL_FOR_MASKED_LM_MAPPING:
+        raise ValueError(f"model.name_or_path={name_or_path} sees one side only: set model.causal=true")
     try:
         if load and torch.get_default_device().type != "meta":
             model, told = getattr(transformers, kind).from_pretrained(
@@ -162,14 +170,23 @@ def _model(kind: str, name_or_path: str, config: Any, pretrained: bool | None, a
                 dtype=torch.float32,
                 attn_implementation=attention,
                 output_loading_info=True,
+                ignore_mismatched_sizes="TokenClassification" in kind,
             )
-            new = sorted(told["missing_keys"])
+            new = sorted({*told["missing_keys"], *(str(each[0]) for each in told["mismatched_keys"])})
             taken = len(model.state_dict()) - len(new)
             return model.train(), f"weights of {name_or_path}: {taken} tensors; new: {', '.join(new) or 'none'}"
         model = getattr(transformers, kind).from_config(config, dtype=torch.float32, attn_implementation=attention)
         return model.train(), f"weights drawn for {name_or_path}"
     except (OSError, ValueError) as error:
         raise ValueError(f"model.name_or_path={name_or_path}: {str(error).strip().splitlines()[0]}") from None
+
+
+def _first_position(model: nn.Module) -> int:
+    """Where positions begin: RoBERTa's after that of the padding."""
+    for name, module in model.named_modules():
+        if name.endswith("position_embeddings") and isinstance(module, nn.Embedding) and module.padding_idx is not None:
+            return module.padding_idx + 1
+    return 0
 
 
 def _find(module: nn.Module, path: str, where: str) -> Any:

@@ -135,6 +135,7 @@ class Task(ABC):
 
     models: dict[str, ModelFactory]
     updates: tuple[Update, ...]
+    told: str = ""  # for a person, at the start of a run
 
     @abstractmethod
     def batch(self, step: int) -> Batch:

@@ -41,6 +41,8 @@ class CausalLM(Task):
         augment: Mapping[str, TextChange] | None = None,
     ) -> None:
         self.augment, self.seed, self.marks = changes(augment, TextChange, "texts"), sizes.seed, data.tokenizer.marks
+        if self.augment:
+            data.tokenizer.need("hidden", why="task.augment")
         model = on_meta(the_model(models, "causal_lm"))
         if getattr(model, "causal", True) is False:
             raise ValueError("task causal_lm needs a model that sees one side only: set model.causal=true")

@@ -45,6 +45,7 @@ class Classification(Classifier):
         self.classes = several([str(row[label]) for _, row in data.all()], label, data)
         model = on_meta(the_model(models, "classification"))
         self.causal = bool(getattr(model, "causal", False))
+        data.tokenizer.need(*[] if self.causal else ["first"], *["hidden"] if augment else [], why="classification")
         self.length = fitting(model, data, sizes.seq_len, len(self.classes))
         self.take(data, sizes, examples)
         self.updates = (Supervised("model", ("tokens", "positions"), cross_entropy, valid, self.measures),)

@@ -36,6 +36,7 @@ LOSSES: dict[str, tuple[Callable[[Tensor], Tensor], Callable[[Tensor], Tensor]]]
 }
 COVERED = 0.25  # a mode is covered that gets this share of what is its due
 NEAR = 3.0  # deviations from a centre within which a point is one of its mode
+FEWEST = 3  # samples of a class, for the classifier whose features tell a Fréchet distance
 DRAWN = 64  # samples in a picture
 
 
@@ -71,8 +72,11 @@ class GAN(Task):
             raise ValueError(f"task.conditional=true: data {data.name} bears no classes")
         self.data, self.sizes, self.conditional, self.penalty = data, sizes, conditional, penalty
         self.real, self.fake = LOSSES[loss]
+        if samples < 2:
+            raise ValueError(f"task.samples={samples} must be at least 2, to measure by")
         self.samples = -(-samples // sizes.global_batch_size) * sizes.global_batch_size
         self.noise = self._check(models)
+        self._check_features()
         self.models = dict(models)
         if average:  # made of the same seed and names: it begins as the generator
             self.models["average"] = models["generator"]
@@ -99,18 +103,32 @@ class GAN(Task):
         noise = getattr(generator_, "inputs", None)
         if generator_ is None or discriminator is None or noise is None:
             raise ValueError("task gan needs models with shapes: a generator that says its `inputs`")
-        labels = torch.zeros(2, dtype=torch.long, device="meta") if classes else None
+        given = (torch.zeros(2, dtype=torch.long, device="meta"),) if classes else ()
         try:
-            made = generator_(torch.empty(2, noise, device="meta"), labels)
-            discriminator(torch.empty(2, *self.data.shape, device="meta"), labels)
-        except RuntimeError as error:
+            made = generator_(torch.empty(2, noise, device="meta"), *given)
+            scores = discriminator(torch.empty(2, *self.data.shape, device="meta"), *given)
+        except (RuntimeError, TypeError) as error:
             raise ValueError(
                 f"the models do not take samples of {self.data.shape}: {str(error).splitlines()[0]}"
             ) from None
         if tuple(made.shape[1:]) != self.data.shape:
             raise ValueError(f"model.generator makes {tuple(made.shape[1:])}, the samples of {self.data.name} are "
                              f"{self.data.shape}")  # fmt: skip
+        if tuple(scores.shape) != (2, 1):
+            raise ValueError(
+                f"model.discriminator.outputs={scores.shape[-1]}: a discriminator gives one score a sample"
+            )
         return noise
+
+    def _check_features(self) -> None:
+        """Can a classifier of the samples be trained, to measure by?"""
+        classes = self.data.classes
+        if not isinstance(self.data, Ring) and classes:
+            counts = self.data.split["train"][1].bincount(minlength=len(classes))
+            least = int(counts.argmin())
+            if len(counts) < 2 or counts[least] < FEWEST:
+                raise ValueError(f"data {self.data.name}: {counts[least]} samples of class {classes[least]} to learn: "
+                                 f"two or more classes need {FEWEST} each, to measure by")  # fmt: skip
 
     def batch(self, step: int) -> Batch:
         values, labels = self.data.split["train"]
@@ -142,7 +160,9 @@ class GAN(Task):
             return {"modes": float((counts >= COVERED * due).sum()), "good": float(good.double().mean())}
         if not self.data.classes:
             return {}
-        real, made = (self.data.features(v) for v in (self.data.split["validation"][0], totals["samples"]))
+        real, made = (
+            self.data.features(v) for v in (self.data.split["validation"][0][: self.samples], totals["samples"])
+        )
         precision, recall = precision_recall(real, made)
         return {"frechet": frechet_distance(real, made), "precision": precision, "recall": recall}
 
@@ -195,3 +215,5 @@ def follow(models: Models, *, leader: str, follower: str, stays: float) -> None:
     """Move the follower's weights towards the leader's: each rank its own parts of them."""
     for ours, theirs in zip(models[follower].parameters(), models[leader].parameters(), strict=True):
         ours.lerp_(theirs.detach().to(ours.dtype), 1 - stays)
+    for held, given in zip(models[follower].buffers(), models[leader].buffers(), strict=True):
+        held.copy_(given)

@@ -16,7 +16,7 @@ from dtrain.data.images import Samples
 from dtrain.initialize import on_meta
 from dtrain.pictures import confusion_matrix
 from dtrain.task.base import Sizes, Supervised, Task, the_model, wide
-from dtrain.task.rows import confusion, scores
+from dtrain.task.rows import check_examples, confusion, scores
 
 
 class ImageClassification(Task):
@@ -41,9 +41,9 @@ class ImageClassification(Task):
         if not data.classes:
             raise ValueError(f"data {data.name} bears no classes: put images into a folder for each")
         self._check(the_model(models, "image_classification"))
-        values, labels = data.split["train"]
-        order = torch.randperm(len(values), generator=generator(sizes.seed, "examples"))[:examples]
-        self._train = (values[order], labels[order])
+        check_examples(examples)
+        self._train = some(*data.split["train"], examples, sizes.seed)
+        self.told = f"trains on {len(self._train[0]):,} of {len(data.split['train'][0]):,} images"
         self.updates = (Supervised("model", ("pixels",), _criterion, _count, _measures),)
 
     def _check(self, factory: ModelFactory) -> None:
@@ -71,9 +71,9 @@ class ImageClassification(Task):
         return {"pixels": pixels, "targets": targets}
 
     def validation(self) -> Iterator[Batch]:
-        values, labels = self.data.split["validation"]
         size = self.sizes.global_batch_size
-        for first in range(0, min(len(values), self.sizes.eval_batches * size), size):
+        values, labels = some(*self.data.split["validation"], self.sizes.eval_batches * size, 0)
+        for first in range(0, len(values), size):
             pixels, targets = values[first : first + size], self._shares(labels[first : first + size])
             missing = size - len(pixels)  # rows that do not count
             yield {"pixels": torch.cat((pixels, pixels[:1].expand(missing, -1, -1, -1))),
@@ -96,6 +96,12 @@ class ImageClassification(Task):
         for change in self.changes:
             image = change(image, chance)
         return image
+
+
+def some(values: Tensor, labels: Tensor, number: int | None, seed: int) -> tuple[Tensor, Tensor]:
+    """So many samples, at random: files of one class may stand together."""
+    order = torch.randperm(len(values), generator=generator(seed, "examples"))[:number]
+    return values[order], labels[order]
 
 
 def _criterion(logits: Tensor, batch: Batch) -> Tensor:

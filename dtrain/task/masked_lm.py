@@ -56,6 +56,8 @@ class MaskedLM(Task):
             raise ValueError("task masked_lm needs a model that sees both sides: set model.causal=false")
         self.models, self.sizes, self.probability, self.pairs = models, sizes, probability, pairs
         self.marks, self.vocab_size = data.tokenizer.marks, data.vocab_size
+        asked = ("between", "yes", "no") if pairs else ()
+        data.tokenizer.need("hidden", "first", *asked, why="masked_lm with pairs" if pairs else "masked_lm")
         self.words = [torch.from_numpy(table) for table in data.tokenizer.words()] if whole_words else None
         length = fitting(model, data, sizes.seq_len) - (2 if pairs else 1)  # of text, beside the marks
         if length < 2:
@@ -85,7 +87,8 @@ class MaskedLM(Task):
 
     def _hide(self, text: Tensor, chance: torch.Generator) -> Batch:
         tokens, answers, segments = self._rows(text, chance)
-        chosen = self._draw(tokens, chance) & (tokens >= KEPT if self.marks.first < KEPT else tokens != self.marks.end)
+        marks = torch.tensor([self.marks.end, self.marks.hidden, self.marks.first, self.marks.between])
+        chosen = self._draw(tokens, chance) & ~torch.isin(tokens, marks)
         fate = torch.rand(tokens.shape, generator=chance)
         others = torch.randint(KEPT, self.vocab_size, tokens.shape, generator=chance)
         targets = tokens.masked_fill(~chosen, IGNORE)
@@ -105,7 +108,7 @@ class MaskedLM(Task):
             tokens = torch.cat((column(self.marks.first), text), dim=1)
             return tokens, None, torch.zeros_like(tokens)
         one, other = text.tensor_split(2, dim=1)
-        false = torch.rand(len(text), 1, generator=chance) < 0.5
+        false = (torch.rand(len(text), 1, generator=chance) < 0.5) & (len(text) > 1 or self.pairs == "sentence_order")
         if self.pairs == "next_sentence":
             other = torch.where(false, other.roll(1, dims=0), other)
             parts = torch.cat((one, column(self.marks.between), other), dim=1)

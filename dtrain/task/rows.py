@@ -23,8 +23,10 @@ class OfRows(Task):
 
     def take(self, data: Rows, sizes: Sizes, examples: int | None = None) -> None:
         """Use these rows: all that are held out, and so many of the others, drawn by the seed."""
+        check_examples(examples)
         self.data, self.sizes = data, sizes
         self._train = drawn(data.split["train"], examples, sizes.seed)
+        self.told = f"trains on {len(self._train):,} of {len(data.split['train']):,} rows"
 
     @abstractmethod
     def encode(self, where: str, row: dict[str, Any], chance: torch.Generator | None) -> Batch:
@@ -68,6 +70,11 @@ def stacked(rows: Iterator[Batch]) -> Batch:
     return {name: torch.stack([row[name] for row in made]) for name in made[0]}
 
 
+def check_examples(examples: int | None) -> None:
+    if examples is not None and examples < 1:
+        raise ValueError(f"task.examples={examples} must be at least 1, or null for all")
+
+
 def drawn(rows: list[Row], number: int | None, seed: int) -> list[Row]:
     """So many of the rows, at random."""
     if number is None or number >= len(rows):
@@ -83,7 +90,8 @@ def several(labels: Sequence[str], name: str, data: Rows) -> list[str]:
     """
     found = sorted(set(labels))
     if len(found) < 2:
-        raise ValueError(f"data {data.name}: every {name} is {found[0]!r}: there is nothing to tell apart")
+        kinds = f"every {name} is {found[0]!r}" if found else f"there is no {name}"
+        raise ValueError(f"data {data.name}: {kinds}: there is nothing to tell apart")
     return found
 
 

@@ -18,6 +18,7 @@ from torch import Tensor
 from dtrain.batch import Batch, ModelFactory, Sums
 from dtrain.data.draw import generator
 from dtrain.data.rows import Rows
+from dtrain.data.sources import text_of
 from dtrain.initialize import on_meta
 from dtrain.task.base import Sizes, Supervised, the_model, wide
 from dtrain.task.causal_lm import IGNORE, fitting
@@ -42,12 +43,17 @@ class SpanQA(OfRows):
             if missing := [field for field in FIELDS if field not in row]:
                 raise ValueError(f"{where} has no field {missing[0]!r}, only {', '.join(map(str, row))}: a question "
                                  f"has {', '.join(FIELDS)}")  # fmt: skip
-            start, answer = row["start"], str(row["answer"])
-            if not isinstance(start, int) or not answer or row["context"][start : start + len(answer)] != answer:
+            for field in FIELDS[:3]:
+                text_of(row, field, where, "the rows' fields")
+            start, answer = row["start"], row["answer"]
+            if not isinstance(start, int):
+                raise ValueError(f"{where}: start={start!r} must be a whole number (CSV has none: use JSON lines)")
+            if not answer or row["context"][start : start + len(answer)] != answer:
                 raise ValueError(f"{where}: the answer {answer!r} does not stand at character {start}")
         self.length = fitting(on_meta(the_model(models, "span_qa")), data, sizes.seq_len, 2)
         if self.length < SHORTEST:
             raise ValueError(f"seq_len={self.length} is too short for a question and its text: use {SHORTEST} or more")
+        data.tokenizer.need("first", "between", why="span_qa")
         self.take(data, sizes)
         self.updates = (Supervised("model", ("tokens", "positions"), _criterion, _count, _measures),)
 

@@ -42,6 +42,8 @@ class TokenClassification(Classifier):
         tokens[0] = tokenizer.marks.first
         for index, (word, tag) in enumerate(zip(row[self.words], row[self.tags], strict=True)):
             ids = torch.from_numpy(tokenizer.encode(f"{' ' if index else ''}{word}").astype("int64"))
+            if not len(ids):
+                continue
             if at + len(ids) > self.length:
                 break
             tokens[at : at + len(ids)] = ids
