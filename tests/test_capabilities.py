@@ -69,6 +69,7 @@ def one_step(strategy: str, task: str, experts: bool, cache: str, size: int) -> 
     return next(trainer.steps()).loss
 
 
+@pytest.mark.timeout(1500)
 def test_what_is_said_to_train_trains(trials: list[Trial], world, cache: str, pytestconfig: pytest.Config) -> None:
     """Each strategy with one of its tasks (with all, if asked for): its first loss is that of one process."""
     expected: dict[tuple[str, bool], float] = {}

@@ -235,7 +235,7 @@ def test_kill_9_during_a_save_leaves_the_last_one_whole(seed: int, tmp_path: Pat
                "model.d_model=256", f"hydra.run.dir={tmp_path}"]  # fmt: skip
     environment = os.environ | {"DTRAIN_CACHE": str(tmp_path / "cache")}
     process = subprocess.Popen(command, cwd=root, env=environment, stdout=subprocess.DEVNULL, start_new_session=True)
-    metrics, deadline = tmp_path / "metrics.jsonl", time.monotonic() + 60
+    metrics, deadline = tmp_path / "metrics.jsonl", time.monotonic() + 240
     while time.monotonic() < deadline and (not metrics.exists() or metrics.read_text().count("\n") < 5 + seed):
         time.sleep(0.01)
     time.sleep(0.013 * seed)

@@ -60,7 +60,8 @@ class Context(Strategy):
     def check_model(self, model: nn.Module, plan: Plan) -> None:
         cores = _cores(model)
         if not cores or len(cores) < len(blocks_of(model)):
-            raise ValueError(f"{type(model).__name__} names no `attention` in its Layout: nothing to exchange over cp")
+            raise ValueError(f"{type(model).__name__} names no `attention` in its Layout: nothing to exchange over cp; "
+                             f"use a strategy on dp or fsdp")  # fmt: skip
         if self.method == "ring" and (dropout := max(core.dropout for core in cores)):
             raise ValueError(f"ring attention cannot drop attention weights (dropout={dropout}): "
                              f"use strategy.cp.method=ulysses or model.dropout=0")  # fmt: skip
@@ -84,7 +85,8 @@ class Context(Strategy):
                              f"own tokens from 0")  # fmt: skip
         length = max(lengths.values())
         if whole := [name for name, each in lengths.items() if each != length]:
-            raise ValueError(f"`{whole[0]}` of the batch is not one value a token: cp={self.degree} cannot cut it")
+            raise ValueError(f"`{whole[0]}` of the batch is not one value a token: cp={self.degree} cannot cut it; "
+                             f"use a strategy on another axis")  # fmt: skip
         self._check_length(length)
 
     def _check_length(self, length: int) -> None:

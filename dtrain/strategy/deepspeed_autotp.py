@@ -46,7 +46,8 @@ class AutoTP(Strategy):
     def check_model(self, model: nn.Module, plan: Plan) -> None:
         layout, n = layout_of(model), self.degree
         if not layout.column:
-            raise ValueError(f"{type(model).__name__} names no `column` layers in its Layout: nothing to split over tp")
+            raise ValueError(f"{type(model).__name__} names no `column` layers in its Layout: nothing to split over "
+                             f"tp; use a strategy on dp or fsdp")  # fmt: skip
         if layout.experts and list(modules_at(model, (f"{layout.blocks}.*.{layout.experts}",))):
             raise ValueError("DeepSpeed's AutoTP does not cut experts: use strategy=tensor")
         for size in layout.sizes:

@@ -102,7 +102,8 @@ class Pipeline(Strategy):
     def check_model(self, model: nn.Module, plan: Plan) -> None:
         name, layout = type(model).__name__, layout_of(model)
         if not (layout.first and layout.blocks and layout.last):
-            raise ValueError(f"{name} has no pipeline split: its Layout names no first, blocks and last")
+            raise ValueError(f"{name} has no pipeline split: its Layout names no first, blocks and last; use a "
+                             f"strategy on dp or fsdp")  # fmt: skip
         blocks = len(model.get_submodule(layout.blocks))  # type: ignore[arg-type]
         if self.stages > blocks:
             most = blocks // self.stages_per_rank
@@ -122,7 +123,7 @@ class Pipeline(Strategy):
     def check_task(self, task: Task, plan: Plan) -> None:
         if len(task.models) > 1 or not all(hasattr(update, "criterion") for update in task.updates):
             raise ValueError(f"task {type(task).__name__} has no pipeline split: that takes one model, and a loss of "
-                             f"its outputs (Supervised)")  # fmt: skip
+                             f"its outputs (Supervised); use a strategy on dp or fsdp")  # fmt: skip
 
     def micro_batches(self, rows: int, micro_batch_size: int | None) -> int:
         least = {"1f1b": self.degree, "dualpipev": self.stages}.get(self.schedule, 1)

@@ -80,7 +80,8 @@ class TensorParallel(Strategy):
     def check_model(self, model: nn.Module, plan: Plan) -> None:
         name, layout, n = type(model).__name__, layout_of(model), self.degree
         if not layout.column:
-            raise ValueError(f"{name} names no `column` layers in its Layout: nothing to split over tp")
+            raise ValueError(f"{name} names no `column` layers in its Layout: nothing to split over tp; use a strategy "
+                             f"on dp or fsdp")  # fmt: skip
         if self.sequence_parallel and not layout.first:
             raise ValueError(
                 f"{name} names no `first` module in its Layout: no tokens to cut; use sequence_parallel=false"
