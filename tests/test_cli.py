@@ -96,7 +96,7 @@ MISTAKES = [
     (["strategy=fspd"], "unknown strategy 'fspd': did you mean 'fsdp'? (3d, 4d, accelerate_ddp, accelerate_deepspeed, "),
     (["strategy=[fsdp,tensr]"], "unknown strategy 'tensr'"),
     (["model=smal"], "unknown model 'smal': did you mean 'small'?"),
-    (["experiment=stdlib_small"], "group 'experiment' has no default to override: append to it with +experiment=…, of hang, stdlib_small"),
+    (["experiment=stdlib_small"], "group 'experiment' has no default to override: append to it with +experiment=…, of "),
     (["profile=true", "steps=2"], "profile=true looks at a run's first 4 steps, steps=2 are too few"),
     (["fault.rank=3"], "fault.rank=3 is none of the 1 ranks of this run"),
     (["stepz=3"], "unknown key 'stepz': did you mean 'steps'?"),
