@@ -209,6 +209,12 @@ def _check_arguments(target: type, given: dict[str, Any], more: dict[str, Any], 
     except TypeError as error:
         raise ValueError(f"{where}: {error}") from None
     hints = get_type_hints(getattr(target, "__init__"))  # noqa: B009  mypy forbids the plain form
+    for name, value in more.items():
+        kind = hints.get(name)
+        if isinstance(kind, type) and not isinstance(value, kind):
+            called = getattr(value, "name", value)
+            raise ValueError(f"{where} {target.__name__} takes {kind.__name__}, and {name}={called} are "
+                             f"{type(value).__name__}: choose other {name} (docs/tasks.md)")  # fmt: skip
     for name, value in given.items():
         allowed = get_args(hints.get(name)) or (hints.get(name, object),)
         if object in allowed or Any in allowed or type(value) not in (str, bool, int, float):

@@ -8,14 +8,13 @@ weights (a sharded random generator would not: pytorch#168058). Any other model 
 
 from __future__ import annotations
 
-import hashlib
-
 import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
 from dtrain.batch import ModelFactory
+from dtrain.draw import generator
 
 
 def on_meta(factory: ModelFactory) -> nn.Module | None:
@@ -57,7 +56,7 @@ def materialize(model: nn.Module, seed: int, storage: torch.device, device: torc
         for key, parameter in module.named_parameters(recurse=False, remove_duplicate=False):
             if id(parameter) not in made:
                 values = torch.empty(parameter.shape, dtype=torch.float32)
-                initial(names[id(parameter)], values, _generator(seed, names[id(parameter)]))
+                initial(names[id(parameter)], values, generator(seed, names[id(parameter)]))
                 made[id(parameter)] = _place(values.to(dtype), parameter, storage)
             setattr(module, key, made[id(parameter)])
         for key, buffer in module.named_buffers(recurse=False):
@@ -65,11 +64,6 @@ def materialize(model: nn.Module, seed: int, storage: torch.device, device: torc
                 raise ValueError(f"{type(model).__name__}: buffer {key} of {type(module).__name__} has no values; give "
                                  f"it some (device='cpu'), compute it in forward, or leave out `initial`")  # fmt: skip
             setattr(module, key, buffer.to(device))
-
-
-def _generator(seed: int, name: str) -> torch.Generator:
-    digest = hashlib.blake2b(f"{seed}/{name}".encode(), digest_size=8).digest()
-    return torch.Generator().manual_seed(int.from_bytes(digest, "big") >> 1)
 
 
 def _place(values: Tensor, like: nn.Parameter, device: torch.device) -> nn.Parameter:

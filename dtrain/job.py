@@ -6,9 +6,7 @@ import os
 import shutil
 from dataclasses import dataclass
 from functools import partial
-from typing import get_type_hints
 
-from hydra.utils import get_object
 from torch import nn
 
 from dtrain import launch
@@ -73,21 +71,8 @@ def task_of(config: Config, *, shown: bool = True) -> tuple[Data, Task]:
     data = make(config.data, Data, "data", parts=(Source, Tokenizer))
     with preparing(data.name, shown=shown) as progress:
         data.prepare(progress)
-    _check_kind(config, data)
     sizes = Sizes(config.seed, config.global_batch_size, config.seq_len, config.eval.batches)
     return data, make(config.task, Task, "task", parts=AUGMENT, models=model_factories(config), data=data, sizes=sizes)
-
-
-def _check_kind(config: Config, data: Data) -> None:
-    """Refuse data of another kind than the task's constructor says it takes."""
-    target = config.task.get("_target_")
-    try:
-        wanted = get_type_hints(get_object(target).__init__).get("data", Data) if target else Data
-    except Exception:  # noqa: BLE001  an import may fail in any way: `make` says how
-        return
-    if isinstance(wanted, type) and not isinstance(data, wanted):
-        raise ValueError(f"task {str(target).rpartition('.')[2]} takes {wanted.__name__}, and data={data.name} are "
-                         f"{type(data).__name__}: choose other data (docs/tasks.md)")  # fmt: skip
 
 
 def model_factories(config: Config) -> dict[str, ModelFactory]:

@@ -15,7 +15,7 @@ import torch
 
 from dtrain.batch import Batch, ModelFactory
 from dtrain.data.base import Data
-from dtrain.data.draw import generator
+from dtrain.draw import generator
 from dtrain.task.base import Sizes, Supervised, Task, positions
 from dtrain.task.causal_lm import IGNORE, correct, cross_entropy, valid
 

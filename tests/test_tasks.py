@@ -27,13 +27,13 @@ from torch import Tensor
 from dtrain.checkpoint import Checkpoints, load
 from dtrain.config import CONFIGS, checked, register
 from dtrain.data.augment import Crop, Cutout, Flip, Mixup, SpanMask, TextCrop, TokenDrop
-from dtrain.data.draw import generator
 from dtrain.data.images import Folder, HubImages, Ring, Samples, to_tensor
 from dtrain.data.library import Docstrings, Functions, Questions
 from dtrain.data.rows import Rows
 from dtrain.data.sources import Files, Source, Squad
 from dtrain.data.text import Text
 from dtrain.data.tokenizer import KEPT, Bytes, FromFile
+from dtrain.draw import generator
 from dtrain.job import task_of
 from dtrain.measure.likeness import frechet_distance, precision_recall
 from dtrain.model.images import MLP, ConvGenerator, ConvNet, SpectralLinear

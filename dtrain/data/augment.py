@@ -9,10 +9,12 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
+
+Number = TypeVar("Number", int, float)
 
 
 class TextChange(ABC):
@@ -50,9 +52,8 @@ class SpanMask(TextChange):
     """Hide spans of tokens, of geometric length with this mean, up to this share of the text."""
 
     def __init__(self, share: float = 0.15, mean_length: float = 3.0) -> None:
-        self.share, self.mean_length = _probability("span_mask", share, "share"), mean_length
-        if mean_length < 1:
-            raise ValueError(f"task.augment.span_mask.mean_length={mean_length} must be at least 1")
+        self.share = _probability("span_mask", share, "share")
+        self.mean_length = _one_or_more("span_mask.mean_length", mean_length)
 
     def __call__(self, ids: Tensor, room: int, hidden: int, chance: torch.Generator) -> Tensor:
         left, changed = int(self.share * min(len(ids), room)), ids.clone()
@@ -84,9 +85,7 @@ class Crop(ImageChange):
     """Move the image by up to so many pixels in each direction; what comes in is dark."""
 
     def __init__(self, pixels: int = 1) -> None:
-        self.pixels = pixels
-        if pixels < 1:
-            raise ValueError(f"task.augment.crop.pixels={pixels} must be at least 1")
+        self.pixels = _one_or_more("crop.pixels", pixels)
 
     def __call__(self, pixels: Tensor, chance: torch.Generator) -> Tensor:
         down, right = torch.randint(2 * self.pixels + 1, (2,), generator=chance).tolist()
@@ -108,9 +107,7 @@ class Cutout(ImageChange):
     """Darken a square of this side, anywhere; it may reach over the edge."""
 
     def __init__(self, side: int = 3) -> None:
-        self.side = side
-        if side < 1:
-            raise ValueError(f"task.augment.cutout.side={side} must be at least 1")
+        self.side = _one_or_more("cutout.side", side)
 
     def __call__(self, pixels: Tensor, chance: torch.Generator) -> Tensor:
         changed = pixels.clone()
@@ -144,4 +141,10 @@ def _geometric(p: float, chance: torch.Generator) -> int:
 def _probability(name: str, value: float, key: str = "probability") -> float:
     if not 0 <= value < 1:
         raise ValueError(f"task.augment.{name}.{key}={value} must be at least 0 and less than 1")
+    return value
+
+
+def _one_or_more(key: str, value: Number) -> Number:
+    if value < 1:
+        raise ValueError(f"task.augment.{key}={value} must be at least 1")
     return value

@@ -12,9 +12,9 @@ import torch
 from torch import Tensor
 
 from dtrain.data.base import Data, Progress
-from dtrain.data.draw import generator
 from dtrain.data.features import Features
 from dtrain.data.sources import files_at
+from dtrain.draw import generator
 
 UNREADABLE = ("refuse", "skip")
 

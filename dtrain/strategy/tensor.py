@@ -96,7 +96,7 @@ class TensorParallel(Strategy):
         refuse_lost_rows(model, n, plan.degrees.get("fsdp", 1))
 
     def check_task(self, task: Task, plan: Plan) -> None:
-        if self.loss_parallel and getattr(task, "mixes_tokens", False):
+        if self.loss_parallel and task.mixes_tokens:
             raise ValueError(f"the loss of task {type(task).__name__} compares the tokens of a row, and takes whole "
                              f"outputs: use strategy.tp.loss_parallel=false")  # fmt: skip
         if not self.sequence_parallel:

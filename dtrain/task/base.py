@@ -135,6 +135,7 @@ class Task(ABC):
 
     models: dict[str, ModelFactory]
     updates: tuple[Update, ...]
+    mixes_tokens: bool = False  # does its loss compare the tokens of a row, and so take whole outputs?
     told: str = ""  # for a person, at the start of a run
 
     @abstractmethod

@@ -11,9 +11,9 @@ from torch import Tensor, nn
 
 from dtrain.batch import Batch, ModelFactory, Sums
 from dtrain.data.augment import TextChange, changes
-from dtrain.data.draw import generator
 from dtrain.data.rows import Rows
 from dtrain.data.text import Text
+from dtrain.draw import generator
 from dtrain.initialize import on_meta
 from dtrain.layout import sequence_length
 from dtrain.task.base import Sizes, Supervised, Task, positions, the_model, wide

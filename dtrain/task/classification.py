@@ -18,10 +18,10 @@ from dtrain.data.sources import text_of
 from dtrain.initialize import on_meta
 from dtrain.task.base import Sizes, Supervised, the_model
 from dtrain.task.causal_lm import IGNORE, cross_entropy, fitting, valid
-from dtrain.task.rows import Classifier, several
+from dtrain.task.rows import Classifier, OfRows, confused, several
 
 
-class Classification(Classifier):
+class Classification(Classifier, OfRows):
     """A text's label out of a few. Batches: tokens, positions, targets, each (B, T).
 
     Args:
@@ -48,7 +48,7 @@ class Classification(Classifier):
         data.tokenizer.need(*[] if self.causal else ["first"], *["hidden"] if augment else [], why="classification")
         self.length = fitting(model, data, sizes.seq_len, len(self.classes))
         self.take(data, sizes, examples)
-        self.updates = (Supervised("model", ("tokens", "positions"), cross_entropy, valid, self.measures),)
+        self.updates = (Supervised("model", ("tokens", "positions"), cross_entropy, valid, confused),)
 
     def encode(self, where: str, row: dict[str, Any], chance: torch.Generator | None) -> Batch:
         marks, room = self.data.tokenizer.marks, self.length - 1

@@ -21,8 +21,8 @@ from matplotlib.figure import Figure
 from torch import Tensor
 
 from dtrain.batch import Batch, ModelFactory, Models, Sums
-from dtrain.data.draw import generator, rows_of
 from dtrain.data.images import Ring, Samples
+from dtrain.draw import generator, rows_of
 from dtrain.initialize import on_meta
 from dtrain.measure.likeness import frechet_distance, precision_recall
 from dtrain.pictures import image_grid, points
@@ -83,7 +83,7 @@ class GAN(Task):
         self.shown = "average" if average else "generator"
         then = partial(follow, leader="generator", follower="average", stays=average) if average else None
         self.steps = discriminator_steps
-        self.penalised = loss == "wgan_gp"
+        self.loss, self.penalised = loss, loss == "wgan_gp"
         self.updates = (
             *(LossUpdate("discriminator", partial(self._discriminate, str(index)), self._count,
                          measures=lambda models, batch: {}, second_order=self.penalised)
@@ -194,7 +194,7 @@ class GAN(Task):
     def _generate(self, models: Models, batch: Batch) -> Tensor:
         given = self._given(batch["labels"])
         scores = wide(models["discriminator"](models["generator"](batch["noise"], *given), *given))
-        return -scores.sum() if self.fake is not LOSSES["non_saturating"][1] else self.real(scores)
+        return self.real(scores) if self.loss == "non_saturating" else -scores.sum()
 
     def _given(self, labels: Tensor) -> tuple[Tensor, ...]:
         return (labels,) if self.conditional else ()

@@ -6,20 +6,18 @@ from collections.abc import Iterator, Mapping
 
 import torch
 import torch.nn.functional as F
-from matplotlib.figure import Figure
 from torch import Tensor
 
 from dtrain.batch import Batch, ModelFactory, Sums
 from dtrain.data.augment import ImageChange, Mixup, changes
-from dtrain.data.draw import generator, rows_of
 from dtrain.data.images import Samples
+from dtrain.draw import generator, rows_of, some
 from dtrain.initialize import on_meta
-from dtrain.pictures import confusion_matrix
-from dtrain.task.base import Sizes, Supervised, Task, the_model, wide
-from dtrain.task.rows import check_examples, confusion, scores
+from dtrain.task.base import Sizes, Supervised, the_model, wide
+from dtrain.task.rows import Classifier, check_examples, confusion
 
 
-class ImageClassification(Task):
+class ImageClassification(Classifier):
     """An image's class. Batches: pixels (B, C, H, W), targets (B, K), the shares of the classes: zeros do not count.
 
     Args:
@@ -34,7 +32,7 @@ class ImageClassification(Task):
         self, models: dict[str, ModelFactory], data: Samples, sizes: Sizes, *, examples: int | None = None,
         augment: Mapping[str, ImageChange | Mixup] | None = None,
     ) -> None:  # fmt: skip
-        self.models, self.data, self.sizes = models, data, sizes
+        self.models, self.data, self.sizes, self.classes = models, data, sizes, data.classes
         several = changes(augment, (ImageChange, Mixup), "images")
         self.changes = [change for change in several if isinstance(change, ImageChange)]
         self.mixup = next((change for change in several if isinstance(change, Mixup)), None)
@@ -42,7 +40,7 @@ class ImageClassification(Task):
             raise ValueError(f"data {data.name} bears no classes: put images into a folder for each")
         self._check(the_model(models, "image_classification"))
         check_examples(examples)
-        self._train = some(*data.split["train"], examples, sizes.seed)
+        self._train = self._drawn("train", examples, sizes.seed)
         self.told = f"trains on {len(self._train[0]):,} of {len(data.split['train'][0]):,} images"
         self.updates = (Supervised("model", ("pixels",), _criterion, _count, _measures),)
 
@@ -72,7 +70,7 @@ class ImageClassification(Task):
 
     def validation(self) -> Iterator[Batch]:
         size = self.sizes.global_batch_size
-        values, labels = some(*self.data.split["validation"], self.sizes.eval_batches * size, 0)
+        values, labels = self._drawn("validation", self.sizes.eval_batches * size, 0)
         for first in range(0, len(values), size):
             pixels, targets = values[first : first + size], self._shares(labels[first : first + size])
             missing = size - len(pixels)  # rows that do not count
@@ -82,11 +80,11 @@ class ImageClassification(Task):
     def size(self, batch: Batch) -> int:
         return len(batch["pixels"])
 
-    def describe(self, totals: Sums) -> dict[str, float]:
-        return {"loss": float(totals["loss"] / totals["count"]), **scores(totals["confusion"])}
-
-    def pictures(self, totals: Sums) -> dict[str, Figure]:
-        return {"confusion": confusion_matrix(totals["confusion"], self.data.classes)}
+    def _drawn(self, side: str, number: int | None, seed: int) -> tuple[Tensor, Tensor]:
+        """So many samples, at random: those of one class may stand together."""
+        values, labels = self.data.split[side]
+        order = some(len(values), number, seed)
+        return values[order], labels[order]
 
     def _shares(self, labels: Tensor) -> Tensor:
         return F.one_hot(labels, len(self.data.classes)).float()
@@ -96,12 +94,6 @@ class ImageClassification(Task):
         for change in self.changes:
             image = change(image, chance)
         return image
-
-
-def some(values: Tensor, labels: Tensor, number: int | None, seed: int) -> tuple[Tensor, Tensor]:
-    """So many samples, at random: files of one class may stand together."""
-    order = torch.randperm(len(values), generator=generator(seed, "examples"))[:number]
-    return values[order], labels[order]
 
 
 def _criterion(logits: Tensor, batch: Batch) -> Tensor:

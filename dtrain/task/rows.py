@@ -11,8 +11,8 @@ from matplotlib.figure import Figure
 from torch import Tensor
 
 from dtrain.batch import Batch, Sums
-from dtrain.data.draw import generator, rows_of
 from dtrain.data.rows import Row, Rows
+from dtrain.draw import generator, rows_of, some
 from dtrain.pictures import confusion_matrix
 from dtrain.task.base import Sizes, Task
 from dtrain.task.causal_lm import IGNORE, filled_up
@@ -49,8 +49,8 @@ class OfRows(Task):
         return batch["tokens"].numel()
 
 
-class Classifier(OfRows):
-    """One whose targets are classes."""
+class Classifier(Task):
+    """One whose targets are classes, of whatever."""
 
     classes: list[str]
 
@@ -60,8 +60,10 @@ class Classifier(OfRows):
     def pictures(self, totals: Sums) -> dict[str, Figure]:
         return {"confusion": confusion_matrix(totals["confusion"], self.classes)}
 
-    def measures(self, logits: Tensor, batch: Batch) -> Sums:
-        return {"confusion": confusion(logits.flatten(0, 1), batch["targets"].flatten())}
+
+def confused(logits: Tensor, batch: Batch) -> Sums:
+    """The confusion of a classifier of tokens: (B, T, K) logits, (B, T) targets."""
+    return {"confusion": confusion(logits.flatten(0, 1), batch["targets"].flatten())}
 
 
 def stacked(rows: Iterator[Batch]) -> Batch:
@@ -79,7 +81,7 @@ def drawn(rows: list[Row], number: int | None, seed: int) -> list[Row]:
     """So many of the rows, at random."""
     if number is None or number >= len(rows):
         return rows
-    return [rows[i] for i in torch.randperm(len(rows), generator=generator(seed, "examples"))[:number].tolist()]
+    return [rows[i] for i in some(len(rows), number, seed)]
 
 
 def several(labels: Sequence[str], name: str, data: Rows) -> list[str]:

@@ -16,9 +16,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from dtrain.batch import Batch, ModelFactory, Sums
-from dtrain.data.draw import generator
 from dtrain.data.rows import Rows
 from dtrain.data.sources import text_of
+from dtrain.draw import generator
 from dtrain.initialize import on_meta
 from dtrain.task.base import Sizes, Supervised, the_model, wide
 from dtrain.task.causal_lm import IGNORE, fitting

@@ -11,10 +11,10 @@ from dtrain.data.rows import Rows
 from dtrain.initialize import on_meta
 from dtrain.task.base import Sizes, Supervised, the_model
 from dtrain.task.causal_lm import IGNORE, cross_entropy, fitting, valid
-from dtrain.task.rows import Classifier, several
+from dtrain.task.rows import Classifier, OfRows, confused, several
 
 
-class TokenClassification(Classifier):
+class TokenClassification(Classifier, OfRows):
     """The tag of each word, said at its last token. Batches: tokens, positions, targets, each (B, T).
 
     Args:
@@ -34,7 +34,7 @@ class TokenClassification(Classifier):
         model = on_meta(the_model(models, "token_classification"))
         self.length = fitting(model, data, sizes.seq_len, len(self.classes))
         self.take(data, sizes)
-        self.updates = (Supervised("model", ("tokens", "positions"), cross_entropy, valid, self.measures),)
+        self.updates = (Supervised("model", ("tokens", "positions"), cross_entropy, valid, confused),)
 
     def encode(self, where: str, row: dict[str, Any], chance: torch.Generator | None) -> Batch:
         tokenizer, at = self.data.tokenizer, 1

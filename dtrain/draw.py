@@ -9,7 +9,7 @@ import torch
 
 
 def generator(seed: int, *purpose: object) -> torch.Generator:
-    """A generator for one purpose: a step, a sample, an epoch."""
+    """A generator for one purpose: a step, a sample, an epoch, a parameter."""
     digest = hashlib.blake2b("/".join(map(str, (seed, *purpose))).encode(), digest_size=8).digest()
     return torch.Generator().manual_seed(int.from_bytes(digest, "big") >> 1)
 
@@ -23,3 +23,8 @@ def rows_of(step: int, rows: int, total: int, seed: int) -> list[int]:
     """Which `rows` of `total` samples a step reads: each is read once an epoch, in an order of the epoch's own."""
     wanted = range(step * rows, (step + 1) * rows)
     return [_order(total, seed, index // total)[index % total] for index in wanted]
+
+
+def some(total: int, number: int | None, seed: int) -> list[int]:
+    """So many of `total` samples, at random; None: all."""
+    return torch.randperm(total, generator=generator(seed, "examples"))[:number].tolist()
