@@ -28,6 +28,34 @@ def imported() -> Any:
     return deepspeed
 
 
+def check_zero(zero: dict[str, Any]) -> None:
+    """Raise ValueError for whatever DeepSpeed's own schema, or this machine, finds wrong with `zero_optimization`."""
+    from pydantic import ValidationError
+
+    imported()
+    from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
+
+    try:
+        DeepSpeedZeroConfig(**zero)
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = f"strategy.dp.deepspeed.zero_optimization.{'.'.join(map(str, first['loc']))}"
+        raise ValueError(f"{where}={first['input']}: {first['msg']}") from None
+    for what in ("offload_optimizer", "offload_param"):
+        if (zero.get(what) or {}).get("device") == "nvme" and not reaches_disks():
+            raise ValueError(f"strategy.dp.deepspeed.zero_optimization.{what}.device=nvme: DeepSpeed cannot build "
+                             f"its asynchronous I/O; install libaio-dev and a compiler, or use cpu")  # fmt: skip
+
+
+def check_fp16(said: str) -> None:
+    """Raise ValueError, about the setting as it was `said`, where DeepSpeed's accelerator has no fp16."""
+    imported()
+    from deepspeed.accelerator import get_accelerator
+
+    if not get_accelerator().is_fp16_supported():
+        raise ValueError(f"{said} needs a GPU, and DeepSpeed found none that computes in fp16: use dtype=bf16")
+
+
 def reaches_disks() -> bool:
     """Can DeepSpeed's asynchronous I/O be compiled, or has it been?"""
     imported()

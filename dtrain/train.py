@@ -136,7 +136,7 @@ class Trainer:
                 loss = self.plan.total(part.clone()).item() / self.plan.parts
                 known = self._executor.norm(update.trains)
                 norm = (clip(model, self.plan) if known is None else known).item()
-            if not (math.isfinite(loss) and math.isfinite(norm)):
+            if not (math.isfinite(loss) and (math.isfinite(norm) or self._executor.leaves_out)):
                 raise NonFinite(self._blame(step, update, part, loss, norm))
             with self.phase(OPTIMIZER):
                 self._executor.step(update.trains, self.optimizers[update.trains])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import subprocess
 import sys
 from dataclasses import replace
@@ -144,6 +145,34 @@ def test_bf16_drifts_as_little_as_ours(stage: int, world, single) -> None:
     assert all(t.dtype == torch.float32 for t in theirs.weights.values())
 
 
+def in_fp16(case: Case, size: int, stage: int, scale_power: int) -> Outcome:
+    """On a CPU that DeepSpeed was told to take for one that has fp16."""
+    fp16 = {"enabled": True, "initial_scale_power": scale_power, "hysteresis": 1}
+    settings = {"zero_optimization": {"stage": stage}, "fp16": fp16}
+    from deepspeed.accelerator import get_accelerator
+
+    known = {case.strategy: [partial(DeepSpeed, deepspeed=settings)]}
+    has_fp16 = mock.patch.object(type(get_accelerator()), "is_fp16_supported", lambda self: True)
+    with has_fp16, mock.patch.dict(STRATEGIES, known):
+        return train(case, size)
+
+
+@pytest.mark.parametrize("stage", [1, 2, 3])
+def test_fp16_leaves_out_the_steps_that_do_not_fit(stage: int, world, single) -> None:
+    """With a scale that fits it follows fp32; with one that is too large, steps change nothing until it is halved."""
+    case = Case("next_token", "fp16", "fp32", clip_norm=0.5, steps=12)
+    exact = reference(case, single, world)
+    fits = world(2).run(in_fp16, case, 2, stage, 8)[0]
+    assert fits.losses == pytest.approx(exact.losses, rel=2e-3)
+    assert fits.norms == pytest.approx(exact.norms, rel=2e-2)
+    assert fits.losses != exact.losses
+    for late in world(2).run(in_fp16, case, 2, stage, 24):
+        left_out = sum(not math.isfinite(norm) for norm in late.norms)
+        assert 0 < left_out < 12
+        assert late.norms[left_out:] == pytest.approx([n for n in late.norms if math.isfinite(n)])  # none in between
+        assert {float(t) for name, t in late.weights.items() if name.endswith(".step")} == {12.0 - left_out}
+
+
 def test_what_either_saves_the_other_resumes(world, tmp_path: Path) -> None:
     """DeepSpeed's stage 3 under native fsdp and back, and every stage under every other, on other numbers of ranks."""
     plans = [("deepspeed zero3", 3), ("fsdp", 2), ("deepspeed zero1", 2), ("deepspeed zero0", 3), ("deepspeed zero2", 3),
@@ -198,7 +227,8 @@ def test_contradictions_are_refused_in_one_line() -> None:
     said = {
         _of({"gradient_clipping": 2.0}): "gradient_clipping=2.0 is for the run to say: use clip_norm",
         _of({"train_batch_size": 8}): "train_batch_size=8 is for the run to say: use global_batch_size",
-        _of({"fp16": {"enabled": True}}): "use dtype=bf16",
+        _of({"fp16": {"enabled": True}}): "stage 1, 2 or 3 alone, not dtype=fp32, stage 0",
+        _of({"fp16": {"enabled": True}, "zero_optimization": {"stage": 2}}): "needs a GPU",
         _of({"zero_optimization": {"stage": 4}}): "stage=4 must be 0, 1, 2 or 3",
         _of({"zero_optimization": {"stage": 2, "reduce_bucket_sizes": 5}}): "reduce_bucket_sizes=5",
         _of({"zero_optimization": {"stage": 2, "reduce_bucket_size": "many"}}): "reduce_bucket_size=many",
@@ -222,7 +252,7 @@ def test_contradictions_are_refused_in_one_line() -> None:
 
 def test_what_cannot_be_built_is_said(caplog: pytest.LogCaptureFixture) -> None:
     disks = {"zero_optimization": {"stage": 3, "offload_optimizer": {"device": "nvme", "nvme_path": "/tmp"}}}
-    with mock.patch("dtrain.strategy.deepspeed.reaches_disks", return_value=False):
+    with mock.patch("dtrain.engine.reaches_disks", return_value=False):
         assert "install libaio-dev" in _of(disks)
     model = torch.nn.Linear(2, 2)
     optimizer = torch.optim.AdamW(model.parameters())

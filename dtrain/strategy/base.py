@@ -30,6 +30,8 @@ REST = -1  # a degree: all the ranks that the other axes leave
 class Executor(ABC):
     """How an update's forward and backward are run; and, for an engine, the rest of a step and its state."""
 
+    leaves_out = False  # does `step` change nothing where a gradient is not finite, and go on?
+
     @abstractmethod
     def train(self, update: Update, batch: Batch, scale: Tensor) -> Tensor:
         """Fill `.grad` from this rank's part of the batch; return its summed loss times `scale`, detached."""

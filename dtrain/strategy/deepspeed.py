@@ -17,6 +17,7 @@ Cost a step, per rank: see `zero_messages`.
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Mapping
 from dataclasses import replace
 from importlib.util import find_spec
@@ -30,7 +31,7 @@ from torch.optim import Optimizer
 from dtrain.accumulate import Accumulate
 from dtrain.batch import Models
 from dtrain.cost import Message
-from dtrain.engine import fresh, imported, reaches_disks, sequences
+from dtrain.engine import check_fp16, check_zero, fresh, imported, sequences
 from dtrain.footprint import Footprint
 from dtrain.strategy.base import REST, Executor, Strategy
 from dtrain.strategy.deepspeed_autotp import AutoTP
@@ -41,12 +42,12 @@ if TYPE_CHECKING:
     from dtrain.plan import Plan
     from dtrain.task.base import Task, Update
 
+FP16 = "strategy.dp.deepspeed.fp16.enabled=true"
 PADDING = 8  # elements that each slice may be filled up with
 OWNED = {  # keys of DeepSpeed's configuration that the run has a word of its own for
     "train_batch_size": "global_batch_size", "train_micro_batch_size_per_gpu": "micro_batch_size",
     "gradient_accumulation_steps": "micro_batch_size", "gradient_clipping": "clip_norm", "optimizer": "optimizer",
     "scheduler": "schedule", "bf16": "dtype=bf16", "torch_autocast": "dtype=bf16",
-    "fp16": "dtype=bf16 (fp16 leaves steps out while it looks for its scale)",
     "prescale_gradients": "nothing: losses are scaled", "gradient_predivide_factor": "nothing: losses are scaled",
 }  # fmt: skip
 
@@ -67,6 +68,7 @@ class DeepSpeed(Strategy):
         self.settings = deepspeed or {}
         self.zero: dict[str, Any] = self.settings.get("zero_optimization") or {}
         self.stage = self.zero.get("stage", 0)
+        self.fp16 = bool((self.settings.get("fp16") or {}).get("enabled"))
         for key in OWNED.keys() & self.settings.keys():
             said = f"strategy.dp.deepspeed.{key}={self.settings[key]}"
             raise ValueError(f"{said} is for the run to say: use {OWNED[key]}")
@@ -94,25 +96,12 @@ class DeepSpeed(Strategy):
                              f"strategy.dp.deepspeed.communication_data_type")  # fmt: skip
         if plan.compile:
             raise ValueError("compile=true compiles blocks before DeepSpeed hooks into them: use compile=false")
-        self._check_settings()
-
-    def _check_settings(self) -> None:
-        """Whatever DeepSpeed's own schema finds wrong."""
-        from pydantic import ValidationError
-
-        imported()
-        from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
-
-        try:
-            DeepSpeedZeroConfig(**self.zero)
-        except ValidationError as error:
-            first = error.errors()[0]
-            where = f"strategy.dp.deepspeed.zero_optimization.{'.'.join(map(str, first['loc']))}"
-            raise ValueError(f"{where}={first['input']}: {first['msg']}") from None
-        for what in ("offload_optimizer", "offload_param"):
-            if (self.zero.get(what) or {}).get("device") == "nvme" and not reaches_disks():
-                raise ValueError(f"strategy.dp.deepspeed.zero_optimization.{what}.device=nvme: DeepSpeed cannot build "
-                                 f"its asynchronous I/O; install libaio-dev and a compiler, or use cpu")  # fmt: skip
+        check_zero(self.zero)
+        if self.fp16:
+            if plan.precision.mixed or not self.stage or len(plan.strategies) > 1:
+                at = f"dtype={plan.precision.compute}, stage {self.stage}, {len(plan.strategies)} axes"
+                raise ValueError(f"{FP16} is for dtype=fp32 and stage 1, 2 or 3 alone, not {at}: use dtype=bf16 there")
+            check_fp16(FP16)
 
     def check_task(self, task: Task, plan: Plan) -> None:
         if any(update.second_order for update in task.updates):
@@ -156,7 +145,9 @@ class DeepSpeed(Strategy):
             self.verify_engine(engines[name], self.degree * plan.degrees.get("cp", 1))
             if tensor:
                 tensor.verify_engine(model, shapes)
-        return ByEngine(self.stage, engines, micro_batches, plan, models)
+        executor = ByEngine(self.stage, engines, micro_batches, plan, models)
+        executor.leaves_out = self.fp16
+        return executor
 
     def config(self, plan: Plan, micro_batches: int) -> dict[str, Any]:
         clipping = (plan.clip_norm or 0.0) if self.stage else 0.0  # at stage 0 the loop clips
@@ -185,9 +176,13 @@ class DeepSpeed(Strategy):
     def footprint(self, footprint: Footprint, plan: Plan) -> Footprint:
         if not self.stage or len(footprint.pieces) > 1:
             return footprint
+        if self.fp16:
+            footprint = replace(footprint, compute_bytes=2)
         return replace(footprint, held=held(footprint, self.degree, footprint.place[self.axis], self.stage))
 
     def cost(self, footprint: Footprint, plan: Plan) -> list[Message]:
+        if self.fp16:
+            raise ValueError("DeepSpeed's messages are not told with fp16, which asks for steps to be left out")
         return messages(footprint, self.axis, self.degree, self.zero)
 
 
@@ -210,8 +205,10 @@ class ByEngine(Accumulate):
         if not self.stage:
             return None  # gradients stand where they always do
         zero = self.engines[model].optimizer
-        norm = torch.stack(zero._get_norm_groups()).norm() if self.stage == 3 else zero.scaled_global_norm()
-        return norm.double() / zero.loss_scale
+        if self.stage < 3:
+            return zero.scaled_global_norm().double() / zero.loss_scale
+        norms = torch.stack(zero._get_norm_groups()).double()
+        return norms.where(norms >= 0, math.inf).norm() / zero.loss_scale  # -1 is said of what is not finite
 
     def step(self, model: str, optimizer: Optimizer) -> None:
         self.engines[model].step()

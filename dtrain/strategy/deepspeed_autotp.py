@@ -26,6 +26,7 @@ from dtrain.strategy.base import Strategy
 
 if TYPE_CHECKING:
     from dtrain.plan import Plan
+    from dtrain.task.base import Task
 
 
 class AutoTP(Strategy):
@@ -53,6 +54,12 @@ class AutoTP(Strategy):
         for size in layout.sizes:
             if (number := getattr(model, size, None)) and number % n:
                 raise ValueError(f"{size}={number} is not divisible by tp={n}: use {divisors(number)}")
+
+    def check_task(self, task: Task, plan: Plan) -> None:
+        trained = {update.trains for update in task.updates}
+        if followers := sorted(task.models.keys() - trained):
+            raise ValueError(f"{', '.join(followers)} of task {type(task).__name__} follows another model and is not "
+                             f"trained: DeepSpeed's AutoTP cuts only what it trains; use strategy=tensor")  # fmt: skip
 
     def settings(self, model: nn.Module) -> dict[str, Any]:
         """What DeepSpeed's configuration says of it."""

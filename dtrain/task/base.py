@@ -172,7 +172,7 @@ def the_model(models: dict[str, ModelFactory], task: str) -> ModelFactory:
 
 def wide(x: Tensor) -> Tensor:
     """In fp32 at least, to be summed."""
-    return x.float() if x.dtype == torch.bfloat16 else x
+    return x.float() if x.dtype in (torch.bfloat16, torch.float16) else x
 
 
 def positions(tokens: Tensor) -> Tensor:
