@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
-from dtrain.config import CONFIGS
+from dtrain.config import CONFIGS, about
 from dtrain.report.sheet import Sheet
 from dtrain.survey import ITSELF, PARTLY, REFUSED, SAME_AXIS, Trial, survey
 
@@ -26,12 +26,12 @@ def sheets() -> list[Sheet]:
     return [
         Sheet(f"Strategies, for the tasks {', '.join(trials[0].refusals)}",
               ("strategy", "axis", "divides of a batch", "tasks", "in a sentence"),
-              [(t.name, " ".join(t.axes), "".join(s.splits or "nothing" for s in t.strategies), t.tasks, _about(t.name))
+              [(t.name, " ".join(t.axes), "".join(s.splits or "nothing" for s in t.strategies), t.tasks, about(t.name))
                for t in alone]),
         Sheet(f"Two together ({legend})", ("", *names),
               [(one, *(pairs.get(frozenset((one, other)), ITSELF) for other in names)) for one in names]),
         Sheet("Compositions that have a name", ("strategy", "mesh", "tasks", "in a sentence"),
-              [(t.name, " x ".join(t.axes), t.tasks, _about(t.name)) for t in composed]),
+              [(t.name, " x ".join(t.axes), t.tasks, about(t.name)) for t in composed]),
         Sheet("Refusals", ("how many", "which", "reason"),
               [(str(len(whom)), ", ".join(whom), reason) for reason, whom in reasons(told).items()]),
     ]  # fmt: skip
@@ -50,12 +50,6 @@ def reasons(trials: list[Trial]) -> dict[str, list[str]]:
         several[0][0] if len({reason for reason, _ in several}) == 1 else kind: [whom for _, whom in several]
         for kind, several in found.items()
     }
-
-
-def _about(name: str) -> str:
-    """The comment with which a strategy's YAML begins."""
-    found = re.search("# *(.*)", (CONFIGS / "strategy" / f"{name}.yaml").read_text())
-    return found[1] if found else ""
 
 
 def show() -> None:

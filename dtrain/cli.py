@@ -20,11 +20,11 @@ from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
 
 from dtrain import capabilities
-from dtrain.compare import compare as run_all
+from dtrain.compare import command as comparison
 from dtrain.config import CONFIGS, Comparison, Config, check_axes, checked, register
 from dtrain.info import info as count
 from dtrain.job import assemble, model_factories
-from dtrain.launch import RanksFailed, World, spawn
+from dtrain.launch import RanksFailed, World, leave_words, spawn
 from dtrain.mistakes import BROKEN_OFF, MISTAKES, explain
 from dtrain.precision import Precision
 from dtrain.report.console import show
@@ -47,6 +47,10 @@ def main(config_name: str, task: Callable[[DictConfig], Any]) -> None:
     if word := WORDS.get(config_name, {}).get(" ".join(sys.argv[1:])):
         with _explaining(config_name):
             return word()
+    if config_name == "compare" and sys.argv[1:2] == ["--from"]:
+        with _explaining(config_name):
+            return comparison.show_difference(sys.argv[2:])
+    sys.argv[1:] = [_quoted(argument) for argument in sys.argv[1:]]
     world = _world()
     if world and world.rank:
         _be_silent()
@@ -83,27 +87,28 @@ def compare(config: DictConfig) -> None:
         raise ValueError("compare starts its own ranks: call it with `python` and launch.nproc, not under torchrun")
     settings = checked(config)
     assert isinstance(settings, Comparison)
-    runtime = HydraConfig.get().overrides
-    own = [o for o in runtime.task if o.split("=")[0] not in ("strategies", "baseline", "strategy")]
+    hydra_config = HydraConfig.get()
+    own = list(hydra_config.overrides.task)
+    kept = [o for o in own if o.split("=")[0] not in ("strategies", "strategy", "launch.nproc", "global_batch_size")]
 
-    def configure(name: str) -> DictConfig:
-        choice = f"[{name.replace('+', ',')}]" if "+" in name else name
-        composed = compose("compare", overrides=[*own, f"strategy={choice}"])
-        check_axes(name.split("+"))
-        composed.logger = {"files": {"_target_": "dtrain.report.files.Files"}}  # the table is the console here
-        if not composed.strategy:
-            composed.launch.nproc = 1
+    def configure(overrides: list[str]) -> DictConfig:
+        composed = compose("compare", overrides=[*kept, *overrides])
+        check_axes(overrides[0].removeprefix("strategy=").strip("[]").split(","))
+        composed.logger = {"files": {"_target_": "dtrain.report.files.Files", "pictures": False}}  # the page has them
         return composed
 
-    configs = {name: configure(name) for name in [settings.baseline, *settings.strategies]}
-    folder = Path(HydraConfig.get().runtime.output_dir)
-    rows = run_all(list(configs), settings.steps, folder, lambda name, place: start(configs[name], place, name))
-    if any(row.failed for row in rows):
-        sys.exit(FAILED)
+    def run_one(config: DictConfig, place: Path, name: str) -> dict[str, Any]:
+        return start(config, place, name, output=place / "printed")
+
+    folder = Path(hydra_config.runtime.output_dir)
+    comparison.compare(settings, own, dict(hydra_config.runtime.choices), folder, configure, run_one)
 
 
-def start(config: DictConfig, folder: Path, name: str) -> dict[str, Any]:
+def start(config: DictConfig, folder: Path, name: str, *, output: Path | None = None) -> dict[str, Any]:
     """Start `launch.nproc` ranks for a configuration; returns the summary.
+
+    Args:
+        output: where the ranks' words go; None: here.
 
     Raises:
         ValueError: a mistake that can be known before any rank is started.
@@ -113,7 +118,7 @@ def start(config: DictConfig, folder: Path, name: str) -> dict[str, Any]:
     nproc = settings.launch.nproc
     assemble(settings, World(0, nproc, 0, nproc))
     plain = OmegaConf.to_yaml(config, resolve=True)
-    return spawn(_rank, type(settings), plain, folder, name, nproc=nproc, port=settings.launch.port)
+    return spawn(_rank, type(settings), plain, folder, name, nproc=nproc, port=settings.launch.port, output=output)
 
 
 def _rank(schema: type[Config], plain: str, folder: Path, name: str) -> dict[str, Any]:
@@ -127,8 +132,9 @@ def _rank(schema: type[Config], plain: str, folder: Path, name: str) -> dict[str
             return run(checked(config), world, folder, name)
         except MISTAKES:
             raise
-        except Exception:  # ours: the launcher would keep the traceback to itself
+        except Exception as error:  # ours: the launcher would keep the traceback to itself
             traceback.print_exc()
+            leave_words(f"{type(error).__name__}: {error}".splitlines()[0])
             sys.exit(FAILED)
 
 
@@ -159,8 +165,18 @@ def _explaining(config_name: str) -> Iterator[None]:
         if error.status > 0:  # the rank that failed has said why
             sys.exit(error.status)
         _exit(str(error), FAILED)
+    except comparison.Failed as error:
+        _exit(str(error), FAILED)
     except KeyboardInterrupt:
         _exit("interrupted", INTERRUPTED)
+
+
+def _quoted(argument: str) -> str:
+    """A condition is no word of Hydra's grammar, and a shell takes the quotes away that a person puts around it."""
+    key, _, value = argument.partition("=")
+    if key != "fail_if" or value in ("", "null") or value[0] == value[-1] in ("'", '"'):
+        return argument
+    return f"fail_if='{value}'" if "'" not in value else f'fail_if="{value}"'
 
 
 def _world() -> World | None:
@@ -183,6 +199,7 @@ def _exit(line: str, status: int) -> NoReturn:
     rank = int(os.environ.get("RANK", 0))
     if os.environ.get("DTRAIN_TRACEBACK"):
         traceback.print_exc()
+    leave_words(line)
     if rank:
         time.sleep(GRACE_S)
     print(f"dtrain: {f'rank {rank}: ' if rank else ''}{line}", file=sys.stderr, flush=True)

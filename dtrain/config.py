@@ -5,6 +5,7 @@ Everything pluggable is a node with a `_target_`; the constructor of that class 
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields, is_dataclass
 from inspect import signature
@@ -116,6 +117,11 @@ class Comparison(Config):
 
     strategies: list[str] = MISSING
     baseline: str = MISSING
+    world_sizes: list[int] | None = MISSING
+    scaling: str = one_of("strong", "weak")
+    repeats: int = at_least(1)
+    overwrite: bool = MISSING
+    fail_if: str | None = MISSING
 
 
 def register() -> None:
@@ -128,6 +134,12 @@ def register() -> None:
 def options(group: str) -> list[str]:
     """The names that a group has to choose from."""
     return sorted(file.stem for file in (CONFIGS / group).glob("*.yaml"))
+
+
+def about(strategy: str) -> str:
+    """The comment with which a strategy's YAML begins."""
+    found = re.search("# *(.*)", (CONFIGS / "strategy" / f"{strategy}.yaml").read_text())
+    return found[1] if found else ""
 
 
 def check_axes(names: list[str]) -> None:

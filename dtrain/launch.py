@@ -6,24 +6,32 @@ rank. Otherwise it starts `launch.nproc` ranks of its own by torchrun's API, or 
 
 from __future__ import annotations
 
+import json
 import logging
+import multiprocessing
 import os
+import select
 import socket
+import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
+from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
-from torch.distributed.elastic.multiprocessing.api import SignalException
+from torch.distributed.elastic.multiprocessing.api import DefaultLogsSpecs, SignalException, Std
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
 from dtrain.measure.environment import cores
 
 T = TypeVar("T")
+PRELOADED = ["dtrain.cli"]  # by the server from which ranks are forked: what every run needs
+ERROR_FILE = "TORCHELASTIC_ERROR_FILE"  # the variable that tells a rank where to leave its last words
 NOTES = 4096  # collectives that torch's flight recorder remembers, for whoever asks why ranks wait
 
 
@@ -34,10 +42,44 @@ class RanksFailed(RuntimeError):
         status: the exit status of the rank that failed first; negative: the signal that ended it.
     """
 
-    def __init__(self, rank: int, status: int) -> None:
+    def __init__(self, rank: int, status: int, said: str) -> None:
         ending = f"signal {-status}" if status < 0 else f"exit status {status}"
-        super().__init__(f"rank {rank} ended with {ending}")
+        super().__init__(said or f"rank {rank} ended with {ending}")
         self.status = status
+
+
+def _tied(starter: int, function: Callable[..., Any], *arguments: Any) -> Any:
+    """Call the function in a rank that ends when the process that has started the ranks is gone, however it ended."""
+    threading.Thread(target=_end_with, args=(starter,), daemon=True).start()
+    return function(*arguments)
+
+
+def _end_with(process: int) -> None:
+    try:
+        if hasattr(os, "pidfd_open"):
+            select.select([os.pidfd_open(process)], [], [])
+        else:
+            while True:
+                os.kill(process, 0)
+                time.sleep(1)
+    except ProcessLookupError:
+        pass
+    os._exit(1)
+
+
+def leave_words(line: str) -> None:
+    """Let whoever has started this rank know why it ends."""
+    if file := os.environ.get(ERROR_FILE):
+        words = {"message": line, "extraInfo": {"timestamp": str(int(time.time()))}}
+        Path(file).write_text(json.dumps({"message": words}))
+
+
+def _said(error_file: str) -> str:
+    """The words that a rank has left."""
+    try:
+        return str(json.loads(Path(error_file).read_text())["message"]["message"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return ""
 
 
 @dataclass(frozen=True)
@@ -133,11 +175,16 @@ def agree(function: Callable[[], T], group: dist.ProcessGroup | None = None) -> 
     return outcome[0]
 
 
-def spawn(function: Callable[..., Any], *arguments: Any, nproc: int, port: int = 0) -> Any:
+def spawn(
+    function: Callable[..., Any], *arguments: Any, nproc: int, port: int = 0, output: Path | None = None
+) -> Any:  # fmt: skip
     """Run `function(*arguments)` in `nproc` new ranks on this machine; return what rank 0's returned.
+
+    Ranks are forked from a server that has imported what they need: the first ones wait for it, later ones do not.
 
     Args:
         port: of the rendezvous; 0: any that is free.
+        output: a folder for what the ranks print; None: they print here.
 
     Raises:
         ValueError: the port is taken.
@@ -152,14 +199,16 @@ def spawn(function: Callable[..., Any], *arguments: Any, nproc: int, port: int =
                 raise ValueError(f"launch.port={port} is in use: choose another, or 0 for any that is free") from None
     config = LaunchConfig(
         min_nodes=1, max_nodes=1, nproc_per_node=nproc, run_id="dtrain", rdzv_backend="c10d",
-        rdzv_endpoint=f"127.0.0.1:{port}", max_restarts=0, start_method="spawn", monitor_interval=0.05,
+        rdzv_endpoint=f"127.0.0.1:{port}", max_restarts=0, start_method="forkserver", monitor_interval=0.05,
+        logs_specs=DefaultLogsSpecs(str(output), redirects=Std.ALL) if output else DefaultLogsSpecs(),
     )  # fmt: skip
     for name in ("torch.distributed.elastic", "torch.multiprocessing"):  # a failing rank speaks for itself
         logging.getLogger(name).setLevel(logging.CRITICAL)
+    multiprocessing.set_forkserver_preload(PRELOADED)
     try:
-        return elastic_launch(config, function)(*arguments)[0]
+        return elastic_launch(config, _tied)(os.getpid(), function, *arguments)[0]
     except ChildFailedError as error:
         rank, failure = error.get_first_failure()
-        raise RanksFailed(rank, failure.exitcode) from error
+        raise RanksFailed(rank, failure.exitcode, _said(failure.error_file)) from error
     except SignalException as error:
         raise KeyboardInterrupt from error

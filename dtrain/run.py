@@ -25,7 +25,7 @@ from dtrain.launch import World, agree
 from dtrain.measure import memory
 from dtrain.optimizer import parameter_groups
 from dtrain.profile import RECORDED, Profile
-from dtrain.report import gantt, instruments, ranklog
+from dtrain.report import ranklog
 from dtrain.report.base import All, Run
 from dtrain.trace import trace
 from dtrain.train import Phase, Settings, Trainer
@@ -99,7 +99,8 @@ def _train(job: Job, world: World, folder: Path, strategy: str, stack: ExitStack
         checkpoints.wait()  # what it could not write is an error of the run's
     summary = summary_of(job, world, strategy, figures, meter, peak_source)
     if profile:
-        summary["profile"] = _shown(profile, world, folder, strategy)
+        summary["profile"], spans = profile.summary()
+        job.logger.profile(summary["profile"], spans, f"{strategy} on {world.size} ranks: one step")
     job.logger.finish(summary)
     return summary
 
@@ -130,15 +131,6 @@ def _predicted(job: Job, optimizer: Callable[[nn.Module], Optimizer]) -> Cost | 
     except ValueError as error:
         job.logger.note(f"nothing is predicted: {error}")
         return None
-
-
-def _shown(profile: Profile, world: World, folder: Path, strategy: str) -> dict[str, Any]:
-    """The profile's figures, shown and drawn by the first rank. A collective."""
-    found, spans = profile.summary()
-    if world.rank == 0:
-        gantt.write(folder / "profile", spans, f"{strategy} on {world.size} ranks: one step")
-        instruments.show(found)
-    return found
 
 
 def _due(step: int, every: int, last: int) -> bool:

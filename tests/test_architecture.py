@@ -47,10 +47,10 @@ BELOW = {
     "info": {"batch", "initialize", "layout", "measure", "precision"},
     "launch": {"measure"},
     "report": {"footprint", "info", "measure", "schedule", "train"},
-    "compare": set(),
+    "compare": {"config", "cost", "measure", "profile", "report"},
     "config": set(),
 }  # fmt: skip
-LARGEST_FILE, LARGEST_FUNCTION, PACKAGE_LINES = 255, 45, 12_500
+LARGEST_FILE, LARGEST_FUNCTION, PACKAGE_LINES = 255, 45, 14_500
 
 
 def name_of(file: Path) -> str:

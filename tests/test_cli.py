@@ -371,21 +371,3 @@ def test_a_killed_rank_is_named(tmp_path: Path, cache: Path) -> None:
     _, err = process.communicate(timeout=60)
     assert process.returncode == 1 and err.splitlines()[-1] == "dtrain: rank 1 ended with signal 9"
     assert all(verify(path) == "" for path in (tmp_path / "run" / "checkpoints").glob("step-*"))
-
-
-@pytest.mark.slow
-def test_compare_sets_strategies_side_by_side(tmp_path: Path, cache: Path) -> None:
-    script = [sys.executable, str(ROOT / "scripts/compare.py")]
-    ran = start(
-        [*script, "model=tiny", "strategies=[single,ddp,replicate+fsdp]", "steps=3", "hydra.run.dir=out"],
-        tmp_path,
-        cache,
-    )
-    assert ran.returncode == 0, ran.stderr
-    rows = {row["strategy"]: row for row in json.loads((tmp_path / "out" / "results.json").read_text())}
-    assert rows["single"]["world_size"] == 1 and rows["ddp"]["world_size"] == 2
-    assert rows["ddp"]["loss_difference"] < 1e-5 * rows["single"]["loss"]
-    assert rows["ddp"]["tokens_per_second"] > 0 and "needs at least 2 ranks on each" in rows["replicate+fsdp"]["reason"]
-    assert "tokens/s" in ran.stdout and "not run: " in ran.stdout
-    ran = start([*script, "model=tiny", "strategies=[single,ddpp]", "steps=3", "hydra.run.dir=other"], tmp_path, cache)
-    assert ran.returncode == 2 and "unknown strategy 'ddpp'" in ran.stderr  # before anything has run

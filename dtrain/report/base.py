@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+from dtrain.measure.timeline import Span
 
 
 @dataclass(frozen=True)
@@ -34,6 +36,9 @@ class Logger:
     def note(self, text: str) -> None:
         """Something that a person should know."""
 
+    def profile(self, found: dict[str, Any], ranks: Sequence[Sequence[Span]], title: str) -> None:
+        """What the instruments measured beside what was predicted, and what every rank did in one step."""
+
     def finish(self, summary: dict[str, Any]) -> None:
         """After the last step. Not called when the run breaks off; `close` is."""
 
@@ -58,6 +63,10 @@ class All(Logger):
     def note(self, text: str) -> None:
         for logger in self._loggers:
             logger.note(text)
+
+    def profile(self, found: dict[str, Any], ranks: Sequence[Sequence[Span]], title: str) -> None:
+        for logger in self._loggers:
+            logger.profile(found, ranks, title)
 
     def finish(self, summary: dict[str, Any]) -> None:
         for logger in self._loggers:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -11,6 +11,8 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 from dtrain.info import Info
+from dtrain.measure.timeline import Span
+from dtrain.report import instruments
 from dtrain.report.base import Logger, Run
 
 LINES = 10  # how many lines a run prints where there is no terminal
@@ -57,6 +59,10 @@ class Console(Logger):
 
     def note(self, text: str) -> None:
         self._print(text)
+
+    def profile(self, found: dict[str, Any], ranks: Sequence[Sequence[Span]], title: str) -> None:
+        self._stop()
+        instruments.show(found)
 
     def finish(self, summary: dict[str, Any]) -> None:
         self._stop()

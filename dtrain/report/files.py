@@ -1,17 +1,25 @@
-"""The run's folder: `metrics.jsonl`, an object a step, and `summary.json`, written at the end."""
+"""The run's folder: `metrics.jsonl`, an object a step; `summary.json`, written at the end; `profile/`, if asked for."""
 
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from typing import Any, TextIO
 
+from dtrain.measure.timeline import Span
+from dtrain.report import gantt
 from dtrain.report.base import Logger, Run
 
 
 class Files(Logger):
-    """Machine-readable figures. A resumed run in the same folder goes on after the steps it has taken up."""
+    """Machine-readable figures. A resumed run in the same folder goes on after the steps it has taken up.
 
-    def __init__(self) -> None:
+    Args:
+        pictures: draw the profile, beside its trace?
+    """
+
+    def __init__(self, pictures: bool = True) -> None:
+        self._pictures = pictures
         self._metrics: TextIO | None = None
 
     def start(self, run: Run) -> None:
@@ -26,6 +34,9 @@ class Files(Logger):
         assert self._metrics is not None
         self._metrics.write(json.dumps(figures) + "\n")
         self._metrics.flush()  # other programs follow the file
+
+    def profile(self, found: dict[str, Any], ranks: Sequence[Sequence[Span]], title: str) -> None:
+        gantt.write(self._folder / "profile", ranks, title, pictures=self._pictures)
 
     def finish(self, summary: dict[str, Any]) -> None:
         (self._folder / "summary.json").write_text(json.dumps(summary, indent=2, default=str) + "\n")

@@ -96,8 +96,9 @@ def draw(ranks: Sequence[Sequence[Span]], title: str, files: Sequence[Path]) -> 
         figure.savefig(file, dpi=110)
 
 
-def write(folder: Path, ranks: Sequence[Sequence[Span]], title: str) -> None:
-    """`trace.json`, `gantt.svg` and `gantt.png` in the folder."""
+def write(folder: Path, ranks: Sequence[Sequence[Span]], title: str, *, pictures: bool = True) -> None:
+    """`trace.json`, and the `pictures` `gantt.svg` and `gantt.png`, in the folder."""
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "trace.json").write_text(json.dumps(trace(ranks)))
-    draw(ranks, title, [folder / "gantt.svg", folder / "gantt.png"])
+    if pictures:
+        draw(ranks, title, [folder / "gantt.svg", folder / "gantt.png"])

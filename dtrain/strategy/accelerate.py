@@ -103,6 +103,8 @@ class AccelerateLocalSGD(AccelerateDDP):
         local_sgd_steps: optimizer steps from one average to the next.
     """
 
+    synchronous = False
+
     def __init__(self, degree: int = REST, local_sgd_steps: int = 8) -> None:
         super().__init__(degree)
         self.every = local_sgd_steps

@@ -1,0 +1,244 @@
+"""The figures of the page, made by Plotly: throughput, memory, messages, losses."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+
+import plotly.graph_objects as go
+
+from dtrain.compare.results import Results, Row
+from dtrain.compare.style import FAMILIES, KINDS, POINT, TICK, TRACE, Chart, family
+from dtrain.compare.verdict import efficiency, front, memory_of, size
+
+OPERATIONS = ("all_reduce", "all_gather", "reduce_scatter", "broadcast", "all_to_all", "send")
+
+
+def charts(results: Results) -> list[Chart]:
+    """All figures but those of single strategies."""
+    made = [tradeoff(results), losses(results), throughput(results), steps(results)]
+    if len({row.ranks for row in results.ran if "@" in row.strategy}) > 1:
+        made.append(scaling(results))
+    return [*made, memory(results), messages(results)]
+
+
+def tradeoff(results: Results) -> Chart:
+    """Throughput against memory, with the front that nothing else beats."""
+    rows, figure = results.comparable, go.Figure()
+    best = front(rows)
+    figure.add_scatter(
+        x=[memory_of(r) / 1e6 for r in best],
+        y=[r.tokens_per_second for r in best],
+        mode="lines",
+        line={"dash": "dot", "width": 2, "color": "#888888"},
+        name="Pareto front",
+        hoverinfo="skip",
+    )
+    groups = defaultdict(list)
+    for row in rows:
+        groups[family(row)].append(row)
+    for (name, colour), group in groups.items():
+        figure.add_scatter(
+            x=[memory_of(r) / 1e6 for r in group],
+            y=[r.tokens_per_second for r in group],
+            customdata=[r.strategy for r in group],
+            text=[r.strategy if r in best else "" for r in group],
+            hovertext=[_tip(r) for r in group],
+            hoverinfo="text",
+            mode="markers+text",
+            textposition=["bottom center" if r in best[::2] else "top center" for r in group],
+            name=name,
+            marker={
+                "color": colour,
+                "size": 13,
+                "symbol": ["circle" if r in best else "circle-open" for r in group],
+                "line": {"width": 2.5, "color": colour},
+            },
+        )
+    titles = {
+        "xaxis_title": "memory of the fullest rank in MB (left is better)",
+        "yaxis_title": "tokens/s (up is better)",
+    }
+    figure.update_layout(**titles, xaxis_rangemode="tozero", yaxis_rangemode="tozero")
+    return Chart(
+        "tradeoff",
+        "Throughput against memory",
+        "Full circles are the Pareto front: nothing else is both faster and leaner. Strategies that train another "
+        "model, or use more ranks than were asked for, are left out here.",
+        POINT,
+        figure,
+    )
+
+
+def losses(results: Results) -> Chart:
+    figure = go.Figure()
+    for row in results.ran:
+        dash = "solid" if row.synchronous else "dash"
+        figure.add_scatter(y=row.losses, x=list(range(1, len(row.losses) + 1)), name=row.strategy, mode="lines",
+                           line={"color": family(row)[1], "dash": dash}, customdata=[row.strategy])  # fmt: skip
+    figure.update_layout(xaxis_title="step", yaxis_title="loss", hovermode="x")
+    told = [row for row in results.ran if row.synchronous and row.loss_difference is not None]
+    worst = max(told, key=lambda row: row.loss_difference or 0, default=None)
+    words = f" The greatest difference of a synchronous strategy from its reference is {worst.loss_difference:.1e} " \
+            f"({worst.strategy})." if worst else ""  # fmt: skip
+    return Chart("losses", "Loss curves", f"All synchronous strategies should draw one line.{words}", TRACE, figure)
+
+
+def throughput(results: Results) -> Chart:
+    rows, figure = sorted(results.ran, key=lambda row: row.tokens_per_second or 0), go.Figure()
+    spread = [row.spread() for row in rows]
+    figure.add_bar(
+        orientation="h",
+        y=[r.strategy for r in rows],
+        x=[r.tokens_per_second for r in rows],
+        customdata=[r.strategy for r in rows],
+        marker={"color": [family(r)[1] for r in rows]},
+        hovertext=[_tip(r) for r in rows],
+        hoverinfo="text",
+        error_x={
+            "type": "data",
+            "symmetric": False,
+            "array": [m - (r.tokens_per_second or 0) for r, (_, m) in zip(rows, spread, strict=True)],
+            "arrayminus": [(r.tokens_per_second or 0) - m for r, (m, _) in zip(rows, spread, strict=True)],
+        },
+        showlegend=False,
+    )
+    figure.update_layout(xaxis_title="tokens/s", meta={"rows": len(rows)})
+    words = "whiskers go to the least and the greatest of the repeats" if results.asked > 1 else "one run each"
+    return Chart("throughput", "Throughput", f"Median over the repeats; {words}.", POINT, figure)
+
+
+def steps(results: Results) -> Chart:
+    rows = sorted(results.ran, key=lambda row: -(row.step_seconds or 0))
+    figure = go.Figure()
+    for row in rows:
+        seconds = [1e3 * each for repeat in row.repeats for each in repeat["step_seconds"]]
+        figure.add_box(
+            x=seconds,
+            name=row.strategy,
+            marker={"color": family(row)[1]},
+            showlegend=False,
+            boxpoints=False,
+            customdata=[row.strategy],
+            hoverinfo="x",
+        )
+    figure.update_layout(xaxis_title="milliseconds a step", xaxis_rangemode="tozero", meta={"rows": len(rows)})
+    return Chart(
+        "steps",
+        "Step time",
+        "Every step of every repeat after the first ones, which instruments and warming up "
+        "disturb: median, quartiles, and whiskers to 1.5 times their distance.",
+        TRACE,
+        figure,
+    )
+
+
+def scaling(results: Results) -> Chart:
+    figure, groups = go.Figure(), defaultdict(list)
+    for row in results.ran:
+        groups[row.strategy.split(" @")[0]].append(row)
+    several = {name: sorted(rows, key=lambda row: row.ranks) for name, rows in groups.items() if len(rows) > 1}
+    for name, rows in several.items():
+        figure.add_scatter(
+            x=[r.ranks for r in rows],
+            y=[100 * efficiency(r, rows[0]) for r in rows],
+            name=name,
+            mode="lines+markers",
+            line={"color": family(rows[-1])[1]},
+            customdata=[r.strategy for r in rows],
+        )
+    sizes = sorted({row.ranks for rows in several.values() for row in rows})
+    figure.add_scatter(
+        x=sizes, y=[100] * len(sizes), name="ideal", mode="lines", line={"dash": "dot", "color": "#888888"}
+    )
+    figure.update_layout(
+        xaxis_title="ranks", yaxis_title="efficiency in %", yaxis_rangemode="tozero", xaxis_tickvals=sizes
+    )
+    kind = (
+        "the same global batch on every world size" if results.scaling == "strong" else "the same batch for each rank"
+    )
+    return Chart("scaling", f"Scaling, {results.scaling}",
+                 f"Throughput a rank over that of the smallest world size: {kind}.", POINT, figure)  # fmt: skip
+
+
+def memory(results: Results) -> Chart:
+    rows, figure = [row for row in reversed(results.ran) if row.memory], go.Figure()
+    fullest = [row.fullest for row in rows]
+    for kind, colour in KINDS.items():
+        figure.add_bar(orientation="h", y=[r.strategy for r in rows], x=[(m[kind]["most"] or 0) / 1e6 for m in fullest],
+                       customdata=[r.strategy for r in rows], name=kind, marker={"color": colour},
+                       hovertemplate="%{y}: %{x:.2f} MB")  # fmt: skip
+    ends = defaultdict(list)
+    for row, kinds in zip(rows, fullest, strict=True):
+        told = [kinds[kind]["predicted"] for kind in list(KINDS)[:4]]
+        if all(each is not None for each in told):
+            for index in range(4):
+                ends["y"].append(row.strategy)
+                ends["x"].append(sum(told[: index + 1]) / 1e6)
+    figure.add_scatter(**ends, customdata=ends["y"], mode="markers", marker=TICK, name="predicted", meta="ink",
+                       hovertemplate="%{y}: predicted up to %{x:.2f} MB")  # fmt: skip
+    figure.update_layout(
+        barmode="stack",
+        xaxis_rangemode="tozero",
+        xaxis_title="MB of tensors on the fullest rank",
+        meta={"rows": len(rows)},
+    )
+    return Chart(
+        "memory",
+        "Memory by kind",
+        "The most of each kind in a step; ticks are where each of the first four kinds should end, from shapes alone.",
+        POINT,
+        figure,
+    )
+
+
+def messages(results: Results) -> Chart:
+    rows, figure = [row for row in reversed(results.ran) if row.ranks > 1], go.Figure()
+    busiest = [row.traffic[row.busiest] for row in rows]
+    kinds = sorted({(m["axis"], m["operation"]) for messages in busiest for m in messages})
+    for axis, operation in kinds:
+        sizes = [sum(m["wire_bytes"] for m in messages if (m["axis"], m["operation"]) == (axis, operation)) / 1e6
+                 for messages in busiest]  # fmt: skip
+        figure.add_bar(
+            orientation="h",
+            y=[r.strategy for r in rows],
+            x=sizes,
+            customdata=[r.strategy for r in rows],
+            name=f"{axis} {operation}",
+            marker={"color": FAMILIES[axis][1], "pattern": {"shape": _pattern(operation)}},
+            hovertemplate="%{y}: %{x:.2f} MB",
+        )
+    told = [(row, row.traffic_predicted[row.busiest]) for row in rows]
+    known = [(row, sum(m["wire_bytes"] for m in messages) / 1e6) for row, messages in told if messages is not None]
+    figure.add_scatter(
+        y=[row.strategy for row, _ in known],
+        x=[sent for _, sent in known],
+        customdata=[row.strategy for row, _ in known],
+        mode="markers",
+        marker=TICK,
+        name="predicted",
+        meta="ink",
+        hovertemplate="%{y}: predicted %{x:.2f} MB",
+    )
+    figure.update_layout(
+        barmode="stack",
+        xaxis_rangemode="tozero",
+        xaxis_title="MB that leave the busiest rank in a step",
+        meta={"rows": len(rows)},
+    )
+    return Chart(
+        "messages",
+        "Bytes sent",
+        "By axis and collective: what was handed to collectives in the last step, times "
+        "what a ring sends of it; the tick is the sum that the formulas give. Without one, no formula is known.",
+        POINT,
+        figure,
+    )
+
+
+def _pattern(operation: str) -> str:
+    return ("", "/", "\\", "x", ".", "-")[OPERATIONS.index(operation) if operation in OPERATIONS else 0]
+
+
+def _tip(row: Row) -> str:
+    return (f"<b>{row.strategy}</b> on {row.ranks}<br>{row.tokens_per_second:,.0f} tokens/s<br>"
+            f"{size(memory_of(row))} a rank<br>{size(row.wire_bytes or 0)} sent a step")  # fmt: skip

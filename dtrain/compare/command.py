@@ -1,0 +1,204 @@
+"""A comparison from its configuration to its report; and two earlier ones side by side."""
+
+from __future__ import annotations
+
+import ast
+import inspect
+import json
+import re
+import shlex
+import shutil
+from collections.abc import Callable
+from datetime import UTC, datetime
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+from omegaconf import DictConfig
+from rich.console import Console
+from rich.table import Table
+
+from dtrain.compare import markdown, page, runner
+from dtrain.compare.condition import Condition
+from dtrain.compare.entries import Case, cases_of
+from dtrain.compare.results import FILE, Results, Row, read
+from dtrain.compare.verdict import differences
+from dtrain.config import CONFIGS, Comparison, about
+from dtrain.measure import environment
+from dtrain.profile import RECORDED
+
+PROJECT = CONFIGS.parent
+KEYS = ("strategies", "baseline", "world_sizes", "scaling", "repeats", "overwrite", "fail_if", "strategy", "hydra")
+
+
+class Failed(RuntimeError):
+    """A comparison that is not as it should be: a strategy broke off, or `fail_if` holds."""
+
+
+def compare(
+    settings: Comparison, own: list[str], choices: dict[str, str], folder: Path,
+    configure: Callable[[list[str]], DictConfig], start: Callable[[DictConfig, Path, str], dict[str, Any]],
+) -> None:  # fmt: skip
+    """Run all, write `results.json`, `results.csv`, `report.md` and `report.html`, and show the verdict.
+
+    Args:
+        own: the overrides of the command line; choices: of groups.
+        configure: a case's overrides -> its configuration.
+        start: (configuration, folder, label) -> summary.
+
+    Raises:
+        ValueError: a mistake that can be known before anything runs.
+        Failed: after all have run.
+    """
+    condition = Condition(settings.fail_if) if settings.fail_if else None
+    sizes = settings.world_sizes or [settings.launch.nproc]
+    if any(size < 1 for size in sizes):
+        raise ValueError(f"world_sizes={sizes} must be at least 1 each")
+    if settings.steps <= RECORDED:
+        raise ValueError(f"steps={settings.steps}: instruments look at the first {RECORDED}, use more")
+    cases = cases_of(settings.strategies, settings.baseline, sizes, settings.global_batch_size, settings.scaling)
+    configs = {case.label: configure(case.overrides) for case in cases}
+    _make_room(folder, settings.overwrite)
+    results = Results(
+        command=shlex.join(["python", "scripts/compare.py", *own]),
+        made=datetime.now(UTC).isoformat(timespec="seconds"),
+        baseline=cases[0].label,
+        scaling=settings.scaling,
+        world_size=max(sizes),
+        steps=settings.steps,
+        asked=settings.repeats,
+        facts=_facts(settings, choices),
+        environment=environment.describe(),
+        rows=[_row(case, configs[case.label], own, settings) for case in cases],
+    )
+    first = max(RECORDED, settings.measure.warmup_steps)
+
+    def run(case: Case, place: Path) -> dict[str, Any]:
+        return start(configs[case.label], place, case.label)
+
+    try:
+        runner.run_all(cases, results, folder, first, run, lambda: results.write(folder))
+    finally:  # an interrupted comparison has results too
+        report(results, folder)
+    runner.show(results, folder)
+    _judge(results, condition)
+
+
+def report(results: Results, folder: Path) -> None:
+    """Everything that a person reads."""
+    results.write(folder)
+    (folder / "report.md").write_text(markdown.document(results))
+    (folder / "report.html").write_text(page.document(results, traces(results, folder), _link(folder)))
+
+
+def traces(results: Results, folder: Path) -> dict[str, list[dict[str, Any]]]:
+    """What each row's ranks did in one step, as its run has left it."""
+    found = {}
+    for row in results.ran:
+        file = folder / "runs" / Case.folder_of(row.strategy) / "0" / "profile" / "trace.json"
+        if file.exists():
+            found[row.strategy] = json.loads(file.read_text())["traceEvents"]
+    return found
+
+
+def show_difference(arguments: list[str]) -> None:
+    """`scripts/compare.py --from DIR1 DIR2 [fail_if=…]`: throughputs of the second over those of the first.
+
+    Raises:
+        ValueError: not two folders with results.
+        Failed: `fail_if` holds.
+    """
+    folders = [argument for argument in arguments if "=" not in argument]
+    others = [argument for argument in arguments if "=" in argument]
+    if len(folders) != 2 or any(not argument.startswith("fail_if=") for argument in others):
+        raise ValueError(f"--from {' '.join(arguments)}: give two folders, and no other setting than fail_if=…")
+    first, second = (read(Path(folder)) for folder in folders)
+    condition = Condition(others[-1].removeprefix("fail_if=")) if others else None
+    console, made = Console(highlight=False), Table(title=f"{folders[1]} over {folders[0]}")
+    made.add_column("strategy", no_wrap=True)
+    for title in ("tokens/s", "spread", "", "memory", "bytes sent"):
+        made.add_column(title, justify="right")
+    for each in differences(first, second):
+        words = {True: "within noise", False: "faster" if each.ratio > 1 else "slower", None: "noise unknown"}
+        sent = "–" if each.bytes_ratio is None else f"{each.bytes_ratio:.3f}"
+        made.add_row(each.strategy, f"{each.ratio:.3f}", f"{each.least:.3f} – {each.most:.3f}", words[each.noise],
+                     f"{each.memory_ratio:.3f}", sent)  # fmt: skip
+    console.print(made)
+    console.print(
+        "spread: of any repeat over any other; within noise: 1 lies in it; unknown: one repeat each", soft_wrap=True
+    )
+    for name in (key for key in ("commit", "cpu", "cores") if first.environment[key] != second.environment[key]):
+        console.print(
+            f"{name}: {first.environment[name]}, then {second.environment[name]}", soft_wrap=True, markup=False
+        )
+    if condition and condition.holds(second, first):
+        raise Failed(f"fail_if: {condition.text}")
+
+
+def _make_room(folder: Path, overwrite: bool) -> None:
+    if not (folder / FILE).exists():
+        return
+    if not overwrite:
+        raise ValueError(
+            f"{folder} has the results of another comparison: set overwrite=true, or another hydra.run.dir"
+        )
+    shutil.rmtree(folder / "runs", ignore_errors=True)
+    for name in (FILE, "results.csv", "report.md", "report.html"):
+        (folder / name).unlink(missing_ok=True)
+
+
+def _facts(settings: Comparison, choices: dict[str, str]) -> dict[str, Any]:
+    groups = {name: choices[name] for name in ("model", "data", "task", "optimizer") if name in choices}
+    sizes = ("global_batch_size", "micro_batch_size", "seq_len", "steps", "seed", "dtype", "device")
+    return groups | {name: getattr(settings, name) for name in sizes}
+
+
+def _row(case: Case, config: DictConfig, own: list[str], settings: Comparison) -> Row:
+    """Everything of a row that is known before it runs."""
+    kept = [
+        o for o in own if o.lstrip("+~").split("=")[0].split(".")[0] not in KEYS and not o.startswith("launch.nproc")
+    ]
+    said = [
+        f"steps={settings.steps}",
+        f"eval.every={settings.eval.every}",
+        "profile=true",
+        *kept,
+        *case.entry.overrides,
+    ]
+    said = list({each.split("=")[0]: each for each in said if not each.startswith("launch.nproc=")}.values())
+    if case.rows != settings.global_batch_size:
+        said.append(f"global_batch_size={case.rows}")
+    begin = f"torchrun --nproc-per-node {case.ranks}" if case.ranks > 1 else "python"
+    classes = [_class_of(node["_target_"]) for node in config.strategy.values()] if config.strategy else []
+    return Row(
+        case.label, case.ranks, overrides=case.overrides, command=f"{begin} scripts/train.py {shlex.join(said)}",
+        about=" ".join(about(name) for name in case.entry.strategy.split("+")),
+        cost=[text for each in classes if (text := _cost(each))],
+        files=[str(Path(inspect.getfile(each)).relative_to(PROJECT)) for each in classes],
+        synchronous=all(each.synchronous for each in classes),
+    )  # fmt: skip
+
+
+def _class_of(target: str) -> Any:
+    module, _, name = target.rpartition(".")
+    return getattr(import_module(module), name)
+
+
+def _cost(strategy: type) -> str:
+    """What the strategy's file says of its cost."""
+    tree = ast.parse(Path(inspect.getfile(strategy)).read_text())
+    found = re.search(r"^(Costs? .*?)(?=\s*\bSources?:|\Z)", ast.get_docstring(tree) or "", re.S | re.M)
+    return " ".join(found[1].split()) if found else ""
+
+
+def _link(folder: Path) -> Callable[[str], str]:
+    """From a file of the project to where the report finds it."""
+    return lambda file: (PROJECT / file).as_uri() if not folder.is_relative_to(PROJECT) else (
+        "/".join([".."] * len(folder.relative_to(PROJECT).parts)) + "/" + file)  # fmt: skip
+
+
+def _judge(results: Results, condition: Condition | None) -> None:
+    if broken := [row.strategy for row in results.rows if row.failed]:
+        raise Failed(f"failed: {', '.join(broken)}")
+    if condition and condition.holds(results):
+        raise Failed(f"fail_if: {condition.text}")

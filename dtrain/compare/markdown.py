@@ -1,0 +1,47 @@
+"""The comparison as a document: the verdict and the table."""
+
+from __future__ import annotations
+
+from dtrain.compare.results import Results
+from dtrain.compare.runner import cells
+from dtrain.compare.verdict import verdicts
+from dtrain.report.sheet import Sheet
+
+COLUMNS = ("strategy", "ranks", "loss", "Δloss", "tokens/s", "step ms", "memory a rank", "sent a step", "exposed")
+
+
+def sheet(results: Results) -> Sheet:
+    """Every row that ran."""
+    return Sheet("Strategies", COLUMNS, [(row.strategy, *cells(row)) for row in results.ran])
+
+
+def document(results: Results) -> str:
+    """`report.md`."""
+    facts = ", ".join(f"{name} {value}" for name, value in results.facts.items() if value is not None)
+    at = results.environment
+    where = f"{at['cpu']}, {at['cores']} cores, torch {at['packages']['torch']}"
+    lines = [
+        "# Strategies side by side",
+        "",
+        f"`{results.command}`",
+        "",
+        f"{facts}.",
+        f"{where}; {results.made}.",
+        "",
+        *(f"* **{v.title}**: {v.strategy}, {v.figure} ({v.note})" for v in verdicts(results)),
+        "",
+        sheet(results).markdown(),
+        LEGEND,
+        "",
+    ]
+    for row in results.rows:
+        if row.reason:
+            lines.append(f"* {row.strategy}: {'failed' if row.failed else 'not possible here'}: {row.reason}")
+    return "\n".join(lines).rstrip() + "\n"
+
+
+LEGEND = (
+    "Δloss: the greatest difference from the loss of the baseline over all steps, in brackets where a strategy is not "
+    "synchronous. Memory: of tensors, at a step's peak, on the fullest rank. Sent: by the busiest rank, as a ring "
+    "sends it. Exposed: the share of a step in which ranks communicate and do not compute."
+)

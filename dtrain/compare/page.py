@@ -1,0 +1,119 @@
+"""`report.html`: one file that needs no network, with the figures, their numbers and the words around them."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
+from plotly.offline import get_plotlyjs
+
+from dtrain.compare.charts import charts
+from dtrain.compare.results import Results, Row
+from dtrain.compare.runner import cells
+from dtrain.compare.step import gantt
+from dtrain.compare.style import Chart, family
+from dtrain.compare.verdict import front, size, verdicts
+from dtrain.cost import Message, place
+
+HOLDS = {  # what the coordinate i of n on an axis says of a rank
+    "dp": "rows {i} of {n}", "fsdp": "rows and shard {i} of {n}", "tp": "slice {i} of {n} of each matrix",
+    "pp": "stage {i} of {n}", "cp": "tokens {i} of {n}", "ep": "experts {i} of {n}",
+}  # fmt: skip
+COLUMNS = {  # figure: its title, and what is to be known of it
+    "ranks": ("ranks", "processes"),
+    "loss": ("loss", "of the last step"),
+    "loss_difference": (
+        "Δloss",
+        "greatest difference from the reference, over all steps; (in brackets): not synchronous",
+    ),
+    "tokens_per_second": ("tokens/s", "median of the repeats"),
+    "step_seconds": ("step ms", "median"),
+    "memory_bytes": ("memory", "tensors of the fullest rank at a step's peak"),
+    "wire_bytes": ("sent a step", "by the busiest rank, as a ring sends it"),
+    "exposed_share": ("exposed", "share of a step with communication and no computation"),
+}
+
+
+def document(results: Results, traces: dict[str, list[dict[str, Any]]], link: Callable[[str], str]) -> str:
+    """The page.
+
+    Args:
+        traces: of one step, by strategy: Chrome's trace events.
+        link: a file of the project -> what to link to.
+    """
+    environment = Environment(
+        loader=FileSystemLoader(Path(__file__).parent),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    drawn, best = charts(results) if results.ran else [], front(results.comparable) if results.ran else []
+    steps = sum(sum(each["step_seconds"]) for row in results.ran for each in row.repeats)
+    return environment.get_template("page.html").render(
+        results=results, verdicts=verdicts(results) if results.ran else [], charts=drawn, columns=COLUMNS, best=best,
+        rows=[(row, dict(zip(COLUMNS, cells(row), strict=True))) for row in results.ran], values=_values,
+        missing=[row for row in results.rows if not row.ran], data=_embedded, colour=lambda row: family(row)[1],
+        cards=[_card(row, traces.get(row.strategy), link) for row in results.ran], plotly=get_plotlyjs(), steps=steps,
+        facts={name: value for name, value in results.facts.items() if value is not None},
+    )  # fmt: skip
+
+
+def _values(row: Row, figure: str) -> str:
+    return json.dumps(getattr(row, figure))
+
+
+def _embedded(value: Any) -> str:
+    """JSON that may stand within a script."""
+    text = value.figure.to_json() if isinstance(value, Chart) else json.dumps(value)
+    return str(text).replace("<", "\\u003c")
+
+
+def _card(row: Row, events: list[dict[str, Any]] | None, link: Callable[[str], str]) -> dict[str, Any]:
+    """What is told of one strategy."""
+    return {
+        "row": row, "family": family(row), "mesh": _mesh(row), "messages": _messages(row), "memory": _memory(row),
+        "files": [(file, link(file)) for file in row.files], "chart": gantt(events, row) if events else None,
+    }  # fmt: skip
+
+
+def _mesh(row: Row) -> list[tuple[str, str]]:
+    """Each rank, and what it holds."""
+    axes = {axis: degree for axis, degree in row.mesh.items() if degree > 1}
+    found = []
+    for rank in range(row.ranks):
+        at = place(row.mesh, rank)
+        words = [HOLDS[axis].format(i=at[axis] + 1, n=degree) for axis, degree in axes.items()]
+        found.append((f"rank {rank}", "; ".join(words) or "everything"))
+    return found
+
+
+def _messages(row: Row) -> list[dict[str, Any]]:
+    """The busiest rank's messages beside the formulas', with this run's numbers in them."""
+    busiest = row.busiest
+    told = {(m["axis"], m["operation"]): m for m in row.traffic_predicted[busiest] or []}
+    seen = {(m["axis"], m["operation"]): m for m in row.traffic[busiest]}
+    found = []
+    for key in sorted(told.keys() | seen.keys()):
+        n = row.mesh.get(key[0], 1)
+        either = seen.get(key) or told[key]
+        times = Message(*key, 1, 1).wire_bytes(n)
+        found.append({
+            "axis": key[0], "operation": key[1], "measured": seen.get(key), "predicted": told.get(key),
+            "known": row.traffic_predicted[busiest] is not None,
+            "formula": f"{_factor(key[1], n)} × {size(either['bytes'])} = {size(times * either['bytes'])}",
+        })  # fmt: skip
+    return found
+
+
+def _factor(operation: str, n: int) -> str:
+    return {"all_reduce": f"2·({n}−1)/{n}", "send": "1"}.get(operation, f"({n}−1)/{n}")
+
+
+def _memory(row: Row) -> list[tuple[str, str, str]]:
+    """Kind, the most that was measured on the fullest rank, what was predicted."""
+    return [(name, size(kind["most"] or 0), "–" if kind["predicted"] is None else size(kind["predicted"]))
+            for name, kind in row.fullest.items()]  # fmt: skip

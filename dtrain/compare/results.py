@@ -1,0 +1,201 @@
+"""What a comparison found: a row for each case, kept as `results.json` (docs/comparison.md tells its schema)."""
+
+from __future__ import annotations
+
+import csv
+import json
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+from statistics import mean, median
+from typing import Any
+
+SCHEMA = 1
+FILE = "results.json"
+FIGURES = ("tokens_per_second", "step_seconds", "loss", "loss_difference", "peak_memory_bytes", "memory_bytes",
+           "wire_bytes", "exposed_share", "ranks")  # fmt: skip  # of a row: numbers, or None
+
+
+@dataclass
+class Row:
+    """One case's figures, or the reason why there are none.
+
+    Args:
+        strategy: its label; unlike every other row's.
+        ranks, mesh: how many, and along which axes.
+        overrides: what differs from the baseline's configuration.
+        command: that runs it alone.
+        about, cost, files: the idea, the formulas of each axis, and where it is written; relative to the project.
+        synchronous: should its losses be the reference's?
+        reference: the row with which its losses are compared; None: nothing trains the same.
+        reason: why there are no figures; `failed`: it began and broke off, else it is not possible here.
+        losses, loss: of every step, and the last, in the first repeat.
+        loss_difference: the greatest from the reference's, over all steps.
+        repeats: for each: `tokens_per_second`, `step_seconds` (of every undisturbed step) and `seconds` in all.
+        tokens_per_second, step_seconds: medians over the repeats.
+        peak_memory_bytes: the process's, of the rank with most.
+        memory: of each rank, by kind: `most`, `at_peak`, `predicted`, in bytes of tensors.
+        memory_bytes: of tensors at the step's peak, on the rank with most.
+        traffic, traffic_predicted: of each rank, a step's messages by axis and collective.
+        wire_bytes: that leave the rank that sends most in a step, where ranks stand in a ring.
+        time: of each rank, the shares of one step; exposed_share: of exposed communication, mean over the ranks.
+        bubble: a pipeline's, measured and in theory.
+    """
+
+    strategy: str
+    ranks: int
+    mesh: dict[str, int] = field(default_factory=dict)
+    overrides: list[str] = field(default_factory=list)
+    command: str = ""
+    about: str = ""
+    cost: list[str] = field(default_factory=list)
+    files: list[str] = field(default_factory=list)
+    synchronous: bool = True
+    reference: str | None = None
+    reason: str = ""
+    failed: bool = False
+    losses: list[float] = field(default_factory=list)
+    loss: float | None = None
+    loss_difference: float | None = None
+    repeats: list[dict[str, Any]] = field(default_factory=list)
+    tokens_per_second: float | None = None
+    step_seconds: float | None = None
+    peak_memory_bytes: int | None = None
+    memory: list[dict[str, Any]] = field(default_factory=list)
+    memory_bytes: int | None = None
+    traffic: list[list[dict[str, Any]]] = field(default_factory=list)
+    traffic_predicted: list[list[dict[str, Any]] | None] = field(default_factory=list)
+    wire_bytes: float | None = None
+    time: list[dict[str, float]] = field(default_factory=list)
+    exposed_share: float | None = None
+    bubble: dict[str, float] | None = None
+
+    @property
+    def ran(self) -> bool:
+        return bool(self.repeats)
+
+    @property
+    def fullest(self) -> dict[str, Any]:
+        """The memory by kind of the rank that holds most; empty where it was not followed."""
+        return max(self.memory, key=lambda kinds: sum(kind["most"] or 0 for kind in kinds.values()), default={})
+
+    @property
+    def busiest(self) -> int:
+        """The rank that sends most."""
+        sums = [sum(message["wire_bytes"] for message in messages) for messages in self.traffic]
+        return sums.index(max(sums))
+
+    def add(self, summary: dict[str, Any], steps: list[dict[str, Any]], first: int, seconds: float) -> None:
+        """Take up one more repeat: its summary, its lines of `metrics.jsonl`, of which those from `first` are timed."""
+        timed = [line["step_seconds"] for line in steps if line["step"] > first]
+        found = {"tokens_per_second": summary["tokens_per_second"], "step_seconds": timed, "seconds": seconds}
+        if not self.ran:
+            self._take(summary, steps)
+        self.repeats.append(found)
+        self.tokens_per_second = median(each["tokens_per_second"] for each in self.repeats)
+        self.step_seconds = median(median(each["step_seconds"]) for each in self.repeats)
+
+    def _take(self, summary: dict[str, Any], steps: list[dict[str, Any]]) -> None:
+        """What one repeat tells as well as several."""
+        self.losses, self.loss = [line["loss"] for line in steps], summary["loss"]
+        self.ranks, self.mesh = summary["world_size"], summary["mesh"]
+        self.peak_memory_bytes = summary["peak_memory_bytes"]
+        profile = summary["profile"]
+        self.bubble, ranks = profile["bubble"], profile["ranks"]
+        self.memory = [rank["memory"]["kinds"] for rank in ranks if rank["memory"]]
+        self.memory_bytes = max((rank["memory"]["peak"] for rank in ranks if rank["memory"]), default=None)
+        self.traffic = [rank["traffic"] for rank in ranks]
+        self.traffic_predicted = [rank["traffic_predicted"] for rank in ranks]
+        self.wire_bytes = sum(message["wire_bytes"] for message in self.traffic[self.busiest])
+        self.time = [rank["time"] for rank in ranks]
+        self.exposed_share = mean(rank["exposed"] / rank["step"] for rank in self.time)
+
+    def compare(self, reference: Row | None) -> None:
+        """Hold the losses against the reference's."""
+        if reference and reference.ran and self.ran:
+            self.reference = reference.strategy
+            self.loss_difference = max(abs(a - b) for a, b in zip(self.losses, reference.losses, strict=True))
+
+    def spread(self, figure: str = "tokens_per_second") -> tuple[float, float]:
+        """The least and the greatest of the repeats."""
+        found = [median(each[figure]) if isinstance(each[figure], list) else each[figure] for each in self.repeats]
+        return min(found), max(found)
+
+
+@dataclass
+class Results:
+    """A whole comparison.
+
+    Args:
+        command: that repeats it.
+        made: when, in UTC.
+        baseline, scaling, world_size, steps, asked: as asked for; `asked` repeats.
+        facts: of what is trained, for a person; environment: where.
+        seconds: it took, and of these in steps.
+        rows: in the order of the runs.
+    """
+
+    command: str
+    made: str
+    baseline: str
+    scaling: str
+    world_size: int
+    steps: int
+    asked: int
+    facts: dict[str, Any]
+    environment: dict[str, Any]
+    rows: list[Row]
+    seconds: float = 0.0
+    schema: int = SCHEMA
+
+    @property
+    def ran(self) -> list[Row]:
+        return [row for row in self.rows if row.ran]
+
+    @property
+    def comparable(self) -> list[Row]:
+        """Rows that train what the baseline trains, on as many ranks as were asked for, and the baseline."""
+        base = next((row for row in self.ran if row.strategy == self.baseline), None)
+        return [row for row in self.ran if base is None or row is base or
+                (row.reference == base.strategy and row.ranks <= max(self.world_size, base.ranks))]  # fmt: skip
+
+    def row(self, strategy: str) -> Row:
+        """
+        Raises:
+            ValueError: there is none, or it did not run.
+        """
+        for row in self.rows:
+            if row.strategy == strategy:
+                if not row.ran:
+                    raise ValueError(f"{strategy!r} has no figures: {row.reason or 'it was not run'}")
+                return row
+        raise ValueError(f"{strategy!r} is not in this comparison, of {', '.join(row.strategy for row in self.rows)}")
+
+    def write(self, folder: Path) -> None:
+        """`results.json`, all of it, and `results.csv`, a line a row."""
+        (folder / FILE).write_text(json.dumps(asdict(self), indent=1) + "\n")
+        with (folder / "results.csv").open("w", newline="") as file:
+            table = csv.writer(file)
+            table.writerow(["strategy", *FIGURES, "reference", "reason"])
+            for row in self.rows:
+                table.writerow([row.strategy, *(getattr(row, name) for name in FIGURES), row.reference, row.reason])
+
+
+def read(folder: Path) -> Results:
+    """A comparison's results.
+
+    Raises:
+        ValueError: there are none, or of another schema.
+    """
+    file = folder / FILE if folder.is_dir() else folder
+    try:
+        found = json.loads(file.read_text())
+    except OSError:
+        raise ValueError(f"{folder} has no {FILE}: give a folder that scripts/compare.py has written") from None
+    except ValueError as error:
+        raise ValueError(f"{file} is no JSON: {error}") from None
+    if not isinstance(found, dict) or found.get("schema") != SCHEMA:
+        seen = found.get("schema") if isinstance(found, dict) else None
+        raise ValueError(f"{file} has schema {seen}, this version reads {SCHEMA}: make it again")
+    known = {each.name for each in fields(Row)}
+    found["rows"] = [Row(**{key: value for key, value in row.items() if key in known}) for row in found["rows"]]
+    return Results(**found)

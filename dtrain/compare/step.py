@@ -1,0 +1,75 @@
+"""One step of one strategy as a figure: what every rank did, and where it waited."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterable
+from typing import Any
+
+import plotly.graph_objects as go
+
+from dtrain.compare.results import Row
+from dtrain.compare.style import TRACE, Chart
+from dtrain.measure.timeline import COMMUNICATION, COMPUTE, Interval, merged, total, without
+from dtrain.report.gantt import COLOURS
+
+EXPOSED = "#d62f2f"
+
+
+def gantt(events: Iterable[dict[str, Any]], row: Row) -> Chart:
+    """A step of every rank: its work, below it its communication, and below that in red what nothing covers."""
+    spans = [event for event in events if event["ph"] == "X"]
+    bars: dict[tuple[str, str], list[tuple[float, float, float, float, str]]] = defaultdict(list)
+    ranks = sorted({event["pid"] for event in spans})
+    for rank in ranks:
+        own = [event for event in spans if event["pid"] == rank]
+        for event in own:
+            name = event["name"].split(" (")[0].split(" stage ")[0]
+            talk = event["cat"] == COMMUNICATION
+            if event["cat"] != COMPUTE and name in COLOURS:
+                lane = (rank + 0.34, 0.18) if talk else (rank, 0.44)
+                bars[name, COLOURS[name]].append((event["ts"] / 1e3, event["dur"] / 1e3, *lane, event["name"]))
+        for start, end in _exposed(own):
+            bars["exposed communication", EXPOSED].append(
+                (start / 1e3, (end - start) / 1e3, rank + 0.5, 0.08, "exposed")
+            )
+    figure, begin = go.Figure(), min((bar[0] for found in bars.values() for bar in found), default=0.0)
+    for (name, colour), found in bars.items():
+        starts, lengths, places, heights, words = (list(each) for each in zip(*found, strict=True))
+        starts = [start - begin for start in starts]
+        figure.add_bar(
+            orientation="h",
+            base=starts,
+            x=lengths,
+            y=places,
+            width=heights,
+            name=name,
+            marker={"color": colour},
+            text=None,
+            hovertext=[f"{w}<br>{n:.2f} ms" for w, n in zip(words, lengths, strict=True)],
+            hoverinfo="text",
+        )
+    figure.update_layout(
+        barmode="overlay",
+        xaxis_title="milliseconds",
+        meta={"rows": 1.6 * len(ranks)},
+        yaxis={"tickvals": ranks, "ticktext": [f"rank {rank}" for rank in ranks], "autorange": "reversed"},
+    )
+    idle = f" The pipeline's bubble is {row.bubble['measured']:.1%}, {row.bubble['theory']:.1%} in theory: the gaps " \
+           f"between micro-batches." if row.bubble else ""  # fmt: skip
+    share = (
+        f"Exposed communication, in red, is {row.exposed_share:.0%} of the step." if row.ranks > 1 else "One process."
+    )
+    return Chart(f"gantt-{row.strategy}", f"One step of {row.strategy}", share + idle, TRACE, figure)
+
+
+def _exposed(events: list[dict[str, Any]]) -> list[Interval]:
+    """Microseconds in which a rank communicates and computes nothing, but for less than a thousandth of all."""
+
+    def covered(kind: str) -> list[Interval]:
+        return merged((int(e["ts"]), int(e["ts"] + e["dur"])) for e in events
+                      if e["cat"] == kind and not e["name"].startswith("send"))  # fmt: skip
+
+    found = without(covered(COMMUNICATION), covered(COMPUTE))
+    least = total(merged((int(e["ts"]), int(e["ts"] + e["dur"])) for e in events)) / 1000
+    return [(start, end) for start, end in found if end - start > least]

@@ -1,0 +1,45 @@
+"""How a figure of the page is made: its words, its colours, and what a reader may leave out of it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import plotly.graph_objects as go
+
+from dtrain.compare.results import Row
+
+# A figure by trace has one trace for each strategy; one by point has all strategies in each trace, as its `customdata`.
+# So the page can leave out the strategies that a reader does not want to see.
+TRACE, POINT = "trace", "point"
+FAMILIES = {  # by the axes of a mesh; what is on several is composed
+    "": ("one process", "#7a7a7a"), "dp": ("data parallel", "#2f6fb5"), "fsdp": ("sharded data", "#1b9a8a"),
+    "tp": ("tensor", "#d9822b"), "pp": ("pipeline", "#8e5ab8"), "cp": ("context", "#c2447a"),
+    "ep": ("experts", "#8a6d3b"), "+": ("composed", "#b8443c"),
+}  # fmt: skip
+KINDS = {"parameters": "#2f6fb5", "gradients": "#d9822b", "optimizer": "#8e5ab8", "activations": "#1b9a8a",
+         "communication": "#c2447a", "other": "#9a9a9a"}  # fmt: skip
+TICK = {"symbol": "line-ns-open", "size": 16, "color": "#111111", "line": {"width": 2}}
+
+
+@dataclass(frozen=True)
+class Chart:
+    """A figure with its words.
+
+    Args:
+        name: its id on the page.
+        title, caption: what it shows, and how to read it.
+        by: TRACE or POINT.
+        figure: of Plotly.
+    """
+
+    name: str
+    title: str
+    caption: str
+    by: str
+    figure: go.Figure
+
+
+def family(row: Row) -> tuple[str, str]:
+    """A row's kind of parallelism, and its colour."""
+    axes = [axis for axis, degree in row.mesh.items() if degree > 1]
+    return FAMILIES["+" if len(axes) > 1 else axes[0] if axes else ""]

@@ -1,0 +1,76 @@
+"""Hydra's --multirun under torchrun: `hydra/launcher=torchrun` starts every job of a sweep by the torchrun command.
+
+    python scripts/train.py --multirun hydra/launcher=torchrun hydra.launcher.nproc_per_node=2 strategy=ddp,fsdp
+
+Without it a sweep works too, with `launch.nproc` ranks that the script starts itself; with it the jobs are what a
+person would type, so torchrun's own options apply, and one that fails does not end the sweep.
+It is here, and not in dtrain, because Hydra takes plugins from the namespace package hydra_plugins alone.
+Source: Hydra's launcher plugins (https://hydra.cc/docs/advanced/plugins/develop/).
+"""
+
+import json
+import subprocess
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from hydra.core.config_store import ConfigStore
+from hydra.core.utils import JobReturn, JobStatus, filter_overrides
+from hydra.errors import HydraException
+from hydra.plugins.launcher import Launcher
+from hydra.types import HydraContext, TaskFunction
+from omegaconf import DictConfig, OmegaConf
+
+
+@dataclass
+class Torchrun:
+    """Settings of the launcher.
+
+    Args:
+        nproc_per_node: ranks of each job.
+        options: further ones of torchrun's, such as --max-restarts=1.
+    """
+
+    _target_: str = "hydra_plugins.dtrain_torchrun.TorchrunLauncher"
+    nproc_per_node: int = 1
+    options: list[str] = field(default_factory=lambda: ["--standalone"])
+
+
+class TorchrunLauncher(Launcher):
+    """Runs the jobs of a sweep one after the other, each by torchrun in a folder of its own."""
+
+    def __init__(self, nproc_per_node: int, options: list[str]) -> None:
+        self.command = [sys.executable, "-m", "torch.distributed.run", *options, f"--nproc-per-node={nproc_per_node}"]
+
+    def setup(self, *, hydra_context: HydraContext, task_function: TaskFunction, config: DictConfig) -> None:
+        self.context, self.config = hydra_context, config
+
+    def launch(self, job_overrides: Sequence[Sequence[str]], initial_job_idx: int) -> Sequence[JobReturn]:
+        folder, returns = Path(str(self.config.hydra.sweep.dir)), []
+        for index, overrides in enumerate(job_overrides, initial_job_idx):
+            sweep = self.context.config_loader.load_sweep_config(self.config, list(overrides))
+            with_index = OmegaConf.merge(sweep, {"hydra": {"job": {"id": str(index), "num": index}}})
+            place = (folder / str(with_index.hydra.sweep.subdir)).resolve()
+            given = filter_overrides(overrides)
+            command = [*self.command, sys.argv[0], *given, f"hydra.run.dir={place}"]
+            status = subprocess.run(command).returncode
+            returns.append(_outcome(place, status, given, sweep))
+        return returns
+
+
+def _outcome(folder: Path, status: int, overrides: Sequence[str], config: DictConfig) -> JobReturn:
+    """What a sweeper is told: the validation loss, or else the loss."""
+    result = JobReturn(overrides=list(overrides), cfg=config, working_dir=str(folder))
+    if status:
+        result.status = JobStatus.FAILED
+        result.return_value = HydraException(f"{' '.join(overrides)}: torchrun ended with exit status {status}")
+        return result
+    summary: dict[str, Any] = json.loads((folder / "summary.json").read_text())
+    result.status = JobStatus.COMPLETED
+    result.return_value = summary["loss"] if summary["val_loss"] is None else summary["val_loss"]
+    return result
+
+
+ConfigStore.instance().store(group="hydra/launcher", name="torchrun", node=Torchrun, provider="dtrain")

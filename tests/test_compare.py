@@ -1,0 +1,476 @@
+"""The comparison: what is asked for, what the figures say, and the whole thing as a person runs it, interrupts it and reads it."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from dtrain.compare import page
+from dtrain.compare.command import show_difference
+from dtrain.compare.condition import Condition
+from dtrain.compare.entries import Entry, cases_of
+from dtrain.compare.results import FIGURES, Results, Row, read
+from dtrain.compare.runner import cells
+from dtrain.compare.verdict import differences, front, memory_of, size, verdicts
+
+ROOT = Path(__file__).parent.parent
+SCRIPT = [sys.executable, str(ROOT / "scripts/compare.py")]
+CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+
+
+def row(name: str, speeds: tuple[float, ...] = (100.0,), memory: int = 10, sent: float = 5.0, ranks: int = 2) -> Row:
+    found = Row(name, ranks, reference="single", tokens_per_second=sorted(speeds)[len(speeds) // 2], step_seconds=0.1, loss=2.0,
+                memory_bytes=memory, peak_memory_bytes=1000, wire_bytes=sent, exposed_share=0.1, loss_difference=1e-7)  # fmt: skip
+    found.repeats = [{"tokens_per_second": speed, "step_seconds": [0.1], "seconds": 1.0} for speed in speeds]
+    return found
+
+
+def results(*rows: Row) -> Results:
+    return Results("python scripts/compare.py", "2026-01-01T00:00:00+00:00", "single", "strong", 2, 12, 1, {"model": "tiny"},
+                   {"commit": "a", "cpu": "c", "cores": 2}, list(rows))  # fmt: skip
+
+
+# What is asked for
+
+
+@pytest.mark.parametrize(("text", "label", "overrides", "trained", "ranks"), [
+    ("ddp", "ddp", ["strategy=ddp"], (), None),
+    ("replicate+fsdp launch.nproc=4", "replicate+fsdp", ["strategy=[replicate,fsdp]", "launch.nproc=4"], (), 4),
+    ("pipeline strategy.pp.schedule=zbv", "pipeline schedule=zbv", ["strategy=pipeline", "strategy.pp.schedule=zbv"], (), None),
+    ("expert model.n_experts=8", "expert n_experts=8", ["strategy=expert", "model.n_experts=8"], ("model.n_experts=8",), None),
+    ("fsdp +strategy.fsdp.x=1 launch.threads=1", "fsdp x=1 threads=1", ["strategy=fsdp", "+strategy.fsdp.x=1", "launch.threads=1"], (), None),
+])  # fmt: skip
+def test_an_entry_is_a_strategy_and_its_settings(
+    text: str, label: str, overrides: list[str], trained: tuple, ranks: int
+) -> None:
+    entry = Entry.of(text)
+    assert (entry.label, entry.overrides, entry.trained, entry.ranks) == (label, overrides, trained, ranks)
+
+
+@pytest.mark.parametrize("text", ["", "model=tiny", "ddp fsdp"])
+def test_what_is_no_entry_is_refused(text: str) -> None:
+    with pytest.raises(ValueError, match="strategies: "):
+        Entry.of(text)
+
+
+def test_each_kind_of_training_has_its_own_baseline() -> None:
+    cases = cases_of(["ddp", "expert model.n_experts=8", "single", "3d launch.nproc=8"], "single", [2], 16, "strong")
+    assert [(c.label, c.ranks) for c in cases] == [
+        ("single", 1), ("ddp", 2), ("3d", 8), ("single n_experts=8", 1), ("expert n_experts=8", 2),
+    ]  # fmt: skip
+    first = {c.label: next(o.label for o in cases if c.trains_the_same(o)) for c in cases}
+    assert first["3d"] == "single" and first["expert n_experts=8"] == "single n_experts=8"
+
+
+def test_world_sizes_and_weak_scaling() -> None:
+    cases = cases_of(["ddp", "fsdp"], "single", [1, 2, 4], 16, "weak")
+    assert [c.label for c in cases][:4] == ["single", "ddp @1", "ddp @2", "ddp @4"]
+    assert {c.label: c.rows for c in cases}["ddp @4"] == 64 and cases[0].rows == 16
+    assert not cases[0].trains_the_same(cases[2]) and cases[0].trains_the_same(cases[1])
+    assert len({c.folder for c in cases}) == len(cases)
+
+
+# What the figures say
+
+
+@given(st.lists(st.tuples(st.integers(1, 5), st.integers(1, 5)), min_size=1, max_size=12))
+def test_the_front_is_what_nothing_beats(points: list[tuple[int, int]]) -> None:
+    rows = [row(str(i), (float(speed),), memory) for i, (speed, memory) in enumerate(points)]
+    found = front(rows)
+    assert found
+    for each in rows:
+        beaten = any((o.tokens_per_second > each.tokens_per_second and memory_of(o) <= memory_of(each))
+                     or (o.tokens_per_second >= each.tokens_per_second and memory_of(o) < memory_of(each)) for o in rows)  # fmt: skip
+        assert (each in found) == (not beaten)
+
+
+def test_the_verdict_names_the_best_and_owns_up_to_noise() -> None:
+    rows = [
+        row("single", (100, 101), 30, 0, 1),
+        row("ddp", (95, 105), 20, 8),
+        row("fsdp", (96, 104), 9, 12),
+        row("3d", (1,), 1, 1, 8),
+    ]
+    told = {v.title: v for v in verdicts(results(*rows))}
+    assert (told["fastest"].strategy, told["leanest in memory"].strategy, told["fewest bytes sent"].strategy) == (
+        "ddp",
+        "fsdp",
+        "ddp",
+    )
+    assert "a tie" in told["fastest"].note  # 3d has more ranks than were asked for, single sends nothing
+    told = {v.title: v for v in verdicts(results(rows[0], row("ddp", (200, 205)), row("fsdp", (96, 104))))}
+    assert "more than the repeats differ" in told["fastest"].note
+
+
+@given(st.lists(st.floats(50, 150), min_size=2, max_size=5), st.lists(st.floats(50, 150), min_size=2, max_size=5))
+def test_a_difference_is_noise_where_any_two_repeats_could_be_equal(before: list[float], after: list[float]) -> None:
+    (found,) = differences(results(row("ddp", tuple(before))), results(row("ddp", tuple(after))))
+    assert found.noise == (max(before) >= min(after) and max(after) >= min(before))
+    assert found.least <= found.ratio <= found.most
+
+
+def test_one_repeat_cannot_tell_noise_and_strangers_cannot_be_compared() -> None:
+    (found,) = differences(results(row("ddp", (100,))), results(row("ddp", (50,)), row("fsdp")))
+    assert (found.strategy, found.noise, found.ratio) == ("ddp", None, 0.5)
+    with pytest.raises(ValueError, match="no strategy ran in both: ddp and fsdp"):
+        differences(results(row("ddp")), results(row("fsdp")))
+
+
+@pytest.mark.parametrize(("text", "holds"), [
+    ("ddp.tokens_per_second < 0.9 * baseline", True), ("ddp.tokens_per_second < 0.5 * baseline", False),
+    ("ddp.tokens_per_second >= 80", True), ("ddp.memory_bytes > 5 and ddp.ranks > 2", False),
+    ("ddp.memory_bytes > 5 or ddp.ranks > 2", True), ("'pipeline schedule=zbv'.wire_bytes < ddp.wire_bytes", True),
+    ("1 < ddp.ranks < 3", True), ("ddp.loss_difference > 1e-6", False), ("ddp.loss - single.loss > 0.1", False),
+])  # fmt: skip
+def test_a_condition_says_whether_to_fail(text: str, holds: bool) -> None:
+    found = results(row("single", (100,), ranks=1), row("ddp", (80,)), row("pipeline schedule=zbv", sent=1.0))
+    assert Condition(text).holds(found) == holds
+
+
+def test_a_condition_on_two_results_compares_with_the_first() -> None:
+    fast, slow = results(row("single"), row("ddp", (100,))), results(row("single"), row("ddp", (80,)))
+    condition = Condition("ddp.tokens_per_second < 0.9 * baseline")
+    assert condition.holds(slow, fast) and not condition.holds(fast, slow)
+
+
+@pytest.mark.parametrize(("text", "said"), [
+    ("ddp.tokens_per_second <", "is no condition"), ("ddp.tokens_per_second", "must compare figures"),
+    ("ddp.speed < 1", "speed is none of the figures tokens_per_second"), ("1 < 2", "names no strategy's figure"),
+    ("__import__('os').system('x') < 1", "is no number and no figure"), ("ddp.loss < fsdp.ranks * baseline", "baseline may be any of"),
+    ("ddp.loss == 1", "must compare figures by <"), ("ddp.loss < nothing", "'nothing' is no number"),
+])  # fmt: skip
+def test_what_is_no_condition_is_refused(text: str, said: str) -> None:
+    with pytest.raises(ValueError, match="fail_if=") as error:
+        Condition(text)
+    assert said in str(error.value) and "\n" not in str(error.value)
+
+
+def test_a_condition_on_what_did_not_run_is_an_error() -> None:
+    found = results(row("single"), Row("ddp", 2, reason="no room"))
+    with pytest.raises(ValueError, match="'ddp' has no figures: no room"):
+        Condition("ddp.loss < 1").holds(found)
+    with pytest.raises(ValueError, match="'fsdp' is not in this comparison, of single, ddp"):
+        Condition("fsdp.loss < 1").holds(found)
+
+
+def test_results_come_back_as_they_were_written(tmp_path: Path) -> None:
+    found = results(row("single"), row("ddp", (1.5, 2.5)), Row("fsdp", 2, reason="why"))
+    found.write(tmp_path)
+    assert read(tmp_path) == found
+    table = (tmp_path / "results.csv").read_text().splitlines()
+    assert table[0].split(",")[1:-2] == list(FIGURES) and len(table) == 4
+    for broken, said in (
+        ('{"schema": 99}', "has schema 99, this version reads 1"),
+        ("[", "is no JSON"),
+        ("[]", "schema None"),
+    ):
+        (tmp_path / "results.json").write_text(broken)
+        with pytest.raises(ValueError, match=said):
+            read(tmp_path)
+    with pytest.raises(ValueError, match="has no results.json"):
+        read(tmp_path / "nowhere")
+
+
+@pytest.mark.parametrize(
+    ("number", "words"), [(0, "0 B"), (999, "999 B"), (1500, "1.5 kB"), (2e6, "2.0 MB"), (3.25e9, "3.2 GB")]
+)
+def test_sizes_are_said_in_words(number: float, words: str) -> None:
+    assert size(number) == words
+
+
+# The whole thing
+
+
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("cache")
+
+
+def run(*arguments: str, cwd: Path, cache: Path) -> subprocess.CompletedProcess:
+    return subprocess.run([*SCRIPT, "model=tiny", "steps=6", *arguments], cwd=cwd, capture_output=True, text=True,
+                          env=os.environ | {"DTRAIN_CACHE": str(cache), "OMP_NUM_THREADS": "1"}, timeout=240)  # fmt: skip
+
+
+ASKED = ('strategies=[single,ddp,"pipeline strategy.pp.schedule=zbv","ddp optimizer.lr=1e30","fsdp launch.nproc=4",'
+         'accelerate_local_sgd,"expert model.n_experts=4"]')  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def ran(tmp_path_factory: pytest.TempPathFactory, cache: Path) -> tuple[Path, subprocess.CompletedProcess]:
+    """One comparison with everything that may happen in it."""
+    folder = tmp_path_factory.mktemp("compared")
+    process = run(ASKED, "repeats=2", "hydra.run.dir=out", cwd=folder, cache=cache)
+    return folder / "out", process
+
+
+@pytest.mark.slow
+def test_strategies_stand_side_by_side_and_one_that_fails_stops_no_other(ran) -> None:
+    folder, process = ran
+    found = {each.strategy: each for each in read(folder).rows}
+    assert list(found) == ["single", "ddp", "pipeline schedule=zbv", "fsdp", "accelerate_local_sgd",
+                           "single lr=1e30", "ddp lr=1e30", "single n_experts=4", "expert n_experts=4"]  # fmt: skip
+    assert process.returncode == 1 and "failed: single lr=1e30, ddp lr=1e30" in process.stderr.splitlines()[-1]
+    assert "Traceback" not in process.stderr
+    diverged = found["ddp lr=1e30"]
+    assert diverged.failed and "gradient norm" in diverged.reason and "try a lower optimizer.lr" in diverged.reason
+    impossible = found["pipeline schedule=zbv"]
+    assert not impossible.failed and "use at most pp=1, or more blocks" in impossible.reason
+    assert f"pipeline schedule=zbv: not possible here: {impossible.reason}" in process.stdout
+    assert (found["single"].ranks, found["ddp"].ranks, found["fsdp"].ranks) == (1, 2, 4)
+    for name in ("ddp", "fsdp", "expert n_experts=4"):
+        each = found[name]
+        assert each.loss_difference < 1e-5 * each.loss and len(each.repeats) == 2
+        assert each.reference == ("single n_experts=4" if name.startswith("expert") else "single")
+        assert each.losses[-1] == each.loss and len(each.losses) == 6
+    assert found["ddp"].traffic == found["ddp"].traffic_predicted != [[], []]
+    assert all(kinds["parameters"]["most"] == kinds["parameters"]["predicted"] > 0 for kinds in found["fsdp"].memory)
+    assert not found["accelerate_local_sgd"].synchronous and found["ddp"].synchronous
+    assert cells(found["accelerate_local_sgd"])[2].startswith("(")
+    assert [len(each["step_seconds"]) for each in found["ddp"].repeats] == [2, 2]  # those that no instrument disturbs
+
+
+@pytest.mark.slow
+def test_the_repeats_take_turns(ran) -> None:
+    made = sorted(
+        (file.stat().st_mtime, str(file.relative_to(ran[0] / "runs").parent))
+        for file in (ran[0] / "runs").glob("*/*/summary.json")
+    )
+    order = [place for _, place in made]
+    assert order[:2] == ["single/0", "ddp/0"] and order[len(order) // 2] == "single/1" and len(order) % 2 == 0
+
+
+class Cells(HTMLParser):
+    """The numbers of a page, by strategy and figure; and what else it has."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.values: dict[tuple[str, str], tuple[Any, str]] = {}
+        self.missing: list[str] = []
+        self.cards: list[str] = []
+        self.sources: list[str] = []
+        self._row = self._cell = None
+        self.feed(text)
+
+    def handle_starttag(self, tag: str, attributes: list) -> None:
+        found = dict(attributes)
+        self.sources += [found[key] for key in ("src", "href") if found.get(key, "").startswith(("http", "//"))]
+        if tag == "tr" and "data-strategy" in found:
+            self._row = found["data-strategy"]
+        if tag == "details" and "data-strategy" in found:
+            self.cards.append(found["data-strategy"])
+        if "data-missing" in found:
+            self.missing.append(found["data-missing"])
+        if tag == "td" and "data-figure" in found:
+            self._cell = (self._row, found["data-figure"])
+            self.values[self._cell] = (json.loads(found["data-value"]), "")
+
+    def handle_data(self, data: str) -> None:
+        if self._cell:
+            self.values[self._cell] = (self.values[self._cell][0], data)
+            self._cell = None
+
+
+def assert_tells_the_results(text: str, found: Results) -> None:
+    seen = Cells(text)
+    assert seen.cards == [each.strategy for each in found.ran] and seen.sources == []
+    assert seen.missing == [each.strategy for each in found.rows if not each.ran]
+    assert len(seen.values) == len(found.ran) * len(page.COLUMNS)
+    for each in found.ran:
+        for figure, words in zip(page.COLUMNS, cells(each), strict=True):
+            assert seen.values[each.strategy, figure] == (getattr(each, figure), words)
+
+
+@pytest.mark.slow
+def test_the_page_tells_the_results_and_needs_no_network(ran) -> None:
+    text, found = (ran[0] / "report.html").read_text(), read(ran[0])
+    assert_tells_the_results(text, found)
+    assert "@media (prefers-color-scheme: dark)" in text and "@media print" in text
+    for each in found.ran:
+        assert each.command.replace("'", "&#39;") in text
+    document = (ran[0] / "report.md").read_text()
+    assert all(f"| {each.strategy} | {each.ranks} |" in document for each in found.ran)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not CHROMIUM, reason="no Chromium here to open the page in")
+@pytest.mark.parametrize("width", [1200, 400])
+def test_a_browser_shows_the_page_without_an_error(ran, width: int, tmp_path: Path) -> None:
+    """And its scripts leave the numbers as they are; every figure is drawn; nothing is wider than the window."""
+    text, found = (ran[0] / "report.html").read_text(), read(ran[0])
+    probe = """<script>setTimeout(() => { plots.forEach(draw); document.body.dataset.problems = JSON.stringify(problems);
+        document.body.dataset.drawn = document.querySelectorAll(".plot .main-svg").length > 0 && plots.every(plot => plot.box.querySelector("svg"));
+        document.body.dataset.wide = document.documentElement.scrollWidth - document.documentElement.clientWidth; }, 1500)</script></body>"""
+    opened = text.replace('<details class="card"', '<details open class="card"').replace("</body>", probe)
+    file = tmp_path / "page.html"
+    file.write_text(opened)
+    browser = subprocess.run(
+        [str(CHROMIUM), "--headless", "--no-sandbox", "--disable-gpu", "--disable-background-networking", "--disable-sync",
+         f"--user-data-dir={tmp_path / 'profile'}", "--enable-logging=stderr", "--virtual-time-budget=20000",
+         f"--window-size={width},900", "--dump-dom", file.as_uri()],
+        capture_output=True, text=True, timeout=120,
+    )  # fmt: skip
+    assert browser.returncode == 0 and "CONSOLE" not in browser.stderr, browser.stderr[-2000:]
+    assert re.search(r"data-problems=\"(.*?)\"", browser.stdout)[1] == "[]"  # type: ignore[index]
+    assert 'data-drawn="true"' in browser.stdout and 'data-wide="0"' in browser.stdout
+    assert_tells_the_results(browser.stdout, found)
+
+
+@pytest.mark.slow
+def test_two_results_are_compared_and_a_condition_decides_the_status(ran, tmp_path: Path, cache: Path) -> None:
+    folder = ran[0]
+    found = read(folder)
+    slow = replace(found, rows=[replace(each) for each in found.rows])
+    for each in slow.ran:
+        each.repeats = [repeat | {"tokens_per_second": repeat["tokens_per_second"] / 100} for repeat in each.repeats]
+        each.tokens_per_second = (each.tokens_per_second or 0) / 100
+    slow.environment = slow.environment | {"commit": "another"}
+    (tmp_path / "slow").mkdir()
+    slow.write(tmp_path / "slow")
+
+    def between(*arguments: str) -> subprocess.CompletedProcess:
+        return subprocess.run([*SCRIPT, "--from", *arguments], capture_output=True, text=True, cwd=tmp_path)
+
+    seen = between(str(folder), "slow")
+    assert seen.returncode == 0 and "0.010" in seen.stdout and "slower" in seen.stdout and "then another" in seen.stdout
+    assert "within noise" in between(str(folder), str(folder)).stdout
+    seen = between(str(folder), "slow", "fail_if=ddp.tokens_per_second < 0.9 * baseline")
+    assert seen.returncode == 1 and seen.stderr == "dtrain: fail_if: ddp.tokens_per_second < 0.9 * baseline\n"
+    assert between("slow", str(folder), "fail_if=ddp.tokens_per_second < 0.9 * baseline").returncode == 0
+    seen = between(str(folder))
+    assert seen.returncode == 2 and "give two folders" in seen.stderr
+    seen = between(str(folder), "nowhere")
+    assert seen.returncode == 2 and "nowhere has no results.json" in seen.stderr
+    with pytest.raises(ValueError, match="give two folders"):
+        show_difference([str(folder), str(folder), "steps=3"])
+
+
+@pytest.mark.slow
+def test_what_can_be_known_before_is_refused_before(ran, cache: Path) -> None:
+    folder = ran[0].parent
+    for arguments, said in (
+        (("strategies=[single,ddpp]",), "unknown strategy 'ddpp': did you mean 'ddp'?"),
+        (("hydra.run.dir=out",), "has the results of another comparison: set overwrite=true"),
+        (("fail_if=ddp.speed < 0.9 * baseline",), "speed is none of the figures"),
+        (("steps=4",), "steps=4: instruments look at the first 4"),
+        (("world_sizes=[0]",), "world_sizes=[0] must be at least 1 each"),
+        (("scaling=sideways",), "scaling=sideways is unknown: use strong, weak"),
+        (("repeats=0",), "repeats=0 must be at least 1"),
+    ):
+        ended = run(*arguments, cwd=folder, cache=cache)
+        assert ended.returncode == 2 and ended.stderr.startswith("dtrain: ") and said in ended.stderr, ended.stderr
+        assert ended.stderr.count("\n") == 1
+    assert len(read(ran[0]).ran) == 6
+
+
+def begun(folder: Path, cache: Path, *arguments: str) -> subprocess.Popen:
+    """A comparison whose second strategy trains for long."""
+    command = [*SCRIPT, "model=tiny", "steps=100000", 'strategies=["single steps=6",ddp,fsdp]', 'baseline="single steps=6"',
+               "hydra.run.dir=out", *arguments]  # fmt: skip
+    return subprocess.Popen(command, cwd=folder, env=os.environ | {"DTRAIN_CACHE": str(cache)}, stdout=subprocess.PIPE,
+                            stderr=subprocess.PIPE, text=True, start_new_session=True)  # fmt: skip
+
+
+def ranks_of(folder: Path, case: str, count: int) -> list[int]:
+    """Process numbers of a running case's ranks, once they train."""
+    place = folder / "out" / "runs" / case / "0"
+    deadline = time.monotonic() + 90
+    while time.monotonic() < deadline:
+        logs = [place / "logs" / f"rank{rank}.log" for rank in range(count)]
+        if (
+            all(log.exists() for log in logs)
+            and (place / "metrics.jsonl").exists()
+            and (place / "metrics.jsonl").stat().st_size
+        ):
+            return [int(re.search(r"process (\d+)", log.read_text())[1]) for log in logs]  # type: ignore[index]
+        time.sleep(0.05)
+    raise AssertionError(f"{case} has not begun")
+
+
+def left_of(session: int) -> list[int]:
+    """Processes that still belong to a session."""
+    found = []
+    for each in Path("/proc").glob("[0-9]*/stat"):
+        try:
+            words = each.read_text().rpartition(")")[2].split()
+        except OSError:
+            continue
+        if int(words[3]) == session and words[0] != "Z":
+            found.append(int(each.parent.name))
+    return found
+
+
+def assert_nothing_left(session: int) -> None:
+    deadline = time.monotonic() + 20
+    while left := left_of(session):
+        assert time.monotonic() < deadline, [
+            Path(f"/proc/{pid}/cmdline").read_text().replace("\0", " ") for pid in left
+        ]
+        time.sleep(0.1)
+
+
+@pytest.mark.slow
+def test_ctrl_c_keeps_what_is_finished(tmp_path: Path, cache: Path) -> None:
+    process = begun(tmp_path, cache)
+    ranks_of(tmp_path, "ddp", 2)
+    process.send_signal(signal.SIGINT)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 130 and err.splitlines()[-1] == "dtrain: interrupted"
+    found = read(tmp_path / "out")
+    assert [each.strategy for each in found.ran] == ["single steps=6"]
+    assert_tells_the_results((tmp_path / "out" / "report.html").read_text(), found)
+    assert_nothing_left(process.pid)
+
+
+@pytest.mark.slow
+def test_a_killed_rank_fails_its_strategy_alone(tmp_path: Path, cache: Path) -> None:
+    process = begun(tmp_path, cache)
+    for case in ("ddp", "fsdp"):
+        os.kill(ranks_of(tmp_path, case, 2)[1], signal.SIGKILL)
+    _, err = process.communicate(timeout=90)
+    assert process.returncode == 1 and err.splitlines()[-1] == "dtrain: failed: ddp, fsdp"
+    reasons = {each.strategy: each.reason for each in read(tmp_path / "out").rows if each.failed}
+    assert reasons == {"ddp": "rank 1 ended with signal 9", "fsdp": "rank 1 ended with signal 9"}
+    assert_nothing_left(process.pid)
+
+
+@pytest.mark.slow
+def test_killing_the_comparison_leaves_no_orphans(tmp_path: Path, cache: Path) -> None:
+    process = begun(tmp_path, cache)
+    ranks_of(tmp_path, "ddp", 2)
+    process.kill()
+    process.communicate(timeout=60)
+    assert_nothing_left(process.pid)
+    assert [each.strategy for each in read(tmp_path / "out").ran] == ["single steps=6"]
+
+
+@pytest.mark.slow
+def test_a_sweep_starts_each_job_under_torchrun(tmp_path: Path, cache: Path) -> None:
+    command = [sys.executable, str(ROOT / "scripts/train.py"), "--multirun", "hydra/launcher=torchrun", "hydra.launcher.nproc_per_node=2",
+               "strategy=[replicate,fsdp],ddp,fsdp", "model=tiny", "steps=2", "eval.every=0", "hydra.sweep.dir=sweep"]  # fmt: skip
+    ended = subprocess.run(
+        command,
+        cwd=tmp_path,
+        env=os.environ | {"DTRAIN_CACHE": str(cache)},
+        capture_output=True,
+        text=True,
+        timeout=200,
+    )
+    told = [json.loads((tmp_path / "sweep" / job / "summary.json").read_text()) for job in ("1", "2")]
+    assert [(each["strategy"], each["world_size"]) for each in told] == [("ddp", 2), ("fsdp", 2)]
+    assert not (tmp_path / "sweep" / "0" / "summary.json").exists()  # 4 ranks or more
+    assert ended.returncode != 0 and "needs at least 2 ranks on each" in ended.stderr
+    assert ended.stderr.splitlines()[-1].startswith("dtrain: strategy=[replicate,fsdp] model=tiny steps=2")
