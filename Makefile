@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 PIP := $(VENV)/bin/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
-.PHONY: demo test lint readme bench-bubble bench-traffic bench-bert bench-gan bench-augment clean
+.PHONY: demo test lint readme readme-figures bench-bubble bench-traffic bench-bert bench-gan bench-augment clean
 
 demo: $(VENV)/.run
 	$(VENV)/bin/python scripts/compare.py
@@ -30,6 +30,9 @@ bench-gan: $(VENV)/.test
 
 bench-augment: $(VENV)/.test
 	$(VENV)/bin/python scripts/bench_augment.py
+
+readme-figures: $(VENV)/.test
+	$(VENV)/bin/python scripts/readme_figures.py
 
 readme: $(VENV)/.test
 	$(VENV)/bin/python scripts/info.py readme

@@ -26,6 +26,8 @@ def clip(model: nn.Module, plan: Plan) -> Tensor:
         factor = (plan.clip_norm / (norm + 1e-6)).clamp(max=1.0).to(plan.storage)
         for gradient in gradients:
             local(gradient).mul_(factor)
+    for strategy in plan.strategies:
+        norm = strategy.norm(norm, plan)
     return norm
 
 

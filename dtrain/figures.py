@@ -79,6 +79,7 @@ def summary_of(
     return {
         "strategy": strategy,
         "mesh": job.plan.degrees,
+        "synchronous": all(strategy.synchronous for strategy in job.plan.strategies),
         "world_size": world.size,
         "steps": figures["step"],
         "loss": figures["loss"],

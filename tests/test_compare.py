@@ -25,7 +25,7 @@ from dtrain.compare.condition import Condition
 from dtrain.compare.entries import Entry, cases_of
 from dtrain.compare.results import FIGURES, Results, Row, read
 from dtrain.compare.runner import cells
-from dtrain.compare.verdict import differences, front, memory_of, size, verdicts
+from dtrain.compare.verdict import differences, equal_time, front, loss_at, memory_of, size, verdicts
 
 ROOT = Path(__file__).parent.parent
 SCRIPT = [sys.executable, str(ROOT / "scripts/compare.py")]
@@ -35,6 +35,7 @@ CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", 
 def row(name: str, speeds: tuple[float, ...] = (100.0,), memory: int = 10, sent: float = 5.0, ranks: int = 2) -> Row:
     found = Row(name, ranks, reference="single", tokens_per_second=sorted(speeds)[len(speeds) // 2], step_seconds=0.1, loss=2.0,
                 memory_bytes=memory, peak_memory_bytes=1000, wire_bytes=sent, exposed_share=0.1, loss_difference=1e-7)  # fmt: skip
+    found.seconds, found.losses = [1.0, 2.0], [3.0, 2.0]
     found.repeats = [{"tokens_per_second": speed, "step_seconds": [0.1], "seconds": 1.0} for speed in speeds]
     return found
 
@@ -128,6 +129,13 @@ def test_one_repeat_cannot_tell_noise_and_strangers_cannot_be_compared() -> None
     assert (found.strategy, found.noise, found.ratio) == ("ddp", None, 0.5)
     with pytest.raises(ValueError, match="no strategy ran in both: ddp and fsdp"):
         differences(results(row("ddp")), results(row("fsdp")))
+
+
+def test_losses_are_compared_at_equal_time() -> None:
+    quick, slow = row("ddp"), row("local_sgd")
+    slow.seconds, slow.losses = [0.5, 1.5, 2.5], [5.0, 4.0, 3.0]
+    assert equal_time([quick, slow]) == 2.0
+    assert [loss_at(slow, seconds) for seconds in (0.1, 0.5, 1.0, 2.0, 9.0)] == [5.0, 5.0, 5.0, 4.0, 3.0]
 
 
 @pytest.mark.parametrize(("text", "holds"), [
@@ -239,7 +247,8 @@ def test_strategies_stand_side_by_side_and_one_that_fails_stops_no_other(ran) ->
     assert found["ddp"].traffic == found["ddp"].traffic_predicted != [[], []]
     assert all(kinds["parameters"]["most"] == kinds["parameters"]["predicted"] > 0 for kinds in found["fsdp"].memory)
     assert not found["accelerate_local_sgd"].synchronous and found["ddp"].synchronous
-    assert cells(found["accelerate_local_sgd"])[2].startswith("(")
+    assert cells(found["accelerate_local_sgd"])[2] == "not sync."
+    assert len(found["ddp"].seconds) == 6 and found["ddp"].seconds == sorted(found["ddp"].seconds)
     assert [len(each["step_seconds"]) for each in found["ddp"].repeats] == [2, 2]  # those that no instrument disturbs
 
 

@@ -51,11 +51,7 @@ def compare(
         Failed: after all have run.
     """
     condition = Condition(settings.fail_if) if settings.fail_if else None
-    sizes = settings.world_sizes or [settings.launch.nproc]
-    if any(size < 1 for size in sizes):
-        raise ValueError(f"world_sizes={sizes} must be at least 1 each")
-    if settings.steps <= RECORDED:
-        raise ValueError(f"steps={settings.steps}: instruments look at the first {RECORDED}, use more")
+    sizes = _world_sizes(settings)
     cases = cases_of(settings.strategies, settings.baseline, sizes, settings.global_batch_size, settings.scaling)
     configs = {case.label: configure(case.overrides) for case in cases}
     _make_room(folder, settings.overwrite)
@@ -135,6 +131,15 @@ def show_difference(arguments: list[str]) -> None:
         raise Failed(f"fail_if: {condition.text}")
 
 
+def _world_sizes(settings: Comparison) -> list[int]:
+    sizes = settings.world_sizes or [settings.launch.nproc]
+    if any(size < 1 for size in sizes):
+        raise ValueError(f"world_sizes={sizes} must be at least 1 each")
+    if settings.steps <= RECORDED:
+        raise ValueError(f"steps={settings.steps}: instruments look at the first {RECORDED}, use more")
+    return sizes
+
+
 def _make_room(folder: Path, overwrite: bool) -> None:
     if not (folder / FILE).exists():
         return
@@ -175,7 +180,6 @@ def _row(case: Case, config: DictConfig, own: list[str], settings: Comparison) -
         about=" ".join(about(name) for name in case.entry.strategy.split("+")),
         cost=[text for each in classes if (text := _cost(each))],
         files=[str(Path(inspect.getfile(each)).relative_to(PROJECT)) for each in classes],
-        synchronous=all(each.synchronous for each in classes),
     )  # fmt: skip
 
 

@@ -40,8 +40,18 @@ def document(results: Results) -> str:
     return "\n".join(lines).rstrip() + "\n"
 
 
+def readme(results: Results) -> str:
+    """The README's block: the table, and where it was read."""
+    at = results.environment
+    return "\n".join([
+        sheet(results).markdown().partition("\n\n")[2],
+        f"(`{results.command}`, {results.made[:10]}, {at['cores']} cores of a shared {at['cpu']}; "
+        f"{results.steps} steps, medians of {results.asked} runs in turns.)", "", LEGEND, "",
+    ])  # fmt: skip
+
+
 LEGEND = (
-    "Δloss: the greatest difference from the loss of the baseline over all steps, in brackets where a strategy is not "
-    "synchronous. Memory: of tensors, at a step's peak, on the fullest rank. Sent: by the busiest rank, as a ring "
+    "Δloss: the greatest difference from the loss of the baseline over all steps; not sync.: it need not be "
+    "the same. Memory: of tensors, at a step's peak, on the fullest rank. Sent: by the busiest rank, as a ring "
     "sends it. Exposed: the share of a step in which ranks communicate and do not compute."
 )

@@ -27,7 +27,7 @@ COLUMNS = {  # figure: its title, and what is to be known of it
     "loss": ("loss", "of the last step"),
     "loss_difference": (
         "Δloss",
-        "greatest difference from the reference, over all steps; (in brackets): not synchronous",
+        "greatest difference from the reference, over all steps; not sync.: it need not be the same",
     ),
     "tokens_per_second": ("tokens/s", "median of the repeats"),
     "step_seconds": ("step ms", "median"),

@@ -5,9 +5,12 @@ from __future__ import annotations
 import csv
 import json
 from dataclasses import asdict, dataclass, field, fields
+from itertools import accumulate
 from pathlib import Path
 from statistics import mean, median
 from typing import Any
+
+from dtrain.cost import Message
 
 SCHEMA = 1
 FILE = "results.json"
@@ -36,7 +39,9 @@ class Row:
         memory: of each rank, by kind: `most`, `at_peak`, `predicted`, in bytes of tensors.
         memory_bytes: of tensors at the step's peak, on the rank with most.
         traffic, traffic_predicted: of each rank, a step's messages by axis and collective.
-        wire_bytes: that leave the rank that sends most in a step, where ranks stand in a ring.
+        wire_bytes: that leave the rank that sends most in a step, where ranks stand in a ring. Of what is not
+            synchronous, traffic is rank 0's alone, and the mean over the steps.
+        seconds: from the start to the end of every step, in the first repeat, summed up.
         time: of each rank, the shares of one step; exposed_share: of exposed communication, mean over the ranks.
         bubble: a pipeline's, measured and in theory.
     """
@@ -54,6 +59,7 @@ class Row:
     reason: str = ""
     failed: bool = False
     losses: list[float] = field(default_factory=list)
+    seconds: list[float] = field(default_factory=list)
     loss: float | None = None
     loss_difference: float | None = None
     repeats: list[dict[str, Any]] = field(default_factory=list)
@@ -97,14 +103,16 @@ class Row:
     def _take(self, summary: dict[str, Any], steps: list[dict[str, Any]]) -> None:
         """What one repeat tells as well as several."""
         self.losses, self.loss = [line["loss"] for line in steps], summary["loss"]
+        self.seconds = list(accumulate(line["step_seconds"] for line in steps))
+        self.synchronous = summary["synchronous"]
         self.ranks, self.mesh = summary["world_size"], summary["mesh"]
         self.peak_memory_bytes = summary["peak_memory_bytes"]
         profile = summary["profile"]
         self.bubble, ranks = profile["bubble"], profile["ranks"]
         self.memory = [rank["memory"]["kinds"] for rank in ranks if rank["memory"]]
         self.memory_bytes = max((rank["memory"]["peak"] for rank in ranks if rank["memory"]), default=None)
-        self.traffic = [rank["traffic"] for rank in ranks]
-        self.traffic_predicted = [rank["traffic_predicted"] for rank in ranks]
+        self.traffic = [rank["traffic"] for rank in ranks] if self.synchronous else [_mean_traffic(steps, self.mesh)]
+        self.traffic_predicted = [rank["traffic_predicted"] for rank in ranks][: len(self.traffic)]
         self.wire_bytes = sum(message["wire_bytes"] for message in self.traffic[self.busiest])
         self.time = [rank["time"] for rank in ranks]
         self.exposed_share = mean(rank["exposed"] / rank["step"] for rank in self.time)
@@ -119,6 +127,23 @@ class Row:
         """The least and the greatest of the repeats."""
         found = [median(each[figure]) if isinstance(each[figure], list) else each[figure] for each in self.repeats]
         return min(found), max(found)
+
+
+def _mean_traffic(steps: list[dict[str, Any]], mesh: dict[str, int]) -> list[dict[str, Any]]:
+    """Messages a step, over all steps: of strategies that do not communicate in each."""
+    found: dict[tuple[str, str], dict[str, float]] = {}
+    for line in steps:
+        for key, value in line.items():
+            axis, _, rest = key.partition("_")
+            operation, _, what = rest.rpartition("_")
+            if axis in mesh and what in ("calls", "bytes"):
+                each = found.setdefault((axis, operation), {"calls": 0.0, "bytes": 0.0})
+                each[what] += value / len(steps)
+    return [
+        {"axis": axis, "operation": operation, "calls": sums["calls"], "bytes": round(sums["bytes"]),
+         "wire_bytes": Message(axis, operation, 1, round(sums["bytes"])).wire_bytes(mesh[axis])}
+        for (axis, operation), sums in sorted(found.items())
+    ]  # fmt: skip
 
 
 @dataclass

@@ -29,7 +29,7 @@ from dtrain.compare.results import Results, Row
 from dtrain.compare.verdict import memory_of, size, verdicts
 
 POLL_S = 0.2
-WIDE = 100  # columns of a terminal that has room for all figures
+WIDE = 106  # columns of a terminal that has room for all figures
 # Starts one run: (case, folder) -> its summary. ValueError: not possible here; RuntimeError: it failed.
 Start = Callable[[Case, Path], dict[str, Any]]
 
@@ -172,8 +172,10 @@ def table(results: Results, *, wide: bool) -> Table:
 def cells(row: Row) -> list[str]:
     """A row's figures in words, in the order of the table."""
     difference = "–" if row.loss_difference is None else f"{row.loss_difference:.1e}"
+    if not row.synchronous:
+        difference = "not sync."
     return [
-        str(row.ranks), f"{row.loss:.4f}", difference if row.synchronous else f"({difference})",
+        str(row.ranks), f"{row.loss:.4f}", difference,
         f"{row.tokens_per_second:,.0f}", f"{(row.step_seconds or 0) * 1e3:,.0f}", size(memory_of(row)),
         size(row.wire_bytes or 0), f"{row.exposed_share or 0:.0%}",
     ]  # fmt: skip

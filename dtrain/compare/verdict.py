@@ -88,9 +88,14 @@ def distinct(one: Row, other: Row) -> bool:
     return high < least or most < low
 
 
-def median_steps(row: Row) -> list[float]:
-    """Seconds of every undisturbed step of every repeat."""
-    return [seconds for each in row.repeats for seconds in each["step_seconds"]]
+def equal_time(rows: Sequence[Row]) -> float:
+    """Seconds in which the quickest of them made all its steps, in its first repeat."""
+    return min(row.seconds[-1] for row in rows)
+
+
+def loss_at(row: Row, seconds: float) -> float:
+    """Of the last step that had ended then; of the first one, if none had."""
+    return row.losses[max(0, sum(end <= seconds for end in row.seconds) - 1)]
 
 
 def size(number: float) -> str:

@@ -153,6 +153,10 @@ class Strategy:
     def reduce_gradients(self, model: nn.Module, plan: Plan) -> None:
         """Finish the gradients after the last backward pass of an update, before they are clipped."""
 
+    def norm(self, norm: Tensor, plan: Plan) -> Tensor:
+        """What is told of the gradient's norm, where ranks along `axis` have gradients of their own. A collective."""
+        return norm
+
     def copies(self, model: nn.Module) -> list[nn.Parameter]:
         """Parameters that are copies of another rank's or piece's: their gradients count once."""
         return []

@@ -1,0 +1,245 @@
+"""Local SGD, DiLoCo and federated averaging: each rank trains alone; every H steps their weights meet.
+
+    inner, H times:  w_r <- w_r - optimizer(g_r)                  on every rank r, of its own rows
+    outer:           D = mean over the ranks of (w0 - w_r)        the pseudo-gradient: the only message
+                     v <- m v + D;  w0 <- w0 - lr (D + m v)       Nesterov (or plain) momentum
+                     w_r <- w0
+
+With lr 1 and m 0 the new w0 is the mean of the weights: local SGD, and the averaging of federated runs. DiLoCo is inner
+AdamW, lr 0.7, m 0.9. `fragments` exchanges the weights in parts, at different steps; `delay` goes on training while a
+message is under way, and takes what has come, mixed with its own weights, so many steps later (streaming DiLoCo).
+
+Not a synchronous strategy: its losses are not one process's. A figure told of a step is the mean over the ranks.
+Evaluations and checkpoints are of the ranks' mean; a run that resumes begins there, with the mean of their moments too.
+Cost of H steps, per rank: one all-reduce of the weights, 2 (n-1)/n times their bytes on a ring: 1/H of ddp's. Memory,
+where the outer step is more than a mean: w0 and v, twice the weights.
+Sources: Stich 2019, "Local SGD" (1805.09767); McMahan et al. 2016, federated averaging (1602.05629); Douillard et al.
+2023, DiLoCo (2311.08105); Douillard et al. 2025, "Streaming DiLoCo" (2501.18512).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from dtrain.accumulate import Accumulate
+from dtrain.batch import Batch, Models, Sums
+from dtrain.cost import Message, message
+from dtrain.footprint import Footprint
+from dtrain.optimizer import fill_state, named_tensors
+from dtrain.strategy.base import REST, Executor, Strategy, local
+
+if TYPE_CHECKING:
+    from dtrain.plan import Plan
+    from dtrain.task.base import Task, Update
+
+START, VELOCITY, STEPS = (
+    "outer_start",
+    "outer_velocity",
+    "outer_steps",
+)  # states of a parameter: w0, v, inner steps done
+
+
+class LocalSGD(Strategy):
+    """Each rank (or group of ranks that share a model) along `dp` trains alone, but for the outer steps.
+
+    Args:
+        degree: ranks along `dp`; -1: the rest of the world.
+        every: inner steps from one exchange of a weight to the next, H.
+        outer_lr, outer_momentum, nesterov: of the outer step; 1 and 0 take the mean.
+        fragments: parts of the weights, exchanged at steps of their own, evenly spread over H.
+        delay: steps that go on while a message is under way; below H.
+        mixing: share of a rank's own weights that it keeps when a delayed message has come.
+    """
+
+    axis = "dp"
+    synchronous = False
+
+    def __init__(
+        self, degree: int = REST, *, every: int = 8, outer_lr: float = 1.0, outer_momentum: float = 0.0,
+        nesterov: bool = True, fragments: int = 1, delay: int = 0, mixing: float = 0.5,
+    ) -> None:  # fmt: skip
+        super().__init__(degree)
+        self.every, self.fragments, self.delay, self.mixing = every, fragments, delay, mixing
+        self.outer_lr, self.outer_momentum, self.nesterov = outer_lr, outer_momentum, nesterov
+        for name, value, fits, wanted in (
+            ("every", every, every >= 1, "at least 1"), ("outer_lr", outer_lr, outer_lr > 0, "above 0"),
+            ("outer_momentum", outer_momentum, 0 <= outer_momentum < 1, "from 0 to below 1"),
+            ("fragments", fragments, 1 <= fragments <= every, f"from 1 to every={every}"),
+            ("delay", delay, 0 <= delay < every, f"from 0 to below every={every}"),
+            ("mixing", mixing, 0 <= mixing < 1, "from 0 to below 1"),
+        ):  # fmt: skip
+            if not fits:
+                raise ValueError(f"strategy.dp.{name}={value} must be {wanted}")
+
+    @property
+    def remembers(self) -> bool:
+        """Does the outer step need more than the ranks' weights?"""
+        return self.outer_lr != 1 or self.outer_momentum > 0 or self.delay > 0
+
+    def check(self, plan: Plan) -> None:
+        if plan.on("pp"):
+            raise ValueError(
+                "strategy local_sgd has a step of its own, and so has pipeline: use fsdp or tensor beside it"
+            )
+
+    def check_task(self, task: Task, plan: Plan) -> None:
+        if len(task.models) > len({update.trains for update in task.updates}):
+            raise ValueError(f"task {type(task).__name__} has a model that follows another, and each rank's would "
+                             f"follow its own: use ddp")  # fmt: skip
+
+    def norm(self, norm: Tensor, plan: Plan) -> Tensor:
+        """Root mean square over the ranks: each has clipped by its own."""
+        square = norm.square()
+        dist.all_reduce(square, group=plan.mesh[self.axis].get_group())
+        return (square / self.degree).sqrt()
+
+    def executor(self, models: Models, optimizers: Mapping[str, Optimizer], plan: Plan, micro_batches: int) -> Executor:
+        return Alone(self, models, optimizers, micro_batches, plan)
+
+    def footprint(self, footprint: Footprint, plan: Plan) -> Footprint:
+        each, once = footprint.state_bytes
+        outer = 2 * footprint.weight_bytes if self.remembers else 0
+        return replace(footprint, state_bytes=(each + outer, once + torch.float32.itemsize))
+
+    def cost(self, footprint: Footprint, plan: Plan) -> list[Message]:
+        if self.every > 1:
+            raise ValueError(f"local_sgd's messages are of each {self.every}th step, not of every step")
+        sizes = [[weight for weight in piece.weights if weight.ready is not None] for piece in footprint.pieces]
+        elements = [sum(_elements(weight.held) for weight in weights) for weights in sizes]
+        return [message(self.axis, "all_reduce", elements, footprint.reduce_bytes)]
+
+
+@dataclass
+class Underway:
+    """A fragment's message: what comes of it is needed at the inner step `due`."""
+
+    due: int
+    parameters: list[nn.Parameter]
+    flat: Tensor
+    work: dist.Work | None
+
+
+class Alone(Accumulate):
+    """Inner steps as everywhere, outer steps between the ranks of `dp`."""
+
+    def __init__(
+        self, strategy: LocalSGD, models: Models, optimizers: Mapping[str, Optimizer], micro_batches: int, plan: Plan
+    ) -> None:
+        super().__init__(models, micro_batches, plan)
+        self.strategy, self.optimizers = strategy, optimizers
+        self.group = plan.mesh[strategy.axis].get_group()
+        self.underway: dict[str, list[Underway]] = {name: [] for name in optimizers}
+
+    @torch.no_grad()
+    def step(self, model: str, optimizer: Optimizer) -> None:
+        parameters = self._parameters(model)
+        starts = None if self._begun(model) else [p.detach().clone() for p in parameters]
+        optimizer.step()
+        if starts:
+            self._begin(model, starts)
+        for parameter in parameters:
+            optimizer.state[parameter][STEPS] += 1
+        done = int(optimizer.state[parameters[0]][STEPS])
+        for index in range(self.strategy.fragments):
+            if (done + index * self.strategy.every // self.strategy.fragments) % self.strategy.every == 0:
+                self._send(model, parameters[index :: self.strategy.fragments], done)
+        while self.underway[model] and self.underway[model][0].due <= done:
+            self._receive(model, self.underway[model].pop(0))
+
+    def _send(self, model: str, parameters: list[nn.Parameter], done: int) -> None:
+        """Hand the fragment's pseudo-gradients (or, where a mean is enough, its weights) to one all-reduce."""
+        states = self.optimizers[model].state
+        if self.strategy.remembers:
+            values = [local(states[p][START]) - local(p) for p in parameters]
+        else:
+            values = [local(p) for p in parameters]
+        flat = torch.cat([value.flatten() for value in values]).to(self.plan.precision.reduce_dtype)
+        work = dist.all_reduce(flat, group=self.group, async_op=self.strategy.delay > 0)
+        self.underway[model].append(Underway(done + self.strategy.delay, parameters, flat, work))
+
+    def _receive(self, model: str, message: Underway) -> None:
+        """The outer step of a fragment."""
+        if message.work:
+            message.work.wait()
+        s, states = self.strategy, self.optimizers[model].state
+        means = (message.flat / self.group.size()).split([local(p).numel() for p in message.parameters])
+        for parameter, mean in zip(message.parameters, means, strict=True):
+            weight, state = local(parameter), states[parameter]
+            mean = mean.view_as(weight).to(weight.dtype)
+            if not s.remembers:
+                weight.copy_(mean)
+                continue
+            velocity = local(state[VELOCITY]).mul_(s.outer_momentum).add_(mean)
+            move = mean + s.outer_momentum * velocity if s.nesterov else velocity
+            start = local(state[START]).sub_(move, alpha=s.outer_lr)
+            weight.copy_(start.lerp(weight, s.mixing) if s.delay else start)
+
+    def _parameters(self, model: str) -> list[nn.Parameter]:
+        """In the order of the model, which is the same under every plan."""
+        stepped = {id(p) for group in self.optimizers[model].param_groups for p in group["params"]}
+        return [p for p in self.models[model].parameters() if id(p) in stepped]
+
+    def _begun(self, model: str) -> bool:
+        return STEPS in self.optimizers[model].state.get(self._parameters(model)[0], {})
+
+    def _begin(self, model: str, starts: list[Tensor]) -> None:
+        """The outer step's states, at its first inner step; an optimizer would take earlier ones for its own."""
+        for parameter, start in zip(self._parameters(model), starts, strict=True):
+            state = self.optimizers[model].state[parameter]
+            state[STEPS] = torch.zeros(())
+            if self.strategy.remembers:
+                state |= {START: start, VELOCITY: torch.zeros_like(start)}
+
+    def _states(self, model: str) -> dict[str, Tensor]:
+        """The live weights, buffers and states by their names; made, where no step has been yet."""
+        optimizer = self.optimizers[model]
+        if not self._begun(model):
+            if not optimizer.state:
+                fill_state(optimizer)
+            self._begin(model, [p.detach().clone() for p in self._parameters(model)])
+        return named_tensors(self.plan.unwrap(self.models[model]), optimizer)
+
+    @torch.no_grad()
+    def evaluate(self, update: Update, batch: Batch) -> Sums:
+        parameters = [p for name in self.optimizers for p in self._parameters(name)]
+        own = [local(p).clone() for p in parameters]
+        for parameter in parameters:
+            self._mean(local(parameter))
+        try:
+            return super().evaluate(update, batch)
+        finally:
+            for parameter, weight in zip(parameters, own, strict=True):
+                local(parameter).copy_(weight)
+
+    @torch.no_grad()
+    def tensors(self, model: str) -> dict[str, Tensor]:
+        """The ranks' mean of each."""
+        found = {name: tensor.detach().clone() for name, tensor in self._states(model).items()}
+        for tensor in found.values():
+            self._mean(local(tensor))
+        return found
+
+    @torch.no_grad()
+    def restore(self, model: str, tensors: dict[str, Tensor]) -> None:
+        for name, tensor in self._states(model).items():
+            tensor.copy_(tensors[name])
+        for parameter in self._parameters(model):
+            state = self.optimizers[model].state[parameter]
+            if START in state and not state[STEPS]:  # weights from elsewhere, with which all begins
+                local(state[START]).copy_(local(parameter))
+
+    def _mean(self, tensor: Tensor) -> None:
+        if tensor.is_floating_point():
+            dist.all_reduce(tensor, group=self.group)
+            tensor /= self.group.size()
+
+
+def _elements(shape: tuple[int, ...]) -> int:
+    return int(torch.Size(shape).numel())

@@ -1,0 +1,229 @@
+"""Local SGD and DiLoCo against a simulation in one process whose outer step is torch's own SGD, and against ddp."""
+
+from __future__ import annotations
+
+from copy import deepcopy
+from functools import partial
+from typing import Any
+from unittest import mock
+
+import pytest
+import torch
+import torch.distributed as dist
+from cases import ROWS, STRATEGIES, TASKS, Case, adamw, plan_of, refusal
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from test_checkpoint import _train
+
+from dtrain.batch import divide
+from dtrain.profile import Profile
+from dtrain.strategy.base import whole
+from dtrain.strategy.ddp import DDP
+from dtrain.strategy.fsdp import FSDP
+from dtrain.strategy.local_sgd import LocalSGD
+from dtrain.strategy.pipeline import Pipeline
+from dtrain.strategy.tensor import TensorParallel
+from dtrain.train import Settings, Trainer
+
+TOLERANCE = 1e-12
+STEPS = 9
+Found = tuple[list[float], list[float], dict[str, torch.Tensor]]
+
+
+def sgd(model: torch.nn.Module) -> torch.optim.Optimizer:
+    return torch.optim.SGD(model.parameters(), lr=0.3)
+
+
+def made(
+    strategies: list[Any], size: int, optimizer: Any, clip_norm: float | None = None, steps: int = STEPS
+) -> Trainer:
+    case = Case("masked_token", "local", "fp64", clip_norm=clip_norm)
+    with mock.patch.dict(STRATEGIES, {"local": strategies}):
+        plan = plan_of(case, size).connect()
+    return Trainer(TASKS["masked_token"](), plan, optimizer, Settings(steps, global_batch_size=ROWS))
+
+
+def trained(strategies: list[Any], size: int, optimizer: Any = sgd, clip_norm: float | None = None) -> Found:
+    """Losses, norms, and the weights that a checkpoint would have."""
+    trainer = made(strategies, size, optimizer, clip_norm)
+    steps = list(trainer.steps())
+    state = {name: whole(t).clone() for name, t in trainer.state().items() if not name.startswith("optimizer.")}
+    return [step.loss for step in steps], [step.grad_norm for step in steps], state
+
+
+def simulated(ranks: int, options: dict[str, Any], optimizer: Any = sgd, clip_norm: float | None = None) -> Found:
+    """All ranks in this process, by loops; the outer step is torch.optim.SGD's on the mean difference."""
+    o = {
+        "every": 8,
+        "outer_lr": 1.0,
+        "outer_momentum": 0.0,
+        "nesterov": True,
+        "fragments": 1,
+        "delay": 0,
+        "mixing": 0.5,
+    } | options
+    trainer = made([], 1, optimizer)
+    (update,), (start,) = trainer.task.updates, trainer.models.values()
+    replicas = [deepcopy(start) for _ in range(ranks)]
+    inner = [optimizer(model) for model in replicas]
+    names = [list(model.parameters()) for model in replicas]
+    outer = [torch.nn.Parameter(p.detach().clone()) for p in names[0]]
+    momentum = {"momentum": o["outer_momentum"], "nesterov": o["nesterov"] and o["outer_momentum"] > 0}
+    steppers = [torch.optim.SGD([p], lr=o["outer_lr"], **momentum) for p in outer]
+    losses, norms, coming = [], [], []
+    for step in range(STEPS):
+        batch = trainer.task.batch(step)
+        scale, squares, parts = ranks / update.count(batch).double(), 0.0, []
+        for model, optimizer_, rows in zip(replicas, inner, divide(batch, ranks), strict=True):
+            loss = update.loss({"model": model}, rows) * scale
+            loss.backward()
+            norm = torch.nn.utils.clip_grad_norm_(model.parameters(), clip_norm or float("inf"))
+            optimizer_.step()
+            optimizer_.zero_grad()
+            squares, parts = squares + norm.item() ** 2, [*parts, loss.item()]
+        losses.append(sum(parts) / ranks)
+        norms.append((squares / ranks) ** 0.5)
+        for fragment in range(o["fragments"]):
+            if (step + 1 + fragment * o["every"] // o["fragments"]) % o["every"] == 0:
+                which = range(fragment, len(outer), o["fragments"])
+                coming.append(
+                    (
+                        step + o["delay"],
+                        {i: sum((outer[i] - each[i]).detach() for each in names) / ranks for i in which},
+                    )
+                )
+        while coming and coming[0][0] <= step:
+            for index, difference in coming.pop(0)[1].items():
+                outer[index].grad = difference
+                steppers[index].step()
+                for each in names:
+                    keep = o["mixing"] if o["delay"] else 0.0
+                    each[index].data = keep * each[index].data + (1 - keep) * outer[index].data
+    mean = {f"model.{name}": sum(dict(model.named_parameters())[name] for model in replicas).detach() / ranks
+            for name, _ in start.named_parameters()}  # fmt: skip
+    return losses, norms, mean
+
+
+def assert_alike(found: Found, expected: Found) -> None:
+    assert found[0] == pytest.approx(expected[0], rel=TOLERANCE)
+    assert found[1] == pytest.approx(expected[1], rel=TOLERANCE)
+    for name, tensor in expected[2].items():
+        difference = (found[2][name] - tensor).norm().item()
+        assert difference <= 10 * TOLERANCE * tensor.norm().item(), name
+
+
+@pytest.mark.parametrize("size", [2, 3])
+def test_exchanging_every_step_is_ddp(size: int, world) -> None:
+    expected = world(size).run(trained, [DDP], size)[0]
+    for losses, _, weights in world(size).run(trained, [partial(LocalSGD, every=1)], size):
+        assert_alike((losses, expected[1], weights), expected)  # norms are of a rank's own gradient
+
+
+OPTIONS = {
+    "mean": {"every": 4},
+    "diloco": {"every": 3, "outer_lr": 0.7, "outer_momentum": 0.9},
+    "plain momentum": {"every": 2, "outer_lr": 0.5, "outer_momentum": 0.6, "nesterov": False},
+    "streaming": {"every": 4, "outer_lr": 0.7, "outer_momentum": 0.9, "fragments": 3, "delay": 2, "mixing": 0.3},
+}
+
+
+@pytest.mark.parametrize("name", OPTIONS)
+def test_it_is_what_the_simulation_says(name: str, world) -> None:
+    """With AdamW and clipping by each rank's own norm."""
+    expected = world(3).run(simulated, 3, OPTIONS[name], adamw, 0.4)[0]
+    for found in world(3).run(trained, [partial(LocalSGD, **OPTIONS[name])], 3, adamw, 0.4):
+        assert_alike(found, expected)
+
+
+drawn = st.integers(1, 6).flatmap(lambda every: st.fixed_dictionaries({
+    "every": st.just(every), "fragments": st.integers(1, every), "delay": st.integers(0, every - 1), "mixing": st.sampled_from([0.0, 0.5]),
+    "outer_lr": st.sampled_from([1.0, 0.7]), "outer_momentum": st.sampled_from([0.0, 0.9]), "nesterov": st.booleans(),
+}))  # fmt: skip
+
+
+@settings(max_examples=12)
+@given(options=drawn)
+def test_any_options_are_what_the_simulation_says(options: dict[str, Any], world) -> None:
+    expected = world(2).run(simulated, 2, options)[0]
+    assert_alike(world(2).run(trained, [partial(LocalSGD, **options)], 2)[1], expected)
+
+
+@pytest.mark.parametrize("beside", [[FSDP], [partial(TensorParallel, degree=2)]], ids=["fsdp", "tensor"])
+@pytest.mark.parametrize("name", ["mean", "streaming"])
+def test_beside_others_it_is_the_same(name: str, beside: list[Any], world) -> None:
+    """Two groups that share a model each. `fsdp` divides the rows of a group further, which changes no mean."""
+    options = OPTIONS[name]
+    alone = world(2).run(trained, [partial(LocalSGD, 2, **options)], 2, adamw, None)[0]
+    for found in world(4).run(trained, [partial(LocalSGD, 2, **options), *beside], 4, adamw, None):
+        assert_alike(found, alone)
+
+
+def counted(strategies: list[Any], size: int, steps: int) -> dict[str, int]:
+    """Bytes of all messages along dp in so many steps, after two in which ddp finds its buckets."""
+    trainer = made(strategies, size, sgd, steps=steps + 2)
+    with Profile(trainer.plan) as profile:
+        trainer.phase = profile.phase
+        sent = [sum(m.bytes for m in profile.traffic if m.axis == "dp") for _ in profile.steps(trainer)][2:]
+    return {"bytes": sum(sent), "exchanges": sum(map(bool, sent))}
+
+
+@pytest.mark.parametrize(
+    "options", [{"every": 4}, {"every": 4, "outer_lr": 0.7, "outer_momentum": 0.9}, {"every": 4, "fragments": 2}]
+)
+def test_bytes_fall_by_exactly_h(options: dict[str, Any], world) -> None:
+    every = world(2).run(counted, [DDP], 2, 8)[0]
+    here = world(2).run(counted, [partial(LocalSGD, **options)], 2, 8)[0]
+    assert every["bytes"] == 4 * here["bytes"] > 0
+    assert (every["exchanges"], here["exchanges"]) == (8, 2 * options.get("fragments", 1))
+
+
+def test_between_exchanges_ranks_differ_and_after_them_they_agree(world) -> None:
+    for sums in world(2).run(apart, {"every": 3}, 2):
+        assert [a == b for a, b in sums] == [False, False, True] * 3
+
+
+def apart(options: dict[str, Any], size: int) -> list[list[float]]:
+    trainer, found = made([partial(LocalSGD, **options)], size, adamw), []
+    for _ in trainer.steps():
+        own = torch.stack([p.detach().sum() for m in trainer.models.values() for p in m.parameters()]).sum()
+        every = [torch.zeros_like(own) for _ in range(dist.get_world_size())]
+        dist.all_gather(every, own)
+        found.append([each.item() for each in every])
+        before = own.item()
+        trainer.evaluate()  # of the mean, which leaves each rank its own
+        assert before == torch.stack([p.detach().sum() for m in trainer.models.values() for p in m.parameters()]).sum()
+    return found
+
+
+def test_a_checkpoint_at_an_exchange_goes_on_with_the_same_weights(world, tmp_path) -> None:
+    """The inner moments are the ranks' mean, so with momentum-free inner steps only would the curve be the same."""
+    known = {"diloco": [partial(LocalSGD, every=4, outer_lr=0.7, outer_momentum=0.9)]}
+    case = Case("next_token", "diloco", steps=8)
+    complete = world(2).run(kept, known, case, 2, str(tmp_path / "run"), True, False)[0]
+    resumed = world(2).run(kept, known, case, 2, str(tmp_path / "run"), False, True)[0]
+    assert resumed.losses[0] == pytest.approx(complete.losses[4], rel=TOLERANCE)
+    assert resumed.losses == pytest.approx(complete.losses[4:], rel=0.02)
+
+
+def kept(known: dict[str, Any], *arguments: Any) -> Any:
+    with mock.patch.dict(STRATEGIES, known):
+        return _train(*arguments)
+
+
+@pytest.mark.parametrize(("options", "said"), [
+    ({"every": 0}, "every=0 must be at least 1"), ({"outer_lr": 0.0}, "outer_lr=0.0 must be above 0"),
+    ({"outer_momentum": 1.0}, "must be from 0 to below 1"), ({"fragments": 9}, "fragments=9 must be from 1 to every=8"),
+    ({"delay": 8}, "delay=8 must be from 0 to below every=8"), ({"mixing": 1.0}, "mixing=1.0 must be"),
+])  # fmt: skip
+def test_impossible_options_are_refused(options: dict[str, Any], said: str) -> None:
+    with pytest.raises(ValueError, match="strategy.dp.") as error:
+        LocalSGD(2, **options)
+    assert said in str(error.value)
+
+
+def test_what_cannot_be_beside_it_is_refused() -> None:
+    with mock.patch.dict(
+        STRATEGIES, {"both": [partial(LocalSGD, 2), partial(Pipeline, 2)], "local": [partial(LocalSGD, 2)]}
+    ):
+        assert "has a step of its own" in refusal(Case("next_token", "both"), 4)
+        assert refusal(Case("gan", "local"), 2) == ""
