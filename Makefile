@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 PIP := $(VENV)/bin/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
-.PHONY: demo test lint readme readme-figures bench-bubble bench-traffic bench-bert bench-gan bench-augment clean
+.PHONY: demo test lint readme readme-figures bench-bubble bench-traffic bench-bert bench-gan bench-augment bench-async clean
 
 demo: $(VENV)/.run
 	$(VENV)/bin/python scripts/compare.py
@@ -31,6 +31,9 @@ bench-gan: $(VENV)/.test
 bench-augment: $(VENV)/.test
 	$(VENV)/bin/python scripts/bench_augment.py
 
+bench-async: $(VENV)/.run
+	$(VENV)/bin/python scripts/bench_async.py
+
 readme-figures: $(VENV)/.test
 	$(VENV)/bin/python scripts/readme_figures.py
 
@@ -41,7 +44,7 @@ readme: $(VENV)/.test
 $(VENV)/.run: pyproject.toml constraints.txt
 	test -x $(VENV)/bin/python || $(PYTHON) -m venv $(VENV)
 	$(PIP) torch
-	$(PIP) --editable .
+	$(PIP) --editable '.[accelerate,deepspeed]'
 	touch $@
 
 $(VENV)/.test: $(VENV)/.run

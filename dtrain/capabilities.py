@@ -5,7 +5,8 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
-from dtrain.config import CONFIGS, about
+from dtrain.about import about
+from dtrain.config import CONFIGS
 from dtrain.report.sheet import Sheet
 from dtrain.survey import ITSELF, PARTLY, REFUSED, SAME_AXIS, Trial, survey
 

@@ -40,12 +40,15 @@ class Checkpoints:
         folder: where they go; shared by all ranks.
         keep_last: how many to keep.
         asynchronous: copy the tensors and write them while training goes on.
+        ranks: that save, the first among them; None: all.
     """
 
-    def __init__(self, folder: Path, *, keep_last: int, asynchronous: bool = False) -> None:
+    def __init__(
+        self, folder: Path, *, keep_last: int, asynchronous: bool = False, ranks: list[int] | None = None
+    ) -> None:
         self.folder, self.keep_last, self.asynchronous = folder, keep_last, asynchronous
         # A group of its own: a thread's collectives must not mix with the training's.
-        self._group = dist.new_group(backend="gloo")
+        self._group = dist.new_group(ranks, backend="gloo")
         self._stager = DefaultStager(StagingOptions(False, False, False, False))  # plain copies in host memory
         self._thread: threading.Thread | None = None
         self._error: BaseException | None = None

@@ -5,7 +5,6 @@ Everything pluggable is a node with a `_target_`; the constructor of that class 
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields, is_dataclass
 from inspect import signature
@@ -78,6 +77,12 @@ class Fault:
 
 
 @dataclass
+class Straggler:
+    rank: int | None = at_least(0)
+    factor: float = at_least(1)
+
+
+@dataclass
 class Config:
     """A run. Groups are free-form; `configs/train.yaml` says what each scalar does."""
 
@@ -109,6 +114,7 @@ class Config:
     schedule: Schedule = field(default_factory=Schedule)
     measure: Measure = field(default_factory=Measure)
     fault: Fault = field(default_factory=Fault)
+    straggler: Straggler = field(default_factory=Straggler)
 
 
 @dataclass
@@ -134,12 +140,6 @@ def register() -> None:
 def options(group: str) -> list[str]:
     """The names that a group has to choose from."""
     return sorted(file.stem for file in (CONFIGS / group).glob("*.yaml"))
-
-
-def about(strategy: str) -> str:
-    """The comment with which a strategy's YAML begins."""
-    found = re.search("# *(.*)", (CONFIGS / "strategy" / f"{strategy}.yaml").read_text())
-    return found[1] if found else ""
 
 
 def check_axes(names: list[str]) -> None:

@@ -6,8 +6,10 @@ import os
 import shutil
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 from torch import nn
+from torch.optim import Optimizer
 
 from dtrain import launch
 from dtrain.accelerator import refuse_contradictions
@@ -18,6 +20,7 @@ from dtrain.data.base import Data
 from dtrain.data.sources import Source
 from dtrain.data.tokenizer import Tokenizer
 from dtrain.launch import World
+from dtrain.optimizer import parameter_groups
 from dtrain.plan import Plan
 from dtrain.precision import Precision
 from dtrain.profile import RECORDED
@@ -40,6 +43,11 @@ class Job:
     plan: Plan
     logger: Logger
 
+    @property
+    def asynchronous(self) -> bool:
+        """Do ranks train without meeting in every step?"""
+        return any(strategy.asynchronous for strategy in self.plan.strategies)
+
 
 def assemble(config: Config, world: World) -> Job:
     """Build the parts and check them against each other and the world.
@@ -60,6 +68,8 @@ def assemble(config: Config, world: World) -> Job:
         raise ValueError(f"profile=true looks at a run's first {RECORDED} steps, steps={config.steps} are too few")
     if config.fault.rank is not None and config.fault.rank >= world.size:
         raise ValueError(f"fault.rank={config.fault.rank} is none of the {world.size} ranks of this run")
+    if config.straggler.rank is not None and config.straggler.rank >= world.size:
+        raise ValueError(f"straggler.rank={config.straggler.rank} is none of the {world.size} ranks of this run")
     logger = All([make(node, Logger, f"logger.{name}") for name, node in config.logger.items()])
     data, task = task_of(config, shown=world.rank == 0)
     plan.check_task(task)
@@ -80,3 +90,8 @@ def model_factories(config: Config) -> dict[str, ModelFactory]:
     if "_target_" in config.model:
         return {"model": partial(make, config.model, nn.Module, "model")}
     return {name: partial(make, node, nn.Module, f"model.{name}") for name, node in config.model.items()}
+
+
+def optimizer_of(node: dict[str, Any], model: nn.Module) -> Optimizer:
+    """The configured optimizer of a model's parameters."""
+    return make(node, Optimizer, "optimizer", params=parameter_groups(model))

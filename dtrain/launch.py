@@ -48,7 +48,7 @@ class RanksFailed(RuntimeError):
         self.status = status
 
 
-def _tied(starter: int, function: Callable[..., Any], *arguments: Any) -> Any:
+def tied(starter: int, function: Callable[..., Any], *arguments: Any) -> Any:
     """Call the function in a rank that ends when the process that has started the ranks is gone, however it ended."""
     threading.Thread(target=_end_with, args=(starter,), daemon=True).start()
     return function(*arguments)
@@ -206,7 +206,7 @@ def spawn(
         logging.getLogger(name).setLevel(logging.CRITICAL)
     multiprocessing.set_forkserver_preload(PRELOADED)
     try:
-        return elastic_launch(config, _tied)(os.getpid(), function, *arguments)[0]
+        return elastic_launch(config, tied)(os.getpid(), function, *arguments)[0]
     except ChildFailedError as error:
         rank, failure = error.get_first_failure()
         raise RanksFailed(rank, failure.exitcode, _said(failure.error_file)) from error

@@ -14,21 +14,22 @@ from torch import nn
 from torch.optim import Optimizer
 
 from dtrain import checkpoint, launch, pictures, saved
+from dtrain.asynchronous import Asynchronous
 from dtrain.batch import Sums
 from dtrain.checkpoint import Checkpoints
-from dtrain.config import Config, make
+from dtrain.config import Config
 from dtrain.cost import Cost, fold
 from dtrain.figures import facts, meter_of, summary_of
 from dtrain.hang import Watch
-from dtrain.job import Job, assemble
+from dtrain.job import Job, assemble, optimizer_of
 from dtrain.launch import World, agree
 from dtrain.measure import memory
-from dtrain.optimizer import parameter_groups
 from dtrain.profile import RECORDED, Profile
 from dtrain.report import ranklog
 from dtrain.report.base import All, Run
+from dtrain.straggler import slowed
 from dtrain.trace import trace
-from dtrain.train import Phase, Settings, Trainer
+from dtrain.train import FORWARD_BACKWARD, Phase, Settings, Trainer
 
 
 def run(config: Config, world: World, folder: Path, strategy: str) -> dict[str, Any]:
@@ -52,7 +53,9 @@ def run(config: Config, world: World, folder: Path, strategy: str) -> dict[str, 
         stack.enter_context(ranklog.writing(folder, world.rank))
         job = replace(job, plan=job.plan.connect(), logger=job.logger if world.rank == 0 else All())
         stack.callback(job.logger.close)
-        watch = stack.enter_context(Watch(job.plan, config.launch.timeout_s))
+        watch = Watch(job.plan, config.launch.timeout_s)
+        if not job.asynchronous:  # whose ranks may wait as long as they like
+            stack.enter_context(watch)
         with watch.explaining():
             return _train(job, world, folder, strategy, stack, watch)
 
@@ -67,17 +70,12 @@ def _train(job: Job, world: World, folder: Path, strategy: str, stack: ExitStack
     )  # fmt: skip
     optimizer = partial(optimizer_of, config.optimizer)
     profile, phase = _instruments(job, optimizer, stack, watch)
-    trainer = Trainer(job.task, plan, optimizer, settings, phase)
+    trainer = _trainer(job, world, optimizer, settings, phase)
+    apart = trainer if isinstance(trainer, Asynchronous) else None
     _take_weights(trainer, job, folder)
     if profile and config.steps - trainer.next_step < RECORDED:
         raise ValueError(f"profile=true needs {RECORDED} steps, {config.steps - trainer.next_step} are left: use more")
-    checkpoints = None
-    if config.checkpoint.every:
-        options = config.checkpoint
-        checkpoints = Checkpoints(
-            folder / "checkpoints", keep_last=options.keep_last, asynchronous=options.asynchronous
-        )
-        stack.callback(checkpoints.wait)
+    checkpoints = _checkpoints(config, folder, apart, stack)
     about = Run(strategy, plan.degrees, world.size, trainer.next_step, config.steps, folder,
                 facts(job, meter, peak_source), asdict(config))  # fmt: skip
     job.logger.start(about)
@@ -88,7 +86,7 @@ def _train(job: Job, world: World, folder: Path, strategy: str, stack: ExitStack
     for step in profile.steps(trainer) if profile else trainer.steps():
         if not (profile and profile.disturbed):
             meter.add(step.tokens_per_second * step.step_seconds, step.step_seconds)
-        figures = step.figures() | (profile.figures() if profile else {})
+        figures = step.figures() | (source.figures() if (source := profile or apart) else {})
         if _due(step.step, config.eval.every, config.steps) and (totals := trainer.totals()):
             figures |= _evaluated(job, totals, folder, step.step)
         job.logger.step(figures)
@@ -97,12 +95,28 @@ def _train(job: Job, world: World, folder: Path, strategy: str, stack: ExitStack
         watch.step(step.step + 1)
     if checkpoints:
         checkpoints.wait()  # what it could not write is an error of the run's
+    if apart:
+        figures = agree(lambda: figures)  # a worker has none
     summary = summary_of(job, world, strategy, figures, meter, peak_source)
+    if apart:
+        summary["profile"] = apart.report()
     if profile:
         summary["profile"], spans = profile.summary()
         job.logger.profile(summary["profile"], spans, f"{strategy} on {world.size} ranks: one step")
     job.logger.finish(summary)
     return summary
+
+
+def _checkpoints(config: Config, folder: Path, apart: Asynchronous | None, stack: ExitStack) -> Checkpoints | None:
+    """Where the run's go, if it has any. A collective."""
+    if not config.checkpoint.every:
+        return None
+    options, ranks = config.checkpoint, apart.saving if apart else None
+    made = Checkpoints(
+        folder / "checkpoints", keep_last=options.keep_last, asynchronous=options.asynchronous, ranks=ranks
+    )
+    stack.callback(made.wait)
+    return made
 
 
 def _instruments(
@@ -111,7 +125,7 @@ def _instruments(
     """The profile that is asked for, and what the trainer tells its phases."""
     fault, profile = job.config.fault, None
     observed: Phase = nullcontext
-    if job.config.profile:
+    if job.config.profile and not job.asynchronous:
         profile = stack.enter_context(Profile(job.plan, _predicted(job, optimizer)))
         observed = profile.phase
 
@@ -120,7 +134,23 @@ def _instruments(
         with watch.skipping(fault.step, name), observed(name):
             yield
 
+    @contextmanager
+    def slow(name: str) -> Iterator[None]:
+        with observed(name), slowed(job.config.straggler, dist.get_rank() if name == FORWARD_BACKWARD else -1):
+            yield
+
+    if job.config.straggler.rank == dist.get_rank():
+        return profile, slow
     return profile, faulty if fault.rank == dist.get_rank() else observed
+
+
+def _trainer(
+    job: Job, world: World, optimizer: Callable[[nn.Module], Optimizer], settings: Settings, phase: Phase
+) -> Trainer:
+    """A collective."""
+    if job.asynchronous:
+        return Asynchronous(job.task, job.plan, optimizer, settings, job.config, world)
+    return Trainer(job.task, job.plan, optimizer, settings, phase)
 
 
 def _predicted(job: Job, optimizer: Callable[[nn.Module], Optimizer]) -> Cost | None:
@@ -144,10 +174,6 @@ def _writable(folder: Path) -> Path:
     probe.touch()
     probe.unlink()
     return folder.resolve()
-
-
-def optimizer_of(node: dict[str, Any], model: nn.Module) -> Optimizer:
-    return make(node, Optimizer, "optimizer", params=parameter_groups(model))
 
 
 def _evaluated(job: Job, totals: Sums, folder: Path, step: int) -> dict[str, float]:

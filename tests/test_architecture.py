@@ -23,7 +23,7 @@ BELOW = {
     "draw": set(),
     "model": {"layout"},
     "accelerator": {"accumulate", "batch", "optimizer"},
-    "strategy": {"accelerator", "accumulate", "batch", "cost", "engine", "exchange", "footprint", "layout", "optimizer", "schedule", "split", "stages",
+    "strategy": {"accelerator", "accumulate", "batch", "board", "compression", "cost", "engine", "exchange", "footprint", "layout", "optimizer", "schedule", "split", "stages",
                  "zero"},
     "engine": set(),
     "zero": {"cost", "footprint", "optimizer"},
@@ -47,10 +47,15 @@ BELOW = {
     "info": {"batch", "initialize", "layout", "measure", "precision"},
     "launch": {"measure"},
     "report": {"footprint", "info", "measure", "schedule", "train"},
-    "compare": {"config", "cost", "measure", "profile", "report"},
+    "board": set(),
+    "compression": set(),
+    "link": set(),
+    "about": {"config"},
+    "straggler": {"config"},
+    "compare": {"about", "config", "cost", "measure", "profile", "report"},
     "config": set(),
 }  # fmt: skip
-LARGEST_FILE, LARGEST_FUNCTION, PACKAGE_LINES = 255, 45, 14_500
+LARGEST_FILE, LARGEST_FUNCTION, PACKAGE_LINES = 255, 45, 15_000
 
 
 def name_of(file: Path) -> str:

@@ -77,6 +77,8 @@ def test_what_is_said_to_train_trains(trials: list[Trial], world, cache: str, py
     for number, trial in enumerate(t for t in trials if not t.parts and t.axes):
         able = [task for task, reason in trial.refusals.items() if not reason]
         experts, size = "ep" in trial.axes, RANKS ** len(trial.axes)
+        if any(strategy.asynchronous for strategy in trial.strategies):
+            continue  # whose ranks are no equals: tests/test_parameter_server.py
         for task in able if pytestconfig.getoption("--exhaustive") else able[number % max(1, len(able)) :][:1]:
             if size <= 8:
                 if (task, experts) not in expected:

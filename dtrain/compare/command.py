@@ -18,12 +18,13 @@ from omegaconf import DictConfig
 from rich.console import Console
 from rich.table import Table
 
-from dtrain.compare import markdown, page, runner
+from dtrain.about import about
+from dtrain.compare import runner
 from dtrain.compare.condition import Condition
 from dtrain.compare.entries import Case, cases_of
 from dtrain.compare.results import FILE, Results, Row, read
 from dtrain.compare.verdict import differences
-from dtrain.config import CONFIGS, Comparison, about
+from dtrain.config import CONFIGS, Comparison
 from dtrain.measure import environment
 from dtrain.profile import RECORDED
 
@@ -82,6 +83,8 @@ def compare(
 
 def report(results: Results, folder: Path) -> None:
     """Everything that a person reads."""
+    from dtrain.compare import markdown, page  # and with them Plotly, which no other command needs
+
     results.write(folder)
     (folder / "report.md").write_text(markdown.document(results))
     (folder / "report.html").write_text(page.document(results, traces(results, folder), _link(folder)))

@@ -44,6 +44,7 @@ class Row:
         seconds: from the start to the end of every step, in the first repeat, summed up.
         time: of each rank, the shares of one step; exposed_share: of exposed communication, mean over the ranks.
         bubble: a pipeline's, measured and in theory.
+        asynchronous: a parameter server's updates, staleness, and what each worker did.
     """
 
     strategy: str
@@ -74,6 +75,7 @@ class Row:
     time: list[dict[str, float]] = field(default_factory=list)
     exposed_share: float | None = None
     bubble: dict[str, float] | None = None
+    asynchronous: dict[str, Any] | None = None
 
     @property
     def ran(self) -> bool:
@@ -111,11 +113,15 @@ class Row:
         self.bubble, ranks = profile["bubble"], profile["ranks"]
         self.memory = [rank["memory"]["kinds"] for rank in ranks if rank["memory"]]
         self.memory_bytes = max((rank["memory"]["peak"] for rank in ranks if rank["memory"]), default=None)
-        self.traffic = [rank["traffic"] for rank in ranks] if self.synchronous else [_mean_traffic(steps, self.mesh)]
+        self.asynchronous = profile.get("asynchronous")
+        self.traffic = [rank["traffic"] for rank in ranks]
+        if not self.synchronous and not self.asynchronous:
+            self.traffic = [_mean_traffic(steps, self.mesh)]
         self.traffic_predicted = [rank["traffic_predicted"] for rank in ranks][: len(self.traffic)]
         self.wire_bytes = sum(message["wire_bytes"] for message in self.traffic[self.busiest])
-        self.time = [rank["time"] for rank in ranks]
-        self.exposed_share = mean(rank["exposed"] / rank["step"] for rank in self.time)
+        self.time = [rank["time"] for rank in ranks if rank["time"]]
+        if self.time:
+            self.exposed_share = mean(rank["exposed"] / rank["step"] for rank in self.time)
 
     def compare(self, reference: Row | None) -> None:
         """Hold the losses against the reference's."""

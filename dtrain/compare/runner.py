@@ -177,5 +177,5 @@ def cells(row: Row) -> list[str]:
     return [
         str(row.ranks), f"{row.loss:.4f}", difference,
         f"{row.tokens_per_second:,.0f}", f"{(row.step_seconds or 0) * 1e3:,.0f}", size(memory_of(row)),
-        size(row.wire_bytes or 0), f"{row.exposed_share or 0:.0%}",
+        size(row.wire_bytes or 0), "–" if row.exposed_share is None else f"{row.exposed_share:.0%}",
     ]  # fmt: skip

@@ -74,7 +74,8 @@ class Strategy:
     axis: ClassVar[str]  # the mesh axis it owns
     casts: bool = False  # does it cast weights and inputs to the format of products itself?
     engine: ClassVar[str] = ""  # the library whose engine trains, if one does
-    synchronous: ClassVar[bool] = True  # is every step's loss that of one process?
+    synchronous: bool = True  # is every step's loss that of one process?
+    asynchronous: ClassVar[bool] = False  # do its ranks train without meeting in every step?
     splits: ClassVar[str] = "rows"  # what ranks along `axis` divide of a batch: "rows", "tokens" or ""
 
     def __init__(self, degree: int = REST) -> None:

@@ -1,0 +1,169 @@
+"""A run under a parameter server, as its ranks see it.
+
+rank 0 .. S-1   keep the weights (`Server`); the loop on them sees a step for each global batch's worth of gradients
+other ranks     look after a worker process each (`work`), and start another one where it dies
+"""
+
+from __future__ import annotations
+
+import logging
+import multiprocessing
+import os
+import threading
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import Any
+
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from dtrain.board import Board
+from dtrain.config import Config
+from dtrain.launch import World, tied
+from dtrain.plan import Plan
+from dtrain.server import Server
+from dtrain.strategy.parameter_server import ParameterServer
+from dtrain.task.base import Task
+from dtrain.train import Settings, Step
+from dtrain.worker import OVER, work
+
+
+class Asynchronous(Server):
+    """The trainer of one rank. Making one is a collective; training is not. Arguments: see `Server`."""
+
+    def __init__(
+        self, task: Task, plan: Plan, optimizer: Callable[[nn.Module], Optimizer], settings: Settings,
+        config: Config, world: World,
+    ) -> None:  # fmt: skip
+        strategy = plan.on("dp")
+        assert isinstance(strategy, ParameterServer)
+        self.saving = list(range(strategy.servers))  # ranks that write checkpoints
+        store, self._address = _shared_store()
+        super().__init__(task, plan, optimizer, settings, config, world, store, dist.new_group(self.saving))
+        self._begun = 0  # steps of earlier runs
+
+    def steps(self) -> Iterator[Step]:
+        """On a server the steps of all workers together; on other ranks none, until the training has ended."""
+        if self.rank >= self.strategy.servers:
+            self._look_after_a_worker()
+            return
+        self._begun = self.next_step
+        total, self.applied = self.settings.steps * self.of_a_step, self.next_step * self.of_a_step
+        self.board = Board(total, self.strategy.workers, self.strategy.mode, self.strategy.bound, self.applied)
+        mine = {id(p) for p in self.shares[self.rank]}
+        for optimizer in self.optimizers.values():
+            for group in optimizer.param_groups:
+                group["params"] = [p for p in group["params"] if id(p) in mine]
+        threads = [threading.Thread(target=self.attend, args=(w,), daemon=True) for w in range(self.strategy.workers)]
+        for thread in threads:
+            thread.start()
+        yield from self._steps(threads)
+        if self.rank == 0:
+            self.store.set(OVER, "")
+        for thread in threads:
+            thread.join()
+
+    def _steps(self, threads: list[threading.Thread]) -> Iterator[Step]:
+        while self.next_step < self.settings.steps:
+            begun = time.perf_counter()
+            with self.lock:  # held while the loop evaluates or saves: nothing changes meanwhile
+                while self.applied < (self.next_step + 1) * self.of_a_step:
+                    if self.failure or not any(thread.is_alive() for thread in threads):
+                        raise self.failure or RuntimeError("every worker of the parameter server is gone")
+                    self.lock.wait(1.0)
+                yield self._told(time.perf_counter() - begun)
+                self.lock.notify_all()
+
+    def _told(self, seconds: float) -> Step:
+        """The figures of the gradients since the last step."""
+        told, self.told = self.told, []
+        losses = {}
+        for index, update in enumerate(self.task.updates):
+            own = [loss for each, loss, _ in told if each == index]
+            losses[update.trains] = sum(own) / max(1, len(own))
+        norm = (sum(norm**2 for _, _, norm in told) / len(told)) ** 0.5
+        tokens = self.task.size(self.task.batch(self.next_step))
+        self.tokens, self.next_step = self.tokens + tokens, self.next_step + 1
+        lr = next(iter(self.optimizers.values())).param_groups[0]["lr"]
+        return Step(self.next_step, sum(losses.values()), norm, lr, self.tokens, tokens / seconds, seconds, losses)
+
+    def figures(self) -> dict[str, float]:
+        """For the line of a step: updates of the weights so far, gradients, and their mean staleness."""
+        gradients = sum(self.staleness.values())
+        mean = sum(staleness * times for staleness, times in self.staleness.items()) / max(1, gradients)
+        return {"updates": self.version, "gradients": gradients, "staleness": mean}
+
+    def _look_after_a_worker(self) -> None:
+        worker, log = self.rank - self.strategy.servers, logging.getLogger("dtrain")
+        context = multiprocessing.get_context("forkserver")
+        for life in range(self.strategy.restarts + 1):
+            arguments = (os.getpid(), work, self.config, self.world, self._address, life)
+            process = context.Process(target=tied, args=arguments)
+            process.start()
+            log.info("worker %d, process %d", worker, process.pid)
+            process.join()
+            if process.exitcode == 0:
+                return
+            log.warning("worker %d ended with %s", worker, process.exitcode)
+        self.store.set(f"{worker}/gone", "")
+
+    # What all servers do together, while they hold their locks
+
+    def _gather(self) -> None:
+        """Everybody's weights on every server."""
+        if self.strategy.servers > 1 and self.rank < self.strategy.servers:
+            for owner, share in enumerate(self.shares):
+                for parameter in share:
+                    dist.broadcast(parameter.data, group=self.servers, group_src=owner)
+
+    def totals(self) -> dict[str, Tensor]:
+        self._gather()
+        return super().totals()
+
+    def state(self) -> dict[str, Tensor]:
+        self._gather()
+        return super().state()
+
+    def report(self) -> dict[str, Any]:
+        """What a profile tells of other strategies, as far as there is such a thing here. A collective of all ranks."""
+        names = ("gradients", "compute_seconds", "wait_seconds")
+        told = {
+            "mode": self.strategy.mode, "updates": self.version, "staleness": dict(sorted(self.staleness.items())),
+            "most_ahead": self.board.widest, "lives": dict(self.lives),
+            "workers": {w: dict(zip(names, each, strict=True)) for w, each in sorted(self.spent.items())},
+        }  # fmt: skip
+        every: list[Any] = [None] * dist.get_world_size()
+        dist.all_gather_object(every, (told, dict(self.traffic), self.next_step - self._begun))
+        servers, steps = every[: self.strategy.servers], max(1, every[0][2])
+        sent = [[_added(traffic.values(), "sent")] for _, traffic, _ in servers]
+        for worker in range(self.strategy.workers):
+            sent.append([_added([traffic.get(worker, {}) for _, traffic, _ in servers], "received")])
+        ranks = [[_message(size, calls, steps) for size, calls in each] for each in sent]
+        return {
+            "ranks": [{"traffic": each, "traffic_predicted": None, "memory": None, "time": None} for each in ranks],
+            "bubble": None, "asynchronous": servers[0][0],
+        }  # fmt: skip
+
+
+def _added(links: Iterable[Mapping[str, int]], way: str) -> tuple[int, int]:
+    """Bytes and messages of several links, as one end sees them."""
+    counts = list(links)
+    return tuple(sum(each.get(f"{way}{what}", 0) for each in counts) for what in ("", "_messages"))  # type: ignore[return-value]
+
+
+def _message(size: int, calls: int, steps: int) -> dict[str, Any]:
+    """Of a step, as a profile tells it."""
+    return {"axis": "dp", "operation": "send", "calls": calls / steps, "bytes": size // steps,
+            "wire_bytes": size / steps}  # fmt: skip
+
+
+def _shared_store() -> tuple[dist.Store, tuple[str, int]]:
+    """A store that every process of the run reaches, workers that come back too, and its address. A collective."""
+    told: list[Any] = [None]
+    host, store = os.environ.get("MASTER_ADDR", "127.0.0.1"), None
+    if dist.get_rank() == 0:
+        store = dist.TCPStore(host, 0, is_master=True, wait_for_workers=False)
+        told = [(host, store.port)]
+    dist.broadcast_object_list(told, src=0)
+    return store or dist.TCPStore(told[0][0], told[0][1], is_master=False), told[0]

@@ -1,0 +1,199 @@
+"""What a rank that keeps weights does for each worker: threads that hand out weights and apply gradients."""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections import Counter, defaultdict
+from collections.abc import Callable
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from dtrain.board import SYNC, Board
+from dtrain.config import Config
+from dtrain.launch import World
+from dtrain.link import Link
+from dtrain.plan import Plan
+from dtrain.strategy.parameter_server import ParameterServer
+from dtrain.task.base import Task
+from dtrain.train import NonFinite, Settings, Trainer
+from dtrain.worker import BYE, OVER, PULL, PUSH, STOP, WAIT, WORK, compression, shares_of
+
+POLL_S, PATIENCE_S = 0.05, 0.5  # how often a server looks for a worker; how long a worker that must wait is left alone
+
+
+class Server(Trainer):
+    """The weights of one server, and its side of every link. Whatever changes is changed with the lock held.
+
+    Args:
+        task, plan, optimizer, settings: as of every trainer; the plan has a parameter server.
+        config, world: of this rank.
+        store: that workers reach; servers: the group of all servers.
+    """
+
+    def __init__(
+        self, task: Task, plan: Plan, optimizer: Callable[[nn.Module], Optimizer], settings: Settings,
+        config: Config, world: World, store: dist.Store, servers: dist.ProcessGroup | None,
+    ) -> None:  # fmt: skip
+        strategy = plan.on("dp")
+        assert isinstance(strategy, ParameterServer)
+        super().__init__(task, Plan((), 1, plan.precision, plan.device, clip_norm=plan.clip_norm), optimizer, settings)
+        self.strategy, self.rank, self.config, self.world = strategy, world.rank, config, world
+        self.servers, self.store = servers, store
+        self.shares = shares_of(task, self.models, strategy.servers)
+        self.rounds = len(task.updates)  # of a step
+        self.lock = threading.Condition()
+        self.board = Board(0, 1)
+        self.applied = 0  # gradients, of this run and those before it
+        self.version, self.staleness, self.lives = 0, Counter[int](), Counter[int]()
+        self._gathering: dict[int, dict[int, tuple[list[Tensor], float]]] = defaultdict(dict)
+        self.told: list[tuple[int, float, float]] = []  # update, loss and norm of the gradients since the last step
+        self.spent: dict[int, list[float]] = {}  # of each worker: gradients, seconds computing, seconds waiting
+        self.traffic: dict[int, Counter[str]] = defaultdict(Counter)  # of each worker's links
+        self.failure: BaseException | None = None
+
+    @property
+    def of_a_step(self) -> int:
+        """Gradients."""
+        return self.rounds * self.strategy.workers
+
+    # What the threads of a server do
+
+    def attend(self, worker: int) -> None:
+        """Serve one worker, in every one of its lives."""
+        try:
+            for life in range(self.strategy.restarts + 1):
+                awaited = f"{worker}/{life}" if self.rank == 0 else f"{worker}/{life}/welcome"
+                while not self.store.check([awaited]):
+                    if self.failure or self.store.check([OVER]) or self.store.check([f"{worker}/gone"]):
+                        return
+                    time.sleep(POLL_S)
+                if self.rank == 0:
+                    self.store.set(f"{worker}/{life}/welcome", "")
+                self.lives[worker] += 1
+                try:
+                    link = Link(self.store, f"{worker}/{life}/{self.rank}", 0, self.config.launch.timeout_s)
+                    with self.lock:
+                        self.board.join(worker)
+                    return self._serve(worker, link)
+                except (RuntimeError, dist.DistError) as error:
+                    reason = str(error).splitlines()[0]
+                    logging.getLogger("dtrain").warning("worker %d is gone: %s", worker, reason)
+                    with self.lock:
+                        self.board.leave(worker)
+                        self.lock.notify_all()
+        except BaseException as error:  # noqa: BLE001  told to the loop
+            with self.lock:
+                self.failure = error
+                self.lock.notify_all()
+
+    def _serve(self, worker: int, link: Link) -> None:
+        share = self.shares[self.rank]
+        shapes = {u.trains: [p for p in share if p in self._of(u.trains)] for u in self.task.updates}
+        decoders = {name: compression(self.strategy, own) for name, own in shapes.items()}
+        before = self.traffic[worker]  # in its earlier lives
+        while True:
+            kind, version, item, loss, norm, computed, waited, *_ = link.hear()
+            if kind == BYE:
+                return
+            if kind == PULL:
+                self._answer(worker, link, int(item), share)
+            if kind == PUSH:
+                index = int(item) // self.strategy.workers % self.rounds
+                name = self.task.updates[index].trains
+                message = link.receive(torch.empty(decoders[name].size, dtype=torch.uint8))
+                self.spent[worker] = [self.spent.get(worker, [0.0])[0] + 1, computed, waited]
+                self._push(worker, int(item), int(version), decoders[name].decode(message), loss, norm)
+            self.traffic[worker] = before + Counter(link.counts)
+
+    def _answer(self, worker: int, link: Link, wanted: int, share: list[nn.Parameter]) -> None:
+        """The weights, and on the first server an item; or word to wait, or to stop."""
+        first = self.rank == 0
+        with self.lock:
+            deadline = time.monotonic() + PATIENCE_S
+            while (item := self._item(worker, wanted)) is None and not self.board.done:
+                if (left := deadline - time.monotonic()) <= 0:
+                    break
+                self.lock.wait(left)
+            version = self.version
+            weights = torch.cat([p.detach().flatten() for p in share]) if item is not None else None
+        if weights is None:
+            return link.say(STOP if first and self.board.done else WAIT)
+        link.say(WORK, version, item or 0)
+        link.send(weights)
+
+    def _item(self, worker: int, wanted: int) -> int | None:
+        if self.rank == 0:
+            return self.board.take(worker)
+        ready = self.strategy.mode != SYNC or self.applied // self.strategy.workers >= wanted // self.strategy.workers
+        return wanted if ready else None
+
+    def _push(
+        self, worker: int, item: int, version: int, gradients: list[Tensor], loss: float, norm: float
+    ) -> None:  # fmt: skip
+        index = item // self.strategy.workers % self.rounds
+        with self.lock:
+            # A step's gradients are told together, so those of the next one wait until the loop has seen it.
+            self.lock.wait_for(lambda: self.applied < (self.next_step + 1) * self.of_a_step or self.failure)
+            if self.strategy.mode == SYNC:
+                self._gathering[item // self.strategy.workers][item % self.strategy.workers] = gradients, norm
+                self.told.append((index, loss, norm))
+                parts = self._gathering[item // self.strategy.workers]
+                if len(parts) == self.strategy.workers:
+                    self._apply_all(index, self._gathering.pop(item // self.strategy.workers))
+            else:
+                stale = self.version - version
+                self.staleness[stale] += 1
+                self.told.append((index, loss, norm))
+                self._apply(index, gradients, 1.0 / max(1, stale) if self.strategy.divides else 1.0)
+                self.applied += 1
+            if self.rank == 0:
+                self.board.hand_in(worker)
+            self.lock.notify_all()
+
+    def _apply_all(self, index: int, parts: dict[int, tuple[list[Tensor], float]]) -> None:
+        """A round's gradients, averaged in the order of the parts, and clipped by the norm of the whole."""
+        sums = [tensor.clone() for tensor in parts[0][0]]
+        for part in range(1, len(parts)):
+            for total, gradient in zip(sums, parts[part][0], strict=True):
+                total += gradient
+        for total in sums:
+            total /= len(parts)
+        square = sum((total.double().square().sum() for total in sums), start=torch.zeros((), dtype=torch.float64))
+        if self.strategy.servers > 1:
+            dist.all_reduce(square, group=self.servers)
+        norm = square.sqrt()
+        self.told = [(each, loss, norm.item() if each == index else old) for each, loss, old in self.told]
+        if self.plan.clip_norm is not None:
+            for total in sums:
+                total *= (self.plan.clip_norm / (norm + 1e-6)).clamp(max=1.0).to(total.dtype)
+        self.staleness[0] += len(parts)
+        self._apply(index, sums, 1.0)
+        self.applied += len(parts)
+
+    @torch.no_grad()
+    def _apply(self, index: int, gradients: list[Tensor], factor: float) -> None:
+        update = self.task.updates[index]
+        if not all(bool(gradient.isfinite().all()) for gradient in gradients):
+            raise NonFinite(f"step {self.next_step + 1}: a gradient of {update.trains!r} is not finite: training stops "
+                            f"before this update; try a lower optimizer.lr or more schedule.warmup_steps")  # fmt: skip
+        optimizer = self.optimizers[update.trains]
+        self._set_rate(self.next_step)
+        for group in optimizer.param_groups:
+            group["lr"] *= factor
+        own = [p for p in self.shares[self.rank] if p in self._of(update.trains)]
+        for parameter, gradient in zip(own, gradients, strict=True):
+            parameter.grad = gradient
+        optimizer.step()
+        optimizer.zero_grad()
+        self._has_states = True
+        self.version += 1
+        if update.then:
+            update.then(self.models)
+
+    def _of(self, model: str) -> set[nn.Parameter]:
+        return set(self.models[model].parameters())

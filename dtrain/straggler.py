@@ -1,0 +1,18 @@
+"""A rank that is slower than the others, on purpose: to see who waits for it."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from dtrain.config import Straggler
+
+
+@contextmanager
+def slowed(straggler: Straggler, rank: int) -> Iterator[None]:
+    """If this is the rank, take `factor` times as long for what is done within."""
+    begun = time.perf_counter()
+    yield
+    if rank == straggler.rank:
+        time.sleep((straggler.factor - 1) * (time.perf_counter() - begun))

@@ -1,0 +1,142 @@
+"""A worker of a parameter server: a process that pulls weights, computes one gradient, and pushes it."""
+
+from __future__ import annotations
+
+import logging
+import time
+from contextlib import suppress
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from dtrain.batch import Batch, Models, divide
+from dtrain.board import SYNC
+from dtrain.clip import clip
+from dtrain.compression import Compression
+from dtrain.config import Config
+from dtrain.job import assemble
+from dtrain.launch import World
+from dtrain.link import Link
+from dtrain.measure.environment import cores
+from dtrain.plan import Plan
+from dtrain.straggler import slowed
+from dtrain.strategy.parameter_server import ParameterServer
+from dtrain.strategy.zero1 import shared_out
+from dtrain.task.base import Task
+
+OVER = "over"  # the key that the first server sets when there is no more work
+PULL, PUSH, BYE = 0, 1, 2  # what a worker says
+WORK, WAIT, STOP = 0, 1, 2  # and a server
+
+
+def work(config: Config, world: World, address: tuple[str, int], life: int) -> None:
+    """What the process does, in one of its lives, until the servers have no more work.
+
+    Args:
+        config, world: of the rank that looks after it.
+        address: of the servers' store.
+        life: how many of this worker there have been before.
+    """
+    torch.set_num_threads(config.launch.threads or max(1, cores() // world.local_size))
+    worker = Worker(config, world)
+    store = dist.TCPStore(*address, is_master=False)
+    store.set(f"{worker.number}/{life}", "")
+    while not store.check([f"{worker.number}/{life}/welcome"]):
+        if store.check([OVER]):  # the others have done all the work
+            return
+        time.sleep(0.05)
+    links = [
+        Link(store, f"{worker.number}/{life}/{server}", 1, config.launch.timeout_s)
+        for server in range(worker.strategy.servers)
+    ]
+    with suppress(KeyboardInterrupt):
+        worker.run(links)
+
+
+class Worker:
+    """The model of one worker, and its part of every batch."""
+
+    def __init__(self, config: Config, world: World) -> None:
+        logging.getLogger("dtrain").setLevel(logging.ERROR)  # its rank has said it all
+        job = assemble(config, world)
+        strategy = job.plan.on("dp")
+        assert isinstance(strategy, ParameterServer)
+        self.config, self.task, self.strategy = config, job.task, strategy
+        self.number = world.rank - strategy.servers
+        self.plan = Plan((), 1, job.plan.precision, job.plan.device, job.plan.recompute, clip_norm=job.plan.clip_norm)
+        micro_batches = job.plan.micro_batches(config.global_batch_size, config.micro_batch_size)
+        self.models = {name: self.plan.parallelize(make, config.seed) for name, make in self.task.models.items()}
+        self.executor = self.plan.executor(self.models, {}, micro_batches)
+        self.shares = shares_of(self.task, self.models, strategy.servers)
+        self.encoders = [{u.trains: compression(strategy, self._own(u.trains, share)) for u in self.task.updates}
+                         for share in self.shares]  # fmt: skip
+        self._batch: tuple[int, Batch] = (-1, {})
+        self.computed = self.waited = 0.0
+
+    def _own(self, model: str, share: list[nn.Parameter]) -> list[nn.Parameter]:
+        of_model = {id(p) for p in self.models[model].parameters()}
+        return [p for p in share if id(p) in of_model]
+
+    def run(self, links: list[Link]) -> None:
+        """Pull, compute, push, until told to stop."""
+        while (pulled := self._pull(links)) is not None:
+            item, versions = pulled
+            begun = time.perf_counter()
+            name, gradients, loss, norm = self._gradient(item)
+            self.computed += time.perf_counter() - begun
+            for server in reversed(range(len(links))):  # the first one last: it counts what is finished
+                own = [gradients[id(p)] for p in self._own(name, self.shares[server])]
+                links[server].say(PUSH, versions[server], item, loss, norm, self.computed, self.waited)
+                links[server].send(self.encoders[server][name].encode(own))
+        for link in links:
+            link.say(BYE)
+
+    def _pull(self, links: list[Link]) -> tuple[int, list[int]] | None:
+        """The weights of all servers, an item, and the servers' versions; None: there is no more work."""
+        begun, item, versions = time.perf_counter(), 0, []
+        for link, share in zip(links, self.shares, strict=True):
+            link.say(PULL, 0, item)
+            while (heard := link.hear())[0] != WORK:
+                if heard[0] == STOP:
+                    return None
+                link.say(PULL, 0, item)
+            versions.append(int(heard[1]))
+            item = int(heard[2])
+            weights = torch.empty(sum(p.numel() for p in share), dtype=share[0].dtype)
+            for parameter, part in zip(share, link.receive(weights).split([p.numel() for p in share]), strict=True):
+                parameter.data.copy_(part.view_as(parameter))
+        self.waited += time.perf_counter() - begun
+        return item, versions
+
+    def _gradient(self, item: int) -> tuple[str, dict[int, Tensor], float, float]:
+        """The model whose gradient item i is, the gradient by parameter, the loss and the gradient's norm."""
+        workers, updates = self.strategy.workers, self.task.updates
+        rounds, part = divmod(item, workers)
+        step, index = divmod(rounds, len(updates))
+        if self._batch[0] != step:
+            self._batch = step, self.task.batch(step)
+        batch, update = self._batch[1], updates[index]
+        scale = workers / update.count(batch).clamp(min=1).double()
+        torch.manual_seed(hash((self.config.seed, step, part, 0)) % 2**63)
+        model = self.models[update.trains]
+        rows = {name: tensor.to(self.plan.device) for name, tensor in list(divide(batch, workers))[part].items()}
+        with slowed(self.config.straggler, self.number + self.strategy.servers):
+            loss = self.executor.train(update, rows, scale)
+        norm = clip(model, self.plan) if self.strategy.mode != SYNC else torch.zeros(())  # the server clips the whole
+        found = {id(p): torch.zeros_like(p) if p.grad is None else p.grad for p in model.parameters()}
+        for each in self.models.values():
+            each.zero_grad()
+        return update.trains, found, loss.item(), norm.item()
+
+
+def shares_of(task: Task, models: Models, servers: int) -> list[list[nn.Parameter]]:
+    """Which server keeps which weights of the models that are trained."""
+    trained = {update.trains: None for update in task.updates}
+    return shared_out([p for name in trained for p in models[name].parameters()], servers)
+
+
+def compression(strategy: ParameterServer, parameters: list[nn.Parameter]) -> Compression:
+    """How the gradients of these parameters travel."""
+    shapes, dtype = [p.shape for p in parameters], parameters[0].dtype if parameters else torch.float32
+    return Compression(strategy.compression, shapes, dtype, share=strategy.keep, rank=strategy.rank)

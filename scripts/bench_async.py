@@ -1,0 +1,80 @@
+"""Who waits for a slow worker, and what not waiting costs: make bench-async prints the table of docs/asynchronous.md.
+
+Two workers; one of them takes ten times as long in half of the runs. Runs take turns; medians over the rounds.
+"""
+
+import json
+import subprocess
+import sys
+import tempfile
+from itertools import accumulate
+from pathlib import Path
+from statistics import median
+
+from matplotlib.figure import Figure
+
+SLOW = ("straggler.rank=1", "straggler.factor=10")
+SERVER = ("strategy=parameter_server", "launch.nproc=3")
+TRIED = {
+    "ddp": ("strategy=ddp", "launch.nproc=2"),
+    "sync": (*SERVER, "strategy.dp.mode=sync"),
+    "bounded, 4 ahead": (*SERVER, "strategy.dp.mode=bounded"),
+    "async": (*SERVER, "strategy.dp.mode=async"),
+}
+ROUNDS, STEPS, SLOW_STEPS = 3, 24, 8
+
+
+def run(settings: tuple[str, ...], steps: int) -> tuple[dict, list[dict]]:
+    """A run's summary and the lines of its steps."""
+    with tempfile.TemporaryDirectory() as folder:
+        command = [sys.executable, "scripts/train.py", *settings, "launch.threads=1", f"steps={steps}", "eval.every=0"]
+        subprocess.run([*command, f"hydra.run.dir={folder}"], check=True, stdout=subprocess.DEVNULL)
+        lines = map(json.loads, (Path(folder) / "metrics.jsonl").read_text().splitlines())
+        return json.loads((Path(folder) / "summary.json").read_text()), list(lines)
+
+
+def main() -> None:
+    found = {(name, slow): [] for name in TRIED for slow in (False, True)}
+    for _ in range(ROUNDS):
+        for name, slow in found:
+            found[name, slow].append(run((*TRIED[name], *(SLOW if slow else ())), SLOW_STEPS if slow else STEPS))
+    speeds = {key: median(summary["tokens_per_second"] for summary, _ in runs) for key, runs in found.items()}
+    print("| | tokens/s | one of two slowed tenfold | of one unslowed worker | last loss | staleness | waited |")
+    print("|---|---:|---:|---:|---:|---:|---:|")
+    for name in TRIED:
+        summary, lines = found[name, False][0]
+        told = summary.get("profile", {}).get("asynchronous", {})
+        waited = sum(w["wait_seconds"] for w in told["workers"].values()) if told else None
+        loss = median(runs[-1]["loss"] for _, runs in found[name, False])
+        print(f"| {name} | {speeds[name, False]:,.0f} | {speeds[name, True]:,.0f} | "
+              f"{speeds[name, True] / (speeds[name, False] / 2):.0%} | {loss:.3f} | "
+              f"{lines[-1].get('staleness', 0):.2f} | {'–' if waited is None else f'{waited:.1f} s'} |", flush=True)  # fmt: skip
+    draw({name: found[name, False][0][1] for name in TRIED}, speeds, Path("docs/async.png"))
+
+
+def draw(curves: dict[str, list[dict]], speeds: dict[tuple[str, bool], float], file: Path) -> None:
+    """Throughput without and with the straggler; loss over gradients and over time."""
+    figure = Figure(figsize=(12, 3.6), layout="constrained")
+    bars, gradients, seconds = figure.subplots(1, 3)
+    for offset, slow, colour in ((-0.2, False, "#2f6fb5"), (0.2, True, "#d9822b")):
+        bars.bar([i + offset for i in range(len(curves))], [speeds[name, slow] for name in curves], 0.38, color=colour,
+                 label="one worker slowed tenfold" if slow else "two equal workers")  # fmt: skip
+    bars.set_xticks(range(len(curves)), curves, fontsize=8)
+    bars.set_ylabel("tokens/s")
+    bars.legend(frameon=False, fontsize=8)
+    for name, lines in curves.items():
+        losses = [line["loss"] for line in lines]
+        gradients.plot([2 * line["step"] for line in lines], losses, label=name)
+        seconds.plot(list(accumulate(line["step_seconds"] for line in lines)), losses, label=name)
+    gradients.set_xlabel("gradients, each of half a batch")
+    seconds.set_xlabel("seconds")
+    for axes in (gradients, seconds):
+        axes.set_ylabel("loss")
+        axes.legend(frameon=False, fontsize=8)
+    for axes in (bars, gradients, seconds):
+        axes.spines[["top", "right"]].set_visible(False)
+    figure.savefig(file, dpi=110)
+
+
+if __name__ == "__main__":
+    main()

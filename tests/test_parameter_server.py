@@ -1,0 +1,286 @@
+"""The parameter server: its rules by drawn histories, its numbers against ddp, its workers killed."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from cases import STRATEGIES, Case, refusal
+from hypothesis import given
+from hypothesis import strategies as st
+
+from dtrain.board import ASYNC, BOUNDED, MODES, SYNC, Board
+from dtrain.compression import METHODS, Compression
+from dtrain.saved import about
+from dtrain.strategy.fsdp import FSDP
+from dtrain.strategy.parameter_server import ParameterServer
+
+ROOT = Path(__file__).parent.parent
+
+
+# The rules
+
+
+@given(mode=st.sampled_from(MODES), bound=st.integers(0, 3), workers=st.integers(1, 5), rounds=st.integers(1, 8),
+       history=st.lists(st.tuples(st.integers(0, 4), st.integers(0, 9)), max_size=200))  # fmt: skip
+def test_whatever_happens_each_item_is_finished_once_and_nobody_runs_ahead(
+    mode: str, bound: int, workers: int, rounds: int, history: list[tuple[int, int]]
+) -> None:
+    """Workers that are fast, slow, dead and back, in any order; then all that are left finish the rest."""
+    board = Board(rounds * workers, workers, mode, bound)
+    finished: list[int] = []
+    for worker in range(workers):
+        board.join(worker)
+
+    def go_on(worker: int) -> bool:
+        if worker in board.given:
+            finished.append(board.given[worker])
+            board.hand_in(worker)
+            return True
+        slowest = min(board.clocks.values())
+        item = board.take(worker)
+        if item is None:
+            return False
+        if mode == BOUNDED:
+            assert board.clocks[worker] - slowest <= bound
+        if mode == SYNC:
+            assert {i for i in range(item // workers * workers)} <= set(finished)
+        return True
+
+    for worker, what in history:
+        worker %= workers
+        if what == 0 and worker in board.clocks:
+            board.leave(worker)
+        elif what == 1 and worker not in board.clocks:
+            board.join(worker)
+        elif worker in board.clocks:
+            go_on(worker)
+    if not board.clocks:
+        board.join(0)
+    while not board.done:
+        assert any([go_on(worker) for worker in list(board.clocks)]), "nobody may go on"
+    assert sorted(finished) == list(range(rounds * workers))
+    assert board.widest <= bound or mode != BOUNDED
+
+
+def test_async_never_waits_while_there_is_work() -> None:
+    board = Board(100, 2, ASYNC)
+    for worker in (0, 1):
+        board.join(worker)
+    assert board.take(1) == 0  # and never hands it in
+    for _ in range(99):
+        assert board.take(0) is not None
+        board.hand_in(0)
+    assert board.take(0) is None and not board.done
+    board.leave(1)
+    assert board.take(0) == 0
+
+
+# What travels
+
+
+SHAPES = st.lists(st.sampled_from([(), (1,), (7,), (3, 5), (16, 24), (4, 3, 3, 3)]), min_size=1, max_size=5)
+
+
+@given(shapes=SHAPES, method=st.sampled_from(METHODS), seed=st.integers(0, 99))
+def test_a_message_has_the_size_that_both_ends_know(shapes: list[tuple[int, ...]], method: str, seed: int) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    gradients = [torch.randn(shape, generator=generator) for shape in shapes]
+    before = [g.clone() for g in gradients]
+    ours, theirs = (Compression(method, [g.shape for g in gradients], torch.float32, share=0.25) for _ in range(2))
+    message = ours.encode(gradients)
+    assert message.dtype == torch.uint8 and message.numel() == theirs.size
+    found = theirs.decode(message)
+    assert [f.shape for f in found] == [g.shape for g in gradients]
+    assert all(torch.equal(g, b) for g, b in zip(gradients, before, strict=True))
+    if method == "none":
+        assert all(torch.equal(f, g) for f, g in zip(found, gradients, strict=True))
+    if method in ("fp16", "bf16"):
+        for f, g in zip(found, gradients, strict=True):
+            torch.testing.assert_close(f, g, rtol=0.01, atol=1e-3)
+
+
+@pytest.mark.parametrize("method", ["top_k", "power_sgd"])
+def test_what_is_left_out_is_sent_later(method: str) -> None:
+    """Error feedback: of a constant gradient the mean of what arrives goes to the gradient itself."""
+    gradient = torch.randn(16, 24, generator=torch.Generator().manual_seed(0))
+    compression = Compression(method, [gradient.shape], torch.float32, share=0.1, rank=2)
+    arrived = torch.zeros_like(gradient)
+    errors = []
+    for step in range(1, 61):
+        arrived += compression.decode(compression.encode([gradient]))[0]
+        errors.append((arrived / step - gradient).norm() / gradient.norm())
+    assert errors[0] > 0.3 and errors[-1] < 0.1 * errors[0] + 0.05
+    assert compression.size < 0.5 * gradient.numel() * 4
+
+
+def test_top_k_sends_the_largest_and_power_sgd_is_exact_for_thin_matrices() -> None:
+    gradient = torch.tensor([0.1, -5.0, 0.2, 3.0])
+    top = Compression("top_k", [gradient.shape], torch.float32, share=0.5)
+    assert top.decode(top.encode([gradient]))[0].tolist() == [0, -5, 0, 3]
+    thin = torch.randn(16, 2) @ torch.randn(2, 24)
+    power = Compression("power_sgd", [thin.shape], torch.float32, rank=2)
+    torch.testing.assert_close(power.decode(power.encode([thin]))[0], thin, rtol=1e-4, atol=1e-4)
+
+
+# The whole thing
+
+
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("cache")
+
+
+def command(*arguments: str, ranks: int = 3) -> list[str]:
+    return [sys.executable, str(ROOT / "scripts/train.py"), f"launch.nproc={ranks}", "launch.threads=1", "model=tiny",
+            "eval.every=0", "hydra.run.dir=run", *arguments]  # fmt: skip
+
+
+def run(folder: Path, cache: Path, *arguments: str, ranks: int = 3) -> dict[str, Any]:
+    """A run's summary, with the losses of its steps."""
+    folder.mkdir(exist_ok=True)
+    ended = subprocess.run(command(*arguments, ranks=ranks), cwd=folder, env=os.environ | {"DTRAIN_CACHE": str(cache)},
+                           capture_output=True, text=True, timeout=150)  # fmt: skip
+    assert ended.returncode == 0, ended.stderr[-3000:]
+    lines = [json.loads(line) for line in (folder / "run" / "metrics.jsonl").read_text().splitlines()]
+    return json.loads((folder / "run" / "summary.json").read_text()) | {"lines": lines}
+
+
+def losses(summary: dict[str, Any]) -> list[float]:
+    return [line["loss"] for line in summary["lines"]]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("servers", [1, 2])
+def test_sync_is_ddp(servers: int, tmp_path: Path, cache: Path) -> None:
+    """In fp64: losses, norms and the evaluation; with clipping that cuts, on one server and on two."""
+    same = ["dtype=fp64", "steps=8", "eval.every=4", "clip_norm=0.3"]
+    expected = run(tmp_path / "ddp", cache, "strategy=ddp", *same, ranks=2)
+    found = run(tmp_path / "ps", cache, "strategy=parameter_server", "strategy.dp.mode=sync", f"strategy.dp.servers={servers}",
+                *same, ranks=2 + servers)  # fmt: skip
+    assert losses(found) == pytest.approx(losses(expected), rel=1e-12)
+    assert [line["grad_norm"] for line in found["lines"]] == pytest.approx(
+        [line["grad_norm"] for line in expected["lines"]], rel=1e-9
+    )
+    assert found["val_loss"] == pytest.approx(expected["val_loss"], rel=1e-12)
+    assert found["synchronous"] and found["profile"]["asynchronous"]["staleness"] == {"0": 16}
+
+
+@pytest.mark.slow
+def test_async_counts_what_it_does(tmp_path: Path, cache: Path) -> None:
+    found = run(tmp_path, cache, "strategy=parameter_server", "steps=20", "global_batch_size=12", ranks=4)
+    told = found["profile"]["asynchronous"]
+    assert told["updates"] == 60 == sum(told["staleness"].values())
+    assert sum(each["gradients"] for each in told["workers"].values()) == 60
+    assert max(map(int, told["staleness"])) >= 1  # three workers: while one computes, others push
+    assert losses(found)[-1] < losses(found)[0] - 0.3 and not found["synchronous"]
+    assert [line["updates"] for line in found["lines"]] == [3 * step for step in range(1, 21)]
+    server, *workers = (rank["traffic"][0] for rank in found["profile"]["ranks"])
+    sent = sum(each["wire_bytes"] for each in workers)  # as many gradients as the server sends weights
+    assert server["wire_bytes"] == pytest.approx(sent) and sent > 0
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("mode", "gap"), [("bounded", 2), ("async", None)])
+def test_a_slow_worker_is_ahead_of_nobody_and_holds_up_only_who_must_wait(
+    mode: str, gap: int | None, tmp_path: Path, cache: Path
+) -> None:
+    found = run(tmp_path, cache, "strategy=parameter_server", f"strategy.dp.mode={mode}", "strategy.dp.max_staleness=2",
+                "steps=16", "straggler.rank=1", "straggler.factor=10")  # fmt: skip
+    told = found["profile"]["asynchronous"]
+    slow, fast = (told["workers"][worker]["gradients"] for worker in ("0", "1"))
+    assert slow + fast == 32
+    if gap is None:
+        assert fast > 2 * slow
+    else:
+        assert told["most_ahead"] <= gap and fast - slow <= gap + 1
+
+
+def processes(folder: Path, rank: int) -> list[int]:
+    """Of the workers that a rank has looked after, as its log tells."""
+    log = folder / "run" / "logs" / f"rank{rank}.log"
+    return [int(number) for number in re.findall(r"worker \d+, process (\d+)", log.read_text())] if log.exists() else []
+
+
+def until(condition: Any, seconds: float = 90) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+
+
+def lines_of(folder: Path) -> int:
+    file = folder / "run" / "metrics.jsonl"
+    return len(file.read_text().splitlines()) if file.exists() else 0
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("mode", ["async", "sync"])
+def test_a_killed_worker_stops_nobody_and_comes_back(mode: str, tmp_path: Path, cache: Path) -> None:
+    asked = command("strategy=parameter_server", f"strategy.dp.mode={mode}", "steps=120", "checkpoint.every=40")
+    process = subprocess.Popen(asked, cwd=tmp_path, env=os.environ | {"DTRAIN_CACHE": str(cache)}, text=True,
+                               stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)  # fmt: skip
+    until(lambda: lines_of(tmp_path) >= 10)
+    os.kill(processes(tmp_path, 2)[0], signal.SIGKILL)
+    before = lines_of(tmp_path)
+    until(lambda: lines_of(tmp_path) > before)
+    _, err = process.communicate(timeout=150)
+    assert process.returncode == 0, err[-2000:]
+    told = json.loads((tmp_path / "run" / "summary.json").read_text())["profile"]["asynchronous"]
+    assert told["updates"] == (240 if mode == "async" else 120) and told["lives"] == {"0": 1, "1": 2}
+    assert len(processes(tmp_path, 2)) == 2
+    assert "worker 1 is gone" in (tmp_path / "run" / "logs" / "rank0.log").read_text()
+    assert about(tmp_path / "run" / "checkpoints" / "latest")["step"] == 120
+
+
+@pytest.mark.slow
+def test_a_killed_server_goes_on_from_its_checkpoint(tmp_path: Path, cache: Path) -> None:
+    """In sync mode the losses after it are those of an uninterrupted run."""
+    same = ["strategy=parameter_server", "strategy.dp.mode=sync", "dtype=fp64", "steps=60", "checkpoint.every=10"]
+    expected = run(tmp_path / "whole", cache, *same)
+    cut = tmp_path / "cut"
+    cut.mkdir()
+    process = subprocess.Popen(command(*same), cwd=cut, env=os.environ | {"DTRAIN_CACHE": str(cache)}, text=True,
+                               stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)  # fmt: skip
+    latest = cut / "run" / "checkpoints" / "latest"
+    until(lambda: latest.exists() and about(latest)["step"] >= 20)
+    server = int(re.search(r"process (\d+)", (cut / "run" / "logs" / "rank0.log").read_text())[1])  # type: ignore[index]
+    os.kill(server, signal.SIGKILL)
+    assert process.wait(timeout=60) != 0
+    process.communicate()
+    at = about(latest)["step"]
+    found = run(cut, cache, *same, "resume=latest")
+    assert losses(found)[at:] == pytest.approx(losses(expected)[at:], rel=1e-12) and len(losses(found)) == 60
+
+
+@pytest.mark.parametrize(("options", "said"), [
+    ({"mode": "later"}, "mode=later must be one of async, bounded, sync"), ({"compression": "zip"}, "compression=zip must be one of"),
+    ({"servers": 0}, "servers=0 must be at least 1"), ({"keep": 0.0}, "keep=0.0 must be above 0"),
+])  # fmt: skip
+def test_impossible_options_are_refused(options: dict[str, Any], said: str) -> None:
+    with pytest.raises(ValueError, match="strategy.dp.") as error:
+        ParameterServer(3, **options)
+    assert said in str(error.value)
+
+
+@pytest.mark.parametrize(("case", "size", "strategies", "said"), [
+    (Case("next_token", "ps"), 1, [ParameterServer], "start 2 or more"),
+    (Case("next_token", "ps"), 4, [lambda: ParameterServer(2), lambda: FSDP(2)], "stands alone, not beside fsdp"),
+    (Case("next_token", "ps", model=(("n_experts", 4),)), 3, [ParameterServer], "use ddp"),
+    (Case("next_token", "ps"), 6, [ParameterServer], "not divisible"),
+])  # fmt: skip
+def test_what_it_cannot_train_is_refused_in_one_line(
+    case: Case, size: int, strategies: list[Any], said: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(STRATEGIES, "ps", strategies)
+    found = refusal(case, size)
+    assert said in found and "\n" not in found
