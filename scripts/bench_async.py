@@ -46,9 +46,9 @@ def main() -> None:
         told = summary.get("profile", {}).get("asynchronous", {})
         waited = sum(w["wait_seconds"] for w in told["workers"].values()) if told else None
         loss = median(runs[-1]["loss"] for _, runs in found[name, False])
-        print(f"| {name} | {speeds[name, False]:,.0f} | {speeds[name, True]:,.0f} | "
-              f"{speeds[name, True] / (speeds[name, False] / 2):.0%} | {loss:.3f} | "
-              f"{lines[-1].get('staleness', 0):.2f} | {'–' if waited is None else f'{waited:.1f} s'} |", flush=True)  # fmt: skip
+        alone, stale = speeds[name, False] / 2, lines[-1].get("staleness", 0)
+        print(f"| {name} | {speeds[name, False]:,.0f} | {speeds[name, True]:,.0f} | {speeds[name, True] / alone:.0%} | "
+              f"{loss:.3f} | {stale:.2f} | {'–' if waited is None else f'{waited:.1f} s'} |", flush=True)  # fmt: skip
     draw({name: found[name, False][0][1] for name in TRIED}, speeds, Path("docs/async.png"))
 
 

@@ -61,8 +61,8 @@ def tradeoff(results: Results) -> Chart:
     return Chart(
         "tradeoff",
         "Throughput against memory",
-        "Full circles are the Pareto front: nothing else is both faster and leaner. Strategies that train another "
-        "model, or use more ranks than were asked for, are left out here.",
+        "Full circles are the Pareto front: nothing else is both faster and leaner. Left out here: what trains "
+        "another model, is not synchronous, or uses more ranks than were asked for.",
         POINT,
         figure,
     )
@@ -83,14 +83,14 @@ def losses(results: Results) -> Chart:
 
 
 def pace(results: Results) -> Chart:
-    figure, until = go.Figure(), equal_time(results.comparable)
+    figure, until = go.Figure(), equal_time(results.comparable or results.ran)
     for row in results.ran:
         dash = "solid" if row.synchronous else "dash"
         figure.add_scatter(x=row.seconds, y=row.losses, name=row.strategy, mode="lines",
                            line={"color": family(row)[1], "dash": dash}, customdata=[row.strategy])  # fmt: skip
     figure.add_vline(x=until, line={"dash": "dot", "width": 1, "color": "#888888"})
     figure.update_layout(xaxis_title="seconds in steps", yaxis_title="loss", xaxis_rangemode="tozero")
-    loose = [row for row in results.comparable if not row.synchronous]
+    loose = results.loose
     told = (
         "; ".join(f"{row.strategy} {loss_at(row, until):.4f}" for row in [results.comparable[0], *loose])
         if loose

@@ -41,7 +41,8 @@ class Row:
         traffic, traffic_predicted: of each rank, a step's messages by axis and collective.
         wire_bytes: that leave the rank that sends most in a step, where ranks stand in a ring. Of what is not
             synchronous, traffic is rank 0's alone, and the mean over the steps.
-        seconds: from the start to the end of every step, in the first repeat, summed up.
+        seconds: from the start to the end of every step, in the first repeat; of the first steps, which instruments
+            disturb, as if they had taken the median of the others.
         time: of each rank, the shares of one step; exposed_share: of exposed communication, mean over the ranks.
         bubble: a pipeline's, measured and in theory.
         asynchronous: a parameter server's updates, staleness, and what each worker did.
@@ -98,6 +99,8 @@ class Row:
         found = {"tokens_per_second": summary["tokens_per_second"], "step_seconds": timed, "seconds": seconds}
         if not self.ran:
             self._take(summary, steps)
+            usual = median(timed)
+            self.seconds = list(accumulate(line["step_seconds"] if line["step"] > first else usual for line in steps))
         self.repeats.append(found)
         self.tokens_per_second = median(each["tokens_per_second"] for each in self.repeats)
         self.step_seconds = median(median(each["step_seconds"]) for each in self.repeats)
@@ -105,7 +108,6 @@ class Row:
     def _take(self, summary: dict[str, Any], steps: list[dict[str, Any]]) -> None:
         """What one repeat tells as well as several."""
         self.losses, self.loss = [line["loss"] for line in steps], summary["loss"]
-        self.seconds = list(accumulate(line["step_seconds"] for line in steps))
         self.synchronous = summary["synchronous"]
         self.ranks, self.mesh = summary["world_size"], summary["mesh"]
         self.peak_memory_bytes = summary["peak_memory_bytes"]
@@ -183,11 +185,21 @@ class Results:
         return [row for row in self.rows if row.ran]
 
     @property
+    def base(self) -> Row | None:
+        return next((row for row in self.ran if row.strategy == self.baseline), None)
+
+    @property
     def comparable(self) -> list[Row]:
-        """Rows that train what the baseline trains, on as many ranks as were asked for, and the baseline."""
-        base = next((row for row in self.ran if row.strategy == self.baseline), None)
-        return [row for row in self.ran if base is None or row is base or
-                (row.reference == base.strategy and row.ranks <= max(self.world_size, base.ranks))]  # fmt: skip
+        """Rows that compute what the baseline computes, on as many ranks as were asked for, and the baseline."""
+        alike = [row for row in self.ran if not self.base or row.reference == self.baseline]
+        rows = [row for row in alike if row is self.base or (row.synchronous and row.ranks <= self.world_size)]
+        followed = [row for row in rows if row.memory_bytes]
+        return followed or rows  # where no tensors were followed, processes are compared
+
+    @property
+    def loose(self) -> list[Row]:
+        """Rows that train what the baseline trains, and need not compute the same."""
+        return [row for row in self.ran if not row.synchronous and row.reference == self.baseline]
 
     def row(self, strategy: str) -> Row:
         """

@@ -26,7 +26,7 @@ from rich.table import Table
 
 from dtrain.compare.entries import Case
 from dtrain.compare.results import Results, Row
-from dtrain.compare.verdict import memory_of, size, verdicts
+from dtrain.compare.verdict import size, verdicts
 
 POLL_S = 0.2
 WIDE = 106  # columns of a terminal that has room for all figures
@@ -176,6 +176,7 @@ def cells(row: Row) -> list[str]:
         difference = "not sync."
     return [
         str(row.ranks), f"{row.loss:.4f}", difference,
-        f"{row.tokens_per_second:,.0f}", f"{(row.step_seconds or 0) * 1e3:,.0f}", size(memory_of(row)),
+        f"{row.tokens_per_second:,.0f}", f"{(row.step_seconds or 0) * 1e3:,.0f}",
+        size(row.memory_bytes) if row.memory_bytes else "–",
         size(row.wire_bytes or 0), "–" if row.exposed_share is None else f"{row.exposed_share:.0%}",
     ]  # fmt: skip
