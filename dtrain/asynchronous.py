@@ -7,6 +7,7 @@ other ranks     look after a worker process each (`work`), and start another one
 from __future__ import annotations
 
 import logging
+import math
 import multiprocessing
 import os
 import threading
@@ -18,7 +19,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from dtrain.board import Board
+from dtrain.board import SYNC, Board
 from dtrain.config import Config
 from dtrain.launch import World, tied
 from dtrain.plan import Plan
@@ -39,9 +40,10 @@ class Asynchronous(Server):
         strategy = plan.on("dp")
         assert isinstance(strategy, ParameterServer)
         self.saving = list(range(strategy.servers))  # ranks that write checkpoints
-        store, self._address = _shared_store()
-        super().__init__(task, plan, optimizer, settings, config, world, store, dist.new_group(self.saving))
-        self._begun = 0  # steps of earlier runs
+        self._store, address = _shared_store()
+        super().__init__(task, plan, optimizer, settings, config, world, address, dist.new_group(self.saving))
+        self._begun = self._begun_version = 0  # steps and updates of earlier runs
+        self._seconds = 0.0  # of this one's
 
     def steps(self) -> Iterator[Step]:
         """On a server the steps of all workers together; on other ranks none, until the training has ended."""
@@ -51,42 +53,60 @@ class Asynchronous(Server):
         self._begun = self.next_step
         total, self.applied = self.settings.steps * self.of_a_step, self.next_step * self.of_a_step
         self.board = Board(total, self.strategy.workers, self.strategy.mode, self.strategy.bound, self.applied)
+        self.version = self._begun_version = self.applied // (
+            self.strategy.workers if self.strategy.mode == SYNC else 1
+        )
         mine = {id(p) for p in self.shares[self.rank]}
         for optimizer in self.optimizers.values():
             for group in optimizer.param_groups:
                 group["params"] = [p for p in group["params"] if id(p) in mine]
+            for parameter in [p for p in optimizer.state if id(p) not in mine]:
+                del optimizer.state[parameter]  # that a checkpoint has filled: another server's
         threads = [threading.Thread(target=self.attend, args=(w,), daemon=True) for w in range(self.strategy.workers)]
         for thread in threads:
             thread.start()
         yield from self._steps(threads)
         if self.rank == 0:
-            self.store.set(OVER, "")
+            self._store.set(OVER, "")
         for thread in threads:
             thread.join()
 
     def _steps(self, threads: list[threading.Thread]) -> Iterator[Step]:
+        begun = time.perf_counter()
         while self.next_step < self.settings.steps:
-            begun = time.perf_counter()
             with self.lock:  # held while the loop evaluates or saves: nothing changes meanwhile
                 while self.applied < (self.next_step + 1) * self.of_a_step:
                     if self.failure or not any(thread.is_alive() for thread in threads):
                         raise self.failure or RuntimeError("every worker of the parameter server is gone")
                     self.lock.wait(1.0)
-                yield self._told(time.perf_counter() - begun)
+                seconds, begun = time.perf_counter() - begun, time.perf_counter()  # workers compute while it evaluates
+                yield self._told(seconds)
                 self.lock.notify_all()
 
     def _told(self, seconds: float) -> Step:
         """The figures of the gradients since the last step."""
         told, self.told = self.told, []
-        losses = {}
+        self._seconds += seconds
+        losses: dict[str, float] = {}
+        norms: dict[str, float] = {}
         for index, update in enumerate(self.task.updates):
-            own = [loss for each, loss, _ in told if each == index]
-            losses[update.trains] = sum(own) / max(1, len(own))
-        norm = (sum(norm**2 for _, _, norm in told) / len(told)) ** 0.5
+            own = [(loss, norm) for each, loss, norm in told if each == index]
+            if own:
+                losses[update.trains] = sum(loss for loss, _ in own) / len(own)
+                norms[update.trains] = (sum(norm**2 for _, norm in own) / len(own)) ** 0.5
         tokens = self.task.size(self.task.batch(self.next_step))
         self.tokens, self.next_step = self.tokens + tokens, self.next_step + 1
         lr = next(iter(self.optimizers.values())).param_groups[0]["lr"]
-        return Step(self.next_step, sum(losses.values()), norm, lr, self.tokens, tokens / seconds, seconds, losses)
+        return Step(
+            self.next_step,
+            sum(losses.values()),
+            math.hypot(*norms.values()),
+            lr,
+            self.tokens,
+            tokens / seconds,
+            seconds,
+            losses,
+        )
 
     def figures(self) -> dict[str, float]:
         """For the line of a step: updates of the weights so far, gradients, and their mean staleness."""
@@ -98,15 +118,22 @@ class Asynchronous(Server):
         worker, log = self.rank - self.strategy.servers, logging.getLogger("dtrain")
         context = multiprocessing.get_context("forkserver")
         for life in range(self.strategy.restarts + 1):
-            arguments = (os.getpid(), work, self.config, self.world, self._address, life)
+            arguments = (os.getpid(), work, self.config, self.world, self.address, life)
             process = context.Process(target=tied, args=arguments)
             process.start()
             log.info("worker %d, process %d", worker, process.pid)
-            process.join()
+            while process.exitcode is None:
+                process.join(1.0)
+                if process.exitcode is None and self._store.check([f"{worker}/{life}/lost"]):
+                    process.kill()  # it was silent for too long: stopped, perhaps
             if process.exitcode == 0:
-                return
+                break
             log.warning("worker %d ended with %s", worker, process.exitcode)
-        self.store.set(f"{worker}/gone", "")
+            self._store.set(f"{worker}/{life}/ended", "")
+        else:
+            self._store.set(f"{worker}/gone", "")
+        while not self._store.check([OVER]):  # whatever comes next is for all ranks together
+            time.sleep(0.2)
 
     # What all servers do together, while they hold their locks
 
@@ -128,9 +155,11 @@ class Asynchronous(Server):
     def report(self) -> dict[str, Any]:
         """What a profile tells of other strategies, as far as there is such a thing here. A collective of all ranks."""
         names = ("gradients", "compute_seconds", "wait_seconds")
+        updates = self.version - self._begun_version
         told = {
-            "mode": self.strategy.mode, "updates": self.version, "staleness": dict(sorted(self.staleness.items())),
-            "most_ahead": self.board.widest, "lives": dict(self.lives),
+            "mode": self.strategy.mode, "servers": self.strategy.servers, "updates": updates,
+            "updates_per_second": updates / (self._seconds or 1.0), "most_ahead": self.board.widest,
+            "staleness": dict(sorted(self.staleness.items())), "lives": dict(self.lives),
             "workers": {w: dict(zip(names, each, strict=True)) for w, each in sorted(self.spent.items())},
         }  # fmt: skip
         every: list[Any] = [None] * dist.get_world_size()

@@ -94,6 +94,7 @@ def compare(config: DictConfig) -> None:
     def configure(overrides: list[str]) -> DictConfig:
         composed = compose("compare", overrides=[*kept, *overrides])
         check_axes(overrides[0].removeprefix("strategy=").strip("[]").split(","))
+        composed.profile = True
         composed.logger = {"files": {"_target_": "dtrain.report.files.Files", "pictures": False}}  # the page has them
         return composed
 

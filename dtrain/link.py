@@ -6,6 +6,8 @@ the worker comes back, both make a new one. torch.distributed's messages between
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from datetime import timedelta
 from typing import Any
 
@@ -14,6 +16,19 @@ import torch.distributed as dist
 from torch import Tensor
 
 HEADER = 8  # numbers
+
+
+class Gone(RuntimeError):
+    """The other side of a link does not answer any more."""
+
+
+@contextmanager
+def _telling() -> Iterator[None]:
+    """What torch says of a connection that is lost, by its own name: other errors are no sign of that."""
+    try:
+        yield
+    except (RuntimeError, dist.DistError) as error:
+        raise Gone(str(error).splitlines()[0]) from None
 
 
 class Link:
@@ -26,36 +41,42 @@ class Link:
         timeout_s: after which silence is an error.
 
     Raises:
-        RuntimeError: from any method: the other side is gone.
+        Gone: from any method: the other side is.
     """
 
     def __init__(self, store: dist.Store, name: str, side: int, timeout_s: float) -> None:
-        self._group: Any = dist.ProcessGroupGloo(dist.PrefixStore(name, store), side, 2, timedelta(seconds=timeout_s))
-        self._other = 1 - side
         # Bytes of tensors and how many there were; headers do not count.
         self.counts = {"sent": 0, "sent_messages": 0, "received": 0, "received_messages": 0}
+        self._other = 1 - side
+        with _telling():
+            prefixed, timeout = dist.PrefixStore(name, store), timedelta(seconds=timeout_s)
+            self._group: Any = dist.ProcessGroupGloo(prefixed, side, 2, timeout)
 
     def send(self, tensor: Tensor) -> None:
-        self._group.send([tensor], self._other, 0).wait()
+        with _telling():
+            self._group.send([tensor], self._other, 0).wait()
         self._count("sent", tensor)
 
     def receive(self, like: Tensor) -> Tensor:
         """Fill the tensor, which has the shape and the format of what comes, and return it."""
-        self._group.recv([like], self._other, 0).wait()
+        with _telling():
+            self._group.recv([like], self._other, 0).wait()
         self._count("received", like)
         return like
-
-    def _count(self, way: str, tensor: Tensor) -> None:
-        self.counts[way] += tensor.numel() * tensor.element_size()
-        self.counts[f"{way}_messages"] += 1
 
     def say(self, *numbers: float) -> None:
         """A few numbers, exact up to 2^53."""
         header = torch.zeros(HEADER, dtype=torch.float64)
         header[: len(numbers)] = torch.tensor(numbers, dtype=torch.float64)
-        self._group.send([header], self._other, 1).wait()
+        with _telling():
+            self._group.send([header], self._other, 1).wait()
 
     def hear(self) -> list[float]:
         header = torch.zeros(HEADER, dtype=torch.float64)
-        self._group.recv([header], self._other, 1).wait()
+        with _telling():
+            self._group.recv([header], self._other, 1).wait()
         return header.tolist()
+
+    def _count(self, way: str, tensor: Tensor) -> None:
+        self.counts[way] += tensor.numel() * tensor.element_size()
+        self.counts[f"{way}_messages"] += 1

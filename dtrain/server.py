@@ -16,7 +16,7 @@ from torch.optim import Optimizer
 from dtrain.board import SYNC, Board
 from dtrain.config import Config
 from dtrain.launch import World
-from dtrain.link import Link
+from dtrain.link import Gone, Link
 from dtrain.plan import Plan
 from dtrain.strategy.parameter_server import ParameterServer
 from dtrain.task.base import Task
@@ -32,18 +32,18 @@ class Server(Trainer):
     Args:
         task, plan, optimizer, settings: as of every trainer; the plan has a parameter server.
         config, world: of this rank.
-        store: that workers reach; servers: the group of all servers.
+        address: of the store that workers reach; servers: the group of all servers.
     """
 
     def __init__(
         self, task: Task, plan: Plan, optimizer: Callable[[nn.Module], Optimizer], settings: Settings,
-        config: Config, world: World, store: dist.Store, servers: dist.ProcessGroup | None,
+        config: Config, world: World, address: tuple[str, int], servers: dist.ProcessGroup | None,
     ) -> None:  # fmt: skip
         strategy = plan.on("dp")
         assert isinstance(strategy, ParameterServer)
         super().__init__(task, Plan((), 1, plan.precision, plan.device, clip_norm=plan.clip_norm), optimizer, settings)
         self.strategy, self.rank, self.config, self.world = strategy, world.rank, config, world
-        self.servers, self.store = servers, store
+        self.servers, self.address = servers, address
         self.shares = shares_of(task, self.models, strategy.servers)
         self.rounds = len(task.updates)  # of a step
         self.lock = threading.Condition()
@@ -55,6 +55,8 @@ class Server(Trainer):
         self.spent: dict[int, list[float]] = {}  # of each worker: gradients, seconds computing, seconds waiting
         self.traffic: dict[int, Counter[str]] = defaultdict(Counter)  # of each worker's links
         self.failure: BaseException | None = None
+        self._absent = set(range(strategy.workers))  # who has not begun yet: for them the others wait, once
+        self._begin_by = time.monotonic() + config.launch.timeout_s
 
     @property
     def of_a_step(self) -> int:
@@ -65,24 +67,27 @@ class Server(Trainer):
 
     def attend(self, worker: int) -> None:
         """Serve one worker, in every one of its lives."""
+        store = dist.TCPStore(*self.address, is_master=False)  # its own: a wait on one holds up all who share it
         try:
             for life in range(self.strategy.restarts + 1):
-                awaited = f"{worker}/{life}" if self.rank == 0 else f"{worker}/{life}/welcome"
-                while not self.store.check([awaited]):
-                    if self.failure or self.store.check([OVER]) or self.store.check([f"{worker}/gone"]):
-                        return
-                    time.sleep(POLL_S)
-                if self.rank == 0:
-                    self.store.set(f"{worker}/{life}/welcome", "")
-                self.lives[worker] += 1
+                if not self._awaited(store, worker, life):
+                    self._absent.discard(worker)
+                    if store.check([f"{worker}/{life}/ended"]):
+                        continue
+                    return
                 try:
-                    link = Link(self.store, f"{worker}/{life}/{self.rank}", 0, self.config.launch.timeout_s)
+                    link = Link(store, f"{worker}/{life}/{self.rank}", 0, self.config.launch.timeout_s)
                     with self.lock:
+                        self.lives[worker] += 1
+                        self._absent.discard(worker)
                         self.board.join(worker)
                     return self._serve(worker, link)
-                except (RuntimeError, dist.DistError) as error:
-                    reason = str(error).splitlines()[0]
-                    logging.getLogger("dtrain").warning("worker %d is gone: %s", worker, reason)
+                except Gone as error:
+                    logging.getLogger("dtrain").warning("worker %d is gone: %s", worker, error)
+                    if self.strategy.servers > 1:
+                        raise RuntimeError(f"worker {worker} is gone, and another cannot take its place: some of the "
+                                           f"servers may have its gradient") from None  # fmt: skip
+                    store.set(f"{worker}/{life}/lost", "")
                     with self.lock:
                         self.board.leave(worker)
                         self.lock.notify_all()
@@ -91,11 +96,22 @@ class Server(Trainer):
                 self.failure = error
                 self.lock.notify_all()
 
+    def _awaited(self, store: dist.Store, worker: int, life: int) -> bool:
+        """Wait for a worker's life to begin; False: it has ended before, or there is no more work."""
+        key = f"{worker}/{life}" if self.rank == 0 else f"{worker}/{life}/welcome"
+        while not store.check([key]):
+            if self.failure or any(store.check([k]) for k in (OVER, f"{worker}/gone", f"{worker}/{life}/ended")):
+                return False
+            time.sleep(POLL_S)
+        if self.rank == 0:
+            store.set(f"{worker}/{life}/welcome", "")
+        return True
+
     def _serve(self, worker: int, link: Link) -> None:
         share = self.shares[self.rank]
         shapes = {u.trains: [p for p in share if p in self._of(u.trains)] for u in self.task.updates}
         decoders = {name: compression(self.strategy, own) for name, own in shapes.items()}
-        before = self.traffic[worker]  # in its earlier lives
+        before, spent, pushed = self.traffic[worker], self.spent.get(worker, [0.0] * 3), 0  # in its earlier lives
         while True:
             kind, version, item, loss, norm, computed, waited, *_ = link.hear()
             if kind == BYE:
@@ -103,10 +119,11 @@ class Server(Trainer):
             if kind == PULL:
                 self._answer(worker, link, int(item), share)
             if kind == PUSH:
+                pushed += 1
                 index = int(item) // self.strategy.workers % self.rounds
                 name = self.task.updates[index].trains
                 message = link.receive(torch.empty(decoders[name].size, dtype=torch.uint8))
-                self.spent[worker] = [self.spent.get(worker, [0.0])[0] + 1, computed, waited]
+                self.spent[worker] = [spent[0] + pushed, spent[1] + computed, spent[2] + waited]
                 self._push(worker, int(item), int(version), decoders[name].decode(message), loss, norm)
             self.traffic[worker] = before + Counter(link.counts)
 
@@ -128,7 +145,8 @@ class Server(Trainer):
 
     def _item(self, worker: int, wanted: int) -> int | None:
         if self.rank == 0:
-            return self.board.take(worker)
+            waits = self._absent and time.monotonic() < self._begin_by
+            return None if waits else self.board.take(worker)
         ready = self.strategy.mode != SYNC or self.applied // self.strategy.workers >= wanted // self.strategy.workers
         return wanted if ready else None
 
@@ -190,6 +208,7 @@ class Server(Trainer):
             parameter.grad = gradient
         optimizer.step()
         optimizer.zero_grad()
+        self._set_rate(self.next_step)
         self._has_states = True
         self.version += 1
         if update.then:

@@ -6,6 +6,8 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+import torch
+
 from dtrain.config import Straggler
 
 
@@ -15,4 +17,6 @@ def slowed(straggler: Straggler, rank: int) -> Iterator[None]:
     begun = time.perf_counter()
     yield
     if rank == straggler.rank:
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
         time.sleep((straggler.factor - 1) * (time.perf_counter() - begun))

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import logging
+import os
 import time
-from contextlib import suppress
 
 import torch
 import torch.distributed as dist
@@ -50,8 +50,10 @@ def work(config: Config, world: World, address: tuple[str, int], life: int) -> N
         Link(store, f"{worker.number}/{life}/{server}", 1, config.launch.timeout_s)
         for server in range(worker.strategy.servers)
     ]
-    with suppress(KeyboardInterrupt):
+    try:
         worker.run(links)
+    except KeyboardInterrupt:
+        os._exit(1)
 
 
 class Worker:

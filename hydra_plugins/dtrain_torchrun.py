@@ -55,9 +55,19 @@ class TorchrunLauncher(Launcher):
             place = (folder / str(with_index.hydra.sweep.subdir)).resolve()
             given = filter_overrides(overrides)
             command = [*self.command, sys.argv[0], *given, f"hydra.run.dir={place}"]
-            status = subprocess.run(command).returncode
+            status = _run(command)
             returns.append(_outcome(place, status, given, sweep))
         return returns
+
+
+def _run(command: list[str]) -> int:
+    """Its exit status. Interrupted, torchrun is given the time that it needs to end its ranks."""
+    process = subprocess.Popen(command)
+    try:
+        return process.wait()
+    except KeyboardInterrupt:
+        process.wait(timeout=40)
+        raise
 
 
 def _outcome(folder: Path, status: int, overrides: Sequence[str], config: DictConfig) -> JobReturn:

@@ -55,7 +55,7 @@ BELOW = {
     "compare": {"about", "config", "cost", "measure", "profile", "report"},
     "config": set(),
 }  # fmt: skip
-LARGEST_FILE, LARGEST_FUNCTION, PACKAGE_LINES = 255, 45, 15_000
+LARGEST_FILE, LARGEST_FUNCTION, PACKAGE_LINES = 255, 45, 16_000
 
 
 def name_of(file: Path) -> str:

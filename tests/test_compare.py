@@ -59,7 +59,12 @@ def test_an_entry_is_a_strategy_and_its_settings(
     text: str, label: str, overrides: list[str], trained: tuple, ranks: int
 ) -> None:
     entry = Entry.of(text)
-    assert (entry.label, entry.overrides, entry.trained, entry.ranks) == (label, overrides, trained, ranks)
+    assert (entry.label, entry.overrides, entry.trained, entry.number("launch.nproc")) == (
+        label,
+        overrides,
+        trained,
+        ranks,
+    )
 
 
 @pytest.mark.parametrize("text", ["", "model=tiny", "ddp fsdp"])
@@ -83,6 +88,23 @@ def test_world_sizes_and_weak_scaling() -> None:
     assert {c.label: c.rows for c in cases}["ddp @4"] == 64 and cases[0].rows == 16
     assert not cases[0].trains_the_same(cases[2]) and cases[0].trains_the_same(cases[1])
     assert len({c.folder for c in cases}) == len(cases)
+
+
+def test_every_case_has_a_label_and_a_folder_of_its_own() -> None:
+    asked = [
+        "ddp",
+        "ddp launch.nproc=4",
+        "ddp model.x=1",
+        "ddp task.x=1",
+        "ddp global_batch_size=32",
+        "fsdp x=1/2",
+        "fsdp x=1:2",
+    ]
+    cases = cases_of(asked, "single", [2], 16, "strong")
+    placed = {(c.entry.strategy, c.ranks, c.rows, c.entry.settings) for c in cases}
+    assert len(cases) == len(placed) == len({c.label for c in cases}) == len({c.folder for c in cases})
+    assert {c.rows for c in cases if "global_batch_size=32" in c.entry.settings} == {32}
+    assert all(c.overrides[-1] == f"global_batch_size={c.rows}" for c in cases)
 
 
 # What the figures say
@@ -122,6 +144,26 @@ def test_a_difference_is_noise_where_any_two_repeats_could_be_equal(before: list
     (found,) = differences(results(row("ddp", tuple(before))), results(row("ddp", tuple(after))))
     assert found.noise == (max(before) >= min(after) and max(after) >= min(before))
     assert found.least <= found.ratio <= found.most
+
+
+def test_a_page_without_figures_tells_the_reasons() -> None:
+    found = results(Row("single", 1, reason="no room <b>", failed=True), Row("ddp [x]", 2, reason="too few"))
+    found.environment |= {"memory_bytes": 1, "gpu": None, "python": "3", "packages": {"torch": "2"}, "platform": "x"}
+    found.facts |= {"data": "d", "task": "t", "global_batch_size": 1, "dtype": "fp32", "seed": 0}
+    text = page.document(found, {}, str)
+    assert "Nothing has run to its end" in text and "too few" in text and "no room &lt;b&gt;" in text
+    assert Cells(text).missing == ["single", "ddp [x]"]
+
+
+def test_what_another_model_trains_is_not_judged_even_without_a_baseline() -> None:
+    other = row("expert", (900,))
+    other.trained = ["model.n_experts=8"]
+    found = results(Row("single", 1, reason="no room", failed=True), row("ddp", (100,)), row("fsdp", (50,)), other)
+    assert [r.strategy for r in found.comparable] == ["ddp", "fsdp"]
+    loose = row("local_sgd", (950,))
+    loose.synchronous = False
+    assert results(row("single"), row("ddp"), loose).loose == [loose]
+    assert [r.strategy for r in results(row("single"), row("ddp"), loose).comparable] == ["single", "ddp"]
 
 
 def test_one_repeat_cannot_tell_noise_and_strangers_cannot_be_compared() -> None:
@@ -296,7 +338,7 @@ class Cells(HTMLParser):
 def assert_tells_the_results(text: str, found: Results) -> None:
     seen = Cells(text)
     assert seen.cards == [each.strategy for each in found.ran] and seen.sources == []
-    assert seen.missing == [each.strategy for each in found.rows if not each.ran]
+    assert seen.missing == [each.strategy for each in found.rows if each.reason or not each.ran]
     assert len(seen.values) == len(found.ran) * len(page.COLUMNS)
     for each in found.ran:
         for figure, words in zip(page.COLUMNS, cells(each), strict=True):
@@ -374,7 +416,9 @@ def test_what_can_be_known_before_is_refused_before(ran, cache: Path) -> None:
         (("strategies=[single,ddpp]",), "unknown strategy 'ddpp': did you mean 'ddp'?"),
         (("hydra.run.dir=out",), "has the results of another comparison: set overwrite=true"),
         (("fail_if=ddp.speed < 0.9 * baseline",), "speed is none of the figures"),
-        (("steps=4",), "steps=4: instruments look at the first 4"),
+        (("steps=4",), "steps=4: the first 4 are not timed"),
+        (("measure.warmup_steps=9",), "the first 9 are not timed"),
+        (("fail_if=dpd.loss < 1",), "fail_if: 'dpd' is none of single, ddp"),
         (("world_sizes=[0]",), "world_sizes=[0] must be at least 1 each"),
         (("scaling=sideways",), "scaling=sideways is unknown: use strong, weak"),
         (("repeats=0",), "repeats=0 must be at least 1"),

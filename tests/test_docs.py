@@ -32,9 +32,7 @@ def commands() -> list[tuple[str, list[str]]]:
 def test_every_command_of_the_documents_composes(script: str, overrides: list[str]) -> None:
     register()
     assert (ROOT / "scripts" / f"{script}.py").exists()
-    if " ".join(overrides) in WORDS.get(script, {}) or any(
-        "/" in each.split("=")[0] for each in overrides if "outputs" in each
-    ):
+    if " ".join(overrides) in WORDS.get(script, {}):
         return
     single = [o for o in overrides if "," not in o or "[" in o]  # the others are sweeps
     with initialize_config_dir(str(ROOT / "configs"), version_base="1.3"):

@@ -165,7 +165,7 @@ def test_sync_is_ddp(servers: int, tmp_path: Path, cache: Path) -> None:
     """In fp64: losses, norms and the evaluation; with clipping that cuts, on one server and on two."""
     same = ["dtype=fp64", "steps=8", "eval.every=4", "clip_norm=0.3"]
     expected = run(tmp_path / "ddp", cache, "strategy=ddp", *same, ranks=2)
-    found = run(tmp_path / "ps", cache, "strategy=parameter_server", "strategy.dp.mode=sync", f"strategy.dp.servers={servers}",
+    found = run(tmp_path / "ps", cache, "strategy=parameter_server", "strategy.dp.mode=sync", f"strategy.dp.servers={servers}", "strategy.dp.restarts=0",
                 *same, ranks=2 + servers)  # fmt: skip
     assert losses(found) == pytest.approx(losses(expected), rel=1e-12)
     assert [line["grad_norm"] for line in found["lines"]] == pytest.approx(
@@ -180,6 +180,8 @@ def test_async_counts_what_it_does(tmp_path: Path, cache: Path) -> None:
     found = run(tmp_path, cache, "strategy=parameter_server", "steps=20", "global_batch_size=12", ranks=4)
     told = found["profile"]["asynchronous"]
     assert told["updates"] == 60 == sum(told["staleness"].values())
+    seconds = sum(line["step_seconds"] for line in found["lines"])
+    assert told["updates_per_second"] == pytest.approx(60 / seconds)
     assert sum(each["gradients"] for each in told["workers"].values()) == 60
     assert max(map(int, told["staleness"])) >= 1  # three workers: while one computes, others push
     assert losses(found)[-1] < losses(found)[0] - 0.3 and not found["synchronous"]
@@ -276,6 +278,8 @@ def test_impossible_options_are_refused(options: dict[str, Any], said: str) -> N
     (Case("next_token", "ps"), 1, [ParameterServer], "start 2 or more"),
     (Case("next_token", "ps"), 4, [lambda: ParameterServer(2), lambda: FSDP(2)], "stands alone, not beside fsdp"),
     (Case("next_token", "ps", model=(("n_experts", 4),)), 3, [ParameterServer], "use ddp"),
+    (Case("next_token", "ps"), 4, [lambda: ParameterServer(4, servers=2)], "set strategy.dp.restarts=0"),
+    (Case("next_token", "ps", compile=True), 3, [ParameterServer], "use compile=false"),
     (Case("next_token", "ps"), 6, [ParameterServer], "not divisible"),
 ])  # fmt: skip
 def test_what_it_cannot_train_is_refused_in_one_line(

@@ -79,7 +79,7 @@ def losses(results: Results) -> Chart:
     worst = max(told, key=lambda row: row.loss_difference or 0, default=None)
     words = f" The greatest difference of a synchronous strategy from its reference is {worst.loss_difference:.1e} " \
             f"({worst.strategy})." if worst else ""  # fmt: skip
-    return Chart("losses", "Loss curves", f"All synchronous strategies should draw one line.{words}", TRACE, figure)
+    return Chart("losses", "Loss curves", f"What trains the same, synchronously, draws one line.{words}", TRACE, figure)
 
 
 def pace(results: Results) -> Chart:
@@ -92,7 +92,7 @@ def pace(results: Results) -> Chart:
     figure.update_layout(xaxis_title="seconds in steps", yaxis_title="loss", xaxis_rangemode="tozero")
     loose = results.loose
     told = (
-        "; ".join(f"{row.strategy} {loss_at(row, until):.4f}" for row in [results.comparable[0], *loose])
+        "; ".join(f"{row.strategy} {loss_at(row, until):.4f}" for row in [*results.comparable[:1], *loose])
         if loose
         else ""
     )

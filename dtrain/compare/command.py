@@ -16,6 +16,7 @@ from typing import Any
 
 from omegaconf import DictConfig
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from dtrain.about import about
@@ -55,6 +56,7 @@ def compare(
     sizes = _world_sizes(settings)
     cases = cases_of(settings.strategies, settings.baseline, sizes, settings.global_batch_size, settings.scaling)
     configs = {case.label: configure(case.overrides) for case in cases}
+    first = _checked(cases, configs, condition)
     _make_room(folder, settings.overwrite)
     results = Results(
         command=shlex.join(["python", "scripts/compare.py", *own]),
@@ -68,7 +70,6 @@ def compare(
         environment=environment.describe(),
         rows=[_row(case, configs[case.label], own, settings) for case in cases],
     )
-    first = max(RECORDED, settings.measure.warmup_steps)
 
     def run(case: Case, place: Path) -> dict[str, Any]:
         return start(configs[case.label], place, case.label)
@@ -120,12 +121,17 @@ def show_difference(arguments: list[str]) -> None:
     for each in differences(first, second):
         words = {True: "within noise", False: "faster" if each.ratio > 1 else "slower", None: "noise unknown"}
         sent = "–" if each.bytes_ratio is None else f"{each.bytes_ratio:.3f}"
-        made.add_row(each.strategy, f"{each.ratio:.3f}", f"{each.least:.3f} – {each.most:.3f}", words[each.noise],
-                     f"{each.memory_ratio:.3f}", sent)  # fmt: skip
+        spread = f"{each.least:.3f} – {each.most:.3f}"
+        made.add_row(escape(each.strategy), f"{each.ratio:.3f}", spread, words[each.noise], f"{each.memory_ratio:.3f}",
+                     sent)  # fmt: skip
     console.print(made)
     console.print(
         "spread: of any repeat over any other; within noise: 1 lies in it; unknown: one repeat each", soft_wrap=True
     )
+    for name in (key for key in second.facts if first.facts.get(key) != second.facts[key]):
+        console.print(
+            f"not alike: {name} {first.facts.get(name)}, then {second.facts[name]}", soft_wrap=True, markup=False
+        )
     for name in (key for key in ("commit", "cpu", "cores") if first.environment[key] != second.environment[key]):
         console.print(
             f"{name}: {first.environment[name]}, then {second.environment[name]}", soft_wrap=True, markup=False
@@ -134,12 +140,22 @@ def show_difference(arguments: list[str]) -> None:
         raise Failed(f"fail_if: {condition.text}")
 
 
+def _checked(cases: list[Case], configs: dict[str, DictConfig], condition: Condition | None) -> int:
+    """How many steps of each run come before those that are timed."""
+    first = max(RECORDED, *(config.measure.warmup_steps for config in configs.values()))
+    for label, config in configs.items():
+        if config.steps <= first:
+            raise ValueError(f"{label}: steps={config.steps}: the first {first} are not timed, use more")
+    for label in condition.strategies if condition else ():
+        if label not in configs:
+            raise ValueError(f"fail_if: {label!r} is none of {', '.join(case.label for case in cases)}")
+    return first
+
+
 def _world_sizes(settings: Comparison) -> list[int]:
     sizes = settings.world_sizes or [settings.launch.nproc]
     if any(size < 1 for size in sizes):
         raise ValueError(f"world_sizes={sizes} must be at least 1 each")
-    if settings.steps <= RECORDED:
-        raise ValueError(f"steps={settings.steps}: instruments look at the first {RECORDED}, use more")
     return sizes
 
 
@@ -177,18 +193,26 @@ def _row(case: Case, config: DictConfig, own: list[str], settings: Comparison) -
     if case.rows != settings.global_batch_size:
         said.append(f"global_batch_size={case.rows}")
     begin = f"torchrun --nproc-per-node {case.ranks}" if case.ranks > 1 else "python"
-    classes = [_class_of(node["_target_"]) for node in config.strategy.values()] if config.strategy else []
+    classes = [found for node in (config.strategy or {}).values() if (found := _class_of(node["_target_"]))]
     return Row(
         case.label, case.ranks, overrides=case.overrides, command=f"{begin} scripts/train.py {shlex.join(said)}",
         about=" ".join(about(name) for name in case.entry.strategy.split("+")),
         cost=[text for each in classes if (text := _cost(each))],
-        files=[str(Path(inspect.getfile(each)).relative_to(PROJECT)) for each in classes],
+        files=[_shown(Path(inspect.getfile(each))) for each in classes], trained=list(case.entry.trained),
     )  # fmt: skip
 
 
 def _class_of(target: str) -> Any:
+    """The class, or None: it is said where it is made."""
     module, _, name = target.rpartition(".")
-    return getattr(import_module(module), name)
+    try:
+        return getattr(import_module(module), name)
+    except (ImportError, AttributeError, ValueError):
+        return None
+
+
+def _shown(file: Path) -> str:
+    return str(file.relative_to(PROJECT)) if file.is_relative_to(PROJECT) else str(file)
 
 
 def _cost(strategy: type) -> str:

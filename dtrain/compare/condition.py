@@ -40,6 +40,11 @@ class Condition:
         """
         return self._truth(self._tree, results, earlier)
 
+    @property
+    def strategies(self) -> list[str]:
+        """Labels that it names."""
+        return [label for label, _ in _figures(self._tree)]
+
     def _check(self, node: ast.AST) -> None:
         if isinstance(node, ast.BoolOp):
             for value in node.values:
@@ -75,7 +80,6 @@ class Condition:
             return join(self._truth(value, results, earlier) for value in node.values)
         assert isinstance(node, ast.Compare)
         strategy, figure = _figures(node)[0]
-        base = earlier.row(strategy) if earlier else None
 
         def value(term: ast.AST) -> float:
             if isinstance(term, ast.BinOp):
@@ -83,12 +87,16 @@ class Condition:
             if isinstance(term, ast.Constant):
                 return float(term.value)  # type: ignore[arg-type]
             label, name = _figure(term) or ("", figure)
-            row = results.row(label) if label else base or results.row(results.baseline)
+            before = earlier.row(strategy) if earlier and not label else None
+            row = results.row(label) if label else before or results.row(results.baseline)
             if (found := getattr(row, name)) is None:
                 raise ValueError(f"fail_if: {row.strategy!r} has no {name}")
             return float(found)
 
-        sides = [value(side) for side in (node.left, *node.comparators)]
+        try:
+            sides = [value(side) for side in (node.left, *node.comparators)]
+        except ZeroDivisionError:
+            raise ValueError(f"fail_if={self.text!r} divides by zero") from None
         return all(OPERATORS[type(op)](a, b) for op, a, b in zip(node.ops, sides, sides[1:], strict=False))
 
 

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import hashlib
 import re
 import shlex
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
-RANKS, OWN = "launch.nproc", ("strategy", "launch")  # settings that leave the model, the data and the steps as they are
+RANKS, ROWS = "launch.nproc", "global_batch_size"
+OWN = ("strategy", "launch")  # settings that leave the model, the data and the steps as they are
 
 
 @dataclass(frozen=True)
@@ -54,10 +56,9 @@ class Entry:
         """The settings that change what is trained: only runs that share them have one loss curve."""
         return tuple(s for s in self.settings if s.lstrip("+").split("=")[0].split(".")[0] not in OWN)
 
-    @property
-    def ranks(self) -> int | None:
-        """On how many ranks it wants to be, whatever the others are on."""
-        asked = [setting.split("=")[1] for setting in self.settings if setting.startswith(f"{RANKS}=")]
+    def number(self, key: str) -> int | None:
+        """What it says itself of a setting such as its ranks, whatever the others have."""
+        asked = [setting.split("=")[1] for setting in self.settings if setting.startswith(f"{key}=")]
         return int(asked[-1]) if asked else None
 
 
@@ -83,11 +84,13 @@ class Case:
 
     @staticmethod
     def folder_of(label: str) -> str:
-        return re.sub(r"[^\w.+=,-]+", "_", label)
+        """A folder's name, unlike that of any other label."""
+        name = re.sub(r"[^\w.+=,@-]+", "_", label)[:80]
+        return name if name == label.replace(" ", "_") else f"{name}-{hashlib.sha1(label.encode()).hexdigest()[:8]}"
 
     @property
     def overrides(self) -> list[str]:
-        return [*self.entry.overrides, f"{RANKS}={self.ranks}", f"global_batch_size={self.rows}"]
+        return [*self.entry.overrides, f"{RANKS}={self.ranks}", f"{ROWS}={self.rows}"]
 
     def trains_the_same(self, other: Case) -> bool:
         """Should both have one loss curve?"""
@@ -112,10 +115,13 @@ def cases_of(strategies: list[str], baseline: str, world_sizes: list[int], rows:
         )
     )
     entries.sort(key=lambda entry: list(kinds).index(entry.trained) if entry.trained in kinds else -1)
-    found = {}
+    found: dict[str, Case] = {}
     for entry, ranks in _placed(entries, world_sizes):
-        label = entry.label if ranks == _only(entry, world_sizes) else f"{entry.label} @{ranks}"
-        case = Case(entry, ranks, rows * ranks if scaling == "weak" else rows, label)
+        own = entry.number(ROWS) or (rows * ranks if scaling == "weak" else rows)
+        case = Case(entry, ranks, own, entry.label if ranks == _only(entry, world_sizes) else f"{entry.label} @{ranks}")
+        for label in (f"{entry.label} @{ranks}", f"{entry.strategy} {' '.join(entry.settings)} @{ranks}"):
+            if case.label in found and found[case.label] != case:  # unlike every other
+                case = replace(case, label=label)
         found[case.label] = case
     return list(found.values())
 
@@ -130,4 +136,4 @@ def _only(entry: Entry, world_sizes: list[int]) -> int | None:
     """The one world size that an entry is run on, if there is one."""
     if entry.strategy == "single":
         return 1
-    return entry.ranks or (world_sizes[0] if len(world_sizes) == 1 else None)
+    return entry.number(RANKS) or (world_sizes[0] if len(world_sizes) == 1 else None)

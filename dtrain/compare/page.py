@@ -56,7 +56,8 @@ def document(results: Results, traces: dict[str, list[dict[str, Any]]], link: Ca
     return environment.get_template("page.html").render(
         results=results, verdicts=verdicts(results) if results.ran else [], charts=drawn, columns=COLUMNS, best=best,
         rows=[(row, dict(zip(COLUMNS, cells(row), strict=True))) for row in results.ran], values=_values,
-        missing=[row for row in results.rows if not row.ran], data=_embedded, colour=lambda row: family(row)[1],
+        missing=[row for row in results.rows if row.reason or not row.ran], data=_embedded,
+        colour=lambda row: family(row)[1],
         cards=[_card(row, traces.get(row.strategy), link) for row in results.ran], plotly=get_plotlyjs(), steps=steps,
         facts={name: value for name, value in results.facts.items() if value is not None},
     )  # fmt: skip
@@ -82,11 +83,17 @@ def _card(row: Row, events: list[dict[str, Any]] | None, link: Callable[[str], s
 
 def _mesh(row: Row) -> list[tuple[str, str]]:
     """Each rank, and what it holds."""
+    if row.asynchronous:
+        servers = row.asynchronous["servers"]
+        own = [f"the weights, share {i + 1} of {servers}" for i in range(servers)]
+        own += [f"worker {i}: a part of each batch" for i in range(row.ranks - servers)]
+        return [(f"rank {rank}", words) for rank, words in enumerate(own)]
     axes = {axis: degree for axis, degree in row.mesh.items() if degree > 1}
     found = []
     for rank in range(row.ranks):
         at = place(row.mesh, rank)
         words = [HOLDS[axis].format(i=at[axis] + 1, n=degree) for axis, degree in axes.items()]
+        words += ["and its share of what the engine divides"] * any("deepspeed" in file for file in row.files)
         found.append((f"rank {rank}", "; ".join(words) or "everything"))
     return found
 

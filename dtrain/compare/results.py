@@ -30,10 +30,12 @@ class Row:
         about, cost, files: the idea, the formulas of each axis, and where it is written; relative to the project.
         synchronous: should its losses be the reference's?
         reference: the row with which its losses are compared; None: nothing trains the same.
-        reason: why there are no figures; `failed`: it began and broke off, else it is not possible here.
+        trained: settings of its own that change what is trained.
+        reason: why there are no figures, or no more; `failed`: it began and broke off, else it is not possible here.
         losses, loss: of every step, and the last, in the first repeat.
         loss_difference: the greatest from the reference's, over all steps.
-        repeats: for each: `tokens_per_second`, `step_seconds` (of every undisturbed step) and `seconds` in all.
+        repeats: for each: `step_seconds` of every undisturbed step; `usual`, their median, or their mean of what is not
+            synchronous; `tokens_per_second` at that; and `seconds` in all.
         tokens_per_second, step_seconds: medians over the repeats.
         peak_memory_bytes: the process's, of the rank with most.
         memory: of each rank, by kind: `most`, `at_peak`, `predicted`, in bytes of tensors.
@@ -54,6 +56,7 @@ class Row:
     overrides: list[str] = field(default_factory=list)
     command: str = ""
     about: str = ""
+    trained: list[str] = field(default_factory=list)
     cost: list[str] = field(default_factory=list)
     files: list[str] = field(default_factory=list)
     synchronous: bool = True
@@ -96,14 +99,14 @@ class Row:
     def add(self, summary: dict[str, Any], steps: list[dict[str, Any]], first: int, seconds: float) -> None:
         """Take up one more repeat: its summary, its lines of `metrics.jsonl`, of which those from `first` are timed."""
         timed = [line["step_seconds"] for line in steps if line["step"] > first]
-        found = {"tokens_per_second": summary["tokens_per_second"], "step_seconds": timed, "seconds": seconds}
+        usual = median(timed) if summary["synchronous"] else mean(timed)  # a median would leave out what is seldom
         if not self.ran:
             self._take(summary, steps)
-            usual = median(timed)
             self.seconds = list(accumulate(line["step_seconds"] if line["step"] > first else usual for line in steps))
-        self.repeats.append(found)
+        rate = summary["tokens"] / summary["steps"] / usual
+        self.repeats.append({"tokens_per_second": rate, "step_seconds": timed, "usual": usual, "seconds": seconds})
         self.tokens_per_second = median(each["tokens_per_second"] for each in self.repeats)
-        self.step_seconds = median(median(each["step_seconds"]) for each in self.repeats)
+        self.step_seconds = median(each["usual"] for each in self.repeats)
 
     def _take(self, summary: dict[str, Any], steps: list[dict[str, Any]]) -> None:
         """What one repeat tells as well as several."""
@@ -122,7 +125,7 @@ class Row:
         self.traffic_predicted = [rank["traffic_predicted"] for rank in ranks][: len(self.traffic)]
         self.wire_bytes = sum(message["wire_bytes"] for message in self.traffic[self.busiest])
         self.time = [rank["time"] for rank in ranks if rank["time"]]
-        if self.time:
+        if self.time and self.synchronous:  # of one step, which tells nothing where steps differ
             self.exposed_share = mean(rank["exposed"] / rank["step"] for rank in self.time)
 
     def compare(self, reference: Row | None) -> None:
@@ -191,15 +194,21 @@ class Results:
     @property
     def comparable(self) -> list[Row]:
         """Rows that compute what the baseline computes, on as many ranks as were asked for, and the baseline."""
-        alike = [row for row in self.ran if not self.base or row.reference == self.baseline]
-        rows = [row for row in alike if row is self.base or (row.synchronous and row.ranks <= self.world_size)]
+        wide = [row for row in self._alike if row.synchronous and row.ranks <= self.world_size]
+        if self.scaling == "weak":
+            wide = [row for row in wide if row.ranks == self.world_size]
+        rows = [row for row in self._alike if row in wide or (row is self.base and self.scaling == "strong")]
         followed = [row for row in rows if row.memory_bytes]
         return followed or rows  # where no tensors were followed, processes are compared
 
     @property
     def loose(self) -> list[Row]:
         """Rows that train what the baseline trains, and need not compute the same."""
-        return [row for row in self.ran if not row.synchronous and row.reference == self.baseline]
+        return [row for row in self._alike if not row.synchronous]
+
+    @property
+    def _alike(self) -> list[Row]:
+        return [row for row in self.ran if row.trained == self.rows[0].trained]
 
     def row(self, strategy: str) -> Row:
         """
@@ -240,5 +249,6 @@ def read(folder: Path) -> Results:
         seen = found.get("schema") if isinstance(found, dict) else None
         raise ValueError(f"{file} has schema {seen}, this version reads {SCHEMA}: make it again")
     known = {each.name for each in fields(Row)}
+    found = {key: value for key, value in found.items() if key in {each.name for each in fields(Results)}}
     found["rows"] = [Row(**{key: value for key, value in row.items() if key in known}) for row in found["rows"]]
     return Results(**found)

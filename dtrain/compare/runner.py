@@ -13,6 +13,7 @@ from typing import Any
 from rich.box import SIMPLE_HEAD
 from rich.console import Console, Group
 from rich.live import Live
+from rich.markup import escape
 from rich.progress import (
     BarColumn,
     MofNCompleteColumn,
@@ -38,8 +39,8 @@ class Follower:
     """The runs' progress on the console: a bar for each case, and one for all with the time that is left."""
 
     def __init__(self, cases: list[Case], repeats: int, steps: int, console: Console) -> None:
-        columns = (TextColumn("{task.description}"), BarColumn(30), MofNCompleteColumn(), TimeElapsedColumn(),
-                   TextColumn("{task.fields[figures]}"))  # fmt: skip
+        name, figures = (TextColumn(f"{{task.{what}}}", markup=False) for what in ("description", "fields[figures]"))
+        columns = (name, BarColumn(30), MofNCompleteColumn(), TimeElapsedColumn(), figures)
         width = max(len(case.label) for case in cases)
         self.steps, self.console, self._plain = steps, console, not console.is_terminal
         self.bars = Progress(*columns, console=console)
@@ -85,6 +86,7 @@ class Follower:
         bar = self._tasks[row.strategy]
         if row.reason:
             words = "failed" if row.failed else "not possible here"
+            words += f" in repeat {repeat + 1}" if row.ran else ""
         else:
             words = f"loss {row.loss:.4f}  {row.repeats[-1]['tokens_per_second']:,.0f} tokens/s"
             self.bars.update(bar, completed=(repeat + 1) * self.steps)
@@ -121,16 +123,18 @@ def run_all(
                         summary = start(case, place)
                     row.add(summary, lines_of(place / "metrics.jsonl"), first, time.monotonic() - before)
                     row.compare(_reference(case, cases, rows))
-                except (ValueError, RuntimeError) as error:
-                    row.reason, row.failed, row.repeats = str(error), isinstance(error, RuntimeError), []
+                except Exception as error:  # a strategy that fails stops no other
+                    row.reason, row.failed = str(error) or type(error).__name__, not isinstance(error, ValueError)
+                    row.reason = " ".join(row.reason.split())
                 results.seconds = time.monotonic() - begun
                 follower.finish(row, repeat)
                 save()
 
 
 def _reference(case: Case, cases: list[Case], rows: dict[str, Row]) -> Row | None:
-    """The first case that trains the same: the baseline, or one with the same settings of the model."""
-    return next((rows[other.label] for other in cases if case.trains_the_same(other)), None)
+    """The baseline, or what it is with the same settings of the model; None: it has another batch."""
+    first = cases[0].entry.strategy
+    return next((rows[o.label] for o in cases if o.entry.strategy == first and case.trains_the_same(o)), None)
 
 
 def lines_of(metrics: Path) -> list[dict[str, Any]]:
@@ -165,7 +169,7 @@ def table(results: Results, *, wide: bool) -> Table:
         made.add_column(title, justify="right", no_wrap=True)
     for row in results.ran:
         words = dict(zip(titles, cells(row), strict=True))
-        made.add_row(row.strategy, *(words[title] for title in shown))
+        made.add_row(escape(row.strategy), *(words[title] for title in shown))
     return made
 
 

@@ -57,9 +57,12 @@ def gantt(events: Iterable[dict[str, Any]], row: Row) -> Chart:
     )
     idle = f" The pipeline's bubble is {row.bubble['measured']:.1%}, {row.bubble['theory']:.1%} in theory: the gaps " \
            f"between micro-batches." if row.bubble else ""  # fmt: skip
-    share = (
-        f"Exposed communication, in red, is {row.exposed_share:.0%} of the step." if row.ranks > 1 else "One process."
-    )
+    if row.ranks == 1:
+        share = "One process."
+    elif row.exposed_share is None:
+        share = "Steps differ in what they send; communication that nothing covers is red."
+    else:
+        share = f"Exposed communication, in red, is {row.exposed_share:.0%} of the step."
     return Chart(f"gantt-{row.strategy}", f"One step of {row.strategy}", share + idle, TRACE, figure)
 
 

@@ -23,7 +23,7 @@ class Verdict:
 
 def verdicts(results: Results) -> list[Verdict]:
     """Fastest, leanest and quietest of the rows that train the same on as many ranks as were asked for."""
-    rows = [row for row in results.comparable if row.ranks > 1 or results.world_size == 1]
+    rows = [row for row in results.comparable if row.ranks > 1] or results.comparable
     if not rows:
         return []
     fastest = max(rows, key=lambda row: row.tokens_per_second or 0)
@@ -53,7 +53,7 @@ def _lead(rows: Sequence[Row], first: Row) -> str:
     following = others[0]
     ahead = (first.tokens_per_second or 0) / (following.tokens_per_second or 1) - 1
     words = f"{ahead:.0%} before {following.strategy}"
-    if len(first.repeats) < 2:
+    if min(len(first.repeats), len(following.repeats)) < 2:
         return f"{words}; one run each, so noise is not known (repeats=3)"
     told = distinct(first, following)
     return f"{words}; {'more than the repeats differ' if told else 'within the spread of the repeats: a tie'}"

@@ -10,7 +10,8 @@ AdamW, lr 0.7, m 0.9. `fragments` exchanges the weights in parts, at different s
 message is under way, and takes what has come, mixed with its own weights, so many steps later (streaming DiLoCo).
 
 Not a synchronous strategy: its losses are not one process's. A figure told of a step is the mean over the ranks.
-Evaluations and checkpoints are of the ranks' mean; a run that resumes begins there, with the mean of their moments too.
+Evaluations and checkpoints are of the ranks' mean; a run that resumes begins there, with the mean of their moments too,
+and without the messages that were under way.
 Cost of H steps, per rank: one all-reduce of the weights, 2 (n-1)/n times their bytes on a ring: 1/H of ddp's. Memory,
 where the outer step is more than a mean: w0 and v, twice the weights.
 Sources: Stich 2019, "Local SGD" (1805.09767); McMahan et al. 2016, federated averaging (1602.05629); Douillard et al.
@@ -89,6 +90,10 @@ class LocalSGD(Strategy):
                 "strategy local_sgd has a step of its own, and so has pipeline: use fsdp or tensor beside it"
             )
 
+    def check_model(self, model: nn.Module, plan: Plan) -> None:
+        if self.fragments > (number := sum(p.requires_grad for p in model.parameters())):
+            raise ValueError(f"strategy.dp.fragments={self.fragments} are more than the model's {number} weights")
+
     def check_task(self, task: Task, plan: Plan) -> None:
         if len(task.models) > len({update.trains for update in task.updates}):
             raise ValueError(f"task {type(task).__name__} has a model that follows another, and each rank's would "
@@ -160,7 +165,9 @@ class Alone(Accumulate):
             values = [local(states[p][START]) - local(p) for p in parameters]
         else:
             values = [local(p) for p in parameters]
-        flat = torch.cat([value.flatten() for value in values]).to(self.plan.precision.reduce_dtype)
+        flat = torch.cat([value.flatten() for value in values])
+        if self.strategy.remembers:  # whole weights do not travel in a narrower format: they would stay rounded
+            flat = flat.to(self.plan.precision.reduce_dtype)
         work = dist.all_reduce(flat, group=self.group, async_op=self.strategy.delay > 0)
         self.underway[model].append(Underway(done + self.strategy.delay, parameters, flat, work))
 

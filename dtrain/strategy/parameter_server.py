@@ -20,6 +20,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+import torch
 from torch import nn
 
 from dtrain.board import ASYNC, MODES, SYNC
@@ -87,10 +88,19 @@ class ParameterServer(Strategy):
         if self.workers < 1:
             raise ValueError(f"strategy parameter_server has {self.degree} ranks for {self.servers} servers and the "
                              f"workers: start {self.servers + 1} or more")  # fmt: skip
+        if self.servers > 1 and self.restarts:
+            raise ValueError(f"strategy.dp.servers={self.servers}: a worker that dies may have told one server and not "
+                             f"another, so none is started again: set strategy.dp.restarts=0")  # fmt: skip
+        if plan.compile:
+            raise ValueError("strategy parameter_server does not compile its workers' models: use compile=false")
+        if self.compression == "power_sgd" and plan.precision.weights_dtype == torch.bfloat16:
+            raise ValueError("compression=power_sgd orthogonalises, which no CPU does in bf16: keep weights in fp32")
         if plan.device.type != "cpu":
             raise ValueError("strategy parameter_server sends by gloo, from host memory: use device=cpu")
 
     def check_model(self, model: nn.Module, plan: Plan) -> None:
+        if self.servers > (number := len(list(model.parameters()))):
+            raise ValueError(f"strategy.dp.servers={self.servers} are more than the model's {number} weights")
         kept = model.state_dict().keys()
         if [name for name, _ in model.named_buffers() if name in kept] or any(
             isinstance(module, StepAware) for module in model.modules()
