@@ -55,15 +55,19 @@ def gantt(events: Iterable[dict[str, Any]], row: Row) -> Chart:
         meta={"rows": 1.6 * len(ranks)},
         yaxis={"tickvals": ranks, "ticktext": [f"rank {rank}" for rank in ranks], "autorange": "reversed"},
     )
-    idle = f" The pipeline's bubble is {row.bubble['measured']:.1%}, {row.bubble['theory']:.1%} in theory: the gaps " \
-           f"between micro-batches." if row.bubble else ""  # fmt: skip
+    return Chart(f"gantt-{row.strategy}", f"One step of {row.strategy}", _caption(row), TRACE, figure)
+
+
+def _caption(row: Row) -> str:
     if row.ranks == 1:
-        share = "One process."
-    elif row.exposed_share is None:
-        share = "Steps differ in what they send; communication that nothing covers is red."
-    else:
-        share = f"Exposed communication, in red, is {row.exposed_share:.0%} of the step."
-    return Chart(f"gantt-{row.strategy}", f"One step of {row.strategy}", share + idle, TRACE, figure)
+        return "One process."
+    words = "Communication that nothing covers is red."
+    if row.exposed_share is not None:
+        words = f"Exposed communication, in red, is {row.exposed_share:.0%} of the step."
+    if row.bubble:
+        idle = f"{row.bubble['measured']:.1%}, {row.bubble['theory']:.1%} in theory"
+        words += f" The pipeline's bubble is {idle}: the gaps between micro-batches."
+    return words
 
 
 def _exposed(events: list[dict[str, Any]]) -> list[Interval]:
