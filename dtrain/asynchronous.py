@@ -74,16 +74,17 @@ class Asynchronous(Server):
     def _steps(self, threads: list[threading.Thread]) -> Iterator[Step]:
         begun = time.perf_counter()
         while self.next_step < self.settings.steps:
+            tokens = self.task.size(self.task.batch(self.next_step))
             with self.lock:  # held while the loop evaluates or saves: nothing changes meanwhile
                 while self.applied < (self.next_step + 1) * self.of_a_step:
                     if self.failure or not any(thread.is_alive() for thread in threads):
                         raise self.failure or RuntimeError("every worker of the parameter server is gone")
                     self.lock.wait(1.0)
                 seconds, begun = time.perf_counter() - begun, time.perf_counter()  # workers compute while it evaluates
-                yield self._told(seconds)
+                yield self._told(tokens, seconds)
                 self.lock.notify_all()
 
-    def _told(self, seconds: float) -> Step:
+    def _told(self, tokens: int, seconds: float) -> Step:
         """The figures of the gradients since the last step."""
         told, self.told = self.told, []
         self._seconds += seconds
@@ -94,7 +95,6 @@ class Asynchronous(Server):
             if own:
                 losses[update.trains] = sum(loss for loss, _ in own) / len(own)
                 norms[update.trains] = (sum(norm**2 for _, norm in own) / len(own)) ** 0.5
-        tokens = self.task.size(self.task.batch(self.next_step))
         self.tokens, self.next_step = self.tokens + tokens, self.next_step + 1
         lr = next(iter(self.optimizers.values())).param_groups[0]["lr"]
         return Step(

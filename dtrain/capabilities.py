@@ -7,7 +7,7 @@ from pathlib import Path
 
 from dtrain.about import about
 from dtrain.config import CONFIGS
-from dtrain.report.sheet import Sheet
+from dtrain.report.sheet import Sheet, put_between
 from dtrain.survey import ITSELF, PARTLY, REFUSED, SAME_AXIS, Trial, survey
 
 BEGIN, END = "<!-- capabilities -->\n", "<!-- /capabilities -->\n"
@@ -66,8 +66,4 @@ def markdown() -> str:
 
 def write(document: Path = CONFIGS.parent / "README.md") -> None:
     """Put the block into the README, between its marks."""
-    before, begin, rest = document.read_text().partition(BEGIN)
-    _, end, after = rest.partition(END)
-    if not end:
-        raise ValueError(f"{document} has no {BEGIN.strip()} and {END.strip()} to write between")
-    document.write_text(f"{before}{begin}{markdown()}{end}{after}")
+    put_between(document, BEGIN, END, markdown())

@@ -23,12 +23,17 @@ def clip(model: nn.Module, plan: Plan) -> Tensor:
     copies = {id(p.grad) for p in plan.copies(model)}
     norm = _norm([gradient for gradient in gradients if id(gradient) not in copies], plan)
     if plan.clip_norm is not None:
-        factor = (plan.clip_norm / (norm + 1e-6)).clamp(max=1.0).to(plan.storage)
+        factor = shrinking(norm, plan.clip_norm).to(plan.storage)
         for gradient in gradients:
             local(gradient).mul_(factor)
     for strategy in plan.strategies:
         norm = strategy.norm(norm, plan)
     return norm
+
+
+def shrinking(norm: Tensor, most: float) -> Tensor:
+    """The factor that makes a norm at most so much."""
+    return (most / (norm + 1e-6)).clamp(max=1.0)
 
 
 def _norm(gradients: list[Tensor], plan: Plan) -> Tensor:

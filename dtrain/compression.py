@@ -37,6 +37,8 @@ class Compression:
         self.method, self.shapes, self.dtype = method, list(shapes), dtype
         self.kept = [max(1, round(share * prod(shape))) for shape in shapes]
         self.ranks = [self._thin(shape, rank) for shape in shapes]
+        self._pieces_of_a_message = self._empty()
+        self.size = sum(piece.numel() * piece.element_size() for piece in self._pieces_of_a_message)  # in bytes
         self._rest: list[Tensor] = []
         self._q: dict[int, Tensor] = {}
 
@@ -45,11 +47,6 @@ class Compression:
         """The rank at which a gradient travels; 0: whole, since two thin matrices would not be smaller."""
         n, m = (shape[0], prod(shape[1:])) if len(shape) > 1 else (0, 0)
         return rank if rank * (n + m) < n * m else 0
-
-    @property
-    def size(self) -> int:
-        """Bytes of what travels."""
-        return sum(piece.numel() * piece.element_size() for piece in self._empty())
 
     def _empty(self) -> list[Tensor]:
         """The pieces of a message, on the meta device."""
@@ -98,7 +95,7 @@ class Compression:
     @torch.no_grad()
     def decode(self, message: Tensor) -> list[Tensor]:
         """The gradients, as far as the message tells them."""
-        empty = self._empty()
+        empty = self._pieces_of_a_message
         parts = message.split([piece.numel() * piece.element_size() for piece in empty])
         pieces = [part.clone().view(like.dtype).view(like.shape) for part, like in zip(parts, empty, strict=True)]
         found = []

@@ -66,10 +66,9 @@ def assemble(config: Config, world: World) -> Job:
     refuse_contradictions(plan, plan.micro_batches(config.global_batch_size, config.micro_batch_size))
     if config.profile and config.steps < RECORDED:
         raise ValueError(f"profile=true looks at a run's first {RECORDED} steps, steps={config.steps} are too few")
-    if config.fault.rank is not None and config.fault.rank >= world.size:
-        raise ValueError(f"fault.rank={config.fault.rank} is none of the {world.size} ranks of this run")
-    if config.straggler.rank is not None and config.straggler.rank >= world.size:
-        raise ValueError(f"straggler.rank={config.straggler.rank} is none of the {world.size} ranks of this run")
+    for name, rank in (("fault", config.fault.rank), ("straggler", config.straggler.rank)):
+        if rank is not None and rank >= world.size:
+            raise ValueError(f"{name}.rank={rank} is none of the {world.size} ranks of this run")
     logger = All([make(node, Logger, f"logger.{name}") for name, node in config.logger.items()])
     data, task = task_of(config, shown=world.rank == 0)
     plan.check_task(task)

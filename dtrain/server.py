@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from dtrain.board import SYNC, Board
+from dtrain.clip import shrinking
 from dtrain.config import Config
 from dtrain.launch import World
 from dtrain.link import Gone, Link
@@ -21,7 +22,7 @@ from dtrain.plan import Plan
 from dtrain.strategy.parameter_server import ParameterServer
 from dtrain.task.base import Task
 from dtrain.train import NonFinite, Settings, Trainer
-from dtrain.worker import BYE, OVER, PULL, PUSH, STOP, WAIT, WORK, compression, shares_of
+from dtrain.worker import BYE, OVER, PULL, PUSH, STOP, WAIT, WORK, compression, of_model, shares_of
 
 POLL_S, PATIENCE_S = 0.05, 0.5  # how often a server looks for a worker; how long a worker that must wait is left alone
 
@@ -45,6 +46,8 @@ class Server(Trainer):
         self.strategy, self.rank, self.config, self.world = strategy, world.rank, config, world
         self.servers, self.address = servers, address
         self.shares = shares_of(task, self.models, strategy.servers)
+        share = self.shares[min(self.rank, strategy.servers - 1)]  # other ranks keep none
+        self._own = {update.trains: of_model(self.models[update.trains], share) for update in task.updates}
         self.rounds = len(task.updates)  # of a step
         self.lock = threading.Condition()
         self.board = Board(0, 1)
@@ -109,8 +112,7 @@ class Server(Trainer):
 
     def _serve(self, worker: int, link: Link) -> None:
         share = self.shares[self.rank]
-        shapes = {u.trains: [p for p in share if p in self._of(u.trains)] for u in self.task.updates}
-        decoders = {name: compression(self.strategy, own) for name, own in shapes.items()}
+        decoders = {name: compression(self.strategy, own) for name, own in self._own.items()}
         before, spent, pushed = self.traffic[worker], self.spent.get(worker, [0.0] * 3), 0  # in its earlier lives
         while True:
             kind, version, item, loss, norm, computed, waited, *_ = link.hear()
@@ -188,7 +190,7 @@ class Server(Trainer):
         self.told = [(each, loss, norm.item() if each == index else old) for each, loss, old in self.told]
         if self.plan.clip_norm is not None:
             for total in sums:
-                total *= (self.plan.clip_norm / (norm + 1e-6)).clamp(max=1.0).to(total.dtype)
+                total *= shrinking(norm, self.plan.clip_norm).to(total.dtype)
         self.staleness[0] += len(parts)
         self._apply(index, sums, 1.0)
         self.applied += len(parts)
@@ -203,8 +205,7 @@ class Server(Trainer):
         self._set_rate(self.next_step)
         for group in optimizer.param_groups:
             group["lr"] *= factor
-        own = [p for p in self.shares[self.rank] if p in self._of(update.trains)]
-        for parameter, gradient in zip(own, gradients, strict=True):
+        for parameter, gradient in zip(self._own[update.trains], gradients, strict=True):
             parameter.grad = gradient
         optimizer.step()
         optimizer.zero_grad()
@@ -213,6 +214,3 @@ class Server(Trainer):
         self.version += 1
         if update.then:
             update.then(self.models)
-
-    def _of(self, model: str) -> set[nn.Parameter]:
-        return set(self.models[model].parameters())

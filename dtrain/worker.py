@@ -71,14 +71,11 @@ class Worker:
         self.models = {name: self.plan.parallelize(make, config.seed) for name, make in self.task.models.items()}
         self.executor = self.plan.executor(self.models, {}, micro_batches)
         self.shares = shares_of(self.task, self.models, strategy.servers)
-        self.encoders = [{u.trains: compression(strategy, self._own(u.trains, share)) for u in self.task.updates}
-                         for share in self.shares]  # fmt: skip
+        self.own = [{u.trains: of_model(self.models[u.trains], share) for u in self.task.updates}
+                    for share in self.shares]  # fmt: skip
+        self.encoders = [{name: compression(strategy, each) for name, each in own.items()} for own in self.own]
         self._batch: tuple[int, Batch] = (-1, {})
         self.computed = self.waited = 0.0
-
-    def _own(self, model: str, share: list[nn.Parameter]) -> list[nn.Parameter]:
-        of_model = {id(p) for p in self.models[model].parameters()}
-        return [p for p in share if id(p) in of_model]
 
     def run(self, links: list[Link]) -> None:
         """Pull, compute, push, until told to stop."""
@@ -88,7 +85,7 @@ class Worker:
             name, gradients, loss, norm = self._gradient(item)
             self.computed += time.perf_counter() - begun
             for server in reversed(range(len(links))):  # the first one last: it counts what is finished
-                own = [gradients[id(p)] for p in self._own(name, self.shares[server])]
+                own = [gradients[id(p)] for p in self.own[server][name]]
                 links[server].say(PUSH, versions[server], item, loss, norm, self.computed, self.waited)
                 links[server].send(self.encoders[server][name].encode(own))
         for link in links:
@@ -136,6 +133,12 @@ def shares_of(task: Task, models: Models, servers: int) -> list[list[nn.Paramete
     """Which server keeps which weights of the models that are trained."""
     trained = {update.trains: None for update in task.updates}
     return shared_out([p for name in trained for p in models[name].parameters()], servers)
+
+
+def of_model(model: nn.Module, share: list[nn.Parameter]) -> list[nn.Parameter]:
+    """Those of a share that are the model's."""
+    own = {id(p) for p in model.parameters()}
+    return [p for p in share if id(p) in own]
 
 
 def compression(strategy: ParameterServer, parameters: list[nn.Parameter]) -> Compression:

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from dtrain.compare.markdown import readme
 from dtrain.compare.results import read
+from dtrain.report.sheet import put_between
 
 ROOT = Path(__file__).parent.parent
 BEGIN, END = "<!-- comparison -->\n", "<!-- /comparison -->\n"
@@ -32,7 +33,6 @@ def photograph(page: Path, picture: Path) -> None:
 if __name__ == "__main__":
     if "--again" not in sys.argv:  # the last run's
         subprocess.run(COMMAND, cwd=ROOT, check=True)
-    folder, document = ROOT / "outputs/readme", ROOT / "README.md"
+    folder = ROOT / "outputs/readme"
     photograph(folder / "report.html", ROOT / "docs/comparison.png")
-    before, _, rest = document.read_text().partition(BEGIN)
-    document.write_text(f"{before}{BEGIN}{readme(read(folder))}{END}{rest.partition(END)[2]}")
+    put_between(ROOT / "README.md", BEGIN, END, readme(read(folder)))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
+from collections.abc import Callable, Sequence
 
 import plotly.graph_objects as go
 
@@ -69,12 +70,8 @@ def tradeoff(results: Results) -> Chart:
 
 
 def losses(results: Results) -> Chart:
-    figure = go.Figure()
-    for row in results.ran:
-        dash = "solid" if row.synchronous else "dash"
-        figure.add_scatter(y=row.losses, x=list(range(1, len(row.losses) + 1)), name=row.strategy, mode="lines",
-                           line={"color": family(row)[1], "dash": dash}, customdata=[row.strategy])  # fmt: skip
-    figure.update_layout(xaxis_title="step", yaxis_title="loss", hovermode="x")
+    figure = _curves(results, lambda row: list(range(1, len(row.losses) + 1)))
+    figure.update_layout(xaxis_title="step", hovermode="x")
     told = [row for row in results.ran if row.synchronous and row.loss_difference is not None]
     worst = max(told, key=lambda row: row.loss_difference or 0, default=None)
     words = f" The greatest difference of a synchronous strategy from its reference is {worst.loss_difference:.1e} " \
@@ -83,27 +80,25 @@ def losses(results: Results) -> Chart:
 
 
 def pace(results: Results) -> Chart:
-    figure, until = go.Figure(), equal_time(results.comparable or results.ran)
-    for row in results.ran:
-        dash = "solid" if row.synchronous else "dash"
-        figure.add_scatter(x=row.seconds, y=row.losses, name=row.strategy, mode="lines",
-                           line={"color": family(row)[1], "dash": dash}, customdata=[row.strategy])  # fmt: skip
+    figure, until = _curves(results, lambda row: row.seconds), equal_time(results.comparable or results.ran)
     figure.add_vline(x=until, line={"dash": "dot", "width": 1, "color": "#888888"})
-    figure.update_layout(xaxis_title="seconds in steps", yaxis_title="loss", xaxis_rangemode="tozero")
-    loose = results.loose
-    told = (
-        "; ".join(f"{row.strategy} {loss_at(row, until):.4f}" for row in [*results.comparable[:1], *loose])
-        if loose
-        else ""
-    )
-    words = (
-        f" What is not synchronous is to be judged here: after {until:.1f} s (dotted) the loss is {told}."
-        if told
-        else ""
-    )
-    return Chart(
-        "pace", "Loss against time", f"The same curves, over the time that the steps took.{words}", TRACE, figure
-    )
+    figure.update_layout(xaxis_title="seconds in steps", xaxis_rangemode="tozero")
+    words = "The same curves, over the time that the steps took."
+    if results.loose:
+        judged = [*results.comparable[:1], *results.loose]
+        told = "; ".join(f"{row.strategy} {loss_at(row, until):.4f}" for row in judged)
+        words += f" What is not synchronous is to be judged here: after {until:.1f} s (dotted) the loss is {told}."
+    return Chart("pace", "Loss against time", words, TRACE, figure)
+
+
+def _curves(results: Results, along: Callable[[Row], Sequence[float]]) -> go.Figure:
+    """Every row's losses, over what is told of its steps."""
+    figure = go.Figure()
+    for row in results.ran:
+        line = {"color": family(row)[1], "dash": "solid" if row.synchronous else "dash"}
+        figure.add_scatter(x=along(row), y=row.losses, name=row.strategy, mode="lines", line=line,
+                           customdata=[row.strategy])  # fmt: skip
+    return figure.update_layout(yaxis_title="loss")
 
 
 def throughput(results: Results) -> Chart:

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections import defaultdict
+from itertools import accumulate
 
 import plotly.graph_objects as go
 
-from dtrain.compare.results import Results
+from dtrain.compare.results import Results, Row
 from dtrain.compare.style import FAMILIES, KINDS, POINT, TICK, Chart
 
 OPERATIONS = ("all_reduce", "all_gather", "reduce_scatter", "broadcast", "all_to_all", "send")
@@ -16,75 +16,47 @@ def memory(results: Results) -> Chart:
     rows, figure = [row for row in reversed(results.ran) if row.memory], go.Figure()
     fullest = [row.fullest for row in rows]
     for kind, colour in KINDS.items():
-        figure.add_bar(orientation="h", y=[r.strategy for r in rows], x=[(m[kind]["most"] or 0) / 1e6 for m in fullest],
-                       customdata=[r.strategy for r in rows], name=kind, marker={"color": colour},
-                       hovertemplate="%{y}: %{x:.2f} MB")  # fmt: skip
-    ends = defaultdict(list)
+        _part(figure, rows, [m[kind]["most"] or 0 for m in fullest], kind, color=colour)
+    ends: list[tuple[Row, float]] = []
     for row, kinds in zip(rows, fullest, strict=True):
         told = [kinds[kind]["predicted"] for kind in list(KINDS)[:4]]
         if all(each is not None for each in told):
-            for index in range(4):
-                ends["y"].append(row.strategy)
-                ends["x"].append(sum(told[: index + 1]) / 1e6)
-    figure.add_scatter(**ends, customdata=ends["y"], mode="markers", marker=TICK, name="predicted", meta="ink",
-                       hovertemplate="%{y}: predicted up to %{x:.2f} MB")  # fmt: skip
-    figure.update_layout(
-        barmode="stack",
-        xaxis_rangemode="tozero",
-        xaxis_title="MB of tensors on the fullest rank",
-        meta={"rows": len(rows)},
-    )
-    return Chart(
-        "memory",
-        "Memory by kind",
-        "The most of each kind in a step; ticks are where each of the first four kinds should end, from shapes alone.",
-        POINT,
-        figure,
-    )
+            ends += ((row, end) for end in accumulate(told))
+    _ticks(figure, rows, ends, "predicted up to", "MB of tensors on the fullest rank")
+    return Chart("memory", "Memory by kind", "The most of each kind in a step; ticks are where each of the first four "
+                 "kinds should end, from shapes alone.", POINT, figure)  # fmt: skip
 
 
 def messages(results: Results) -> Chart:
     rows, figure = [row for row in reversed(results.ran) if row.ranks > 1], go.Figure()
     busiest = [row.traffic[row.busiest] for row in rows]
-    kinds = sorted({(m["axis"], m["operation"]) for messages in busiest for m in messages})
-    for axis, operation in kinds:
-        sizes = [sum(m["wire_bytes"] for m in messages if (m["axis"], m["operation"]) == (axis, operation)) / 1e6
+    for axis, operation in sorted({(m["axis"], m["operation"]) for messages in busiest for m in messages}):
+        sizes = [sum(m["wire_bytes"] for m in messages if (m["axis"], m["operation"]) == (axis, operation))
                  for messages in busiest]  # fmt: skip
-        figure.add_bar(
-            orientation="h",
-            y=[r.strategy for r in rows],
-            x=sizes,
-            customdata=[r.strategy for r in rows],
-            name=f"{axis} {operation}",
-            marker={"color": FAMILIES[axis][1], "pattern": {"shape": _pattern(operation)}},
-            hovertemplate="%{y}: %{x:.2f} MB",
-        )
+        pattern = {"shape": _pattern(operation)}
+        _part(figure, rows, sizes, f"{axis} {operation}", color=FAMILIES[axis][1], pattern=pattern)
     told = [(row, row.traffic_predicted[row.busiest]) for row in rows]
-    known = [(row, sum(m["wire_bytes"] for m in messages) / 1e6) for row, messages in told if messages is not None]
-    figure.add_scatter(
-        y=[row.strategy for row, _ in known],
-        x=[sent for _, sent in known],
-        customdata=[row.strategy for row, _ in known],
-        mode="markers",
-        marker=TICK,
-        name="predicted",
-        meta="ink",
-        hovertemplate="%{y}: predicted %{x:.2f} MB",
-    )
-    figure.update_layout(
-        barmode="stack",
-        xaxis_rangemode="tozero",
-        xaxis_title="MB that leave the busiest rank in a step",
-        meta={"rows": len(rows)},
-    )
-    return Chart(
-        "messages",
-        "Bytes sent",
-        "By axis and collective: what was handed to collectives in the last step, times "
-        "what a ring sends of it; the tick is the sum that the formulas give. Without one, no formula is known.",
-        POINT,
-        figure,
-    )
+    known = [(row, sum(m["wire_bytes"] for m in messages)) for row, messages in told if messages is not None]
+    _ticks(figure, rows, known, "predicted", "MB that leave the busiest rank in a step")
+    return Chart("messages", "Bytes sent", "By axis and collective: what was handed to collectives in the last step, "
+                 "times what a ring sends of it; the tick is the sum that the formulas give. Without one, no formula "
+                 "is known.", POINT, figure)  # fmt: skip
+
+
+def _part(figure: go.Figure, rows: list[Row], sizes: list[float], name: str, **marker: object) -> None:
+    """One more part of every row's bar, in bytes."""
+    names = [row.strategy for row in rows]
+    figure.add_bar(orientation="h", y=names, x=[size / 1e6 for size in sizes], customdata=names, name=name,
+                   marker=marker, hovertemplate="%{y}: %{x:.2f} MB")  # fmt: skip
+
+
+def _ticks(figure: go.Figure, rows: list[Row], ends: list[tuple[Row, float]], words: str, title: str) -> None:
+    """Where the bars' parts should end, in bytes; and how the bars are laid out."""
+    names = [row.strategy for row, _ in ends]
+    figure.add_scatter(y=names, x=[end / 1e6 for _, end in ends], customdata=names, mode="markers", marker=TICK,
+                       name="predicted", meta="ink", hovertemplate=f"%{{y}}: {words} %{{x:.2f}} MB")  # fmt: skip
+    layout = {"barmode": "stack", "xaxis_rangemode": "tozero", "xaxis_title": title, "meta": {"rows": len(rows)}}
+    figure.update_layout(**layout)
 
 
 def _pattern(operation: str) -> str:

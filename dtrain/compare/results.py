@@ -134,9 +134,9 @@ class Row:
             self.reference = reference.strategy
             self.loss_difference = max(abs(a - b) for a, b in zip(self.losses, reference.losses, strict=True))
 
-    def spread(self, figure: str = "tokens_per_second") -> tuple[float, float]:
-        """The least and the greatest of the repeats."""
-        found = [median(each[figure]) if isinstance(each[figure], list) else each[figure] for each in self.repeats]
+    def spread(self) -> tuple[float, float]:
+        """The least and the greatest throughput of the repeats."""
+        found = [each["tokens_per_second"] for each in self.repeats]
         return min(found), max(found)
 
 

@@ -31,7 +31,7 @@ from dtrain.compare.verdict import size, verdicts
 
 POLL_S = 0.2
 WIDE = 106  # columns of a terminal that has room for all figures
-# Starts one run: (case, folder) -> its summary. ValueError: not possible here; RuntimeError: it failed.
+# Starts one run: (case, folder) -> its summary. ValueError: not possible here; another error: it failed.
 Start = Callable[[Case, Path], dict[str, Any]]
 
 
@@ -77,7 +77,11 @@ class Follower:
         finally:
             done.set()
             thread.join()
-            self.all.advance(self._whole)
+            self.skip()
+
+    def skip(self) -> None:
+        """One run less is left."""
+        self.all.advance(self._whole)
 
     def say(self, bar: TaskID, words: str) -> None:
         self.bars.update(bar, figures=words)
@@ -115,7 +119,7 @@ def run_all(
             for case in cases:
                 row = rows[case.label]
                 if row.reason:
-                    follower.all.advance(follower._whole)
+                    follower.skip()
                     continue
                 place, before = folder / "runs" / case.folder / str(repeat), time.monotonic()
                 try:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from statistics import median
 
 from dtrain.compare.results import Results, Row
 
@@ -138,7 +137,7 @@ def differences(first: Results, second: Results) -> list[Difference]:
             found.append(
                 Difference(
                     row.strategy,
-                    median([row.tokens_per_second or 0]) / (old.tokens_per_second or 1),
+                    (row.tokens_per_second or 0) / (old.tokens_per_second or 1),
                     least / high,
                     most / low,
                     (least / high <= 1 <= most / low) if known else None,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 
 from rich.box import SIMPLE_HEAD
 from rich.console import Console as Terminal
@@ -31,3 +32,16 @@ class Sheet:
         lines = [self.columns, ("---",) * len(self.columns), *self.rows]
         table = "\n".join("| " + " | ".join(word.replace("|", r"\|") for word in line) + " |" for line in lines)
         return f"{self.title}:\n\n{table}\n"
+
+
+def put_between(document: Path, begin: str, end: str, text: str) -> None:
+    """Put the text into a document, between two marks of it.
+
+    Raises:
+        ValueError: the document has no such marks.
+    """
+    before, _, rest = document.read_text().partition(begin)
+    _, found, after = rest.partition(end)
+    if not found:
+        raise ValueError(f"{document} has no {begin.strip()} and {end.strip()} to write between")
+    document.write_text(f"{before}{begin}{text}{end}{after}")

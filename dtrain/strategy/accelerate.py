@@ -115,7 +115,7 @@ class AccelerateLocalSGD(AccelerateDDP):
         return ByLocalSGD(self.every, *parts)
 
     def check_task(self, task: Task, plan: Plan) -> None:
-        if len(task.models) > len({update.trains for update in task.updates}):
+        if task.followers:
             raise ValueError(f"task {type(task).__name__} has a model that follows another, and each rank's would "
                              f"follow its own: use accelerate_ddp")  # fmt: skip
 

@@ -180,6 +180,17 @@ class Strategy:
         return []
 
 
+def check_options(axis: str, *options: tuple[str, object, bool, str]) -> None:
+    """Refuse what an option cannot be: of (name, value, does it fit, what would) the first that does not fit.
+
+    Raises:
+        ValueError: names the option, its value and what would fit.
+    """
+    for name, value, fits, wanted in options:
+        if not fits:
+            raise ValueError(f"strategy.{axis}.{name}={value} must be {wanted}")
+
+
 def local(tensor: Tensor) -> Tensor:
     """This rank's part of a tensor that may be distributed."""
     return tensor.to_local() if hasattr(tensor, "to_local") else tensor

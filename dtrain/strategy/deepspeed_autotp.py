@@ -56,10 +56,10 @@ class AutoTP(Strategy):
                 raise ValueError(f"{size}={number} is not divisible by tp={n}: use {divisors(number)}")
 
     def check_task(self, task: Task, plan: Plan) -> None:
-        trained = {update.trains for update in task.updates}
-        if followers := sorted(task.models.keys() - trained):
-            raise ValueError(f"{', '.join(followers)} of task {type(task).__name__} follows another model and is not "
-                             f"trained: DeepSpeed's AutoTP cuts only what it trains; use strategy=tensor")  # fmt: skip
+        if task.followers:
+            raise ValueError(f"{', '.join(task.followers)} of task {type(task).__name__} follows another model and is "
+                             f"not trained: DeepSpeed's AutoTP cuts only what it trains; "
+                             f"use strategy=tensor")  # fmt: skip
 
     def settings(self, model: nn.Module) -> dict[str, Any]:
         """What DeepSpeed's configuration says of it."""

@@ -20,8 +20,9 @@ Sources: Stich 2019, "Local SGD" (1805.09767); McMahan et al. 2016, federated av
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
+from math import prod
 from typing import TYPE_CHECKING
 
 import torch
@@ -34,17 +35,14 @@ from dtrain.batch import Batch, Models, Sums
 from dtrain.cost import Message, message
 from dtrain.footprint import Footprint
 from dtrain.optimizer import fill_state, named_tensors
-from dtrain.strategy.base import REST, Executor, Strategy, local
+from dtrain.strategy.base import REST, Executor, Strategy, average, check_options, local
 
 if TYPE_CHECKING:
     from dtrain.plan import Plan
     from dtrain.task.base import Task, Update
 
-START, VELOCITY, STEPS = (
-    "outer_start",
-    "outer_velocity",
-    "outer_steps",
-)  # states of a parameter: w0, v, inner steps done
+# States of a parameter: w0, v, inner steps done.
+START, VELOCITY, STEPS = "outer_start", "outer_velocity", "outer_steps"
 
 
 class LocalSGD(Strategy):
@@ -69,15 +67,14 @@ class LocalSGD(Strategy):
         super().__init__(degree)
         self.every, self.fragments, self.delay, self.mixing = every, fragments, delay, mixing
         self.outer_lr, self.outer_momentum, self.nesterov = outer_lr, outer_momentum, nesterov
-        for name, value, fits, wanted in (
+        check_options(
+            self.axis,
             ("every", every, every >= 1, "at least 1"), ("outer_lr", outer_lr, outer_lr > 0, "above 0"),
             ("outer_momentum", outer_momentum, 0 <= outer_momentum < 1, "from 0 to below 1"),
             ("fragments", fragments, 1 <= fragments <= every, f"from 1 to every={every}"),
             ("delay", delay, 0 <= delay < every, f"from 0 to below every={every}"),
             ("mixing", mixing, 0 <= mixing < 1, "from 0 to below 1"),
-        ):  # fmt: skip
-            if not fits:
-                raise ValueError(f"strategy.dp.{name}={value} must be {wanted}")
+        )  # fmt: skip
 
     @property
     def remembers(self) -> bool:
@@ -95,7 +92,7 @@ class LocalSGD(Strategy):
             raise ValueError(f"strategy.dp.fragments={self.fragments} are more than the model's {number} weights")
 
     def check_task(self, task: Task, plan: Plan) -> None:
-        if len(task.models) > len({update.trains for update in task.updates}):
+        if task.followers:
             raise ValueError(f"task {type(task).__name__} has a model that follows another, and each rank's would "
                              f"follow its own: use ddp")  # fmt: skip
 
@@ -117,7 +114,7 @@ class LocalSGD(Strategy):
         if self.every > 1:
             raise ValueError(f"local_sgd's messages are of each {self.every}th step, not of every step")
         sizes = [[weight for weight in piece.weights if weight.ready is not None] for piece in footprint.pieces]
-        elements = [sum(_elements(weight.held) for weight in weights) for weights in sizes]
+        elements = [sum(prod(weight.held) for weight in weights) for weights in sizes]
         return [message(self.axis, "all_reduce", elements, footprint.reduce_bytes)]
 
 
@@ -217,8 +214,7 @@ class Alone(Accumulate):
     def evaluate(self, update: Update, batch: Batch) -> Sums:
         parameters = [p for name in self.optimizers for p in self._parameters(name)]
         own = [local(p).clone() for p in parameters]
-        for parameter in parameters:
-            self._mean(local(parameter))
+        self._average(map(local, parameters))
         try:
             return super().evaluate(update, batch)
         finally:
@@ -229,8 +225,7 @@ class Alone(Accumulate):
     def tensors(self, model: str) -> dict[str, Tensor]:
         """The ranks' mean of each."""
         found = {name: tensor.detach().clone() for name, tensor in self._states(model).items()}
-        for tensor in found.values():
-            self._mean(local(tensor))
+        self._average(map(local, found.values()))
         return found
 
     @torch.no_grad()
@@ -242,11 +237,8 @@ class Alone(Accumulate):
             if START in state and not state[STEPS]:  # weights from elsewhere, with which all begins
                 local(state[START]).copy_(local(parameter))
 
-    def _mean(self, tensor: Tensor) -> None:
-        if tensor.is_floating_point():
-            dist.all_reduce(tensor, group=self.group)
-            tensor /= self.group.size()
-
-
-def _elements(shape: tuple[int, ...]) -> int:
-    return int(torch.Size(shape).numel())
+    def _average(self, tensors: Iterable[Tensor]) -> None:
+        """Over the ranks, in place, each in its own format; counts of whole numbers are alike everywhere."""
+        for tensor in tensors:
+            if tensor.is_floating_point():
+                average([tensor], self.group, tensor.dtype)

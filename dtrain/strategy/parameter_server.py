@@ -26,7 +26,7 @@ from torch import nn
 from dtrain.board import ASYNC, MODES, SYNC
 from dtrain.compression import METHODS
 from dtrain.layout import StepAware
-from dtrain.strategy.base import REST, Strategy
+from dtrain.strategy.base import REST, Strategy, check_options
 
 if TYPE_CHECKING:
     from dtrain.plan import Plan
@@ -59,15 +59,14 @@ class ParameterServer(Strategy):
         super().__init__(degree)
         self.mode, self.bound, self.servers, self.restarts = mode, max_staleness, servers, restarts
         self.divides, self.compression, self.keep, self.rank = divide_by_staleness, compression, keep, rank
-        for name, value, fits, wanted in (
+        check_options(
+            self.axis,
             ("mode", mode, mode in MODES, f"one of {', '.join(MODES)}"),
             ("compression", compression, compression in METHODS, f"one of {', '.join(METHODS)}"),
             ("max_staleness", max_staleness, max_staleness >= 0, "at least 0"),
             ("servers", servers, servers >= 1, "at least 1"), ("restarts", restarts, restarts >= 0, "at least 0"),
             ("keep", keep, 0 < keep <= 1, "above 0, at most 1"), ("rank", rank, rank >= 1, "at least 1"),
-        ):  # fmt: skip
-            if not fits:
-                raise ValueError(f"strategy.dp.{name}={value} must be {wanted}")
+        )  # fmt: skip
 
     @property
     def synchronous(self) -> bool:  # type: ignore[override]
@@ -109,6 +108,6 @@ class ParameterServer(Strategy):
                              f"iterations), which workers do not push: use ddp")  # fmt: skip
 
     def check_task(self, task: Task, plan: Plan) -> None:
-        if self.servers > 1 and len(task.models) > len({update.trains for update in task.updates}):
+        if self.servers > 1 and task.followers:
             raise ValueError(f"task {type(task).__name__} has a model that follows another, whose weights are on "
                              f"several servers: use strategy.dp.servers=1")  # fmt: skip

@@ -142,6 +142,11 @@ class Task(ABC):
     def batch(self, step: int) -> Batch:
         """The global batch of a step, from 0: a function of (seed, step), the same on every rank."""
 
+    @property
+    def followers(self) -> list[str]:
+        """Models that are not trained: they follow another one."""
+        return sorted(self.models.keys() - {update.trains for update in self.updates})
+
     def validation(self) -> Iterable[Batch]:
         """Global batches of held-out data, the same at every call; there may be none."""
         return ()
