@@ -19,7 +19,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from dtrain.board import SYNC, Board
+from dtrain.board import SYNC, Board, Once
 from dtrain.config import Config
 from dtrain.launch import World, tied
 from dtrain.plan import Plan
@@ -53,6 +53,7 @@ class Asynchronous(Server):
         self._begun = self.next_step
         total, self.applied = self.settings.steps * self.of_a_step, self.next_step * self.of_a_step
         self.board = Board(total, self.strategy.workers, self.strategy.mode, self.strategy.bound, self.applied)
+        self.once = Once(self.applied)
         self.version = self._begun_version = self.applied // (
             self.strategy.workers if self.strategy.mode == SYNC else 1
         )

@@ -84,3 +84,21 @@ class Board:
         del self.given[worker]
         self.clocks[worker] += 1
         self.finished += 1
+
+
+@dataclass
+class Once:
+    """Which items a server has taken: one that a worker computed again, when another had died, comes twice."""
+
+    begin: int = 0  # all before it are taken
+    _beyond: set[int] = field(default_factory=set)
+
+    def first(self, item: int) -> bool:
+        """Take the item; False: it was taken before."""
+        if item < self.begin or item in self._beyond:
+            return False
+        self._beyond.add(item)
+        while self.begin in self._beyond:
+            self._beyond.remove(self.begin)
+            self.begin += 1
+        return True

@@ -7,13 +7,14 @@ import threading
 import time
 from collections import Counter, defaultdict
 from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from dtrain.board import SYNC, Board
+from dtrain.board import SYNC, Board, Once
 from dtrain.clip import shrinking
 from dtrain.config import Config
 from dtrain.launch import World
@@ -50,7 +51,7 @@ class Server(Trainer):
         self._own = {update.trains: of_model(self.models[update.trains], share) for update in task.updates}
         self.rounds = len(task.updates)  # of a step
         self.lock = threading.Condition()
-        self.board = Board(0, 1)
+        self.board, self.once = Board(0, 1), Once()
         self.applied = 0  # gradients, of this run and those before it
         self.version, self.staleness, self.lives = 0, Counter[int](), Counter[int]()
         self._gathering: dict[int, dict[int, tuple[list[Tensor], float]]] = defaultdict(dict)
@@ -87,9 +88,6 @@ class Server(Trainer):
                     return self._serve(worker, link)
                 except Gone as error:
                     logging.getLogger("dtrain").warning("worker %d is gone: %s", worker, error)
-                    if self.strategy.servers > 1:
-                        raise RuntimeError(f"worker {worker} is gone, and another cannot take its place: some of the "
-                                           f"servers may have its gradient") from None  # fmt: skip
                     store.set(f"{worker}/{life}/lost", "")
                     with self.lock:
                         self.board.leave(worker)
@@ -114,32 +112,39 @@ class Server(Trainer):
         share = self.shares[self.rank]
         decoders = {name: compression(self.strategy, own) for name, own in self._own.items()}
         before, spent, pushed = self.traffic[worker], self.spent.get(worker, [0.0] * 3), 0  # in its earlier lives
-        while True:
-            kind, version, item, loss, norm, computed, waited, *_ = link.hear()
-            if kind == BYE:
-                return
-            if kind == PULL:
-                self._answer(worker, link, int(item), share)
-            if kind == PUSH:
-                pushed += 1
-                index = int(item) // self.strategy.workers % self.rounds
-                name = self.task.updates[index].trains
-                message = link.receive(torch.empty(decoders[name].size, dtype=torch.uint8))
-                self.spent[worker] = [spent[0] + pushed, spent[1] + computed, spent[2] + waited]
-                self._push(worker, int(item), int(version), decoders[name].decode(message), loss, norm)
-            self.traffic[worker] = before + Counter(link.counts)
+        with ThreadPoolExecutor(1) as aside:  # applies a gradient, while the worker is told to wait
+            applied = aside.submit(lambda: None)
+            while True:
+                kind, version, item, loss, norm, computed, waited, *_ = link.hear()
+                if kind == BYE:
+                    return applied.result()
+                if kind == PULL:
+                    self._answer(worker, link, int(item), share, applied)
+                if kind == PUSH:
+                    pushed += 1
+                    index = int(item) // self.strategy.workers % self.rounds
+                    decoder = decoders[self.task.updates[index].trains]
+                    gradients = decoder.decode(link.receive(torch.empty(decoder.size, dtype=torch.uint8)))
+                    self.spent[worker] = [spent[0] + pushed, spent[1] + computed, spent[2] + waited]
+                    applied = aside.submit(self._push, worker, int(item), int(version), gradients, loss, norm)
+                self.traffic[worker] = before + Counter(link.counts)
 
-    def _answer(self, worker: int, link: Link, wanted: int, share: list[nn.Parameter]) -> None:
+    def _answer(self, worker: int, link: Link, wanted: int, share: list[nn.Parameter], applied: Future[None]) -> None:
         """The weights, and on the first server an item; or word to wait, or to stop."""
-        first = self.rank == 0
-        with self.lock:
-            deadline = time.monotonic() + PATIENCE_S
+        first, deadline = self.rank == 0, time.monotonic() + PATIENCE_S
+        # Whoever evaluates or saves keeps the lock: a worker that heard nothing for so long would think us gone.
+        if not wait([applied], PATIENCE_S).done or not self.lock.acquire(timeout=PATIENCE_S):
+            return link.say(WAIT)
+        applied.result()
+        try:
             while (item := self._item(worker, wanted)) is None and not self.board.done:
                 if (left := deadline - time.monotonic()) <= 0:
                     break
                 self.lock.wait(left)
             version = self.version
             weights = torch.cat([p.detach().flatten() for p in share]) if item is not None else None
+        finally:
+            self.lock.release()
         if weights is None:
             return link.say(STOP if first and self.board.done else WAIT)
         link.say(WORK, version, item or 0)
@@ -159,6 +164,8 @@ class Server(Trainer):
         with self.lock:
             # A step's gradients are told together, so those of the next one wait until the loop has seen it.
             self.lock.wait_for(lambda: self.applied < (self.next_step + 1) * self.of_a_step or self.failure)
+            if not self.once.first(item):
+                return
             if self.strategy.mode == SYNC:
                 self._gathering[item // self.strategy.workers][item % self.strategy.workers] = gradients, norm
                 self.told.append((index, loss, norm))
@@ -185,7 +192,9 @@ class Server(Trainer):
             total /= len(parts)
         square = sum((total.double().square().sum() for total in sums), start=torch.zeros((), dtype=torch.float64))
         if self.strategy.servers > 1:
+            self.lock.release()  # another server may lack a part, which somebody has to compute on our weights
             dist.all_reduce(square, group=self.servers)
+            self.lock.acquire()
         norm = square.sqrt()
         self.told = [(each, loss, norm.item() if each == index else old) for each, loss, old in self.told]
         if self.plan.clip_norm is not None:

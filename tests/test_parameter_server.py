@@ -18,7 +18,7 @@ from cases import STRATEGIES, Case, refusal
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dtrain.board import ASYNC, BOUNDED, MODES, SYNC, Board
+from dtrain.board import ASYNC, BOUNDED, MODES, SYNC, Board, Once
 from dtrain.compression import METHODS, Compression
 from dtrain.saved import about
 from dtrain.strategy.fsdp import FSDP
@@ -83,6 +83,14 @@ def test_async_never_waits_while_there_is_work() -> None:
     assert board.take(0) is None and not board.done
     board.leave(1)
     assert board.take(0) == 0
+
+
+@given(items=st.lists(st.integers(0, 30)))
+def test_a_server_takes_each_item_once(items: list[int]) -> None:
+    once = Once(begin=5)
+    taken = [item for item in items if once.first(item)]
+    assert sorted(taken) == sorted({item for item in items if item >= 5})
+    assert once.begin == next(i for i in range(5, 32) if i not in items)
 
 
 # What travels
@@ -165,7 +173,7 @@ def test_sync_is_ddp(servers: int, tmp_path: Path, cache: Path) -> None:
     """In fp64: losses, norms and the evaluation; with clipping that cuts, on one server and on two."""
     same = ["dtype=fp64", "steps=8", "eval.every=4", "clip_norm=0.3"]
     expected = run(tmp_path / "ddp", cache, "strategy=ddp", *same, ranks=2)
-    found = run(tmp_path / "ps", cache, "strategy=parameter_server", "strategy.dp.mode=sync", f"strategy.dp.servers={servers}", "strategy.dp.restarts=0",
+    found = run(tmp_path / "ps", cache, "strategy=parameter_server", "strategy.dp.mode=sync", f"strategy.dp.servers={servers}",
                 *same, ranks=2 + servers)  # fmt: skip
     assert losses(found) == pytest.approx(losses(expected), rel=1e-12)
     assert [line["grad_norm"] for line in found["lines"]] == pytest.approx(
@@ -225,12 +233,15 @@ def lines_of(folder: Path) -> int:
     return len(file.read_text().splitlines()) if file.exists() else 0
 
 
+def started(folder: Path, cache: Path, *arguments: str, ranks: int = 3) -> subprocess.Popen[str]:
+    folder.mkdir(exist_ok=True)
+    return subprocess.Popen(command("strategy=parameter_server", *arguments, ranks=ranks), cwd=folder, text=True,
+                            env=os.environ | {"DTRAIN_CACHE": str(cache)}, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)  # fmt: skip
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("mode", ["async", "sync"])
-def test_a_killed_worker_stops_nobody_and_comes_back(mode: str, tmp_path: Path, cache: Path) -> None:
-    asked = command("strategy=parameter_server", f"strategy.dp.mode={mode}", "steps=120", "checkpoint.every=40")
-    process = subprocess.Popen(asked, cwd=tmp_path, env=os.environ | {"DTRAIN_CACHE": str(cache)}, text=True,
-                               stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)  # fmt: skip
+def test_a_killed_worker_stops_nobody_and_comes_back(tmp_path: Path, cache: Path) -> None:
+    process = started(tmp_path, cache, "steps=120", "checkpoint.every=40")
     until(lambda: lines_of(tmp_path) >= 10)
     os.kill(processes(tmp_path, 2)[0], signal.SIGKILL)
     before = lines_of(tmp_path)
@@ -238,10 +249,45 @@ def test_a_killed_worker_stops_nobody_and_comes_back(mode: str, tmp_path: Path, 
     _, err = process.communicate(timeout=150)
     assert process.returncode == 0, err[-2000:]
     told = json.loads((tmp_path / "run" / "summary.json").read_text())["profile"]["asynchronous"]
-    assert told["updates"] == (240 if mode == "async" else 120) and told["lives"] == {"0": 1, "1": 2}
+    assert told["updates"] == 240 and told["lives"] == {"0": 1, "1": 2}
     assert len(processes(tmp_path, 2)) == 2
     assert "worker 1 is gone" in (tmp_path / "run" / "logs" / "rank0.log").read_text()
     assert about(tmp_path / "run" / "checkpoints" / "latest")["step"] == 120
+
+
+@pytest.mark.slow
+def test_killed_workers_of_two_servers_change_nothing(tmp_path: Path, cache: Path) -> None:
+    """In sync mode: three deaths at any moment, and still the losses of ddp."""
+    same = ["dtype=fp64", "steps=80", "clip_norm=0.3"]
+    expected = run(tmp_path / "ddp", cache, "strategy=ddp", *same, ranks=2)
+    folder = tmp_path / "killed"
+    process = started(folder, cache, *same, "strategy.dp.mode=sync", "strategy.dp.servers=2", ranks=4)
+    for rank, life in ((2, 0), (3, 0), (2, 1)):
+        until(lambda: lines_of(folder) >= 10 and len(processes(folder, rank)) > life)  # noqa: B023
+        before = lines_of(folder)
+        until(lambda: lines_of(folder) > before)  # noqa: B023
+        os.kill(processes(folder, rank)[life], signal.SIGKILL)
+    _, err = process.communicate(timeout=150)
+    assert process.returncode == 0, err[-2000:]
+    lines = [json.loads(line)["loss"] for line in (folder / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert lines == pytest.approx(losses(expected), rel=1e-12)
+    told = json.loads((folder / "run" / "summary.json").read_text())["profile"]["asynchronous"]
+    assert told["lives"] == {"0": 3, "1": 2}
+
+
+@pytest.mark.slow
+def test_a_stopped_worker_is_replaced_and_a_long_evaluation_costs_none(tmp_path: Path, cache: Path) -> None:
+    process = started(tmp_path, cache, "steps=40", "eval.every=20", "eval.batches=1500", "launch.timeout_s=5")
+    until(lambda: lines_of(tmp_path) >= 25)
+    os.kill(processes(tmp_path, 2)[0], signal.SIGSTOP)
+    _, err = process.communicate(timeout=150)
+    assert process.returncode == 0, err[-2000:]
+    lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert len(lines) == 40 and "val_loss" in lines[-1]
+    told = json.loads((tmp_path / "run" / "summary.json").read_text())["profile"]["asynchronous"]
+    assert told["updates"] == 80
+    log = (tmp_path / "run" / "logs" / "rank0.log").read_text()
+    assert "worker 1 is gone" in log and "worker 0 is gone" not in log
 
 
 @pytest.mark.slow
@@ -250,9 +296,7 @@ def test_a_killed_server_goes_on_from_its_checkpoint(tmp_path: Path, cache: Path
     same = ["strategy=parameter_server", "strategy.dp.mode=sync", "dtype=fp64", "steps=60", "checkpoint.every=10"]
     expected = run(tmp_path / "whole", cache, *same)
     cut = tmp_path / "cut"
-    cut.mkdir()
-    process = subprocess.Popen(command(*same), cwd=cut, env=os.environ | {"DTRAIN_CACHE": str(cache)}, text=True,
-                               stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)  # fmt: skip
+    process = started(cut, cache, *same)
     latest = cut / "run" / "checkpoints" / "latest"
     until(lambda: latest.exists() and about(latest)["step"] >= 20)
     server = int(re.search(r"process (\d+)", (cut / "run" / "logs" / "rank0.log").read_text())[1])  # type: ignore[index]
@@ -278,7 +322,6 @@ def test_impossible_options_are_refused(options: dict[str, Any], said: str) -> N
     (Case("next_token", "ps"), 1, [ParameterServer], "start 2 or more"),
     (Case("next_token", "ps"), 4, [lambda: ParameterServer(2), lambda: FSDP(2)], "stands alone, not beside fsdp"),
     (Case("next_token", "ps", model=(("n_experts", 4),)), 3, [ParameterServer], "use ddp"),
-    (Case("next_token", "ps"), 4, [lambda: ParameterServer(4, servers=2)], "set strategy.dp.restarts=0"),
     (Case("next_token", "ps", compile=True), 3, [ParameterServer], "use compile=false"),
     (Case("next_token", "ps"), 6, [ParameterServer], "not divisible"),
 ])  # fmt: skip
@@ -288,3 +331,11 @@ def test_what_it_cannot_train_is_refused_in_one_line(
     monkeypatch.setitem(STRATEGIES, "ps", strategies)
     found = refusal(case, size)
     assert said in found and "\n" not in found
+
+
+@pytest.mark.parametrize("setting", ["fault.rank=1", "straggler.rank=0"])
+def test_a_rank_that_it_cannot_hold_up_is_refused(setting: str, tmp_path: Path, cache: Path) -> None:
+    ended = subprocess.run(command("strategy=parameter_server", setting), cwd=tmp_path, capture_output=True, text=True,
+                           env=os.environ | {"DTRAIN_CACHE": str(cache)})  # fmt: skip
+    assert ended.returncode == 2 and f"{setting} does nothing under strategy parameter_server" in ended.stderr
+    assert len(ended.stderr.strip().splitlines()) == 1

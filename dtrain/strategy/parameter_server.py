@@ -87,9 +87,6 @@ class ParameterServer(Strategy):
         if self.workers < 1:
             raise ValueError(f"strategy parameter_server has {self.degree} ranks for {self.servers} servers and the "
                              f"workers: start {self.servers + 1} or more")  # fmt: skip
-        if self.servers > 1 and self.restarts:
-            raise ValueError(f"strategy.dp.servers={self.servers}: a worker that dies may have told one server and not "
-                             f"another, so none is started again: set strategy.dp.restarts=0")  # fmt: skip
         if plan.compile:
             raise ValueError("strategy parameter_server does not compile its workers' models: use compile=false")
         if self.compression == "power_sgd" and plan.precision.weights_dtype == torch.bfloat16:
