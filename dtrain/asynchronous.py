@@ -66,7 +66,12 @@ class Asynchronous(Server):
         threads = [threading.Thread(target=self.attend, args=(w,), daemon=True) for w in range(self.strategy.workers)]
         for thread in threads:
             thread.start()
-        yield from self._steps(threads)
+        try:
+            yield from self._steps(threads)
+        except GeneratorExit:  # the run is told to stop: there is no more work
+            with self.lock:
+                self.board.total = 0
+                self.lock.notify_all()
         if self.rank == 0:
             self._store.set(OVER, "")
         for thread in threads:

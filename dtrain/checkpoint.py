@@ -55,7 +55,6 @@ class Checkpoints:
         agree(self._clear)
 
     def _clear(self) -> None:
-        self.folder.mkdir(parents=True, exist_ok=True)
         for left in self.folder.glob(f"{PARTIAL}*"):
             left.unlink() if left.is_symlink() else shutil.rmtree(left)
 

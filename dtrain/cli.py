@@ -5,6 +5,7 @@ Under torchrun every rank composes the configuration; rank 0 alone gets a run's 
 
 from __future__ import annotations
 
+import math
 import os
 import sys
 import time
@@ -24,10 +25,11 @@ from dtrain.compare import command as comparison
 from dtrain.config import CONFIGS, Comparison, Config, check_axes, checked, register
 from dtrain.info import info as count
 from dtrain.job import assemble, model_factories
-from dtrain.launch import RanksFailed, World, leave_words, spawn
+from dtrain.launch import RanksFailed, World, leave_words, spawn, tie
 from dtrain.mistakes import BROKEN_OFF, MISTAKES, explain
 from dtrain.precision import Precision
 from dtrain.report.console import show
+from dtrain.resume import RESUMABLE
 from dtrain.run import run
 
 # What a script does at a word, before there is a configuration: `python scripts/info.py capabilities`.
@@ -52,6 +54,8 @@ def main(config_name: str, task: Callable[[DictConfig], Any]) -> None:
             return comparison.show_difference(sys.argv[2:])
     sys.argv[1:] = [_quoted(argument) for argument in sys.argv[1:]]
     world = _world()
+    if "TORCHELASTIC_RUN_ID" in os.environ:
+        tie(os.getppid())  # a kill -9 of torchrun would leave its ranks
     if world and world.rank:
         _be_silent()
     if world and any(arg in ("-m", "--multirun") for arg in sys.argv[1:]):
@@ -78,6 +82,8 @@ def train(config: DictConfig) -> float:
         summary = start(config, folder, name)
     else:
         summary = run(settings, world or World(), folder, name)
+    if RESUMABLE in summary:
+        return math.nan
     return summary["loss"] if summary["val_loss"] is None else summary["val_loss"]
 
 
@@ -99,7 +105,10 @@ def compare(config: DictConfig) -> None:
         return composed
 
     def run_one(config: DictConfig, place: Path, name: str) -> dict[str, Any]:
-        return start(config, place, name, output=place / "printed")
+        summary = start(config, place, name, output=place / "printed")
+        if RESUMABLE in summary:  # somebody wants all of it to end
+            raise KeyboardInterrupt
+        return summary
 
     folder = Path(hydra_config.runtime.output_dir)
     comparison.compare(settings, own, dict(hydra_config.runtime.choices), folder, configure, run_one)

@@ -14,7 +14,7 @@ import sys
 import threading
 import time
 from collections import Counter, defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -32,11 +32,12 @@ ANSWER_S = 10.0
 
 @dataclass(frozen=True)
 class Note:
-    """A collective that a rank has begun: its number in its group, what it is, and the rank's step."""
+    """A collective that a rank has begun: its number in its group, what it is, the rank's step, and is it under way?"""
 
     number: int
     what: str
     step: int
+    pending: bool = False
 
 
 @dataclass(frozen=True)
@@ -70,6 +71,25 @@ def missing(notes: Mapping[int, Notes], groups: Mapping[str, tuple[str, Sequence
     return min(found)[1] if found else ""
 
 
+def waiting(notes: Mapping[int, Notes], groups: Mapping[str, tuple[str, Sequence[int]]], silent: Sequence[int]) -> str:
+    """The first collective under way in a group of which ranks do not answer, in words; empty: there is none."""
+    found: dict[tuple[int, int, str, str], list[int]] = defaultdict(list)
+    for name, (axis, ranks) in groups.items():
+        for rank in ranks if set(ranks) & set(silent) else ():
+            for note in notes[rank].groups.get(name, []) if rank in notes else ():
+                if note.pending:
+                    found[note.step, note.number, axis, note.what].append(rank)
+    if not found:
+        return ""
+    step, number, axis, what = min(found)
+    return f"step {step}, axis {axis}, collective {number}, {what}: {_ranks(min(found.items())[1])} waits in it"
+
+
+def _ranks(numbers: Iterable[int]) -> str:
+    each = sorted(numbers)
+    return f"rank{'s' if len(each) > 1 else ''} {', '.join(map(str, each))}"
+
+
 def _say(axis: str, number: int, told: dict[int, dict[int, Note]], here: dict[int, Note], kinds: Counter[str]) -> str:
     best = max(kinds.values())
     usual = [kind for kind in kinds if kinds[kind] == best]
@@ -85,8 +105,8 @@ def _say(axis: str, number: int, told: dict[int, dict[int, Note]], here: dict[in
         begun = f"has begun {last.what} last" if last else "has begun none"
         doing = f"is in {here[rank].what}" if rank in here else begun
         absent.append(f"rank {rank} is missing: it {doing}, in step {last.step if last else 0}")
-    waiting = f"rank{'s' if len(together) > 1 else ''} {', '.join(map(str, sorted(together)))}"
-    return f"step {step}, axis {axis}, collective {number}, {expected}: {waiting} waits in it; {'; '.join(absent)}"
+    where = f"step {step}, axis {axis}, collective {number}, {expected}"
+    return f"{where}: {_ranks(together)} waits in it; {'; '.join(absent)}"
 
 
 def _as_before(own: dict[int, Note], note: Note) -> bool:
@@ -192,7 +212,7 @@ class Watch:
             step = max((number for number, since in self._begun if since <= entry["time_created_ns"]), default=0)
             name = entry["process_group"][0]
             if name in self.groups and not entry["is_p2p"]:
-                groups[name].append(Note(entry["collective_seq_id"], _what(entry), step))
+                groups[name].append(Note(entry["collective_seq_id"], _what(entry), step, not entry["retired"]))
         return Notes(self._begun[-1][0], {name: notes[-200:] for name, notes in groups.items()})
 
     def _compare(self) -> str:
@@ -206,9 +226,9 @@ class Watch:
                 return ""  # that one speaks
             time.sleep(0.05)
         silent = sorted(set(range(self.size)) - told.keys())
-        gone = f"rank {', '.join(map(str, silent))} does not answer: its process is gone or stopped" if silent else ""
+        gone = f"{_ranks(silent)} does not answer: its process is gone or stopped" if silent else ""
         steps = ", ".join(f"rank {rank} in step {notes.step}" for rank, notes in sorted(told.items()))
-        found = missing(told, self.groups)
+        found = missing(told, self.groups) or waiting(told, self.groups, silent) or (steps if silent else "")
         return "; ".join(filter(None, (found, gone))) or f"all ranks have begun the same collectives ({steps})"
 
 

@@ -70,8 +70,8 @@ def assemble(config: Config, world: World) -> Job:
     for name, rank in (("fault", config.fault.rank), ("straggler", config.straggler.rank)):
         if rank is not None and rank >= world.size:
             raise ValueError(f"{name}.rank={rank} is none of the {world.size} ranks of this run")
-        for server in (s for s in strategies if rank is not None and isinstance(s, ParameterServer)):
-            if name == "fault" or rank < server.servers:
+        for server in (s for s in strategies if isinstance(s, ParameterServer)):
+            if rank is not None and (name == "fault" or rank < server.servers):
                 raise ValueError(f"{name}.rank={rank} does nothing under strategy parameter_server: its ranks meet in "
                                  f"no collective; straggler.rank={server.servers} or above slows a worker")  # fmt: skip
     logger = All([make(node, Logger, f"logger.{name}") for name, node in config.logger.items()])

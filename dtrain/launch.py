@@ -1,4 +1,4 @@
-"""Processes: who this rank is, how ranks are started, how they find each other.
+"""Processes: who this rank is, and how ranks are started.
 
 Under torchrun (or any launcher that sets RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT) this process is a
 rank. Otherwise it starts `launch.nproc` ranks of its own by torchrun's API, or is the only one.
@@ -11,14 +11,15 @@ import logging
 import multiprocessing
 import os
 import select
+import signal
 import socket
 import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from datetime import timedelta
 from pathlib import Path
+from types import FrameType
 from typing import Any, TypeVar
 
 import torch
@@ -27,12 +28,10 @@ from torch.distributed.elastic.multiprocessing.api import DefaultLogsSpecs, Sign
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
-from dtrain.measure.environment import cores
-
 T = TypeVar("T")
 PRELOADED = ["dtrain.cli"]  # by the server from which ranks are forked: what every run needs
 ERROR_FILE = "TORCHELASTIC_ERROR_FILE"  # the variable that tells a rank where to leave its last words
-NOTES = 4096  # collectives that torch's flight recorder remembers, for whoever asks why ranks wait
+RUN_ID = "dtrain"  # of ranks that we start ourselves, once
 
 
 class RanksFailed(RuntimeError):
@@ -48,9 +47,14 @@ class RanksFailed(RuntimeError):
         self.status = status
 
 
+def tie(starter: int) -> None:
+    """End this process when that one, which has started it, is gone, however it ended."""
+    threading.Thread(target=_end_with, args=(starter,), daemon=True).start()
+
+
 def tied(starter: int, function: Callable[..., Any], *arguments: Any) -> Any:
     """Call the function in a rank that ends when the process that has started the ranks is gone, however it ended."""
-    threading.Thread(target=_end_with, args=(starter,), daemon=True).start()
+    tie(starter)
     return function(*arguments)
 
 
@@ -84,12 +88,17 @@ def _said(error_file: str) -> str:
 
 @dataclass(frozen=True)
 class World:
-    """This rank's place in the job and on its machine."""
+    """This rank's place in the job and on its machine.
+
+    `agents`: once connected, those that have started the job's ranks and may start them again: torchrun's, by names
+    that nothing else has.
+    """
 
     rank: int = 0
     size: int = 1
     local_rank: int = 0
     local_size: int = 1
+    agents: frozenset[str] = frozenset()
 
     @classmethod
     def of_environment(cls) -> World | None:
@@ -129,38 +138,6 @@ def device_of(name: str, world: World) -> torch.device:
     return torch.device("cuda", world.local_rank)
 
 
-@contextmanager
-def connected(world: World, device: torch.device, *, threads: int | None, timeout_s: float) -> Iterator[None]:
-    """Set this process's threads and device, and be in the process group while the context lasts.
-
-    Raises:
-        ValueError: the port of the rendezvous is taken.
-    """
-    before = torch.get_num_threads()
-    torch.set_num_threads(threads or max(1, cores() // world.local_size))
-    if device.type == "cuda":
-        torch.cuda.set_device(device)
-        torch.cuda.init()
-    os.environ.setdefault("TORCH_FR_BUFFER_SIZE", str(NOTES))
-    settings: dict[str, Any] = {"timeout": timedelta(seconds=timeout_s)}
-    if world.size == 1:
-        settings |= {"store": dist.HashStore(), "rank": 0, "world_size": 1}  # nobody to find: no port
-    try:
-        dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo", **settings)
-    except (dist.DistNetworkError, dist.DistStoreError) as error:
-        address = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
-        if "EADDRINUSE" in str(error):
-            raise ValueError(
-                f"port in use: {address} is taken; set MASTER_PORT (torchrun --master-port) to a free one"
-            ) from error
-        raise ValueError(f"rank {world.rank} found no rendezvous at {address}: {str(error).splitlines()[0]}") from error
-    try:
-        yield
-    finally:
-        dist.destroy_process_group()
-        torch.set_num_threads(before)
-
-
 def agree(function: Callable[[], T], group: dist.ProcessGroup | None = None) -> T:
     """Run `function` on rank 0; every rank returns its result or raises its error. A collective."""
     outcome: list[Any] = [None, None]
@@ -198,17 +175,39 @@ def spawn(
             except OSError:
                 raise ValueError(f"launch.port={port} is in use: choose another, or 0 for any that is free") from None
     config = LaunchConfig(
-        min_nodes=1, max_nodes=1, nproc_per_node=nproc, run_id="dtrain", rdzv_backend="c10d",
+        min_nodes=1, max_nodes=1, nproc_per_node=nproc, run_id=RUN_ID, rdzv_backend="c10d",
         rdzv_endpoint=f"127.0.0.1:{port}", max_restarts=0, start_method="forkserver", monitor_interval=0.05,
+        signals_to_handle="SIGINT,SIGHUP,SIGQUIT",
         logs_specs=DefaultLogsSpecs(str(output), redirects=Std.ALL) if output else DefaultLogsSpecs(),
     )  # fmt: skip
     for name in ("torch.distributed.elastic", "torch.multiprocessing"):  # a failing rank speaks for itself
         logging.getLogger(name).setLevel(logging.CRITICAL)
     multiprocessing.set_forkserver_preload(PRELOADED)
+    told = threading.Event()
     try:
-        return elastic_launch(config, tied)(os.getpid(), function, *arguments)[0]
+        with _passing_on(told):
+            return elastic_launch(config, tied)(os.getpid(), function, *arguments)[0]
     except ChildFailedError as error:
+        if told.is_set():
+            raise KeyboardInterrupt from error
         rank, failure = error.get_first_failure()
         raise RanksFailed(rank, failure.exitcode, _said(failure.error_file)) from error
     except SignalException as error:
         raise KeyboardInterrupt from error
+
+
+@contextmanager
+def _passing_on(told: threading.Event) -> Iterator[None]:
+    """The first SIGTERM goes to the ranks, which may end well; another one ends this process, and so them."""
+
+    def tell(number: int, frame: FrameType | None) -> None:
+        told.set()
+        signal.signal(signal.SIGTERM, before)
+        for rank in multiprocessing.active_children():
+            rank.terminate()
+
+    before = signal.signal(signal.SIGTERM, tell)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)

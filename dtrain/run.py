@@ -13,20 +13,24 @@ import torch.distributed as dist
 from torch import nn
 from torch.optim import Optimizer
 
-from dtrain import checkpoint, launch, pictures, saved
+from dtrain import pictures
 from dtrain.asynchronous import Asynchronous
 from dtrain.batch import Sums
 from dtrain.checkpoint import Checkpoints
 from dtrain.config import Config
 from dtrain.cost import Cost, fold
 from dtrain.figures import facts, meter_of, summary_of
+from dtrain.fingerprint import refuse_differences
 from dtrain.hang import Watch
 from dtrain.job import Job, assemble, optimizer_of
 from dtrain.launch import World, agree
 from dtrain.measure import memory
+from dtrain.preempt import Preemption
 from dtrain.profile import RECORDED, Profile
+from dtrain.rendezvous import agents, connected
 from dtrain.report import ranklog
 from dtrain.report.base import All, Run
+from dtrain.resume import RESUMABLE, folder_of, identity, take_weights
 from dtrain.straggler import slowed
 from dtrain.trace import trace
 from dtrain.train import FORWARD_BACKWARD, Phase, Settings, Trainer
@@ -34,6 +38,8 @@ from dtrain.train import FORWARD_BACKWARD, Phase, Settings, Trainer
 
 def run(config: Config, world: World, folder: Path, strategy: str) -> dict[str, Any]:
     """Train as configured; every rank of the job calls it. Returns the summary, on every rank.
+
+    A run that is told to stop (SIGTERM) returns how to go on with it, under `resumable`, alone.
 
     Args:
         folder: of the run; what rank 0 says counts.
@@ -47,20 +53,25 @@ def run(config: Config, world: World, folder: Path, strategy: str) -> dict[str, 
     job = assemble(config, world)
     device = job.plan.device
     with ExitStack() as stack:
-        connection = launch.connected(world, device, threads=config.launch.threads, timeout_s=config.launch.timeout_s)
+        connection = connected(world, device, threads=config.launch.threads, timeout_s=config.launch.timeout_s)
         stack.enter_context(connection)
-        folder = agree(lambda: _writable(folder))
+        refuse_differences(asdict(config), job.data.describe())
+        world = replace(world, agents=agents())
+        folder = agree(lambda: folder_of(folder, world, config.steps))
         stack.enter_context(ranklog.writing(folder, world.rank))
         job = replace(job, plan=job.plan.connect(), logger=job.logger if world.rank == 0 else All())
         stack.callback(job.logger.close)
         watch = Watch(job.plan, config.launch.timeout_s)
         if not job.asynchronous:  # whose ranks may wait as long as they like
             stack.enter_context(watch)
-        with watch.explaining():
-            return _train(job, world, folder, strategy, stack, watch)
+        preemption = Preemption(2 if job.asynchronous else 1)
+        with watch.explaining(), preemption:
+            return _train(job, world, folder, strategy, stack, watch, preemption)
 
 
-def _train(job: Job, world: World, folder: Path, strategy: str, stack: ExitStack, watch: Watch) -> dict[str, Any]:
+def _train(
+    job: Job, world: World, folder: Path, strategy: str, stack: ExitStack, watch: Watch, preemption: Preemption
+) -> dict[str, Any]:
     config, plan = job.config, job.plan
     meter, peak_source = meter_of(job, world)
     memory.reset_peak(plan.device)
@@ -72,7 +83,7 @@ def _train(job: Job, world: World, folder: Path, strategy: str, stack: ExitStack
     profile, phase = _instruments(job, optimizer, stack, watch)
     trainer = _trainer(job, world, optimizer, settings, phase)
     apart = trainer if isinstance(trainer, Asynchronous) else None
-    _take_weights(trainer, job, folder)
+    take_weights(trainer, job, folder, world)
     if profile and config.steps - trainer.next_step < RECORDED:
         raise ValueError(f"profile=true needs {RECORDED} steps, {config.steps - trainer.next_step} are left: use more")
     checkpoints = _checkpoints(config, folder, apart, stack)
@@ -90,11 +101,15 @@ def _train(job: Job, world: World, folder: Path, strategy: str, stack: ExitStack
         if _due(step.step, config.eval.every, config.steps) and (totals := trainer.totals()):
             figures |= _evaluated(job, totals, folder, step.step)
         job.logger.step(figures)
-        if checkpoints and _due(step.step, config.checkpoint.every, config.steps):
-            checkpoints.save(step.step, trainer.state(), _identity(job, trainer))
+        stops = step.step < config.steps and preemption.stops_after(step.step)
+        if stops or _due(step.step, config.checkpoint.every, config.steps):
+            checkpoints.save(step.step, trainer.state(), identity(job, trainer, world))
+        if stops:
+            break
         watch.step(step.step + 1)
-    if checkpoints:
-        checkpoints.wait()  # what it could not write is an error of the run's
+    checkpoints.wait()  # what it could not write is an error of the run's
+    if preemption.stopped_before(config.steps):
+        return {RESUMABLE: agree(lambda: _resumable(job, folder, figures["step"]))}
     if apart:
         figures = agree(lambda: figures)  # a worker has none
     summary = summary_of(job, world, strategy, figures, meter, peak_source)
@@ -107,10 +122,8 @@ def _train(job: Job, world: World, folder: Path, strategy: str, stack: ExitStack
     return summary
 
 
-def _checkpoints(config: Config, folder: Path, apart: Asynchronous | None, stack: ExitStack) -> Checkpoints | None:
-    """Where the run's go, if it has any. A collective."""
-    if not config.checkpoint.every:
-        return None
+def _checkpoints(config: Config, folder: Path, apart: Asynchronous | None, stack: ExitStack) -> Checkpoints:
+    """Where the run's go; also where none is asked for, since somebody may stop it. A collective."""
     options, ranks = config.checkpoint, apart.saving if apart else None
     made = Checkpoints(
         folder / "checkpoints", keep_last=options.keep_last, asynchronous=options.asynchronous, ranks=ranks
@@ -167,13 +180,12 @@ def _due(step: int, every: int, last: int) -> bool:
     return every > 0 and (step % every == 0 or step == last)
 
 
-def _writable(folder: Path) -> Path:
-    """The run's folder, made, and seen to take a file."""
-    folder.mkdir(parents=True, exist_ok=True)
-    probe = folder / ".writable"
-    probe.touch()
-    probe.unlink()
-    return folder.resolve()
+def _resumable(job: Job, folder: Path, step: int) -> str:
+    """Say how to go on with a run that was told to stop, here and in a file for whoever started it."""
+    said = f"stopped after step {step} of {job.config.steps}, as it was told; resumable: resume={folder}"
+    (folder / RESUMABLE).write_text(f"{said}\n")
+    job.logger.note(said)
+    return said
 
 
 def _evaluated(job: Job, totals: Sums, folder: Path, step: int) -> dict[str, float]:
@@ -181,54 +193,3 @@ def _evaluated(job: Job, totals: Sums, folder: Path, step: int) -> dict[str, flo
     if dist.get_rank() == 0:
         pictures.write(folder / "pictures", step, job.task.pictures(totals))
     return {f"val_{name}": value for name, value in job.task.describe(totals).items()}
-
-
-def _take_weights(trainer: Trainer, job: Job, folder: Path) -> None:
-    """From a checkpoint to go on with, or to begin with; and say where a model's own come from. A collective."""
-    for model in trainer.models.values():
-        for origin in {str(module.origin) for module in model.modules() if hasattr(module, "origin")}:
-            job.logger.note(origin)
-    if job.config.resume:
-        _resume(trainer, job, job.config.resume, folder)
-    elif job.config.init_from:
-        _begin(trainer, job, job.config.init_from, folder)
-
-
-def _begin(trainer: Trainer, job: Job, path: str, folder: Path) -> None:
-    """Take what fits of another run's weights; say what does not."""
-    note = job.logger.note
-    found = agree(
-        lambda: saved.find(path, folder, Path("outputs").resolve(), fallback=False, note=note, key="init_from")
-    )
-    taken: list[str] = []
-    new: list[str] = []
-    trainer.begin(partial(checkpoint.load_weights, found, taken=taken, new=new))
-    note(f"begun from {found}: {len(taken)} tensors; new: {', '.join(new) or 'none'}")
-
-
-def _resume(trainer: Trainer, job: Job, resume: str, folder: Path) -> None:
-    config, note = job.config, job.logger.note
-    outputs = Path("outputs").resolve()  # where Hydra puts runs by default
-    found = agree(lambda: saved.find(resume, folder, outputs, fallback=config.checkpoint.fallback, note=note))
-    theirs = saved.about(found)
-    if theirs["step"] >= config.steps:
-        raise ValueError(
-            f"resume: {found} has done {theirs['step']} steps already, steps={config.steps}: ask for more steps"
-        )
-    trainer.load(partial(checkpoint.load, found))
-    trainer.next_step, trainer.tokens = theirs["step"], theirs["tokens"]
-    note(f"resumed from {found}, step {theirs['step']}")
-    for key, ours in _curve(job).items():
-        if theirs.get(key) != ours:
-            note(f"the checkpoint's run had {key}={theirs.get(key)}, this one has {ours}: the curve may differ")
-
-
-def _curve(job: Job) -> dict[str, Any]:
-    """What decides the loss curve besides the weights: kept in a checkpoint to compare."""
-    keys = ("seed", "steps", "dtype", "precision", "global_batch_size", "seq_len", "clip_norm", "optimizer", "schedule")
-    config = asdict(job.config)
-    return {"data": job.data.describe()} | {key: config[key] for key in keys}
-
-
-def _identity(job: Job, trainer: Trainer) -> dict[str, Any]:
-    return {"tokens": trainer.tokens, **_curve(job), "mesh": job.plan.degrees}

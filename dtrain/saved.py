@@ -5,7 +5,8 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from safetensors import SafetensorError
 from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader
 
 MANIFEST = "checkpoint.json"
+AUTO = "auto"  # resume from the run's newest, if it has any
 
 
 def find(
@@ -46,6 +48,22 @@ def find(
     if not found:
         raise ValueError(f"{key}={resume}: no checkpoint in {where}")
     return _first_whole(list(reversed(found)), fallback=fallback, note=note)
+
+
+def of_launch(places: Iterable[Path], agents: frozenset[str], steps: int) -> Path | None:
+    """The newest checkpoint below these folders that ranks of one of these agents wrote, before they were restarted.
+
+    Args:
+        steps: that the run is to do: a checkpoint of the last one leaves nothing to go on with.
+    """
+    found = []
+    for place in places if agents else ():
+        for manifest in place.glob(f"**/checkpoints/step-*/{MANIFEST}"):
+            with suppress(ValueError, TypeError, KeyError):  # one that is damaged is not known to be ours
+                told = about(manifest.parent)
+                if agents.intersection(told.get("agents", ())) and told["step"] < steps:
+                    found.append(manifest.parent)
+    return max(found, key=_written, default=None)
 
 
 def _first_whole(newest_first: list[Path], *, fallback: bool, note: Callable[[str], None]) -> Path:

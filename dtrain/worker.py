@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import signal
 import time
 
 import torch
@@ -38,6 +39,7 @@ def work(config: Config, world: World, address: tuple[str, int], life: int) -> N
         address: of the servers' store.
         life: how many of this worker there have been before.
     """
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)  # its rank decides
     torch.set_num_threads(config.launch.threads or max(1, cores() // world.local_size))
     worker = Worker(config, world)
     store = dist.TCPStore(*address, is_master=False)

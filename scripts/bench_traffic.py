@@ -11,8 +11,9 @@ from hydra import compose, initialize_config_dir
 
 from dtrain.config import CONFIGS, checked, register
 from dtrain.job import assemble
-from dtrain.launch import World, connected, spawn
+from dtrain.launch import World, spawn
 from dtrain.profile import Profile
+from dtrain.rendezvous import connected
 from dtrain.run import optimizer_of
 from dtrain.train import Settings, Trainer
 

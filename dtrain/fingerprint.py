@@ -1,0 +1,65 @@
+"""Do all ranks run the same? A node with an older copy of the code, or another setting, would train something else."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import platform
+import socket
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+ROOT = Path(__file__).parent
+
+
+def refuse_differences(config: Mapping[str, Any], data: Mapping[str, Any]) -> None:
+    """Compare what decides the result on every rank. A collective.
+
+    Args:
+        config: of this rank; `launch`, which may differ from machine to machine, is left out.
+        data: what these say of themselves.
+
+    Raises:
+        ValueError: on every rank alike, naming the first rank that differs, and in what.
+    """
+    own = _facts(config, data)
+    digest = hashlib.sha256(json.dumps(own, sort_keys=True, default=str).encode()).hexdigest()
+    digests = _gathered(digest)
+    if len(set(digests)) == 1:
+        return
+    every, hosts = _gathered(own), _gathered(socket.gethostname())
+    rank = next(rank for rank, each in enumerate(digests) if each != digests[0])
+    first, other = every[0], every[rank]
+    names = sorted(name for name in first | other if first.get(name) != other.get(name))
+    told = [f"{name} is {other.get(name, 'absent')} there, {first.get(name, 'absent')} here" for name in names[:3]]
+    more = f"; and {len(names) - 3} more" if len(names) > 3 else ""
+    raise ValueError(f"rank {rank} on {hosts[rank]} is to run something else than rank 0 on {hosts[0]}: "
+                     f"{'; '.join(told)}{more}")  # fmt: skip
+
+
+def _gathered(own: Any) -> list[Any]:
+    found: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(found, own)
+    return found
+
+
+def _facts(config: Mapping[str, Any], data: Mapping[str, Any]) -> dict[str, str]:
+    """By name: settings, versions, and a digest of each file of ours."""
+    settings = {key: value for key, value in config.items() if key != "launch"}
+    facts = _flat(settings) | _flat({"data": data}, "the prepared ")
+    facts |= {"torch": torch.__version__, "Python": platform.python_version()}
+    for file in sorted(ROOT.rglob("*.py")):
+        digest = hashlib.sha256(file.read_bytes()).hexdigest()
+        facts[f"the code of dtrain/{file.relative_to(ROOT).as_posix()}"] = digest[:12]
+    return facts
+
+
+def _flat(node: Any, name: str = "") -> dict[str, str]:
+    if not isinstance(node, Mapping):
+        return {name: str(node)}
+    joined = f"{name}." if name and not name.endswith(" ") else name
+    return {key: value for child, each in node.items() for key, value in _flat(each, f"{joined}{child}").items()}

@@ -1,0 +1,105 @@
+"""How the ranks of a job find each other.
+
+torchrun keeps one store for all its attempts at a job, and ranks that it has restarted would read in it where the dead
+ones had listened. So the ranks of an attempt agree on a name first, and write below it.
+"""
+
+from __future__ import annotations
+
+import os
+import socket
+import time
+import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from dtrain.launch import RUN_ID, World
+from dtrain.measure.environment import cores
+
+NOTES = 4096  # collectives that torch's flight recorder remembers, for whoever asks why ranks wait
+
+
+@contextmanager
+def connected(world: World, device: torch.device, *, threads: int | None, timeout_s: float) -> Iterator[None]:
+    """Set this process's threads and device, and be in the process group while the context lasts.
+
+    Raises:
+        ValueError: the port of the rendezvous is taken.
+    """
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads or max(1, cores() // world.local_size))
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+        torch.cuda.init()
+    os.environ.setdefault("TORCH_FR_BUFFER_SIZE", str(NOTES))
+    backend, timeout = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo", timedelta(seconds=timeout_s)
+    try:
+        store = _store(world, timeout)
+        dist.init_process_group(backend, store=store, rank=world.rank, world_size=world.size, timeout=timeout)
+    except RuntimeError as error:
+        if not isinstance(error, dist.DistError) and "gloo" not in str(error):
+            raise
+        address = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
+        if "EADDRINUSE" in str(error):
+            raise ValueError(
+                f"port in use: {address} is taken; set MASTER_PORT (torchrun --master-port) to a free one"
+            ) from error
+        raise ValueError(f"rank {world.rank} found no rendezvous at {address}: {str(error).splitlines()[0]}") from error
+    try:
+        yield
+    finally:
+        dist.destroy_process_group()
+        torch.set_num_threads(before)
+
+
+def _store(world: World, timeout: timedelta) -> dist.Store:
+    """A store that the ranks of this attempt share, and no others."""
+    if world.size == 1:
+        return dist.HashStore()  # nobody to find: no port
+    shared, *_ = next(dist.rendezvous("env://", timeout=timeout))
+    return dist.PrefixStore(f"dtrain/{meet(shared, world, timeout)}", shared)
+
+
+def meet(store: dist.Store, world: World, timeout: timedelta) -> str:
+    """A name that all ranks of this attempt get, and none of an earlier one: rank 0 gives it to who asks.
+
+    Raises:
+        dist.DistStoreError: not all have come.
+    """
+    own = uuid.uuid4().hex
+    if world.rank:
+        store.set(f"dtrain/asks/{world.rank}", own)
+        store.wait([f"dtrain/told/{own}"], timeout)
+        name = store.get(f"dtrain/told/{own}").decode()
+        store.set(f"dtrain/has/{name}/{world.rank}", "")
+        return name
+    absent, told, end = set(range(1, world.size)), set(), time.monotonic() + timeout.total_seconds()
+    while absent:
+        for rank in sorted(absent):
+            if store.check([asks := f"dtrain/asks/{rank}"]) and (name := store.get(asks).decode()) not in told:
+                store.set(f"dtrain/told/{name}", own)  # or a dead one's, which nobody reads
+                told.add(name)
+            if store.check([f"dtrain/has/{own}/{rank}"]):
+                absent.discard(rank)
+        if time.monotonic() > end:
+            raise dist.DistStoreError(f"rank {', '.join(map(str, sorted(absent)))} did not come in {timeout}")
+        time.sleep(0.01)
+    return own
+
+
+def agents() -> frozenset[str]:
+    """The elastic agents of all ranks, if torchrun has started them. A collective."""
+    own, agent = "", os.getppid()
+    if os.environ.get("TORCHELASTIC_RUN_ID", RUN_ID) != RUN_ID:
+        stat = Path(f"/proc/{agent}/stat")  # on Linux its time of start: numbers of processes come again
+        begun = stat.read_text().rsplit(")", 1)[1].split()[19] if stat.exists() else os.environ["TORCHELASTIC_RUN_ID"]
+        own = f"{socket.gethostname()}:{agent}:{begun}"
+    every: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(every, own)
+    return frozenset(filter(None, every))

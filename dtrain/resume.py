@@ -1,0 +1,92 @@
+"""Where a run's folder and its weights come from: an earlier attempt, a checkpoint that was asked for, or nothing."""
+
+from __future__ import annotations
+
+import shutil
+from dataclasses import asdict
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from dtrain import checkpoint, saved
+from dtrain.job import Job
+from dtrain.launch import World, agree
+from dtrain.train import Trainer
+
+OUTPUTS = Path("outputs")  # where Hydra puts runs by default
+RESUMABLE = "resumable"  # a file in the folder of a run that was told to stop
+
+
+def folder_of(folder: Path, world: World, steps: int) -> Path:
+    """The run's folder, made: where the ranks were before their launcher restarted them, or else this one."""
+    begun = saved.of_launch((folder, OUTPUTS), world.agents, steps)
+    if begun and (before := begun.parent.parent) != folder.resolve():
+        if {each.name for each in folder.glob("*")} <= {".hydra"}:
+            shutil.rmtree(folder, ignore_errors=True)  # made for this attempt
+        folder = before
+    return _writable(folder)
+
+
+def _writable(folder: Path) -> Path:
+    """The run's folder, made, and seen to take a file."""
+    folder.mkdir(parents=True, exist_ok=True)
+    probe = folder / ".writable"
+    probe.touch()
+    probe.unlink()
+    (folder / RESUMABLE).unlink(missing_ok=True)
+    return folder.resolve()
+
+
+def take_weights(trainer: Trainer, job: Job, folder: Path, world: World) -> None:
+    """From a checkpoint to go on with, or to begin with; and say where a model's own come from. A collective."""
+    for model in trainer.models.values():
+        for origin in {str(module.origin) for module in model.modules() if hasattr(module, "origin")}:
+            job.logger.note(origin)
+    resume, before = job.config.resume, agree(lambda: saved.of_launch((folder,), world.agents, job.config.steps))
+    if before:  # the launcher has restarted the ranks
+        resume = str(before)
+    elif resume == saved.AUTO:
+        resume = str(folder) if agree(lambda: bool(saved.whole(folder / "checkpoints"))) else None
+    if resume:
+        _resume(trainer, job, resume, folder)
+    elif job.config.init_from:
+        _begin(trainer, job, job.config.init_from, folder)
+
+
+def _begin(trainer: Trainer, job: Job, path: str, folder: Path) -> None:
+    """Take what fits of another run's weights; say what does not."""
+    note = job.logger.note
+    found = agree(lambda: saved.find(path, folder, OUTPUTS.resolve(), fallback=False, note=note, key="init_from"))
+    taken: list[str] = []
+    new: list[str] = []
+    trainer.begin(partial(checkpoint.load_weights, found, taken=taken, new=new))
+    note(f"begun from {found}: {len(taken)} tensors; new: {', '.join(new) or 'none'}")
+
+
+def _resume(trainer: Trainer, job: Job, resume: str, folder: Path) -> None:
+    config, note = job.config, job.logger.note
+    found = agree(lambda: saved.find(resume, folder, OUTPUTS.resolve(), fallback=config.checkpoint.fallback, note=note))
+    theirs = saved.about(found)
+    if theirs["step"] >= config.steps:
+        raise ValueError(
+            f"resume: {found} has done {theirs['step']} steps already, steps={config.steps}: ask for more steps"
+        )
+    trainer.load(partial(checkpoint.load, found))
+    trainer.next_step, trainer.tokens = theirs["step"], theirs["tokens"]
+    note(f"resumed from {found}, step {theirs['step']}")
+    for key, ours in _curve(job).items():
+        if theirs.get(key) != ours:
+            note(f"the checkpoint's run had {key}={theirs.get(key)}, this one has {ours}: the curve may differ")
+
+
+def _curve(job: Job) -> dict[str, Any]:
+    """What decides the loss curve besides the weights: kept in a checkpoint to compare."""
+    keys = ("seed", "steps", "dtype", "precision", "global_batch_size", "seq_len", "clip_norm", "optimizer", "schedule")
+    config = asdict(job.config)
+    return {"data": job.data.describe()} | {key: config[key] for key in keys}
+
+
+def identity(job: Job, trainer: Trainer, world: World) -> dict[str, Any]:
+    """What a checkpoint says of its run, besides the step."""
+    agents = {"agents": sorted(world.agents)}
+    return {"tokens": trainer.tokens, **_curve(job), "mesh": job.plan.degrees, **agents}
