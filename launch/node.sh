@@ -1,0 +1,31 @@
+#!/bin/bash
+# torchrun on one machine of a cluster, for a run that may be stopped and started again.
+#
+#   launch/node.sh FOLDER TORCHRUN'S_OPTIONS scripts/train.py OVERRIDES
+#
+# SIGTERM goes to the ranks alone: they write a checkpoint and end, and so torchrun does. Told itself, torchrun would
+# leave them 30 seconds, less at a second signal, and let the torchruns of other machines wait for it.
+# The exit status is torchrun's, or 75 (EX_TEMPFAIL) if the run was stopped and can go on.
+folder=$(realpath -m "$1")
+shift
+written() { stat -c %y "$folder/resumable" 2> /dev/null; }
+
+before=$(written)  # by an earlier run that was stopped
+trap '' TERM       # torchrun inherits that, and its ranks, until they listen
+torchrun --signals-to-handle=SIGINT "$@" hydra.run.dir="$folder" resume=auto &
+torchrun=$!
+told=
+trap 'told=yes' TERM
+while kill -0 "$torchrun" 2> /dev/null; do
+    if [ "$told" ]; then  # again and again, until they listen; without any there is nothing to lose
+        kill -TERM $(cat "/proc/$torchrun/task/"*/children) 2> /dev/null || kill -KILL "$torchrun"
+    fi
+    sleep 1
+done
+wait "$torchrun"
+status=$?
+after=$(written)
+if [ "$after" ] && [ "$after" != "$before" ]; then
+    exit 75
+fi
+exit "$status"
