@@ -1,7 +1,7 @@
 """Checkpoints: one form for every plan, whole or not there.
 
     checkpoints/step-00000040/shard-*.safetensors   each rank's part of weights and optimizer states
-                              checkpoint.json       step, tokens, and every file's size and SHA-256
+                              checkpoint.json       step, tokens, every file's size and SHA-256, and its own
     checkpoints/latest -> step-00000040
 
 torch's distributed checkpoint (DCP) writes and reshards; the files are safetensors, so that loading never
@@ -27,7 +27,7 @@ from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
 
 from dtrain.launch import agree
 from dtrain.optimizer import OPTIMIZER_STATE
-from dtrain.saved import MANIFEST, describe, whole
+from dtrain.saved import MANIFEST, describe, sealed, whole
 
 PARTIAL = ".partial-"
 VERSION = 1
@@ -99,7 +99,7 @@ class Checkpoints:
 
     def _publish(self, partial: Path, step: int, about: dict[str, Any]) -> None:
         files = {file.name: describe(file) for file in sorted(partial.glob("*.safetensors"))}
-        _write_synced(partial / MANIFEST, {"version": VERSION, "step": step, **about, "files": files})
+        _write_synced(partial / MANIFEST, sealed({"version": VERSION, "step": step, **about, "files": files}))
         _sync(partial)
         final = self.folder / f"step-{step:08d}"
         for again in itertools.count(2):  # a resumed run comes by the same step again: nothing is replaced

@@ -10,113 +10,47 @@ Source: torch's flight recorder tutorial; its notes of gloo leave out messages f
 from __future__ import annotations
 
 import json
+import os
 import sys
 import threading
 import time
-from collections import Counter, defaultdict
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
-from typing import Any
+from dataclasses import asdict
+from functools import partial
+from queue import Empty, Queue
+from typing import Any, TypeVar
 
 import torch.distributed as dist
 from torch._C._distributed_c10d import _dump_fr_trace_json  # type: ignore[attr-defined]
 
+from dtrain.notes import Note, Notes, missing, ranks_in_words, waiting
 from dtrain.plan import Plan
 from dtrain.train import FIGURES
 
+T = TypeVar("T")
 PATIENCE = 0.5  # of the collectives' timeout: without anything new, until ranks hand in their notes
 ANSWER = 0.25  # of it, at most this and ANSWER_S: how long the first rank waits for the notes of others
 ANSWER_S = 10.0
+SILENT = "the store of the ranks does not answer: its host is gone or stopped, or the network is cut"
 
 
-@dataclass(frozen=True)
-class Note:
-    """A collective that a rank has begun: its number in its group, what it is, the rank's step, and is it under way?"""
+def within(seconds: float, ask: Callable[[], T]) -> T | None:
+    """What the store answers; None: nothing in time. Its calls wait for ever where the network is cut."""
+    answers: Queue[T | None] = Queue()
 
-    number: int
-    what: str
-    step: int
-    pending: bool = False
+    def put() -> None:
+        try:
+            answers.put(ask())
+        except RuntimeError:  # the connection is lost
+            answers.put(None)
 
-
-@dataclass(frozen=True)
-class Notes:
-    """What a rank hands in: its step, and its collectives by group."""
-
-    step: int
-    groups: dict[str, list[Note]]
-
-
-def missing(notes: Mapping[int, Notes], groups: Mapping[str, tuple[str, Sequence[int]]]) -> str:
-    """The first collective in which the ranks of a group are not all together, in words; empty: there is none.
-
-    Args:
-        notes: of the ranks that have answered.
-        groups: by name: the axis, and its ranks.
-    """
-    found = []
-    for name, (axis, ranks) in groups.items():
-        theirs = {rank: notes[rank].groups.get(name, []) for rank in ranks if rank in notes}
-        told = {rank: {note.number: note for note in those} for rank, those in theirs.items()}
-        numbers = sorted({number for those in told.values() for number in those})
-        first = max((min(those) for those in told.values() if those), default=0)  # earlier ones may be forgotten
-        for number in (n for n in numbers if n >= first):
-            here = {rank: those[number] for rank, those in told.items() if number in those}
-            kinds = Counter(note.what for note in here.values())
-            if len(here) == len(told) and len(kinds) == 1:
-                continue
-            found.append((min(note.step for note in here.values()), _say(axis, number, told, here, kinds)))
-            break
-    return min(found)[1] if found else ""
-
-
-def waiting(notes: Mapping[int, Notes], groups: Mapping[str, tuple[str, Sequence[int]]], silent: Sequence[int]) -> str:
-    """The first collective under way in a group of which ranks do not answer, in words; empty: there is none."""
-    found: dict[tuple[int, int, str, str], list[int]] = defaultdict(list)
-    for name, (axis, ranks) in groups.items():
-        for rank in ranks if set(ranks) & set(silent) else ():
-            for note in notes[rank].groups.get(name, []) if rank in notes else ():
-                if note.pending:
-                    found[note.step, note.number, axis, note.what].append(rank)
-    if not found:
-        return ""
-    step, number, axis, what = min(found)
-    return f"step {step}, axis {axis}, collective {number}, {what}: {_ranks(min(found.items())[1])} waits in it"
-
-
-def _ranks(numbers: Iterable[int]) -> str:
-    each = sorted(numbers)
-    return f"rank{'s' if len(each) > 1 else ''} {', '.join(map(str, each))}"
-
-
-def _say(axis: str, number: int, told: dict[int, dict[int, Note]], here: dict[int, Note], kinds: Counter[str]) -> str:
-    best = max(kinds.values())
-    usual = [kind for kind in kinds if kinds[kind] == best]
-    if len(usual) > 1:  # as many do one thing as another: right is who did it at this place of the step before, too
-        before = {note.what for rank, note in here.items() if _as_before(told[rank], note)}
-        usual = [kind for kind in usual if kind in before] or usual
-    expected = usual[0]
-    together = [rank for rank, note in here.items() if note.what == expected]
-    step = min(here[rank].step for rank in together)
-    absent = []
-    for rank in sorted(told.keys() - set(together)):
-        last = max(told[rank].values(), key=lambda note: note.number, default=None)
-        begun = f"has begun {last.what} last" if last else "has begun none"
-        doing = f"is in {here[rank].what}" if rank in here else begun
-        absent.append(f"rank {rank} is missing: it {doing}, in step {last.step if last else 0}")
-    where = f"step {step}, axis {axis}, collective {number}, {expected}"
-    return f"{where}: {_ranks(together)} waits in it; {'; '.join(absent)}"
-
-
-def _as_before(own: dict[int, Note], note: Note) -> bool:
-    """Did the rank do the same at the same place of the step before?"""
-
-    def sequence(step: int) -> list[int]:
-        return sorted(n for n, each in own.items() if each.step == step)
-
-    place, before = sequence(note.step).index(note.number), sequence(note.step - 1)
-    return place < len(before) and own[before[place]].what == note.what
+    threading.Thread(target=put, daemon=True).start()
+    try:
+        return answers.get(timeout=seconds)
+    except Empty:
+        return None
 
 
 class Hang(RuntimeError):
@@ -133,7 +67,7 @@ class Watch:
 
     def __init__(self, plan: Plan, timeout_s: float) -> None:
         self.rank, self.size, self.timeout_s = dist.get_rank(), dist.get_world_size(), timeout_s
-        self._store = dist.distributed_c10d._get_default_store()
+        self._store, self._answer_s = dist.distributed_c10d._get_default_store(), min(ANSWER * timeout_s, ANSWER_S)
         world = dist.group.WORLD
         assert world is not None
         self.groups: dict[str, tuple[str, Sequence[int]]] = {str(world.group_name): ("world", list(range(self.size)))}
@@ -163,14 +97,17 @@ class Watch:
     def explain(self) -> str:
         """Hand in this rank's notes; the first rank that answers compares all and says what it finds, once."""
         with self._said:
-            if self.finding is not None:
-                return self.finding
-            self._store.set(f"hang/{self.rank}", json.dumps(asdict(self._notes())))
-            self._store.set("hang/asked", "")
-            self.finding = self._compare()
-            if self.finding:
-                print(f"dtrain: ranks wait for each other: {self.finding}", file=sys.stderr, flush=True)
+            if self.finding is None:
+                found = within(self._answer_s + ANSWER_S, self._ask)
+                self.finding = SILENT if found is None else found
+                if self.finding:
+                    print(f"dtrain: ranks wait for each other: {self.finding}", file=sys.stderr, flush=True)
             return self.finding
+
+    def _ask(self) -> str:
+        self._store.set(f"hang/{self.rank}", json.dumps(asdict(self._notes())))
+        self._store.set("hang/asked", "")
+        return self._compare()
 
     @contextmanager
     def skipping(self, step: int, name: str) -> Iterator[None]:
@@ -202,8 +139,10 @@ class Watch:
         while not self._end.wait(min(1.0, self.timeout_s / 20)):
             if time.monotonic() - self._beat > self.timeout_s * PATIENCE / 2 and last != (last := _newest()):
                 self._beat = time.monotonic() - self.timeout_s * PATIENCE / 2  # a long step, in which much happens
-            if time.monotonic() - self._beat > self.timeout_s * PATIENCE or self._store.check(["hang/asked"]):
-                self.explain()
+            asked = within(self.timeout_s, partial(self._store.check, ["hang/asked"]))
+            if time.monotonic() - self._beat > self.timeout_s * PATIENCE or asked is not False:
+                if self.explain() == SILENT and not self._end.wait(self.timeout_s):
+                    os._exit(1)  # the rank waits for the store, and would for ever
                 return
 
     def _notes(self) -> Notes:
@@ -217,7 +156,7 @@ class Watch:
 
     def _compare(self) -> str:
         told: dict[int, Notes] = {}
-        deadline = time.monotonic() + min(ANSWER * self.timeout_s, ANSWER_S)
+        deadline = time.monotonic() + self._answer_s
         while len(told) < self.size and time.monotonic() < deadline:
             for rank in set(range(self.size)) - told.keys():
                 if self._store.check([f"hang/{rank}"]):
@@ -226,7 +165,7 @@ class Watch:
                 return ""  # that one speaks
             time.sleep(0.05)
         silent = sorted(set(range(self.size)) - told.keys())
-        gone = f"{_ranks(silent)} does not answer: its process is gone or stopped" if silent else ""
+        gone = f"{ranks_in_words(silent)} does not answer: its process is gone or stopped" if silent else ""
         steps = ", ".join(f"rank {rank} in step {notes.step}" for rank, notes in sorted(told.items()))
         found = missing(told, self.groups) or waiting(told, self.groups, silent) or (steps if silent else "")
         return "; ".join(filter(None, (found, gone))) or f"all ranks have begun the same collectives ({steps})"

@@ -113,11 +113,17 @@ def _train(
     if apart:
         figures = agree(lambda: figures)  # a worker has none
     summary = summary_of(job, world, strategy, figures, meter, peak_source)
+    return _told(job, summary, apart, profile)
+
+
+def _told(job: Job, summary: dict[str, Any], apart: Asynchronous | None, profile: Profile | None) -> dict[str, Any]:
+    """The summary with what the instruments have found, once the loggers have it. A collective."""
     if apart:
         summary["profile"] = apart.report()
     if profile:
         summary["profile"], spans = profile.summary()
-        job.logger.profile(summary["profile"], spans, f"{strategy} on {world.size} ranks: one step")
+        title = f"{summary['strategy']} on {summary['world_size']} ranks: one step"
+        job.logger.profile(summary["profile"], spans, title)
     job.logger.finish(summary)
     return summary
 

@@ -85,6 +85,8 @@ def verify(path: Path) -> str:
     """What is wrong with the files of a checkpoint, or an empty string."""
     try:
         manifest = about(path)
+        if sealed(manifest) != manifest:
+            return f"{MANIFEST} does not have its SHA-256"
         for name, expected in manifest["files"].items():
             if not (path / name).exists():
                 return f"{name} is missing"
@@ -103,6 +105,12 @@ def verify(path: Path) -> str:
 def about(path: Path) -> dict[str, Any]:
     """What a checkpoint says of itself: step, tokens, and what its run gave."""
     return json.loads((path / MANIFEST).read_text())
+
+
+def sealed(manifest: dict[str, Any]) -> dict[str, Any]:
+    """The manifest, with the checksum of all else in it."""
+    rest = json.loads(json.dumps({key: value for key, value in manifest.items() if key != "sha256"}))
+    return {**rest, "sha256": hashlib.sha256(json.dumps(rest, sort_keys=True).encode()).hexdigest()}
 
 
 def whole(folder: Path) -> list[Path]:

@@ -5,10 +5,8 @@ from __future__ import annotations
 import json
 import os
 import re
-import shutil
 import subprocess
 import sys
-import uuid
 from collections.abc import Iterator
 from dataclasses import replace
 from functools import partial
@@ -18,13 +16,14 @@ import pytest
 import torch
 import torch.distributed as dist
 from cases import Case, trainer
+from hosts import DEVICE, Hosts, NotHere, two_hosts
 from hypothesis import given
 from hypothesis import strategies as st
 
 from dtrain.cost import Message
-from dtrain.hang import Note, Notes, missing
 from dtrain.measure.ledger import Ledger
 from dtrain.measure.timeline import COMMUNICATION, PHASE, STAGE, Span, Timeline, common, mark, merged, total, without
+from dtrain.notes import Note, Notes, missing, waiting
 from dtrain.profile import RECORDED, Profile
 from dtrain.report import gantt
 from dtrain.schedule import bubble
@@ -191,6 +190,16 @@ def test_of_two_the_one_that_differs_from_its_step_before_is_missing() -> None:
     assert missing({0: steps("x"), 1: steps("x")}, {"g": ("dp", [0, 1])}) == ""
 
 
+def test_what_ranks_wait_in_for_one_that_does_not_answer() -> None:
+    def notes(pending: int, step: int) -> Notes:
+        return Notes(step, {"g": [Note(n, "all_reduce", step, n == pending) for n in range(1, 5)]})
+
+    groups = {"g": ("dp", [0, 1, 2]), "h": ("tp", [0, 3])}
+    said = waiting({0: notes(4, 7), 1: notes(4, 7)}, groups, [2])
+    assert said == "step 7, axis dp, collective 4, all_reduce: ranks 0, 1 waits in it"
+    assert waiting({0: notes(4, 7), 1: notes(4, 7)}, groups, [3]) == ""  # of another group
+
+
 @pytest.mark.slow
 def test_a_skipped_collective_is_named(tmp_path: Path) -> None:
     """Rank, axis, collective and step, before the collectives' own timeout; no traceback; exit status 1."""
@@ -248,46 +257,27 @@ dist.barrier()
 """
 
 
-def _ip(*words: str) -> subprocess.CompletedProcess:
-    return subprocess.run(["ip", *words], capture_output=True, text=True)
-
-
 @pytest.fixture(scope="module")
-def hosts() -> Iterator[list[str]]:
-    """Two hosts with one cable between them."""
-    if not shutil.which("ip") or os.geteuid():
-        pytest.skip("network namespaces need root and iproute2's `ip`")
-    names = [f"dtrain-{uuid.uuid4().hex[:6]}-{rank}" for rank in (0, 1)]
+def hosts() -> Iterator[Hosts]:
     try:
-        for name in names:
-            if (made := _ip("netns", "add", name)).returncode:
-                pytest.skip(f"`ip netns add` is not permitted here: {made.stderr.strip()}")
-        end = ("veth", "mtu", "9000")
-        made = _ip("-n", names[0], "link", "add", *end, "type", "veth", "peer", "name", *end, "netns", names[1])
-        if made.returncode:
-            pytest.skip(f"no virtual cable can be made here: {made.stderr.strip()}")
-        for rank, name in enumerate(names):
-            _ip("-n", name, "addr", "add", f"10.77.0.{rank + 1}/24", "dev", "veth")
-            for device in ("lo", "veth"):
-                _ip("-n", name, "link", "set", device, "up")
-        yield names
-    finally:
-        for name in names:
-            _ip("netns", "del", name)
+        with two_hosts() as both:
+            yield both
+    except NotHere as reason:
+        pytest.skip(str(reason))
 
 
 @pytest.mark.parametrize("operation", ["all_reduce", "all_gather", "reduce_scatter", "all_to_all", "send"])
-def test_a_wire_carries_what_the_message_says(operation: str, hosts: list[str]) -> None:
+def test_a_wire_carries_what_the_message_says(operation: str, hosts: Hosts) -> None:
     """Of eight megabytes eight times, within 5 %: headers, and their acknowledgements.
 
     The least of four tries: on a busy machine TCP sends again what was acknowledged late.
     """
     elements = 2**21
     command = [sys.executable, "-c", TALK]
-    environment = os.environ | {"GLOO_SOCKET_IFNAME": "veth"}
-    ranks = [subprocess.Popen(["ip", "netns", "exec", name, *command, str(rank), operation, str(elements)],
+    environment = os.environ | {"GLOO_SOCKET_IFNAME": DEVICE}
+    ranks = [subprocess.Popen([*hosts.on(rank), *command, str(rank), operation, str(elements)],
                               stdout=subprocess.PIPE, env=environment, text=True)
-             for rank, name in enumerate(hosts)]  # fmt: skip
+             for rank in (0, 1)]  # fmt: skip
     counted = min(map(int, ranks[0].communicate(timeout=100)[0].split()))
     ranks[1].communicate(timeout=100)
     expected = Message("dp", operation, 8, 8 * 4 * elements).wire_bytes(2, "gloo")

@@ -1,0 +1,467 @@
+"""Faults, drawn by a seed and put into short runs. For each: the run completes on the curve of a run that nothing happened
+to, or it stops with a clear line, from where it can be resumed onto that curve; and nothing of it stays behind.
+
+    python tests/distributed/chaos.py --faults 200 --seed 0
+"""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import json
+import os
+import random
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+HERE = Path(__file__).parent
+sys.path[:0] = [str(HERE), str(HERE.parent)]
+
+from hosts import DEVICE, NotHere, two_hosts  # noqa: E402
+from runs import TORCHRUN, alive, curve, printed, ranks, start, training  # noqa: E402
+
+from dtrain.saved import verify, whole  # noqa: E402
+
+STEPS, EVERY, TIMEOUT_S = 60, 5, 8
+LIMIT_S = 150  # for a run with a fault in it, whatever happens: its own timeout, torchrun's 30 s, a slow machine
+STRATEGIES = ("ddp", "fsdp", "zero1", "zero2")
+COMPLETED, STOPPED = "completed", "stopped and resumed"
+FAKETIME = Path("/usr/lib/x86_64-linux-gnu/faketime/libfaketime.so.1")
+
+
+class Broken(AssertionError):
+    """A promise that was not kept."""
+
+
+@dataclass
+class Case:
+    """One run that a fault is put into.
+
+    `folder` holds its run, what it prints and torchrun's temporary files; `mark` is in the environment of all of its
+    processes, so that those left behind are found.
+    """
+
+    folder: Path
+    strategy: str
+    restarts: int
+    random: random.Random
+    cache: Path
+    mark: str
+    environment: dict[str, str] = field(default_factory=dict)
+    before: tuple[str, ...] = ()
+    said: str = ""  # more about the fault
+
+    @property
+    def run(self) -> Path:
+        return self.folder / "run"
+
+    def start(
+        self, *settings: str, launcher: tuple[str, ...] = ("--standalone", "--nproc-per-node", "2")
+    ) -> subprocess.Popen[str]:
+        (self.folder / "tmp").mkdir(parents=True, exist_ok=True)
+        words = training(f"strategy={self.strategy}", f"steps={STEPS}", f"checkpoint.every={EVERY}", "resume=auto",
+                         f"launch.timeout_s={TIMEOUT_S}", "hydra.run.dir=run", *settings)  # fmt: skip
+        return start(self.folder, *TORCHRUN, *launcher, "--max-restarts", str(self.restarts), *words, before=self.before,
+                     DTRAIN_CACHE=str(self.cache), CHAOS=self.mark, TMPDIR=str(self.folder / "tmp"), OMP_NUM_THREADS="1",
+                     **self.environment)  # fmt: skip
+
+    def processes(self) -> dict[int, str]:
+        """All that are left of the run, and what they are."""
+        found = {}
+        for entry in Path("/proc").glob("[0-9]*"):
+            try:
+                if f"CHAOS={self.mark}".encode() in (entry / "environ").read_bytes() and alive(int(entry.name)):
+                    found[int(entry.name)] = (entry / "cmdline").read_bytes().replace(b"\0", b" ").decode()
+            except (FileNotFoundError, ProcessLookupError, PermissionError):
+                continue
+        return found
+
+    def ranks(self) -> list[int]:
+        """Processes that are ranks: they run the script, and torchrun is their parent."""
+        return sorted(
+            pid for pid, line in self.processes().items() if "train.py" in line and "distributed.run" not in line
+        )
+
+    def last(self) -> int:
+        return max(curve(self.run), default=0)
+
+    def until(self, condition: Callable[[], object], process: subprocess.Popen[str], seconds: float = LIMIT_S) -> bool:
+        """Wait for it, or for the run's end; was it so?"""
+        deadline = time.monotonic() + seconds
+        while time.monotonic() < deadline and process.poll() is None:
+            if condition():
+                return True
+            time.sleep(0.005)
+        return bool(condition())
+
+    def some_step(self, process: subprocess.Popen[str]) -> None:
+        """Until a drawn step is done, and a moment more."""
+        step = self.random.randrange(1, STEPS - 10)
+        self.until(lambda: self.last() >= step, process)
+        time.sleep(self.random.uniform(0, 0.1))
+
+    def kill(self, pid: int, number: signal.Signals = signal.SIGKILL) -> None:
+        try:
+            os.kill(pid, number)
+        except ProcessLookupError:
+            self.said += " (it had ended)"
+
+
+# The faults. Each starts the run, breaks it, and returns torchrun's processes.
+
+Fault = Callable[[Case], list[subprocess.Popen[str]]]
+
+
+def killed_rank(case: Case) -> list[subprocess.Popen[str]]:
+    """kill -9 of a rank, at any time from its start to its end."""
+    process = case.start()
+    moment = case.random.uniform(0, 1)
+    case.until(lambda: len(case.ranks()) == 2, process)
+    if moment < 0.3:
+        time.sleep(moment * 20)  # it imports, looks for its data, meets the others
+    else:
+        case.some_step(process)
+    victims = case.ranks()
+    if victims:
+        case.kill(case.random.choice(victims))
+    return [process]
+
+
+def killed_while_saving(case: Case) -> list[subprocess.Popen[str]]:
+    """kill -9 of a rank while a checkpoint is half written."""
+    process = case.start()
+    nth, seen = case.random.randrange(1, 8), set()
+
+    def at_it() -> bool:
+        seen.update(path.name for path in (case.run / "checkpoints").glob(".partial-0*"))
+        return len(seen) >= nth and any((case.run / "checkpoints").glob(".partial-0*"))
+
+    case.until(at_it, process)
+    time.sleep(case.random.uniform(0, 0.02))
+    if victims := case.ranks():
+        case.kill(case.random.choice(victims))
+    return [process]
+
+
+def killed_at_the_rendezvous(case: Case) -> list[subprocess.Popen[str]]:
+    """kill -9 of a rank as soon as it is there, or a little later."""
+    process = case.start()
+    case.until(lambda: len(case.ranks()) == 2, process)
+    case.until(lambda: (case.run / "logs").exists(), process, case.random.uniform(2, 8))
+    if victims := case.ranks():
+        case.kill(case.random.choice(victims))
+    return [process]
+
+
+def killed_while_preparing(case: Case) -> list[subprocess.Popen[str]]:
+    """kill -9 of a rank while the data are prepared, in an empty cache."""
+    case.cache = case.folder / "cache"
+    process = case.start()
+    case.until(lambda: case.cache.exists() and any(case.cache.rglob("*")), process)
+    time.sleep(case.random.uniform(0, 3))
+    if victims := case.ranks():
+        case.kill(case.random.choice(victims))
+    return [process]
+
+
+def killed_launcher(case: Case) -> list[subprocess.Popen[str]]:
+    """kill -9 of torchrun itself."""
+    process = case.start()
+    case.some_step(process)
+    case.kill(process.pid)
+    return [process]
+
+
+def told_to_end(case: Case) -> list[subprocess.Popen[str]]:
+    """SIGTERM to a rank."""
+    process = case.start()
+    case.some_step(process)
+    if pids := list(ranks(case.run).values()):
+        case.kill(case.random.choice(pids), signal.SIGTERM)
+    return [process]
+
+
+def stopped_rank(case: Case) -> list[subprocess.Popen[str]]:
+    """SIGSTOP of a rank, which never goes on."""
+    process = case.start()
+    case.some_step(process)
+    if pids := list(ranks(case.run).values()):
+        case.kill(case.random.choice(pids), signal.SIGSTOP)
+    return [process]
+
+
+def full_disk(case: Case) -> list[subprocess.Popen[str]]:
+    """The disk fills while checkpoints are written; somebody makes room before it is resumed."""
+    case.run.mkdir(parents=True)
+    size = case.random.randrange(3500, 12000)
+    if mount("-t", "tmpfs", "-o", f"size={size}k", "chaos", str(case.run)):
+        raise NotHere("a file system of its own cannot be mounted here")
+    case.said = f"{size} KiB"
+    process = case.start()
+    case.until(lambda: False, process)
+    mount("-o", "remount,size=200m", str(case.run))
+    return [process]
+
+
+def mount(*words: str) -> int:
+    return subprocess.run(["mount", *words], capture_output=True).returncode
+
+
+def damaged(case: Case, damage: Callable[[Path], None]) -> list[subprocess.Popen[str]]:
+    """A file of the newest checkpoint is damaged after its run was killed. It must be refused by its name."""
+    process = case.start()
+    case.until(lambda: case.last() >= 3 * EVERY + case.random.randrange(20), process)
+    case.kill(process.pid)
+    case.until(lambda: not case.processes(), process)
+    process.wait()
+    deadline = time.monotonic() + 20
+    while case.processes() and time.monotonic() < deadline:
+        time.sleep(0.05)
+    newest = whole(case.run / "checkpoints")[-1]
+    file = case.random.choice(sorted(newest.iterdir()))
+    damage(file)
+    case.said = file.name
+    again = case.start()
+    if again.wait(LIMIT_S) == 0:
+        raise Broken(f"a damaged checkpoint was taken: {file.name}")
+    if not re.search(rf"dtrain: .*{newest.name}.* is damaged: .*|dtrain: .*{newest.name}", printed(case.folder)):
+        raise Broken(f"a damaged checkpoint was not refused by name: {file.name}")
+    return [again]
+
+
+def truncated(case: Case) -> list[subprocess.Popen[str]]:
+    """A checkpoint's file is cut short."""
+    return damaged(case, lambda file: os.truncate(file, case.random.randrange(file.stat().st_size)))
+
+
+def flipped(case: Case) -> list[subprocess.Popen[str]]:
+    """A bit of a checkpoint's file is not what it was."""
+
+    def flip(file: Path) -> None:
+        content = bytearray(file.read_bytes())
+        content[case.random.randrange(len(content))] ^= 1 << case.random.randrange(8)
+        file.write_bytes(content)
+
+    return damaged(case, flip)
+
+
+def cut_network(case: Case) -> list[subprocess.Popen[str]]:
+    """Two hosts, and no packet between them for a second, or until both have ended."""
+    with two_hosts() as hosts:
+        processes = []
+        for host in (0, 1):
+            case.before, case.environment = hosts.on(host), {"GLOO_SOCKET_IFNAME": DEVICE}
+            processes.append(case.start(launcher=(
+                "--nnodes", "2", "--nproc-per-node", "1", "--rdzv-backend", "c10d", "--rdzv-id", "x", "--rdzv-endpoint",
+                f"{hosts.address(0)}:29400", "--rdzv-conf", f"is_host={1 - host}", "--local-addr", hosts.address(host),
+            )))  # fmt: skip
+        case.before, case.environment = (), {}
+        case.some_step(processes[0])
+        for_long = case.random.random() < 0.5
+        case.said = "for long" if for_long else "for a second"
+        hosts.cable(plugged=False)
+        case.until(lambda: for_long and not case.ranks(), processes[0], 60 if for_long else 1)
+        hosts.cable(plugged=True)
+        wait(processes)
+    return processes
+
+
+def restarted_host(case: Case) -> list[subprocess.Popen[str]]:
+    """Two torchruns; the one that keeps the rendezvous is killed, and started again."""
+    with_port = f"localhost:{20000 + case.random.randrange(9000)}"
+    launcher = (
+        "--nnodes",
+        "2",
+        "--nproc-per-node",
+        "1",
+        "--rdzv-backend",
+        "c10d",
+        "--rdzv-id",
+        "x",
+        "--rdzv-endpoint",
+        with_port,
+    )
+    first = case.start(launcher=(*launcher, "--rdzv-conf", "is_host=1"))
+    second = case.start(launcher=(*launcher, "--rdzv-conf", "is_host=0"))
+    case.some_step(first)
+    case.kill(first.pid)
+    first.wait()
+    time.sleep(case.random.uniform(0, 3))
+    third = case.start(launcher=(*launcher, "--rdzv-conf", "is_host=1,join_timeout=20"))
+    wait([second, third])
+    return [first, second, third]
+
+
+def jumped_clock(case: Case) -> list[subprocess.Popen[str]]:
+    """The wall clock jumps by hours, forward or back."""
+    if not FAKETIME.exists():
+        raise NotHere("libfaketime is not installed")
+    clock = case.folder / "clock"
+    clock.write_text("+0\n")
+    case.environment = {"LD_PRELOAD": str(FAKETIME), "FAKETIME_TIMESTAMP_FILE": str(clock), "FAKETIME_NO_CACHE": "1",
+                        "DONT_FAKE_MONOTONIC": "1", "FAKETIME_DONT_FAKE_MONOTONIC": "1"}  # fmt: skip
+    process = case.start()
+    case.some_step(process)
+    hours = case.random.choice((-30, -2, 2, 30))
+    clock.write_text(f"{hours:+d}h\n")
+    case.said = f"{hours:+d} hours"
+    wait([process])
+    case.environment = {}
+    return [process]
+
+
+FAULTS: dict[str, Fault] = {
+    "a rank killed": killed_rank, "killed while saving": killed_while_saving, "killed at the rendezvous": killed_at_the_rendezvous,
+    "killed while preparing data": killed_while_preparing, "torchrun killed": killed_launcher, "told to end": told_to_end,
+    "a rank stopped": stopped_rank, "disk full": full_disk, "a file cut short": truncated, "a bit flipped": flipped,
+    "network cut": cut_network, "rendezvous host restarted": restarted_host, "clock jumped": jumped_clock,
+}  # fmt: skip
+
+
+def wait(processes: list[subprocess.Popen[str]]) -> None:
+    """For the end of all.
+
+    Raises:
+        Broken: they have not ended in time.
+    """
+    deadline = time.monotonic() + LIMIT_S
+    for process in processes:
+        try:
+            process.wait(max(1, deadline - time.monotonic()))
+        except subprocess.TimeoutExpired:
+            raise Broken(f"not ended after {LIMIT_S} s") from None
+
+
+@functools.cache
+def expected(strategy: str, cache: Path, folder: Path) -> dict[int, tuple[float, float]]:
+    """The curve of a run that nothing happens to."""
+    case = Case(folder / f"whole-{strategy}", strategy, 0, random.Random(0), cache, f"whole-{strategy}")
+    if case.start().wait(LIMIT_S):
+        raise Broken(printed(case.folder))
+    return curve(case.run)
+
+
+def check(case: Case, processes: list[subprocess.Popen[str]], want: dict[int, tuple[float, float]]) -> str:
+    """What became of the run; it is resumed if it has stopped.
+
+    Raises:
+        Broken: a promise that was not kept.
+    """
+    wait(processes)
+    gone = time.monotonic() + 15
+    while case.processes():
+        if time.monotonic() > gone:
+            raise Broken(f"processes are left: {case.processes()}")
+        time.sleep(0.05)
+    text, last = printed(case.folder), case.last()
+    if 'dtrain/train.py", line' in text or 'dtrain/run.py", line' in text:
+        raise Broken("a traceback of ours is shown")
+    outcome = COMPLETED if last == STEPS and (case.run / "summary.json").exists() else STOPPED
+    if outcome == STOPPED:
+        resume(case, last)
+    if (found := curve(case.run)) != want:
+        raise Broken(
+            f"another curve: {next(s for s in want if found.get(s) != want[s])} is the first step that differs"
+        )
+    for checkpoint in whole(case.run / "checkpoints"):
+        if damage := verify(checkpoint):
+            raise Broken(f"{checkpoint.name}: {damage}")
+    if left := [*case.run.rglob(".partial-*"), *case.run.rglob(".writable"), *case.run.rglob("resumable")]:
+        raise Broken(f"files are left: {left}")
+    return outcome
+
+
+def resume(case: Case, last: int) -> None:
+    if not re.search(r"^dtrain: |exitcode\s+: -9|resumable: |Signal 9|SignalException|Killed", printed(case.folder), re.MULTILINE) \
+            and all(process != "torchrun killed" for process in [case.said]):  # fmt: skip
+        raise Broken("it stopped without a word")
+    kept = [
+        json.loads((path / "checkpoint.json").read_text())["step"]
+        for path in whole(case.run / "checkpoints")
+        if not verify(path)
+    ]
+    if last - max(kept, default=0) > 2 * EVERY:
+        raise Broken(f"step {last} was done, and the newest checkpoint is of step {max(kept, default=0)}")
+    again = case.start("checkpoint.fallback=true")
+    wait([again])
+    if again.returncode:
+        raise Broken(f"it cannot be resumed: {printed(case.folder)[-1500:]}")
+
+
+def one(kind: str, seed: int, folder: Path, cache: Path) -> tuple[str, str]:
+    """Put one fault into one run: what became of it, and more about the fault.
+
+    Raises:
+        Broken: a promise that was not kept.
+        NotHere: this machine allows no such fault.
+    """
+    drawn = random.Random(f"{kind} {seed}")
+    strategy, restarts = drawn.choice(STRATEGIES), drawn.choice((0, 0, 1, 2))
+    want = expected(strategy, cache, folder)
+    case = Case(
+        folder / f"{kind.replace(' ', '-')}-{seed}", strategy, restarts, drawn, cache, f"{os.getpid()}-{kind}-{seed}"
+    )
+    case.folder.mkdir(parents=True)
+    try:
+        outcome = check(case, FAULTS[kind](case), want)
+    except Broken as error:
+        raise Broken(
+            f"{kind}, seed {seed}, {strategy}, {restarts} restarts {case.said}: {error} (see {case.folder})"
+        ) from None
+    finally:
+        for pid in case.processes():
+            os.kill(pid, signal.SIGKILL)
+        if os.path.ismount(case.run):
+            subprocess.run(["umount", "--lazy", str(case.run)])
+    shutil.rmtree(case.folder)
+    return outcome, f"{strategy}, {restarts} restarts {case.said}"
+
+
+def drawn(faults: int, seed: int) -> list[tuple[str, int]]:
+    """Kinds in turn, so that each is tried; each with a seed of its own."""
+    return [(list(FAULTS)[index % len(FAULTS)], seed * 1000 + index) for index in range(faults)]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Put faults into short runs, and look what becomes of them.")
+    parser.add_argument("--faults", type=int, default=200)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--only", default="", help="a kind of fault")
+    options = parser.parse_args()
+    folder = Path(tempfile.mkdtemp(prefix="chaos-"))
+    counts: dict[str, Counter[str]] = {kind: Counter() for kind in FAULTS}
+    reasons: list[str] = []
+    for number, (kind, seed) in enumerate(drawn(options.faults, options.seed), 1):
+        if options.only not in kind:
+            continue
+        begun = time.monotonic()
+        try:
+            outcome, about = one(kind, seed, folder, folder / "cache")
+        except NotHere as reason:
+            outcome, about = "not tried", str(reason)
+        except Broken as error:
+            outcome, about = "BROKEN", str(error)
+            reasons.append(about)
+        counts[kind][outcome] += 1
+        print(f"{number:4} {kind:28} {outcome:20} {time.monotonic() - begun:5.0f} s  {about}", flush=True)
+    print(f"\n{'fault':30}{'tried':>7}{COMPLETED:>12}{STOPPED:>22}{'not tried':>12}{'broken':>8}")
+    for kind, each in counts.items():
+        tried = sum(each.values()) - each["not tried"]
+        print(f"{kind:30}{tried:7}{each[COMPLETED]:12}{each[STOPPED]:22}{each['not tried']:12}{each['BROKEN']:8}")
+    print(*reasons, sep="\n")
+    if not reasons:
+        shutil.rmtree(folder)
+    sys.exit(bool(reasons))
+
+
+if __name__ == "__main__":
+    main()
