@@ -22,6 +22,7 @@ import torch.distributed as dist
 from dtrain.launch import RUN_ID, World
 from dtrain.measure.environment import cores
 
+TIMEOUTS = ("default_pg_timeout", "default_pg_nccl_timeout")
 NOTES = 4096  # collectives that torch's flight recorder remembers, for whoever asks why ranks wait
 
 
@@ -32,7 +33,7 @@ def connected(world: World, device: torch.device, *, threads: int | None, timeou
     Raises:
         ValueError: the port of the rendezvous is taken.
     """
-    before = torch.get_num_threads()
+    before, defaults = torch.get_num_threads(), {name: getattr(dist.distributed_c10d, name) for name in TIMEOUTS}
     torch.set_num_threads(threads or max(1, cores() // world.local_size))
     if device.type == "cuda":
         torch.cuda.set_device(device)
@@ -40,6 +41,8 @@ def connected(world: World, device: torch.device, *, threads: int | None, timeou
     os.environ.setdefault("TORCH_FR_BUFFER_SIZE", str(NOTES))
     backend, timeout = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo", timedelta(seconds=timeout_s)
     try:
+        for name in TIMEOUTS:  # of groups that are made later
+            setattr(dist.distributed_c10d, name, timeout)
         store = _store(world, timeout)
         dist.init_process_group(backend, store=store, rank=world.rank, world_size=world.size, timeout=timeout)
     except RuntimeError as error:
@@ -56,6 +59,8 @@ def connected(world: World, device: torch.device, *, threads: int | None, timeou
     finally:
         dist.destroy_process_group()
         torch.set_num_threads(before)
+        for name, value in defaults.items():
+            setattr(dist.distributed_c10d, name, value)
 
 
 def _store(world: World, timeout: timedelta) -> dist.Store:

@@ -16,14 +16,16 @@ from pathlib import Path
 from unittest import mock
 
 import pytest
+import torch
 import torch.distributed as dist
 from hypothesis import given
 from hypothesis import strategies as st
 from runs import ROOT, TORCHRUN, alive, curve, printed, ranks, start, training, until
+from torch.distributed.device_mesh import init_device_mesh
 
 from dtrain.launch import World
 from dtrain.preempt import Preemption
-from dtrain.rendezvous import meet
+from dtrain.rendezvous import connected, meet
 
 STANDALONE = [*TORCHRUN, "--standalone", "--nproc-per-node", "2"]
 SETTINGS = ["strategy=fsdp", "steps=60", "checkpoint.every=10", "launch.timeout_s=60"]
@@ -65,6 +67,17 @@ def test_ranks_of_an_attempt_meet_each_other_and_no_dead_ones() -> None:
     assert len(set(names)) == 3
     with pytest.raises(dist.DistStoreError, match="rank 1, 2 did not come"):
         meet(store, World(0, 3), timedelta(seconds=0.2))
+
+
+def test_every_group_has_the_timeout_that_is_asked_for() -> None:
+    with connected(World(), torch.device("cpu"), threads=None, timeout_s=7):
+        groups = [
+            dist.group.WORLD,
+            dist.new_group([0]),
+            init_device_mesh("cpu", (1,), mesh_dim_names=("dp",)).get_group(),
+        ]
+        assert {g._get_backend(torch.device("cpu")).options._timeout for g in groups} == {timedelta(seconds=7)}  # type: ignore[union-attr]
+    assert dist.distributed_c10d.default_pg_timeout > timedelta(seconds=7)
 
 
 @given(turns=st.lists(st.integers(0, 2), min_size=1, max_size=60), at=st.integers(0, 40), whom=st.integers(0, 2),
