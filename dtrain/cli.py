@@ -12,6 +12,7 @@ import time
 import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from importlib import import_module
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -20,7 +21,6 @@ from hydra import compose
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
 
-from dtrain import capabilities
 from dtrain.compare import command as comparison
 from dtrain.config import CONFIGS, Comparison, Config, check_axes, checked, register
 from dtrain.info import info as count
@@ -33,9 +33,7 @@ from dtrain.resume import RESUMABLE
 from dtrain.run import run
 
 # What a script does at a word, before there is a configuration: `python scripts/info.py capabilities`.
-WORDS: dict[str, dict[str, Callable[[], None]]] = {
-    "info": {"capabilities": capabilities.show, "readme": capabilities.write}
-}
+WORDS = {"info": {"capabilities": ("dtrain.capabilities", "show"), "readme": ("dtrain.capabilities", "write")}}
 USAGE = 2  # exit status for a mistake of the user's
 FAILED = 1  # and for a run that broke off
 INTERRUPTED = 130
@@ -48,7 +46,8 @@ def main(config_name: str, task: Callable[[DictConfig], Any]) -> None:
     register()
     if word := WORDS.get(config_name, {}).get(" ".join(sys.argv[1:])):
         with _explaining(config_name):
-            return word()
+            module, name = word
+            return getattr(import_module(module), name)()
     if config_name == "compare" and sys.argv[1:2] == ["--from"]:
         with _explaining(config_name):
             return comparison.show_difference(sys.argv[2:])

@@ -21,6 +21,7 @@ from dtrain.layout import Layout, layout_of, modules_at
 
 Shape = tuple[int, ...]
 FORWARD, BACKWARD, GATHER, FREE = "forward", "backward", "gather", "free"  # what happens to a unit's weights
+WEIGHTS = "weights"  # the part of a backward pass that nobody waits for
 
 
 @dataclass(frozen=True)

@@ -5,9 +5,12 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
-from matplotlib.figure import Figure
 from torch import Tensor
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 LARGEST, NUMBERED = 20.0, 40  # inches of a side; classes whose cells have room for numbers
 
@@ -15,7 +18,7 @@ LARGEST, NUMBERED = 20.0, 40  # inches of a side; classes whose cells have room 
 def confusion_matrix(counts: Tensor, classes: Sequence[str]) -> Figure:
     """Shares of each true class, with the counts in the cells: (K, K)."""
     side = min(2.5 + 0.45 * len(classes), LARGEST)
-    figure = Figure(figsize=(side, side), layout="constrained")
+    figure = _figure(figsize=(side, side))
     axes = figure.subplots()
     shares = counts / counts.sum(1, keepdim=True).clamp(min=1)
     axes.imshow(shares, cmap="Blues", vmin=0, vmax=1)
@@ -45,7 +48,7 @@ def image_grid(images: Tensor) -> Figure:
     """Images in a square, as many as there are: (N, C, H, W), values from -1 to 1."""
     images = ((images.double().cpu() + 1) / 2).clamp(0, 1)
     side = math.ceil(len(images) ** 0.5)
-    figure = Figure(figsize=(6, 6), layout="constrained")
+    figure = _figure(figsize=(6, 6))
     for place, image in enumerate(images):
         axes = figure.add_subplot(side, side, place + 1)
         axes.imshow(image[0] if len(image) == 1 else image.permute(1, 2, 0), cmap="gray", vmin=0, vmax=1)
@@ -55,10 +58,16 @@ def image_grid(images: Tensor) -> Figure:
 
 def points(made: Tensor, real: Tensor) -> Figure:
     """Points of the plane, over the real ones: (N, 2), (M, 2)."""
-    figure = Figure(figsize=(5, 5), layout="constrained")
+    figure = _figure(figsize=(5, 5))
     axes = figure.subplots()
     axes.scatter(real[:, 0].tolist(), real[:, 1].tolist(), s=2, color="#bbbbbb", label="real")
     axes.scatter(made[:, 0].tolist(), made[:, 1].tolist(), s=4, color="#e45756", label="made")
     axes.set_aspect("equal")
     axes.legend(loc="upper right")
     return figure
+
+
+def _figure(**settings: Any) -> Figure:
+    from matplotlib.figure import Figure  # a second, which only those wait who draw
+
+    return Figure(layout="constrained", **settings)

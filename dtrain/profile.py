@@ -20,8 +20,6 @@ from dtrain.measure.ledger import KINDS, Ledger
 from dtrain.measure.timeline import PHASE, STAGE, Span, Timeline, mark, total
 from dtrain.measure.traffic import Traffic
 from dtrain.plan import Plan
-from dtrain.schedule import bubble
-from dtrain.strategy.pipeline import Pipeline
 from dtrain.train import FIGURES, OPTIMIZER, Step, Trainer
 
 FOLLOWED, RECORDED = 3, 4  # steps of a run: after DDP's new buckets and Adam's first states
@@ -142,7 +140,11 @@ class Profile:
 
     def _bubble(self, ranks: list[list[Span]]) -> dict[str, float] | None:
         """The idle share of a pipeline's ranks, from its first work to its last, and what the schedule leaves idle."""
-        pipeline = self.plan.on("pp")
+        if (pipeline := self.plan.on("pp")) is None:
+            return None
+        from dtrain.schedule import bubble  # torch's pipelining takes a second, which only those wait who use it
+        from dtrain.strategy.pipeline import Pipeline
+
         stages = [[span for span in spans if span.kind == STAGE] for spans in ranks]
         if not isinstance(pipeline, Pipeline) or not all(stages):
             return None

@@ -9,12 +9,11 @@ from typing import TYPE_CHECKING, Any
 
 from torch.distributed.pipelining.schedules import PipelineScheduleSingle, _ComputationType
 
-from dtrain.footprint import BACKWARD, FORWARD, FREE, GATHER
+from dtrain.footprint import BACKWARD, FORWARD, FREE, GATHER, WEIGHTS
 
 if TYPE_CHECKING:
     from dtrain.strategy.pipeline import Pipeline
 
-WEIGHTS = "weights"  # the part of a backward pass that nobody waits for
 PASSES = {
     _ComputationType.FORWARD: FORWARD, _ComputationType.FULL_BACKWARD: BACKWARD,
     _ComputationType.BACKWARD_INPUT: BACKWARD, _ComputationType.UNSHARD: GATHER,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from contextlib import suppress
 from typing import Any, TextIO
 
 from dtrain.measure.timeline import Span
@@ -32,8 +33,11 @@ class Files(Logger):
 
     def step(self, figures: dict[str, Any]) -> None:
         assert self._metrics is not None
-        self._metrics.write(json.dumps(figures) + "\n")
-        self._metrics.flush()  # other programs follow the file
+        try:
+            self._metrics.write(json.dumps(figures) + "\n")
+            self._metrics.flush()  # other programs follow the file
+        except OSError as error:
+            raise OSError(f"{self._metrics.name} could not be written: {error.strerror}") from error
 
     def profile(self, found: dict[str, Any], ranks: Sequence[Sequence[Span]], title: str) -> None:
         gantt.write(self._folder / "profile", ranks, title, pictures=self._pictures)
@@ -43,4 +47,5 @@ class Files(Logger):
 
     def close(self) -> None:
         if self._metrics:
-            self._metrics.close()
+            with suppress(OSError):  # what could not be written has been said
+                self._metrics.close()

@@ -7,9 +7,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from dtrain.footprint import BACKWARD, FORWARD
+from dtrain.footprint import BACKWARD, FORWARD, WEIGHTS
 from dtrain.measure.timeline import COMMUNICATION, COMPUTE, PHASE, STAGE, Span
-from dtrain.schedule import WEIGHTS
 from dtrain.train import EXCHANGE, FIGURES, OPTIMIZER
 
 ROWS = (PHASE, STAGE, COMPUTE, COMMUNICATION)  # of a rank, from top to bottom

@@ -6,8 +6,19 @@ import logging
 import os
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
+
+
+class _File(logging.FileHandler):
+    """A full disk does not hide what the run has to say."""
+
+    def handleError(self, record: logging.LogRecord) -> None:
+        pass
+
+    def close(self) -> None:
+        with suppress(OSError):
+            super().close()
 
 
 @contextmanager
@@ -15,7 +26,7 @@ def writing(folder: Path, rank: int) -> Iterator[Path]:
     """Write `logs/rank<r>.log`. On ranks but 0 standard output and error go there too, libraries' included."""
     file = folder / "logs" / f"rank{rank}.log"
     file.parent.mkdir(parents=True, exist_ok=True)
-    handler = logging.FileHandler(file)
+    handler = _File(file)
     handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
     root, level = logging.getLogger(), logging.getLogger().level
     root.addHandler(handler)

@@ -27,15 +27,40 @@ HERE = Path(__file__).parent
 sys.path[:0] = [str(HERE), str(HERE.parent)]
 
 from hosts import DEVICE, NotHere, two_hosts  # noqa: E402
+from hydra import compose, initialize_config_dir  # noqa: E402
 from runs import TORCHRUN, alive, curve, printed, ranks, start, training  # noqa: E402
 
+from dtrain.cli import start as launch  # noqa: E402
+from dtrain.config import CONFIGS, register  # noqa: E402
+from dtrain.launch import RanksFailed  # noqa: E402
 from dtrain.saved import verify, whole  # noqa: E402
 
+register()
+ALONE = ("--standalone", "--nproc-per-node", "2")
 STEPS, EVERY, TIMEOUT_S = 60, 5, 8
 LIMIT_S = 150  # for a run with a fault in it, whatever happens: its own timeout, torchrun's 30 s, a slow machine
 STRATEGIES = ("ddp", "fsdp", "zero1", "zero2")
 COMPLETED, STOPPED = "completed", "stopped and resumed"
-FAKETIME = Path("/usr/lib/x86_64-linux-gnu/faketime/libfaketime.so.1")
+CLOCK = """
+#define _GNU_SOURCE
+#include <dlfcn.h>
+#include <fcntl.h>
+#include <stdlib.h>
+#include <time.h>
+#include <unistd.h>
+
+int clock_gettime(clockid_t id, struct timespec *now) {
+    static int (*real)(clockid_t, struct timespec *);
+    if (!real) real = dlsym(RTLD_NEXT, "clock_gettime");
+    int status = real(id, now), file;
+    if (id == CLOCK_REALTIME && (file = open(getenv("CHAOS_CLOCK"), O_RDONLY)) >= 0) {
+        char seconds[32] = {0};
+        if (read(file, seconds, 31) > 0) now->tv_sec += atol(seconds);
+        close(file);
+    }
+    return status;
+}
+"""
 
 
 class Broken(AssertionError):
@@ -50,6 +75,7 @@ class Case:
     processes, so that those left behind are found.
     """
 
+    kind: str
     folder: Path
     strategy: str
     restarts: int
@@ -64,15 +90,27 @@ class Case:
     def run(self) -> Path:
         return self.folder / "run"
 
-    def start(
-        self, *settings: str, launcher: tuple[str, ...] = ("--standalone", "--nproc-per-node", "2")
-    ) -> subprocess.Popen[str]:
+    def words(self, *settings: str) -> list[str]:
+        return training(f"strategy={self.strategy}", f"steps={STEPS}", f"checkpoint.every={EVERY}", "resume=auto",
+                        f"launch.timeout_s={TIMEOUT_S}", *settings)  # fmt: skip
+
+    def start(self, *settings: str, launcher: tuple[str, ...] = ALONE) -> subprocess.Popen[str]:
+        """The run under torchrun."""
         (self.folder / "tmp").mkdir(parents=True, exist_ok=True)
-        words = training(f"strategy={self.strategy}", f"steps={STEPS}", f"checkpoint.every={EVERY}", "resume=auto",
-                         f"launch.timeout_s={TIMEOUT_S}", "hydra.run.dir=run", *settings)  # fmt: skip
-        return start(self.folder, *TORCHRUN, *launcher, "--max-restarts", str(self.restarts), *words, before=self.before,
-                     DTRAIN_CACHE=str(self.cache), CHAOS=self.mark, TMPDIR=str(self.folder / "tmp"), OMP_NUM_THREADS="1",
-                     **self.environment)  # fmt: skip
+        return start(self.folder, *TORCHRUN, *launcher, "--max-restarts", str(self.restarts),
+                     *self.words("hydra.run.dir=run", *settings), before=self.before, DTRAIN_CACHE=str(self.cache),
+                     CHAOS=self.mark, TMPDIR=str(self.folder / "tmp"), OMP_NUM_THREADS="1", **self.environment)  # fmt: skip
+
+    def go_on(self, *settings: str) -> None:
+        """The run again, whatever has started it before: by this process, whose ranks need no start of their own.
+
+        Raises:
+            ValueError, RanksFailed: it cannot.
+        """
+        os.environ["DTRAIN_CACHE"] = str(self.cache)
+        with initialize_config_dir(str(CONFIGS), version_base="1.3"):
+            config = compose("train", overrides=[*self.words(*settings)[1:], "launch.nproc=2"])
+        launch(config, self.run, self.strategy, output=self.folder / "again")
 
     def processes(self) -> dict[int, str]:
         """All that are left of the run, and what they are."""
@@ -303,16 +341,19 @@ def restarted_host(case: Case) -> list[subprocess.Popen[str]]:
 
 def jumped_clock(case: Case) -> list[subprocess.Popen[str]]:
     """The wall clock jumps by hours, forward or back."""
-    if not FAKETIME.exists():
-        raise NotHere("libfaketime is not installed")
-    clock = case.folder / "clock"
-    clock.write_text("+0\n")
-    case.environment = {"LD_PRELOAD": str(FAKETIME), "FAKETIME_TIMESTAMP_FILE": str(clock), "FAKETIME_NO_CACHE": "1",
-                        "DONT_FAKE_MONOTONIC": "1", "FAKETIME_DONT_FAKE_MONOTONIC": "1"}  # fmt: skip
+    case.folder.mkdir(parents=True, exist_ok=True)
+    clock, library = case.folder / "clock", case.folder / "clock.so"
+    clock.write_text("0")
+    if not shutil.which("cc"):
+        raise NotHere("there is no C compiler to make a clock with")
+    subprocess.run(
+        ["cc", "-shared", "-fPIC", "-x", "c", "-", "-o", str(library), "-ldl"], input=CLOCK, text=True, check=True
+    )
+    case.environment = {"LD_PRELOAD": str(library), "CHAOS_CLOCK": str(clock)}
     process = case.start()
     case.some_step(process)
     hours = case.random.choice((-30, -2, 2, 30))
-    clock.write_text(f"{hours:+d}h\n")
+    clock.write_text(str(hours * 3600))
     case.said = f"{hours:+d} hours"
     wait([process])
     case.environment = {}
@@ -344,9 +385,8 @@ def wait(processes: list[subprocess.Popen[str]]) -> None:
 @functools.cache
 def expected(strategy: str, cache: Path, folder: Path) -> dict[int, tuple[float, float]]:
     """The curve of a run that nothing happens to."""
-    case = Case(folder / f"whole-{strategy}", strategy, 0, random.Random(0), cache, f"whole-{strategy}")
-    if case.start().wait(LIMIT_S):
-        raise Broken(printed(case.folder))
+    case = Case("none", folder / f"whole-{strategy}", strategy, 0, random.Random(0), cache, f"whole-{strategy}")
+    case.go_on()
     return curve(case.run)
 
 
@@ -365,8 +405,13 @@ def check(case: Case, processes: list[subprocess.Popen[str]], want: dict[int, tu
     text, last = printed(case.folder), case.last()
     if 'dtrain/train.py", line' in text or 'dtrain/run.py", line' in text:
         raise Broken("a traceback of ours is shown")
+    if case.kind == "killed while preparing data":  # its cache is to be looked at by ranks that do not know it
+        again = case.start()
+        wait([again])
+        if again.returncode:
+            raise Broken(f"its data cannot be used: {printed(case.folder)[-1500:]}")
     outcome = COMPLETED if last == STEPS and (case.run / "summary.json").exists() else STOPPED
-    if outcome == STOPPED:
+    if outcome == STOPPED and case.kind != "killed while preparing data":
         resume(case, last)
     if (found := curve(case.run)) != want:
         raise Broken(
@@ -381,20 +426,19 @@ def check(case: Case, processes: list[subprocess.Popen[str]], want: dict[int, tu
 
 
 def resume(case: Case, last: int) -> None:
-    if not re.search(r"^dtrain: |exitcode\s+: -9|resumable: |Signal 9|SignalException|Killed", printed(case.folder), re.MULTILINE) \
-            and all(process != "torchrun killed" for process in [case.said]):  # fmt: skip
+    spoken = re.search(
+        r"^dtrain: |exitcode +: -9|resumable: |^torch.*Rendezvous\w+Error", printed(case.folder), re.MULTILINE
+    )
+    if not spoken and case.kind != "torchrun killed":
         raise Broken("it stopped without a word")
-    kept = [
-        json.loads((path / "checkpoint.json").read_text())["step"]
-        for path in whole(case.run / "checkpoints")
-        if not verify(path)
-    ]
-    if last - max(kept, default=0) > 2 * EVERY:
-        raise Broken(f"step {last} was done, and the newest checkpoint is of step {max(kept, default=0)}")
-    again = case.start("checkpoint.fallback=true")
-    wait([again])
-    if again.returncode:
-        raise Broken(f"it cannot be resumed: {printed(case.folder)[-1500:]}")
+    sound = [path for path in whole(case.run / "checkpoints") if not verify(path)]
+    newest = max((json.loads((path / "checkpoint.json").read_text())["step"] for path in sound), default=0)
+    if last - newest > 2 * EVERY:
+        raise Broken(f"step {last} was done, and the newest checkpoint is of step {newest}")
+    try:
+        case.go_on("checkpoint.fallback=true")
+    except (ValueError, RanksFailed) as error:
+        raise Broken(f"it cannot be resumed: {error}") from None
 
 
 def one(kind: str, seed: int, folder: Path, cache: Path) -> tuple[str, str]:
@@ -408,7 +452,13 @@ def one(kind: str, seed: int, folder: Path, cache: Path) -> tuple[str, str]:
     strategy, restarts = drawn.choice(STRATEGIES), drawn.choice((0, 0, 1, 2))
     want = expected(strategy, cache, folder)
     case = Case(
-        folder / f"{kind.replace(' ', '-')}-{seed}", strategy, restarts, drawn, cache, f"{os.getpid()}-{kind}-{seed}"
+        kind,
+        folder / f"{kind.replace(' ', '-')}-{seed}",
+        strategy,
+        restarts,
+        drawn,
+        cache,
+        f"{os.getpid()}-{kind}-{seed}",
     )
     case.folder.mkdir(parents=True)
     try:
@@ -436,12 +486,14 @@ def main() -> None:
     parser.add_argument("--faults", type=int, default=200)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--only", default="", help="a kind of fault")
+    parser.add_argument("--part", default="1/1", help="of several that run at a time: 1/3, 2/3, 3/3")
     options = parser.parse_args()
     folder = Path(tempfile.mkdtemp(prefix="chaos-"))
     counts: dict[str, Counter[str]] = {kind: Counter() for kind in FAULTS}
     reasons: list[str] = []
+    part, parts = map(int, options.part.split("/"))
     for number, (kind, seed) in enumerate(drawn(options.faults, options.seed), 1):
-        if options.only not in kind:
+        if options.only not in kind or number % parts != part % parts:
             continue
         begun = time.monotonic()
         try:
