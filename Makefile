@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 PIP := $(VENV)/bin/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
-.PHONY: demo test lint readme readme-figures bench-bubble bench-traffic bench-bert bench-gan bench-augment bench-async clean
+.PHONY: demo test lint readme readme-figures bench-bubble bench-traffic bench-bert bench-gan bench-augment bench-async chaos clean
 
 demo: $(VENV)/.run
 	$(VENV)/bin/python scripts/compare.py
@@ -33,6 +33,9 @@ bench-augment: $(VENV)/.test
 
 bench-async: $(VENV)/.run
 	$(VENV)/bin/python scripts/bench_async.py
+
+chaos: $(VENV)/.test
+	$(VENV)/bin/python tests/distributed/chaos.py --faults 200
 
 readme-figures: $(VENV)/.test
 	$(VENV)/bin/python scripts/readme_figures.py

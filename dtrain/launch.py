@@ -190,7 +190,9 @@ def spawn(
     except ChildFailedError as error:
         if told.is_set():
             raise KeyboardInterrupt from error
-        rank, failure = error.get_first_failure()
+        # Those that torchrun has stopped for another's failure are no reason.
+        failed = {rank: each for rank, each in error.failures.items() if each.exitcode != -signal.SIGTERM}
+        rank, failure = min((failed or error.failures).items(), key=lambda item: item[1].timestamp)
         raise RanksFailed(rank, failure.exitcode, _said(failure.error_file)) from error
     except SignalException as error:
         raise KeyboardInterrupt from error

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from array import array
 from statistics import median, quantiles
 
 
@@ -20,8 +21,7 @@ class Meter:
     ) -> None:
         self.warmup_steps, self.world_size = warmup_steps, world_size
         self.flops_per_token, self.peak_flops = flops_per_token, peak_flops
-        self._seconds: list[float] = []
-        self._tokens: list[float] = []
+        self._seconds, self._tokens = array("d"), array("d")  # a long run has many
 
     def add(self, tokens: float, seconds: float) -> None:
         """One step: its global tokens (each counted once, however the world is factored) and its time."""
