@@ -16,7 +16,7 @@ import pytest
 from cases import MOE, STRATEGIES, VARIANTS, Case, Outcome, assert_equal, refusal, trainer, whole
 
 from dtrain.checkpoint import Checkpoints, load
-from dtrain.saved import about, find, verify
+from dtrain.saved import about, find, of_launch, verify
 from dtrain.strategy.base import local
 
 STEPS, SAVED_AT = 8, 4
@@ -182,9 +182,15 @@ def damage_manifest(path: Path) -> None:
     (path / "checkpoint.json").write_text('{"step": 3')
 
 
+def damage_number(path: Path) -> None:
+    told = json.loads((path / "checkpoint.json").read_text())
+    (path / "checkpoint.json").write_text(json.dumps(told | {"step": told["step"] + 1}))
+
+
 @pytest.mark.parametrize(
     ("damage", "said"),
     [
+        (damage_number, "checkpoint.json does not have its SHA-256"),
         (damage_truncate, "bytes, not"),
         (damage_flip, "SHA-256"),
         (damage_lose, "is missing"),
@@ -200,6 +206,23 @@ def test_damage_is_named_and_earlier_ones_taken_only_if_told(damage, said: str, 
     notes: list[str] = []
     assert find(str(three), three, three, fallback=True, note=notes.append).name == "step-00000002"
     assert "falling back to step-00000002" in notes[0]
+
+
+def test_a_restart_finds_the_newest_of_its_own_launch(tmp_path: Path) -> None:
+    for name, step, agents in (("a", 5, ["x"]), ("a", 9, ["x", "y"]), ("b", 7, ["z"]), ("c", 8, [])):
+        checkpoint = tmp_path / name / "checkpoints" / f"step-{step:08d}"
+        checkpoint.mkdir(parents=True)
+        (checkpoint / "checkpoint.json").write_text(json.dumps({"step": step, "agents": agents}))
+        os.utime(checkpoint / "checkpoint.json", ns=(step, step))
+
+    def found(*agents: str, steps: int = 20) -> str | None:
+        path = of_launch([tmp_path], frozenset(agents), steps)
+        return path and str(path.relative_to(tmp_path))
+
+    assert found("x") == found("y", "new") == "a/checkpoints/step-00000009"
+    assert found("x", steps=9) == "a/checkpoints/step-00000005"  # the last step leaves nothing to go on with
+    assert found("z") == "b/checkpoints/step-00000007"
+    assert found() is None and found("new") is None
 
 
 def test_no_checkpoint_is_said_with_the_place(tmp_path: Path) -> None:
