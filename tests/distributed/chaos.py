@@ -405,7 +405,7 @@ def check(case: Case, processes: list[subprocess.Popen[str]], want: dict[int, tu
     text, last = printed(case.folder), case.last()
     if 'dtrain/train.py", line' in text or 'dtrain/run.py", line' in text:
         raise Broken("a traceback of ours is shown")
-    if case.kind == "killed while preparing data":  # its cache is to be looked at by ranks that do not know it
+    if case.kind == "killed while preparing data" and last < STEPS:  # its cache is to be looked at by ranks that do not know it
         again = case.start()
         wait([again])
         if again.returncode:

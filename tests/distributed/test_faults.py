@@ -7,7 +7,6 @@ import os
 import re
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import threading
@@ -20,7 +19,7 @@ import torch
 import torch.distributed as dist
 from hypothesis import given
 from hypothesis import strategies as st
-from runs import ROOT, TORCHRUN, alive, curve, printed, ranks, start, training, until
+from runs import ROOT, TORCHRUN, alive, curve, free_port, printed, ranks, start, training, until
 from torch.distributed.device_mesh import init_device_mesh
 
 from dtrain.launch import World
@@ -139,12 +138,6 @@ def test_a_lost_node_leaves_the_rest_to_another_number_of_ranks(
         assert found[step] == pytest.approx(told, rel=1e-9)
     assert json.loads((tmp_path / "run" / "summary.json").read_text())["world_size"] == 1
     until(lambda: not any(alive(pid) for pid in gone.values()), 20)
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 def hosts_the_store(agent: subprocess.Popen[str], rendezvous: list[str]) -> bool:

@@ -10,8 +10,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-from launched import ENVIRONMENT, TINY, free_port
-from runs import ROOT, curve, until
+from runs import ENVIRONMENT, ROOT, TINY, curve, free_port, until
 
 RESUMABLE = 75
 STEPS = 300

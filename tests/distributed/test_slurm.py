@@ -12,8 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
-from launched import ENVIRONMENT, TINY, free_port
-from runs import ROOT, curve, until
+from runs import ENVIRONMENT, ROOT, TINY, curve, free_port, until
 
 PROGRAMS = ("munged", "slurmctld", "slurmd", "sbatch", "srun", "scontrol", "squeue", "sinfo", "scancel")
 MISSING = [program for program in PROGRAMS if not shutil.which(program)]

@@ -6,8 +6,7 @@ import subprocess
 from pathlib import Path
 
 import pytest
-from launched import ENVIRONMENT, TINY
-from runs import ROOT, curve
+from runs import ENVIRONMENT, ROOT, TINY, curve
 
 pytest.importorskip("hydra_plugins.hydra_submitit_launcher", reason="pip install hydra-submitit-launcher")
 
