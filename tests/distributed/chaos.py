@@ -92,7 +92,7 @@ class Case:
 
     def words(self, *settings: str) -> list[str]:
         return training(f"strategy={self.strategy}", f"steps={STEPS}", f"checkpoint.every={EVERY}", "resume=auto",
-                        f"launch.timeout_s={TIMEOUT_S}", *settings)  # fmt: skip
+                        f"launch.timeout_s={TIMEOUT_S}", "global_batch_size=4", "seq_len=32", *settings)  # fmt: skip
 
     def start(self, *settings: str, launcher: tuple[str, ...] = ALONE) -> subprocess.Popen[str]:
         """The run under torchrun."""
@@ -405,7 +405,9 @@ def check(case: Case, processes: list[subprocess.Popen[str]], want: dict[int, tu
     text, last = printed(case.folder), case.last()
     if 'dtrain/train.py", line' in text or 'dtrain/run.py", line' in text:
         raise Broken("a traceback of ours is shown")
-    if case.kind == "killed while preparing data" and last < STEPS:  # its cache is to be looked at by ranks that do not know it
+    if (
+        case.kind == "killed while preparing data" and last < STEPS
+    ):  # its cache is to be looked at by ranks that do not know it
         again = case.start()
         wait([again])
         if again.returncode:
