@@ -86,6 +86,9 @@ class Asynchronous(Server):
                     if self.failure or not any(thread.is_alive() for thread in threads):
                         raise self.failure or RuntimeError("every worker of the parameter server is gone")
                     self.lock.wait(1.0)
+                if self.strategy.servers > 1:
+                    with self.released():  # another server may lack a gradient, which somebody computes on our weights
+                        dist.barrier(group=self.servers)
                 seconds, begun = time.perf_counter() - begun, time.perf_counter()  # workers compute while it evaluates
                 yield self._told(tokens, seconds)
                 self.lock.notify_all()

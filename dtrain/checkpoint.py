@@ -101,6 +101,9 @@ class Checkpoints:
         files = {file.name: describe(file) for file in sorted(partial.glob("*.safetensors"))}
         _write_synced(partial / MANIFEST, sealed({"version": VERSION, "step": step, **about, "files": files}))
         _sync(partial)
+        if written := whole(self.folder):  # what is written last is the newest, also where the clock was set back
+            newest = (written[-1] / MANIFEST).stat().st_mtime_ns + 1
+            os.utime(partial / MANIFEST, ns=(newest, max(newest, (partial / MANIFEST).stat().st_mtime_ns)))
         final = self.folder / f"step-{step:08d}"
         for again in itertools.count(2):  # a resumed run comes by the same step again: nothing is replaced
             if not final.exists():

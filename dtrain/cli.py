@@ -19,6 +19,7 @@ from typing import Any, NoReturn
 import hydra
 from hydra import compose
 from hydra.core.hydra_config import HydraConfig
+from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 
 from dtrain.compare import command as comparison
@@ -82,6 +83,8 @@ def train(config: DictConfig) -> float:
     else:
         summary = run(settings, world or World(), folder, name)
     if RESUMABLE in summary:
+        if HydraConfig.get().mode == RunMode.MULTIRUN:  # the others are not to begin
+            raise KeyboardInterrupt
         return math.nan
     return summary["loss"] if summary["val_loss"] is None else summary["val_loss"]
 

@@ -25,7 +25,7 @@ from typing import Any, TypeVar
 import torch.distributed as dist
 from torch._C._distributed_c10d import _dump_fr_trace_json  # type: ignore[attr-defined]
 
-from dtrain.notes import Note, Notes, missing, ranks_in_words, waiting
+from dtrain.notes import Note, Notes, collective_failed, missing, ranks_in_words, waiting
 from dtrain.plan import Plan
 from dtrain.train import FIGURES
 
@@ -129,7 +129,7 @@ class Watch:
         try:
             yield
         except RuntimeError as error:
-            if not isinstance(error, dist.DistError) and "gloo" not in str(error):
+            if not collective_failed(error):
                 raise
             said = self.explain() or str(error).splitlines()[0]
             raise Hang(f"a collective failed: {said}") from error

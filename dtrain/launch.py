@@ -31,7 +31,7 @@ from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 T = TypeVar("T")
 PRELOADED = ["dtrain.cli"]  # by the server from which ranks are forked: what every run needs
 ERROR_FILE = "TORCHELASTIC_ERROR_FILE"  # the variable that tells a rank where to leave its last words
-RUN_ID = "dtrain"  # of ranks that we start ourselves, once
+RUN_ID = "dtrain-own-ranks"  # of ranks that we start ourselves, once
 
 
 class RanksFailed(RuntimeError):
@@ -205,7 +205,9 @@ def _passing_on(told: threading.Event) -> Iterator[None]:
     def tell(number: int, frame: FrameType | None) -> None:
         told.set()
         signal.signal(signal.SIGTERM, before)
-        for rank in multiprocessing.active_children():
+        if not (ranks := multiprocessing.active_children()):
+            raise KeyboardInterrupt
+        for rank in ranks:
             rank.terminate()
 
     before = signal.signal(signal.SIGTERM, tell)

@@ -6,6 +6,13 @@ from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
+import torch.distributed as dist
+
+
+def collective_failed(error: BaseException) -> bool:
+    """Is it what torch and gloo say of a collective that failed, since other ranks are gone or late?"""
+    return isinstance(error, RuntimeError) and (isinstance(error, dist.DistError) or "gloo" in str(error).lower())
+
 
 @dataclass(frozen=True)
 class Note:

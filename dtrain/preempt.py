@@ -13,6 +13,8 @@ from types import FrameType
 
 import torch.distributed as dist
 
+from dtrain.notes import collective_failed
+
 TOLD, AFTER = "told", "after"
 
 
@@ -33,7 +35,7 @@ class Preemption:
 
     def __exit__(self, *error: object) -> None:
         signal.signal(signal.SIGTERM, self._before)
-        if self._told and isinstance(error[1], Exception):
+        if self._told and isinstance(error[1], BaseException) and collective_failed(error[1]):
             sys.exit(128 + signal.SIGTERM)  # another rank has failed, and the launcher ends the others
 
     def _tell(self, number: int, frame: FrameType | None) -> None:

@@ -21,6 +21,7 @@ import torch.distributed as dist
 
 from dtrain.launch import RUN_ID, World
 from dtrain.measure.environment import cores
+from dtrain.notes import collective_failed
 
 TIMEOUTS = ("default_pg_timeout", "default_pg_nccl_timeout")
 NOTES = 4096  # collectives that torch's flight recorder remembers, for whoever asks why ranks wait
@@ -46,7 +47,7 @@ def connected(world: World, device: torch.device, *, threads: int | None, timeou
         store = _store(world, timeout)
         dist.init_process_group(backend, store=store, rank=world.rank, world_size=world.size, timeout=timeout)
     except RuntimeError as error:
-        if not isinstance(error, dist.DistError) and "gloo" not in str(error):
+        if not collective_failed(error):
             raise
         address = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
         if "EADDRINUSE" in str(error):

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import json
+import math
+import os
 import shutil
 from dataclasses import asdict
 from functools import partial
@@ -37,20 +40,45 @@ def _writable(folder: Path) -> Path:
     return folder.resolve()
 
 
+def finished(job: Job, folder: Path, world: World) -> dict[str, Any] | None:
+    """The summary that the run has left, if it is begun again and there is nothing left to do. A collective."""
+
+    def look() -> dict[str, Any] | None:
+        newest = _newest(job, folder, world)
+        file = folder / "summary.json"
+        if newest and saved.steps_of(newest) >= job.config.steps and file.exists():
+            job.logger.note(f"{newest} has done all {job.config.steps} steps: nothing is left to do")
+            return dict(json.loads(file.read_text()))
+        return None
+
+    return agree(look)
+
+
+def _newest(job: Job, folder: Path, world: World, steps: float = math.inf) -> Path | None:
+    """The run's newest checkpoint of fewer steps, if it was restarted or goes on by itself."""
+    if found := saved.of_launch((folder,), world.agents, steps):
+        return found
+    if job.config.resume != saved.AUTO:
+        return None
+    every = saved.whole(folder / "checkpoints")
+    return next((path for path in reversed(every) if saved.steps_of(path) < steps), every[-1] if every else None)
+
+
 def take_weights(trainer: Trainer, job: Job, folder: Path, world: World) -> None:
     """From a checkpoint to go on with, or to begin with; and say where a model's own come from. A collective."""
     for model in trainer.models.values():
         for origin in {str(module.origin) for module in model.modules() if hasattr(module, "origin")}:
             job.logger.note(origin)
-    resume, before = job.config.resume, agree(lambda: saved.of_launch((folder,), world.agents, job.config.steps))
-    if before:  # the launcher has restarted the ranks
-        resume = str(before)
-    elif resume == saved.AUTO:
-        resume = str(folder) if agree(lambda: bool(saved.whole(folder / "checkpoints"))) else None
-    if resume:
-        _resume(trainer, job, resume, folder)
+    own = agree(lambda: _newest(job, folder, world, job.config.steps))
+    asked = None if job.config.resume == saved.AUTO else job.config.resume
+    if own or asked:
+        _resume(trainer, job, str(own or asked), folder)
     elif job.config.init_from:
         _begin(trainer, job, job.config.init_from, folder)
+    elif int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)):
+        job.logger.note(
+            f"restarted; no checkpoint of an earlier attempt in {folder} or {OUTPUTS.resolve()}: begun anew"
+        )
 
 
 def _begin(trainer: Trainer, job: Job, path: str, folder: Path) -> None:

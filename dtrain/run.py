@@ -21,16 +21,17 @@ from dtrain.config import Config
 from dtrain.cost import Cost, fold
 from dtrain.figures import facts, meter_of, summary_of
 from dtrain.fingerprint import refuse_differences
-from dtrain.hang import Watch
+from dtrain.hang import Hang, Watch
 from dtrain.job import Job, assemble, optimizer_of
 from dtrain.launch import World, agree
 from dtrain.measure import memory
+from dtrain.notes import collective_failed
 from dtrain.preempt import Preemption
 from dtrain.profile import RECORDED, Profile
 from dtrain.rendezvous import agents, connected
 from dtrain.report import ranklog
 from dtrain.report.base import All, Run
-from dtrain.resume import RESUMABLE, folder_of, identity, take_weights
+from dtrain.resume import RESUMABLE, finished, folder_of, identity, take_weights
 from dtrain.straggler import slowed
 from dtrain.trace import trace
 from dtrain.train import FORWARD_BACKWARD, Phase, Settings, Trainer
@@ -49,7 +50,17 @@ def run(config: Config, world: World, folder: Path, strategy: str) -> dict[str, 
         ValueError: a mistake of the user's.
         OSError: a file that cannot be written.
         NonFinite: training has diverged.
+        Hang: ranks are gone, or have not come.
     """
+    try:
+        return _run(config, world, folder, strategy)
+    except RuntimeError as error:
+        if isinstance(error, Hang) or not collective_failed(error):
+            raise
+        raise Hang(f"a collective failed: {str(error).splitlines()[0]}") from error
+
+
+def _run(config: Config, world: World, folder: Path, strategy: str) -> dict[str, Any]:
     job = assemble(config, world)
     device = job.plan.device
     with ExitStack() as stack:
@@ -61,6 +72,8 @@ def run(config: Config, world: World, folder: Path, strategy: str) -> dict[str, 
         stack.enter_context(ranklog.writing(folder, world.rank))
         job = replace(job, plan=job.plan.connect(), logger=job.logger if world.rank == 0 else All())
         stack.callback(job.logger.close)
+        if summary := finished(job, folder, world):
+            return summary
         watch = Watch(job.plan, config.launch.timeout_s)
         if not job.asynchronous:  # whose ranks may wait as long as they like
             stack.enter_context(watch)

@@ -7,6 +7,7 @@ import json
 import os
 from collections.abc import Callable, Iterable
 from contextlib import suppress
+from glob import escape, glob
 from pathlib import Path
 from typing import Any
 
@@ -50,7 +51,7 @@ def find(
     return _first_whole(list(reversed(found)), fallback=fallback, note=note)
 
 
-def of_launch(places: Iterable[Path], agents: frozenset[str], steps: int) -> Path | None:
+def of_launch(places: Iterable[Path], agents: frozenset[str], steps: float) -> Path | None:
     """The newest checkpoint below these folders that ranks of one of these agents wrote, before they were restarted.
 
     Args:
@@ -58,12 +59,13 @@ def of_launch(places: Iterable[Path], agents: frozenset[str], steps: int) -> Pat
     """
     found = []
     for place in places if agents else ():
-        for manifest in place.glob(f"**/checkpoints/step-*/{MANIFEST}"):
-            with suppress(ValueError, TypeError, KeyError):  # one that is damaged is not known to be ours
-                told = about(manifest.parent)
+        for name in glob(f"{escape(str(place))}/**/checkpoints/step-*/{MANIFEST}", recursive=True):
+            with suppress(ValueError, TypeError, KeyError, OSError):  # damaged, or another run has just removed it
+                path = Path(name).parent
+                told = about(path)
                 if agents.intersection(told.get("agents", ())) and told["step"] < steps:
-                    found.append(manifest.parent)
-    return max(found, key=_written, default=None)
+                    found.append((_written(path), path))
+    return max(found, default=(None, None))[1]
 
 
 def _first_whole(newest_first: list[Path], *, fallback: bool, note: Callable[[str], None]) -> Path:
@@ -111,6 +113,14 @@ def sealed(manifest: dict[str, Any]) -> dict[str, Any]:
     """The manifest, with the checksum of all else in it."""
     rest = json.loads(json.dumps({key: value for key, value in manifest.items() if key != "sha256"}))
     return {**rest, "sha256": hashlib.sha256(json.dumps(rest, sort_keys=True).encode()).hexdigest()}
+
+
+def steps_of(path: Path) -> float:
+    """That a checkpoint has done; 0, if it cannot be read: whoever loads it will say so."""
+    try:
+        return float(about(path)["step"])
+    except (ValueError, KeyError, TypeError):
+        return 0.0
 
 
 def whole(folder: Path) -> list[Path]:

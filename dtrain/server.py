@@ -6,8 +6,9 @@ import logging
 import threading
 import time
 from collections import Counter, defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor, wait
+from contextlib import contextmanager
 
 import torch
 import torch.distributed as dist
@@ -26,6 +27,7 @@ from dtrain.train import NonFinite, Settings, Trainer
 from dtrain.worker import BYE, OVER, PULL, PUSH, STOP, WAIT, WORK, compression, of_model, shares_of
 
 POLL_S, PATIENCE_S = 0.05, 0.5  # how often a server looks for a worker; how long a worker that must wait is left alone
+TURN_S = 0.002  # how often it looks whether it is the turn of one that waits
 
 
 class Server(Trainer):
@@ -81,10 +83,6 @@ class Server(Trainer):
                     return
                 try:
                     link = Link(store, f"{worker}/{life}/{self.rank}", 0, self.config.launch.timeout_s)
-                    with self.lock:
-                        self.lives[worker] += 1
-                        self._absent.discard(worker)
-                        self.board.join(worker)
                     return self._serve(worker, link)
                 except Gone as error:
                     logging.getLogger("dtrain").warning("worker %d is gone: %s", worker, error)
@@ -96,6 +94,15 @@ class Server(Trainer):
             with self.lock:
                 self.failure = error
                 self.lock.notify_all()
+
+    @contextmanager
+    def released(self) -> Iterator[None]:
+        """Let others have the lock meanwhile; to be called with it held."""
+        self.lock.release()
+        try:
+            yield
+        finally:
+            self.lock.acquire()
 
     def _awaited(self, store: dist.Store, worker: int, life: int) -> bool:
         """Wait for a worker's life to begin; False: it has ended before, or there is no more work."""
@@ -113,42 +120,53 @@ class Server(Trainer):
         decoders = {name: compression(self.strategy, own) for name, own in self._own.items()}
         before, spent, pushed = self.traffic[worker], self.spent.get(worker, [0.0] * 3), 0  # in its earlier lives
         with ThreadPoolExecutor(1) as aside:  # applies a gradient, while the worker is told to wait
-            applied = aside.submit(lambda: None)
-            while True:
-                kind, version, item, loss, norm, computed, waited, *_ = link.hear()
-                if kind == BYE:
-                    return applied.result()
-                if kind == PULL:
-                    self._answer(worker, link, int(item), share, applied)
-                if kind == PUSH:
-                    pushed += 1
-                    index = int(item) // self.strategy.workers % self.rounds
-                    decoder = decoders[self.task.updates[index].trains]
-                    gradients = decoder.decode(link.receive(torch.empty(decoder.size, dtype=torch.uint8)))
-                    self.spent[worker] = [spent[0] + pushed, spent[1] + computed, spent[2] + waited]
-                    applied = aside.submit(self._push, worker, int(item), int(version), gradients, loss, norm)
-                self.traffic[worker] = before + Counter(link.counts)
+            applied = aside.submit(self._join, worker)
+            try:
+                while (heard := link.hear())[0] != BYE:
+                    kind, version, item, loss, norm, computed, waited, *_ = heard
+                    if kind == PULL:
+                        self._answer(worker, link, int(item), share, applied)
+                    if kind == PUSH:
+                        pushed += 1
+                        index = int(item) // self.strategy.workers % self.rounds
+                        decoder = decoders[self.task.updates[index].trains]
+                        gradients = decoder.decode(link.receive(torch.empty(decoder.size, dtype=torch.uint8)))
+                        self.spent[worker] = [spent[0] + pushed, spent[1] + computed, spent[2] + waited]
+                        applied = aside.submit(self._push, worker, int(item), int(version), gradients, loss, norm)
+                    self.traffic[worker] = before + Counter(link.counts)
+            finally:
+                applied.result()  # what went wrong there says more than that the worker is gone
+
+    def _join(self, worker: int) -> None:
+        with self.lock:
+            self.lives[worker] += 1
+            self._absent.discard(worker)
+            self.board.join(worker)
 
     def _answer(self, worker: int, link: Link, wanted: int, share: list[nn.Parameter], applied: Future[None]) -> None:
-        """The weights, and on the first server an item; or word to wait, or to stop."""
-        first, deadline = self.rank == 0, time.monotonic() + PATIENCE_S
-        # Whoever evaluates or saves keeps the lock: a worker that heard nothing for so long would think us gone.
-        if not wait([applied], PATIENCE_S).done or not self.lock.acquire(timeout=PATIENCE_S):
+        """The weights, and on the first server an item; or word to wait, or to stop.
+
+        Whoever evaluates or saves keeps the lock, so nobody waits for it without a limit here: a worker that heard
+        nothing for long would think that we are gone.
+        """
+        deadline = time.monotonic() + PATIENCE_S
+        if not wait([applied], PATIENCE_S).done:
             return link.say(WAIT)
         applied.result()
-        try:
-            while (item := self._item(worker, wanted)) is None and not self.board.done:
-                if (left := deadline - time.monotonic()) <= 0:
-                    break
-                self.lock.wait(left)
-            version = self.version
-            weights = torch.cat([p.detach().flatten() for p in share]) if item is not None else None
-        finally:
-            self.lock.release()
-        if weights is None:
-            return link.say(STOP if first and self.board.done else WAIT)
-        link.say(WORK, version, item or 0)
-        link.send(weights)
+        while self.lock.acquire(timeout=max(0.0, deadline - time.monotonic())):
+            try:
+                item, done, version = self._item(worker, wanted), self.board.done, self.version
+                weights = torch.cat([p.detach().flatten() for p in share]) if item is not None else None
+            finally:
+                self.lock.release()
+            if weights is not None:
+                link.say(WORK, version, item or 0)
+                link.send(weights)
+                return None
+            if done and self.rank == 0:
+                return link.say(STOP)
+            time.sleep(TURN_S)
+        return link.say(WAIT)
 
     def _item(self, worker: int, wanted: int) -> int | None:
         if self.rank == 0:
@@ -192,9 +210,8 @@ class Server(Trainer):
             total /= len(parts)
         square = sum((total.double().square().sum() for total in sums), start=torch.zeros((), dtype=torch.float64))
         if self.strategy.servers > 1:
-            self.lock.release()  # another server may lack a part, which somebody has to compute on our weights
-            dist.all_reduce(square, group=self.servers)
-            self.lock.acquire()
+            with self.released():  # another server may lack a part, which somebody has to compute on our weights
+                dist.all_reduce(square, group=self.servers)
         norm = square.sqrt()
         self.told = [(each, loss, norm.item() if each == index else old) for each, loss, old in self.told]
         if self.plan.clip_norm is not None:

@@ -28,4 +28,7 @@ after=$(written)
 if [ "$after" ] && [ "$after" != "$before" ]; then
     exit 75
 fi
+if [ "$told" ] && [ "$status" != 0 ] && [ -e "$folder/checkpoints/latest" ]; then  # between two attempts
+    exit 75
+fi
 exit "$status"

@@ -15,6 +15,7 @@ from pathlib import Path
 import pytest
 from cases import MOE, STRATEGIES, VARIANTS, Case, Outcome, assert_equal, refusal, trainer, whole
 
+from dtrain import saved
 from dtrain.checkpoint import Checkpoints, load
 from dtrain.saved import about, find, of_launch, verify
 from dtrain.strategy.base import local
@@ -153,6 +154,15 @@ def test_a_run_resumed_from_an_earlier_one_is_the_newest(world, three: Path) -> 
     world(2).run(_several, str(three), [2], 3)
     assert sorted(p.name for p in three.glob("step-*")) == ["step-00000002", "step-00000002-2", "step-00000003"]
     assert find(str(three), three, three, fallback=False, note=print).name == "step-00000002-2"
+
+
+def test_a_clock_that_was_set_back_makes_no_checkpoint_old(world, three: Path) -> None:
+    for manifest in three.glob("step-*/checkpoint.json"):
+        later = manifest.stat().st_mtime_ns + 7200 * 10**9
+        os.utime(manifest, ns=(later, later))
+    world(2).run(_several, str(three), [4, 5], 2)
+    assert sorted(p.name for p in three.glob("step-*")) == ["step-00000004", "step-00000005"]
+    assert (three / "latest").resolve().name == saved.whole(three)[-1].name == "step-00000005"
 
 
 def test_leftovers_of_a_killed_save_are_cleared(world, three: Path) -> None:

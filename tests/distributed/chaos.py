@@ -85,6 +85,7 @@ class Case:
     environment: dict[str, str] = field(default_factory=dict)
     before: tuple[str, ...] = ()
     said: str = ""  # more about the fault
+    hit: bool = False  # was anything broken?
 
     @property
     def run(self) -> Path:
@@ -150,6 +151,7 @@ class Case:
     def kill(self, pid: int, number: signal.Signals = signal.SIGKILL) -> None:
         try:
             os.kill(pid, number)
+            self.hit = True
         except ProcessLookupError:
             self.said += " (it had ended)"
 
@@ -243,7 +245,7 @@ def full_disk(case: Case) -> list[subprocess.Popen[str]]:
     size = case.random.randrange(3500, 12000)
     if mount("-t", "tmpfs", "-o", f"size={size}k", "chaos", str(case.run)):
         raise NotHere("a file system of its own cannot be mounted here")
-    case.said = f"{size} KiB"
+    case.said, case.hit = f"{size} KiB", True
     process = case.start()
     case.until(lambda: False, process)
     mount("-o", "remount,size=200m", str(case.run))
@@ -305,7 +307,7 @@ def cut_network(case: Case) -> list[subprocess.Popen[str]]:
         case.before, case.environment = (), {}
         case.some_step(processes[0])
         for_long = case.random.random() < 0.5
-        case.said = "for long" if for_long else "for a second"
+        case.said, case.hit = "for long" if for_long else "for a second", True
         hosts.cable(plugged=False)
         case.until(lambda: for_long and not case.ranks(), processes[0], 60 if for_long else 1)
         hosts.cable(plugged=True)
@@ -354,7 +356,10 @@ def jumped_clock(case: Case) -> list[subprocess.Popen[str]]:
     case.some_step(process)
     hours = case.random.choice((-30, -2, 2, 30))
     clock.write_text(str(hours * 3600))
-    case.said = f"{hours:+d} hours"
+    for manifest in case.run.glob("checkpoints/step-*/checkpoint.json"):  # the disk's clock is the kernel's
+        told = manifest.stat().st_mtime_ns - hours * 3600 * 10**9
+        os.utime(manifest, ns=(told, told))
+    case.said, case.hit = f"{hours:+d} hours", True
     wait([process])
     case.environment = {}
     return [process]
@@ -474,6 +479,8 @@ def one(kind: str, seed: int, folder: Path, cache: Path) -> tuple[str, str]:
             os.kill(pid, signal.SIGKILL)
         if os.path.ismount(case.run):
             subprocess.run(["umount", "--lazy", str(case.run)])
+    if not case.hit:
+        raise NotHere("the run had ended before")
     shutil.rmtree(case.folder)
     return outcome, f"{strategy}, {restarts} restarts {case.said}"
 

@@ -246,3 +246,15 @@ def test_resume_auto_begins_where_there_is_nothing_and_latest_does_not(resume: s
     process = start(tmp_path, sys.executable, *training("steps=2", "hydra.run.dir=run", f"resume={resume}"))
     assert process.wait(60) == (0 if resume == "auto" else 2), printed(tmp_path)
     assert len(curve(tmp_path / "run")) == (2 if resume == "auto" else 0)
+
+
+def test_resume_auto_leaves_alone_what_is_finished(tmp_path: Path) -> None:
+    asked = training("steps=4", "checkpoint.every=2", "hydra.run.dir=run", "resume=auto")
+    assert start(tmp_path, sys.executable, *asked).wait(60) == 0, printed(tmp_path)
+    found, summary = curve(tmp_path / "run"), (tmp_path / "run" / "summary.json").read_text()
+    assert start(tmp_path, sys.executable, *asked).wait(60) == 0, printed(tmp_path)
+    assert "step-00000004 has done all 4 steps: nothing is left to do" in printed(tmp_path)
+    assert (tmp_path / "run" / "summary.json").read_text() == summary
+    (tmp_path / "run" / "summary.json").unlink()  # killed after its last checkpoint
+    assert start(tmp_path, sys.executable, *asked).wait(60) == 0, printed(tmp_path)
+    assert "step-00000002, step 2" in printed(tmp_path) and curve(tmp_path / "run") == found
