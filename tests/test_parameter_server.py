@@ -274,7 +274,8 @@ def test_killed_workers_of_two_servers_change_nothing(tmp_path: Path, cache: Pat
     lines = [json.loads(line)["loss"] for line in (folder / "run" / "metrics.jsonl").read_text().splitlines()]
     assert lines == pytest.approx(losses(expected), rel=1e-12)
     told = json.loads((folder / "run" / "summary.json").read_text())["profile"]["asynchronous"]
-    assert told["lives"] == {"0": 3, "1": 2}
+    assert told["lives"]["0"] >= 2 and told["lives"]["1"] == 2  # the second of worker 0 may end before it begins
+    assert len(processes(folder, 2)) == 3 and len(processes(folder, 3)) == 2
 
 
 @pytest.mark.slow
