@@ -21,7 +21,7 @@ from torch.optim import Optimizer
 
 from dtrain.board import SYNC, Board, Once
 from dtrain.config import Config
-from dtrain.launch import World, tied
+from dtrain.launch import World, gathered, tied
 from dtrain.plan import Plan
 from dtrain.server import Server
 from dtrain.strategy.parameter_server import ParameterServer
@@ -171,8 +171,7 @@ class Asynchronous(Server):
             "staleness": dict(sorted(self.staleness.items())), "lives": dict(self.lives),
             "workers": {w: dict(zip(names, each, strict=True)) for w, each in sorted(self.spent.items())},
         }  # fmt: skip
-        every: list[Any] = [None] * dist.get_world_size()
-        dist.all_gather_object(every, (told, dict(self.traffic), self.next_step - self._begun))
+        every = gathered((told, dict(self.traffic), self.next_step - self._begun))
         servers, steps = every[: self.strategy.servers], max(1, every[0][2])
         sent = [[_added(traffic.values(), "sent")] for _, traffic, _ in servers]
         for worker in range(self.strategy.workers):

@@ -25,7 +25,7 @@ from torch import Tensor
 from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader, HuggingFaceStorageWriter
 from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
 
-from dtrain.launch import agree
+from dtrain.launch import agree, gathered
 from dtrain.optimizer import OPTIMIZER_STATE
 from dtrain.saved import MANIFEST, describe, sealed, whole
 
@@ -101,7 +101,8 @@ class Checkpoints:
         files = {file.name: describe(file) for file in sorted(partial.glob("*.safetensors"))}
         _write_synced(partial / MANIFEST, sealed({"version": VERSION, "step": step, **about, "files": files}))
         _sync(partial)
-        if written := whole(self.folder):  # what is written last is the newest, also where the clock was set back
+        written = whole(self.folder)
+        if written:  # what is written last is the newest, also where the clock was set back
             newest = (written[-1] / MANIFEST).stat().st_mtime_ns + 1
             os.utime(partial / MANIFEST, ns=(newest, max(newest, (partial / MANIFEST).stat().st_mtime_ns)))
         final = self.folder / f"step-{step:08d}"
@@ -115,7 +116,7 @@ class Checkpoints:
         pointer.symlink_to(final.name)
         os.replace(pointer, self.folder / "latest")
         _sync(self.folder)
-        for old in whole(self.folder)[: -self.keep_last]:
+        for old in [*written, final][: -self.keep_last]:
             gone = self.folder / f"{PARTIAL}{old.name}"
             old.rename(gone)  # at once: removing takes a while, and a kill would leave half of it
             shutil.rmtree(gone)
@@ -166,10 +167,8 @@ def _shapes(path: Path, states: list[dict[str, Tensor]]) -> tuple[Any, dict[str,
     reader = HuggingFaceStorageReader(str(path))
     saved = {n: tuple(getattr(m, "size", ())) for n, m in reader.read_metadata().state_dict_metadata.items()}
     ours: dict[str, tuple[int, ...]] = {}
-    gathered: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(gathered, {name: tuple(t.shape) for part in states for name, t in part.items()})
-    for part in gathered:
-        ours |= part
+    for theirs in gathered({name: tuple(t.shape) for part in states for name, t in part.items()}):
+        ours |= theirs
     return reader, saved, ours
 
 

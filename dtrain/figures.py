@@ -13,7 +13,7 @@ import torch.distributed as dist
 
 from dtrain.initialize import on_meta
 from dtrain.job import Job
-from dtrain.launch import World
+from dtrain.launch import World, gathered
 from dtrain.measure import environment, flops, memory
 from dtrain.measure.meter import Meter
 from dtrain.task.base import Task
@@ -74,8 +74,7 @@ def summary_of(
     job: Job, world: World, strategy: str, figures: dict[str, Any], meter: Meter, peak_source: str
 ) -> dict[str, Any]:
     """The whole of a run for `summary.json`. A collective."""
-    peaks: list[int] = [0] * world.size
-    dist.all_gather_object(peaks, memory.peak_bytes(job.plan.device))
+    peaks = gathered(memory.peak_bytes(job.plan.device))
     return {
         "strategy": strategy,
         "mesh": job.plan.degrees,

@@ -11,7 +11,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
+
+from dtrain.launch import gathered
 
 ROOT = Path(__file__).parent
 
@@ -28,10 +29,10 @@ def refuse_differences(config: Mapping[str, Any], data: Mapping[str, Any]) -> No
     """
     own = _facts(config, data)
     digest = hashlib.sha256(json.dumps(own, sort_keys=True, default=str).encode()).hexdigest()
-    digests = _gathered(digest)
+    digests = gathered(digest)
     if len(set(digests)) == 1:
         return
-    every, hosts = _gathered(own), _gathered(socket.gethostname())
+    every, hosts = gathered(own), gathered(socket.gethostname())
     rank = next(rank for rank, each in enumerate(digests) if each != digests[0])
     first, other = every[0], every[rank]
     names = sorted(name for name in first | other if first.get(name) != other.get(name))
@@ -41,16 +42,10 @@ def refuse_differences(config: Mapping[str, Any], data: Mapping[str, Any]) -> No
                      f"{'; '.join(told)}{more}")  # fmt: skip
 
 
-def _gathered(own: Any) -> list[Any]:
-    found: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(found, own)
-    return found
-
-
 def _facts(config: Mapping[str, Any], data: Mapping[str, Any]) -> dict[str, str]:
     """By name: settings, versions, and a digest of each file of ours."""
     settings = {key: value for key, value in config.items() if key != "launch"}
-    facts = _flat(settings) | _flat({"data": data}, "the prepared ")
+    facts = _flat(settings) | _flat(data, "the prepared data")
     facts |= {"torch": torch.__version__, "Python": platform.python_version()}
     for file in sorted(ROOT.rglob("*.py")):
         digest = hashlib.sha256(file.read_bytes()).hexdigest()
@@ -61,5 +56,5 @@ def _facts(config: Mapping[str, Any], data: Mapping[str, Any]) -> dict[str, str]
 def _flat(node: Any, name: str = "") -> dict[str, str]:
     if not isinstance(node, Mapping):
         return {name: str(node)}
-    joined = f"{name}." if name and not name.endswith(" ") else name
-    return {key: value for child, each in node.items() for key, value in _flat(each, f"{joined}{child}").items()}
+    within = f"{name}." if name else ""
+    return {key: value for child, each in node.items() for key, value in _flat(each, f"{within}{child}").items()}

@@ -138,6 +138,13 @@ def device_of(name: str, world: World) -> torch.device:
     return torch.device("cuda", world.local_rank)
 
 
+def gathered(own: T) -> list[T]:
+    """What each rank gives, by rank. A collective."""
+    every: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(every, own)
+    return every
+
+
 def agree(function: Callable[[], T], group: dist.ProcessGroup | None = None) -> T:
     """Run `function` on rank 0; every rank returns its result or raises its error. A collective."""
     outcome: list[Any] = [None, None]

@@ -16,6 +16,7 @@ from typing import Any
 import torch.distributed as dist
 
 from dtrain.cost import Cost, Message
+from dtrain.launch import gathered
 from dtrain.measure.ledger import KINDS, Ledger
 from dtrain.measure.timeline import PHASE, STAGE, Span, Timeline, mark, total
 from dtrain.measure.traffic import Traffic
@@ -109,8 +110,7 @@ class Profile:
 
     def summary(self) -> tuple[dict[str, Any], list[list[Span]]]:
         """What was measured on every rank, beside what was predicted; and every rank's spans. A collective."""
-        ranks: list[Any] = [None] * dist.get_world_size()
-        dist.all_gather_object(ranks, (self._own(), self.timeline.spans))
+        ranks = gathered((self._own(), self.timeline.spans))
         spans = [each for _, each in ranks]
         return {"ranks": [own for own, _ in ranks], "bubble": self._bubble(spans)}, spans
 

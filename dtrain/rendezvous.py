@@ -14,12 +14,11 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
-from typing import Any
 
 import torch
 import torch.distributed as dist
 
-from dtrain.launch import RUN_ID, World
+from dtrain.launch import RUN_ID, World, gathered
 from dtrain.measure.environment import cores
 from dtrain.notes import collective_failed
 
@@ -106,6 +105,4 @@ def agents() -> frozenset[str]:
         stat = Path(f"/proc/{agent}/stat")  # on Linux its time of start: numbers of processes come again
         begun = stat.read_text().rsplit(")", 1)[1].split()[19] if stat.exists() else os.environ["TORCHELASTIC_RUN_ID"]
         own = f"{socket.gethostname()}:{agent}:{begun}"
-    every: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(every, own)
-    return frozenset(filter(None, every))
+    return frozenset(filter(None, gathered(own)))

@@ -20,10 +20,10 @@ OUTPUTS = Path("outputs")  # where Hydra puts runs by default
 RESUMABLE = "resumable"  # a file in the folder of a run that was told to stop
 
 
-def folder_of(folder: Path, world: World, steps: int) -> Path:
+def folder_of(folder: Path, world: World) -> Path:
     """The run's folder, made: where the ranks were before their launcher restarted them, or else this one."""
-    begun = saved.of_launch((folder, OUTPUTS), world.agents, steps)
-    if begun and (before := begun.parent.parent) != folder.resolve():
+    before = saved.run_of((folder, OUTPUTS), world.agents)
+    if before and before.resolve() != folder.resolve():
         if {each.name for each in folder.glob("*")} <= {".hydra"}:
             shutil.rmtree(folder, ignore_errors=True)  # made for this attempt
         folder = before
@@ -55,10 +55,8 @@ def finished(job: Job, folder: Path, world: World) -> dict[str, Any] | None:
 
 
 def _newest(job: Job, folder: Path, world: World, steps: float = math.inf) -> Path | None:
-    """The run's newest checkpoint of fewer steps, if it was restarted or goes on by itself."""
-    if found := saved.of_launch((folder,), world.agents, steps):
-        return found
-    if job.config.resume != saved.AUTO:
+    """The run's newest checkpoint, of fewer steps if there is one, if it was restarted or goes on by itself."""
+    if job.config.resume != saved.AUTO and not saved.run_of((folder,), world.agents):
         return None
     every = saved.whole(folder / "checkpoints")
     return next((path for path in reversed(every) if saved.steps_of(path) < steps), every[-1] if every else None)

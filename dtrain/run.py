@@ -68,7 +68,7 @@ def _run(config: Config, world: World, folder: Path, strategy: str) -> dict[str,
         stack.enter_context(connection)
         refuse_differences(asdict(config), job.data.describe())
         world = replace(world, agents=agents())
-        folder = agree(lambda: folder_of(folder, world, config.steps))
+        folder = agree(lambda: folder_of(folder, world))
         stack.enter_context(ranklog.writing(folder, world.rank))
         job = replace(job, plan=job.plan.connect(), logger=job.logger if world.rank == 0 else All())
         stack.callback(job.logger.close)

@@ -51,20 +51,15 @@ def find(
     return _first_whole(list(reversed(found)), fallback=fallback, note=note)
 
 
-def of_launch(places: Iterable[Path], agents: frozenset[str], steps: float) -> Path | None:
-    """The newest checkpoint below these folders that ranks of one of these agents wrote, before they were restarted.
-
-    Args:
-        steps: that the run is to do: a checkpoint of the last one leaves nothing to go on with.
-    """
+def run_of(places: Iterable[Path], agents: frozenset[str]) -> Path | None:
+    """The run below these folders that ranks of one of these agents were at, as its checkpoints tell."""
     found = []
     for place in places if agents else ():
         for name in glob(f"{escape(str(place))}/**/checkpoints/step-*/{MANIFEST}", recursive=True):
-            with suppress(ValueError, TypeError, KeyError, OSError):  # damaged, or another run has just removed it
+            with suppress(ValueError, TypeError, OSError):  # damaged, or another run has just removed it
                 path = Path(name).parent
-                told = about(path)
-                if agents.intersection(told.get("agents", ())) and told["step"] < steps:
-                    found.append((_written(path), path))
+                if agents.intersection(about(path).get("agents", ())):
+                    found.append((_written(path), path.parent.parent))
     return max(found, default=(None, None))[1]
 
 
@@ -115,12 +110,13 @@ def sealed(manifest: dict[str, Any]) -> dict[str, Any]:
     return {**rest, "sha256": hashlib.sha256(json.dumps(rest, sort_keys=True).encode()).hexdigest()}
 
 
-def steps_of(path: Path) -> float:
-    """That a checkpoint has done; 0, if it cannot be read: whoever loads it will say so."""
+def steps_of(path: Path) -> int:
+    """That a checkpoint has done; 0 if its manifest is damaged: whoever loads it will say so."""
     try:
-        return float(about(path)["step"])
-    except (ValueError, KeyError, TypeError):
-        return 0.0
+        manifest = about(path)
+        return int(manifest["step"]) if sealed(manifest) == manifest else 0
+    except (ValueError, KeyError, TypeError, AttributeError):
+        return 0
 
 
 def whole(folder: Path) -> list[Path]:

@@ -17,7 +17,7 @@ from cases import MOE, STRATEGIES, VARIANTS, Case, Outcome, assert_equal, refusa
 
 from dtrain import saved
 from dtrain.checkpoint import Checkpoints, load
-from dtrain.saved import about, find, of_launch, verify
+from dtrain.saved import about, find, run_of, verify
 from dtrain.strategy.base import local
 
 STEPS, SAVED_AT = 8, 4
@@ -218,21 +218,24 @@ def test_damage_is_named_and_earlier_ones_taken_only_if_told(damage, said: str, 
     assert "falling back to step-00000002" in notes[0]
 
 
-def test_a_restart_finds_the_newest_of_its_own_launch(tmp_path: Path) -> None:
+def test_a_restart_finds_the_run_of_its_own_launch(tmp_path: Path) -> None:
     for name, step, agents in (("a", 5, ["x"]), ("a", 9, ["x", "y"]), ("b", 7, ["z"]), ("c", 8, [])):
         checkpoint = tmp_path / name / "checkpoints" / f"step-{step:08d}"
         checkpoint.mkdir(parents=True)
-        (checkpoint / "checkpoint.json").write_text(json.dumps({"step": step, "agents": agents}))
+        (checkpoint / "checkpoint.json").write_text(json.dumps(saved.sealed({"step": step, "agents": agents})))
         os.utime(checkpoint / "checkpoint.json", ns=(step, step))
 
-    def found(*agents: str, steps: int = 20) -> str | None:
-        path = of_launch([tmp_path], frozenset(agents), steps)
+    def found(*agents: str) -> str | None:
+        path = run_of([tmp_path], frozenset(agents))
         return path and str(path.relative_to(tmp_path))
 
-    assert found("x") == found("y", "new") == "a/checkpoints/step-00000009"
-    assert found("x", steps=9) == "a/checkpoints/step-00000005"  # the last step leaves nothing to go on with
-    assert found("z") == "b/checkpoints/step-00000007"
+    assert found("x") == found("y", "new") == "a" and found("z") == "b"
+    assert found("x", "z") == "a"  # where the newest is
     assert found() is None and found("new") is None
+    newest = tmp_path / "a" / "checkpoints" / "step-00000009"
+    assert saved.steps_of(newest) == 9
+    damage_number(newest)
+    assert saved.steps_of(newest) == 0  # so that it is not passed over, but refused by its name
 
 
 def test_no_checkpoint_is_said_with_the_place(tmp_path: Path) -> None:
