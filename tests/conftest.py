@@ -12,6 +12,7 @@ from hypothesis import settings
 
 sys.path.insert(0, str(Path(__file__).parent))  # the ranks of a world import the tests' modules by name
 
+from hosts import Hosts, NotHere, two_hosts  # noqa: E402
 from worlds import World  # noqa: E402
 
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -45,6 +46,16 @@ def world() -> Iterator[Callable[[int], World]]:
     yield of
     for each in worlds.values():
         each.close()
+
+
+@pytest.fixture(scope="module")
+def hosts() -> Iterator[Hosts]:
+    """Two hosts on a cable of their own."""
+    try:
+        with two_hosts() as both:
+            yield both
+    except NotHere as reason:
+        pytest.skip(str(reason))
 
 
 @pytest.fixture(scope="module")

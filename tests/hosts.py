@@ -10,6 +10,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
+from runs import two_nodes
+
 DEVICE = "veth"
 
 
@@ -25,6 +27,10 @@ class Hosts:
 
     def address(self, host: int) -> str:
         return f"10.77.0.{host + 1}"
+
+    def node(self, host: int) -> list[str]:
+        """torchrun's words for the one node of two that is this host; the rendezvous is on the first."""
+        return [*two_nodes(f"{self.address(0)}:29400", f"is_host={1 - host}"), "--local-addr", self.address(host)]
 
     def cable(self, *, plugged: bool) -> None:
         """Let packets get lost, as if the cable were pulled out, or arrive again."""

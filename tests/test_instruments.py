@@ -7,7 +7,6 @@ import os
 import re
 import subprocess
 import sys
-from collections.abc import Iterator
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -16,7 +15,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from cases import Case, trainer
-from hosts import DEVICE, Hosts, NotHere, two_hosts
+from hosts import DEVICE, Hosts
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -255,15 +254,6 @@ for _ in range(4):
     print(sent() - before, flush=True)
 dist.barrier()
 """
-
-
-@pytest.fixture(scope="module")
-def hosts() -> Iterator[Hosts]:
-    try:
-        with two_hosts() as both:
-            yield both
-    except NotHere as reason:
-        pytest.skip(str(reason))
 
 
 @pytest.mark.parametrize("operation", ["all_reduce", "all_gather", "reduce_scatter", "all_to_all", "send"])

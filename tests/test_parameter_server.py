@@ -8,7 +8,6 @@ import re
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +16,7 @@ import torch
 from cases import STRATEGIES, Case, refusal
 from hypothesis import given
 from hypothesis import strategies as st
+from runs import until
 
 from dtrain.board import ASYNC, BOUNDED, MODES, SYNC, Board, Once
 from dtrain.compression import METHODS, Compression
@@ -221,13 +221,6 @@ def processes(folder: Path, rank: int) -> list[int]:
     return [int(number) for number in re.findall(r"worker \d+, process (\d+)", log.read_text())] if log.exists() else []
 
 
-def until(condition: Any, seconds: float = 90) -> None:
-    deadline = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < deadline
-        time.sleep(0.05)
-
-
 def lines_of(folder: Path) -> int:
     file = folder / "run" / "metrics.jsonl"
     return len(file.read_text().splitlines()) if file.exists() else 0
@@ -274,6 +267,7 @@ def test_killed_workers_of_two_servers_change_nothing(tmp_path: Path, cache: Pat
     lines = [json.loads(line)["loss"] for line in (folder / "run" / "metrics.jsonl").read_text().splitlines()]
     assert lines == pytest.approx(losses(expected), rel=1e-12)
     told = json.loads((folder / "run" / "summary.json").read_text())["profile"]["asynchronous"]
+    assert told["updates"] == 80
     assert told["lives"]["0"] >= 2 and told["lives"]["1"] == 2  # the second of worker 0 may end before it begins
     assert len(processes(folder, 2)) == 3 and len(processes(folder, 3)) == 2
 

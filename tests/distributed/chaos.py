@@ -19,16 +19,15 @@ import sys
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-HERE = Path(__file__).parent
-sys.path[:0] = [str(HERE), str(HERE.parent)]
+sys.path.insert(0, str(Path(__file__).parent.parent))
 
 from hosts import DEVICE, NotHere, two_hosts  # noqa: E402
 from hydra import compose, initialize_config_dir  # noqa: E402
-from runs import TORCHRUN, alive, curve, printed, ranks, start, training  # noqa: E402
+from runs import TORCHRUN, alive, curve, free_port, printed, ranks, start, training, two_nodes  # noqa: E402
 
 from dtrain.cli import start as launch  # noqa: E402
 from dtrain.config import CONFIGS, register  # noqa: E402
@@ -95,7 +94,7 @@ class Case:
         return training(f"strategy={self.strategy}", f"steps={STEPS}", f"checkpoint.every={EVERY}", "resume=auto",
                         f"launch.timeout_s={TIMEOUT_S}", "global_batch_size=4", "seq_len=32", *settings)  # fmt: skip
 
-    def start(self, *settings: str, launcher: tuple[str, ...] = ALONE) -> subprocess.Popen[str]:
+    def start(self, *settings: str, launcher: Sequence[str] = ALONE) -> subprocess.Popen[str]:
         """The run under torchrun."""
         (self.folder / "tmp").mkdir(parents=True, exist_ok=True)
         return start(self.folder, *TORCHRUN, *launcher, "--max-restarts", str(self.restarts),
@@ -126,9 +125,8 @@ class Case:
 
     def ranks(self) -> list[int]:
         """Processes that are ranks: they run the script, and torchrun is their parent."""
-        return sorted(
-            pid for pid, line in self.processes().items() if "train.py" in line and "distributed.run" not in line
-        )
+        lines = self.processes().items()
+        return sorted(pid for pid, line in lines if "train.py" in line and "distributed.run" not in line)
 
     def last(self) -> int:
         return max(curve(self.run), default=0)
@@ -148,12 +146,23 @@ class Case:
         self.until(lambda: self.last() >= step, process)
         time.sleep(self.random.uniform(0, 0.1))
 
-    def kill(self, pid: int, number: signal.Signals = signal.SIGKILL) -> None:
-        try:
-            os.kill(pid, number)
-            self.hit = True
-        except ProcessLookupError:
-            self.said += " (it had ended)"
+    def kill(self, pids: Iterable[int], number: signal.Signals = signal.SIGKILL) -> None:
+        """Send one of the processes a signal, if any is left."""
+        if victims := sorted(pids):
+            try:
+                os.kill(self.random.choice(victims), number)
+                self.hit = True
+            except ProcessLookupError:
+                self.said += " (it had ended)"
+
+    def gone(self, seconds: float = 15) -> bool:
+        """Wait for the end of all processes of the run; have they ended?"""
+        deadline = time.monotonic() + seconds
+        while self.processes():
+            if time.monotonic() > deadline:
+                return False
+            time.sleep(0.05)
+        return True
 
 
 # The faults. Each starts the run, breaks it, and returns torchrun's processes.
@@ -170,9 +179,7 @@ def killed_rank(case: Case) -> list[subprocess.Popen[str]]:
         time.sleep(moment * 20)  # it imports, looks for its data, meets the others
     else:
         case.some_step(process)
-    victims = case.ranks()
-    if victims:
-        case.kill(case.random.choice(victims))
+    case.kill(case.ranks())
     return [process]
 
 
@@ -182,13 +189,13 @@ def killed_while_saving(case: Case) -> list[subprocess.Popen[str]]:
     nth, seen = case.random.randrange(1, 8), set()
 
     def at_it() -> bool:
-        seen.update(path.name for path in (case.run / "checkpoints").glob(".partial-0*"))
-        return len(seen) >= nth and any((case.run / "checkpoints").glob(".partial-0*"))
+        now = {path.name for path in (case.run / "checkpoints").glob(".partial-0*")}
+        seen.update(now)
+        return len(seen) >= nth and bool(now)
 
     case.until(at_it, process)
     time.sleep(case.random.uniform(0, 0.02))
-    if victims := case.ranks():
-        case.kill(case.random.choice(victims))
+    case.kill(case.ranks())
     return [process]
 
 
@@ -197,8 +204,7 @@ def killed_at_the_rendezvous(case: Case) -> list[subprocess.Popen[str]]:
     process = case.start()
     case.until(lambda: len(case.ranks()) == 2, process)
     case.until(lambda: (case.run / "logs").exists(), process, case.random.uniform(2, 8))
-    if victims := case.ranks():
-        case.kill(case.random.choice(victims))
+    case.kill(case.ranks())
     return [process]
 
 
@@ -208,8 +214,7 @@ def killed_while_preparing(case: Case) -> list[subprocess.Popen[str]]:
     process = case.start()
     case.until(lambda: case.cache.exists() and any(case.cache.rglob("*")), process)
     time.sleep(case.random.uniform(0, 3))
-    if victims := case.ranks():
-        case.kill(case.random.choice(victims))
+    case.kill(case.ranks())
     return [process]
 
 
@@ -217,26 +222,25 @@ def killed_launcher(case: Case) -> list[subprocess.Popen[str]]:
     """kill -9 of torchrun itself."""
     process = case.start()
     case.some_step(process)
-    case.kill(process.pid)
+    case.kill([process.pid])
     return [process]
 
 
 def told_to_end(case: Case) -> list[subprocess.Popen[str]]:
     """SIGTERM to a rank."""
+    return signalled(case, signal.SIGTERM)
+
+
+def signalled(case: Case, number: signal.Signals) -> list[subprocess.Popen[str]]:
     process = case.start()
     case.some_step(process)
-    if pids := list(ranks(case.run).values()):
-        case.kill(case.random.choice(pids), signal.SIGTERM)
+    case.kill(ranks(case.run).values(), number)
     return [process]
 
 
 def stopped_rank(case: Case) -> list[subprocess.Popen[str]]:
     """SIGSTOP of a rank, which never goes on."""
-    process = case.start()
-    case.some_step(process)
-    if pids := list(ranks(case.run).values()):
-        case.kill(case.random.choice(pids), signal.SIGSTOP)
-    return [process]
+    return signalled(case, signal.SIGSTOP)
 
 
 def full_disk(case: Case) -> list[subprocess.Popen[str]]:
@@ -247,7 +251,7 @@ def full_disk(case: Case) -> list[subprocess.Popen[str]]:
         raise NotHere("a file system of its own cannot be mounted here")
     case.said, case.hit = f"{size} KiB", True
     process = case.start()
-    case.until(lambda: False, process)
+    wait([process])
     mount("-o", "remount,size=200m", str(case.run))
     return [process]
 
@@ -260,12 +264,9 @@ def damaged(case: Case, damage: Callable[[Path], None]) -> list[subprocess.Popen
     """A file of the newest checkpoint is damaged after its run was killed. It must be refused by its name."""
     process = case.start()
     case.until(lambda: case.last() >= 3 * EVERY + case.random.randrange(20), process)
-    case.kill(process.pid)
-    case.until(lambda: not case.processes(), process)
+    case.kill([process.pid])
     process.wait()
-    deadline = time.monotonic() + 20
-    while case.processes() and time.monotonic() < deadline:
-        time.sleep(0.05)
+    case.gone()
     newest = whole(case.run / "checkpoints")[-1]
     file = case.random.choice(sorted(newest.iterdir()))
     damage(file)
@@ -273,7 +274,7 @@ def damaged(case: Case, damage: Callable[[Path], None]) -> list[subprocess.Popen
     again = case.start()
     if again.wait(LIMIT_S) == 0:
         raise Broken(f"a damaged checkpoint was taken: {file.name}")
-    if not re.search(rf"dtrain: .*{newest.name}.* is damaged: .*|dtrain: .*{newest.name}", printed(case.folder)):
+    if not re.search(rf"dtrain: .*{newest.name} is damaged: ", printed(case.folder)):
         raise Broken(f"a damaged checkpoint was not refused by name: {file.name}")
     return [again]
 
@@ -300,10 +301,7 @@ def cut_network(case: Case) -> list[subprocess.Popen[str]]:
         processes = []
         for host in (0, 1):
             case.before, case.environment = hosts.on(host), {"GLOO_SOCKET_IFNAME": DEVICE}
-            processes.append(case.start(launcher=(
-                "--nnodes", "2", "--nproc-per-node", "1", "--rdzv-backend", "c10d", "--rdzv-id", "x", "--rdzv-endpoint",
-                f"{hosts.address(0)}:29400", "--rdzv-conf", f"is_host={1 - host}", "--local-addr", hosts.address(host),
-            )))  # fmt: skip
+            processes.append(case.start(launcher=hosts.node(host)))
         case.before, case.environment = (), {}
         case.some_step(processes[0])
         for_long = case.random.random() < 0.5
@@ -317,26 +315,14 @@ def cut_network(case: Case) -> list[subprocess.Popen[str]]:
 
 def restarted_host(case: Case) -> list[subprocess.Popen[str]]:
     """Two torchruns; the one that keeps the rendezvous is killed, and started again."""
-    with_port = f"localhost:{20000 + case.random.randrange(9000)}"
-    launcher = (
-        "--nnodes",
-        "2",
-        "--nproc-per-node",
-        "1",
-        "--rdzv-backend",
-        "c10d",
-        "--rdzv-id",
-        "x",
-        "--rdzv-endpoint",
-        with_port,
-    )
-    first = case.start(launcher=(*launcher, "--rdzv-conf", "is_host=1"))
-    second = case.start(launcher=(*launcher, "--rdzv-conf", "is_host=0"))
+    endpoint = f"localhost:{free_port()}"
+    first = case.start(launcher=two_nodes(endpoint, "is_host=1"))
+    second = case.start(launcher=two_nodes(endpoint, "is_host=0"))
     case.some_step(first)
-    case.kill(first.pid)
+    case.kill([first.pid])
     first.wait()
     time.sleep(case.random.uniform(0, 3))
-    third = case.start(launcher=(*launcher, "--rdzv-conf", "is_host=1,join_timeout=20"))
+    third = case.start(launcher=two_nodes(endpoint, "is_host=1,join_timeout=20"))
     wait([second, third])
     return [first, second, third]
 
@@ -402,23 +388,20 @@ def check(case: Case, processes: list[subprocess.Popen[str]], want: dict[int, tu
         Broken: a promise that was not kept.
     """
     wait(processes)
-    gone = time.monotonic() + 15
-    while case.processes():
-        if time.monotonic() > gone:
-            raise Broken(f"processes are left: {case.processes()}")
-        time.sleep(0.05)
+    if not case.gone():
+        raise Broken(f"processes are left: {case.processes()}")
     text, last = printed(case.folder), case.last()
     if 'dtrain/train.py", line' in text or 'dtrain/run.py", line' in text:
         raise Broken("a traceback of ours is shown")
+    outcome = COMPLETED if last == STEPS and (case.run / "summary.json").exists() else STOPPED
     if (
-        case.kind == "killed while preparing data" and last < STEPS
-    ):  # its cache is to be looked at by ranks that do not know it
+        outcome == STOPPED and FAULTS[case.kind] is killed_while_preparing
+    ):  # ranks that do not know the cache look at it
         again = case.start()
         wait([again])
         if again.returncode:
             raise Broken(f"its data cannot be used: {printed(case.folder)[-1500:]}")
-    outcome = COMPLETED if last == STEPS and (case.run / "summary.json").exists() else STOPPED
-    if outcome == STOPPED and case.kind != "killed while preparing data":
+    elif outcome == STOPPED:
         resume(case, last)
     if (found := curve(case.run)) != want:
         raise Broken(
@@ -436,7 +419,7 @@ def resume(case: Case, last: int) -> None:
     spoken = re.search(
         r"^dtrain: |exitcode +: -9|resumable: |^torch.*Rendezvous\w+Error", printed(case.folder), re.MULTILINE
     )
-    if not spoken and case.kind != "torchrun killed":
+    if not spoken and FAULTS[case.kind] is not killed_launcher:
         raise Broken("it stopped without a word")
     sound = [path for path in whole(case.run / "checkpoints") if not verify(path)]
     newest = max((json.loads((path / "checkpoint.json").read_text())["step"] for path in sound), default=0)

@@ -19,7 +19,7 @@ import torch
 import torch.distributed as dist
 from hypothesis import given
 from hypothesis import strategies as st
-from runs import ROOT, TORCHRUN, alive, curve, free_port, printed, ranks, start, training, until
+from runs import ROOT, TORCHRUN, alive, curve, free_port, printed, ranks, start, training, two_nodes, until
 from torch.distributed.device_mesh import init_device_mesh
 
 from dtrain.launch import World
@@ -30,13 +30,8 @@ STANDALONE = [*TORCHRUN, "--standalone", "--nproc-per-node", "2"]
 SETTINGS = ["strategy=fsdp", "steps=60", "checkpoint.every=10", "launch.timeout_s=60"]
 
 
-@pytest.fixture(scope="module", autouse=True)
-def cache(tmp_path_factory: pytest.TempPathFactory) -> None:
-    os.environ["DTRAIN_CACHE"] = str(tmp_path_factory.mktemp("cache"))
-
-
 @pytest.fixture(scope="module")
-def whole(tmp_path_factory: pytest.TempPathFactory, cache: None) -> dict[int, tuple[float, float]]:
+def whole(tmp_path_factory: pytest.TempPathFactory) -> dict[int, tuple[float, float]]:
     """The curve of a run that nothing happens to."""
     folder = tmp_path_factory.mktemp("whole")
     process = start(folder, *STANDALONE, *training(*SETTINGS, "hydra.run.dir=run"))
@@ -119,16 +114,15 @@ def test_a_lost_node_leaves_the_rest_to_another_number_of_ranks(
     tmp_path: Path, whole: dict[int, tuple[float, float]]
 ) -> None:
     """torchrun --nnodes 1:2: one of the two is killed, agent and rank; the other goes on alone."""
-    rendezvous = ["--nnodes", "1:2", "--nproc-per-node", "1", "--max-restarts", "2", "--rdzv-backend", "c10d", "--rdzv-id", "x",
-                  "--rdzv-endpoint", f"localhost:{free_port()}", "--rdzv-conf",
-                  "last_call_timeout=5,keep_alive_interval=1,keep_alive_max_attempt=3"]  # fmt: skip
-    command = [*TORCHRUN, *rendezvous, *training(*SETTINGS, "strategy=ddp", "hydra.run.dir=run")]
+    port, conf = free_port(), "last_call_timeout=5,keep_alive_interval=1,keep_alive_max_attempt=3"
+    command = [*TORCHRUN, *two_nodes(f"localhost:{port}", conf, "1:2"), "--max-restarts", "2",
+               *training(*SETTINGS, "strategy=ddp", "hydra.run.dir=run")]  # fmt: skip
     first = start(tmp_path, *command)
     second = start(tmp_path, *command)
     until(lambda: max(curve(tmp_path / "run"), default=0) >= 15, said=lambda: printed(tmp_path))
     gone = ranks(tmp_path / "run")
     assert len(gone) == 2
-    victim, other = (second, first) if hosts_the_store(first, rendezvous) else (first, second)
+    victim, other = (second, first) if listens(first, port) else (first, second)
     os.kill(victim.pid, signal.SIGKILL)
     assert other.wait(150) == 0, printed(tmp_path)
     assert victim.wait(10) == -signal.SIGKILL
@@ -140,9 +134,7 @@ def test_a_lost_node_leaves_the_rest_to_another_number_of_ranks(
     until(lambda: not any(alive(pid) for pid in gone.values()), 20)
 
 
-def hosts_the_store(agent: subprocess.Popen[str], rendezvous: list[str]) -> bool:
-    """Does this torchrun listen at the rendezvous?"""
-    port = int(rendezvous[rendezvous.index("--rdzv-endpoint") + 1].split(":")[1])
+def listens(agent: subprocess.Popen[str], port: int) -> bool:
     listening = {line.split()[9] for name in ("tcp", "tcp6") for line in Path(f"/proc/net/{name}").read_text().splitlines()[1:]
                  if line.split()[1].endswith(f":{port:04X}") and line.split()[3] == "0A"}  # fmt: skip
     links = (
@@ -209,13 +201,10 @@ def test_a_stopped_rank_is_named(strategy: str, tmp_path: Path) -> None:
 ], ids=["setting", "code"])  # fmt: skip
 def test_ranks_that_differ_are_refused(what: str, said: str, tmp_path: Path) -> None:
     """One node has another setting, or another version of a file."""
-    rendezvous = ["--nnodes", "2", "--nproc-per-node", "1", "--rdzv-backend", "c10d", "--rdzv-id", "x",
-                  "--rdzv-endpoint", f"localhost:{free_port()}"]  # fmt: skip
-    command, other, environment = (
-        [*TORCHRUN, *rendezvous, *training("strategy=ddp", "steps=5", "hydra.run.dir=run")],
-        [],
-        {},
-    )
+    settings = training("strategy=ddp", "steps=5", "hydra.run.dir=run")
+    command = [*TORCHRUN, *two_nodes(f"localhost:{free_port()}"), *settings]
+    other: list[str] = []
+    environment: dict[str, str] = {}
     if what == "setting":
         other = ["optimizer.lr=0.25"]
     else:

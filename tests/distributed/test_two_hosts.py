@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import os
 import time
-from collections.abc import Iterator
 from pathlib import Path
 
-import pytest
-from hosts import DEVICE, Hosts, NotHere, two_hosts
+from hosts import DEVICE, Hosts
 from runs import TORCHRUN, alive, curve, printed, ranks, start, training, until
 
 from dtrain.saved import verify, whole
@@ -16,25 +13,13 @@ from dtrain.saved import verify, whole
 STEPS = 80
 
 
-@pytest.fixture(scope="module")
-def hosts(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Hosts]:
-    os.environ["DTRAIN_CACHE"] = str(tmp_path_factory.mktemp("cache"))
-    try:
-        with two_hosts() as both:
-            yield both
-    except NotHere as reason:
-        pytest.skip(str(reason))
-
-
 def both(hosts: Hosts, folder: Path, *settings: str) -> list:
     """A run with one rank on each."""
     command = training("strategy=fsdp", f"steps={STEPS}", "checkpoint.every=5", "hydra.run.dir=run", *settings)
     return [
-        start(folder, *TORCHRUN, "--nnodes", "2", "--nproc-per-node", "1", "--rdzv-backend", "c10d", "--rdzv-id", "x",
-              "--rdzv-endpoint", f"{hosts.address(0)}:29400", "--rdzv-conf", f"is_host={1 - host}",
-              "--local-addr", hosts.address(host), *command, before=hosts.on(host), GLOO_SOCKET_IFNAME=DEVICE)
+        start(folder, *TORCHRUN, *hosts.node(host), *command, before=hosts.on(host), GLOO_SOCKET_IFNAME=DEVICE)
         for host in (0, 1)
-    ]  # fmt: skip
+    ]
 
 
 def test_a_cable_pulled_out(hosts: Hosts, tmp_path: Path) -> None:

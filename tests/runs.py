@@ -13,7 +13,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).parent.parent.parent
+ROOT = Path(__file__).parent.parent
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run"]
 TINY = ["model=tiny", "global_batch_size=4", "eval.every=0", "launch.threads=1", "strategy=ddp"]
 ENVIRONMENT = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1",
@@ -24,6 +24,23 @@ def free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("", 0))
         return int(probe.getsockname()[1])
+
+
+def two_nodes(endpoint: str, conf: str = "", nodes: str = "2") -> list[str]:
+    """torchrun's words for a node with one rank, one of two."""
+    words = [
+        "--nnodes",
+        nodes,
+        "--nproc-per-node",
+        "1",
+        "--rdzv-backend",
+        "c10d",
+        "--rdzv-id",
+        "x",
+        "--rdzv-endpoint",
+        endpoint,
+    ]
+    return [*words, "--rdzv-conf", conf] if conf else words
 
 
 def training(*settings: str) -> list[str]:
