@@ -1,15 +1,27 @@
 # The two commands of the README, and what development needs. All of it stays in .venv.
 PYTHON ?= python3
 VENV := .venv
+# Tests side by side: more than there are cores, since many wait. PYTEST: further arguments.
+WORKERS ?= 4
+PYTEST ?=
 PIP := $(VENV)/bin/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
-.PHONY: demo test lint readme readme-figures bench-bubble bench-traffic bench-bert bench-gan bench-augment bench-async chaos clean
+.PHONY: demo test test-times mutants smoke lint readme readme-figures bench-bubble bench-traffic bench-bert bench-gan bench-augment bench-async chaos clean
 
 demo: $(VENV)/.run
 	$(VENV)/bin/python scripts/compare.py
 
 test: $(VENV)/.test
-	$(VENV)/bin/pytest
+	$(VENV)/bin/pytest -n $(WORKERS) $(PYTEST)
+
+test-times:
+	PYTEST='--times-into $(CURDIR)/CONTRIBUTING.md' bash .ci/run
+
+mutants: $(VENV)/.test
+	$(VENV)/bin/python tests/mutants/run.py
+
+smoke: $(VENV)/.test
+	bash tests/smoke.sh
 
 lint: $(VENV)/.test
 	$(VENV)/bin/ruff check .

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from functools import partial
 from typing import Any
 from unittest import mock
@@ -203,6 +203,14 @@ class Case:
     recompute: bool = False
     compile: bool = False
     model: tuple[tuple[str, Any], ...] = ()
+
+    def __str__(self) -> str:
+        """What differs from the defaults, as a test's name has it."""
+        told = [self.task, self.strategy]
+        for each in fields(self)[2:]:
+            if (value := getattr(self, each.name)) != each.default:
+                told.append(each.name if value is True else f"{each.name}={value}")
+        return " ".join(told).replace("'", "")
 
     def reference(self) -> Case:
         """The same on one process, as plainly as can be."""

@@ -1,51 +1,119 @@
 from __future__ import annotations
 
 import os
+import re
+import shutil
 import sys
+import tempfile
+import zlib
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
+from typing import Any
+from unittest import mock
 
 import pytest
 import torch
 import torch.distributed as dist
 from hypothesis import settings
+from xdist.scheduler import LoadScopeScheduling
 
 sys.path.insert(0, str(Path(__file__).parent))  # the ranks of a world import the tests' modules by name
 
+import warm  # noqa: E402
 from hosts import Hosts, NotHere, two_hosts  # noqa: E402
-from worlds import World  # noqa: E402
+from worlds import World, worlds  # noqa: E402
 
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+pytest_plugins = ["times"]
+
+
+SLICES = 12  # of the deep tests
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.addoption("--exhaustive", action="store_true", help="300 drawn models, and every pair of checkpoints' plans")
+    parser.addoption("--exhaustive", action="store_true", help="the deep tests too, all of them")
+    parser.addoption("--slice", type=int, metavar="K", help=f"slice K of the deep tests too, from 1 to {SLICES}")
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    settings.register_profile("short", max_examples=15, deadline=None, derandomize=True)
-    settings.register_profile("exhaustive", max_examples=300, deadline=None)
-    settings.load_profile("exhaustive" if config.getoption("exhaustive") else "short")
+    settings.register_profile("quick", max_examples=50, deadline=None, derandomize=True)
+    settings.load_profile("quick")
+    number = config.getoption("slice")
+    if number is not None and not 1 <= number <= SLICES:
+        raise pytest.UsageError(f"--slice={number}: there are slices 1 to {SLICES}")
+    if not hasattr(config, "workerinput"):  # one cache for all
+        folder = tempfile.mkdtemp(prefix="dtrain-tests-")
+        os.environ["DTRAIN_CACHE"] = f"{folder}/cache"
+        config.add_cleanup(partial(shutil.rmtree, folder, ignore_errors=True))
+
+
+def pytest_report_header(config: pytest.Config) -> str:
+    chosen = config.getoption("slice")
+    deep = "all" if config.getoption("exhaustive") else f"slice {chosen} of {SLICES}" if chosen else "none"
+    return f"deep tests: {deep}"
+
+
+# What shares something dear, an import on each rank or a fixture, runs in one process; all else where there is room.
+TOGETHER = {
+    r"test_(deepspeed|accelerate)\.py": "engines",
+    r"test_capabilities\.py": "capabilities",
+    r"test_compare\.py": "compare",
+    r"test_faults\.py::test_(killed_ranks|a_lost_node|a_run_that_is_told)": "faults",
+    r"test_slurm\.py": "slurm",
+    r"test_chaos\.py": "chaos",
+}
+
+
+class Together(LoadScopeScheduling):
+    """xdist's way to hand out tests, by the groups above (its own `loadgroup` does not work with pytest 9.2)."""
+
+    def _split_scope(self, nodeid: str) -> str:
+        return next((group for pattern, group in TOGETHER.items() if re.search(pattern, nodeid)), nodeid)
+
+
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Together:
+    return Together(config, log)
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Leave out the deep tests that are not asked for."""
+    chosen = config.getoption("slice")
+    left_out = [] if config.getoption("exhaustive") else [
+        item for item in items
+        if item.get_closest_marker("deep") and zlib.crc32(item.nodeid.encode()) % SLICES + 1 != chosen
+    ]  # fmt: skip
+    config.hook.pytest_deselected(items=left_out)
+    gone = set(map(id, left_out))
+    items[:] = [item for item in items if id(item) not in gone]
+
+
+@pytest.fixture(autouse=True)
+def nothing_left() -> Iterator[None]:
+    """What a test that fails has started does not disturb the next one."""
+    yield
+    warm.end_what_is_left()
 
 
 @pytest.fixture(scope="session")
-def exhaustive(pytestconfig: pytest.Config) -> bool:
-    return pytestconfig.getoption("exhaustive")
+def cache() -> Path:
+    """Where all tests' data are kept, prepared by the first that needs them."""
+    return Path(os.environ["DTRAIN_CACHE"])
 
 
 @pytest.fixture(scope="session")
 def world() -> Iterator[Callable[[int], World]]:
     """A world of so many ranks, started once."""
-    worlds: dict[int, World] = {}
+    with worlds() as of:
+        yield of
 
-    def of(size: int) -> World:
-        if size not in worlds:
-            worlds[size] = World(size)
-        return worlds[size]
 
-    yield of
-    for each in worlds.values():
-        each.close()
+@pytest.fixture(scope="session")
+def worlds_with_engines() -> Iterator[Callable[[int], World]]:
+    """The same, of ranks that have imported DeepSpeed and Accelerate."""
+    with mock.patch.dict(os.environ, DS_ACCELERATOR="cpu"), worlds("deepspeed", "accelerate") as of:
+        yield of
 
 
 @pytest.fixture(scope="module")

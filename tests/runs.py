@@ -10,8 +10,12 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from contextlib import suppress
+from itertools import count
 from pathlib import Path
 from typing import Any
+
+import warm
 
 ROOT = Path(__file__).parent.parent
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run"]
@@ -20,10 +24,15 @@ ENVIRONMENT = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1",
                "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}  # fmt: skip
 
 
+PORTS = count(15_000 + os.getpid() % 1_500 * 10)  # of this process, below those that systems hand out
+
+
 def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("", 0))
-        return int(probe.getsockname()[1])
+    """A port that nobody has, and that nobody is given before it is used."""
+    while True:
+        with socket.socket() as probe, suppress(OSError):
+            probe.bind(("", port := next(PORTS)))
+            return port
 
 
 def two_nodes(endpoint: str, conf: str = "", nodes: str = "2") -> list[str]:
@@ -48,12 +57,23 @@ def training(*settings: str) -> list[str]:
     return [str(ROOT / "scripts/train.py"), "model=tiny", "dtype=fp64", "eval.every=0", "launch.threads=1", *settings]
 
 
-def start(folder: Path, *command: str, before: tuple[str, ...] = (), **environment: str) -> subprocess.Popen[str]:
-    """A command in a folder and a session of its own, its output in files there."""
+def start(
+    folder: Path, *command: str, before: tuple[str, ...] = (), cold: bool = False, **environment: str
+) -> Any:  # fmt: skip
+    """A command in a folder and a session of its own, its output in files there.
+
+    Args:
+        before: words that come first, so that an interpreter has to be started.
+        cold: start one anyway.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     with (folder / f"printed-{time.monotonic_ns()}").open("w") as printed:
-        return subprocess.Popen([*before, *command], cwd=folder, env=os.environ | environment, text=True, stdout=printed,
-                                stderr=subprocess.STDOUT, start_new_session=True)  # fmt: skip
+        if not (before or cold):
+            return warm.popen(command, cwd=folder, env=os.environ | environment, stdout=printed, stderr=printed)
+        process = subprocess.Popen([*before, *command], cwd=folder, env=os.environ | environment, text=True, stdout=printed,
+                                   stderr=subprocess.STDOUT, start_new_session=True)  # fmt: skip
+        warm.STARTED.append(process)
+        return process
 
 
 def printed(folder: Path) -> str:

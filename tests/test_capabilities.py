@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import os
 import sys
 from functools import partial
 from itertools import combinations
 from pathlib import Path
-from unittest import mock
 
 import pytest
 import torch.distributed as dist
@@ -28,15 +26,9 @@ README = Path(__file__).parent.parent / "README.md"
 
 
 @pytest.fixture(scope="module")
-def cache(tmp_path_factory: pytest.TempPathFactory) -> str:
-    return str(tmp_path_factory.mktemp("cache"))
-
-
-@pytest.fixture(scope="module")
-def trials(cache: str) -> list[Trial]:
+def trials() -> list[Trial]:
     register()
-    with mock.patch.dict(os.environ, DTRAIN_CACHE=cache):
-        return survey()
+    return survey()
 
 
 def pair(trials: list[Trial], one: str, other: str) -> Trial:
@@ -57,11 +49,11 @@ def test_one_process_trains_every_task(trials: list[Trial]) -> None:
     assert next(trial for trial in trials if trial.name == "single").tasks == "all"
 
 
-def one_step(strategy: str, task: str, experts: bool, cache: str, size: int) -> float:
+def one_step(strategy: str, task: str, experts: bool, size: int) -> float:
     """The loss of one step, as a run with these settings makes it."""
     register()
     model = [] if task in ("gan", "image_classification") else ["model=tiny", f"model.n_experts={8 * experts}"]
-    with mock.patch.dict(os.environ, DTRAIN_CACHE=cache), initialize_config_dir(str(CONFIGS), version_base="1.3"):
+    with initialize_config_dir(str(CONFIGS), version_base="1.3"):
         config = checked(compose("train", [f"strategy={strategy}", f"task={task}", *model, "steps=1"]))
         job = assemble(config, World(dist.get_rank(), size, dist.get_rank(), size))
     settings = Settings(1, config.seed, config.global_batch_size, config.micro_batch_size)
@@ -69,24 +61,23 @@ def one_step(strategy: str, task: str, experts: bool, cache: str, size: int) -> 
     return next(trainer.steps()).loss
 
 
+@pytest.mark.deep
+@pytest.mark.parametrize("task", options("task"))
 @pytest.mark.timeout(1500)
-def test_what_is_said_to_train_trains(trials: list[Trial], world, cache: str, pytestconfig: pytest.Config) -> None:
-    """Each strategy with one of its tasks (with all, if asked for): its first loss is that of one process."""
-    expected: dict[tuple[str, bool], float] = {}
-    tried = 0
-    for number, trial in enumerate(t for t in trials if not t.parts and t.axes):
-        able = [task for task, reason in trial.refusals.items() if not reason]
-        experts, size = "ep" in trial.axes, RANKS ** len(trial.axes)
+def test_what_is_said_to_train_trains(task: str, trials: list[Trial], world) -> None:
+    """Each strategy that is said to train the task: its first loss is that of one process."""
+    expected: dict[bool, float] = {}
+    for trial in trials:
+        size, experts = RANKS ** len(trial.axes), "ep" in trial.axes
+        if trial.parts or not trial.axes or trial.refusals[task] or size > 8:
+            continue
         if any(strategy.asynchronous for strategy in trial.strategies):
             continue  # whose ranks are no equals: tests/test_parameter_server.py
-        for task in able if pytestconfig.getoption("--exhaustive") else able[number % max(1, len(able)) :][:1]:
-            if size <= 8:
-                if (task, experts) not in expected:
-                    expected[task, experts] = world(2).run(one_step, "single", task, experts, cache, 1)[0]
-                for loss in world(size).run(one_step, trial.name, task, experts, cache, size):
-                    assert loss == pytest.approx(expected[task, experts], rel=1e-5), (trial.name, task)
-                tried += 1
-    assert tried >= 30
+        if experts not in expected:
+            expected[experts] = world(2).run(one_step, "single", task, experts, 1)[0]
+        for loss in world(size).run(one_step, trial.name, task, experts, size):
+            assert loss == pytest.approx(expected[experts], rel=1e-5), trial.name
+    assert expected
 
 
 def test_every_composition_that_has_a_name_trains_a_task(trials: list[Trial]) -> None:

@@ -3,29 +3,28 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import re
 import signal
 import socket
-import subprocess
 import sys
 import time
 from pathlib import Path
+from unittest import mock
 
 import pytest
 import torch
+import warm
 from hydra.core.global_hydra import GlobalHydra
 
 from dtrain import cli
+from dtrain.resume import RESUMABLE
 from dtrain.saved import about, verify
+from hydra_plugins.dtrain_torchrun import _outcome
 
 ROOT = Path(__file__).parent.parent
 TINY = ["model=tiny", "steps=3", "eval.every=0", "global_batch_size=4"]
-
-
-@pytest.fixture(scope="session")
-def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tmp_path_factory.mktemp("cache")
 
 
 @pytest.fixture
@@ -163,10 +162,19 @@ MISTAKES = [
 ]  # fmt: skip
 
 
+# Of a checkpoint rank 0 says for all whether it is there; an optimizer is made of a model's parameters.
+FOUND_BY_RANKS = (["resume=nowhere"], ["optimizer.lr=abc"])
+
+
 @pytest.mark.parametrize(("arguments", "message"), MISTAKES, ids=lambda v: " ".join(v) if isinstance(v, list) else "")
-def test_a_mistake_gets_one_line(arguments: list[str], message: str, call) -> None:
+def test_a_mistake_gets_one_line(arguments: list[str], message: str, call, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And before any rank is started, or meets others."""
+    begun = mock.Mock(side_effect=AssertionError("it should have been refused before"))
+    monkeypatch.setattr(cli, "spawn", begun)
+    if arguments not in FOUND_BY_RANKS:
+        monkeypatch.setattr(torch.distributed, "init_process_group", begun)
     status, _, err = call(*TINY, *arguments)
-    assert status == 2
+    assert status == 2 and not begun.called
     assert message in err and err.startswith("dtrain: ") and err.count("\n") == 1
 
 
@@ -231,9 +239,9 @@ def test_what_a_model_cannot_do_is_refused(call, own_model: str) -> None:
         assert status == 2 and f"{option}=true acts on a model's blocks, and Mine names none in a Layout" in err
 
 
-def start(command: list[str], folder: Path, cache: Path, **environment: str) -> subprocess.CompletedProcess[str]:
+def start(command: list[str], folder: Path, cache: Path, **environment: str) -> warm.Ended:
     environment = {**os.environ, "DTRAIN_CACHE": str(cache), **environment}
-    return subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=120)
+    return warm.run(command, cwd=folder, env=environment, timeout=120)
 
 
 TORCHRUN = [
@@ -252,7 +260,6 @@ def losses(folder: Path) -> list[float]:
     return [json.loads(line)["loss"] for line in (folder / "metrics.jsonl").read_text().splitlines()]
 
 
-@pytest.mark.slow
 def test_torchrun_and_our_own_launch_give_the_same_run(tmp_path: Path, cache: Path) -> None:
     options = [*TINY, "strategy=fsdp"]
     ran = start([*TORCHRUN, *options], tmp_path, cache)
@@ -266,7 +273,6 @@ def test_torchrun_and_our_own_launch_give_the_same_run(tmp_path: Path, cache: Pa
     assert losses(folder) == losses(tmp_path / "ours")
 
 
-@pytest.mark.slow
 def test_under_torchrun_a_mistake_ends_all_ranks_with_one_line(tmp_path: Path, cache: Path) -> None:
     ran = start([*TORCHRUN, *TINY, "strategy=fspd"], tmp_path, cache)
     assert ran.returncode != 0
@@ -274,13 +280,11 @@ def test_under_torchrun_a_mistake_ends_all_ranks_with_one_line(tmp_path: Path, c
     assert not (tmp_path / "outputs").exists()
 
 
-@pytest.mark.slow
 def test_an_unwritable_folder_ends_all_ranks_with_one_line(tmp_path: Path, cache: Path) -> None:
     ran = start([*TORCHRUN, *TINY, "strategy=ddp", "hydra.run.dir=/proc/nowhere"], tmp_path, cache)
     assert ran.returncode != 0 and ran.stderr.count("dtrain: ") == 1 and "/proc/nowhere" in ran.stderr
 
 
-@pytest.mark.slow
 def test_a_damaged_checkpoint_ends_all_ranks_with_one_line(call, tmp_path: Path, cache: Path) -> None:
     assert call(*TINY, "checkpoint.every=1", "hydra.run.dir=run")[0] == 0
     shard = next((tmp_path / "run" / "checkpoints" / "latest").resolve().glob("shard-*"))
@@ -295,7 +299,6 @@ def test_a_damaged_checkpoint_ends_all_ranks_with_one_line(call, tmp_path: Path,
     assert ran.returncode == 0 and "falling back to step-00000002" in ran.stdout
 
 
-@pytest.mark.slow
 def test_a_port_in_use_is_said(tmp_path: Path, cache: Path) -> None:
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
@@ -311,7 +314,6 @@ def test_a_port_in_use_is_said(tmp_path: Path, cache: Path) -> None:
     assert bare.returncode == 2 and f"port in use: 127.0.0.1:{port} is taken" in bare.stderr.splitlines()[-1]
 
 
-@pytest.mark.slow
 def test_a_rank_that_crashes_says_why_and_ends_the_others(tmp_path: Path, cache: Path) -> None:
     (tmp_path / "crash.py").write_text(
         "import os\n"
@@ -328,12 +330,10 @@ def test_a_rank_that_crashes_says_why_and_ends_the_others(tmp_path: Path, cache:
     assert "a bug of mine" in (tmp_path / "run" / "logs" / "rank1.log").read_text()
 
 
-@pytest.mark.slow
 def test_an_interrupted_run_ends_with_one_line_and_no_process(tmp_path: Path, cache: Path) -> None:
     environment = {**os.environ, "DTRAIN_CACHE": str(cache)}
     command = [*PYTHON, *TINY, "steps=100000", "strategy=ddp", "launch.nproc=2", "hydra.run.dir=run"]
-    process = subprocess.Popen(command, cwd=tmp_path, env=environment, stdout=subprocess.DEVNULL,
-                               stderr=subprocess.PIPE, text=True, start_new_session=True)  # fmt: skip
+    process = warm.popen(command, cwd=tmp_path, env=environment)
     wait_for(lambda: (tmp_path / "run" / "metrics.jsonl").exists())
     process.send_signal(signal.SIGINT)
     _, err = process.communicate(timeout=60)
@@ -349,7 +349,6 @@ def wait_for(condition, seconds: float = 60) -> None:
         time.sleep(0.02)
 
 
-@pytest.mark.slow
 def test_a_killed_rank_is_named(tmp_path: Path, cache: Path) -> None:
     """And the checkpoint that both ranks had written before is whole."""
     environment = {**os.environ, "DTRAIN_CACHE": str(cache)}
@@ -362,8 +361,7 @@ def test_a_killed_rank_is_named(tmp_path: Path, cache: Path) -> None:
         "launch.nproc=2",
         "hydra.run.dir=run",
     ]
-    process = subprocess.Popen(command, cwd=tmp_path, env=environment, stdout=subprocess.DEVNULL,
-                               stderr=subprocess.PIPE, text=True)  # fmt: skip
+    process = warm.popen(command, cwd=tmp_path, env=environment)
     latest = tmp_path / "run" / "checkpoints" / "latest"
     wait_for(lambda: latest.exists() and about(latest)["step"] >= 3)
     log = (tmp_path / "run" / "logs" / "rank1.log").read_text()
@@ -371,3 +369,34 @@ def test_a_killed_rank_is_named(tmp_path: Path, cache: Path) -> None:
     _, err = process.communicate(timeout=60)
     assert process.returncode == 1 and err.splitlines()[-1] == "dtrain: rank 1 ended with signal 9"
     assert all(verify(path) == "" for path in (tmp_path / "run" / "checkpoints").glob("step-*"))
+
+
+def test_a_sweep_ends_where_one_of_its_jobs_was_told_to(call, monkeypatch: pytest.MonkeyPatch) -> None:
+    """No other begins, and the status says so."""
+    begun: list[float] = []
+
+    def told(settings, *_) -> dict[str, str]:
+        begun.append(settings.optimizer["lr"])
+        return {RESUMABLE: "stopped after step 1 of 3"}
+
+    monkeypatch.setattr(cli, "run", told)
+    status, _, err = call("--multirun", *TINY, "optimizer.lr=1e-3,1e-2", "hydra.sweep.dir=sweep")
+    assert (status, begun, err) == (130, [1e-3], "dtrain: interrupted\n")
+
+
+def test_a_sweeper_is_told_the_validation_loss(call, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whether less or more than the training loss, which it is told where nothing is held out."""
+    told, train = [], cli.train
+
+    def trained(config) -> None:
+        for held_out in (0.25, 4.0, 0.0, None):
+            summary = {"loss": 1.5, "val_loss": held_out}
+            monkeypatch.setattr(cli, "run", lambda *_, summary=summary: summary)
+            (tmp_path / "summary.json").write_text(json.dumps(summary))
+            told.append((train(config), _outcome(tmp_path, 0, [], config).return_value))
+        monkeypatch.setattr(cli, "run", lambda *_: {RESUMABLE: "stopped after step 1 of 3"})
+        assert math.isnan(train(config))  # it has no loss yet; and alone it ends well
+
+    monkeypatch.setattr(cli, "train", trained)
+    assert call(*TINY) == (0, "", "")
+    assert told == [(loss, loss) for loss in (0.25, 4.0, 0.0, 1.5)]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import operator
 import os
 import re
 import shutil
@@ -16,16 +17,18 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import warm
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dtrain.compare import page
+from dtrain.compare import charts, costs, page, step
 from dtrain.compare.command import show_difference
 from dtrain.compare.condition import Condition
 from dtrain.compare.entries import Entry, cases_of
 from dtrain.compare.results import FIGURES, Results, Row, read
 from dtrain.compare.runner import cells
-from dtrain.compare.verdict import differences, equal_time, front, loss_at, memory_of, size, verdicts
+from dtrain.compare.style import FAMILIES, KINDS, Chart, family
+from dtrain.compare.verdict import differences, efficiency, equal_time, front, loss_at, memory_of, size, verdicts
 
 ROOT = Path(__file__).parent.parent
 SCRIPT = [sys.executable, str(ROOT / "scripts/compare.py")]
@@ -245,14 +248,8 @@ def test_sizes_are_said_in_words(number: float, words: str) -> None:
 # The whole thing
 
 
-@pytest.fixture(scope="module")
-def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tmp_path_factory.mktemp("cache")
-
-
-def run(*arguments: str, cwd: Path, cache: Path) -> subprocess.CompletedProcess:
-    return subprocess.run([*SCRIPT, "model=tiny", "steps=6", *arguments], cwd=cwd, capture_output=True, text=True,
-                          env=os.environ | {"DTRAIN_CACHE": str(cache), "OMP_NUM_THREADS": "1"}, timeout=240)  # fmt: skip
+def run(*arguments: str, cwd: Path, cache: Path) -> warm.Ended:
+    return warm.run([*SCRIPT, "model=tiny", "steps=6", *arguments], cwd=cwd, env=os.environ | {"DTRAIN_CACHE": str(cache), "OMP_NUM_THREADS": "1"}, timeout=240)  # fmt: skip
 
 
 ASKED = ('strategies=[single,ddp,"pipeline strategy.pp.schedule=zbv","ddp optimizer.lr=1e30","fsdp launch.nproc=4",'
@@ -260,14 +257,13 @@ ASKED = ('strategies=[single,ddp,"pipeline strategy.pp.schedule=zbv","ddp optimi
 
 
 @pytest.fixture(scope="module")
-def ran(tmp_path_factory: pytest.TempPathFactory, cache: Path) -> tuple[Path, subprocess.CompletedProcess]:
+def ran(tmp_path_factory: pytest.TempPathFactory, cache: Path) -> tuple[Path, warm.Ended]:
     """One comparison with everything that may happen in it."""
     folder = tmp_path_factory.mktemp("compared")
     process = run(ASKED, "repeats=2", "hydra.run.dir=out", cwd=folder, cache=cache)
     return folder / "out", process
 
 
-@pytest.mark.slow
 def test_strategies_stand_side_by_side_and_one_that_fails_stops_no_other(ran) -> None:
     folder, process = ran
     found = {each.strategy: each for each in read(folder).rows}
@@ -294,7 +290,6 @@ def test_strategies_stand_side_by_side_and_one_that_fails_stops_no_other(ran) ->
     assert [len(each["step_seconds"]) for each in found["ddp"].repeats] == [2, 2]  # those that no instrument disturbs
 
 
-@pytest.mark.slow
 def test_the_repeats_take_turns(ran) -> None:
     made = sorted(
         (file.stat().st_mtime, str(file.relative_to(ran[0] / "runs").parent))
@@ -345,7 +340,6 @@ def assert_tells_the_results(text: str, found: Results) -> None:
             assert seen.values[each.strategy, figure] == (getattr(each, figure), words)
 
 
-@pytest.mark.slow
 def test_the_page_tells_the_results_and_needs_no_network(ran) -> None:
     text, found = (ran[0] / "report.html").read_text(), read(ran[0])
     assert_tells_the_results(text, found)
@@ -356,7 +350,6 @@ def test_the_page_tells_the_results_and_needs_no_network(ran) -> None:
     assert all(f"| {each.strategy} | {each.ranks} |" in document for each in found.ran)
 
 
-@pytest.mark.slow
 @pytest.mark.skipif(not CHROMIUM, reason="no Chromium here to open the page in")
 @pytest.mark.parametrize("width", [1200, 400])
 def test_a_browser_shows_the_page_without_an_error(ran, width: int, tmp_path: Path) -> None:
@@ -380,7 +373,6 @@ def test_a_browser_shows_the_page_without_an_error(ran, width: int, tmp_path: Pa
     assert_tells_the_results(browser.stdout, found)
 
 
-@pytest.mark.slow
 def test_two_results_are_compared_and_a_condition_decides_the_status(ran, tmp_path: Path, cache: Path) -> None:
     folder = ran[0]
     found = read(folder)
@@ -392,8 +384,8 @@ def test_two_results_are_compared_and_a_condition_decides_the_status(ran, tmp_pa
     (tmp_path / "slow").mkdir()
     slow.write(tmp_path / "slow")
 
-    def between(*arguments: str) -> subprocess.CompletedProcess:
-        return subprocess.run([*SCRIPT, "--from", *arguments], capture_output=True, text=True, cwd=tmp_path)
+    def between(*arguments: str) -> warm.Ended:
+        return warm.run([*SCRIPT, "--from", *arguments], cwd=tmp_path)
 
     seen = between(str(folder), "slow")
     assert seen.returncode == 0 and "0.010" in seen.stdout and "slower" in seen.stdout and "then another" in seen.stdout
@@ -409,7 +401,6 @@ def test_two_results_are_compared_and_a_condition_decides_the_status(ran, tmp_pa
         show_difference([str(folder), str(folder), "steps=3"])
 
 
-@pytest.mark.slow
 def test_what_can_be_known_before_is_refused_before(ran, cache: Path) -> None:
     folder = ran[0].parent
     for arguments, said in (
@@ -429,12 +420,11 @@ def test_what_can_be_known_before_is_refused_before(ran, cache: Path) -> None:
     assert len(read(ran[0]).ran) == 6
 
 
-def begun(folder: Path, cache: Path, *arguments: str) -> subprocess.Popen:
+def begun(folder: Path, cache: Path, *arguments: str) -> warm.Process:
     """A comparison whose second strategy trains for long."""
     command = [*SCRIPT, "model=tiny", "steps=100000", 'strategies=["single steps=6",ddp,fsdp]', 'baseline="single steps=6"',
                "hydra.run.dir=out", *arguments]  # fmt: skip
-    return subprocess.Popen(command, cwd=folder, env=os.environ | {"DTRAIN_CACHE": str(cache)}, stdout=subprocess.PIPE,
-                            stderr=subprocess.PIPE, text=True, start_new_session=True)  # fmt: skip
+    return warm.popen(command, cwd=folder, env=os.environ | {"DTRAIN_CACHE": str(cache)})  # fmt: skip
 
 
 def ranks_of(folder: Path, case: str, count: int) -> list[int]:
@@ -475,7 +465,6 @@ def assert_nothing_left(session: int) -> None:
         time.sleep(0.1)
 
 
-@pytest.mark.slow
 def test_ctrl_c_keeps_what_is_finished(tmp_path: Path, cache: Path) -> None:
     process = begun(tmp_path, cache)
     ranks_of(tmp_path, "ddp", 2)
@@ -488,7 +477,6 @@ def test_ctrl_c_keeps_what_is_finished(tmp_path: Path, cache: Path) -> None:
     assert_nothing_left(process.pid)
 
 
-@pytest.mark.slow
 def test_a_killed_rank_fails_its_strategy_alone(tmp_path: Path, cache: Path) -> None:
     process = begun(tmp_path, cache)
     for case in ("ddp", "fsdp"):
@@ -500,7 +488,7 @@ def test_a_killed_rank_fails_its_strategy_alone(tmp_path: Path, cache: Path) -> 
     assert_nothing_left(process.pid)
 
 
-@pytest.mark.slow
+@pytest.mark.deep
 def test_killing_the_comparison_leaves_no_orphans(tmp_path: Path, cache: Path) -> None:
     process = begun(tmp_path, cache)
     ranks_of(tmp_path, "ddp", 2)
@@ -510,20 +498,169 @@ def test_killing_the_comparison_leaves_no_orphans(tmp_path: Path, cache: Path) -
     assert [each.strategy for each in read(tmp_path / "out").ran] == ["single steps=6"]
 
 
-@pytest.mark.slow
+@pytest.mark.deep
 def test_a_sweep_starts_each_job_under_torchrun(tmp_path: Path, cache: Path) -> None:
     command = [sys.executable, str(ROOT / "scripts/train.py"), "--multirun", "hydra/launcher=torchrun", "hydra.launcher.nproc_per_node=2",
                "strategy=[replicate,fsdp],ddp,fsdp", "model=tiny", "steps=2", "eval.every=0", "hydra.sweep.dir=sweep"]  # fmt: skip
-    ended = subprocess.run(
-        command,
-        cwd=tmp_path,
-        env=os.environ | {"DTRAIN_CACHE": str(cache)},
-        capture_output=True,
-        text=True,
-        timeout=200,
-    )
+    ended = warm.run(command, cwd=tmp_path, env=os.environ | {"DTRAIN_CACHE": str(cache)}, timeout=200)
     told = [json.loads((tmp_path / "sweep" / job / "summary.json").read_text()) for job in ("1", "2")]
     assert [(each["strategy"], each["world_size"]) for each in told] == [("ddp", 2), ("fsdp", 2)]
     assert not (tmp_path / "sweep" / "0" / "summary.json").exists()  # 4 ranks or more
     assert ended.returncode != 0 and "needs at least 2 ranks on each" in ended.stderr
     assert ended.stderr.splitlines()[-1].startswith("dtrain: strategy=[replicate,fsdp] model=tiny steps=2")
+
+
+# What the figures draw
+
+
+SIGNS = {"<": operator.lt, "<=": operator.le, ">": operator.gt, ">=": operator.ge}
+SUMS = {"+": operator.add, "-": operator.sub, "*": operator.mul, "/": operator.truediv}
+
+
+FEW = st.integers(1, 4)
+
+
+@given(st.sampled_from(list(SIGNS)), st.sampled_from(list(SUMS)), FEW, FEW, st.integers(1, 8))
+def test_a_condition_is_what_its_signs_say(sign: str, sum_: str, one: int, other: int, bound: int) -> None:
+    """As the operator of the same sign has it, at equality too; `and` and `or` likewise."""
+    found = results(row("single"), row("ddp", (float(one),), ranks=other))
+    text = f"ddp.tokens_per_second {sum_} ddp.ranks {sign} {bound}"
+    holds = SIGNS[sign](SUMS[sum_](one, other), bound)
+    assert Condition(text).holds(found) == holds
+    assert Condition(f"{bound} {sign} ddp.ranks").holds(found) == SIGNS[sign](bound, other)
+    less = SIGNS["<"](one, bound)
+    assert Condition(f"{text} and ddp.tokens_per_second < {bound}").holds(found) == (holds and less)
+    assert Condition(f"{text} or ddp.tokens_per_second < {bound}").holds(found) == (holds or less)
+
+
+def points(trace: Any, along: str = "x", of: Any = None) -> dict[str, Any]:
+    """What a trace shows of each strategy, or a part of it."""
+    return dict(zip(trace.customdata, getattr(of or trace, along), strict=True))
+
+
+def traces(chart: Chart) -> dict[str, Any]:
+    return {trace.name: trace for trace in chart.figure.data}
+
+
+def test_efficiency_is_throughput_a_rank_over_that_of_the_fewest() -> None:
+    """Twice as fast on twice as many is 1; as fast as before on four is a quarter. The chart has it in per cent."""
+    rows = [row("ddp @1", (100.0,), ranks=1), row("ddp @2", (200.0,)), row("ddp @4", (100.0,), ranks=4),
+            row("fsdp @2", (50.0,)), row("fsdp @8", (100.0,), ranks=8), row("tensor @2")]  # fmt: skip
+    assert [efficiency(each, rows[0]) for each in rows[:3]] == [1.0, 1.0, 0.25]
+    found = traces(charts.scaling(results(*rows)))
+    assert set(found) == {"ddp", "fsdp", "ideal"}  # tensor has one world size alone
+    assert points(found["ddp"], "y") == {"ddp @1": 100.0, "ddp @2": 100.0, "ddp @4": 25.0}
+    assert points(found["fsdp"], "y") == {"fsdp @2": 100.0, "fsdp @8": 50.0}
+    assert points(found["fsdp"], "x") == {"fsdp @2": 2, "fsdp @8": 8} and set(found["ideal"].y) == {100}
+
+
+def test_bars_are_medians_and_whiskers_reach_the_slowest_and_the_fastest_repeat() -> None:
+    """Of throughput; every undisturbed step of every repeat is in the box of step times, in milliseconds."""
+    ddp, fsdp = row("ddp", (80.0, 100.0, 130.0)), row("fsdp", (40.0,))
+    for repeat, seconds in zip(ddp.repeats, ([0.5, 0.25], [1.0], [2.0]), strict=True):
+        repeat["step_seconds"] = seconds
+    (bars,) = charts.throughput(results(ddp, fsdp)).figure.data
+    assert points(bars) == {"ddp": 100.0, "fsdp": 40.0}
+    reach = zip(bars.customdata, bars.error_x.array, bars.error_x.arrayminus, strict=True)
+    assert sorted(reach) == [("ddp", 30.0, 20.0), ("fsdp", 0.0, 0.0)]
+    boxes = traces(charts.steps(results(ddp, fsdp)))
+    assert {name: box.x for name, box in boxes.items()} == {"ddp": (500, 250, 1000, 2000), "fsdp": (100,)}
+
+
+def test_the_tradeoff_shows_each_row_by_megabytes_and_tokens_a_second_and_joins_the_front() -> None:
+    rows = [row("ddp", (100.0,), 4_000_000), row("fsdp", (50.0,), 1_000_000), row("zero1", (40.0,), 3_000_000)]
+    for each, axis in zip(rows, ("dp", "fsdp", "dp"), strict=True):
+        each.mesh = {axis: 2}
+    front_, *groups = charts.tradeoff(results(*rows)).figure.data
+    assert (front_.x, front_.y) == ((1.0, 4.0), (50.0, 100.0))
+    assert {group.name: (points(group), points(group, "y")) for group in groups} == {
+        "data parallel": ({"ddp": 4.0, "zero1": 3.0}, {"ddp": 100.0, "zero1": 40.0}),
+        "sharded data": ({"fsdp": 1.0}, {"fsdp": 50.0}),
+    }  # fmt: skip
+    symbols = {name: each for group in groups for name, each in points(group, "symbol", group.marker).items()}
+    assert symbols == {"ddp": "circle", "fsdp": "circle", "zero1": "circle-open"}
+
+
+def test_curves_are_over_steps_and_over_seconds_and_the_worst_difference_is_told() -> None:
+    rows = [row("single", ranks=1), row("ddp"), row("fsdp"), row("local_sgd")]
+    rows[1].loss_difference, rows[2].loss_difference, rows[3].loss_difference = 2e-7, 3e-5, 0.5
+    rows[3].synchronous, rows[3].seconds, rows[3].losses = False, [0.5, 2.5], [5.0, 1.0]
+    losses, pace = charts.losses(results(*rows)), charts.pace(results(*rows))
+    told = {name: (trace.x, trace.y) for name, trace in traces(losses).items()}
+    assert told["ddp"] == ((1, 2), (3.0, 2.0)) and told["local_sgd"] == ((1, 2), (5.0, 1.0))
+    assert losses.caption.endswith("its reference is 3.0e-05 (fsdp).")
+    told = {name: (trace.x, trace.y) for name, trace in traces(pace).items()}
+    assert told["ddp"] == ((1.0, 2.0), (3.0, 2.0)) and told["local_sgd"] == ((0.5, 2.5), (5.0, 1.0))
+    assert pace.figure.layout.shapes[0].x0 == 2.0
+    assert pace.caption.endswith("after 2.0 s (dotted) the loss is single 2.0000; local_sgd 5.0000.")
+
+
+def costly() -> Results:
+    """Of two ranks the second holds and sends more; of three kinds of message one is not foreseen."""
+    kinds = ("parameters", "gradients", "optimizer", "activations", "communication", "other")
+
+    def rank(times: int, *predicted: int | None) -> dict[str, Any]:
+        sizes = zip(kinds, range(1, 7), (*predicted, None, None), strict=True)
+        return {kind: {"most": times * size * 10**6, "predicted": told, "at_peak": 0} for kind, size, told in sizes}
+
+    def sent(axis: str, operation: str, megabytes: float) -> dict[str, Any]:
+        return {"axis": axis, "operation": operation, "calls": 1, "bytes": 1, "wire_bytes": megabytes * 1e6}
+
+    known, unknown = row("3d"), row("ep")
+    known.mesh, known.memory = {"tp": 2, "dp": 2}, [rank(1, 1, 1, 1, 1), rank(3, *(2_000_000,) * 4)]
+    known.traffic = [[sent("dp", "all_reduce", 9)], [sent("dp", "all_reduce", 4), sent("tp", "send", 6)]]
+    known.traffic_predicted = [[sent("dp", "all_reduce", 1)], [sent("dp", "all_reduce", 4), sent("tp", "send", 3)]]
+    unknown.memory, unknown.traffic = [rank(2, 1, 1, 1, None)] * 2, [[sent("ep", "all_to_all", 2)], []]
+    unknown.traffic_predicted = [None, []]
+    alone = row("single", ranks=1)
+    alone.traffic, alone.traffic_predicted = [[]], [[]]
+    return results(alone, known, unknown)
+
+
+def test_memory_is_the_fullest_ranks_and_ticks_are_where_its_kinds_should_end() -> None:
+    """In megabytes, stacked; without a tick where a kind is not foreseen."""
+    found = traces(costs.memory(costly()))
+    for number, kind in enumerate(KINDS, 1):
+        assert points(found[kind]) == {"3d": 3.0 * number, "ep": 2.0 * number}
+    assert found["predicted"].y == ("3d",) * 4 and found["predicted"].x == (2.0, 4.0, 6.0, 8.0)
+
+
+def test_messages_are_the_busiest_ranks_and_the_tick_is_what_the_formulas_add_up_to() -> None:
+    found = traces(costs.messages(costly()))
+    told = {name: points(trace) for name, trace in found.items() if name != "predicted"}
+    assert told == {"dp all_reduce": {"3d": 4.0, "ep": 0.0}, "tp send": {"3d": 6.0, "ep": 0.0},
+                    "ep all_to_all": {"3d": 0.0, "ep": 2.0}}  # fmt: skip
+    assert points(found["predicted"]) == {"3d": 7.0}
+
+
+@pytest.mark.parametrize(("mesh", "kind"), [
+    ({}, "one process"), ({"dp": 2}, "data parallel"), ({"fsdp": 4, "dp": 1}, "sharded data"), ({"tp": 2}, "tensor"),
+    ({"pp": 2, "dp": 1}, "pipeline"), ({"cp": 2}, "context"), ({"ep": 2}, "experts"), ({"dp": 2, "tp": 2}, "composed"),
+    ({"dp": 1}, "one process"),
+])  # fmt: skip
+def test_a_kind_is_that_of_the_axes_with_several_ranks(mesh: dict[str, int], kind: str) -> None:
+    """And each has a colour of its own."""
+    each = row("x")
+    each.mesh = mesh
+    assert family(each)[0] == kind and len({colour for _, colour in FAMILIES.values()}) == len(FAMILIES)
+
+
+def test_what_is_exposed_is_what_nothing_computes_beside() -> None:
+    """In red, in milliseconds from the first bar; a send exposes nobody, nor does a thousandth of a step."""
+
+    def event(rank: int, kind: str, name: str, begin: int, end: int) -> dict[str, Any]:
+        return {"ph": "X", "pid": rank, "cat": kind, "name": name, "ts": 1000 * begin, "dur": 1000 * (end - begin)}
+
+    events = [event(0, "phase", "optimizer", 50, 2050), event(0, "compute", "compute", 50, 100),
+              event(0, "communication", "all_reduce (dp)", 60, 150), event(0, "communication", "all_gather (dp)", 140, 250),
+              event(0, "communication", "send (pp)", 400, 900), event(0, "communication", "all_reduce (dp)", 950, 951),
+              event(1, "compute", "compute", 50, 2050), event(1, "communication", "all_reduce (dp)", 70, 170),
+              {"ph": "M", "pid": 0, "name": "process_name"}]  # fmt: skip
+    each = row("ddp")
+    each.exposed_share, each.bubble = 0.0755, {"measured": 0.25, "theory": 0.2}
+    chart = step.gantt(events, each)
+    red = traces(chart)["exposed communication"]
+    assert (red.base, red.x) == ((50.0,), (150.0,)) and len(red.y) == 1
+    reduced = traces(chart)["all_reduce"]
+    assert sorted(zip(reduced.base, reduced.x, strict=True)) == [(10.0, 90.0), (20.0, 100.0), (900.0, 1.0)]
+    assert "is 8% of the step" in chart.caption and "bubble is 25.0%, 20.0% in theory" in chart.caption

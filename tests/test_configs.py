@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+import json
+from contextlib import ExitStack
+from functools import partial
+from importlib import import_module
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -11,14 +16,33 @@ from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 from torch import nn
 
+from dtrain.checkpoint import Checkpoints
 from dtrain.config import checked, make, register
 from dtrain.data.base import Data
 from dtrain.data.sources import Source
 from dtrain.data.tokenizer import Tokenizer
+from dtrain.launch import World
 from dtrain.plan import Plan
 from dtrain.precision import Precision
 from dtrain.report.base import Logger
-from dtrain.strategy.base import Strategy
+from dtrain.run import run
+from dtrain.strategy.accelerate import AccelerateDDP, AccelerateDeepSpeed, AccelerateFSDP, AccelerateLocalSGD
+from dtrain.strategy.allreduce import AllReduce
+from dtrain.strategy.base import REST, Strategy
+from dtrain.strategy.context import Context
+from dtrain.strategy.ddp import DDP
+from dtrain.strategy.deepspeed import DeepSpeed
+from dtrain.strategy.deepspeed_autotp import AutoTP
+from dtrain.strategy.deepspeed_pipeline import DeepSpeedPipeline
+from dtrain.strategy.deepspeed_ulysses import DeepSpeedUlysses
+from dtrain.strategy.expert import Expert
+from dtrain.strategy.fsdp import FSDP
+from dtrain.strategy.local_sgd import LocalSGD
+from dtrain.strategy.parameter_server import ParameterServer
+from dtrain.strategy.pipeline import Pipeline
+from dtrain.strategy.replicate import Replicate
+from dtrain.strategy.tensor import TensorParallel
+from dtrain.strategy.zero1 import Zero1
 
 CONFIGS = Path(__file__).parent.parent / "configs"
 NEEDED = {
@@ -124,3 +148,212 @@ def test_every_key_of_the_main_yaml_has_a_comment() -> None:
     lines = (CONFIGS / "train.yaml").read_text().split("\n\n", 1)[1].splitlines()
     keys = [line for line in lines if line.strip() and not line.endswith(":")]
     assert all("  # " in line for line in keys)
+
+
+# What a name promises
+
+
+PIPELINE = partial(Pipeline, schedule="1f1b", micro_batches=None, stages_per_rank=1, split=None)
+SHARDED = partial(FSDP, reshard_after_forward=True, reduce_each=False, cpu_offload=False)
+SPLIT = partial(TensorParallel, sequence_parallel=False, loss_parallel=True)
+SLICED = partial(Context, method="ring", balanced=True)
+LOCAL = partial(LocalSGD, every=8, nesterov=True, fragments=1, delay=0, mixing=0.5)
+BUCKETS = {"reduce_bucket_size": 50_000_000}
+
+
+def zero(stage: int, **settings: int) -> DeepSpeed:
+    return DeepSpeed(REST, {"zero_optimization": {"stage": stage, **settings}})
+
+
+# Each as its name and its paper have it, outermost axis first. Of composed ones the inner axes have two ranks.
+STRATEGIES: dict[str, list[Strategy]] = {
+    "single": [], "ddp": [DDP(REST, 25.0)], "replicate": [Replicate(REST)], "allreduce": [AllReduce(REST)],
+    "zero1": [Zero1(REST)],
+    "zero2": [SHARDED(REST, reshard_after_forward=False)], "fsdp": [SHARDED(REST)],  # Rajbhandari et al. 2019: stages 2, 3
+    "hsdp": [Replicate(REST), SHARDED(REST)],
+    "tensor": [SPLIT(REST)], "tensor_sequence": [SPLIT(REST, sequence_parallel=True)],
+    "pipeline": [PIPELINE(REST)], "context": [SLICED(REST)], "expert": [Expert(REST)],
+    "ddp_tensor": [Replicate(REST), SPLIT(2)], "fsdp_tensor": [SHARDED(REST), SPLIT(2)],
+    "fsdp_context": [SHARDED(REST), SLICED(2)], "hsdp_tensor": [Replicate(REST), SHARDED(REST), SPLIT(2)],
+    "pipeline_fsdp": [PIPELINE(2), SHARDED(REST)], "pipeline_tensor": [PIPELINE(2), SPLIT(REST)],
+    "3d": [PIPELINE(2), SHARDED(REST), SPLIT(2)], "4d": [PIPELINE(2), SHARDED(REST), SLICED(2), SPLIT(2)],
+    "moe_fsdp": [Expert(2), SHARDED(REST)],
+    "local_sgd": [LOCAL(REST, outer_lr=1.0, outer_momentum=0.0)],  # Stich 2018: a plain mean
+    "diloco": [LOCAL(REST, outer_lr=0.7, outer_momentum=0.9)],  # Douillard et al. 2023, section 2
+    "parameter_server": [ParameterServer(REST, mode="async", max_staleness=4, servers=1, divide_by_staleness=False,
+                                         compression="none", keep=0.01, rank=2, restarts=3)],
+    "accelerate_ddp": [AccelerateDDP(REST, 25.0, {})], "accelerate_local_sgd": [AccelerateLocalSGD(REST, 8)],
+    "accelerate_fsdp": [AccelerateFSDP(REST, reshard_after_forward=True, plugin={}, parallelism={})],
+    "accelerate_deepspeed": [AccelerateDeepSpeed(REST, zero(2, **BUCKETS).settings)],
+    "deepspeed_zero0": [zero(0)], "deepspeed_zero1": [zero(1, **BUCKETS)], "deepspeed_zero2": [zero(2, **BUCKETS)],
+    "deepspeed_zero3": [zero(3, **BUCKETS, stage3_param_persistence_threshold=0, stage3_prefetch_bucket_size=0,
+                             stage3_max_reuse_distance=0)],
+    "deepspeed_autotp": [zero(1, **BUCKETS), AutoTP(2)],
+    "deepspeed_pipeline": [DeepSpeedPipeline(2, micro_batches=None, split=None), zero(1, **BUCKETS)],
+    "deepspeed_ulysses": [zero(1, **BUCKETS), DeepSpeedUlysses(2)],
+}  # fmt: skip
+
+
+def option_of(group: str, name: str) -> Any:
+    """What a group's option says, after those that it names as its defaults."""
+    own = OmegaConf.load(CONFIGS / group / f"{name}.yaml")
+    before = [option_of(group, each) for each in own.pop("defaults", []) if each != "_self_"]
+    return OmegaConf.merge(*before, own)
+
+
+def test_a_strategys_name_says_what_is_built() -> None:
+    """Class by class, with all that each was given."""
+    assert options("strategy") == sorted(STRATEGIES)
+    for name, expected in STRATEGIES.items():
+        nodes = OmegaConf.to_container(option_of("strategy", name))
+        made = [make(node, Strategy, f"strategy.{axis}") for axis, node in nodes.items()]  # type: ignore[union-attr]
+        assert [(type(each), vars(each)) for each in made] == [(type(each), vars(each)) for each in expected], name
+
+
+# (Brown et al. 2020, appendix B), (Radford et al. 2015, section 4: little momentum), plain.
+OPTIMIZERS: dict[str, tuple[type, dict[str, Any]]] = {
+    "adamw": (torch.optim.AdamW, {"lr": 1e-3, "betas": (0.9, 0.95), "eps": 1e-8, "weight_decay": 0.1, "fused": True}),
+    "adam_gan": (torch.optim.AdamW, {"lr": 5e-4, "betas": (0.5, 0.99), "eps": 1e-8, "weight_decay": 0, "fused": True}),
+    "sgd": (torch.optim.SGD, {"lr": 0.1, "momentum": 0, "weight_decay": 0, "nesterov": False, "dampening": 0}),
+}
+FORMATS = {"fp32": ("fp32", torch.float32, torch.float32), "bf16": ("bf16", torch.float32, torch.float32),
+           "bf16_pure": ("bf16", torch.bfloat16, torch.bfloat16), "fp64": ("fp64", torch.float64, torch.float64)}  # fmt: skip
+
+
+def test_an_optimizers_and_a_precisions_name_say_what_they_are() -> None:
+    """As the papers have them; a mean of squares is never shorter than that of gradients."""
+    assert (options("optimizer"), options("precision")) == (sorted(OPTIMIZERS), sorted(FORMATS))
+    for name, (kind, settings) in OPTIMIZERS.items():
+        node = OmegaConf.to_container(option_of("optimizer", name))
+        made = make(node, torch.optim.Optimizer, "optimizer", params=[nn.Parameter(torch.zeros(2))])  # type: ignore[arg-type]
+        (group,) = made.param_groups
+        found = {key: tuple(value) if isinstance(value, list) else value for key, value in group.items()}
+        assert type(made) is kind and {key: found[key] for key in settings} == settings
+        assert "betas" not in found or found["betas"][0] < found["betas"][1]
+    for name, formats in FORMATS.items():
+        node = option_of("precision", name)
+        precision = Precision(compute=node.dtype, **node.precision)
+        assert (precision.compute, precision.weights_dtype, precision.reduce_dtype) == formats
+
+
+GPT2 = {"vocab_size": 50257, "context": 1024, "norm": "layernorm", "norm_eps": 1e-5, "norm_first": True,
+        "activation": "gelu_tanh", "position": "learned", "tied": True, "bias": True, "n_kv_heads": None, "d_ff": None,
+        "n_experts": 0, "causal": True, "segments": 0, "head_transform": False, "outputs": None, "dropout": 0.0}  # fmt: skip
+LLAMA = GPT2 | {"vocab_size": 128256, "context": 8192, "norm": "rmsnorm", "activation": "swiglu", "position": "rotary",
+                "rope_theta": 500_000.0, "tied": False, "bias": False, "n_kv_heads": 8}  # fmt: skip
+
+
+def sized(model: dict[str, Any], layers: int, heads: int, width: int, **more: Any) -> dict[str, Any]:
+    return model | {"n_layers": layers, "n_heads": heads, "d_model": width, **more}
+
+
+MODELS = {
+    # Radford et al. 2019, table 2; epsilon, activation and heads of its code (openai/gpt-2).
+    "gpt2": sized(GPT2, 12, 12, 768), "medium": sized(GPT2, 24, 16, 1024), "large": sized(GPT2, 36, 20, 1280),
+    "xl": sized(GPT2, 48, 25, 1600),
+    "gpt3_175b": sized(GPT2, 96, 96, 12288, context=2048),  # Brown et al. 2020, table 2.1
+    # Dubey et al. 2024, table 3; epsilon of its code (meta-llama/llama3).
+    "llama_8b": sized(LLAMA, 32, 32, 4096, d_ff=14336), "llama_70b": sized(LLAMA, 80, 64, 8192, d_ff=28672),
+    # Jiang et al. 2024, table 1; rotary base and the balance loss's weight of its published configuration.
+    "mixtral_8x7b": sized(LLAMA, 32, 32, 4096, d_ff=14336, vocab_size=32000, context=32768, rope_theta=1e6, n_experts=8,
+                          top_k=2, capacity_factor=None, balance="loss", balance_rate=0.02),
+}  # fmt: skip
+
+
+def test_a_published_model_has_its_published_settings() -> None:
+    """All that its weights would need, and heads of a width that they share."""
+    assert set(MODELS) == set(PUBLISHED) | {"gpt3_175b"}
+    for name, published in MODELS.items():
+        node = option_of("model", name)
+        assert {key: node[key] for key in published} == published, name
+        assert node.d_model % node.n_heads == 0 and node.d_model // node.n_heads in (64, 80, 128)
+
+
+# What a setting reaches
+
+
+REACHES: dict[str, Any] = {
+    "steps": 3, "seed": 11, "global_batch_size": 6, "micro_batch_size": 2, "seq_len": 12, "clip_norm": 0.125,
+    "activation_checkpointing": True, "eval.every": 2, "eval.batches": 5, "checkpoint.every": 1, "checkpoint.keep_last": 9,
+    "checkpoint.asynchronous": True, "schedule.warmup_steps": 7, "schedule.final_ratio": 0.375, "measure.warmup_steps": 4,
+    "measure.peak_flops": 8e9, "straggler.rank": 0, "straggler.factor": 1.0625, "launch.threads": 1, "launch.timeout_s": 77.0,
+    "dtype": "bf16", "precision.weights": "bf16", "optimizer.lr": 0.03125, "optimizer.betas": [0.25, 0.5],
+    "model.dropout": 0.4375, "data.validation_fraction": 0.1875,
+}  # fmt: skip
+SEEN_BY = {  # what cannot be changed in a run of one process on a CPU, or ends it, and the tests that change it
+    "device": "test_cli: device=cuda is refused without GPUs", "compile": "test_cli, test_exact",
+    "profile": "test_instruments", "resume": "test_cli", "init_from": "test_tasks", "checkpoint.fallback": "test_cli",
+    "fault.rank": "test_instruments", "fault.step": "test_instruments", "launch.nproc": "test_cli", "launch.port": "test_cli",
+}  # fmt: skip
+
+
+def reached(folder: Path, overrides: list[str]) -> dict[str, Any]:
+    """What a run has given to those that act by it, key for key."""
+    config = composed(
+        "model=tiny", "data=files", f"data.source.path={folder}/text", f"data.cache={folder}/cache", *overrides
+    )
+    config.logger = {"files": {"_target_": "dtrain.report.files.Files"}}
+    with ExitStack() as stack:
+
+        def seen(where: str) -> mock.Mock:
+            module, _, name = where.rpartition(".")
+            wrapped = mock.Mock(wraps=getattr(import_module(module), name))
+            return stack.enter_context(mock.patch(where, wrapped))
+
+        names = ("Trainer", "Checkpoints", "Watch", "connected", "slowed", "take_weights")
+        trainer, checkpoints, watch, connected, slowed, taken = (seen(f"dtrain.run.{name}") for name in names)
+        meter = seen("dtrain.figures.Meter")
+        save = stack.enter_context(mock.patch.object(Checkpoints, "save"))
+        run(checked(config), World(), folder / "run", "single")
+    task, plan, _, settings, _ = trainer.call_args.args
+    made, job = taken.call_args.args[:2]
+    batch, straggler, optimizer = task.batch(0)["tokens"], slowed.call_args.args[0], made.optimizers["model"]
+    lines = [json.loads(line) for line in (folder / "run" / "metrics.jsonl").read_text().splitlines()]
+    return {
+        "steps": settings.steps, "seed": settings.seed, "global_batch_size": len(batch), "seq_len": batch.shape[1],
+        "micro_batch_size": settings.micro_batch_size, "clip_norm": plan.clip_norm,
+        "activation_checkpointing": plan.recompute, "eval.batches": len(list(task.validation())),
+        "eval.every": [line["step"] for line in lines if "val_loss" in line],
+        "checkpoint.every": [call.args[0] for call in save.call_args_list],
+        "checkpoint.keep_last": checkpoints.call_args.kwargs["keep_last"],
+        "checkpoint.asynchronous": checkpoints.call_args.kwargs["asynchronous"],
+        "schedule.warmup_steps": settings.warmup_steps, "schedule.final_ratio": settings.final_ratio,
+        "measure.warmup_steps": meter.call_args.kwargs["warmup_steps"],
+        "measure.peak_flops": meter.call_args.kwargs["peak_flops"],
+        "straggler.rank": straggler.rank, "straggler.factor": straggler.factor,
+        "launch.threads": connected.call_args.kwargs["threads"],
+        "launch.timeout_s": (connected.call_args.kwargs["timeout_s"], watch.call_args.args[1]),
+        "dtype": plan.precision.compute, "precision.weights": plan.precision.weights,
+        "optimizer.lr": optimizer.defaults["lr"], "optimizer.betas": list(optimizer.defaults["betas"]),
+        "model.dropout": made.models["model"].blocks["0"].attention.core.dropout,
+        "data.validation_fraction": job.data.validation_fraction,
+    }  # fmt: skip
+
+
+def test_every_setting_reaches_what_acts_by_it(tmp_path: Path) -> None:
+    """All changed at once, to values of which no two are alike, in one run of two updates."""
+    (tmp_path / "text").mkdir()
+    for number in range(60):
+        (tmp_path / "text" / f"{number}.txt").write_text(f"document {number}: " + "words and words " * 9)
+    default = composed("model=tiny")
+    assert not [key for key, value in REACHES.items() if OmegaConf.select(default, key) == value]
+    found = reached(tmp_path, [f"{key}={value}" for key, value in REACHES.items()])
+    timeout = REACHES["launch.timeout_s"]
+    seen = {"eval.every": [2, 3], "checkpoint.every": [1, 2, 3], "launch.timeout_s": (timeout, timeout)}
+    assert found == REACHES | seen
+
+
+def test_no_setting_is_left_out() -> None:
+    """Of train.yaml and of launch: each is in the test above, or in one that is named."""
+    own = OmegaConf.load(CONFIGS / "train.yaml")
+    keys = {key for key, value in own.items() if not OmegaConf.is_config(value)}
+    keys |= {
+        f"{group}.{key}"
+        for group, node in own.items()
+        if group != "defaults" and OmegaConf.is_config(node)
+        for key in node
+    }
+    keys |= {f"launch.{key}" for key in OmegaConf.load(CONFIGS / "launch" / "local.yaml")}
+    groups = ("dtype", "precision", "optimizer", "model", "data")
+    assert {key for key in REACHES if key.split(".")[0] not in groups} | set(SEEN_BY) == keys
+    assert not REACHES.keys() & SEEN_BY.keys()

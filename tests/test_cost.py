@@ -178,7 +178,22 @@ def _beside(axis: str, rank: int, plan: Plan) -> tuple[int, ...]:
     return tuple(coordinate for name, coordinate in place(plan.degrees, rank).items() if name != axis)
 
 
-@pytest.mark.parametrize("case", cases().values(), ids=cases())
+QUICK = ("ddp_small_buckets, micro-batches", "replicate", "allreduce, bf16", "zero1", "fsdp, micro-batches", "fsdp_reduce_each",
+         "zero2, micro-batches", "hsdp", "tensor, micro-batches", "tensor_sequence", "tensor_gathered_logits, micro-batches",
+         "ring, micro-batches", "ulysses_sequence, micro-batches", "fsdp_tensor, recomputed", "zero1_tensor, micro-batches",
+         "fsdp_context", "expert, micro-batches", "moe_fsdp", "1f1b", "zbv fsdp", "gpipe", "interleaved_1f1b", "looped_bfs fsdp",
+         "1f1b sequence", "zero2 gan", "tensor gan", "ring, autocast", "single")  # fmt: skip
+
+
+def marked() -> list[Any]:
+    found = cases()
+    assert found.keys() >= set(QUICK)
+    return [
+        pytest.param(case, id=name, marks=[] if name in QUICK else pytest.mark.deep) for name, case in found.items()
+    ]
+
+
+@pytest.mark.parametrize("case", marked())
 def test_predicted_is_measured(case: Case, world) -> None:
     """All but activations to the byte; those as nearly as kernels keep what formulas say."""
     compare(case, world(case.ranks).run(measured, case))
@@ -200,7 +215,7 @@ def compare(case: Case, costs: list[Cost]) -> None:
         assert all(abs(ratio - 1) < tolerance for ratio in ratios), ratios
 
 
-@pytest.mark.slow
+@pytest.mark.deep
 @pytest.mark.parametrize("strategies", [(partial(Pipeline, 2), FSDP, partial(TensorParallel, 2)),
                                         (partial(Replicate, 2), FSDP, partial(TensorParallel, 2))], ids=["3d", "hsdp_tensor"])  # fmt: skip
 def test_predicted_is_measured_on_eight_ranks(strategies: tuple[Callable[..., Strategy], ...], world) -> None:

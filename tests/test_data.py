@@ -2,17 +2,27 @@ from __future__ import annotations
 
 import json
 import multiprocessing
+import os
+from collections.abc import Iterator
+from itertools import product
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from test_configs import NEEDED, composed
 
+from dtrain.config import make
+from dtrain.data.features import Features
 from dtrain.data.prepare import clean, prepare
-from dtrain.data.sources import Files, HuggingFace, StandardLibrary
-from dtrain.data.tokenizer import BPE, Bytes
+from dtrain.data.rows import Rows
+from dtrain.data.sources import Files, HuggingFace, Source, Squad, StandardLibrary
+from dtrain.data.tokenizer import BPE, Bytes, FromFile, Tokenizer
 from dtrain.data.windows import Windows
+from dtrain.draw import generator
 
 
 def corpus(tmp_path: Path, path: Path | str, tokenizer=None, cache: str = "cache", **options):
@@ -162,7 +172,8 @@ def test_bpe_round_trips_and_is_shorter(tmp_path: Path) -> None:
 
 @given(st.text(max_size=50))
 def test_bytes_round_trip(text: str) -> None:
-    text = text.replace("\0", "")
+    """Of cleaned text, which has none of the bytes that mark things."""
+    text = clean(text)
     assert Bytes().decode(Bytes().encode(text)) == text
 
 
@@ -187,3 +198,134 @@ def test_a_sweep_covers_the_data_evenly() -> None:
     assert sum(len(batch) for batch in windows.sweep(9, 4)) == 10
     with pytest.raises(ValueError, match="9 tokens are fewer than one sequence of seq_len=9 needs"):
         Windows(np.arange(9, dtype=np.uint16), seq_len=9, seed=0)
+
+
+class FilesOfRows(Source):
+    """Forty files of ten rows each, as all kinds of labelled data have them."""
+
+    def describe(self) -> dict[str, Any]:
+        return {"kind": "made up"}
+
+    def rows(self) -> Iterator[tuple[str, dict[str, Any]]]:
+        for number in range(400):
+            yield f"row {number}", {"file": f"{number // 10}.py", "text": f"text {number}", "label": str(number % 3)}
+
+
+@pytest.mark.parametrize(("name", "grouped"), [
+    ("functions", True), ("docstrings", True), ("questions", True), ("squad", True), ("rows", False), ("hub_rows", False),
+])  # fmt: skip
+def test_what_is_held_out_is_of_other_files_than_what_is_trained_on(name: str, grouped: bool) -> None:
+    """Where rows of one file are alike; one's own rows stand by themselves unless `data.group` says more."""
+    held_out: list[list[str]] = []
+    for group in ([], ["data.group=file"]):
+        data = make(
+            composed(f"data={name}", *NEEDED.get(name, []), *group).data, Rows, "data", parts=(Source, Tokenizer)
+        )
+        data.source = FilesOfRows()
+        data.prepare(lambda what, done: None)
+        sides = [{row["file"] for _, row in data.split[side]} for side in ("train", "validation")]
+        assert bool(sides[0] & sides[1]) == (not grouped and not group)
+        assert len(list(data.all())) == 400 and 0.1 < len(data.split["validation"]) / 400 < 0.3
+        held_out.append([where for where, _ in data.split["validation"]])
+    assert (held_out[0] == held_out[1]) == grouped
+
+
+def test_features_are_the_hidden_layer_from_which_the_classifier_tells_the_classes() -> None:
+    """What scikit-learn's own last layer makes of them are its own probabilities; the same each time."""
+    generator = torch.Generator().manual_seed(3)
+    labels = torch.arange(240) % 3
+    values = torch.randn(240, 1, 2, 3, generator=generator, dtype=torch.float64)
+    values[torch.arange(240), 0, 0, labels] += 5
+    found = Features(values, labels)
+    hidden = found(values)
+    assert hidden.shape == (240, Features.WIDTH) and hidden.dtype == torch.float64
+    weight, bias = (torch.as_tensor(part[1]) for part in (found.model.coefs_, found.model.intercepts_))
+    logits = hidden @ weight + bias
+    expected = torch.as_tensor(found.model.predict_proba(values.flatten(1).numpy()))
+    assert torch.allclose(logits.softmax(1), expected, rtol=1e-9, atol=1e-12)
+    assert (expected.argmax(1) == labels).double().mean() > 0.9
+    assert torch.equal(Features(values, labels)(values), hidden)
+    with pytest.raises(ValueError, match="without two classes"):
+        Features(values, torch.zeros(240))
+
+
+# What a cache may answer
+
+
+SETTINGS = {
+    "one": {},
+    "another share held out": {"validation_fraction": 0.3},
+    "another tokenizer": {"tokenizer": lambda: BPE(300)},
+    "a larger tokenizer": {"tokenizer": lambda: BPE(310)},
+    "another field": {"field": "other"},
+    "another file": {"file": "second"},
+}
+
+
+def test_a_cache_answers_as_if_it_were_new(tmp_path: Path) -> None:
+    """Whatever else is in it: each setting that decides the tokens tells corpora apart."""
+    texts, others = TEXTS[:30], [text.upper() for text in TEXTS[:30]]
+    for name, chosen in (("first", texts), ("second", texts[5:])):
+        rows = [{"text": t, "other": o} for t, o in zip(chosen, others, strict=False)]
+        (tmp_path / f"{name}.jsonl").write_text("\n".join(map(json.dumps, rows)))
+
+    def found(cache: str, tokenizer=Bytes, file="first", field="text", **options) -> list[bytes]:
+        source = Files(str(tmp_path / f"{file}.jsonl"), field=field)
+        made = prepare("test", source, tokenizer(), tmp_path / cache, **options)
+        return [made.tokens(split).tobytes() for split in ("train", "validation")]
+
+    alone = {name: found(f"cache of {name}", **options) for name, options in SETTINGS.items()}
+    for _ in range(2):  # the second time all of them are there
+        assert {name: found("shared", **options) for name, options in SETTINGS.items()} == alone
+    assert len({b"|".join(sides) for sides in alone.values()}) == len(SETTINGS)
+
+
+@pytest.mark.parametrize("kind", ["text", "squad"])
+def test_a_file_that_was_edited_is_read_again(kind: str, tmp_path: Path) -> None:
+    """Also where a correction has left its length as it was."""
+    file = tmp_path / ("one.txt" if kind == "text" else "one.json")
+    source = Files(str(file)) if kind == "text" else Squad(str(file))
+    source.field = "text" if kind == "text" else "context"
+    found = []
+    for second, word in enumerate(("teh", "the", "thy")):
+        text = f"{word} same length\n" * 50
+        asked = [{"question": "?", "answers": [{"text": word, "answer_start": 0}]}]
+        article = {"paragraphs": [{"context": text, "qas": asked}]}
+        file.write_text(text if kind == "text" else json.dumps({"data": [article]}))
+        os.utime(file, (1e9 + second, 1e9 + second))
+        made = prepare("test", source, Bytes(), tmp_path / "cache")
+        found.append(b"".join(bytes(made.tokens(split)) for split in ("train", "validation")))
+        assert found[-1] == text.encode() + b"\0"
+
+
+# Tokens and chances
+
+
+def test_a_tokenizer_of_transformers_adds_no_marks_of_its_own(tmp_path: Path) -> None:
+    """Those are the task's to set: a text is its tokens, and two texts' are those of each."""
+    from tokenizers import Tokenizer, models, pre_tokenizers, processors
+
+    words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "the", "play", "."]
+    made = Tokenizer(models.WordPiece({word: i for i, word in enumerate(words)}, unk_token="[UNK]"))
+    made.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+    made.post_processor = processors.TemplateProcessing(
+        single="[CLS] $A [SEP]", special_tokens=[("[CLS]", 2), ("[SEP]", 3)]
+    )
+    made.save(str(tmp_path / "tokenizer.json"))
+    assert made.encode("the play.").ids == [2, 5, 6, 7, 3]  # as BERT's own pipeline wants it
+    found = FromFile(str(tmp_path), len(words))
+    assert found.encode("the play.").tolist() == [5, 6, 7] and found.encode("").tolist() == []
+    apart = [*found.encode("the").tolist(), *found.encode(" play.").tolist()]
+    assert found.encode("the play.").tolist() == apart
+
+
+def test_no_two_purposes_draw_alike() -> None:
+    """Each seed, word, step and sample has a stream of its own, and the same at every call."""
+    seeds = (0, 1, 11)
+    purposes = [*product(seeds, ("augment", "mixup"), range(25), range(25))]
+    purposes += [*product(seeds, ("augment", "1"), range(125))]
+    streams = {purpose: generator(*purpose).initial_seed() for purpose in purposes}
+    assert len(set(streams.values())) == len(streams) == len(purposes)
+    first, again = (torch.rand(9, generator=generator(1, "augment", 1, 11)) for _ in range(2))
+    assert torch.equal(first, again)
+    assert not torch.equal(first, torch.rand(9, generator=generator(1, "augment", 11, 1)))

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import math
+import os
 import subprocess
 import sys
+import time
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -17,7 +19,9 @@ from cases import STRATEGIES, Case, Outcome, assert_all_equal, refusal, train
 from test_checkpoint import _train
 from test_cost import Case as Costed
 from test_cost import Other, measured, predicted
+from torch.utils.cpp_extension import _get_build_directory
 
+from dtrain.engine import fresh
 from dtrain.plan import Plan
 from dtrain.precision import Precision
 from dtrain.strategy.deepspeed import DeepSpeed
@@ -29,6 +33,13 @@ from dtrain.strategy.fsdp import FSDP
 pytest.importorskip("deepspeed", reason="the extra dtrain[deepspeed] is not installed")
 
 TOLERANCE = 1e-5  # relative, in fp32
+
+
+@pytest.fixture
+def world(worlds_with_engines):
+    return worlds_with_engines
+
+
 FREED = {"stage3_param_persistence_threshold": 0, "stage3_prefetch_bucket_size": 0, "stage3_max_reuse_distance": 0}
 
 
@@ -77,9 +88,26 @@ def reference(case: Case, known: dict[Case, Outcome], world) -> Outcome:
     return known[plain]
 
 
-@pytest.mark.parametrize("name", PLANS)
+@pytest.mark.parametrize("name", ["zero0", "zero1", "zero2", "zero3"])
 def test_every_stage_equals_one_process(name: str, world, single) -> None:
-    """Losses, norms, metrics, weights and states; two tasks, three ranks, micro-batches, clipping that cuts."""
+    """Losses, norms, metrics, weights and states; three ranks, micro-batches, clipping that cuts."""
+    case = Case("masked_token", f"deepspeed {name}", "fp32", clip_norm=0.05, micro_batch_size=2, steps=4)
+    check(replace(case, recompute=name != "zero0"), 3, single, world)
+
+
+def check(case: Case, size: int, single: dict[Case, Outcome], world) -> None:
+    """All but the gradients, which are the engine's, and gone when it has stepped."""
+    expected = reference(case, single, world)
+    found = world(size).run(trained, case, size)
+    for each in found:
+        each.gradients = expected.gradients
+    assert_all_equal(found, expected, TOLERANCE)
+
+
+@pytest.mark.deep
+@pytest.mark.parametrize("name", PLANS)
+def test_every_stage_equals_one_process_for_long(name: str, world, single) -> None:
+    """The same of two tasks, and of variants of the stages."""
     cases = [Case("next_token", f"deepspeed {name}", "fp32", micro_batch_size=2),
              Case("masked_token", f"deepspeed {name}", "fp32")]  # fmt: skip
     if name in ("zero1", "zero2", "zero3"):
@@ -89,44 +117,42 @@ def test_every_stage_equals_one_process(name: str, world, single) -> None:
             )
         ]
     for case in cases:
-        expected = reference(case, single, world)
-        found = world(3).run(trained, case, 3)
-        for each in found:
-            each.gradients = expected.gradients  # which are the engine's, and gone when it has stepped
-        assert_all_equal(found, expected, TOLERANCE)
+        check(case, 3, single, world)
 
 
 HEADS = (("n_kv_heads", 6), ("activation", "swiglu"))  # that share keys
 
 
-@pytest.mark.parametrize(("name", "size"), [
+OTHERS = [
     ("autotp zero1", 4), ("autotp zero2", 2), ("autotp zero3", 2),
     ("sequences zero0", 2), ("sequences zero1", 4), ("sequences zero2", 2), ("sequences zero3", 2),
+]  # fmt: skip
+QUICK = ("autotp zero1", "sequences zero2")
+
+
+@pytest.mark.parametrize(("name", "size"), [
+    pytest.param(*each, marks=[] if each[0] in QUICK else pytest.mark.deep) for each in OTHERS
 ])  # fmt: skip
 def test_its_other_axes_equal_one_process(name: str, size: int, world, single) -> None:
     """Two ranks of tp or cp, alone and beside two of dp; clipping that cuts."""
-    case = Case("masked_token", name, "fp32", clip_norm=0.05, micro_batch_size=3, steps=8, model=HEADS)
-    expected = reference(case, single, world)
-    found = world(size).run(trained, case, size)
-    for each in found:
-        each.gradients = expected.gradients
-    assert_all_equal(found, expected, TOLERANCE)
+    steps = 4 if name in QUICK else 8
+    case = Case("masked_token", name, "fp32", clip_norm=0.05, micro_batch_size=3, steps=steps, model=HEADS)
+    check(case, size, single, world)
 
 
-@pytest.mark.parametrize(("name", "size"), [("pipeline", 2), ("pipeline", 3), ("pipeline dp", 4)])
-def test_its_pipeline_equals_one_process(name: str, size: int, world, single) -> None:
+@pytest.mark.parametrize(("name", "size", "tied"), [
+    ("pipeline", 3, True), ("pipeline dp", 4, False),
+    *(pytest.param(*each, marks=pytest.mark.deep) for each in [
+        ("pipeline", 2, True), ("pipeline", 2, False), ("pipeline", 3, False), ("pipeline dp", 4, True)]),
+])  # fmt: skip
+def test_its_pipeline_equals_one_process(name: str, size: int, tied: bool, world, single) -> None:
     """A tied matrix on both ends, uneven stages, clipping that cuts; and an untied one."""
-    for more in ((), (("tied", False),)):
-        case = Case("masked_token", name, "fp32", clip_norm=0.05, steps=8, model=(("n_layers", 4), *more))
-        expected = reference(case, single, world)
-        found = world(size).run(trained, case, size)
-        for each in found:
-            each.gradients = expected.gradients
-        assert_all_equal(found, expected, TOLERANCE)
+    model = (("n_layers", 4), ("tied", tied))
+    check(Case("masked_token", name, "fp32", clip_norm=0.05, steps=4, model=model), size, single, world)
 
 
 def test_a_gan_has_two_engines(world, single) -> None:
-    case = Case("gan", "deepspeed zero1", "fp32")
+    case = Case("gan", "deepspeed zero1", "fp32", steps=4)
     found = world(2).run(trained, case, 2)
     expected = reference(case, single, world)
     for each in found:
@@ -134,9 +160,9 @@ def test_a_gan_has_two_engines(world, single) -> None:
         assert each.norms == pytest.approx(expected.norms, rel=TOLERANCE)
 
 
-@pytest.mark.parametrize("stage", [1, 2, 3])
+@pytest.mark.parametrize("stage", [2, *(pytest.param(stage, marks=pytest.mark.deep) for stage in (1, 3))])
 def test_bf16_drifts_as_little_as_ours(stage: int, world, single) -> None:
-    case = Case("next_token", f"deepspeed zero{stage}", "bf16")
+    case = Case("next_token", f"deepspeed zero{stage}", "bf16", steps=8)
     ours = world(2).run(trained, replace(case, strategy="fsdp"), 2)[0]
     theirs = world(2).run(trained, case, 2)[0]
     exact = reference(replace(case, dtype="fp32"), single, world)
@@ -157,7 +183,7 @@ def in_fp16(case: Case, size: int, stage: int, scale_power: int) -> Outcome:
         return train(case, size)
 
 
-@pytest.mark.parametrize("stage", [1, 2, 3])
+@pytest.mark.parametrize("stage", [3, *(pytest.param(stage, marks=pytest.mark.deep) for stage in (1, 2))])
 def test_fp16_leaves_out_the_steps_that_do_not_fit(stage: int, world, single) -> None:
     """With a scale that fits it follows fp32; with one that is too large, steps change nothing until it is halved."""
     case = Case("next_token", "fp16", "fp32", clip_norm=0.5, steps=12)
@@ -173,11 +199,14 @@ def test_fp16_leaves_out_the_steps_that_do_not_fit(stage: int, world, single) ->
         assert {float(t) for name, t in late.weights.items() if name.endswith(".step")} == {12.0 - left_out}
 
 
-def test_what_either_saves_the_other_resumes(world, tmp_path: Path) -> None:
+SAVERS = [("deepspeed zero3", 3), ("fsdp", 2), ("deepspeed zero1", 2), ("deepspeed zero0", 3), ("deepspeed zero2", 3),
+          ("deepspeed zero3, defaults", 2), ("deepspeed zero2, offload", 2), ("autotp zero3", 4), ("autotp zero1", 2),
+          ("pipeline", 2), ("pipeline dp", 4)]  # fmt: skip
+
+
+@pytest.mark.parametrize("plans", [SAVERS[:3], pytest.param(SAVERS, marks=pytest.mark.deep)], ids=["three", "all"])
+def test_what_either_saves_the_other_resumes(plans: list[tuple[str, int]], world, tmp_path: Path) -> None:
     """DeepSpeed's stage 3 under native fsdp and back, and every stage under every other, on other numbers of ranks."""
-    plans = [("deepspeed zero3", 3), ("fsdp", 2), ("deepspeed zero1", 2), ("deepspeed zero0", 3), ("deepspeed zero2", 3),
-             ("deepspeed zero3, defaults", 2), ("deepspeed zero2, offload", 2), ("autotp zero3", 4), ("autotp zero1", 2),
-             ("pipeline", 2), ("pipeline dp", 4)]  # fmt: skip
     cases = {name: Case("next_token", name, "fp32", steps=8) for name, _ in plans}
     for number, (saver, size) in enumerate(plans):
         folder = str(tmp_path / f"{saver}-{size}")
@@ -195,7 +224,10 @@ COSTS = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("case", COSTS.values(), ids=COSTS)
+@pytest.mark.parametrize("case", [
+    pytest.param(case, id=name, marks=[] if name in ("zero1", "zero2, micro-batches", "zero3", "zero3, bf16") else pytest.mark.deep)
+    for name, case in COSTS.items()
+])  # fmt: skip
 def test_messages_and_memory_are_as_told(case: Costed, world) -> None:
     for ours, told in zip(world(case.ranks).run(measured, case), predicted(case), strict=True):
         assert sorted(map(str, ours.messages)) == sorted(map(str, told.messages))
@@ -267,3 +299,18 @@ def test_nothing_of_deepspeed_is_imported_without_it() -> None:
     code = ("import sys, dtrain.cli, dtrain.strategy.deepspeed\n"
             "assert not {'deepspeed', 'accelerate', 'transformers'} & set(sys.modules)")  # fmt: skip
     subprocess.run([sys.executable, "-c", code], check=True, cwd=Path(__file__).parent.parent)
+
+
+def test_a_lock_is_taken_away_if_nobody_builds_any_more(alone, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It stands where torch builds extensions; one of a minute ago is of a build that runs."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.delenv("TORCH_EXTENSIONS_DIR", raising=False)
+    monkeypatch.setenv("LOCAL_RANK", "0")
+    locks = {}
+    for name, age_s in (("killed", 3600), ("runs", 60)):
+        locks[name] = Path(_get_build_directory(name, verbose=False)) / "lock"
+        locks[name].touch()
+        os.utime(locks[name], (time.time() - age_s,) * 2)
+        assert tmp_path in locks[name].parents
+    fresh(mock.Mock(), Plan.of([], 1))
+    assert not locks["killed"].exists() and locks["runs"].exists()

@@ -95,7 +95,17 @@ def cases() -> list[Case]:
     return sorted(found, key=str)
 
 
-@pytest.mark.parametrize("case", cases(), ids=str)
+QUICK = [
+    Case("ep2", "masked_token", micro_batch_size=3, top_k=1, steps=4),
+    Case("ep4", "masked_token", top_k=2, balance="bias", steps=4),
+    Case("ep4", top_k=2, balance="loss", capacity_factor=0.75, micro_batch_size=1, steps=4),
+    Case("ep4", top_k=1, crowded=True, steps=4),
+    Case("ep2_fsdp2", n_experts=6, recompute=True, activation="swiglu", steps=4),  # 3 experts a rank, 2 and 1 a shard
+    Case("ep2_replicate2", "masked_token", dtype="fp32", balance="loss", top_k=1, steps=4),
+]
+
+
+@pytest.mark.parametrize("case", [*QUICK, *(pytest.param(case, marks=pytest.mark.deep) for case in cases())], ids=str)
 def test_spread_experts_equal_one_process(case: Case, world, alone) -> None:
     expected = reference(replace(case, plan="single", micro_batch_size=None, recompute=False))
     for ours in world(PLANS[case.plan][0]).run(train, case):
@@ -138,7 +148,7 @@ def _resume(case: Case, folder: str) -> Outcome:
     return outcome
 
 
-@pytest.mark.parametrize("n_experts", [4, 6])
+@pytest.mark.parametrize("n_experts", [pytest.param(4, marks=pytest.mark.deep), 6])
 def test_what_spread_experts_save_every_plan_resumes(n_experts: int, world, alone, tmp_path: Path) -> None:
     case = Case("ep2_fsdp2", steps=SAVED_AT + 4, n_experts=n_experts)
     whole_run = reference(replace(case, plan="single"))
@@ -150,7 +160,7 @@ def test_what_spread_experts_save_every_plan_resumes(n_experts: int, world, alon
             assert_equal(ours, expected, TOLERANCE["fp64"])
 
 
-@pytest.mark.parametrize("plan", ["ep2", "ep2_fsdp2"])
+@pytest.mark.parametrize("plan", ["ep2", pytest.param("ep2_fsdp2", marks=pytest.mark.deep)])
 def test_bf16_drifts_no_more_than_its_rounding(plan: str, world, alone) -> None:
     for ours in world(PLANS[plan][0]).run(train, Case(plan, dtype="bf16")):
         assert ours.losses == pytest.approx(reference(Case("single", dtype="fp32")).losses, rel=DRIFT)

@@ -13,7 +13,18 @@ from cases import CONTEXT, STRATEGIES, TASKS, VOCAB, Case, NextToken, Outcome, a
 from omegaconf import OmegaConf
 from test_accelerate import KNOWN as ACCELERATED
 from test_deepspeed import KNOWN as DEEPSPED
-from transformers import AutoModel, BertConfig, BertModel, GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
+from transformers import (
+    AutoModel,
+    BertConfig,
+    BertForMaskedLM,
+    BertModel,
+    GPT2Config,
+    GPT2LMHeadModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+    RobertaConfig,
+    RobertaForMaskedLM,
+)
 
 from dtrain.model.hf import HuggingFace
 
@@ -197,3 +208,27 @@ def test_strategies_fine_tune_a_bert_as_one_process_does(tmp_path: Path, world) 
             for key in [key for key in expected.weights if "key.bias" in key]:  # softmax takes it out: rounding
                 found.weights[key] = expected.weights[key]
             assert_equal(found, expected, TOLERANCE)
+
+
+def masked_models() -> dict[str, Any]:
+    """Encoders of transformers, with their mark for padding."""
+    shifted = RobertaConfig(**BERT | {"max_position_embeddings": CONTEXT + 2}, pad_token_id=1)
+    return {"bert": BertForMaskedLM(BertConfig(**BERT)), "roberta": RobertaForMaskedLM(shifted)}
+
+
+@pytest.mark.parametrize("kind", ["bert", "roberta"])
+def test_an_encoder_gives_their_logits_however_long_its_row_is(kind: str, tmp_path: Path) -> None:
+    """Positions begin where theirs do, and what a text is padded with is not seen."""
+    torch.manual_seed(6)
+    theirs = masked_models()[kind].eval()
+    theirs.save_pretrained(tmp_path)
+    ours, padding = HuggingFace(str(tmp_path), causal=False).eval(), theirs.config.pad_token_id
+    tokens = torch.randint(2, VOCAB, (3, CONTEXT), generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        torch.testing.assert_close(ours(tokens), theirs(tokens).logits)
+        for length in (1, 5, CONTEXT - 1):
+            padded = tokens.clone()
+            padded[:, length:] = padding
+            expected = theirs(tokens[:, :length]).logits
+            torch.testing.assert_close(ours(padded)[:, :length], expected)
+    assert (ours.vocab_size, ours.context) == (VOCAB, CONTEXT)

@@ -7,24 +7,39 @@ import os
 import re
 import subprocess
 import sys
-from dataclasses import replace
+import threading
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
+from statistics import median
+from types import SimpleNamespace
+from typing import Any
+from unittest import mock
 
 import pytest
 import torch
 import torch.distributed as dist
+import warm
 from cases import Case, trainer
 from hosts import DEVICE, Hosts
 from hypothesis import given
 from hypothesis import strategies as st
+from test_configs import composed
 
+from dtrain.compare import step
+from dtrain.compare.results import Row
+from dtrain.config import checked
 from dtrain.cost import Message
+from dtrain.hang import Hang, Watch, _read, within
+from dtrain.launch import World
 from dtrain.measure.ledger import Ledger
 from dtrain.measure.timeline import COMMUNICATION, PHASE, STAGE, Span, Timeline, common, mark, merged, total, without
+from dtrain.measure.traffic import Traffic
 from dtrain.notes import Note, Notes, missing, waiting
 from dtrain.profile import RECORDED, Profile
-from dtrain.report import gantt
+from dtrain.report import gantt, instruments
+from dtrain.run import run
 from dtrain.schedule import bubble
 from dtrain.strategy.pipeline import SCHEDULES, Pipeline
 from dtrain.train import Trainer
@@ -199,22 +214,20 @@ def test_what_ranks_wait_in_for_one_that_does_not_answer() -> None:
     assert waiting({0: notes(4, 7), 1: notes(4, 7)}, groups, [3]) == ""  # of another group
 
 
-@pytest.mark.slow
 def test_a_skipped_collective_is_named(tmp_path: Path) -> None:
     """Rank, axis, collective and step, before the collectives' own timeout; no traceback; exit status 1."""
     command = [sys.executable, "scripts/train.py", "+experiment=hang", "strategy=fsdp", "launch.nproc=2",
                f"hydra.run.dir={tmp_path}"]  # fmt: skip
-    ended = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
+    ended = warm.run(command, cwd=ROOT, timeout=120)
     assert ended.returncode == 1 and "Traceback" not in ended.stderr
     said = next(line for line in ended.stderr.splitlines() if line.startswith("dtrain: ranks wait for each other"))
     assert re.search(r"step 3, axis fsdp, collective \d+, \w+ of .*: rank 0 waits in it; rank 1 is missing", said), said
 
 
-@pytest.mark.slow
 def test_profile_shows_all_three(tmp_path: Path) -> None:
     command = [sys.executable, "scripts/train.py", "strategy=pipeline", "model=tiny", "steps=6", "profile=true",
                "launch.nproc=2", f"hydra.run.dir={tmp_path}"]  # fmt: skip
-    ended = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=200)
+    ended = warm.run(command, cwd=ROOT, timeout=200)
     assert ended.returncode == 0, ended.stderr
     for title in ("messages of a step", "memory of a step", "time of a step", "pipeline bubble"):
         assert title in ended.stdout
@@ -278,3 +291,227 @@ def test_backends_differ_where_gloo_reduces_whole() -> None:
     message = Message("dp", "reduce_scatter", 1, 100)
     assert message.wire_bytes(2) == 50 and message.wire_bytes(2, "gloo") == 100
     assert dist.is_available()
+
+
+def test_a_trace_is_in_microseconds_from_the_first_span(tmp_path: Path) -> None:
+    """As Chrome's format has it; the clock is in nanoseconds. The page's bars are in milliseconds."""
+    millisecond, begin = 10**6, 5 * 10**18
+    spans = [Span(PHASE, "optimizer", begin, begin + 100 * millisecond),
+             Span(COMMUNICATION, "all_reduce", begin + 7 * millisecond, begin + 7 * millisecond + 500, "dp")]  # fmt: skip
+    told = gantt.trace([spans])
+    found = {event["name"]: (event["ts"], event["dur"]) for event in told["traceEvents"] if event["ph"] == "X"}
+    assert found == {"optimizer": (0, 100_000), "all_reduce (dp)": (7_000, 0.5)}
+    row = Row("ddp", 2)
+    bars = {bar.name: (bar.base, bar.x) for bar in step.gantt(told["traceEvents"], row).figure.data}
+    assert bars == {"optimizer": ((0.0,), (100.0,)), "all_reduce": ((7.0,), (0.0005,))}
+
+
+def test_steps_that_an_instrument_slows_down_are_not_measured(tmp_path: Path) -> None:
+    """The third, whose memory is followed, and the fourth, which is recorded; the lines of the file have them all."""
+    config = composed("task=gan", "steps=7", "profile=true", "eval.every=0", "measure.peak_flops=1e9",
+                      "measure.warmup_steps=1", "launch.threads=1", "global_batch_size=8")  # fmt: skip
+    config.logger = {"files": {"_target_": "dtrain.report.files.Files", "pictures": False}}
+    summary = run(checked(config), World(), tmp_path, "single")
+    lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    counted = [line["step_seconds"] for line in lines if line["step"] in (2, 5, 6, 7)]
+    assert len(lines) == 7 and summary["measured_steps"] == len(counted)
+    assert summary["step_seconds_median"] == median(counted)
+
+
+# Messages
+
+
+def _talk() -> list[tuple[Message, ...]]:
+    """Collectives of known sizes, counted and not."""
+    rank, alone = dist.get_rank(), dist.new_group([0])
+    six, pair = torch.zeros(6), [torch.zeros(3), torch.zeros(3)]
+    found = []
+    with Traffic({(0, 1): "dp"}) as traffic:
+        for counting in (False, True):
+            traffic.counting = counting
+            dist.all_reduce(six)
+            dist.all_reduce(six.bfloat16())
+            dist.all_gather_into_tensor(torch.zeros(8), torch.zeros(4))
+            dist.all_gather(pair, torch.zeros(3))
+            dist.reduce_scatter_tensor(torch.zeros(5), torch.zeros(10))
+            dist.reduce_scatter(torch.zeros(3), pair)
+            dist.all_to_all_single(torch.zeros(2 + rank * 2), torch.zeros(3), [1 + rank] * 2, [1, 2])
+            dist.broadcast(torch.zeros(7, dtype=torch.float64), 0)
+            if rank:
+                dist.recv(torch.zeros(9), 0)
+            else:
+                dist.send(torch.zeros(9), 1)
+                dist.all_reduce(torch.zeros(11), group=alone)
+            found += [traffic.take(), traffic.take()]
+    dist.all_reduce(six)
+    return [*found, traffic.take()]
+
+
+def test_each_collective_is_counted_with_the_whole_tensor_that_it_is_about(world) -> None:
+    """Both kinds of call; sends at the sender; what goes to no axis under `other`; nothing twice."""
+    both = [
+        Message("dp", "all_gather", 2, 8 * 4 + 6 * 4),
+        Message("dp", "all_reduce", 2, 6 * 4 + 6 * 2),
+        Message("dp", "all_to_all", 1, 3 * 4),
+        Message("dp", "broadcast", 1, 7 * 8),
+        Message("dp", "reduce_scatter", 2, 10 * 4 + 6 * 4),
+    ]
+    first, second = world(2).run(_talk)
+    sender = (*both, Message("dp", "send", 1, 9 * 4), Message("other", "all_reduce", 1, 11 * 4))
+    assert first == [(), (), sender, (), ()]
+    assert second == [(), (), tuple(both), (), ()]
+
+
+# Memory
+
+
+def test_memory_is_of_what_lives_at_one_moment() -> None:
+    """A view is no memory of its own, and what has gone makes room; sizes in fp32."""
+    ledger, held = Ledger(), torch.zeros(10)
+    ledger.hold("parameters", [held, None])
+    with ledger:
+        early = torch.zeros(1000)
+        view = early[500:]
+        other = torch.zeros(500, dtype=torch.float64)
+        del early, view
+        late = torch.zeros(900)
+        del other, late
+        ledger.hold("gradients", [torch.zeros(20)])
+        last = torch.zeros(30)
+    assert ledger.peak() == 4 * (10 + 1000 + 2 * 500)
+    assert {kind: size for kind, size in ledger.at_peak().items() if size} == {"parameters": 40, "other": 8000}
+    assert (ledger.peak("parameters"), ledger.peak("gradients"), ledger.peak("other")) == (40, 80, 8000)
+    assert ledger.held == {"parameters": 40, "gradients": 80} and last.numel() == 30
+
+
+# Who is missing
+
+
+def test_a_store_that_does_not_answer_in_time_has_no_answer() -> None:
+    """Nor has one whose connection is lost."""
+    never = threading.Event()
+
+    def lost() -> int:
+        raise RuntimeError("connection reset")
+
+    assert (within(30, lambda: 7), within(30, lost), within(0.02, never.wait)) == (7, None, None)
+    never.set()
+
+
+def _watches(size: int, timeout_s: float) -> list[Watch]:
+    """Of as many ranks that share a store, and have one axis besides."""
+    store, made = dist.HashStore(), []
+    for rank in range(size):
+        known = SimpleNamespace(
+            get_rank=lambda rank=rank: rank, get_world_size=lambda: size, get_process_group_ranks=lambda group: [0, 1],
+            distributed_c10d=SimpleNamespace(_get_default_store=lambda: store),
+            group=SimpleNamespace(WORLD=SimpleNamespace(group_name="w")),
+        )  # fmt: skip
+        axis = SimpleNamespace(get_group=lambda: SimpleNamespace(group_name="g"))
+        plan: Any = SimpleNamespace(degrees={"tp": 2, "dp": 1}, mesh={"tp": axis, "dp": axis})
+        with mock.patch("dtrain.hang.dist", known):
+            made.append(Watch(plan, timeout_s))
+    return made
+
+
+def test_a_rank_notes_the_step_in_which_a_collective_began() -> None:
+    """Of its plan's groups and the world's, in the order of their beginning; messages to one rank are left out."""
+    (watch,) = _watches(1, 2.0)
+    assert watch.groups == {"w": ("world", [0]), "g": ("tp", [0, 1])}
+    watch._begun = [(0, 0), (5, 100), (6, 200)]
+    entries = [(50, "g", False, True), (100, "g", False, True), (199, "w", False, True), (150, "g", True, False),
+               (160, "x", False, False), (201, "g", False, False)]  # fmt: skip
+    told = [{"time_created_ns": at, "process_group": [group, ""], "is_p2p": one_to_one, "retired": retired,
+             "collective_seq_id": number, "profiling_name": "gloo:all_reduce", "input_sizes": [[3, 4], []],
+             "input_dtypes": ["Float", "Float"], "record_id": number}
+            for number, (at, group, one_to_one, retired) in enumerate(entries, 1)]  # fmt: skip
+    what = "all_reduce of 3x4, 1 float"
+    with mock.patch("dtrain.hang._dump_fr_trace_json", lambda: json.dumps({"entries": told})):
+        notes = watch._notes()
+    assert notes == Notes(
+        6, {"g": [Note(1, what, 0), Note(2, what, 5), Note(6, what, 6, True)], "w": [Note(3, what, 5)]}
+    )
+    assert _read(json.dumps(asdict(notes)).encode()) == notes
+
+
+GONE = "does not answer: its process is gone or stopped"
+
+
+@pytest.mark.parametrize(("answering", "speaker", "said"), [
+    ((0, 1, 2), 0, "step 1, axis world, collective 2, b: ranks 0, 2 waits in it; rank 1 is missing: it has begun a last, "
+                   "in step 1"),
+    ((1, 2), 1, "step 1, axis world, collective 2, b: rank 2 waits in it; rank 1 is missing: it has begun a last, in step 1"
+                f"; rank 0 {GONE}"),
+    ((2,), 2, f"rank 2 in step 1; ranks 0, 1 {GONE}"),
+], ids=["all", "the first is silent", "the last alone"])  # fmt: skip
+def test_the_first_rank_that_answers_says_for_all_what_it_finds(
+    answering: tuple[int, ...], speaker: int, said: str, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """Once, however often it is asked; of the ranks that are gone too."""
+    watches = [each for each in _watches(3, 1.0) if each.rank in answering]
+    for watch in watches:
+        begun = _notes(*("a", "b")[: 1 if watch.rank == 1 else 2])
+        watch._notes = lambda found=begun: Notes(found.step, {"w": found.groups["g"]})  # type: ignore[method-assign]
+    with ThreadPoolExecutor(3) as threads:
+        found = list(threads.map(Watch.explain, watches))
+    assert dict(zip(answering, found, strict=True)) == {rank: said * (rank == speaker) for rank in answering}
+    assert [watch.explain() for watch in watches] == found
+    assert capfd.readouterr().err == f"dtrain: ranks wait for each other: {said}\n"
+
+
+def test_a_failed_collective_is_told_with_its_reason_and_no_other_error() -> None:
+    (watch,) = _watches(1, 2.0)
+    watch.finding = "rank 1 is missing"
+    for error in (RuntimeError("[gloo] timed out"), dist.DistStoreError("gone")):
+        with pytest.raises(Hang, match="^a collective failed: rank 1 is missing$"), watch.explaining():
+            raise error
+    watch.finding = ""
+    with pytest.raises(Hang, match="^a collective failed: Gloo: first line$"), watch.explaining():
+        raise RuntimeError("Gloo: first line\nsecond")
+    for error in (RuntimeError("shape mismatch"), ValueError("gloo")):
+        with pytest.raises(type(error)) as found, watch.explaining():
+            raise error
+        assert found.value is error
+
+
+def test_what_a_recorder_has_forgotten_is_not_missing() -> None:
+    """Its notes are the last ones alone: of two ranks that have done the same, one remembers less."""
+    notes = {0: _notes("a", "b", "c"), 1: Notes(1, {"g": _notes("a", "b", "c").groups["g"][2:]})}
+    assert missing(notes, {"g": ("dp", [0, 1])}) == ""
+
+
+def test_of_several_groups_the_one_that_stopped_first_is_told() -> None:
+    """By the step, for those that are missing and for those that wait."""
+    groups = {"g": ("dp", [0, 1]), "h": ("tp", [2, 3])}
+
+    def at(name: str, step: int, *whats: str) -> Notes:
+        return Notes(step, {name: [Note(n, what, step, True) for n, what in enumerate(whats, 1)]})
+
+    for first, (dp, tp) in (("axis dp", (3, 4)), ("axis tp", (4, 3))):
+        told = {0: at("g", dp, "a", "b"), 1: at("g", dp, "a"), 2: at("h", tp, "a", "b"), 3: at("h", tp, "a")}
+        assert missing(told, groups).startswith(f"step 3, {first}, collective 2, b")
+        both = {0: at("g", dp, "a"), 2: at("h", tp, "b")}
+        assert waiting(both, groups, [1, 3]).startswith(f"step 3, {first}, collective 1")
+
+
+# What a person reads of them
+
+
+def test_tables_show_what_was_measured_beside_what_was_predicted(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Messages and memory of the first rank, times of all, in MiB and milliseconds."""
+    monkeypatch.setenv("COLUMNS", "200")
+    sent = {"axis": "dp", "operation": "all_reduce", "calls": 3, "bytes": 12_345, "wire_bytes": 6_172.5}
+    foreseen = [sent | {"calls": 4, "bytes": 999}, sent | {"axis": "tp", "calls": 8, "bytes": 64}]
+    kinds = {"parameters": {"most": 3 * 2**20, "predicted": 2**19, "at_peak": 2**21},
+             "other": {"most": 2**20, "predicted": None, "at_peak": 0}}  # fmt: skip
+    first = {"traffic": [sent], "traffic_predicted": foreseen, "memory": {"kinds": kinds, "peak": 5 * 2**20},
+             "time": {"step": 1.25, "compute": 0.5}}  # fmt: skip
+    second = {"traffic": [], "traffic_predicted": None, "memory": None, "time": {"step": 2.0, "compute": 0.0625}}
+    instruments.show({"ranks": [first, second], "bubble": {"measured": 0.5, "theory": 0.333, "micro_batches": 2}})
+    said = [re.sub(r"[^\w.,%-]+", " ", line).strip() for line in capsys.readouterr().out.splitlines()]
+    for line in ("dp all_reduce 3 4 12,345 999 6,172", "tp all_reduce - 8 - 64 -", "parameters 3.00 0.50 2.00",
+                 "other 1.00 - 0.00", "together 5.00", "rank step compute", "0 1,250.0 500.0", "1 2,000.0 62.5",
+                 "pipeline bubble 50.0% measured, 33.3% in theory"):  # fmt: skip
+        assert line in said, said

@@ -227,3 +227,62 @@ def test_what_cannot_be_beside_it_is_refused() -> None:
     ):
         assert "has a step of its own" in refusal(Case("next_token", "both"), 4)
         assert refusal(Case("gan", "local"), 2) == ""
+
+
+def judged(options: dict[str, Any], size: int) -> tuple[dict[str, float], ...]:
+    """Metrics between exchanges; those of the ranks' mean, and of this rank's weights, alone."""
+    found = made([partial(LocalSGD, every=5, **options)], size, adamw)
+    steps = found.steps()
+    next(steps), next(steps), next(steps)
+    own = [p.detach().clone() for p in found.models["model"].parameters()]
+    means = [p.clone() for p in own]
+    for tensor in means:
+        dist.all_reduce(tensor)
+        tensor /= size
+    told = [found.evaluate()]
+    alone = made([], 1, adamw)
+    for weights in (means, own):
+        for parameter, value in zip(alone.models["model"].parameters(), weights, strict=True):
+            parameter.data.copy_(value)
+        told.append(alone.evaluate())
+    return tuple(told)
+
+
+@pytest.mark.parametrize("options", [{}, {"outer_lr": 0.7, "outer_momentum": 0.9}])
+def test_an_evaluation_is_of_the_ranks_mean_weights(options: dict[str, float], world) -> None:
+    """Of the model that a checkpoint has, not of any rank's own."""
+    for found, of_the_mean, of_its_own in world(2).run(judged, options, 2):
+        assert found == pytest.approx(of_the_mean, rel=TOLERANCE)
+        assert of_its_own["loss"] != pytest.approx(of_the_mean["loss"], rel=1e-9)
+
+
+def begun(options: dict[str, Any], size: int, taken: bool) -> Found:
+    """A run that begins with the weights of seed 1: drawn so, or taken by one that drew others."""
+    with mock.patch.dict(STRATEGIES, {"local": [partial(LocalSGD, **options)]}):
+        plan = plan_of(Case("masked_token", "local", "fp64", clip_norm=None), size).connect()
+
+    def of(seed: int) -> Trainer:
+        sizes = Settings(STEPS, seed, global_batch_size=ROWS)
+        return Trainer(TASKS["masked_token"](), plan, adamw, sizes)
+
+    trainer = of(1)
+    if taken:
+        given = {name: p.detach().clone() for name, p in trainer.models["model"].named_parameters()}
+
+        def fill(states: list[dict[str, torch.Tensor]]) -> None:
+            for name, value in given.items():
+                states[0][f"model.{name}"].copy_(value)
+
+        trainer = of(0)
+        trainer.begin(fill)
+    steps = list(trainer.steps())
+    state = {name: t.clone() for name, t in trainer.state().items()}
+    return [step.loss for step in steps], [step.grad_norm for step in steps], state
+
+
+@pytest.mark.parametrize("name", ["mean", "diloco", "streaming"])
+def test_it_begins_with_the_weights_that_it_is_given(name: str, world) -> None:
+    """As if they had been its first: losses, weights and all states, outer ones too."""
+    drawn, taken = (world(2).run(begun, OPTIONS[name], 2, each)[0] for each in (False, True))
+    assert taken[:2] == drawn[:2] and taken[2].keys() == drawn[2].keys()
+    assert not [key for key, tensor in taken[2].items() if not torch.equal(tensor, drawn[2][key])]

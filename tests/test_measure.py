@@ -1,19 +1,29 @@
 from __future__ import annotations
 
 import gc
+import itertools
+import math
+import os
+import re
+import subprocess
 from dataclasses import replace
 from functools import partial
+from pathlib import Path
+from typing import Any
+from unittest import mock
 
 import pytest
 import torch
 from cases import CONTEXT, ROWS, Case, NextToken, trainer
 from hypothesis import given
 from hypothesis import strategies as st
+from sklearn.neighbors import NearestNeighbors
+from torch.utils.flop_counter import FlopCounterMode
 
 from dtrain.figures import flops_per_token
 from dtrain.info import info
-from dtrain.measure import flops, memory
-from dtrain.measure.environment import describe
+from dtrain.measure import environment, flops, likeness, memory
+from dtrain.measure.environment import cores, describe
 from dtrain.measure.meter import Meter
 from dtrain.model.transformer import Transformer
 from dtrain.optimizer import parameter_groups, rate
@@ -123,3 +133,128 @@ def test_bf16_drifts_no_more_than_its_rounding(strategy: str, size: int, world, 
     exact = _drift(replace(case.reference(), dtype="fp32"), 1)
     for losses in world(size).run(_drift, case, size):
         assert losses == pytest.approx(exact, rel=2**-8) and losses != exact  # 8 bits of mantissa
+
+
+def test_cores_are_those_that_this_process_may_use() -> None:
+    """In a container they are fewer than the machine's."""
+    allowed = os.sched_getaffinity(0)
+    try:
+        with mock.patch.object(os, "cpu_count", lambda: 64):
+            os.sched_setaffinity(0, {min(allowed)})
+            assert cores() == 1
+            os.sched_setaffinity(0, allowed)
+            assert cores() == len(allowed)
+    finally:
+        os.sched_setaffinity(0, allowed)
+
+
+def _git(folder: Path, *words: str) -> str:
+    named = {f"GIT_{who}_{what}": "x@y" for who in ("AUTHOR", "COMMITTER") for what in ("NAME", "EMAIL")}
+    environment = os.environ | named | {"GIT_CONFIG_GLOBAL": os.devnull, "GIT_CONFIG_SYSTEM": os.devnull}
+    ran = subprocess.run(["git", *words], cwd=folder, env=environment, check=True, capture_output=True, text=True)
+    return ran.stdout.strip()
+
+
+def test_a_commit_is_told_as_what_ran_if_the_tree_is_as_it_was(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Else `+changes` is told with it; a tag does not stand in for it; outside a checkout there is none."""
+    code = tmp_path / "dtrain" / "measure" / "environment.py"
+    code.parent.mkdir(parents=True)
+    code.write_text("one\n")
+    monkeypatch.setattr(environment, "__file__", str(code))
+    monkeypatch.setenv("GIT_CEILING_DIRECTORIES", str(tmp_path.parent))
+    assert describe()["commit"] is None
+    _git(tmp_path, "init", "-q")
+    _git(tmp_path, "add", ".")
+    _git(tmp_path, "commit", "-q", "-m", "one")
+    _git(tmp_path, "tag", "-m", "v1", "v1")
+    commit = _git(tmp_path, "rev-parse", "--short=12", "HEAD")
+    assert describe()["commit"] == commit
+    code.write_text("two\n")
+    assert describe()["commit"] == f"{commit}+changes"
+    _git(tmp_path, "add", ".")
+    assert describe()["commit"] == f"{commit}+changes"
+
+
+def test_a_commit_of_this_checkout_has_twelve_digits() -> None:
+    told = describe()["commit"]
+    assert told is None or re.fullmatch(r"[0-9a-f]{12}(\+changes)?", told)
+
+
+# Units, operations of one of them a cycle (dense, bf16, a multiply-add is two), and cycles a second.
+UNITS = {"NVIDIA H200": (132, 4096, 1.83e9), "NVIDIA H100 80GB HBM3": (132, 4096, 1.83e9),
+         "NVIDIA A100-SXM4-80GB": (108, 2048, 1.41e9), "NVIDIA A100-SXM4-40GB": (108, 2048, 1.41e9),
+         "NVIDIA A100 80GB PCIe": (108, 2048, 1.41e9), "NVIDIA L4": (58, 1024, 2.04e9)}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", flops.STATED_PEAKS)
+def test_a_stated_peak_is_what_the_units_of_the_device_can_do(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Multiprocessors x operations x boost clock (NVIDIA's papers on Hopper, Ampere and Ada), to three digits."""
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: name)
+    peak, source = flops.peak(torch.device("cuda"), torch.bfloat16)
+    assert peak == pytest.approx(math.prod(UNITS[name]), rel=2e-3) and source == f"data sheet of {name}, bf16 dense"
+
+
+def test_a_measured_peak_is_the_operations_of_the_quickest_product(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As torch's own counter has them; the first product, which loads the library, does not count."""
+    seconds, shapes = itertools.chain([1e-9, 0.5, 0.25], itertools.repeat(0.75)), []
+
+    def timed(a: torch.Tensor, b: torch.Tensor) -> float:
+        shapes.append((a.shape, b.shape))
+        return next(seconds)
+
+    monkeypatch.setattr(flops, "_timed_product", timed)
+    monkeypatch.setattr(flops, "SECONDS", 0.01)
+    peak, _ = flops.peak(torch.device("cpu"), torch.float32)
+    with FlopCounterMode(display=False) as counter, torch.device("meta"):
+        torch.mm(*map(torch.empty, shapes[0]))
+    assert len(set(shapes)) == 1 and peak == counter.get_total_flops() / 0.25
+
+
+def test_precision_and_recall_reach_to_a_samples_third_neighbour() -> None:
+    """As scikit-learn finds it, which does not count the sample itself."""
+    generator = torch.Generator().manual_seed(0)
+    for rows, others in ((40, 30), (5, 9), (4, 4)):
+        real = torch.randn(rows, 3, generator=generator, dtype=torch.float64)
+        made = 0.5 + 0.7 * torch.randn(others, 3, generator=generator, dtype=torch.float64)
+
+        def inside(points: torch.Tensor, of: torch.Tensor) -> float:
+            reach = NearestNeighbors(n_neighbors=3).fit(of.numpy()).kneighbors()[0][:, -1]
+            near = [any((p - o).norm() <= r for o, r in zip(of, reach, strict=True)) for p in points]
+            return sum(near) / len(near)
+
+        expected = (inside(made, real), inside(real, made))
+        assert likeness.precision_recall(real, made) == pytest.approx(expected, rel=1e-12)
+        assert rows < 10 or 0 < min(expected) < max(expected) < 1
+    line = torch.tensor([[0.0], [1.0], [2.0], [4.0], [8.0]])  # reaches: 4, 3, 2, 4, 7
+    made = torch.tensor([[-4.0], [-4.1], [15.0], [15.1]])
+    assert likeness.precision_recall(line, made)[0] == 0.5
+
+
+PARTS = [(dict(n_kv_heads=None), True, True), (dict(n_kv_heads=2, norm="rmsnorm", position="rotary", activation="swiglu"),
+                                              False, False)]  # fmt: skip
+
+
+@pytest.mark.parametrize(("model", "tied", "bias"), PARTS, ids=["like GPT-2", "like Llama"])
+@pytest.mark.parametrize(
+    ("precision", "size"), [(Precision(), 4), (Precision("bf16", "bf16"), 2), (Precision("fp64"), 8)]
+)
+def test_a_models_parts_and_bytes_are_those_of_its_shapes(
+    model: dict[str, Any], tied: bool, bias: bool, precision: Precision, size: int
+) -> None:
+    """By hand; a shared matrix counts once, where it is first used. Adam keeps two numbers a weight."""
+    v, t, c, layers, heads = 61, 10, 24, 3, 6
+    kv, one = c // heads * (model["n_kv_heads"] or heads), int(bias)
+    norms, gates = (2 if bias else 1) * c, 1 if bias else 2
+    parts = {
+        "embedding": v * c + (t * c if tied else 0),
+        "blocks: attention": layers * (2 * c * c + 2 * c * kv + one * (2 * c + 2 * kv)),
+        "blocks: feedforward": layers * ((gates + 1) * 4 * c * c + one * 5 * c),
+        "blocks: norm1": layers * norms,
+        "blocks: norm2": layers * norms,
+        "head": norms + (0 if tied else v * c),
+    }
+    found = info(partial(Transformer, v, t, c, layers, heads, tied=tied, bias=bias, **model), precision, None)
+    assert found.parameters == parts and found.seq_len == t
+    total = sum(parts.values())
+    assert (found.total, found.weight_bytes, found.gradient_bytes) == (total, total * size, total * size)
+    assert found.optimizer_bytes == 2 * total * size

@@ -6,13 +6,14 @@ import json
 import os
 import re
 import signal
-import subprocess
 import sys
+from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import warm
 from cases import STRATEGIES, Case, refusal
 from hypothesis import given
 from hypothesis import strategies as st
@@ -143,11 +144,6 @@ def test_top_k_sends_the_largest_and_power_sgd_is_exact_for_thin_matrices() -> N
 # The whole thing
 
 
-@pytest.fixture(scope="module")
-def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tmp_path_factory.mktemp("cache")
-
-
 def command(*arguments: str, ranks: int = 3) -> list[str]:
     return [sys.executable, str(ROOT / "scripts/train.py"), f"launch.nproc={ranks}", "launch.threads=1", "model=tiny",
             "eval.every=0", "hydra.run.dir=run", *arguments]  # fmt: skip
@@ -156,8 +152,7 @@ def command(*arguments: str, ranks: int = 3) -> list[str]:
 def run(folder: Path, cache: Path, *arguments: str, ranks: int = 3) -> dict[str, Any]:
     """A run's summary, with the losses of its steps."""
     folder.mkdir(exist_ok=True)
-    ended = subprocess.run(command(*arguments, ranks=ranks), cwd=folder, env=os.environ | {"DTRAIN_CACHE": str(cache)},
-                           capture_output=True, text=True, timeout=150)  # fmt: skip
+    ended = warm.run(command(*arguments, ranks=ranks), cwd=folder, env=os.environ | {"DTRAIN_CACHE": str(cache)}, timeout=150)  # fmt: skip
     assert ended.returncode == 0, ended.stderr[-3000:]
     lines = [json.loads(line) for line in (folder / "run" / "metrics.jsonl").read_text().splitlines()]
     return json.loads((folder / "run" / "summary.json").read_text()) | {"lines": lines}
@@ -167,8 +162,7 @@ def losses(summary: dict[str, Any]) -> list[float]:
     return [line["loss"] for line in summary["lines"]]
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("servers", [1, 2])
+@pytest.mark.parametrize("servers", [pytest.param(1, marks=pytest.mark.deep), 2])
 def test_sync_is_ddp(servers: int, tmp_path: Path, cache: Path) -> None:
     """In fp64: losses, norms and the evaluation; with clipping that cuts, on one server and on two."""
     same = ["dtype=fp64", "steps=8", "eval.every=4", "clip_norm=0.3"]
@@ -183,7 +177,6 @@ def test_sync_is_ddp(servers: int, tmp_path: Path, cache: Path) -> None:
     assert found["synchronous"] and found["profile"]["asynchronous"]["staleness"] == {"0": 16}
 
 
-@pytest.mark.slow
 def test_async_counts_what_it_does(tmp_path: Path, cache: Path) -> None:
     found = run(tmp_path, cache, "strategy=parameter_server", "steps=20", "global_batch_size=12", ranks=4)
     told = found["profile"]["asynchronous"]
@@ -199,8 +192,7 @@ def test_async_counts_what_it_does(tmp_path: Path, cache: Path) -> None:
     assert server["wire_bytes"] == pytest.approx(sent) and sent > 0
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize(("mode", "gap"), [("bounded", 2), ("async", None)])
+@pytest.mark.parametrize(("mode", "gap"), [("bounded", 2), pytest.param("async", None, marks=pytest.mark.deep)])
 def test_a_slow_worker_is_ahead_of_nobody_and_holds_up_only_who_must_wait(
     mode: str, gap: int | None, tmp_path: Path, cache: Path
 ) -> None:
@@ -226,14 +218,12 @@ def lines_of(folder: Path) -> int:
     return len(file.read_text().splitlines()) if file.exists() else 0
 
 
-def started(folder: Path, cache: Path, *arguments: str, ranks: int = 3) -> subprocess.Popen[str]:
+def started(folder: Path, cache: Path, *arguments: str, ranks: int = 3) -> warm.Process:
     folder.mkdir(exist_ok=True)
-    return subprocess.Popen(command("strategy=parameter_server", *arguments, ranks=ranks), cwd=folder, text=True,
-                            env=os.environ | {"DTRAIN_CACHE": str(cache)}, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)  # fmt: skip
+    return warm.popen(command("strategy=parameter_server", *arguments, ranks=ranks), cwd=folder, env=os.environ | {"DTRAIN_CACHE": str(cache)})  # fmt: skip
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("servers", [1, 2])
+@pytest.mark.parametrize("servers", [1, pytest.param(2, marks=pytest.mark.deep)])
 def test_a_killed_worker_stops_nobody_and_comes_back(servers: int, tmp_path: Path, cache: Path) -> None:
     process = started(tmp_path, cache, "steps=120", "checkpoint.every=40", "eval.every=1", f"strategy.dp.servers={servers}",
                       ranks=2 + servers)  # fmt: skip
@@ -250,7 +240,7 @@ def test_a_killed_worker_stops_nobody_and_comes_back(servers: int, tmp_path: Pat
     assert about(tmp_path / "run" / "checkpoints" / "latest")["step"] == 120
 
 
-@pytest.mark.slow
+@pytest.mark.deep
 def test_killed_workers_of_two_servers_change_nothing(tmp_path: Path, cache: Path) -> None:
     """In sync mode: three deaths at any moment, and still the losses of ddp."""
     same = ["dtype=fp64", "steps=80", "clip_norm=0.3"]
@@ -272,7 +262,7 @@ def test_killed_workers_of_two_servers_change_nothing(tmp_path: Path, cache: Pat
     assert len(processes(folder, 2)) == 3 and len(processes(folder, 3)) == 2
 
 
-@pytest.mark.slow
+@pytest.mark.deep
 def test_a_stopped_worker_is_replaced_and_a_long_evaluation_costs_none(tmp_path: Path, cache: Path) -> None:
     process = started(tmp_path, cache, "steps=40", "eval.every=20", "eval.batches=1500", "launch.timeout_s=5")
     until(lambda: lines_of(tmp_path) >= 25)
@@ -287,7 +277,7 @@ def test_a_stopped_worker_is_replaced_and_a_long_evaluation_costs_none(tmp_path:
     assert "worker 1 is gone" in log and "worker 0 is gone" not in log
 
 
-@pytest.mark.slow
+@pytest.mark.deep
 def test_a_killed_server_goes_on_from_its_checkpoint(tmp_path: Path, cache: Path) -> None:
     """In sync mode the losses after it are those of an uninterrupted run."""
     same = ["strategy=parameter_server", "strategy.dp.mode=sync", "dtype=fp64", "steps=60", "checkpoint.every=10"]
@@ -332,7 +322,31 @@ def test_what_it_cannot_train_is_refused_in_one_line(
 
 @pytest.mark.parametrize("setting", ["fault.rank=1", "straggler.rank=0"])
 def test_a_rank_that_it_cannot_hold_up_is_refused(setting: str, tmp_path: Path, cache: Path) -> None:
-    ended = subprocess.run(command("strategy=parameter_server", setting), cwd=tmp_path, capture_output=True, text=True,
-                           env=os.environ | {"DTRAIN_CACHE": str(cache)})  # fmt: skip
+    ended = warm.run(command("strategy=parameter_server", setting), cwd=tmp_path, env=os.environ | {"DTRAIN_CACHE": str(cache)})  # fmt: skip
     assert ended.returncode == 2 and f"{setting} does nothing under strategy parameter_server" in ended.stderr
     assert len(ended.stderr.strip().splitlines()) == 1
+
+
+@given(bound=st.integers(0, 3), turns=st.lists(st.integers(0, 3), min_size=20, max_size=60))
+def test_a_worker_that_comes_back_holds_up_nobody(bound: int, turns: list[int]) -> None:
+    """Whoever may go on without it may do so with it, and it may go on itself."""
+    board = Board(1000, 4, BOUNDED, bound)
+    for worker in range(4):
+        board.join(worker)
+    for worker in turns:
+        if board.take(worker) is not None:
+            board.hand_in(worker)
+    board.leave(3)
+    free = [worker for worker in range(3) if deepcopy(board).take(worker) is not None]
+    board.join(3)
+    assert free and [w for w in range(4) if deepcopy(board).take(w) is not None] == [*free, 3]
+
+
+@given(mode=st.sampled_from(MODES), method=st.sampled_from(METHODS))
+def test_it_is_called_synchronous_where_whole_gradients_are_awaited(mode: str, method: str) -> None:
+    """A comparison holds such strategies to the losses of one process."""
+    gradient = torch.linspace(-1, 1, 24 * 16, dtype=torch.float64).sin().view(24, 16)
+    message = Compression(method, [gradient.shape], gradient.dtype)
+    whole = torch.equal(message.decode(message.encode([gradient]))[0], gradient)
+    found = ParameterServer(3, mode=mode, compression=method).synchronous
+    assert found == (mode == SYNC and whole)

@@ -3,15 +3,25 @@
 from __future__ import annotations
 
 import multiprocessing
+import os
 import pickle
+import subprocess
+import sys
 import tempfile
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from datetime import timedelta
 from functools import lru_cache
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
+
+import torch
+import torch.distributed as dist
+from warm import Process, nursery
+
+from dtrain import plan
 
 TIMEOUT_S = 120
 
@@ -19,23 +29,23 @@ TIMEOUT_S = 120
 class World:
     """`size` processes in one process group; each runs what it is given and sends back what came of it."""
 
-    def __init__(self, size: int) -> None:
-        self.size = size
+    def __init__(self, size: int, *preload: str) -> None:
+        self.size, self.preload = size, preload
         self._start()
 
     def _start(self) -> None:
-        context = multiprocessing.get_context("spawn")
         self._folder = tempfile.TemporaryDirectory()
         self._pipes: list[Connection] = []
-        self._processes = []
-        for rank in range(self.size):
-            ours, theirs = context.Pipe()
-            process = context.Process(
-                target=_serve, args=(rank, self.size, str(Path(self._folder.name) / "store"), theirs), daemon=True
-            )
-            process.start()
-            self._pipes.append(ours)
-            self._processes.append(process)
+        self._processes: list[Process] = []
+        store = str(Path(self._folder.name) / "store")
+        with open(os.devnull) as nothing:
+            for rank in range(self.size):
+                ours, theirs = multiprocessing.Pipe()
+                words = ["-c", "worlds:serve", str(rank), str(self.size), store]
+                streams = (nothing, sys.__stdout__, sys.__stderr__, theirs)
+                self._processes.append(nursery(*self.preload).start(words, os.getcwd(), dict(os.environ), streams))
+                theirs.close()
+                self._pipes.append(ours)
 
     def run(self, function: Callable[..., Any], *arguments: Any) -> list[Any]:
         """Call `function(*arguments)` on every rank; their results in order. Raises what a rank raised.
@@ -48,7 +58,7 @@ class World:
             results = []
             for rank, pipe in enumerate(self._pipes):
                 assert pipe.poll(TIMEOUT_S), f"rank {rank} of {self.size} has not answered in {TIMEOUT_S} s"
-                ok, result = pickle.loads(pipe.recv_bytes())
+                ok, result = _answer(pipe)
                 assert ok, f"rank {rank}:\n{result}"
                 results.append(result)
             return results
@@ -61,29 +71,45 @@ class World:
         for pipe in self._pipes:
             pipe.send_bytes(pickle.dumps(None))
         for process in self._processes:
-            process.join(10)
+            try:
+                process.wait(10)
+            except subprocess.TimeoutExpired:
+                break
         self._kill()
 
     def _kill(self) -> None:
         for process in self._processes:
             process.kill()
-            process.join()
+            process.wait()
         self._folder.cleanup()
 
 
-def _serve(rank: int, size: int, store: str, pipe: Connection) -> None:
-    import torch
-    import torch.distributed as dist
+@contextmanager
+def worlds(*preload: str) -> Iterator[Callable[[int], World]]:
+    """Worlds by their sizes, each started once; `preload`: modules that their ranks have imported."""
+    started: dict[int, World] = {}
 
-    from dtrain import plan
+    def of(size: int) -> World:
+        if size not in started:
+            started[size] = World(size, *preload)
+        return started[size]
 
+    try:
+        yield of
+    finally:
+        for each in started.values():
+            each.close()
+
+
+def serve(rank: str, size: str, store: str, file: int) -> None:
+    """What a rank does."""
+    pipe = Connection(file)
     torch.set_num_threads(1)
-    dist.init_process_group(
-        "gloo", store=dist.FileStore(store, size), rank=rank, world_size=size, timeout=timedelta(seconds=TIMEOUT_S)
-    )
+    shared, timeout = dist.FileStore(store, int(size)), timedelta(seconds=TIMEOUT_S)
+    dist.init_process_group("gloo", store=shared, rank=int(rank), world_size=int(size), timeout=timeout)
     # Every group costs each rank three threads: meshes that are equal are one.
     plan.init_device_mesh = lru_cache(None)(plan.init_device_mesh)
-    while (work := pickle.loads(pipe.recv_bytes())) is not None:
+    while (work := _next(pipe)) is not None:
         function, arguments = work
         try:
             answer = True, function(*arguments)
@@ -91,3 +117,17 @@ def _serve(rank: int, size: int, store: str, pipe: Connection) -> None:
             answer = False, traceback.format_exc()
         pipe.send_bytes(pickle.dumps(answer))  # by value: torch would share a file for each tensor
     dist.destroy_process_group()
+
+
+def _next(pipe: Connection) -> Any:
+    try:
+        return pickle.loads(pipe.recv_bytes())
+    except EOFError:  # whoever asks is gone
+        return None
+
+
+def _answer(pipe: Connection) -> tuple[bool, Any]:
+    try:
+        return pickle.loads(pipe.recv_bytes())
+    except EOFError:
+        return False, "its process is gone"

@@ -98,7 +98,7 @@ class Case:
         """The run under torchrun."""
         (self.folder / "tmp").mkdir(parents=True, exist_ok=True)
         return start(self.folder, *TORCHRUN, *launcher, "--max-restarts", str(self.restarts),
-                     *self.words("hydra.run.dir=run", *settings), before=self.before, DTRAIN_CACHE=str(self.cache),
+                     *self.words("hydra.run.dir=run", *settings), before=self.before, cold=True, DTRAIN_CACHE=str(self.cache),
                      CHAOS=self.mark, TMPDIR=str(self.folder / "tmp"), OMP_NUM_THREADS="1", **self.environment)  # fmt: skip
 
     def go_on(self, *settings: str) -> None:

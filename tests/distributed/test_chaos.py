@@ -14,7 +14,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("chaos")
 
 
-@pytest.mark.slow
+@pytest.mark.deep
 @pytest.mark.parametrize(("kind", "seed"), drawn(13, 7))
 def test_a_fault_costs_minutes_and_not_the_run(kind: str, seed: int, folder: Path) -> None:
     try:

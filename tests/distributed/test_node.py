@@ -43,7 +43,7 @@ def start(tmp_path: Path) -> Iterator[Callable[..., list[Node]]]:
             os.killpg(node.pid, signal.SIGKILL)
 
 
-@pytest.mark.slow
+@pytest.mark.deep
 @pytest.mark.parametrize("told", [0, 1])
 def test_one_node_that_is_told_stops_all_and_all_go_on(start, told: int, tmp_path: Path) -> None:
     nodes = start()
@@ -55,7 +55,7 @@ def test_one_node_that_is_told_stops_all_and_all_go_on(start, told: int, tmp_pat
     assert len(curve(tmp_path)) == STEPS and not (tmp_path / "resumable").exists()
 
 
-@pytest.mark.slow
+@pytest.mark.deep
 def test_a_node_that_waits_for_another_ends_when_told(start) -> None:
     (node,) = start(1)
     time.sleep(5)

@@ -127,7 +127,6 @@ def submit(slurm: Slurm, tmp_path: Path) -> Callable[..., str]:
     return of
 
 
-@pytest.mark.slow
 def test_a_job_that_is_told_and_preempted_has_the_losses_of_one_that_is_not(slurm, submit, tmp_path: Path) -> None:
     whole = submit("steps=400", run="whole")
     assert slurm.ended(whole) == ("COMPLETED", "0:0")
@@ -146,7 +145,6 @@ def test_a_job_that_is_told_and_preempted_has_the_losses_of_one_that_is_not(slur
     assert printed.count("resumed from") == 2 and "Traceback" not in printed
 
 
-@pytest.mark.slow
 def test_submitit_gives_a_sweep_to_slurm(slurm, tmp_path: Path) -> None:
     pytest.importorskip("hydra_plugins.hydra_submitit_launcher", reason="pip install hydra-submitit-launcher")
     slurm("python", "scripts/train.py", "--multirun", "hydra/launcher=submitit_slurm", "hydra.launcher.partition=low",
@@ -154,7 +152,6 @@ def test_submitit_gives_a_sweep_to_slurm(slurm, tmp_path: Path) -> None:
     assert [len(curve(tmp_path / number)) for number in "01"] == [3, 3]
 
 
-@pytest.mark.slow
 def test_an_array_is_a_list_of_overrides(slurm, submit, tmp_path: Path) -> None:
     job = submit("steps=3", "--", "seed=1", "strategy=fsdp seed=2", options=("--array=0-1",))
     for task in "01":
@@ -165,7 +162,6 @@ def test_an_array_is_a_list_of_overrides(slurm, submit, tmp_path: Path) -> None:
     assert slurm.ended(f"{outside}_5") == ("FAILED", "2:0")
 
 
-@pytest.mark.slow
 def test_a_job_that_fails_says_so_and_one_that_is_cancelled_stays_so(slurm, submit, tmp_path: Path) -> None:
     wrong = submit("model.n_heads=3")
     assert slurm.ended(wrong) == ("FAILED", "1:0")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from pathlib import Path
 
+import pytest
 from hosts import DEVICE, Hosts
 from runs import TORCHRUN, alive, curve, printed, ranks, start, training, until
 
@@ -22,6 +23,7 @@ def both(hosts: Hosts, folder: Path, *settings: str) -> list:
     ]
 
 
+@pytest.mark.deep
 def test_a_cable_pulled_out(hosts: Hosts, tmp_path: Path) -> None:
     """For a moment: training goes on. For longer than the timeout: both ends say so and end, and resume."""
     cut = tmp_path / "cut"

@@ -1,0 +1,246 @@
+"""How ranks are started and what is said of them, without starting any."""
+
+from __future__ import annotations
+
+import hashlib
+import multiprocessing
+import os
+import signal
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+from unittest import mock
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure
+
+from dtrain import fingerprint, launch
+from dtrain.config import Straggler
+from dtrain.fingerprint import refuse_differences
+from dtrain.launch import RanksFailed, World, leave_words, spawn
+from dtrain.rendezvous import connected
+from dtrain.straggler import slowed
+
+CPU = torch.device("cpu")
+STOPPED = -signal.SIGTERM  # by torchrun, since another has failed
+
+
+# Whose words count where several ranks fail
+
+
+def _failure(rank: int, at: int, status: int, words: str, folder: Path) -> ProcessFailure:
+    """A rank that has left its words at this second; without words its end was noticed then."""
+    file = folder / f"{rank}.json"
+    with (
+        mock.patch.dict(os.environ, {launch.ERROR_FILE: str(file)}),
+        mock.patch("dtrain.launch.time.time", lambda: at),
+        mock.patch("torch.distributed.elastic.multiprocessing.errors.time.time", lambda: at),
+    ):
+        if words:
+            leave_words(words)
+        return ProcessFailure(rank, 1000 + rank, status, str(file))
+
+
+Failures = list[tuple[int, int, str]]  # of each rank: second, exit status, words
+
+OTHERS = "a collective failed"
+ENDS: dict[str, tuple[Failures, int, str]] = {
+    "the first": ([(100, 1, "mine"), (103, 1, OTHERS)], 1, "mine"),
+    "another than rank 0": ([(103, 1, OTHERS), (100, 3, "mine")], 3, "mine"),
+    "in the middle": ([(104, 1, OTHERS), (101, 2, "mine"), (109, 1, OTHERS)], 2, "mine"),
+    "a signal": ([(103, 1, OTHERS), (100, -9, "")], -9, "rank 1 ended with signal 9"),
+    "no words": ([(103, 1, OTHERS), (100, 7, "")], 7, "rank 1 ended with exit status 7"),
+    "beside stopped": ([(100, STOPPED, ""), (101, 4, "mine"), (102, STOPPED, "")], 4, "mine"),
+    "stopped": ([(102, STOPPED, ""), (101, STOPPED, "")], STOPPED, "rank 1 ended with signal 15"),
+}
+
+
+@pytest.mark.parametrize("case", ENDS)
+def test_the_reason_is_what_the_first_rank_to_fail_said(case: str, tmp_path: Path) -> None:
+    """Not what others said later, nor the signal by which torchrun stopped them."""
+    failures, status, words = ENDS[case]
+    made = {rank: _failure(rank, *failure, tmp_path) for rank, failure in enumerate(failures)}
+
+    def ranks(*_: Any) -> Any:
+        raise ChildFailedError("ranks", made)
+
+    with (
+        mock.patch("dtrain.launch.elastic_launch", lambda *_: ranks),
+        pytest.raises(RanksFailed) as said,
+    ):
+        spawn(print, nproc=len(made))
+    assert (str(said.value), said.value.status) == (words, status)
+
+
+# SIGTERM to whoever has started the ranks
+
+
+def _told(ranks: list[Any], times: int, end: Callable[[], Any]) -> Any:
+    """A launch that is sent SIGTERM so often while its ranks run; `end` is how they end."""
+
+    def run(*_: Any) -> Any:
+        for _ in range(times):
+            os.kill(os.getpid(), signal.SIGTERM)
+        return end()
+
+    with (
+        mock.patch("dtrain.launch.elastic_launch", lambda *_: run),
+        mock.patch.object(multiprocessing, "active_children", lambda: ranks),
+    ):
+        return spawn(print, nproc=max(1, len(ranks)))
+
+
+@pytest.fixture
+def ending() -> Iterator[list[int]]:
+    """What comes of SIGTERM where nobody catches it: noted, not done."""
+    seen: list[int] = []
+    before = signal.signal(signal.SIGTERM, lambda number, frame: seen.append(number))
+    yield seen
+    signal.signal(signal.SIGTERM, before)
+
+
+def test_sigterm_goes_to_every_rank_once_and_their_result_is_returned(ending: list[int]) -> None:
+    ranks = [mock.Mock() for _ in range(3)]
+    assert _told(ranks, 1, lambda: {0: "stopped well", 1: "other"}) == "stopped well"
+    assert [rank.method_calls for rank in ranks] == [[mock.call.terminate()]] * 3 and not ending
+    os.kill(os.getpid(), signal.SIGTERM)
+    assert ending == [signal.SIGTERM]  # afterwards it is as it was
+
+
+def test_a_second_sigterm_is_for_the_launcher_itself(ending: list[int]) -> None:
+    ranks = [mock.Mock()]
+    _told(ranks, 2, lambda: [None])
+    assert ranks[0].method_calls == [mock.call.terminate()] and ending == [signal.SIGTERM]
+
+
+def test_sigterm_before_there_is_a_rank_ends_the_launch(ending: list[int]) -> None:
+    with pytest.raises(KeyboardInterrupt):
+        _told([], 1, lambda: [None])
+
+
+def test_ranks_that_fail_after_sigterm_were_told_to_end(ending: list[int], tmp_path: Path) -> None:
+    """It is an interruption, and no failure of theirs."""
+    failed = {0: _failure(0, 100, 1, "a collective failed", tmp_path)}
+
+    def fail() -> None:
+        raise ChildFailedError("ranks", failed)
+
+    with pytest.raises(KeyboardInterrupt):
+        _told([mock.Mock()], 1, fail)
+    with pytest.raises(RanksFailed):
+        _told([mock.Mock()], 0, fail)
+
+
+# Threads
+
+
+THREADS = [(1, 1), (3, 1), (5, 2), (None, 1), (None, 2), (None, 10_000)]
+
+
+@pytest.mark.parametrize(("asked", "local_size"), THREADS)
+def test_a_rank_has_the_threads_that_were_asked_for(asked: int | None, local_size: int) -> None:
+    """Or its share of the cores, and one at least; afterwards the process has those that it had."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(7)
+    try:
+        with connected(World(local_size=local_size), CPU, threads=asked, timeout_s=10):
+            share = max(1, len(os.sched_getaffinity(0)) // local_size)
+            assert torch.get_num_threads() == (asked or share)
+        assert torch.get_num_threads() == 7 and not dist.is_initialized()
+    finally:
+        torch.set_num_threads(before)
+
+
+# A rank that is slow on purpose
+
+
+@pytest.mark.parametrize("factor", [1.0, 1.5, 2.0, 10.0])
+def test_a_straggler_takes_so_many_times_as_long(factor: float) -> None:
+    """By a clock of ours: two seconds of work; no other rank waits."""
+    now = [100.0]
+
+    def sleep(seconds: float) -> None:
+        now[0] += seconds
+
+    clock = SimpleNamespace(perf_counter=lambda: now[0], sleep=sleep)
+    with mock.patch("dtrain.straggler.time", clock):
+        for rank, expected in ((1, 2 * factor), (0, 2.0), (-1, 2.0)):
+            begun = now[0]
+            with slowed(Straggler(rank=1, factor=factor), rank):
+                now[0] += 2
+            assert now[0] - begun == expected
+
+
+# Do all ranks run the same?
+
+
+@contextmanager
+def _ranks(size: int) -> Iterator[Callable[[Callable[[int], None]], list[str]]]:
+    """Threads as ranks, whose `gathered` meets: what each has raised."""
+    meeting, own, given = threading.Barrier(size), threading.local(), [None] * size
+
+    def gathered(mine: Any) -> list[Any]:
+        given[own.rank] = mine
+        meeting.wait(60)
+        every = list(given)
+        meeting.wait(60)
+        return every
+
+    def run(function: Callable[[int], None]) -> list[str]:
+        said = [""] * size
+
+        def work(rank: int) -> None:
+            own.rank = rank
+            try:
+                function(rank)
+            except ValueError as error:
+                said[rank] = str(error)
+
+        threads = [threading.Thread(target=work, args=(rank,)) for rank in range(size)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join(60)
+        return said
+
+    with mock.patch.object(fingerprint, "gathered", gathered):
+        yield run
+
+
+@pytest.fixture
+def code(tmp_path: Path) -> Iterator[Path]:
+    """Two files in place of all of ours."""
+    for name in ("one.py", "two.py"):
+        (tmp_path / name).write_text(f"# {name}\n")
+    with mock.patch.object(fingerprint, "ROOT", tmp_path):
+        yield tmp_path
+
+
+@pytest.mark.parametrize("odd", range(4))
+def test_whichever_rank_is_to_run_something_else_is_found(odd: int, code: Path) -> None:
+    """Every rank says the same of it: of four, the first that is not as rank 0, and in what."""
+    with _ranks(4) as run:
+        said = run(lambda rank: refuse_differences({"a": {"steps": 5 + (rank == odd)}}, {}))
+    first, (there, here) = max(odd, 1), (5, 6) if odd == 0 else (6, 5)
+    assert len(set(said)) == 1 and said[0].startswith(f"rank {first} on ")
+    assert said[0].endswith(f": a.steps is {there} there, {here} here")
+
+
+def test_what_decides_the_result_is_compared_and_nothing_else(code: Path) -> None:
+    """Settings, data and each file of the code; not how a machine starts its ranks."""
+    settings: list[dict[str, Any]] = [{"steps": 5, "launch": {"threads": n}} for n in range(2)]
+    with _ranks(2) as run:
+        assert run(lambda rank: refuse_differences(settings[rank], {"rows": 9})) == ["", ""]
+        said = run(lambda rank: refuse_differences(settings[rank], {"rows": 9 + rank}))
+        assert said[0].endswith(": the prepared data.rows is 10 there, 9 here")
+    facts = fingerprint._facts({}, {})
+    (code / "two.py").write_text("# changed\n")
+    changed = fingerprint._facts({}, {})
+    assert [name for name in facts if facts[name] != changed[name]] == ["the code of dtrain/two.py"]
+    digest = hashlib.sha256(b"# changed\n").hexdigest()
+    assert digest.startswith(changed["the code of dtrain/two.py"]) and len(facts) == 4

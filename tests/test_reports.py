@@ -1,0 +1,195 @@
+"""What loggers, logs of ranks and tables tell, read back by something else than what has written it."""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+import warnings
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+
+from dtrain.report import ranklog
+from dtrain.report.base import Run
+from dtrain.report.sheet import Sheet, put_between
+from dtrain.report.tensorboard import TensorBoard
+from dtrain.report.tracker import Tracker
+
+STEPS = [{"step": 7, "loss": 2.5, "tokens": 64}, {"step": 8, "loss": 0.0, "tokens": 128, "val_loss": 1.5},
+         {"step": 30, "loss": 1.25, "tokens": 192, "val_loss": None}]  # fmt: skip
+TOLD = {"loss": [(7, 2.5), (8, 0.0), (30, 1.25)], "tokens": [(7, 64), (8, 128), (30, 192)], "val_loss": [(8, 1.5)]}
+
+
+def a_run(folder: Path, **config: Any) -> Run:
+    return Run("ddp", {"dp": 2}, 2, 6, 30, folder, (), config)
+
+
+# Loggers
+
+
+def test_tensorboard_has_every_figure_at_its_step(tmp_path: Path) -> None:
+    """As TensorBoard's own reader finds them; a nought is a figure, and nothing is none."""
+    loader = pytest.importorskip("tensorboard.backend.event_processing.event_file_loader")
+    board = TensorBoard()
+    board.start(a_run(tmp_path))
+    for figures in STEPS:
+        board.step(figures)
+    board.close()
+    found: dict[str, list[tuple[int, float]]] = {}
+    (file,) = (tmp_path / "tensorboard").glob("events*")
+    for event in loader.LegacyEventFileLoader(str(file)).Load():
+        for value in event.summary.value:
+            found.setdefault(value.tag, []).append((event.step, value.simple_value))
+    assert found == TOLD
+
+
+class Recorded:
+    """A tracker as Accelerate has them."""
+
+    requires_logging_directory = True
+    made: list[Recorded]
+
+    def __init__(self, name: str, **options: Any) -> None:
+        self.name, self.options, self.told, self.ended = name, options, {}, False  # type: ignore[var-annotated]
+        type(self).made = [self]
+
+    def store_init_configuration(self, values: dict[str, Any]) -> None:
+        self.configuration = values
+
+    def log(self, values: dict[str, Any], step: int) -> None:
+        for name, value in values.items():
+            self.told.setdefault(name, []).append((step, value))
+
+    def finish(self) -> None:
+        self.ended = True
+
+
+@pytest.fixture
+def accelerate(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A library of two trackers, of which one's package is there."""
+    library: Any = ModuleType("accelerate")
+    tracking: Any = ModuleType("accelerate.tracking")
+    library.PartialState = type(
+        "PartialState", (), {"__init__": lambda self, cpu: None, "_reset_state": staticmethod(int)}
+    )
+    tracking.LOGGER_TYPE_TO_CLASS = {"ours": Recorded, "theirs": Recorded}
+    tracking.get_available_trackers = lambda: ["ours"]
+    monkeypatch.setitem(sys.modules, "accelerate", library)
+    monkeypatch.setitem(sys.modules, "accelerate.tracking", tracking)
+
+
+def test_a_tracker_is_told_every_figure_at_its_step_and_the_configuration(accelerate: None, tmp_path: Path) -> None:
+    """Settings by dotted names, since some trackers take no mappings; what is no plain value in words."""
+    logger = Tracker("ours", project="p", options={"mode": "offline"})
+    logger.start(
+        a_run(tmp_path, steps=30, clip_norm=None, eval={"every": 0, "to": {"a": True}}, optimizer={"betas": [0.9]})
+    )
+    for figures in STEPS:
+        logger.step(figures)
+    (tracker,) = Recorded.made
+    assert tracker.told == TOLD and not tracker.ended
+    logger.close()
+    assert tracker.ended and (tracker.name, tracker.options) == ("p", {"mode": "offline", "logging_dir": str(tmp_path)})
+    assert tracker.configuration == {"steps": 30, "clip_norm": "None", "eval.every": 0, "eval.to.a": True,
+                                     "optimizer.betas": "[0.9]"}  # fmt: skip
+
+
+def test_a_tracker_that_is_not_there_is_refused(accelerate: None) -> None:
+    for name, said in (("mine", "is unknown: use ours, theirs"), ("theirs", "not installed: pip install theirs")):
+        with pytest.raises(ValueError, match=f"logger.tracker.name={name}.*{said}"):
+            Tracker(name)
+
+
+# Logs of ranks
+
+
+def _speak() -> None:
+    print("from Python")
+    os.write(1, b"from a library\n")
+    print("an error", file=sys.stderr)
+
+
+def _heard(capfd: pytest.CaptureFixture[str]) -> Any:
+    sys.stdout.flush()
+    sys.stderr.flush()
+    return capfd.readouterr()
+
+
+def test_the_first_rank_speaks_here_and_the_others_in_their_logs(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Libraries' words too; afterwards a process speaks where it did before."""
+    for name, number in (("stdout", 1), ("stderr", 2)):  # as they are where pytest catches nothing
+        monkeypatch.setattr(sys, name, open(number, "w", closefd=False))  # noqa: SIM115  until the test ends
+    said = {"from Python", "from a library", "an error"}
+    for rank in range(3):
+        with ranklog.writing(tmp_path, rank) as file:
+            _speak()
+        log, out = file.read_text(), _heard(capfd)
+        assert file == tmp_path / "logs" / f"rank{rank}.log" and f"rank {rank}, process {os.getpid()}" in log
+        here = set(f"{out.out}{out.err}".splitlines())
+        there = said & set(log.splitlines())
+        assert (here, there) == ((said, set()) if rank == 0 else (set(), said))
+        _speak()
+        out = _heard(capfd)
+        assert set(out.out.splitlines()) == {"from Python", "from a library"} and out.err == "an error\n"
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_ranks_log_has_its_records_warnings_and_error(rank: int, tmp_path: Path) -> None:
+    """And nothing of what comes after it; what others have set stays."""
+    root = logging.getLogger()
+    before = (root.level, list(root.handlers), warnings.showwarning)
+    with pytest.raises(ZeroDivisionError), ranklog.writing(tmp_path, rank), warnings.catch_warnings():
+        warnings.simplefilter("always")
+        logging.getLogger("any").info("a record")
+        logging.getLogger("any").debug("too small")
+        warnings.warn("a warning", stacklevel=1)
+        _ = 1 / 0
+    logging.getLogger("any").error("afterwards")
+    assert (root.level, list(root.handlers), warnings.showwarning) == before
+    log = (tmp_path / "logs" / f"rank{rank}.log").read_text()
+    assert all(words in log for words in ("INFO any: a record", "UserWarning: a warning", "ZeroDivisionError"))
+    assert "too small" not in log and "afterwards" not in log
+
+
+# Tables
+
+
+SHEET = Sheet("What goes", ("strategy", "a|b"), [("ddp", "yes"), ("fsdp", "no | never")])
+
+
+def test_a_sheet_is_a_table_of_markdown_with_a_cell_for_each_word() -> None:
+    """Whatever marks a word has: cells are split where no backslash is."""
+    title, empty, *lines = SHEET.markdown().splitlines()
+    cells = [[word.strip() for word in line.replace(r"\|", "\0").strip("|").split("|")] for line in lines]
+    assert (title, empty) == ("What goes:", "") and cells[1] == ["---", "---"]
+    assert [[word.replace("\0", "|") for word in row] for row in (cells[0], *cells[2:])] == [
+        list(SHEET.columns), *map(list, SHEET.rows)
+    ]  # fmt: skip
+
+
+def test_a_narrow_terminal_folds_all_words_but_the_first(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "30")
+    Sheet("t", ("name", "why"), [("a_strategy_of_a_name", "x" * 40)]).show()
+    out = capsys.readouterr().out
+    assert "a_strategy_of_a_name" in out and out.count("x") == 40 and "x" * 40 not in out
+
+
+def test_text_between_two_marks_is_replaced_and_nothing_else(tmp_path: Path) -> None:
+    """As often as one likes; without the marks nothing is written."""
+    document = tmp_path / "README.md"
+    document.write_text("before\n<!-- a -->\nold\n<!-- b -->\nafter\n")
+    for text in ("new\n", "longer\ntext\n", ""):
+        put_between(document, "<!-- a -->\n", "<!-- b -->", text)
+        assert document.read_text() == f"before\n<!-- a -->\n{text}<!-- b -->\nafter\n"
+    for broken in ("<!-- a -->\nno end\n", "no begin <!-- b -->\n", "<!-- b -->\n<!-- a -->\n"):
+        document.write_text(broken)
+        with pytest.raises(ValueError, match="has no <!-- a --> and <!-- b --> to write between"):
+            put_between(document, "<!-- a -->\n", "<!-- b -->", "new")
+        assert document.read_text() == broken

@@ -1,0 +1,237 @@
+"""A parameter server and its workers in few processes: what a gradient does to the weights."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator, Sequence
+from threading import Thread
+from types import SimpleNamespace
+from typing import Any
+from unittest import mock
+
+import pytest
+import torch
+import torch.distributed as dist
+from cases import ROWS, NextToken
+from torch import Tensor, nn
+
+from dtrain import worker as workers
+from dtrain.asynchronous import Asynchronous
+from dtrain.config import Config, Launch, Straggler
+from dtrain.job import Job
+from dtrain.launch import World
+from dtrain.link import HEADER, Gone, Link
+from dtrain.plan import Plan
+from dtrain.precision import Precision
+from dtrain.report.base import All
+from dtrain.server import Server
+from dtrain.strategy.parameter_server import ParameterServer
+from dtrain.train import Settings, Trainer
+from dtrain.worker import BYE, OVER, PULL, PUSH, Worker, compression, of_model
+
+TOLERANCE = 1e-12  # rounding alone, in fp64
+RATE, STEPS, MOST = 0.3, 5, 0.2  # the last is what norms are clipped to
+SETTINGS = Settings(STEPS, global_batch_size=ROWS)
+TIMEOUT_S = 60
+CONFIG = Config(
+    launch=Launch(timeout_s=TIMEOUT_S), straggler=Straggler(rank=None), seed=0, steps=STEPS,
+    global_batch_size=ROWS, micro_batch_size=None,
+)  # fmt: skip
+Found = tuple[list[float], dict[str, Tensor]]
+
+
+def sgd(model: nn.Module) -> torch.optim.Optimizer:
+    return torch.optim.SGD(model.parameters(), lr=RATE)
+
+
+def plan_of(computing: int, servers: int = 1, **options: Any) -> Plan:
+    """So many workers and servers."""
+    clip_norm = options.pop("clip_norm", None)
+    size = computing + servers
+    strategy = ParameterServer(size, servers=servers, **options)
+    return Plan.of([strategy], size, precision=Precision("fp64"), clip_norm=clip_norm)
+
+
+# A server hears what is written here
+
+
+class Written:
+    """The other end of a link: a worker that says what it was given to say, and then dies."""
+
+    def __init__(self, *said: Any) -> None:
+        self.left, self.counts = list(said), {}
+
+    def hear(self) -> list[float]:
+        if not self.left:
+            raise Gone("nobody there")
+        numbers = self.left.pop(0)
+        return [float(number) for number in (*numbers, *[0] * (HEADER - len(numbers)))]
+
+    def receive(self, like: Tensor) -> Tensor:
+        return like.copy_(self.left.pop(0))
+
+    def say(self, *numbers: float) -> None:
+        """It listens to nothing."""
+
+    def send(self, tensor: Tensor) -> None:
+        """Nor takes anything."""
+
+
+class Second:
+    """The second of two servers, to which gradients come; and its weights as they should be."""
+
+    def __init__(self, computing: int, **options: Any) -> None:
+        plan = plan_of(computing, 2, **options)
+        world = World(rank=1, size=plan.world_size)
+        self.server = Server(NextToken(), plan, sgd, SETTINGS, CONFIG, world, ("", 0), None)
+        self.own = of_model(self.server.models["model"], self.server.shares[1])
+        self.expected = [p.detach().clone() for p in self.own]
+        self.chance = torch.Generator().manual_seed(0)
+
+    def gradient(self, factor: float) -> list[Tensor]:
+        """A drawn one, which the weights are to follow by so many times the rate."""
+        drawn = [torch.randn(p.shape, dtype=p.dtype, generator=self.chance) for p in self.own]
+        for weight, gradient in zip(self.expected, drawn, strict=True):
+            weight -= factor * RATE * gradient
+        return drawn
+
+    def push(self, item: int, gradient: Sequence[Tensor], version: int = 0) -> tuple[Any, Any]:
+        encoder = compression(self.server.strategy, self.own)
+        return (PUSH, version, item, 0.0, 1.0), encoder.encode(gradient)
+
+    def serve(self, worker: int, *said: Any) -> None:
+        link: Any = Written(*said)
+        self.server._serve(worker, link)
+
+    def assert_expected(self) -> None:
+        for weight, expected in zip(self.own, self.expected, strict=True):
+            torch.testing.assert_close(weight.detach(), expected, rtol=TOLERANCE, atol=TOLERANCE)
+
+
+@pytest.mark.parametrize("mode", ["async", "bounded"])
+def test_a_gradient_that_is_computed_again_counts_once(mode: str) -> None:
+    """Its first worker died when one of two servers had it: that one keeps the first."""
+    second = Second(3, mode=mode)
+    first, other, again = second.gradient(1), second.gradient(1), second.gradient(0)
+    with pytest.raises(Gone):
+        second.serve(0, (PULL, 0, 0), *second.push(0, first))
+    second.serve(1, *second.push(0, again), *second.push(1, other), (BYE,))
+    second.assert_expected()
+    assert second.server.applied == second.server.version == 2
+
+
+@pytest.mark.parametrize("divides", [True, False])
+def test_a_gradients_rate_is_divided_by_its_staleness_if_asked_for(divides: bool) -> None:
+    """By the updates since its weights were pulled, where those are more than one."""
+    second = Second(5, divide_by_staleness=divides)
+    pulled = (0, 0, 0, 3, 0)  # at which version; each of these gradients is an update
+    staleness = [version - at for version, at in enumerate(pulled)]
+    assert staleness == [0, 1, 2, 0, 4]
+    said: list[Any] = []
+    for item, (version, stale) in enumerate(zip(pulled, staleness, strict=True)):
+        gradient = second.gradient(1 / max(1, stale) if divides else 1)
+        said += second.push(item, gradient, version)
+    second.serve(0, *said, (BYE,))
+    second.assert_expected()
+    assert second.server.staleness == {0: 2, 1: 1, 2: 1, 4: 1}
+
+
+# A whole run: servers are ranks of a world, the worker is a thread of the first
+
+
+def served(servers: int, **options: Any) -> Found:
+    """The losses of a run with one worker, and the weights that this rank would save."""
+    rank, plan = dist.get_rank(), plan_of(1, servers, clip_norm=MOST, **options)
+    job: Any = Job(CONFIG, None, NextToken(), plan, All())  # type: ignore[arg-type]
+    made = Asynchronous(job.task, plan, sgd, SETTINGS, CONFIG, World(rank, plan.world_size))
+
+    def compute() -> None:
+        store = dist.TCPStore(*made.address, is_master=False)
+        try:
+            with mock.patch.object(workers, "assemble", lambda *_: job):
+                own = Worker(CONFIG, World(servers, plan.world_size))
+            store.set("0/0", "")
+            own.run([Link(store, f"0/0/{server}", 1, TIMEOUT_S) for server in range(servers)])
+        except BaseException:
+            store.set("0/gone", "")  # so that nobody waits
+            raise
+
+    log = logging.getLogger("dtrain")
+    level, thread = log.level, Thread(target=compute, daemon=True)
+    try:
+        if rank == 0:
+            thread.start()
+        losses = [step.loss for step in made.steps()]
+    finally:
+        log.setLevel(level)
+    state = {name: tensor.clone() for name, tensor in made.state().items()}
+    return losses, {name: t for name, t in state.items() if not name.startswith("optimizer.")}
+
+
+@pytest.fixture(scope="module")
+def expected(alone) -> Found:
+    """Losses and weights of one process, with clipping that cuts."""
+    plan = Plan.of([], 1, precision=Precision("fp64"), clip_norm=MOST)
+    made = Trainer(NextToken(), plan, sgd, SETTINGS)
+    steps = list(made.steps())
+    assert min(step.grad_norm for step in steps) > 2 * MOST
+    return [step.loss for step in steps], made.state()
+
+
+def assert_same(found: Found, expected: Found) -> None:
+    assert found[0] == pytest.approx(expected[0], rel=TOLERANCE)
+    assert found[1].keys() == expected[1].keys()
+    for name, tensor in expected[1].items():
+        assert (found[1][name] - tensor).norm() <= TOLERANCE * tensor.norm(), name
+
+
+@pytest.mark.parametrize("mode", ["async", "bounded", "sync"])
+def test_one_worker_is_one_process(mode: str, expected) -> None:
+    """Nothing is stale then."""
+    assert_same(served(1, mode=mode, divide_by_staleness=True), expected)
+
+
+def test_each_of_two_servers_saves_the_whole_model(expected, world) -> None:
+    """Its own share of the weights, and those that the other has."""
+    for found in world(2).run(served, 2):
+        assert_same(found, expected)
+
+
+# Who looks after a worker
+
+
+class Lives:
+    """Starts processes that end at once with these statuses; the last is of all later ones."""
+
+    def __init__(self, *statuses: int) -> None:
+        self.statuses, self.begun = list(statuses), 0
+
+    def Process(self, target: Any, args: Sequence[Any]) -> Any:
+        status = self.statuses[min(self.begun, len(self.statuses) - 1)]
+        assert args[-1] == self.begun
+        self.begun += 1
+        return SimpleNamespace(start=lambda: None, pid=0, exitcode=status)
+
+
+@pytest.fixture
+def keeper(alone) -> Iterator[Any]:
+    """A rank that looks after a worker, when all else is over."""
+
+    def of(restarts: int) -> Asynchronous:
+        plan = plan_of(1, restarts=restarts)
+        made = Asynchronous(NextToken(), plan, sgd, SETTINGS, CONFIG, World(1, 2))
+        made._store.set(OVER, "")
+        return made
+
+    yield of
+
+
+@pytest.mark.parametrize("restarts", [0, 1, 3])
+def test_a_worker_is_started_again_as_often_as_asked_for(restarts: int, keeper) -> None:
+    """After the last time it is given up; one that ends well is not started again."""
+    for statuses, lives in (((-9,), restarts + 1), ((0,), 1), ((*[1] * restarts, 0), restarts + 1)):
+        made, found = keeper(restarts), Lives(*statuses)
+        with mock.patch("dtrain.asynchronous.multiprocessing.get_context", lambda _, of=found: of):
+            assert list(made.steps()) == []
+        assert found.begun == lives
+        assert made._store.check(["0/gone"]) == (statuses[-1] != 0)
