@@ -216,15 +216,13 @@ class FilesOfRows(Source):
 ])  # fmt: skip
 def test_what_is_held_out_is_of_other_files_than_what_is_trained_on(name: str, grouped: bool) -> None:
     """Where rows of one file are alike; one's own rows stand by themselves unless `data.group` says more."""
-    held_out: list[list[str]] = []
-    for group in ([], ["data.group=file"]):
-        data = make(
-            composed(f"data={name}", *NEEDED.get(name, []), *group).data, Rows, "data", parts=(Source, Tokenizer)
-        )
+    held_out, node = [], composed(f"data={name}", *NEEDED.get(name, [])).data
+    for group in (node.group, "file"):
+        data = make({**node, "group": group}, Rows, "data", parts=(Source, Tokenizer))
         data.source = FilesOfRows()
         data.prepare(lambda what, done: None)
         sides = [{row["file"] for _, row in data.split[side]} for side in ("train", "validation")]
-        assert bool(sides[0] & sides[1]) == (not grouped and not group)
+        assert bool(sides[0] & sides[1]) == (not grouped and not held_out)
         assert len(list(data.all())) == 400 and 0.1 < len(data.split["validation"]) / 400 < 0.3
         held_out.append([where for where, _ in data.split["validation"]])
     assert (held_out[0] == held_out[1]) == grouped

@@ -269,7 +269,8 @@ dist.barrier()
 """
 
 
-@pytest.mark.parametrize("operation", ["all_reduce", "all_gather", "reduce_scatter", "all_to_all", "send"])
+@pytest.mark.parametrize("operation", ["all_gather", *(
+    pytest.param(each, marks=pytest.mark.deep) for each in ("all_reduce", "reduce_scatter", "all_to_all", "send"))])  # fmt: skip
 def test_a_wire_carries_what_the_message_says(operation: str, hosts: Hosts) -> None:
     """Of eight megabytes eight times, within 5 %: headers, and their acknowledgements.
 

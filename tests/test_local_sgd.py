@@ -141,7 +141,7 @@ drawn = st.integers(1, 6).flatmap(lambda every: st.fixed_dictionaries({
 }))  # fmt: skip
 
 
-@settings(max_examples=12)
+@settings(max_examples=5)
 @given(options=drawn)
 def test_any_options_are_what_the_simulation_says(options: dict[str, Any], world) -> None:
     expected = world(2).run(simulated, 2, options)[0]

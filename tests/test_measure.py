@@ -15,7 +15,7 @@ from unittest import mock
 import pytest
 import torch
 from cases import CONTEXT, ROWS, Case, NextToken, trainer
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from sklearn.neighbors import NearestNeighbors
 from torch.utils.flop_counter import FlopCounterMode
@@ -30,6 +30,7 @@ from dtrain.optimizer import parameter_groups, rate
 from dtrain.precision import Precision
 
 
+@settings(max_examples=8)
 @given(
     layers=st.integers(1, 4),
     heads=st.sampled_from([1, 2, 4]),
@@ -122,8 +123,9 @@ def _drift(case: Case, size: int) -> list[float]:
 
 @pytest.mark.parametrize(
     ("strategy", "size"),
-    [("ddp", 2), ("fsdp", 2), ("zero1", 2), ("tensor_sequence", 2), ("zbv", 2), ("ring", 2), ("ulysses", 2),
-     ("fsdp_tensor", 4), ("ddp_tensor", 4), ("fsdp_context", 4), ("pipeline_fsdp", 4), ("pipeline_tensor", 4), ("3d", 8)],
+    [("ddp", 2), ("fsdp", 2), ("tensor_sequence", 2), ("zbv", 2), ("ring", 2), *(pytest.param(*each, marks=pytest.mark.deep)
+     for each in [("zero1", 2), ("ulysses", 2), ("fsdp_tensor", 4), ("ddp_tensor", 4), ("fsdp_context", 4),
+                  ("pipeline_fsdp", 4), ("pipeline_tensor", 4), ("3d", 8)])],
 )  # fmt: skip
 def test_bf16_drifts_no_more_than_its_rounding(strategy: str, size: int, world, alone) -> None:
     """With accumulation, recomputation and an evaluation at the end."""

@@ -225,7 +225,7 @@ def started(folder: Path, cache: Path, *arguments: str, ranks: int = 3) -> warm.
 
 @pytest.mark.parametrize("servers", [1, pytest.param(2, marks=pytest.mark.deep)])
 def test_a_killed_worker_stops_nobody_and_comes_back(servers: int, tmp_path: Path, cache: Path) -> None:
-    process = started(tmp_path, cache, "steps=120", "checkpoint.every=40", "eval.every=1", f"strategy.dp.servers={servers}",
+    process = started(tmp_path, cache, "steps=60", "checkpoint.every=20", "eval.every=1", f"strategy.dp.servers={servers}",
                       ranks=2 + servers)  # fmt: skip
     until(lambda: lines_of(tmp_path) >= 10)
     os.kill(processes(tmp_path, servers + 1)[0], signal.SIGKILL)
@@ -234,10 +234,10 @@ def test_a_killed_worker_stops_nobody_and_comes_back(servers: int, tmp_path: Pat
     _, err = process.communicate(timeout=150)
     assert process.returncode == 0, err[-2000:]
     told = json.loads((tmp_path / "run" / "summary.json").read_text())["profile"]["asynchronous"]
-    assert told["updates"] == 240 and told["lives"] == {"0": 1, "1": 2}
+    assert told["updates"] == 120 and told["lives"] == {"0": 1, "1": 2}
     assert len(processes(tmp_path, servers + 1)) == 2
     assert "worker 1 is gone" in (tmp_path / "run" / "logs" / "rank0.log").read_text()
-    assert about(tmp_path / "run" / "checkpoints" / "latest")["step"] == 120
+    assert about(tmp_path / "run" / "checkpoints" / "latest")["step"] == 60
 
 
 @pytest.mark.deep

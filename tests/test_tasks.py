@@ -361,6 +361,7 @@ def learned(task: Task, size: int) -> tuple[list[float], dict[str, float]]:
     return [step.loss for step in made.steps()], made.evaluate()
 
 
+@pytest.mark.deep
 def test_squad_files_are_read_and_learned_by_heart(tmp_path: Path, world) -> None:
     """A model of 30 k parameters answers forty questions after it has seen them often enough."""
     chance, articles = np.random.default_rng(1), []

@@ -317,7 +317,9 @@ def end_what_is_left() -> None:
 
 @cache
 def nursery(*preload: str) -> Nursery:
-    """The server of this process that has imported these modules too, started once."""
+    """The server of this process that has imported these modules too, started once, or by whoever started this one."""
+    if not preload and (given := os.environ.get("DTRAIN_NURSERY")):
+        return Nursery(Path(given))
     address = Path(tempfile.mkdtemp(dir=_folder())) / "nursery"
     alive_r, alive_w = os.pipe()
     command = [sys.executable, "-c", "import warm; warm.main()", str(address), *preload]
@@ -366,9 +368,11 @@ def _folder() -> str:
     return folder
 
 
-def main() -> None:
+def main(*words: str) -> None:
+    """What the server does: `words` are its address and what it imports before it serves."""
+    address, *preload = words or sys.argv[1:]
     gc.disable()
-    for each in (*PRELOADED, *sys.argv[2:]):
+    for each in (*PRELOADED, *preload):
         importlib.import_module(each)
     gc.freeze()
-    serve(sys.argv[1], binds=True)
+    serve(address, binds=True)
