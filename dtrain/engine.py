@@ -70,7 +70,10 @@ def fresh(deepspeed: Any, plan: Plan) -> None:
     deepspeed.init_distributed(dist_backend=dist.get_backend())
     from torch.utils.cpp_extension import get_default_build_root
 
-    for lock in Path(get_default_build_root()).glob("*/*/lock"):  # of what it compiles for offloading
+    # Of what it compiles for offloading: by torch's habit in a folder for each version, or where it is told to.
+    own = os.environ.get("TORCH_EXTENSIONS_DIR")
+    locks = Path(own).glob("*/lock") if own else Path(get_default_build_root()).glob("*/*/lock")
+    for lock in locks:
         with suppress(FileNotFoundError):
             if time.time() - lock.stat().st_mtime > STALE_S:
                 lock.unlink(missing_ok=True)  # a build that was killed: all later ones would wait for it

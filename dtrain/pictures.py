@@ -21,7 +21,7 @@ def confusion_matrix(counts: Tensor, classes: Sequence[str]) -> Figure:
     figure = _figure(figsize=(side, side))
     axes = figure.subplots()
     shares = counts / counts.sum(1, keepdim=True).clamp(min=1)
-    axes.imshow(shares, cmap="Blues", vmin=0, vmax=1)
+    axes.imshow(shares.numpy(), cmap="Blues", vmin=0, vmax=1)
     if len(classes) > NUMBERED:  # too many to name
         axes.set(xlabel="said", ylabel="true")
         return figure
@@ -51,7 +51,7 @@ def image_grid(images: Tensor) -> Figure:
     figure = _figure(figsize=(6, 6))
     for place, image in enumerate(images):
         axes = figure.add_subplot(side, side, place + 1)
-        axes.imshow(image[0] if len(image) == 1 else image.permute(1, 2, 0), cmap="gray", vmin=0, vmax=1)
+        axes.imshow((image[0] if len(image) == 1 else image.permute(1, 2, 0)).numpy(), cmap="gray", vmin=0, vmax=1)
         axes.set_axis_off()
     return figure
 

@@ -301,10 +301,13 @@ def test_nothing_of_deepspeed_is_imported_without_it() -> None:
     subprocess.run([sys.executable, "-c", code], check=True, cwd=Path(__file__).parent.parent)
 
 
-def test_a_lock_is_taken_away_if_nobody_builds_any_more(alone, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("place", ["XDG_CACHE_HOME", "TORCH_EXTENSIONS_DIR"])
+def test_a_lock_is_taken_away_if_nobody_builds_any_more(
+    place: str, alone, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """It stands where torch builds extensions; one of a minute ago is of a build that runs."""
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     monkeypatch.delenv("TORCH_EXTENSIONS_DIR", raising=False)
+    monkeypatch.setenv(place, str(tmp_path))
     monkeypatch.setenv("LOCAL_RANK", "0")
     locks = {}
     for name, age_s in (("killed", 3600), ("runs", 60)):

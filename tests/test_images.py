@@ -170,7 +170,6 @@ def names_at(axis: Any) -> dict[float, str]:
     return {place: label.get_text() for place, label in zip(*places, strict=True)}
 
 
-@pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")  # numpy, of torch
 def test_a_confusion_is_drawn_with_the_truth_at_its_side() -> None:
     """A number stands where the names of its row and column cross, on the shade of its share."""
     counts = torch.tensor([[7, 2, 1], [0, 3, 1], [5, 0, 15]])
