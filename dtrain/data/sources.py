@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
-import csv
-import glob
-import io
 import json
+import os
 import sysconfig
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any
+
+from dtrain.data.formats import format_of, rows_of, utf8
+from dtrain.data.paths import files_at, place
 
 # Packages of the standard library, without tests and tables (encodings). Where a Python lacks one (Debian's
 # has no idlelib, 3.13 no lib2to3) the corpus is smaller: its digest stands in the log.
@@ -27,6 +30,11 @@ class Source(ABC):
 
     field: str = "text"  # of a row: what its document is
 
+    @cached_property
+    def left_out(self) -> Counter[str]:
+        """What is not read of it, by kind, counted on the way."""
+        return Counter()
+
     @abstractmethod
     def describe(self) -> dict[str, Any]:
         """What decides the documents, cheaply: names, sizes, times. ValueError if there is nothing."""
@@ -35,10 +43,17 @@ class Source(ABC):
     def rows(self) -> Iterator[tuple[str, dict[str, Any]]]:
         """(name, fields) of each row, in a fixed order. ValueError for what cannot be read."""
 
+    def rows_with(self, fields: Sequence[str]) -> Iterator[tuple[str, dict[str, Any]]]:
+        """(name, fields) of each row, of which no other fields are needed."""
+        return self.rows()
+
     def documents(self) -> Iterator[tuple[str, str]]:
-        """(name, text) of each row."""
-        for where, row in self.rows():
-            yield where, text_of(row, self.field, where)
+        """(name, text) of each row that has one."""
+        for where, row in self.rows_with([self.field]):
+            if row.get(self.field, "") is None:
+                self.left_out["rows without a text (null)"] += 1
+            else:
+                yield where, text_of(row, self.field, where)
 
 
 class StandardLibrary(Source):
@@ -62,39 +77,40 @@ class StandardLibrary(Source):
 
 
 class Files(Source):
-    """UTF-8 text, JSON lines, CSV or Parquet by a path, a folder or a glob.
+    """UTF-8 text, JSON, JSON lines, CSV or Parquet by a path, a folder or a glob.
 
     Args:
-        path: a file, a folder (everything in it), or a pattern such as `docs/**/*.md`.
-        format: text (a file is a document), jsonl, csv or parquet (a row is one); None: by the file's ending.
+        path: a file, a folder (everything in it), a pattern such as `docs/**/*.md`, or a list of these.
+        format: text (a file is a document), json, jsonl, csv, tsv or parquet (a row is one); None: by the file's ending.
         field: the column or key that holds the text, but for text.
     """
 
-    FORMATS = ("text", "jsonl", "csv", "parquet")
+    FORMATS = ("text", "json", "jsonl", "csv", "tsv", "parquet")
 
-    def __init__(self, path: str, format: str | None = None, field: str = "text") -> None:
+    def __init__(self, path: str | list[str], format: str | None = None, field: str = "text") -> None:
         if format not in (None, *self.FORMATS):
             raise ValueError(f"data.source.format={format} is unknown: use {', '.join(self.FORMATS)}")
         self.path, self.format, self.field = path, format, field
-
-    def _format(self, file: Path) -> str:
-        kind = file.suffix.lower().removeprefix(".")
-        return self.format or (kind if kind in self.FORMATS else "text")
 
     def describe(self) -> dict[str, Any]:
         files = files_at(self.path, "data.source.path")
         return {"kind": "files", "format": self.format, "field": self.field, "files": _stamp(files)}
 
     def rows(self) -> Iterator[tuple[str, dict[str, Any]]]:
-        read = {"text": self._text, "jsonl": _jsonl, "csv": _csv, "parquet": _parquet}
-        for file in files_at(self.path, "data.source.path"):
-            yield from read[self._format(file)](file)
+        return self._read(None)
 
-    def _text(self, file: Path) -> Iterator[tuple[str, dict[str, Any]]]:
-        text = _utf8(file)
-        if not text.strip():
-            raise ValueError(f"{file} is empty")
-        yield str(file), {self.field: text}
+    def rows_with(self, fields: Sequence[str]) -> Iterator[tuple[str, dict[str, Any]]]:
+        return self._read(fields)
+
+    def _read(self, wanted: Sequence[str] | None) -> Iterator[tuple[str, dict[str, Any]]]:
+        self.left_out.clear()
+        files = files_at(self.path, "data.source.path", self.left_out)
+        full = [file for file in files if file.stat().st_size]
+        if not full:
+            raise ValueError(f"{files[0]} is empty" + (", and so are all the others" if len(files) > 1 else ""))
+        self.left_out["empty files"] += len(files) - len(full)
+        for file in full:
+            yield from rows_of(file, self.format or format_of(file), self.field, wanted, self.left_out)
 
 
 class HuggingFace(Source):
@@ -115,6 +131,8 @@ class HuggingFace(Source):
         field: str = "text",
     ) -> None:
         self.name, self.subset, self.split, self.revision, self.field = name, subset, split, revision, field
+        if not name.strip():
+            raise ValueError("data.source.name is empty (is a variable not set?): give a data set's name or its folder")
         self._rows: Any = None
 
     def _load(self) -> Any:
@@ -124,14 +142,19 @@ class HuggingFace(Source):
             raise ValueError("data=hub needs `datasets`: pip install 'dtrain[hub]'") from None
         if self._rows is None:
             try:
-                if (Path(self.name) / "dataset_info.json").exists() or (Path(self.name) / "state.json").exists():
-                    self._rows = datasets.load_from_disk(self.name)
+                folder = place(self.name, "data.source.name")
+                if any((folder / f"{kind}.json").exists() for kind in ("dataset_info", "state", "dataset_dict")):
+                    self._rows = datasets.load_from_disk(str(folder))
                 else:
                     self._rows = datasets.load_dataset(self.name, self.subset, split=self.split, revision=self.revision)
             except (OSError, datasets.exceptions.DatasetsError) as error:
                 raise ValueError(
                     f"data.source.name={self.name} cannot be loaded: {str(error).splitlines()[0]}"
                 ) from error
+            if isinstance(self._rows, dict):  # saved with all its splits
+                if self.split not in self._rows:
+                    raise ValueError(f"data.source.split={self.split}: {self.name} has {', '.join(self._rows)}")
+                self._rows = self._rows[self.split]
         return self._rows
 
     def describe(self) -> dict[str, Any]:
@@ -139,6 +162,13 @@ class HuggingFace(Source):
 
     def rows(self) -> Iterator[tuple[str, dict[str, Any]]]:
         for number, row in enumerate(self._load()):
+            yield f"{self.name}, row {number}", row
+
+    def rows_with(self, fields: Sequence[str]) -> Iterator[tuple[str, dict[str, Any]]]:
+        self.left_out.clear()
+        known = self._load()
+        columns = [name for name in fields if name in known.column_names]
+        for number, row in enumerate(known.select_columns(columns) if columns else known):
             yield f"{self.name}, row {number}", row
 
 
@@ -149,16 +179,19 @@ class Squad(Source):
     Source: Rajpurkar et al. 2016 (1606.05250).
     """
 
-    def __init__(self, path: str) -> None:
+    def __init__(self, path: str | list[str]) -> None:
         self.path = path
 
     def describe(self) -> dict[str, Any]:
         return {"kind": "squad", "files": _stamp(files_at(self.path, "data.source.path"))}
 
     def rows(self) -> Iterator[tuple[str, dict[str, Any]]]:
-        for file in files_at(self.path, "data.source.path"):
+        self.left_out.clear()
+        for file in files_at(self.path, "data.source.path", self.left_out):
             try:
-                for article in json.loads(_utf8(file))["data"]:
+                with utf8(file) as stream:
+                    articles = json.load(stream)["data"]
+                for article in articles:
                     for paragraph in article["paragraphs"]:
                         yield from self._questions(file, article.get("title", ""), paragraph)
             except json.JSONDecodeError as error:
@@ -170,6 +203,8 @@ class Squad(Source):
         context = paragraph["context"]
         for question in paragraph["qas"]:
             where = f"{file}, question {question.get('id', question['question'])}"
+            if not question["answers"]:
+                self.left_out["questions without an answer"] += 1
             for answer in question["answers"][:1]:
                 start, text = answer["answer_start"], answer["text"]
                 if context[start : start + len(text)] != text or not text:
@@ -183,7 +218,7 @@ def _skipped(path: Path) -> bool:
 
 
 def _stamp(files: list[Path]) -> list[tuple[str, int, int]]:
-    return [(str(file), file.stat().st_size, file.stat().st_mtime_ns) for file in files]
+    return [(os.path.abspath(file), file.stat().st_size, file.stat().st_mtime_ns) for file in files]
 
 
 def text_of(row: dict[str, Any], field: str, where: str, key: str = "data.source.field") -> str:
@@ -199,57 +234,3 @@ def text_of(row: dict[str, Any], field: str, where: str, key: str = "data.source
     if any("\ud800" <= c <= "\udfff" for c in text):
         raise ValueError(f"{where}: field {field!r} holds half a surrogate pair, which is no UTF-8 text")
     return text
-
-
-def files_at(path: str, key: str) -> list[Path]:
-    """The files of a path, a folder or a pattern, in order.
-
-    Raises:
-        ValueError: there are none.
-    """
-    place = Path(path).expanduser()
-    found = place.rglob("*") if place.is_dir() else (Path(p) for p in glob.glob(str(place), recursive=True))
-    if files := sorted(p for p in found if p.is_file() and not p.name.startswith(".")):
-        return files
-    raise ValueError(f"{key}={path}: no such file, and no file in it or matching it")
-
-
-def _utf8(file: Path) -> str:
-    try:
-        return file.read_text(encoding="utf-8")
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{file} is not UTF-8 text (byte {error.start}): convert it, or choose other files") from None
-
-
-def _jsonl(file: Path) -> Iterator[tuple[str, dict[str, Any]]]:
-    for number, line in enumerate(io.StringIO(_utf8(file)), start=1):
-        if line.strip():
-            try:
-                row = json.loads(line)
-            except json.JSONDecodeError as error:
-                raise ValueError(f"{file}, line {number}: not JSON ({error.msg})") from None
-            yield f"{file}, line {number}", row if isinstance(row, dict) else {}
-
-
-def _csv(file: Path) -> Iterator[tuple[str, dict[str, Any]]]:
-    rows = csv.DictReader(io.StringIO(_utf8(file).removeprefix("\ufeff")), strict=True)
-    try:
-        for row in rows:
-            if None in row or None in row.values():
-                raise ValueError(f"{file}, line {rows.line_num}: not {len(rows.fieldnames or ())} columns as its head")
-            yield f"{file}, line {rows.line_num}", dict(row)
-    except csv.Error as error:
-        raise ValueError(f"{file}, line {rows.line_num}: not CSV ({error})") from None
-
-
-def _parquet(file: Path) -> Iterator[tuple[str, dict[str, Any]]]:
-    try:
-        from pyarrow import ArrowInvalid, parquet
-    except ImportError:
-        raise ValueError("Parquet files need `pyarrow`: pip install 'dtrain[parquet]'") from None
-    try:
-        table = parquet.ParquetFile(file)
-    except ArrowInvalid as error:
-        raise ValueError(f"{file} is not a Parquet file ({error})") from None
-    for number, row in enumerate(row for batch in table.iter_batches() for row in batch.to_pylist()):
-        yield f"{file}, row {number}", row

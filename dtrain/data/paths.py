@@ -1,0 +1,149 @@
+"""Which files a path, a folder, a pattern or a list of them means, and what is left out of folders."""
+
+from __future__ import annotations
+
+import glob
+import os
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+
+RUN = ".hydra"  # a folder in the folder of each run
+CACHE = "CACHEDIR.TAG"  # a file in the folder of each cache (https://bford.info/cachedir), our own among them
+SIGNATURE = "Signature: 8a477f597d28d172789f06886806bc55\n"
+MARKS = ("_SUCCESS", "_metadata", "_common_metadata", "_committed_", "_started_", "Thumbs.db", "desktop.ini")
+
+
+def place(path: str, key: str) -> Path:
+    """A path as a user gives it, with `~` as the home folder.
+
+    Raises:
+        ValueError: it is empty, or there is no home folder.
+    """
+    if not path.strip():
+        raise ValueError(
+            f"{key} is empty (is a variable not set?): give a path, . is the current folder"
+        )
+    try:
+        return Path(path).expanduser()
+    except RuntimeError:
+        raise ValueError(f"{key}={path}: there is no such home folder: give a whole path") from None
+
+
+def files_at(path: str | list[str], key: str, left_out: Counter[str] | None = None) -> list[Path]:
+    """The files of a path, a folder with all that is in it, a pattern, or a list of these: in order.
+
+    Links are followed. What a folder has of hidden files, of runs and of caches is left out.
+
+    Args:
+        left_out: counts what is, by kind.
+
+    Raises:
+        ValueError: there are none, or a link leads nowhere.
+    """
+    paths = [path] if isinstance(path, str) else path
+    if not paths or not all(isinstance(each, str) for each in paths):
+        raise ValueError(f"{key}={path} must be a path, or a list of paths")
+    counted = Counter[str]() if left_out is None else left_out
+    return list(dict.fromkeys(file for each in paths for file in _at(each, key, counted)))
+
+
+def _at(path: str, key: str, left_out: Counter[str]) -> list[Path]:
+    at = place(path, key)
+    if at.is_dir():
+        _refuse_run(at, f"{key}={path}")
+        found = sorted(_inside(at, left_out, ()))
+    elif at.is_symlink() or at.exists():
+        _refuse_dangling(at)
+        if not at.is_file():
+            raise ValueError(f"{key}={path} is a pipe or a device, and would be read several times")
+        return [at]
+    else:
+        found = sorted(_matching(at, f"{key}={path}", left_out))
+    if not found:
+        brackets = ", where [[] stands for [" if "[" in path else ""
+        said = f" (left out: {in_words(left_out)})" if left_out else ""
+        raise ValueError(
+            f"{key}={path}: no such file, and no file in it or matching it{brackets}{said}"
+        )
+    return found
+
+
+def in_words(left_out: Counter[str]) -> str:
+    """What is left out, by kind, in a line."""
+    return ", ".join(f"{number:,} {kind}" for kind, number in sorted(left_out.items()) if number)
+
+
+def _inside(folder: Path, left_out: Counter[str], above: tuple[str, ...]) -> Iterator[Path]:
+    """The files of a folder and of those in it, but for what `_reason` names."""
+    above = (*above, os.path.realpath(folder))
+    for path in sorted(folder.iterdir()):
+        if reason := _reason(path, above):
+            left_out[reason] += 1
+        elif path.is_dir():
+            yield from _inside(path, left_out, above)
+        else:
+            yield path
+
+
+def _matching(pattern: Path, said: str, left_out: Counter[str]) -> Iterator[Path]:
+    """The files that a pattern matches, but for those in what `_reason` names."""
+    parts = pattern.parts
+    depth = next((i for i, part in enumerate(parts) if glob.has_magic(part)), len(parts))
+    _refuse_run(Path(*parts[:depth]), said)
+    reasons: dict[Path, str] = {}  # of each file and folder on the way
+    files, folders = [], set[Path]()
+    for path in sorted(map(Path, glob.glob(str(pattern), recursive=True))):
+        above = tuple(Path(*path.parts[:i]) for i in range(depth, len(path.parts) + 1))
+        for number, part in enumerate(above[1:], start=1):
+            if part not in reasons:  # a pattern matches what is hidden only if it says so
+                real = tuple(map(os.path.realpath, above[:number]))
+                reasons[part] = _reason(part, real, hidden=False)
+        if not any(reasons[part] for part in above[1:]):
+            (folders.add if path.is_dir() else files.append)(path)
+    left_out.update(reason for reason in reasons.values() if reason)
+    if unread := folders - {parent for file in files for parent in file.parents}:
+        left_out["folders that the pattern matches, with what is in them"] += len(unread)
+    yield from files
+
+
+def _reason(path: Path, above: tuple[str, ...], *, hidden: bool = True) -> str:
+    """Why a file or folder is left out; empty: it is not.
+
+    Args:
+        above: the real folders that it was found through.
+        hidden: leave it out if its name begins with a dot.
+
+    Raises:
+        ValueError: it is a link that leads nowhere.
+    """
+    if hidden and path.name.startswith("."):
+        return "hidden files or folders"
+    _refuse_dangling(path)
+    if path.is_dir():
+        if os.path.realpath(path) in above:
+            return "links to a folder that they are in"
+        return _kind(path)
+    if not path.is_file():
+        return "pipes or devices"
+    return "markers of other programs" if path.name.startswith(MARKS) else ""
+
+
+def _kind(folder: Path) -> str:
+    if (folder / RUN).is_dir():
+        return "folders of runs"
+    cached = folder.name == "__pycache__" or (folder / CACHE).is_file()
+    return "folders of caches" if cached else ""
+
+
+def _refuse_run(folder: Path, said: str) -> None:
+    if (folder / RUN).is_dir():
+        raise ValueError(
+            f"{said}: {folder} is the folder of a run, and its files are the run's own: "
+            f"use another hydra.run.dir, or a folder for the data"
+        )
+
+
+def _refuse_dangling(path: Path) -> None:
+    if path.is_symlink() and not path.exists():
+        raise ValueError(f"{path} is a link to {os.readlink(path)}, which is not there: mend it")
