@@ -11,6 +11,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from dtrain.data.paths import in_words
 from dtrain.initialize import on_meta
 from dtrain.job import Job
 from dtrain.launch import World, gathered
@@ -62,6 +63,7 @@ def facts(job: Job, meter: Meter, peak_source: str) -> tuple[str, ...]:
     return (
         f"model: {parameters:,} parameters; computes in {precision.compute}, weights in {weights}",
         f"data: {data}",
+        *([f"left out of the data: {in_words(job.data.left_out)}"] if any(job.data.left_out.values()) else []),
         *([f"task: {job.task.told}"] if job.task.told else []),
         f"batch: {config.global_batch_size} rows over {job.plan.row_parts} x "
         f"{job.plan.micro_batches(config.global_batch_size, config.micro_batch_size)} micro-batches",
@@ -88,7 +90,7 @@ def summary_of(
         "peak_memory_bytes": max(peaks),
         "peak_memory_bytes_by_rank": peaks,
         "tokens": figures["tokens"],
-        "data": job.data.describe(),
+        "data": job.data.describe() | ({"left_out": dict(job.data.left_out)} if job.data.left_out else {}),
         "environment": environment.describe(),
         "config": asdict(job.config),
     }

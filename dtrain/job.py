@@ -83,7 +83,7 @@ def assemble(config: Config, world: World) -> Job:
 def task_of(config: Config, *, shown: bool = True) -> tuple[Data, Task]:
     """The data, prepared here if they are not in the cache (`shown`: tell of it), and the task on them."""
     data = make(config.data, Data, "data", parts=(Source, Tokenizer))
-    with preparing(data.name, shown=shown) as progress:
+    with preparing(data, shown=shown) as progress:
         data.prepare(progress)
     sizes = Sizes(config.seed, config.global_batch_size, config.seq_len, config.eval.batches)
     return data, make(config.task, Task, "task", parts=AUGMENT, models=model_factories(config), data=data, sizes=sizes)

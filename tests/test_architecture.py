@@ -50,7 +50,7 @@ BELOW = {
     "rendezvous": {"launch", "measure", "notes"},
     "fingerprint": {"launch"},
     "preempt": {"notes"},
-    "report": {"footprint", "info", "measure", "schedule", "train"},
+    "report": {"data.base", "footprint", "info", "measure", "schedule", "train"},
     "board": set(),
     "compression": set(),
     "link": set(),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,16 @@ class Data(ABC):
     """Training and held-out data."""
 
     name: str
+
+    @property
+    def left_out(self) -> Mapping[str, int]:
+        """What a user's texts or files have that is not read, by kind."""
+        return {}
+
+    @property
+    def kept(self) -> Path | None:
+        """The folder in which what `prepare` made is kept for the next run, if it is."""
+        return None
 
     @abstractmethod
     def prepare(self, progress: Progress) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import glob
 import os
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 RUN = ".hydra"  # a folder in the folder of each run
@@ -69,7 +69,7 @@ def _at(path: str, key: str, left_out: Counter[str]) -> list[Path]:
     return found
 
 
-def in_words(left_out: Counter[str]) -> str:
+def in_words(left_out: Mapping[str, int]) -> str:
     """What is left out, by kind, in a line."""
     return ", ".join(f"{number:,} {kind}" for kind, number in sorted(left_out.items()) if number)
 

@@ -1,38 +1,43 @@
 """Prepare a corpus once: clean, normalise, deduplicate, split by document, tokenise, write.
 
-    documents -> clean text -> train.bin, validation.bin (token ids, memory-mapped) + corpus.json
+    documents -> clean text, on two sides -> train.bin, validation.bin (token ids, memory-mapped) + corpus.json
 
-The folder's name is a fingerprint of the source and the settings. It is made under another name and
-renamed when whole, under a lock: a broken preparation leaves nothing, and of several ranks one works.
+The source is read once; its clean text waits on the disk until the sides are known: which is before a tokenizer learns.
 """
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import json
-import shutil
 import unicodedata
+from collections import Counter
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from dtrain.data.base import Progress
+from dtrain.data.cache import kept
+from dtrain.data.paths import in_words
 from dtrain.data.sources import Source
 from dtrain.data.tokenizer import Tokenizer
 
-VERSION = 1  # of cleaning and of the files' form: part of the fingerprint
+VERSION = 2  # of cleaning and of the files' form: part of the fingerprint
 SPLITS = ("train", "validation")
-# Control characters but tab and newline: none means anything in text, and their ids serve as marks.
+# Control characters mean nothing in text, and their ids serve as marks; but some part lines or words.
 CONTROLS = {code: None for code in range(32) if chr(code) not in "\t\n"} | {127: None}
+PARTING = str.maketrans(dict.fromkeys("\v\f\x1c\x1d\x1e", "\n") | {"\x1f": " "})
 
 
 @dataclass(frozen=True)
 class Corpus:
-    """A prepared corpus: what `corpus.json` says, and where its files are."""
+    """A prepared corpus: what `corpus.json` says, and where its files are.
+
+    Args:
+        left_out: what the source and its texts have that is in no token, by kind.
+    """
 
     name: str
     documents: int
@@ -42,6 +47,7 @@ class Corpus:
     validation_tokens: int
     token_bytes: int
     digest: str
+    left_out: dict[str, int] = field(default_factory=dict)
     folder: str = ""
 
     def tokens(self, split: str) -> np.ndarray:
@@ -51,14 +57,24 @@ class Corpus:
         return np.memmap(Path(self.folder) / f"{split}.bin", dtype=f"u{self.token_bytes}", mode="r")
 
     def describe(self) -> dict[str, Any]:
-        """Everything but its place on this machine."""
-        return {key: value for key, value in asdict(self).items() if key != "folder"}
+        """Everything but its place on this machine, and what was left out on the way to it."""
+        return {key: value for key, value in asdict(self).items() if key not in ("folder", "left_out")}
 
 
 def clean(text: str) -> str:
     """Unicode NFC, newlines as \\n, no control characters, no blanks at the ends of lines."""
-    text = unicodedata.normalize("NFC", text.replace("\r\n", "\n").replace("\r", "\n")).translate(CONTROLS)
-    return "\n".join(line.rstrip() for line in text.split("\n")).strip("\n") + "\n"
+    return cleaned(text, Counter())
+
+
+def cleaned(text: str, left_out: Counter[str]) -> str:
+    """The clean text; counts the characters that it lacks."""
+    text = text.replace("\r\n", "\n").replace("\r", "\n").translate(PARTING)
+    printable = text.translate(CONTROLS)
+    left_out["control characters"] += len(text) - len(printable)
+    text = unicodedata.normalize("NFC", printable)
+    made = "\n".join(line.rstrip() for line in text.split("\n")).strip("\n")
+    left_out["blanks at the ends of lines, or empty lines at those of documents"] += len(text.removesuffix("\n")) - len(made)
+    return made + "\n"
 
 
 def prepare(
@@ -70,100 +86,110 @@ def prepare(
     Raises:
         ValueError: nothing to read, or something that cannot be read; the cache is left as it was.
     """
-    if "/" in name:
-        raise ValueError(f"data.name={name} is a folder's name: it cannot hold a slash")
     if not 0 < validation_fraction < 1:
         raise ValueError(f"data.validation_fraction={validation_fraction} must be more than 0 and less than 1")
-    settings = {"version": VERSION, "source": source.describe(), "tokenizer": tokenizer.describe(),
-                "validation_fraction": validation_fraction}  # fmt: skip
-    fingerprint = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:16]
-    cache = Path(cache).expanduser()
-    folder = cache / f"{name}-{fingerprint}"
-    cache.mkdir(parents=True, exist_ok=True)
-    with (cache / f"{folder.name}.lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)  # released when the process ends, however it ends
-        if not (folder / "corpus.json").exists():
-            _make(name, folder, source, tokenizer, validation_fraction, progress)
+    settings = {"version": VERSION, "form": [each.name for each in fields(Corpus)], "source": source.describe(),
+                "tokenizer": tokenizer.describe(), "validation_fraction": validation_fraction}  # fmt: skip
+
+    def make(folder: Path) -> None:
+        texts = _Texts(source, validation_fraction, progress, folder)
+        tokenizer.fit((text for split, _, text, _ in texts.read("learning tokens") if split == "train"), folder)
+        corpus = _write(name, folder, texts, tokenizer)
+        (folder / "corpus.json").write_text(json.dumps(asdict(corpus), indent=2) + "\n", encoding="utf-8")
+        texts.file.unlink()
+
+    folder = kept(cache, name, settings, make)
     tokenizer.load(folder)
-    return Corpus(**json.loads((folder / "corpus.json").read_text()), folder=str(folder))
-
-
-def _make(name: str, folder: Path, source: Source, tokenizer: Tokenizer, fraction: float, progress: Progress) -> None:
-    partial = folder.with_name(f"{folder.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir()
-    try:
-        texts = _Texts(source, fraction, progress)
-        tokenizer.fit((text for split, text in texts.read("learning tokens") if split == "train"), partial)
-        counts = _write(partial, texts, tokenizer)
-        digest = hashlib.sha256("".join(_digest(partial / f"{split}.bin") for split in SPLITS).encode()).hexdigest()
-        corpus = Corpus(name, texts.documents, texts.duplicates, texts.text_bytes, *counts,
-                        _width(tokenizer), digest[:16])  # fmt: skip
-        (partial / "corpus.json").write_text(json.dumps(corpus.describe(), indent=2) + "\n")
-        shutil.rmtree(folder, ignore_errors=True)
-        partial.rename(folder)
-    except BaseException:
-        shutil.rmtree(partial, ignore_errors=True)
-        raise
+    told = json.loads((folder / "corpus.json").read_text(encoding="utf-8"))
+    return Corpus(**told | {"folder": str(folder)})
 
 
 class _Texts:
-    """The cleaned, different documents of a source, each with its split; counts them on the way."""
+    """The cleaned, different documents of a source in a file, each with its split.
 
-    def __init__(self, source: Source, fraction: float, progress: Progress) -> None:
-        self._source, self._progress, self.fraction = source, progress, fraction
-        self.documents = self.duplicates = self.text_bytes = 0
+    With too few documents to split by document the end of the text is held out, and a document may be cut.
+    """
 
-    def read(self, what: str) -> Iterator[tuple[str, str]]:
-        self.documents = self.duplicates = self.text_bytes = 0
+    def __init__(self, source: Source, fraction: float, progress: Progress, folder: Path) -> None:
+        self._progress, self.file = progress, folder / "texts"
+        self.duplicates = self.text_bytes = characters = 0
+        self._places: list[tuple[int, int, bool]] = []  # of each document: bytes of its name and text; is it held out?
+        self.left_out = Counter[str]()
         seen: set[bytes] = set()
-        for name, raw in self._source.documents():
-            text = clean(raw)
-            try:
-                digest = hashlib.blake2b(text.encode(), digest_size=16).digest()
-            except UnicodeEncodeError:
-                raise ValueError(f"{name} holds half a surrogate pair, which is no UTF-8 text") from None
-            if digest in seen or not text.strip():
-                self.duplicates += 1
-                continue
-            seen.add(digest)
-            self.documents += 1
-            self.text_bytes += len(text.encode())
-            self._progress(what, self.documents)
-            # By content, so that a document keeps its side when others come or go.
-            yield (
-                ("validation" if int.from_bytes(digest[:8], "big") < self.fraction * 2**64 else "train"),
-                text,
-            )
+        with self.file.open("wb") as stream:
+            for name, raw in source.documents():
+                lost = Counter[str]()
+                text = cleaned(raw, lost)
+                try:
+                    encoded, name_of_it = text.encode(), name.encode(errors="replace")
+                except UnicodeEncodeError:
+                    raise ValueError(f"{name} holds half a surrogate pair, which is no UTF-8 text") from None
+                digest = hashlib.blake2b(encoded, digest_size=16).digest()
+                if not text.strip():
+                    self.left_out["empty documents"] += 1
+                elif digest in seen:
+                    self.duplicates += 1
+                else:
+                    seen.add(digest)
+                    self.left_out += lost
+                    self.text_bytes += len(encoded)
+                    characters += len(text) + 1
+                    stream.write(name_of_it + encoded)
+                    # By content, so that a document keeps its side when others come or go.
+                    held_out = int.from_bytes(digest[:8], "big") < fraction * 2**64
+                    self._places.append((len(name_of_it), len(encoded), held_out))
+                    progress("reading", len(self._places))
+        self.left_out += source.left_out
+        if not self._places:
+            told = f" ({in_words(self.left_out)})" if self.left_out else ""
+            raise ValueError(f"the data hold no text: every document is empty{told}")
+        alone = len({held_out for *_, held_out in self._places}) == 1
+        self._cut = characters - max(1, int(characters * fraction)) if alone else None  # characters, ends among them
+
+    @property
+    def documents(self) -> int:
+        return len(self._places)
+
+    def read(self, what: str) -> Iterator[tuple[str, str, str, bool]]:
+        """(split, name, text, is this the document's end?)"""
+        before = 0
+        with self.file.open("rb") as stream:
+            for number, (named, size, held_out) in enumerate(self._places, start=1):
+                name, text = stream.read(named).decode(), stream.read(size).decode()
+                self._progress(what, number)
+                if self._cut is None:
+                    yield SPLITS[held_out], name, text, True
+                    continue
+                at, before = self._cut - before, before + len(text) + 1
+                if at > 0:
+                    yield "train", name, text[:at], at > len(text)
+                if at <= len(text):
+                    yield "validation", name, text[max(0, at) :], True
 
 
-def _write(folder: Path, texts: _Texts, tokenizer: Tokenizer) -> tuple[int, int]:
-    """Write both token files; returns their sizes in tokens."""
-    width = _width(tokenizer)
+def _write(name: str, folder: Path, texts: _Texts, tokenizer: Tokenizer) -> Corpus:
+    """Write both token files."""
+    width, counts = _width(tokenizer), dict.fromkeys(SPLITS, 0)
+    digests = {split: hashlib.sha256() for split in SPLITS}
+    tokenizer.left_out.clear()
     with (folder / "train.bin").open("wb") as train, (folder / "validation.bin").open("wb") as validation:
         files = {"train": train, "validation": validation}
-        for split, text in texts.read("tokenising"):
-            ids = np.append(tokenizer.encode(text), tokenizer.marks.end).astype(f"u{width}")
-            ids.tofile(files[split])
-    if not texts.documents:
-        raise ValueError("the data hold no text: every document is empty")
-    if not all((folder / f"{split}.bin").stat().st_size for split in SPLITS):
-        _cut(folder, width, texts)
-    train_size, validation_size = ((folder / f"{split}.bin").stat().st_size // width for split in SPLITS)
-    return train_size, validation_size
-
-
-def _cut(folder: Path, width: int, texts: _Texts) -> None:
-    """With too few documents to split by document, the end of the text becomes the validation split."""
-    whole = np.concatenate([np.fromfile(folder / f"{split}.bin", dtype=f"u{width}") for split in SPLITS])
-    at = len(whole) - max(1, int(len(whole) * texts.fraction))
-    whole[:at].tofile(folder / "train.bin")
-    whole[at:].tofile(folder / "validation.bin")
-
-
-def _digest(file: Path) -> str:
-    with file.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
+        for split, where, text, ended in texts.read("tokenising"):
+            try:
+                ids = np.append(tokenizer.encode(text), [tokenizer.marks.end] * ended)
+            except ValueError as error:
+                raise ValueError(f"{where}: {error}") from None
+            if len(ids) and not 0 <= int(ids.min()) <= int(ids.max()) < tokenizer.vocab_size:
+                raise ValueError(f"{where}: the tokenizer makes ids from {ids.min()} to {ids.max()}, and says that it "
+                                 f"has {tokenizer.vocab_size}")  # fmt: skip
+            made = ids.astype(f"u{width}").tobytes()
+            files[split].write(made)
+            digests[split].update(made)
+            counts[split] += len(ids)
+    digest = hashlib.sha256("".join(digests[split].hexdigest() for split in SPLITS).encode()).hexdigest()
+    lost = {kind: number for kind, number in (texts.left_out + tokenizer.left_out).items() if number}
+    return Corpus(name, texts.documents, texts.duplicates, texts.text_bytes, counts["train"], counts["validation"],
+                  width, digest[:16], lost)  # fmt: skip
 
 
 def _width(tokenizer: Tokenizer) -> int:

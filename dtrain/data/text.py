@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +30,14 @@ class Text(Data):
         self.name, self.source, self.tokenizer = name, source, tokenizer
         self.cache, self.validation_fraction = cache, validation_fraction
         self.corpus: Corpus | None = None
+
+    @property
+    def left_out(self) -> Mapping[str, int]:
+        return self.corpus.left_out if self.corpus else {}
+
+    @property
+    def kept(self) -> Path | None:
+        return Path(self.corpus.folder) if self.corpus else None
 
     @property
     def vocab_size(self) -> int:

@@ -6,13 +6,17 @@ Our own tokenizers keep ids below 9 for marks: cleaned text holds no control cha
 from __future__ import annotations
 
 import hashlib
+import json
 from abc import ABC, abstractmethod
+from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+
+from dtrain.data.paths import place
 
 KEPT = 9  # ids for marks
 
@@ -41,6 +45,7 @@ class Tokenizer(ABC):
 
     vocab_size: int
     marks = Marks()
+    left_out: Counter[str] = Counter()  # of what texts lose in `encode`, by kind
     missing: frozenset[str] = frozenset()  # marks that it has no id for: `end` stands for them
 
     def need(self, *marks: str, why: str) -> None:
@@ -103,40 +108,82 @@ class FromFile(Tokenizer):
 
     Args:
         path: the file, or a folder that has one.
-        vocab_size: number of ids, which the file must have.
+        vocab_size: number of ids, the highest and one, which the file must have.
+        end: the token after each document; None: the first of the names below that it has.
 
     Raises:
-        ValueError: no such file, one that is no tokenizer, or of another size.
+        ValueError: no such file, one that is no tokenizer, of another size, or without an end.
     """
 
     NAMES = {  # what marks are called, the likeliest first
-        "end": ("\0", "[PAD]", "<pad>", "</s>", "<|endoftext|>"), "hidden": ("\1", "[MASK]", "<mask>"),
-        "first": ("\2", "[CLS]", "<s>", "<|begin_of_text|>"), "between": ("\3", "[SEP]", "</s>"),
+        "end": ("\0", "[PAD]", "<pad>", "</s>", "<|endoftext|>", "<|end_of_text|>", "<eos>", "[EOS]", "<EOS>", "<|eos|>",
+                "<|im_end|>", "<|end▁of▁sentence|>", "<end_of_text>", "<endoftext>", "[END]", "<end>"),
+        "hidden": ("\1", "[MASK]", "<mask>"),
+        "first": ("\2", "[CLS]", "<s>", "<|begin_of_text|>", "<bos>", "[BOS]", "<BOS>", "<|bos|>"),
+        "between": ("\3", "[SEP]", "</s>"),
         "yes": ("\4",), "no": ("\5",),
     }  # fmt: skip
 
-    def __init__(self, path: str, vocab_size: int) -> None:
+    def __init__(self, path: str, vocab_size: int, end: str | None = None) -> None:
         try:
             import tokenizers
         except ImportError:
             raise ValueError("tokenizer files need `tokenizers`: pip install 'dtrain[bpe]'") from None
-        file = Path(path).expanduser()
+        file = place(path, "data.tokenizer.path")
         self._file = file / BPE.FILE if file.is_dir() else file
         try:
-            self._tokenizer: Any = tokenizers.Tokenizer.from_file(str(self._file))
+            self._tokenizer = plain(tokenizers.Tokenizer.from_file(str(self._file)))
         except Exception as error:  # noqa: BLE001  the library raises nothing narrower
             raise ValueError(f"data.tokenizer.path={path}: {str(error).splitlines()[0]}") from None
-        self.vocab_size = self._tokenizer.get_vocab_size()
+        known = self._tokenizer.get_vocab()
+        self.vocab_size = max(known.values(), default=-1) + 1  # ids may have gaps
         if vocab_size != self.vocab_size:
             raise ValueError(f"data.tokenizer.vocab_size={vocab_size}: {self._file} has {self.vocab_size} ids")
-        known = {mark: [i for n in names if (i := self._tokenizer.token_to_id(n)) is not None]
-                 for mark, names in self.NAMES.items()}  # fmt: skip
-        end = known["end"][0] if known["end"] else 0
-        self.missing = frozenset(mark for mark, ids in known.items() if not ids)
-        self.marks = Marks(**{mark: ids[0] if ids else end for mark, ids in known.items()})
+        self.left_out = Counter[str]()
+        self._library = tokenizers.__version__
+        self._unknown = self._id_of_unknown(known)
+        self._set_marks(path, known, end)
+
+    def _set_marks(self, path: str, known: dict[str, int], end: str | None) -> None:
+        """The ids of the marks, by their names.
+
+        Raises:
+            ValueError: no token is known to end a document.
+        """
+        if end is not None and end not in known:
+            raise ValueError(f"data.tokenizer.end={end}: {self._file} has no such token")
+        names = self.NAMES | {"end": (end,) if end is not None else (*self.NAMES["end"], *self._ends_beside())}
+        found = {mark: [known[name] for name in names[mark] if name in known] for mark in names}
+        if not found["end"]:
+            special = [t.content for t in self._tokenizer.get_added_tokens_decoder().values() if t.special]
+            raise ValueError(f"data.tokenizer.path={path}: which token ends a document? None has a name known for it: "
+                             f"set data.tokenizer.end to one of {', '.join(special[:12]) or 'its tokens'}")  # fmt: skip
+        self.missing = frozenset(mark for mark, ids in found.items() if not ids)
+        self.marks = Marks(**{mark: ids[0] if ids else found["end"][0] for mark, ids in found.items()})
+        self._marked = np.array(sorted({ids[0] for ids in found.values() if ids}))
+        self._tokenizer.add_special_tokens([self._tokenizer.id_to_token(int(i)) for i in self._marked])
+
+    def _ends_beside(self) -> list[str]:
+        """What the configuration beside the file calls its end, as `transformers` saves it."""
+        for name in ("tokenizer_config.json", "special_tokens_map.json"):
+            try:
+                said = json.loads((self._file.parent / name).read_text(encoding="utf-8"))
+            except (OSError, ValueError):
+                continue
+            token = said.get("eos_token") if isinstance(said, dict) else None
+            if isinstance(token := token.get("content") if isinstance(token, dict) else token, str):
+                return [token]
+        return []
+
+    def _id_of_unknown(self, known: dict[str, int]) -> int | None:
+        """The id of what stands for characters without a token."""
+        model = json.loads(self._tokenizer.to_str())["model"]
+        found = model.get("unk_id")  # of Unigram; others say it by name
+        return found if found is not None else known.get(model.get("unk_token") or "")
 
     def describe(self) -> dict[str, Any]:
-        return {"kind": "file", "digest": hashlib.sha256(self._file.read_bytes()).hexdigest()[:16]}
+        digest = hashlib.sha256(self._file.read_bytes()).hexdigest()[:16]
+        return {"kind": "file", "digest": digest, "end": self.marks.end, "library": self._library}
 
     def words(self) -> tuple[np.ndarray, np.ndarray]:
         """As of every tokenizer, but WordPiece marks what goes on (`##`), and others what begins."""
@@ -148,10 +195,58 @@ class FromFile(Tokenizer):
         return begins, ends
 
     def encode(self, text: str) -> np.ndarray:
-        return np.asarray(self._tokenizer.encode(text, add_special_tokens=False).ids, dtype=np.uint32)
+        """Token ids; what no token stands for is counted in `left_out`.
+
+        Raises:
+            ValueError: the tokenizer fails, or reads one of its marks in the text.
+        """
+        try:
+            made = self._tokenizer.encode(text, add_special_tokens=False)
+        except Exception as error:  # noqa: BLE001  the library raises nothing narrower
+            raise ValueError(f"{self._file}: {self._cause(text, error)}") from None
+        ids = np.asarray(made.ids, dtype=np.uint32)
+        if (marked := np.flatnonzero(np.isin(ids, self._marked))).size:
+            token = self._tokenizer.id_to_token(int(ids[marked[0]]))
+            raise ValueError(f"the text holds {token!r}, which {self._file} reads as its mark: take it out of the text, "
+                             f"or make it a special token of the tokenizer's")  # fmt: skip
+        self._count(text, ids, made.offsets)
+        return ids
+
+    def _count(self, text: str, ids: np.ndarray, offsets: list[tuple[int, int]]) -> None:
+        """Count the characters that are in no token, blanks aside, and the tokens for what is unknown."""
+        inside = np.zeros(len(text) + 1, dtype=np.int64)
+        places = np.asarray(offsets, dtype=np.int64).reshape(-1, 2)
+        np.add.at(inside, places[:, 0], 1)
+        np.add.at(inside, places[:, 1], -1)
+        outside = np.flatnonzero(inside.cumsum()[:-1] == 0)
+        self.left_out["characters that the tokenizer drops"] += sum(not text[i].isspace() for i in outside)
+        if self._unknown is not None:
+            self.left_out["tokens for what the tokenizer does not know"] += int((ids == self._unknown).sum())
+
+    def _cause(self, text: str, error: Exception) -> str:
+        for character in sorted(set(text)):
+            try:
+                self._tokenizer.encode(character, add_special_tokens=False)
+            except Exception:  # noqa: BLE001
+                return f"no token stands for {character!r}, and none for what is unknown: use another tokenizer"
+        return str(error).splitlines()[0]
 
     def decode(self, ids: Iterable[int]) -> str:
         return self._tokenizer.decode(list(ids))
+
+
+def plain(tokenizer: Any) -> Any:
+    """A tokenizer of the library's that turns a whole text into tokens, always the same ones.
+
+    What a file may have saved beside its tokens is put away: truncation, padding, chance (BPE's dropout), and that the
+    names of special tokens, where a text has them, are read as these tokens.
+    """
+    tokenizer.no_truncation()
+    tokenizer.no_padding()
+    if getattr(tokenizer.model, "dropout", None):
+        tokenizer.model.dropout = None
+    tokenizer.encode_special_tokens = True
+    return tokenizer
 
 
 class BPE(Tokenizer):
@@ -189,14 +284,14 @@ class BPE(Tokenizer):
             initial_alphabet=lib.pre_tokenizers.ByteLevel.alphabet(),
         )  # fmt: skip
         tokenizer.train_from_iterator(texts, trainer)
-        self._tokenizer = tokenizer
+        self._tokenizer = plain(tokenizer)
         self.save(folder)
 
     def save(self, folder: Path) -> None:
-        self._tokenizer.save(str(folder / self.FILE))
+        (folder / self.FILE).write_text(self._tokenizer.to_str(pretty=True), encoding="utf-8")
 
     def load(self, folder: Path) -> None:
-        self._tokenizer = self._library.Tokenizer.from_file(str(folder / self.FILE))
+        self._tokenizer = plain(self._library.Tokenizer.from_file(str(folder / self.FILE)))
 
     def encode(self, text: str) -> np.ndarray:
         return np.asarray(self._tokenizer.encode(text).ids, dtype=np.uint32)

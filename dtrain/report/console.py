@@ -10,6 +10,7 @@ from rich.console import Console as Terminal
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
+from dtrain.data.base import Data
 from dtrain.info import Info
 from dtrain.measure.timeline import Span
 from dtrain.report import instruments
@@ -84,8 +85,9 @@ class Console(Logger):
 
 
 @contextmanager
-def preparing(name: str, *, shown: bool) -> Iterator[Callable[[str, int], None]]:
+def preparing(data: Data, *, shown: bool) -> Iterator[Callable[[str, int], None]]:
     """Show that data are being prepared, once there is something to show, if it is to be `shown` at all."""
+    name = data.name
     terminal = Terminal(highlight=False, quiet=not shown)
     status = terminal.status("")
     begun = False
@@ -97,12 +99,14 @@ def preparing(name: str, *, shown: bool) -> Iterator[Callable[[str, int], None]]
             if terminal.is_terminal:
                 status.start()
             else:
-                terminal.print(f"preparing the data {name}: once, then they are kept")
+                terminal.print(f"preparing the data {name}")
         if documents % 20 == 0:
             status.update(f"preparing the data {name}: {what}, {documents:,} documents")
 
     try:
         yield progress
+        if begun and data.kept:
+            terminal.print(f"the data {name} are kept in {data.kept}", soft_wrap=True, markup=False)
     finally:
         status.stop()
 

@@ -1,0 +1,132 @@
+"""What is made of a user's data once, and kept: folders in a cache, each whole or not there.
+
+A folder's name is a fingerprint of all that decides what is in it. It is made under another name, synced, and renamed
+when whole, under a lock: what breaks off leaves nothing, and of several ranks one works. `kept.json` says what was
+written; what does not agree with it is made anew.
+"""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from dtrain.data.paths import CACHE, SIGNATURE, place
+
+MANIFEST = "kept.json"  # by name: the size and the digest of each file
+KEY = "data.cache"
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+
+
+def kept(cache: str | Path, name: str, settings: Mapping[str, Any], make: Callable[[Path], None]) -> Path:
+    """The folder of what `make` writes into the folder that it is given: as it is kept, or made now.
+
+    Every process may call it at once. What is there is only read: also where nothing can be written.
+
+    Args:
+        name: for people.
+        settings: all that decides what is written.
+
+    Raises:
+        ValueError: the cache cannot be written, or its disk is full; it is left as it was.
+    """
+    if "/" in name:
+        raise ValueError(f"data.name={name} is a folder's name: it cannot hold a slash")
+    fingerprint = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:16]
+    at = place(str(cache), f"{KEY} (DTRAIN_CACHE)")
+    folder = at / f"{name}-{fingerprint}"
+    try:
+        if not whole(folder):
+            at.mkdir(parents=True, exist_ok=True)
+            (at / CACHE).exists() or (at / CACHE).write_text(SIGNATURE)
+            with _locked(at / f"{folder.name}.lock"):
+                if not whole(folder):
+                    _make(folder, make)
+    except OSError as error:
+        if error.errno in FULL:
+            raise ValueError(f"{KEY}={cache}: {error.strerror}, while {name} was prepared: {_elsewhere()}") from None
+        where = Path(str(error.filename or "?"))
+        if not (where.is_relative_to(at) or at.is_relative_to(where)):
+            raise  # of the user's files
+        raise ValueError(f"{KEY}={cache}: {folder.name} is not there, or not whole, and cannot be made "
+                         f"({error.strerror}: {where}): {_elsewhere()}") from None  # fmt: skip
+    return folder
+
+
+def whole(folder: Path) -> bool:
+    """Is it there, as it was written?
+
+    Sizes are compared, and digests of files that are not older than the manifest: whatever changes a file makes it so.
+
+    Raises:
+        OSError: it may not be read.
+    """
+    try:
+        manifest = folder / MANIFEST
+        files, written = json.loads(manifest.read_text(encoding="utf-8")), manifest.stat().st_mtime_ns
+        for name, (size, digest) in files.items():
+            found = (folder / name).stat()
+            if found.st_size != size or (found.st_mtime_ns >= written and _digest(folder / name) != digest):
+                return False
+    except (FileNotFoundError, NotADirectoryError, ValueError, TypeError, AttributeError):
+        return False
+    return True
+
+
+def _make(folder: Path, make: Callable[[Path], None]) -> None:
+    partial = folder.with_name(f"{folder.name}.partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir()
+    try:
+        make(partial)
+        files = {file.name: (file.stat().st_size, _digest(file)) for file in sorted(partial.iterdir())}
+        (partial / MANIFEST).write_text(json.dumps(files, indent=2) + "\n", encoding="utf-8")
+        for name in (*files, MANIFEST, ""):
+            _sync(partial / name)
+        if folder.exists():
+            shutil.rmtree(folder)
+        partial.rename(folder)
+        _sync(folder.parent)
+    except BaseException:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
+
+
+@contextmanager
+def _locked(file: Path) -> Iterator[None]:
+    """Alone among processes; another user's lock serves too. Released when the process ends, however it ends."""
+    try:
+        lock = os.open(file, os.O_RDWR | os.O_CREAT, 0o666)
+    except PermissionError:
+        if not file.exists():
+            raise
+        lock = os.open(file, os.O_RDONLY)
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(lock)
+
+
+def _sync(path: Path) -> None:
+    number = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(number)
+    finally:
+        os.close(number)
+
+
+def _digest(file: Path) -> str:
+    with file.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def _elsewhere() -> str:
+    return f"set {KEY} or DTRAIN_CACHE to a folder of yours with room"
