@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from dtrain.data.paths import stamp
 from dtrain.data.sources import LEFT_OUT, Source
 
 PACKAGES = ("asyncio", "xml", "multiprocessing", "email", "importlib", "unittest", "logging", "urllib", "http")
@@ -24,7 +25,7 @@ class _Parsed(Source):
         self._root = Path(sysconfig.get_paths()["stdlib"])
 
     def describe(self) -> dict[str, Any]:
-        return {"kind": type(self).__name__, "python": sysconfig.get_python_version()}
+        return {"kind": type(self).__name__, "files": stamp([file for _, file in self._files()])}
 
     def _functions(self) -> Iterator[tuple[str, str, str, Function]]:
         """(package, file, source, the function's syntax), methods and inner functions too."""
@@ -36,11 +37,15 @@ class _Parsed(Source):
 
     def _modules(self) -> Iterator[tuple[str, str, str, ast.Module]]:
         """(package, file, source, tree)"""
+        for package, file in self._files():
+            text = file.read_text(encoding="utf-8")
+            yield package, file.relative_to(self._root).as_posix(), text, ast.parse(text)
+
+    def _files(self) -> Iterator[tuple[str, Path]]:
         for package in PACKAGES:
             for file in sorted((self._root / package).rglob("*.py")):
                 if not any(part.startswith(LEFT_OUT) for part in file.relative_to(self._root).parts):
-                    text = file.read_text(encoding="utf-8")
-                    yield package, file.relative_to(self._root).as_posix(), text, ast.parse(text)
+                    yield package, file
 
 
 class Functions(_Parsed):

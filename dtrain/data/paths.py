@@ -5,7 +5,7 @@ from __future__ import annotations
 import glob
 import os
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 
 RUN = ".hydra"  # a folder in the folder of each run
@@ -67,6 +67,11 @@ def _at(path: str, key: str, left_out: Counter[str]) -> list[Path]:
             f"{key}={path}: no such file, and no file in it or matching it{brackets}{said}"
         )
     return found
+
+
+def stamp(files: Iterable[Path]) -> list[tuple[str, int, int]]:
+    """What tells cheaply whether files have changed: place, size and time of each."""
+    return [(os.path.abspath(file), (found := file.stat()).st_size, found.st_mtime_ns) for file in files]
 
 
 def in_words(left_out: Mapping[str, int]) -> str:

@@ -3,14 +3,21 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator
+import json
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from pathlib import Path
 from typing import Any
 
 from dtrain.data.base import Data, Progress
+from dtrain.data.cache import kept
 from dtrain.data.sources import Source
-from dtrain.data.tokenizer import BPE, Tokenizer
+from dtrain.data.tokenizer import BPE, KEPT, Tokenizer
 
 Row = tuple[str, dict[str, Any]]  # where it stands, for messages; its fields
+VERSION = 1  # of how rows are read and kept: part of the fingerprint
+FILE = "rows.jsonl"
+BLANKS = dict.fromkeys(range(KEPT), " ")  # for control characters whose ids serve as marks; no character moves
 
 
 class Rows(Data):
@@ -21,6 +28,7 @@ class Rows(Data):
         source, tokenizer: where the rows come from; how their texts become ids.
         validation_fraction: share of the rows (or groups) held out: by content, so that it does not change.
         group: a field; rows that agree in it are on one side. None: each row by itself.
+        cache: folder where the rows are kept for the next run, if JSON can hold them; None: nowhere.
 
     Raises:
         ValueError: a tokenizer that would be learned from these few rows.
@@ -33,6 +41,7 @@ class Rows(Data):
         tokenizer: Tokenizer,
         validation_fraction: float = 0.2,
         group: str | None = None,
+        cache: str | None = None,
     ) -> None:
         if isinstance(tokenizer, BPE):
             raise ValueError("rows need a tokenizer that is known: data/tokenizer=bytes, or data/tokenizer=file with "
@@ -40,26 +49,63 @@ class Rows(Data):
         if not 0 < validation_fraction < 1:
             raise ValueError(f"data.validation_fraction={validation_fraction} must be more than 0 and less than 1")
         self.name, self.source, self.tokenizer = name, source, tokenizer
-        self.validation_fraction, self.group = validation_fraction, group
+        self.validation_fraction, self.group, self.cache = validation_fraction, group, cache
+        self._left_out = Counter[str]()
+        self._folder: Path | None = None
         self.split: dict[str, list[Row]] = {}
 
     @property
     def vocab_size(self) -> int:
         return self.tokenizer.vocab_size
 
+    @property
+    def left_out(self) -> Mapping[str, int]:
+        return self._left_out
+
+    @property
+    def kept(self) -> Path | None:
+        return self._folder
+
     def prepare(self, progress: Progress) -> None:
         self.split = {"train": [], "validation": []}
-        for number, (where, row) in enumerate(self.source.rows(), start=1):
+        for where, raw in self._rows(progress):
+            row = {name: _without_controls(value, self._left_out) for name, value in raw.items()}
             if self.group and self.group not in row:
                 raise ValueError(f"{where} has no field {self.group!r}, only {', '.join(row)}: set data.group")
             digest = hashlib.blake2b(repr(row[self.group] if self.group else row).encode(), digest_size=8).digest()
             held_out = int.from_bytes(digest, "big") < self.validation_fraction * 2**64
             self.split["validation" if held_out else "train"].append((where, row))
-            progress("reading", number)
         for side, rows in self.split.items():
             if not rows:
                 raise ValueError(f"data {self.name}: no row is on the {side} side: use more rows, or another "
                                  f"data.validation_fraction")  # fmt: skip
+
+    def _rows(self, progress: Progress) -> list[Row]:
+        """The source's rows, from the cache if it has them."""
+        read: list[Row] = []
+
+        def make(folder: Path | None) -> None:
+            for number, row in enumerate(self.source.rows(), start=1):
+                read.append(row)
+                progress("reading", number)
+            if folder:
+                lines = [json.dumps(self.source.left_out), *map(_line, read)]
+                (folder / FILE).write_text("\n".join(lines) + "\n", encoding="utf-8")
+
+        if self.cache is not None:
+            settings = {"version": VERSION, "source": self.source.describe()}
+            try:
+                self._folder = kept(self.cache, self.name, settings, make)
+            except _NoJSON:
+                pass  # they are read each time
+            else:
+                with (self._folder / FILE).open(encoding="utf-8") as lines:
+                    self._left_out = Counter(json.loads(next(lines)))
+                    return [(where, row) for where, row in map(json.loads, lines)]
+        if not read:
+            make(None)
+        self._left_out = Counter(self.source.left_out)
+        return read
 
     def describe(self) -> dict[str, Any]:
         digest = hashlib.sha256()
@@ -71,3 +117,30 @@ class Rows(Data):
     def all(self) -> Iterator[Row]:
         for rows in self.split.values():
             yield from rows
+
+
+class _NoJSON(Exception):
+    """Rows hold something that JSON does not give back as it was."""
+
+
+def _line(row: Row) -> str:
+    try:
+        line = json.dumps(row)
+        same = json.loads(line) == list(row)
+    except (TypeError, ValueError):
+        raise _NoJSON from None
+    if not same:
+        raise _NoJSON
+    return line
+
+
+def _without_controls(value: Any, left_out: Counter[str]) -> Any:
+    """A value whose texts have blanks where control characters were that would be read as marks."""
+    if isinstance(value, str):
+        made = value.translate(BLANKS)
+        if made != value:
+            left_out["control characters, now blanks"] += sum(a != b for a, b in zip(value, made, strict=True))
+        return made
+    if isinstance(value, list):
+        return [_without_controls(each, left_out) for each in value]
+    return value

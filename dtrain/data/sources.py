@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import sysconfig
 from abc import ABC, abstractmethod
 from collections import Counter
@@ -13,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from dtrain.data.formats import format_of, rows_of, utf8
-from dtrain.data.paths import files_at, place
+from dtrain.data.paths import files_at, place, stamp
 
 # Packages of the standard library, without tests and tables (encodings). Where a Python lacks one (Debian's
 # has no idlelib, 3.13 no lib2to3) the corpus is smaller: its digest stands in the log.
@@ -69,7 +68,7 @@ class StandardLibrary(Source):
         return sorted(kept, key=lambda f: f.relative_to(self._root).as_posix())
 
     def describe(self) -> dict[str, Any]:
-        return {"kind": "standard library", "files": _stamp(self._files())}
+        return {"kind": "standard library", "files": stamp(self._files())}
 
     def rows(self) -> Iterator[tuple[str, dict[str, Any]]]:
         for file in self._files():
@@ -94,7 +93,7 @@ class Files(Source):
 
     def describe(self) -> dict[str, Any]:
         files = files_at(self.path, "data.source.path")
-        return {"kind": "files", "format": self.format, "field": self.field, "files": _stamp(files)}
+        return {"kind": "files", "format": self.format, "field": self.field, "files": stamp(files)}
 
     def rows(self) -> Iterator[tuple[str, dict[str, Any]]]:
         return self._read(None)
@@ -183,7 +182,7 @@ class Squad(Source):
         self.path = path
 
     def describe(self) -> dict[str, Any]:
-        return {"kind": "squad", "files": _stamp(files_at(self.path, "data.source.path"))}
+        return {"kind": "squad", "files": stamp(files_at(self.path, "data.source.path"))}
 
     def rows(self) -> Iterator[tuple[str, dict[str, Any]]]:
         self.left_out.clear()
@@ -215,10 +214,6 @@ class Squad(Source):
 
 def _skipped(path: Path) -> bool:
     return any(part.startswith(LEFT_OUT) for part in path.parts)
-
-
-def _stamp(files: list[Path]) -> list[tuple[str, int, int]]:
-    return [(os.path.abspath(file), file.stat().st_size, file.stat().st_mtime_ns) for file in files]
 
 
 def text_of(row: dict[str, Any], field: str, where: str, key: str = "data.source.field") -> str:
