@@ -1,7 +1,7 @@
 """How files are read: text, JSON, JSON lines, CSV and Parquet, row by row.
 
-All but Parquet are UTF-8, with or without its mark, perhaps compressed. What is surely no UTF-8 text is refused with the
-place of the first byte that tells: nothing is guessed.
+All but Parquet are UTF-8, with or without its mark, perhaps compressed. What is surely no UTF-8 text is refused with
+the place of the first byte that tells: nothing is guessed.
 """
 
 from __future__ import annotations
@@ -10,7 +10,6 @@ import bz2
 import codecs
 import csv
 import gzip
-import io
 import json
 import lzma
 import re

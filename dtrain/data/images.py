@@ -2,21 +2,29 @@
 
 from __future__ import annotations
 
+import json
 import math
 from abc import abstractmethod
+from collections import Counter
+from collections.abc import Mapping
 from functools import cached_property
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from safetensors.torch import load, save
 from torch import Tensor
 
 from dtrain.data.base import Data, Progress
+from dtrain.data.cache import kept
 from dtrain.data.features import Features
-from dtrain.data.sources import files_at
+from dtrain.data.paths import files_at, stamp
 from dtrain.draw import generator
 
 UNREADABLE = ("refuse", "skip")
+VERSION = 1  # of how images become samples, and of the files' form: part of the fingerprint
+SAMPLES, ABOUT = "samples.safetensors", "about.json"
 
 
 class Samples(Data):
@@ -24,27 +32,60 @@ class Samples(Data):
 
     Args:
         validation_fraction: share of the samples held out.
+        cache: folder where samples that are made of files are kept for the next run; None: nowhere.
     """
 
     classes: list[str] = []  # names of the labels; empty: no labels
 
-    def __init__(self, validation_fraction: float = 0.2) -> None:
+    def __init__(self, validation_fraction: float = 0.2, cache: str | None = None) -> None:
         if not 0 < validation_fraction < 1:
             raise ValueError(f"data.validation_fraction={validation_fraction} must be more than 0 and less than 1")
-        self.validation_fraction = validation_fraction
+        self.validation_fraction, self.cache = validation_fraction, cache
+        self.skipped: list[str] = []  # files that are no images
+        self._left_out = Counter[str]()
+        self._folder: Path | None = None
         self.split: dict[str, tuple[Tensor, Tensor]] = {}  # (N, ...) values, (N,) labels, zeros without classes
 
     @abstractmethod
     def read(self, progress: Progress) -> tuple[Tensor, Tensor]:
         """All values and labels."""
 
+    def settings(self) -> dict[str, Any] | None:
+        """What decides the samples, cheaply; None: they are made in no time, and not kept."""
+        return None
+
+    @property
+    def left_out(self) -> Mapping[str, int]:
+        return self._left_out
+
+    @property
+    def kept(self) -> Path | None:
+        return self._folder
+
     def prepare(self, progress: Progress) -> None:
-        values, labels = self.read(progress)
+        values, labels = self._samples(progress)
         held_out = torch.rand(len(values), generator=generator(0, "split")) < self.validation_fraction
         if not 0 < int(held_out.sum()) < len(values):
             raise ValueError(f"data {self.name}: {len(values)} samples are too few for two sides")
         self.split = {side: (values[chosen], labels[chosen])
                       for side, chosen in (("train", ~held_out), ("validation", held_out))}  # fmt: skip
+
+    def _samples(self, progress: Progress) -> tuple[Tensor, Tensor]:
+        """All values and labels, from the cache if it has them."""
+
+        def make(folder: Path) -> None:
+            values, labels = self.read(progress)
+            about = {"classes": self.classes, "skipped": self.skipped, "left_out": self._left_out}
+            (folder / ABOUT).write_text(json.dumps(about) + "\n", encoding="utf-8")
+            (folder / SAMPLES).write_bytes(save({"values": values, "labels": labels}))
+
+        if self.cache is None or (settings := self.settings()) is None:
+            return self.read(progress)
+        self._folder = kept(self.cache, self.name, {"version": VERSION} | settings, make)
+        about = json.loads((self._folder / ABOUT).read_text(encoding="utf-8"))
+        self.classes, self.skipped, self._left_out = about["classes"], about["skipped"], Counter(about["left_out"])
+        found = load((self._folder / SAMPLES).read_bytes())
+        return found["values"], found["labels"]
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -97,7 +138,7 @@ class Folder(Samples):
     """Image files, scaled and cut to squares; the folders they stand in are their classes, if there are several.
 
     Args:
-        path: a folder or a pattern.
+        path: a folder, a pattern, or a list of these.
         size: pixels of a side.
         grey: one channel instead of three.
         unreadable: refuse, or skip files that are no images; both say how many.
@@ -110,22 +151,28 @@ class Folder(Samples):
 
     def __init__(
         self,
-        path: str,
+        path: str | list[str],
         size: int = 32,
         grey: bool = False,
         unreadable: str = "refuse",
         validation_fraction: float = 0.2,
+        cache: str | None = None,
     ) -> None:
-        super().__init__(validation_fraction)
+        super().__init__(validation_fraction, cache)
         if unreadable not in UNREADABLE:
             raise ValueError(f"data.unreadable={unreadable} is unknown: use {', '.join(UNREADABLE)}")
         self.path, self.size, self.grey, self.unreadable = path, size, grey, unreadable
-        self.skipped: list[str] = []
+
+    def settings(self) -> dict[str, Any]:
+        sizes = {"size": self.size, "grey": self.grey, "unreadable": self.unreadable}
+        return {"files": stamp(files_at(self.path, "data.path"))} | sizes
 
     def read(self, progress: Progress) -> tuple[Tensor, Tensor]:
         from PIL import Image, UnidentifiedImageError
 
-        files, made, names = files_at(self.path, "data.path"), [], []
+        self._left_out.clear()
+        self.skipped.clear()
+        files, made, names = files_at(self.path, "data.path", self._left_out), [], []
         for number, file in enumerate(files, start=1):
             try:
                 with Image.open(file) as image:
@@ -139,6 +186,7 @@ class Folder(Samples):
             some = ", ".join(self.skipped[:5]) + (", …" if len(self.skipped) > 5 else "")
             raise ValueError(f"{len(self.skipped)} of {len(files)} files in {self.path} are no readable images "
                              f"({some}): remove them, or set data.unreadable=skip")  # fmt: skip
+        self._left_out["files that are no images"] += len(self.skipped)
         self.classes = sorted(set(names)) if len(set(names)) > 1 else []
         labels = [self.classes.index(name) if self.classes else 0 for name in names]
         return torch.stack(made), torch.tensor(labels)
@@ -161,10 +209,18 @@ class HubImages(Samples):
 
     def __init__(
         self, source: str, split: str = "train", image: str = "image", label: str | None = "label", size: int = 32,
-        grey: bool = False, validation_fraction: float = 0.2,
+        grey: bool = False, validation_fraction: float = 0.2, cache: str | None = None,
     ) -> None:  # fmt: skip
-        super().__init__(validation_fraction)
+        super().__init__(validation_fraction, cache)
+        if not source.strip():
+            raise ValueError("data.source is empty (is a variable not set?): give a data set's name or its folder")
         self.source, self.side, self.image, self.label, self.size, self.grey = source, split, image, label, size, grey
+
+    def settings(self) -> dict[str, Any]:
+        from dtrain.data.sources import HuggingFace
+
+        rows = HuggingFace(self.source, split=self.side).describe()
+        return {"rows": rows, "image": self.image, "label": self.label, "size": self.size, "grey": self.grey}
 
     def read(self, progress: Progress) -> tuple[Tensor, Tensor]:
         from PIL import Image

@@ -21,9 +21,7 @@ def place(path: str, key: str) -> Path:
         ValueError: it is empty, or there is no home folder.
     """
     if not path.strip():
-        raise ValueError(
-            f"{key} is empty (is a variable not set?): give a path, . is the current folder"
-        )
+        raise ValueError(f"{key} is empty (is a variable not set?): give a path, . is the current folder")
     try:
         return Path(path).expanduser()
     except RuntimeError:
@@ -63,9 +61,7 @@ def _at(path: str, key: str, left_out: Counter[str]) -> list[Path]:
     if not found:
         brackets = ", where [[] stands for [" if "[" in path else ""
         said = f" (left out: {in_words(left_out)})" if left_out else ""
-        raise ValueError(
-            f"{key}={path}: no such file, and no file in it or matching it{brackets}{said}"
-        )
+        raise ValueError(f"{key}={path}: no such file, and no file in it or matching it{brackets}{said}")
     return found
 
 
@@ -97,7 +93,8 @@ def _matching(pattern: Path, said: str, left_out: Counter[str]) -> Iterator[Path
     depth = next((i for i, part in enumerate(parts) if glob.has_magic(part)), len(parts))
     _refuse_run(Path(*parts[:depth]), said)
     reasons: dict[Path, str] = {}  # of each file and folder on the way
-    files, folders = [], set[Path]()
+    files: list[Path] = []
+    folders: set[Path] = set()
     for path in sorted(map(Path, glob.glob(str(pattern), recursive=True))):
         above = tuple(Path(*path.parts[:i]) for i in range(depth, len(path.parts) + 1))
         for number, part in enumerate(above[1:], start=1):

@@ -28,6 +28,7 @@ VERSION = 2  # of cleaning and of the files' form: part of the fingerprint
 SPLITS = ("train", "validation")
 # Control characters mean nothing in text, and their ids serve as marks; but some part lines or words.
 CONTROLS = {code: None for code in range(32) if chr(code) not in "\t\n"} | {127: None}
+BLANKS = "blanks at the ends of lines, or empty lines at those of documents"
 PARTING = str.maketrans(dict.fromkeys("\v\f\x1c\x1d\x1e", "\n") | {"\x1f": " "})
 
 
@@ -73,7 +74,7 @@ def cleaned(text: str, left_out: Counter[str]) -> str:
     left_out["control characters"] += len(text) - len(printable)
     text = unicodedata.normalize("NFC", printable)
     made = "\n".join(line.rstrip() for line in text.split("\n")).strip("\n")
-    left_out["blanks at the ends of lines, or empty lines at those of documents"] += len(text.removesuffix("\n")) - len(made)
+    left_out[BLANKS] += len(text.removesuffix("\n")) - len(made)
     return made + "\n"
 
 

@@ -80,7 +80,7 @@ class Files(Source):
 
     Args:
         path: a file, a folder (everything in it), a pattern such as `docs/**/*.md`, or a list of these.
-        format: text (a file is a document), json, jsonl, csv, tsv or parquet (a row is one); None: by the file's ending.
+        format: text (a file is a document), json, jsonl, csv, tsv or parquet (a row is one); None: by the ending.
         field: the column or key that holds the text, but for text.
     """
 

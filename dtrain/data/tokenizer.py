@@ -116,8 +116,8 @@ class FromFile(Tokenizer):
     """
 
     NAMES = {  # what marks are called, the likeliest first
-        "end": ("\0", "[PAD]", "<pad>", "</s>", "<|endoftext|>", "<|end_of_text|>", "<eos>", "[EOS]", "<EOS>", "<|eos|>",
-                "<|im_end|>", "<|end▁of▁sentence|>", "<end_of_text>", "<endoftext>", "[END]", "<end>"),
+        "end": ("\0", "[PAD]", "<pad>", "</s>", "<|endoftext|>", "<|end_of_text|>", "<eos>", "[EOS]", "<EOS>",
+                "<|eos|>", "<|im_end|>", "<|end▁of▁sentence|>", "<end_of_text>", "<endoftext>", "[END]", "<end>"),
         "hidden": ("\1", "[MASK]", "<mask>"),
         "first": ("\2", "[CLS]", "<s>", "<|begin_of_text|>", "<bos>", "[BOS]", "<BOS>", "<|bos|>"),
         "between": ("\3", "[SEP]", "</s>"),
@@ -207,8 +207,8 @@ class FromFile(Tokenizer):
         ids = np.asarray(made.ids, dtype=np.uint32)
         if (marked := np.flatnonzero(np.isin(ids, self._marked))).size:
             token = self._tokenizer.id_to_token(int(ids[marked[0]]))
-            raise ValueError(f"the text holds {token!r}, which {self._file} reads as its mark: take it out of the text, "
-                             f"or make it a special token of the tokenizer's")  # fmt: skip
+            raise ValueError(f"the text holds {token!r}, which {self._file} reads as its mark: take it out of the "
+                             f"text, or make it a special token of the tokenizer's")  # fmt: skip
         self._count(text, ids, made.offsets)
         return ids
 

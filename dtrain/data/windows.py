@@ -1,8 +1,8 @@
 """Windows of a token file, chosen by (seed, step) alone.
 
 Each epoch cuts the tokens into windows of T + 1 from an offset of its own and reads them in an order of its own, both
-drawn from (seed, epoch), so that step k needs no history. In an epoch no token is a target twice, and all are one but for
-fewer than 2 T at the ends; which, the offset decides. Over the epochs every token but the first is a target.
+drawn from (seed, epoch), so that step k needs no history. In an epoch no token is a target twice, and all are one but
+for fewer than 2 T at the ends; which, the offset decides. Over the epochs every token but the first is a target.
 """
 
 from __future__ import annotations

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from dtrain.batch import Batch, ModelFactory, Models, Sums
 
@@ -94,7 +94,8 @@ class Supervised:
     then = None
 
     def outputs(self, models: Models, batch: Batch) -> Tensor:
-        return models[self.trains](*(batch[name] for name in self.inputs))
+        model = models[self.trains]
+        return model(*(as_weights(batch[name], model) for name in self.inputs))
 
     def loss(self, models: Models, batch: Batch) -> Tensor:
         return self.criterion(self.outputs(models, batch), batch)
@@ -173,6 +174,12 @@ def the_model(models: dict[str, ModelFactory], task: str) -> ModelFactory:
     if set(models) != {"model"}:
         raise ValueError(f"task {task} trains one model, the configuration has {', '.join(models)}")
     return models["model"]
+
+
+def as_weights(x: Tensor, model: nn.Module) -> Tensor:
+    """In the number format of the model's weights, if it is one of real numbers: a layer takes no other."""
+    weight = next((p for p in model.parameters() if p.is_floating_point()), None)
+    return x.to(weight.dtype) if weight is not None and x.is_floating_point() else x
 
 
 def wide(x: Tensor) -> Tensor:

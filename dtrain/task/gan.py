@@ -26,7 +26,7 @@ from dtrain.draw import generator, rows_of
 from dtrain.initialize import on_meta
 from dtrain.measure.likeness import frechet_distance, precision_recall
 from dtrain.pictures import image_grid, points
-from dtrain.task.base import LossUpdate, Sizes, Task, wide
+from dtrain.task.base import LossUpdate, Sizes, Task, as_weights, wide
 
 # By name: the loss of scores that should be high (real), and of those that should be low. Both are summed.
 LOSSES: dict[str, tuple[Callable[[Tensor], Tensor], Callable[[Tensor], Tensor]]] = {
@@ -179,7 +179,7 @@ class GAN(Task):
         real, labels, noise, mix = (batch[f"{name}{index}"] for name in ("real", "labels", "noise", "mix"))
         discriminator, given = models["discriminator"], self._given(labels)
         with torch.no_grad():
-            fake = models["generator"](noise, *given)
+            fake = models["generator"](as_weights(noise, models["generator"]), *given)
         real = real.to(fake.dtype)
         scores = discriminator(torch.cat((real, fake)), *self._given(labels.repeat(2)))
         high, low = wide(scores).split(len(real))
@@ -193,7 +193,8 @@ class GAN(Task):
 
     def _generate(self, models: Models, batch: Batch) -> Tensor:
         given = self._given(batch["labels"])
-        scores = wide(models["discriminator"](models["generator"](batch["noise"], *given), *given))
+        made = models["generator"](as_weights(batch["noise"], models["generator"]), *given)
+        scores = wide(models["discriminator"](made, *given))
         return self.real(scores) if self.loss == "non_saturating" else -scores.sum()
 
     def _given(self, labels: Tensor) -> tuple[Tensor, ...]:
@@ -204,7 +205,8 @@ class GAN(Task):
 
     def _measures(self, models: Models, batch: Batch) -> Sums:
         """Each sample at its place among all that are drawn: so the sum over the ranks has them all."""
-        made = models[self.shown](batch["noise"], *self._given(batch["labels"])).flatten(1).double()
+        noise = as_weights(batch["noise"], models[self.shown])
+        made = models[self.shown](noise, *self._given(batch["labels"])).flatten(1).double()
         samples = made.new_zeros(self.samples, made.shape[1])
         samples[batch["place"]] = made
         return {"samples": samples, "count": self._count(batch)}
