@@ -40,7 +40,7 @@ def files_at(path: str | list[str], key: str, left_out: Counter[str] | None = No
         ValueError: there are none, or a link leads nowhere.
     """
     paths = [path] if isinstance(path, str) else path
-    if not paths or not all(isinstance(each, str) for each in paths):
+    if not isinstance(paths, list) or not paths or not all(isinstance(each, str) for each in paths):
         raise ValueError(f"{key}={path} must be a path, or a list of paths")
     counted = Counter[str]() if left_out is None else left_out
     return list(dict.fromkeys(file for each in paths for file in _at(each, key, counted)))
@@ -101,7 +101,9 @@ def _matching(pattern: Path, said: str, left_out: Counter[str]) -> Iterator[Path
             if part not in reasons:  # a pattern matches what is hidden only if it says so
                 real = tuple(map(os.path.realpath, above[:number]))
                 reasons[part] = _reason(part, real, hidden=False)
-        if not any(reasons[part] for part in above[1:]):
+            if reasons[part]:
+                break
+        else:
             (folders.add if path.is_dir() else files.append)(path)
     left_out.update(reason for reason in reasons.values() if reason)
     if unread := folders - {parent for file in files for parent in file.parents}:

@@ -177,7 +177,7 @@ def _write(name: str, folder: Path, texts: _Texts, tokenizer: Tokenizer) -> Corp
         files = {"train": train, "validation": validation}
         for split, where, text, ended in texts.read("tokenising"):
             try:
-                ids = np.append(tokenizer.encode(text), [tokenizer.marks.end] * ended)
+                ids = np.append(tokenizer.encode(text).astype(np.int64), np.full(int(ended), tokenizer.marks.end))
             except ValueError as error:
                 raise ValueError(f"{where}: {error}") from None
             if len(ids) and not 0 <= int(ids.min()) <= int(ids.max()) < tokenizer.vocab_size:

@@ -19,6 +19,7 @@ import numpy as np
 from dtrain.data.paths import place
 
 KEPT = 9  # ids for marks
+DROPPED = "characters that the tokenizer drops"
 
 
 @dataclass(frozen=True)
@@ -141,7 +142,10 @@ class FromFile(Tokenizer):
             raise ValueError(f"data.tokenizer.vocab_size={vocab_size}: {self._file} has {self.vocab_size} ids")
         self.left_out = Counter[str]()
         self._library = tokenizers.__version__
-        self._unknown = self._id_of_unknown(known)
+        model = json.loads(self._tokenizer.to_str())["model"]
+        self._byte_pairs = model.get("type", "BPE") == "BPE"
+        self._unknown: int | None = model.get("unk_id", known.get(model.get("unk_token") or ""))  # Unigram has an id
+        self._known_to_drop: dict[str, bool] = {}
         self._set_marks(path, known, end)
 
     def _set_marks(self, path: str, known: dict[str, int], end: str | None) -> None:
@@ -174,12 +178,6 @@ class FromFile(Tokenizer):
             if isinstance(token := token.get("content") if isinstance(token, dict) else token, str):
                 return [token]
         return []
-
-    def _id_of_unknown(self, known: dict[str, int]) -> int | None:
-        """The id of what stands for characters without a token."""
-        model = json.loads(self._tokenizer.to_str())["model"]
-        found = model.get("unk_id")  # of Unigram; others say it by name
-        return found if found is not None else known.get(model.get("unk_token") or "")
 
     def describe(self) -> dict[str, Any]:
         digest = hashlib.sha256(self._file.read_bytes()).hexdigest()[:16]
@@ -214,14 +212,26 @@ class FromFile(Tokenizer):
 
     def _count(self, text: str, ids: np.ndarray, offsets: list[tuple[int, int]]) -> None:
         """Count the characters that are in no token, blanks aside, and the tokens for what is unknown."""
+        if self._unknown is not None:
+            self.left_out["tokens for what the tokenizer does not know"] += int((ids == self._unknown).sum())
+        # Where byte-pair encoding drops a character, the library's offsets of those after it are wrong.
+        if self._byte_pairs and (dropped := sum(text.count(c) for c in set(text) if self._drops(c))):
+            self.left_out[DROPPED] += dropped
+            return
         inside = np.zeros(len(text) + 1, dtype=np.int64)
         places = np.asarray(offsets, dtype=np.int64).reshape(-1, 2)
         np.add.at(inside, places[:, 0], 1)
         np.add.at(inside, places[:, 1], -1)
         outside = np.flatnonzero(inside.cumsum()[:-1] == 0)
-        self.left_out["characters that the tokenizer drops"] += sum(not text[i].isspace() for i in outside)
-        if self._unknown is not None:
-            self.left_out["tokens for what the tokenizer does not know"] += int((ids == self._unknown).sum())
+        self.left_out[DROPPED] += sum(not text[i].isspace() for i in outside)
+
+    def _drops(self, character: str) -> bool:
+        """Does it come to nothing?"""
+        if character not in self._known_to_drop:
+            ids = self._tokenizer.encode(character, add_special_tokens=False).ids
+            comes_back = character.isspace() or self._unknown in ids or self.decode(ids).strip()
+            self._known_to_drop[character] = not comes_back
+        return self._known_to_drop[character]
 
     def _cause(self, text: str, error: Exception) -> str:
         for character in sorted(set(text)):
