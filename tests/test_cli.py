@@ -148,7 +148,7 @@ MISTAKES = [
     (["task._target_=os.system"], "task._target_=os.system is not a Task"),
     (["data.source._target_=subprocess.Popen"], "data.source._target_=subprocess.Popen is not a Source or Tokenizer"),
     (["model._target_=no.such.Model"], "model._target_=no.such.Model cannot be imported"),
-    (["data=files", "data.source.path=3"], "data.source.path=3 must be str, not int"),
+    (["data=files", "data.source.path=3"], "data.source.path=3 must be str or list, not int"),
     (["+model.x=[{_target_:builtins.print,_args_:[said]}]"], "model.x.0._target_=builtins.print is not a part of it"),
     (["model.d_model=abc"], "model.d_model=abc must be int, not str"),
     (["optimizer.lr=abc"], "optimizer.lr=abc must be float"),

@@ -224,6 +224,8 @@ def text_of(row: dict[str, Any], field: str, where: str, key: str = "data.source
     """
     if field not in row:
         raise ValueError(f"{where} has no field {field!r}, only {', '.join(map(str, row)) or 'none'}: set {key}")
+    if row[field] is None:
+        raise ValueError(f"{where}: field {field!r} is null: leave such rows out, or set {key}")
     if not isinstance(text := row[field], str):
         raise ValueError(f"{where}: field {field!r} is {type(text).__name__}, not text")
     if any("\ud800" <= c <= "\udfff" for c in text):
