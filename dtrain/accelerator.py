@@ -15,7 +15,8 @@ from torch.optim import Optimizer
 
 from dtrain.accumulate import Accumulate
 from dtrain.batch import Batch, Models, Sums
-from dtrain.optimizer import fill_state, named_tensors
+from dtrain.optimizer import named_tensors
+from dtrain.presence import completed
 
 if TYPE_CHECKING:
     from dtrain.plan import Plan
@@ -83,17 +84,17 @@ class ByLocalSGD(ByAccelerator):
                 parameter.data = own[name]
 
     def tensors(self, model: str) -> dict[str, Tensor]:
-        return {name: self.accelerator.reduce(t.clone(), reduction="mean") for name, t in self._live(model).items()}
+        live = completed(self._live(model), self.models[model].module, dist.group.WORLD)  # type: ignore[arg-type]
+        return {name: self.accelerator.reduce(t.clone(), reduction="mean") for name, t in live.items()}
 
     @torch.no_grad()
     def restore(self, model: str, tensors: dict[str, Tensor]) -> None:
         for name, tensor in self._live(model).items():
-            tensor.copy_(tensors[name])
+            if name in tensors:
+                tensor.copy_(tensors[name])
 
     def _live(self, model: str) -> dict[str, Tensor]:
         optimizer = self.optimizers[model].optimizer
-        if not optimizer.state:
-            fill_state(optimizer)
         return named_tensors(self.models[model].module, optimizer)  # type: ignore[arg-type]
 
 

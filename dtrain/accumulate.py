@@ -33,6 +33,7 @@ class Accumulate(Executor):
                 with mark(PHASE, BACKWARD):
                     self.backward(update, loss)
                 total += loss.detach()
+            self.plan.finish_backward(self.models)
         return total
 
     def backward(self, update: Update, loss: Tensor) -> None:

@@ -27,7 +27,7 @@ from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
 
 from dtrain.launch import agree, gathered
 from dtrain.optimizer import OPTIMIZER_STATE
-from dtrain.saved import MANIFEST, describe, sealed, whole
+from dtrain.saved import MANIFEST, about, describe, sealed, whole
 
 PARTIAL = ".partial-"
 VERSION = 1
@@ -125,12 +125,20 @@ class Checkpoints:
 def load(path: Path, states: list[dict[str, Tensor]]) -> None:
     """Fill the tensors of `states`, whatever their sharding, from the checkpoint. A collective.
 
-    Every rank gives equally many states.
+    Every rank gives equally many states. An optimizer has no state of a weight that no step has used: what is made
+    here of such states, and is not there, is taken out of `states`.
 
     Raises:
         ValueError: the checkpoint is of another model; the first differing tensor and both shapes are named.
     """
     reader, saved, ours = _shapes(path, states)
+    kinds = {name.rpartition(".")[2] for name in saved if name.startswith(OPTIMIZER_STATE)}
+    begun = bool(about(path)["step"])
+    for name in [n for n in ours if n.startswith(OPTIMIZER_STATE) and n not in saved]:
+        if name.rpartition(".")[2] in kinds or not (kinds or begun):
+            del ours[name]
+            for tensors in states:
+                tensors.pop(name, None)
     for name in sorted(ours | saved, key=lambda n: (n.startswith("optimizer."), n)):
         if ours.get(name) != saved.get(name):
             kind = "optimizer" if name.startswith("optimizer.") else "model"

@@ -26,6 +26,11 @@ def at_least(least: float) -> Any:
     return field(default=MISSING, metadata={"least": least})
 
 
+def above(bound: float) -> Any:
+    """A required number of more than `bound`."""
+    return field(default=MISSING, metadata={"above": bound})
+
+
 def between(least: float, most: float) -> Any:
     """A required number from `least` to `most`."""
     return field(default=MISSING, metadata={"least": least, "most": most})
@@ -102,7 +107,7 @@ class Config:
     global_batch_size: int = at_least(1)
     micro_batch_size: int | None = at_least(1)
     seq_len: int | None = at_least(1)
-    clip_norm: float | None = at_least(0)
+    clip_norm: float | None = above(0)
     activation_checkpointing: bool = MISSING
     compile: bool = MISSING
     profile: bool = MISSING
@@ -175,6 +180,8 @@ def _check_ranges(node: Any, prefix: str) -> None:
             raise ValueError(f"{name}={value} is unknown: use {', '.join(rule['names'])}")
         elif "least" in rule and not value >= rule["least"]:
             raise ValueError(f"{name}={value} must be at least {rule['least']}")
+        elif "above" in rule and not value > rule["above"]:
+            raise ValueError(f"{name}={value} must be more than {rule['above']}, or null: none")
         elif "most" in rule and not value <= rule["most"]:
             raise ValueError(f"{name}={value} must be at most {rule['most']}")
 

@@ -107,7 +107,7 @@ def _held(footprint: Footprint) -> tuple[int, int, int]:
     for piece in footprint.pieces:
         sizes = {weight: prod(weight.held) for weight in piece.weights}
         held["elements"] += sum(sizes.values())
-        trained = {weight: size for weight, size in sizes.items() if weight.ready is not None}
+        trained = {weight: size for weight, size in sizes.items() if weight.ready is not None and weight.reached}
         gradients.update(dict.fromkeys(piece.reached, sum(trained.values())))
         stepped = [size for weight, size in trained.items() if weight.stepped]
         held["states"] += sum(stepped) * footprint.state_bytes[0] + len(stepped) * footprint.state_bytes[1]

@@ -33,8 +33,9 @@ class Weight:
         elements: of the whole parameter.
         used, held: shapes that layers compute with here, and that stay here between steps.
         axes: those whose strategy has made it a distributed one, cut or not.
-        ready: its place in the order in which backward completes gradients; None: it gets none.
+        ready: its place in the order in which backward completes gradients; None: it does not train.
         stepped: does this rank's optimizer hold its states?
+        reached: does backward complete it? If not it is sent as zeros, and not stepped.
     """
 
     name: str
@@ -45,6 +46,7 @@ class Weight:
     ready: int | None
     axes: frozenset[str] = frozenset()
     stepped: bool = True
+    reached: bool = True
 
     def numel(self) -> int:
         return self.elements

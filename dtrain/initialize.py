@@ -30,9 +30,16 @@ def build(factory: ModelFactory, seed: int) -> nn.Module:
     """The model: on the meta device if it has `initial`, else whole, drawn from `seed`."""
     if hasattr(on_meta(factory), "initial"):
         with torch.device("meta"):
-            return factory()
+            return _contiguous(factory())
     torch.manual_seed(seed)
-    return factory()
+    return _contiguous(factory())
+
+
+def _contiguous(model: nn.Module) -> nn.Module:
+    """The model, its parameters laid out row by row: neither fully_shard nor a checkpoint takes a transposed view."""
+    for parameter in model.parameters():
+        parameter.data = parameter.data.contiguous()
+    return model
 
 
 def materialize(model: nn.Module, seed: int, storage: torch.device, device: torch.device, dtype: torch.dtype) -> None:

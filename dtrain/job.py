@@ -77,6 +77,7 @@ def assemble(config: Config, world: World) -> Job:
     logger = All([make(node, Logger, f"logger.{name}") for name, node in config.logger.items()])
     data, task = task_of(config, shown=world.rank == 0)
     plan.check_task(task)
+    plan.check_optimizer(partial(optimizer_of, config.optimizer))
     return Job(config, data, task, plan, logger)
 
 

@@ -71,6 +71,17 @@ class Link:
         with _telling():
             self._group.send([header], self._other, 1).wait()
 
+    def tell(self, flags: list[bool]) -> None:
+        """Yes or no, for each of so many things that the other side knows."""
+        with _telling():
+            self._group.send([torch.tensor([*flags, True], dtype=torch.uint8)], self._other, 1).wait()
+
+    def told(self, number: int) -> list[bool]:
+        flags = torch.zeros(number + 1, dtype=torch.uint8)  # one more: a message is not empty
+        with _telling():
+            self._group.recv([flags], self._other, 1).wait()
+        return [bool(flag) for flag in flags[:number].tolist()]
+
     def hear(self) -> list[float]:
         header = torch.zeros(HEADER, dtype=torch.float64)
         with _telling():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import OrderedDict
 from typing import Any
 
 import torch
@@ -14,7 +15,8 @@ OPTIMIZER_STATE = "optimizer."  # begins the names of its tensors in a checkpoin
 def parameter_groups(model: nn.Module) -> list[dict[str, Any]]:
     """Matrices decay; gains, biases and other vectors do not (weight_decay 0).
 
-    Plain parameters and those of each mesh stand apart: a fused optimizer takes one kind at a time.
+    Plain parameters and those of each mesh stand apart: a fused optimizer takes one kind at a time. Where nothing
+    trains, as in a stage of a pipeline, there is one group of none.
     """
     groups: dict[tuple[bool, str], dict[str, Any]] = {}
     for parameter in model.parameters():
@@ -22,7 +24,7 @@ def parameter_groups(model: nn.Module) -> list[dict[str, Any]]:
             decays, mesh = parameter.ndim >= 2, str(getattr(parameter, "device_mesh", ""))
             settings: dict[str, Any] = {"params": []} if decays else {"params": [], "weight_decay": 0.0}
             groups.setdefault((decays, mesh), settings)["params"].append(parameter)
-    return [groups[key] for key in sorted(groups, reverse=True)]
+    return [groups[key] for key in sorted(groups, reverse=True)] or [{"params": []}]
 
 
 def rate(step: int, steps: int, *, warmup_steps: int, final_ratio: float) -> float:
@@ -38,25 +40,55 @@ def rate(step: int, steps: int, *, warmup_steps: int, final_ratio: float) -> flo
 
 @torch.no_grad()
 def fill_state(optimizer: torch.optim.Optimizer) -> None:
-    """Give every parameter its optimizer state, without moving it: a step of zero gradients at rate zero."""
+    """Give every parameter its optimizer state, to be filled: a step of gradients of one at rate zero.
+
+    Weights stay as they are, and states do not (a count of steps is 1): only for what a checkpoint then replaces.
+    """
     rates = [group["lr"] for group in optimizer.param_groups]
     for group in optimizer.param_groups:
         group["lr"] = 0.0
         for parameter in group["params"]:
-            parameter.grad = torch.zeros_like(parameter)
-    optimizer.step()
+            parameter.grad = torch.ones_like(parameter)  # by zeros some would divide
+    hooks, optimizer._optimizer_step_post_hooks = optimizer._optimizer_step_post_hooks, OrderedDict()
+    optimizer.step()  # this rank's alone: nothing is exchanged
+    optimizer._optimizer_step_post_hooks = hooks
     optimizer.zero_grad()
     for group, saved in zip(optimizer.param_groups, rates, strict=True):
         group["lr"] = saved
 
 
 def named_tensors(model: nn.Module, optimizer: torch.optim.Optimizer | None) -> dict[str, Tensor]:
-    """Weights and kept buffers by their names in the model, the optimizer's states by `optimizer.<name>.<key>`."""
+    """Weights and kept buffers by their names in the model, the optimizer's states by `optimizer.<name>.<key>`.
+
+    A state that is a number of Python's becomes a tensor of fp64, exact up to 2^53: see `put_back`.
+
+    Raises:
+        ValueError: a state is neither.
+    """
     kept = model.state_dict().keys()
     tensors = {name: buffer for name, buffer in model.named_buffers() if name in kept}
     for name, parameter in model.named_parameters():
         tensors[name] = parameter.detach()
         for key, value in optimizer.state.get(parameter, {}).items() if optimizer else ():
-            if isinstance(value, Tensor):
-                tensors[f"{OPTIMIZER_STATE}{name}.{key}"] = value
+            if value is None:  # as SGD says that it has no momentum
+                continue
+            if not isinstance(value, Tensor | int | float):
+                raise ValueError(f"{type(optimizer).__name__} keeps a {type(value).__name__} as {key!r} of {name}, and "
+                                 f"a checkpoint takes tensors and numbers: use another optimizer")  # fmt: skip
+            full = f"{OPTIMIZER_STATE}{name}.{key}"
+            tensors[full] = value if isinstance(value, Tensor) else torch.tensor(value, dtype=torch.float64)
     return tensors
+
+
+def put_back(model: nn.Module, optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor]) -> None:
+    """Bring states in line with the tensors of `named_tensors`, which have been filled: numbers, and what is gone."""
+    for name, parameter in model.named_parameters():
+        state = optimizer.state.get(parameter, {})
+        for key, value in list(state.items()):
+            full = f"{OPTIMIZER_STATE}{name}.{key}"
+            if value is not None and full not in tensors:
+                del state[key]
+            elif isinstance(value, int | float):
+                state[key] = type(value)(tensors[full].item())
+        if not any(value is not None for value in state.values()):
+            optimizer.state.pop(parameter, None)

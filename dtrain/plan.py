@@ -8,7 +8,7 @@ Between `fsdp` and `cp` the parameters get their values: before, they have shape
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -16,6 +16,7 @@ from math import prod
 from typing import TYPE_CHECKING
 
 import torch
+import torch.distributed as dist
 from torch import Size, Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.optim import Optimizer
@@ -27,6 +28,7 @@ from dtrain.degrees import AFTER_VALUES, MESH_ORDER, laid_out, rows_of_a_rank
 from dtrain.initialize import build, materialize, on_meta
 from dtrain.layout import blocks_of, refuse_batch_norm
 from dtrain.precision import Precision
+from dtrain.stepping import check_optimizer
 from dtrain.strategy.base import Executor, Strategy
 
 if TYPE_CHECKING:
@@ -155,9 +157,12 @@ class Plan:
 
     def check_task(self, task: Task) -> None:
         """Refuse what cannot work with this task's models, updates and batches; needs no other process."""
-        for factory in task.models.values():
+        for name, factory in task.models.items():
             model = on_meta(factory)
-            self.check_model(factory() if model is None else model)
+            model = factory() if model is None else model
+            self.check_model(model)
+            if name not in task.followers and not any(p.requires_grad for p in model.parameters()):
+                raise ValueError(f"nothing of {type(model).__name__} trains: requires_grad is false of all its weights")
         self.check_updates(task)
 
     def check_updates(self, task: Task) -> None:
@@ -174,6 +179,11 @@ class Plan:
         if (self.recompute or self.compile) and not blocks_of(model):
             asked, name = "activation_checkpointing" if self.recompute else "compile", type(model).__name__
             raise ValueError(f"{asked}=true acts on a model's blocks, and {name} names none in a Layout")
+
+    def check_optimizer(self, optimizer: Callable[[nn.Module], Optimizer]) -> None:
+        """Refuse an optimizer that would step parts of weights to other values, or could not be resumed."""
+        stepped = {kind: strategy for strategy in self.strategies for kind in strategy.stepped}
+        check_optimizer(optimizer, {kind: type(s).__name__ for kind, s in stepped.items()}, self.world_size > 1)
 
     def _apply(self, axes: Sequence[str], model: nn.Module) -> nn.Module:
         for strategy in self.strategies:
@@ -226,6 +236,29 @@ class Plan:
         for strategy in self.strategies:
             for model in models.values():
                 strategy.sync_gradients(model, enabled)
+
+    def begin_update(self, models: Models) -> None:
+        for strategy in self.strategies:
+            for model in models.values():
+                strategy.begin_update(model)
+
+    def finish_backward(self, models: Models) -> None:
+        for strategy in self.strategies:
+            for model in models.values():
+                strategy.finish_backward(model)
+
+    def unused(self, model: nn.Module) -> list[nn.Parameter]:
+        return [parameter for strategy in self.strategies for parameter in strategy.unused(model)]
+
+    def unit_calls(self, model: nn.Module) -> dict[str, int]:
+        return {name: calls for strategy in self.strategies for name, calls in strategy.unit_calls(model).items()}
+
+    def most(self, value: Tensor) -> Tensor:
+        """The largest over all ranks that step together, in place. A collective."""
+        for strategy in self.strategies:
+            if strategy.synchronous and strategy.degree > 1:
+                dist.all_reduce(value, dist.ReduceOp.MAX, group=self.mesh[strategy.axis].get_group())
+        return value
 
     def reduce_gradients(self, model: nn.Module) -> None:
         """What is left to do for a model's gradients after backward, inner axes first. A collective."""

@@ -9,6 +9,7 @@ from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import contextmanager
+from functools import partial
 
 import torch
 import torch.distributed as dist
@@ -56,7 +57,7 @@ class Server(Trainer):
         self.board, self.once = Board(0, 1), Once()
         self.applied = 0  # gradients, of this run and those before it
         self.version, self.staleness, self.lives = 0, Counter[int](), Counter[int]()
-        self._gathering: dict[int, dict[int, tuple[list[Tensor], float]]] = defaultdict(dict)
+        self._gathering: dict[int, dict[int, tuple[list[Tensor], list[bool]]]] = defaultdict(dict)
         self.told: list[tuple[int, float, float]] = []  # update, loss and norm of the gradients since the last step
         self.spent: dict[int, list[float]] = {}  # of each worker: gradients, seconds computing, seconds waiting
         self.traffic: dict[int, Counter[str]] = defaultdict(Counter)  # of each worker's links
@@ -129,10 +130,12 @@ class Server(Trainer):
                     if kind == PUSH:
                         pushed += 1
                         index = int(item) // self.strategy.workers % self.rounds
-                        decoder = decoders[self.task.updates[index].trains]
+                        name = self.task.updates[index].trains
+                        decoder, used = decoders[name], link.told(len(self._own[name]))
                         gradients = decoder.decode(link.receive(torch.empty(decoder.size, dtype=torch.uint8)))
                         self.spent[worker] = [spent[0] + pushed, spent[1] + computed, spent[2] + waited]
-                        applied = aside.submit(self._push, worker, int(item), int(version), gradients, loss, norm)
+                        push = partial(self._push, worker, int(item), int(version))
+                        applied = aside.submit(push, gradients, used, loss, norm)
                     self.traffic[worker] = before + Counter(link.counts)
             finally:
                 applied.result()  # what went wrong there says more than that the worker is gone
@@ -176,7 +179,8 @@ class Server(Trainer):
         return wanted if ready else None
 
     def _push(
-        self, worker: int, item: int, version: int, gradients: list[Tensor], loss: float, norm: float
+        self, worker: int, item: int, version: int, gradients: list[Tensor], used: list[bool], loss: float,
+        norm: float,
     ) -> None:  # fmt: skip
         index = item // self.strategy.workers % self.rounds
         with self.lock:
@@ -185,7 +189,7 @@ class Server(Trainer):
             if not self.once.first(item):
                 return
             if self.strategy.mode == SYNC:
-                self._gathering[item // self.strategy.workers][item % self.strategy.workers] = gradients, norm
+                self._gathering[item // self.strategy.workers][item % self.strategy.workers] = gradients, used
                 self.told.append((index, loss, norm))
                 parts = self._gathering[item // self.strategy.workers]
                 if len(parts) == self.strategy.workers:
@@ -194,13 +198,13 @@ class Server(Trainer):
                 stale = self.version - version
                 self.staleness[stale] += 1
                 self.told.append((index, loss, norm))
-                self._apply(index, gradients, 1.0 / max(1, stale) if self.strategy.divides else 1.0)
+                self._apply(index, gradients, used, 1.0 / max(1, stale) if self.strategy.divides else 1.0)
                 self.applied += 1
             if self.rank == 0:
                 self.board.hand_in(worker)
             self.lock.notify_all()
 
-    def _apply_all(self, index: int, parts: dict[int, tuple[list[Tensor], float]]) -> None:
+    def _apply_all(self, index: int, parts: dict[int, tuple[list[Tensor], list[bool]]]) -> None:
         """A round's gradients, averaged in the order of the parts, and clipped by the norm of the whole."""
         sums = [tensor.clone() for tensor in parts[0][0]]
         for part in range(1, len(parts)):
@@ -218,11 +222,13 @@ class Server(Trainer):
             for total in sums:
                 total *= shrinking(norm, self.plan.clip_norm).to(total.dtype)
         self.staleness[0] += len(parts)
-        self._apply(index, sums, 1.0)
+        used = [any(each) for each in zip(*(used for _, used in parts.values()), strict=True)]
+        self._apply(index, sums, used, 1.0)
         self.applied += len(parts)
 
     @torch.no_grad()
-    def _apply(self, index: int, gradients: list[Tensor], factor: float) -> None:
+    def _apply(self, index: int, gradients: list[Tensor], used: list[bool], factor: float) -> None:
+        """A step of what some row has used, and of what compression has left of earlier gradients."""
         update = self.task.updates[index]
         if not all(bool(gradient.isfinite().all()) for gradient in gradients):
             raise NonFinite(f"step {self.next_step + 1}: a gradient of {update.trains!r} is not finite: training stops "
@@ -231,12 +237,11 @@ class Server(Trainer):
         self._set_rate(self.next_step)
         for group in optimizer.param_groups:
             group["lr"] *= factor
-        for parameter, gradient in zip(self._own[update.trains], gradients, strict=True):
-            parameter.grad = gradient
+        for parameter, gradient, has in zip(self._own[update.trains], gradients, used, strict=True):
+            parameter.grad = gradient if has or gradient.any() else None
         optimizer.step()
         optimizer.zero_grad()
         self._set_rate(self.next_step)
-        self._has_states = True
         self.version += 1
         if update.then:
             update.then(self.models)

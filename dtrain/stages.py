@@ -172,6 +172,8 @@ class Flow(Executor):
         for stage, piece in self.stages.items():
             if stage < self.last:  # what travels has one format, also where autocast made the block's last product
                 piece.register_forward_hook(lambda module, args, output: output.to(hidden.dtype))
+                if not any(parameter.requires_grad for parameter in piece.parameters()):
+                    piece.register_forward_hook(_end_of_backward)
         made = [
             MarkedStage(
                 piece, stage, self.last + 1, self.plan.device, hidden if stage else first, hidden, group=self.group
@@ -215,6 +217,11 @@ def sum_ends(
         for work in dist.batch_isend_irecv([sending, receiving]):
             work.wait()
         gradients[0].add_(theirs)
+
+
+def _end_of_backward(module: nn.Module, inputs: Any, output: Tensor) -> Tensor:
+    """A hook on a stage in which nothing trains: the gradient that comes to it ends in its output."""
+    return output if output.requires_grad or not torch.is_grad_enabled() else output.detach().requires_grad_()
 
 
 def _shapes(batch: Batch) -> dict[str, tuple[int, ...]]:

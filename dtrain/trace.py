@@ -120,10 +120,12 @@ class _Recorder:
         units = (
             {f"{blocks}.{key}": block for key, block in model.get_submodule(blocks).named_children()} if blocks else {}
         )
+        unused = [key for key, p in model.named_parameters() if p.requires_grad and key not in ready and trained]
+        places = {key: place for place, key in enumerate([*ready, *unused])}
         owner = {id(p): unit for unit, block in units.items() for p in block.parameters()}
         weights = (
             Weight(key, owner.get(id(p), ""), p.numel(), tuple(p.shape), tuple(p.shape),
-                   ready.index(key) if key in ready else None)
+                   places.get(key), reached=key in ready)
             for key, p in model.named_parameters()
         )  # fmt: skip
         return Piece(name, model, tuple(weights), tuple(self.calls[name]), tuple(self._kept(name, narrow)), trained)

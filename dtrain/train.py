@@ -19,8 +19,9 @@ from torch.optim import Optimizer
 from dtrain.batch import pieces
 from dtrain.clip import clip
 from dtrain.layout import StepAware
-from dtrain.optimizer import OPTIMIZER_STATE, fill_state, named_tensors, rate
+from dtrain.optimizer import OPTIMIZER_STATE, named_tensors, put_back, rate
 from dtrain.plan import Plan
+from dtrain.presence import Presence
 from dtrain.task.base import Task, Update
 
 FORWARD_BACKWARD, EXCHANGE, FIGURES, OPTIMIZER = "forward and backward", "exchange gradients", "figures", "optimizer"
@@ -86,6 +87,7 @@ class Trainer:
     ) -> None:  # fmt: skip
         micro_batches = plan.micro_batches(settings.global_batch_size, settings.micro_batch_size)
         plan.check_updates(task)
+        plan.check_optimizer(optimizer)
         self.task, self.plan, self.settings, self.phase = task, plan, settings, phase
         self.models = {name: plan.parallelize(factory, settings.seed) for name, factory in task.models.items()}
         trained = {update.trains for update in task.updates}  # a model that only follows another has no optimizer
@@ -93,7 +95,7 @@ class Trainer:
         self._rates = {n: [group["lr"] for group in o.param_groups] for n, o in self.optimizers.items()}
         self._executor = plan.executor(self.models, self.optimizers, micro_batches)
         self.next_step = self.tokens = 0
-        self._has_states = False  # of the optimizers
+        self._presence = {n: Presence(m, plan) for n, m in self.models.items() if n in trained}
         self._aware = {n: [m for m in model.modules() if isinstance(m, StepAware)] for n, model in self.models.items()}
 
     def steps(self) -> Iterator[Step]:
@@ -128,11 +130,17 @@ class Trainer:
             model = self.models[update.trains]
             for module in self._aware[update.trains]:
                 module.before_step(scale)
+            presence = self._presence[update.trains] if self._executor.leaves_gradients else None
+            self.plan.begin_update(self.models)
             with self.phase(FORWARD_BACKWARD):
                 part = self._executor.train(update, mine, scale)
             with self.phase(EXCHANGE):
+                if presence:
+                    presence.fill()
                 self.plan.reduce_gradients(model)
             with self.phase(FIGURES):
+                if presence:
+                    presence.settle()
                 loss = self.plan.total(part.clone()).item() / self.plan.parts
                 known = self._executor.norm(update.trains)
                 norm = (clip(model, self.plan) if known is None else known).item()
@@ -140,7 +148,6 @@ class Trainer:
                 raise NonFinite(self._blame(step, update, part, loss, norm))
             with self.phase(OPTIMIZER):
                 self._executor.step(update.trains, self.optimizers[update.trains])
-            self._has_states = True
             for module in self._aware[update.trains]:
                 module.after_step(self.plan.total_of_parts)
             for each in self.models.values():
@@ -183,6 +190,7 @@ class Trainer:
         sums: dict[str, Tensor] = {}
         for model in self.models.values():
             model.eval()
+        self.plan.begin_update(self.models)
         for batch in self.task.validation():
             for update in self.task.updates:
                 for name, value in self._executor.evaluate(update, self.plan.shard(batch)).items():
@@ -191,6 +199,8 @@ class Trainer:
         for model in self.models.values():
             model.train()
         self.plan.after_evaluation(self.models)
+        for presence in self._presence.values():
+            presence.check_units()
         return {name: total.cpu() for name, total in sums.items()} if sums and sums["count"] else {}
 
     def state(self) -> dict[str, Tensor]:
@@ -203,14 +213,11 @@ class Trainer:
         for name, model in self.models.items():
             for tensors in self._tensors(name, model, self.optimizers.get(name)):
                 found.append({_within(name, key): value for key, value in tensors.items()})
-        self._has_states = True
         return found
 
     def _tensors(self, name: str, model: nn.Module, optimizer: Optimizer | None) -> list[dict[str, Tensor]]:
-        if engine := self._executor.tensors(name):
+        if (engine := self._executor.tensors(name)) is not None:
             return [engine]
-        if optimizer and not self._has_states:  # asked of the trainer: an optimizer that has no share has none
-            fill_state(optimizer)
         return [named_tensors(self.plan.unwrap(piece), optimizer) for piece in pieces(model)]
 
     def held(self, kind: str) -> list[Tensor]:
@@ -229,24 +236,30 @@ class Trainer:
 
     def begin(self, fill: Callable[[list[dict[str, Tensor]]], None]) -> None:
         """Take weights from elsewhere: `fill` fills some of the tensors it is given. Optimizers begin anew."""
-        self._has_states = True  # so that none are made
-        states, self._has_states = self.states(), False
+        states = self.states()
         fill(states)
         for value in (t for part in states for key, t in part.items() if key.startswith(OPTIMIZER_STATE)):
             value.zero_()  # an engine's
         self._restore(states)
 
     def load(self, fill: Callable[[list[dict[str, Tensor]]], None]) -> None:
-        """Take weights, buffers and states from a checkpoint: `fill` fills the tensors it is given. A collective."""
+        """Take weights, buffers and states from a checkpoint. A collective.
+
+        `fill` fills the tensors it is given, and takes away states that the checkpoint's optimizer did not have.
+        """
+        for name, optimizer in self.optimizers.items():
+            self._executor.make_states(name, optimizer)
         states = self.states()
         fill(states)
         self._restore(states)
 
     def _restore(self, states: list[dict[str, Tensor]]) -> None:
-        for name in self.models:
+        for name, model in self.models.items():
             own = {key.replace(f"{name}.", "", 1): value for state in states for key, value in state.items()
                    if key.removeprefix(OPTIMIZER_STATE).startswith(f"{name}.")}  # fmt: skip
             self._executor.restore(name, own)
+            for piece in pieces(model) if name in self.optimizers else ():
+                put_back(self.plan.unwrap(piece), self.optimizers[name], own)
 
 
 def _within(model_name: str, key: str) -> str:

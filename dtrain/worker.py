@@ -84,11 +84,13 @@ class Worker:
         while (pulled := self._pull(links)) is not None:
             item, versions = pulled
             begun = time.perf_counter()
-            name, gradients, loss, norm = self._gradient(item)
+            name, gradients, used, loss, norm = self._gradient(item)
             self.computed += time.perf_counter() - begun
             for server in reversed(range(len(links))):  # the first one last: it counts what is finished
                 own = [gradients[id(p)] for p in self.own[server][name]]
+                has = [id(p) in used for p in self.own[server][name]]
                 links[server].say(PUSH, versions[server], item, loss, norm, self.computed, self.waited)
+                links[server].tell(has)
                 links[server].send(self.encoders[server][name].encode(own))
         for link in links:
             link.say(BYE)
@@ -110,8 +112,8 @@ class Worker:
         self.waited += time.perf_counter() - begun
         return item, versions
 
-    def _gradient(self, item: int) -> tuple[str, dict[int, Tensor], float, float]:
-        """The model whose gradient item i is, the gradient by parameter, the loss and the gradient's norm."""
+    def _gradient(self, item: int) -> tuple[str, dict[int, Tensor], set[int], float, float]:
+        """The model whose gradient item i is, the gradient by parameter, those used, the loss, the gradient's norm."""
         workers, updates = self.strategy.workers, self.task.updates
         rounds, part = divmod(item, workers)
         step, index = divmod(rounds, len(updates))
@@ -125,10 +127,11 @@ class Worker:
         with slowed(self.config.straggler, self.number + self.strategy.servers):
             loss = self.executor.train(update, rows, scale)
         norm = clip(model, self.plan) if self.strategy.mode != SYNC else torch.zeros(())  # the server clips the whole
+        used = {id(p) for p in model.parameters() if p.grad is not None}
         found = {id(p): torch.zeros_like(p) if p.grad is None else p.grad for p in model.parameters()}
         for each in self.models.values():
             each.zero_grad()
-        return update.trains, found, loss.item(), norm.item()
+        return update.trains, found, used, loss.item(), norm.item()
 
 
 def shares_of(task: Task, models: Models, servers: int) -> list[list[nn.Parameter]]:

@@ -61,7 +61,14 @@ def whole_tensors(engine: Any, owners: dict[str, int]) -> dict[str, Tensor]:
 
 @torch.no_grad()
 def put_back(engine: Any, owners: dict[str, int], tensors: dict[str, Tensor]) -> None:
-    """Hand every rank its slices of the owners' tensors, one at a time. A collective."""
+    """Hand every rank its slices of the owners' tensors, one at a time. A collective.
+
+    Raises:
+        ValueError: states of some weights alone, or of different steps: the engine keeps one count for all.
+    """
+    if not _has_states(engine, owners, tensors):
+        for flat in flats(engine):
+            engine.optimizer.optimizer.state.pop(flat, None)
     states, group = _states(engine), engine.optimizer.dp_process_group
     for name, parameter in _trained(engine):
         for key in (None, *_moments(states[0])):
@@ -76,8 +83,13 @@ def put_back(engine: Any, owners: dict[str, int], tensors: dict[str, Tensor]) ->
         mine = [float(tensors[full]) for name in owners if (full := _named(name, key)) in tensors]
         every: list[list[float]] = [[]] * dist.get_world_size(group)
         dist.all_gather_object(every, mine, group)  # a rank that owns no weight has none
+        counts = sorted({count for each in every for count in each})
+        if len(counts) > 1:
+            raise ValueError(f"weights in the checkpoint have been stepped {counts[0]:g} to {counts[-1]:g} times, and "
+                             f"DeepSpeed keeps one count for all: resume with strategy=ddp, zero1 or "
+                             f"fsdp")  # fmt: skip
         for state in states:
-            _count(state, key, max(max(each, default=0.0) for each in every))
+            _count(state, key, counts[0])
     _publish(engine.optimizer)
 
 
@@ -128,8 +140,30 @@ def _trained(engine: Any) -> Iterator[tuple[str, nn.Parameter]]:
     return ((name, p) for name, p in engine.module.named_parameters() if p.requires_grad)
 
 
+def _has_states(engine: Any, owners: dict[str, int], tensors: dict[str, Tensor]) -> bool:
+    """Do the owners have the states that were made to be filled? All of them, or none. A collective."""
+    group = engine.optimizer.dp_process_group
+    keys = list(_states(engine)[0])
+    mine = [name for name, _ in _trained(engine) if owners[name] == dist.get_rank(group)]
+    lacking = [_named(name, key) for name in mine for key in keys if _named(name, key) not in tensors]
+    every: list[tuple[int, list[str]]] = [(0, [])] * dist.get_world_size(group)
+    dist.all_gather_object(every, (len(mine) * len(keys) - len(lacking), lacking), group=group)
+    names = [name for _, each in every for name in each]
+    if names and sum(number for number, _ in every):
+        raise ValueError(f"{names[0]} is absent from the checkpoint, whose run had not stepped that weight, and "
+                         f"DeepSpeed keeps states of all or none: resume with strategy=ddp, zero1 or "
+                         f"fsdp")  # fmt: skip
+    return not names
+
+
 def _states(engine: Any) -> list[dict[str, Any]]:
-    """The optimizer's states of each flat tensor; made, where no step has been yet, by one of zeros at rate zero."""
+    """The optimizer's states of each flat tensor; empty before the first step."""
+    return [engine.optimizer.optimizer.state.get(flat, {}) for flat in flats(engine)] or [{}]
+
+
+@torch.no_grad()
+def make_states(engine: Any) -> None:
+    """The same, to be filled: made, where no step has been yet, by one of zeros at rate zero."""
     zero = engine.optimizer
     groups = zero.optimizer.param_groups
     rates = [group["lr"] for group in groups]
@@ -144,7 +178,6 @@ def _states(engine: Any) -> list[dict[str, Any]]:
                 _count(zero.optimizer.state[flat], key, 0)
     for group, saved in zip(groups, rates, strict=True):
         group["lr"] = saved
-    return [zero.optimizer.state[flat] for flat in flats(engine)]
 
 
 def _moments(state: dict[str, Any]) -> list[str]:
@@ -175,20 +208,21 @@ def messages(footprint: Footprint, axis: str, ranks: int, zero: dict[str, Any]) 
     ready = sorted((w for w in piece.weights if w.ready is not None), key=lambda w: w.ready or 0)
     groups, sent = _groups(piece), footprint.compute_bytes
     overflow = message(axis, "all_reduce", [1] * (sent < 4), 1)
+    used = message(axis, "all_reduce", [len(ready)], 1, footprint.micro_batches)  # see `refuse_unused`
     bucket = int(zero.get("reduce_bucket_size", 5e8))
     if stage == 0:
         sums = list(_cut([w for w in piece.weights if w.ready is not None], ALL_REDUCED, after=True))
-        return [message(axis, "all_reduce", [sum(map(Weight.numel, each)) for each in sums], sent)]
+        return [used, message(axis, "all_reduce", [sum(map(Weight.numel, each)) for each in sums], sent)]
     if stage == 3:
         filled = lambda weights: sum(-(-w.elements // ranks) * ranks for w in weights)  # noqa: E731
         reduced, gathered = [filled(each) for each in _cut(ready, bucket)], _gathers(piece, filled)
-        return [message(axis, "reduce_scatter", reduced, sent, footprint.micro_batches),
+        return [used, message(axis, "reduce_scatter", reduced, sent, footprint.micro_batches),
                 message(axis, "all_gather", gathered, footprint.compute_bytes, footprint.micro_batches),
                 message(axis, "all_reduce", [1] * len(groups), 8)]  # fmt: skip
     order, times = (ready, footprint.micro_batches) if stage == 2 else ([w for group in groups for w in group], 1)
     reduced = [sum(map(Weight.numel, each)) for each in _cut(order, bucket)]
     flat = [_flat(group, ranks) for group in groups]
-    return [message(axis, "all_reduce", reduced, sent, times), message(axis, "all_reduce", [1] * len(groups), 4),
+    return [used, message(axis, "all_reduce", reduced, sent, times), message(axis, "all_reduce", [1] * len(groups), 4),
             overflow, message(axis, "all_gather", flat, footprint.compute_bytes)]  # fmt: skip
 
 

@@ -151,6 +151,22 @@ class Following(NextToken):
         self.models |= {"average": self.models["model"]}
 
 
+class Frozen(NextToken):
+    """Nothing of its model trains."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.models = {"model": lambda: GPT().requires_grad_(False)}
+
+
+def frozen_first() -> nn.Module:
+    """A model whose embedding and first block do not train."""
+    model = GPT()
+    for part in (model.get_submodule(model.layout.first), model.get_submodule(f"{model.layout.blocks}.0")):
+        part.requires_grad_(False)
+    return model
+
+
 class Curved(GAN):
     """Its losses hold gradients."""
 
@@ -460,6 +476,17 @@ REFUSALS = {
         "Sharing shares", "blocks.0.weight with blocks.1.weight",
         "only first and last module may share",
     ),
+    "fsdp, a weight in two blocks": Refusal(
+        lambda: on_model(FSDP(2), Sharing, 2),
+        "Sharing shares", "blocks.0.weight with blocks.1.weight", "use strategy=ddp, allreduce or zero1",
+    ),
+    "replicate, a weight in two blocks": Refusal(
+        lambda: on_model(Replicate(2), Sharing, 2),
+        "Sharing shares", "strategy replicate exchanges each block", "use strategy=ddp, allreduce or zero1",
+    ),
+    "nothing trains": Refusal(
+        lambda: Plan.of([], 1).check_task(Frozen()), "nothing of Transformer trains", "requires_grad", "false of all"
+    ),
     "pipeline, two models": Refusal(
         lambda: on_task(Pipeline(2), GAN(), 2),
         "pipeline", "task GAN", "use a strategy on dp or fsdp",
@@ -655,6 +682,13 @@ REFUSALS = {
         lambda: Plan.of([DeepSpeedPipeline(2), DDP(2)], 4),
         "strategy deepspeed_pipeline", "ZeRO on dp", "use strategy=pipeline",
     ),
+    "deepspeed_pipeline, nothing trains": Refusal(
+        lambda: on_model(DeepSpeedPipeline(2), frozen_first, 4, zero(1)),
+        "nothing trains in stage 0", "of 2", "use strategy=pipeline",
+    ),
+    "no clipping by nought": Refusal(
+        lambda: run("clip_norm=0"), "clip_norm", "=0.0 must be more than 0", "or null"
+    ),
     "deepspeed_pipeline, a stage": Refusal(
         lambda: Plan.of([DeepSpeedPipeline(2), zero(2)], 4),
         "DeepSpeed's pipeline refuses it", "at stage 2", "use stage 1",
@@ -813,6 +847,8 @@ def _bounded(kind: type, prefix: str = "") -> Iterator[tuple[str, Any, str]]:
             yield from _bounded(default, f"{name}.")  # type: ignore[arg-type]
         if "least" in rule:
             yield name, rule["least"] - 1, f"must be at least {rule['least']}"
+        if "above" in rule:
+            yield name, rule["above"], f"must be more than {rule['above']}, or null: none"
         if "most" in rule:
             yield name, rule["most"] + 1, f"must be at most {rule['most']}"
         if "names" in rule:
@@ -841,10 +877,10 @@ def test_every_option_with_a_range_is_held_to_it(comparison: Any) -> None:
 
 
 def test_what_is_no_number_is_in_no_range(comparison: Any) -> None:
-    for name in ("schedule.final_ratio", "clip_norm", "straggler.factor"):
+    for name, bound in {"schedule.final_ratio": "at least", "clip_norm": "more than", "straggler.factor": "at least"}.items():
         config = deepcopy(comparison)
         OmegaConf.update(config, name, float("nan"))
-        with pytest.raises(ValueError, match=f"{name}=nan must be at least"):
+        with pytest.raises(ValueError, match=f"{name}=nan must be {bound}"):
             checked(config)
 
 

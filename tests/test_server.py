@@ -70,6 +70,9 @@ class Written:
     def receive(self, like: Tensor) -> Tensor:
         return like.copy_(self.left.pop(0))
 
+    def told(self, number: int) -> list[bool]:
+        return [True] * number
+
     def say(self, *numbers: float) -> None:
         """It listens to nothing."""
 

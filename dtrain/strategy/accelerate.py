@@ -36,6 +36,7 @@ from dtrain.strategy.base import REST, Executor, local
 from dtrain.strategy.ddp import DDP
 from dtrain.strategy.deepspeed import ByEngine, DeepSpeed
 from dtrain.strategy.fsdp import FSDP
+from dtrain.strategy.replicate import watch
 
 if TYPE_CHECKING:
     from dtrain.plan import Plan
@@ -75,6 +76,8 @@ class AccelerateDDP(DDP):
     def executor(self, models: Models, optimizers: Mapping[str, Optimizer], plan: Plan, micro_batches: int) -> Executor:
         from accelerate.utils import DistributedDataParallelKwargs
 
+        for model in models.values():
+            self.watch(model)
         with accelerator_of(plan, 1, kwargs_handlers=[DistributedDataParallelKwargs(**self.settings)]) as accelerator:
             wrapped, steppers = prepared(accelerator, models, optimizers, DistributedDataParallel)
         return self.by(accelerator, models | wrapped, steppers, micro_batches, plan)
@@ -174,6 +177,8 @@ class AccelerateFSDP(FSDP):
             settings["parallelism_config"] = checked("strategy.fsdp.parallelism", ParallelismConfig, self.parallelism)
         with accelerator_of(plan, 1, **settings) as accelerator:
             wrapped, steppers = prepared(accelerator, models, optimizers, FSDPModule)
+        for each in wrapped.values():
+            watch(each)
         shards = self.degree if not self.parallelism else self.parallelism.get("dp_shard_size", 1)
         for name, parameter in next(iter(wrapped.values())).named_parameters():
             assert isinstance(parameter, DTensor), f"{name} is not sharded"
@@ -233,6 +238,7 @@ class ByAcceleratedEngine(ByEngine):
         self.accelerator = accelerator
 
     def backward(self, update: Update, loss: Tensor) -> None:
+        self.refuse_unused(update, loss)
         with self.accelerator.accumulate(self.engines[update.trains]):
             self.accelerator.backward(loss * self.micro_batches)  # by which the engine divides
 

@@ -19,6 +19,7 @@ from torch.optim import Optimizer
 from dtrain.batch import Batch, Models, Sums, divide
 from dtrain.cost import Message
 from dtrain.footprint import Footprint
+from dtrain.optimizer import fill_state
 
 if TYPE_CHECKING:
     from dtrain.plan import Plan
@@ -31,6 +32,7 @@ class Executor(ABC):
     """How an update's forward and backward are run; and, for an engine, the rest of a step and its state."""
 
     leaves_out = False  # does `step` change nothing where a gradient is not finite, and go on?
+    leaves_gradients = True  # are they in `.grad` after `train`, and the loop's to exchange and clip?
 
     @abstractmethod
     def train(self, update: Update, batch: Batch, scale: Tensor) -> Tensor:
@@ -47,6 +49,11 @@ class Executor(ABC):
     def step(self, model: str, optimizer: Optimizer) -> None:
         """Update the weights."""
         optimizer.step()
+
+    def make_states(self, model: str, optimizer: Optimizer) -> None:
+        """Give every parameter its states, to be filled from a checkpoint, where no step has made them."""
+        if not optimizer.state:
+            fill_state(optimizer)
 
     def tensors(self, model: str) -> dict[str, Tensor] | None:
         """What an engine keeps: weights by their full names, states by `optimizer.<name>.<key>`. A collective.
@@ -77,6 +84,7 @@ class Strategy:
     synchronous: bool = True  # is every step's loss that of one process?
     asynchronous: ClassVar[bool] = False  # do its ranks train without meeting in every step?
     splits: ClassVar[str] = "rows"  # what ranks along `axis` divide of a batch: "rows", "tokens" or ""
+    stepped: tuple[str, ...] = ()  # of what are the weights that an optimizer steps parts? See `stepping`
 
     def __init__(self, degree: int = REST) -> None:
         self.degree = degree  # ranks along `axis`
@@ -150,6 +158,20 @@ class Strategy:
 
     def sync_gradients(self, model: nn.Module, enabled: bool) -> None:
         """Switch the communication of gradients within backward: off for every micro-batch but the last."""
+
+    def begin_update(self, model: nn.Module) -> None:
+        """Forget which parameters earlier backward passes have reached."""
+
+    def finish_backward(self, model: nn.Module) -> None:
+        """After this rank's last backward pass: let those go on that wait for gradients which it has not made."""
+
+    def unused(self, model: nn.Module) -> Iterable[nn.Parameter]:
+        """Parameters that this rank's rows have not used, though they have a gradient: zeros, that it was given."""
+        return ()
+
+    def unit_calls(self, model: nn.Module) -> dict[str, int]:
+        """How often each unit whose messages all ranks must send alike has run in this update, by its name."""
+        return {}
 
     def reduce_gradients(self, model: nn.Module, plan: Plan) -> None:
         """Finish the gradients after the last backward pass of an update, before they are clipped."""

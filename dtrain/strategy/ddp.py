@@ -12,7 +12,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from dtrain.cost import Message, message
@@ -38,6 +39,8 @@ class DDP(Strategy):
         if bucket_mb <= 0:
             raise ValueError(f"strategy.dp.bucket_mb={bucket_mb} must be more than 0")
         self.bucket_mb = self.first_bucket_mb = bucket_mb
+        self._used: set[int] = set()  # parameters that this update's backward passes have reached
+        self._passed: set[int] = set()  # and those of its last micro-batch
 
     def check(self, plan: Plan) -> None:
         if others := [s.axis for s in plan.strategies if s is not self]:
@@ -54,6 +57,7 @@ class DDP(Strategy):
 
     def parallelize(self, model: nn.Module, plan: Plan) -> nn.Module:
         mesh = plan.mesh[self.axis]
+        self.watch(model)
         return DistributedDataParallel(
             model,
             process_group=mesh.get_group(),
@@ -71,6 +75,32 @@ class DDP(Strategy):
     def sync_gradients(self, model: nn.Module, enabled: bool) -> None:
         assert isinstance(model, DistributedDataParallel)
         model.require_backward_grad_sync = enabled
+        self._passed.difference_update(map(id, model.parameters()))
+
+    def watch(self, model: nn.Module) -> None:
+        """Note which parameters backward passes reach: in an update, and in the last pass of it."""
+
+        def reached(parameter: Tensor) -> None:
+            self._used.add(id(parameter))
+            self._passed.add(id(parameter))
+
+        for parameter in (p for p in model.parameters() if p.requires_grad):
+            parameter.register_post_accumulate_grad_hook(reached)
+
+    def begin_update(self, model: nn.Module) -> None:
+        self._used.difference_update(map(id, model.parameters()))
+
+    def finish_backward(self, model: nn.Module) -> None:
+        """DDP sends a bucket when it is full; a gradient that this rank's rows do not have would be waited for."""
+        parameters = [p for p in model.parameters() if p.requires_grad]
+        left = [parameter for parameter in parameters if id(parameter) not in self._passed]
+        if isinstance(model, DistributedDataParallel) and 0 < len(left) < len(parameters):
+            used = self._used.copy()
+            torch.autograd.backward(left, [torch.zeros_like(parameter) for parameter in left])
+            self._used = used
+
+    def unused(self, model: nn.Module) -> list[nn.Parameter]:
+        return [p for p in model.parameters() if p.grad is not None and id(p) not in self._used]
 
     def cost(self, footprint: Footprint, plan: Plan) -> list[Message]:
         sizes = [n for piece in footprint.pieces for n in self._buckets(piece, footprint.weight_bytes)]

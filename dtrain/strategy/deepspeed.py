@@ -33,10 +33,12 @@ from dtrain.batch import Models
 from dtrain.cost import Message
 from dtrain.engine import check_fp16, check_zero, fresh, imported, sequences
 from dtrain.footprint import Footprint
+from dtrain.presence import reached, refuse_unused
+from dtrain.stepping import FLAT
 from dtrain.strategy.base import REST, Executor, Strategy
 from dtrain.strategy.deepspeed_autotp import AutoTP
 from dtrain.strategy.zero1 import shared_out
-from dtrain.zero import elements, flats, held, kinds, messages, put_back, whole_tensors
+from dtrain.zero import elements, flats, held, kinds, make_states, messages, put_back, whole_tensors
 
 if TYPE_CHECKING:
     from dtrain.plan import Plan
@@ -68,6 +70,7 @@ class DeepSpeed(Strategy):
         self.settings = deepspeed or {}
         self.zero: dict[str, Any] = self.settings.get("zero_optimization") or {}
         self.stage = self.zero.get("stage", 0)
+        self.stepped = (FLAT,) if self.stage else ()
         self.fp16 = bool((self.settings.get("fp16") or {}).get("enabled"))
         for key in OWNED.keys() & self.settings.keys():
             said = f"strategy.dp.deepspeed.{key}={self.settings[key]}"
@@ -192,14 +195,20 @@ class ByEngine(Accumulate):
     What is not trained has no engine, and stays as it is in `models`.
     """
 
+    leaves_gradients = False
+
     def __init__(self, stage: int, engines: dict[str, Any], micro_batches: int, plan: Plan, models: Models) -> None:
         super().__init__(models | engines, micro_batches, plan)
         self.stage, self.engines = stage, engines
 
     def backward(self, update: Update, loss: Tensor) -> None:
+        self.refuse_unused(update, loss)
         # Where cp cuts sequences, stages 0 to 2 average over the ranks of dp alone.
         parts = self.plan.degrees.get("cp", 1) if self.stage < 3 else 1
         self.engines[update.trains].backward(loss / parts, scale_wrt_gas=False)
+
+    def refuse_unused(self, update: Update, loss: Tensor) -> None:
+        refuse_unused(self.engines[update.trains].module, reached(loss), self.plan, "DeepSpeed")
 
     def norm(self, model: str) -> Tensor | None:
         if not self.stage:
@@ -212,6 +221,12 @@ class ByEngine(Accumulate):
 
     def step(self, model: str, optimizer: Optimizer) -> None:
         self.engines[model].step()
+
+    def make_states(self, model: str, optimizer: Optimizer) -> None:
+        if self._keeps(model):
+            make_states(self.engines[model])
+        else:
+            super().make_states(model, optimizer)
 
     def tensors(self, model: str) -> dict[str, Tensor] | None:
         if not self._keeps(model):

@@ -22,6 +22,7 @@ from dtrain.cost import Message
 from dtrain.footprint import Footprint
 from dtrain.layout import divisors, layout_of, modules_at
 from dtrain.optimizer import OPTIMIZER_STATE
+from dtrain.stepping import COLUMNS, ROWS
 from dtrain.strategy.base import Strategy
 
 if TYPE_CHECKING:
@@ -37,6 +38,7 @@ class AutoTP(Strategy):
     """
 
     axis = "tp"
+    stepped = (ROWS, COLUMNS)
     engine = "deepspeed"
     splits = ""
 

@@ -11,6 +11,7 @@ Source: https://www.deepspeed.ai/tutorials/pipeline/; Narayanan et al. 2019, Pip
 
 from __future__ import annotations
 
+import copy
 import io
 from collections.abc import Iterator, Mapping
 from contextlib import redirect_stdout
@@ -25,11 +26,12 @@ from dtrain.cost import Message
 from dtrain.engine import fresh, imported
 from dtrain.footprint import Footprint
 from dtrain.optimizer import OPTIMIZER_STATE
-from dtrain.stages import Flow
+from dtrain.presence import refuse_unused
+from dtrain.stages import Flow, split_evenly
 from dtrain.strategy.base import REST, Executor, whole
 from dtrain.strategy.deepspeed import DeepSpeed, owners
 from dtrain.strategy.pipeline import Pipeline
-from dtrain.zero import kinds, put_back, whole_tensors
+from dtrain.zero import kinds, make_states, put_back, whole_tensors
 
 if TYPE_CHECKING:
     from dtrain.plan import Plan
@@ -58,6 +60,15 @@ class DeepSpeedPipeline(Pipeline):
             reason = "tells no norm, and counts a matrix that both ends share twice" if not zero.stage else "refuses it"
             raise ValueError(f"DeepSpeed's pipeline {reason} at stage {zero.stage}: use stage 1")
 
+    def check_model(self, model: nn.Module, plan: Plan) -> None:
+        super().check_model(model, plan)
+        counts = self.split or split_evenly(model, self.stages)
+        for stage in range(self.stages):
+            piece = self._piece(copy.deepcopy(model), stage, counts)
+            if not any(parameter.requires_grad for parameter in piece.parameters()):
+                raise ValueError(f"nothing trains in stage {stage} of {self.stages}, and DeepSpeed's pipeline steps "
+                                 f"every stage: use strategy=pipeline, or another strategy.pp.split")  # fmt: skip
+
     def reduce_gradients(self, model: nn.Module, plan: Plan) -> None:
         """The engine has."""
 
@@ -77,6 +88,8 @@ class DeepSpeedPipeline(Pipeline):
             flow.engine = deepspeed.initialize(model=module, optimizer=optimizers[name], config=config)[0]
         for key, parameter in piece.named_parameters():  # of a shared layer DeepSpeed takes all for shared
             parameter.ds_pipe_replicated = stage > 0 and key in self.tied  # type: ignore[attr-defined]
+        for parameter in (p for p in piece.parameters() if p.requires_grad):
+            parameter.register_post_accumulate_grad_hook(lambda parameter: flow.used.add(id(parameter)))
         zero.verify_engine(flow.engine, zero.degree)
         assert flow.engine.num_stages == self.degree, f"{flow.engine.num_stages} stages, not {self.degree}"
         return flow
@@ -110,8 +123,11 @@ class Layer(nn.Module):
 class ByPipeline(Flow):
     """Micro-batches through DeepSpeed's pipeline engine, which clips and steps by itself."""
 
+    leaves_gradients = False
+
     def __init__(self, *parts: Any) -> None:
         super().__init__(*parts)
+        self.used: set[int] = set()  # parameters that this step's backward passes have reached
         (piece,) = self.stages.values()
         self.layer = Layer(piece)
         self.engine: Any = None
@@ -127,8 +143,10 @@ class ByPipeline(Flow):
         self.criterion = criterion
         self.layer.others = iter([self._arguments(update, part)[1] for part in parts])
         first = update.inputs[0]
+        self.used.clear()
         with self.plan.around(), self.plan.autocast():
             self.engine.train_batch(iter([(part[first], torch.tensor(i)) for i, part in enumerate(parts)]))
+        refuse_unused(self.layer.piece, self.used, self.plan, "DeepSpeed")
         return torch.stack(losses).detach().sum() if losses else self._zero()
 
     def loss(self, outputs: Tensor, index: Tensor) -> Tensor:
@@ -139,6 +157,9 @@ class ByPipeline(Flow):
 
     def step(self, model: str, optimizer: Optimizer) -> None:
         """It has."""
+
+    def make_states(self, model: str, optimizer: Optimizer) -> None:
+        make_states(self.engine)
 
     def tensors(self, model: str) -> dict[str, Tensor] | None:
         found = whole_tensors(self.engine, owners(self.engine))

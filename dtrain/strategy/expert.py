@@ -28,6 +28,7 @@ from torch.distributed.tensor import DTensor, Shard
 from dtrain.cost import Message, all_reduce_each, message
 from dtrain.footprint import Footprint, Piece
 from dtrain.layout import divisors, experts_of
+from dtrain.stepping import ROWS
 from dtrain.strategy.base import Strategy, average, local
 
 if TYPE_CHECKING:
@@ -44,6 +45,7 @@ class Expert(Strategy):
     """
 
     axis = "ep"
+    stepped = (ROWS,)
 
     def check_model(self, model: nn.Module, plan: Plan) -> None:
         numbers = {p.shape[0] for _, experts in experts_of(model) for p in experts.parameters()}

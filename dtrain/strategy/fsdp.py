@@ -24,8 +24,19 @@ from torch.distributed.tensor.placement_types import _StridedShard
 from dtrain.cost import Message, message
 from dtrain.footprint import FORWARD, FREE, Footprint
 from dtrain.layout import blocks_of
+from dtrain.stepping import ROWS
 from dtrain.strategy.base import REST, Strategy, local
-from dtrain.strategy.replicate import Replicate, fsdp_module, kept_gathered, reshard
+from dtrain.strategy.replicate import (
+    Replicate,
+    begin_update,
+    fsdp_module,
+    kept_gathered,
+    refuse_sharing,
+    reshard,
+    unit_calls,
+    unused,
+    watch,
+)
 
 if TYPE_CHECKING:
     from dtrain.plan import Plan
@@ -43,6 +54,7 @@ class FSDP(Strategy):
     """
 
     axis = "fsdp"
+    stepped = (ROWS,)
     casts = True
 
     def __init__(
@@ -63,6 +75,9 @@ class FSDP(Strategy):
             raise ValueError("this pipeline schedule computes the gradients of weights after those of inputs, and "
                              "resharded weights miss them: use strategy.fsdp.reshard_after_forward=false")  # fmt: skip
 
+    def check_model(self, model: nn.Module, plan: Plan) -> None:
+        refuse_sharing(model, "fsdp")
+
     def parallelize(self, model: nn.Module, plan: Plan) -> nn.Module:
         settings: dict[str, Any] = {
             "mesh": plan.mesh[self._mesh_axes(plan)],
@@ -74,6 +89,7 @@ class FSDP(Strategy):
         for block in blocks_of(model):
             fully_shard(block, **settings)
         fully_shard(model, **settings)
+        watch(model)
         return model
 
     def _mesh_axes(self, plan: Plan) -> tuple[str, ...]:
@@ -96,6 +112,15 @@ class FSDP(Strategy):
 
     def second_order(self, model: nn.Module) -> AbstractContextManager:
         return kept_gathered(model)
+
+    def begin_update(self, model: nn.Module) -> None:
+        begin_update(model)
+
+    def unused(self, model: nn.Module) -> list[nn.Parameter]:
+        return unused(model)
+
+    def unit_calls(self, model: nn.Module) -> dict[str, int]:
+        return unit_calls(model)
 
     def after_evaluation(self, model: nn.Module) -> None:
         reshard(model)

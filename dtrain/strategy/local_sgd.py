@@ -34,7 +34,8 @@ from dtrain.accumulate import Accumulate
 from dtrain.batch import Batch, Models, Sums
 from dtrain.cost import Message, message
 from dtrain.footprint import Footprint
-from dtrain.optimizer import fill_state, named_tensors
+from dtrain.optimizer import OPTIMIZER_STATE, named_tensors
+from dtrain.presence import completed
 from dtrain.strategy.base import REST, Executor, Strategy, average, check_options, local
 
 if TYPE_CHECKING:
@@ -137,18 +138,17 @@ class Alone(Accumulate):
         super().__init__(models, micro_batches, plan)
         self.strategy, self.optimizers = strategy, optimizers
         self.group = plan.mesh[strategy.axis].get_group()
+        self.states: dict[str, dict[nn.Parameter, dict[str, Tensor]]] = {name: {} for name in optimizers}
         self.underway: dict[str, list[Underway]] = {name: [] for name in optimizers}
 
     @torch.no_grad()
     def step(self, model: str, optimizer: Optimizer) -> None:
-        parameters = self._parameters(model)
-        starts = None if self._begun(model) else [p.detach().clone() for p in parameters]
+        parameters, states = self._parameters(model), self.states[model]
+        self._begin(model)
         optimizer.step()
-        if starts:
-            self._begin(model, starts)
         for parameter in parameters:
-            optimizer.state[parameter][STEPS] += 1
-        done = int(optimizer.state[parameters[0]][STEPS])
+            states[parameter][STEPS] += 1
+        done = int(states[parameters[0]][STEPS])
         for index in range(self.strategy.fragments):
             if (done + index * self.strategy.every // self.strategy.fragments) % self.strategy.every == 0:
                 self._send(model, parameters[index :: self.strategy.fragments], done)
@@ -157,7 +157,7 @@ class Alone(Accumulate):
 
     def _send(self, model: str, parameters: list[nn.Parameter], done: int) -> None:
         """Hand the fragment's pseudo-gradients (or, where a mean is enough, its weights) to one all-reduce."""
-        states = self.optimizers[model].state
+        states = self.states[model]
         if self.strategy.remembers:
             values = [local(states[p][START]) - local(p) for p in parameters]
         else:
@@ -172,7 +172,7 @@ class Alone(Accumulate):
         """The outer step of a fragment."""
         if message.work:
             message.work.wait()
-        s, states = self.strategy, self.optimizers[model].state
+        s, states = self.strategy, self.states[model]
         means = (message.flat / self.group.size()).split([local(p).numel() for p in message.parameters])
         for parameter, mean in zip(message.parameters, means, strict=True):
             weight, state = local(parameter), states[parameter]
@@ -190,25 +190,36 @@ class Alone(Accumulate):
         stepped = {id(p) for group in self.optimizers[model].param_groups for p in group["params"]}
         return [p for p in self.models[model].parameters() if id(p) in stepped]
 
-    def _begun(self, model: str) -> bool:
-        return STEPS in self.optimizers[model].state.get(self._parameters(model)[0], {})
+    def _begin(self, model: str) -> None:
+        """Make the outer step's states, before the first inner step.
 
-    def _begin(self, model: str, starts: list[Tensor]) -> None:
-        """The outer step's states, at its first inner step; an optimizer would take earlier ones for its own."""
-        for parameter, start in zip(self._parameters(model), starts, strict=True):
-            state = self.optimizers[model].state[parameter]
-            state[STEPS] = torch.zeros(())
+        They stand apart from the optimizer's, which would take them for its own of a weight that it has not met.
+        """
+        if self.states[model]:
+            return
+        for parameter in self._parameters(model):
+            state = self.states[model][parameter] = {STEPS: torch.zeros(())}
             if self.strategy.remembers:
-                state |= {START: start, VELOCITY: torch.zeros_like(start)}
+                state |= {START: parameter.detach().clone(), VELOCITY: torch.zeros_like(parameter.detach())}
 
-    def _states(self, model: str) -> dict[str, Tensor]:
-        """The live weights, buffers and states by their names; made, where no step has been yet."""
-        optimizer = self.optimizers[model]
-        if not self._begun(model):
-            if not optimizer.state:
-                fill_state(optimizer)
-            self._begin(model, [p.detach().clone() for p in self._parameters(model)])
-        return named_tensors(self.plan.unwrap(self.models[model]), optimizer)
+    def make_states(self, model: str, optimizer: Optimizer) -> None:
+        super().make_states(model, optimizer)
+        self._begin(model)
+
+    def held(self, model: str) -> dict[str, list[Tensor]]:
+        parameters, own = list(self.models[model].parameters()), self.optimizers[model].state
+        kept = [value for states in (own, self.states[model]) for state in states.values() for value in state.values()]
+        return {"parameters": list(parameters), "gradients": [p.grad for p in parameters if p.grad is not None],
+                "optimizer": [value for value in kept if isinstance(value, Tensor)]}  # fmt: skip
+
+    def _live(self, model: str) -> dict[str, Tensor]:
+        """The weights, buffers and states by their names, as far as there are any."""
+        whole = self.plan.unwrap(self.models[model])
+        found = named_tensors(whole, self.optimizers[model])
+        for name, parameter in whole.named_parameters():
+            found |= {f"{OPTIMIZER_STATE}{name}.{key}": value
+                      for key, value in self.states[model].get(parameter, {}).items()}  # fmt: skip
+        return found
 
     @torch.no_grad()
     def evaluate(self, update: Update, batch: Batch) -> Sums:
@@ -224,16 +235,17 @@ class Alone(Accumulate):
     @torch.no_grad()
     def tensors(self, model: str) -> dict[str, Tensor]:
         """The ranks' mean of each."""
-        found = {name: tensor.detach().clone() for name, tensor in self._states(model).items()}
+        live = completed(self._live(model), self.plan.unwrap(self.models[model]), self.group)
+        found = {name: tensor.detach().clone() for name, tensor in live.items()}
         self._average(map(local, found.values()))
         return found
 
     @torch.no_grad()
     def restore(self, model: str, tensors: dict[str, Tensor]) -> None:
-        for name, tensor in self._states(model).items():
-            tensor.copy_(tensors[name])
-        for parameter in self._parameters(model):
-            state = self.optimizers[model].state[parameter]
+        for name, tensor in self._live(model).items():
+            if name in tensors:  # what is not is of a weight that no step had used: see `put_back`
+                tensor.copy_(tensors[name])
+        for parameter, state in self.states[model].items():
             if START in state and not state[STEPS]:  # weights from elsewhere, with which all begins
                 local(state[START]).copy_(local(parameter))
 

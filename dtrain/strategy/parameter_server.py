@@ -26,6 +26,7 @@ from torch import nn
 from dtrain.board import ASYNC, MODES, SYNC
 from dtrain.compression import METHODS
 from dtrain.layout import StepAware
+from dtrain.stepping import APART
 from dtrain.strategy.base import REST, Strategy, check_options
 
 if TYPE_CHECKING:
@@ -57,6 +58,7 @@ class ParameterServer(Strategy):
         restarts: int = 3,
     ) -> None:  # fmt: skip
         super().__init__(degree)
+        self.stepped = (APART,) if servers > 1 else ()
         self.mode, self.bound, self.servers, self.restarts = mode, max_staleness, servers, restarts
         self.divides, self.compression, self.keep, self.rank = divide_by_staleness, compression, keep, rank
         check_options(

@@ -34,6 +34,7 @@ from dtrain.footprint import Footprint, Kept
 from dtrain.layout import Absent, layout_of, shared_names
 from dtrain.schedule import passes_of_stages
 from dtrain.stages import Flow, keep_name, split_evenly, sum_ends
+from dtrain.stepping import APART
 from dtrain.strategy.base import REST, Executor, Strategy
 
 if TYPE_CHECKING:
@@ -67,6 +68,7 @@ class Pipeline(Strategy):
     """
 
     axis = "pp"
+    stepped = (APART,)
     splits = ""
 
     def __init__(

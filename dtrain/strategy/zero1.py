@@ -25,6 +25,7 @@ from torch.optim import Optimizer
 
 from dtrain.cost import Message, message
 from dtrain.footprint import Footprint, Weight
+from dtrain.stepping import APART
 from dtrain.strategy.allreduce import AllReduce
 from dtrain.strategy.base import local
 
@@ -40,6 +41,8 @@ class Zero1(AllReduce):
     Args:
         degree: ranks along `dp`; -1: the rest of the world.
     """
+
+    stepped = (APART,)
 
     def optimizer(self, optimizer: Optimizer, model: nn.Module, plan: Plan) -> Optimizer:
         group, rank = plan.mesh[self.axis].get_group(), plan.mesh[self.axis].get_local_rank()
