@@ -56,7 +56,7 @@ def pytest_report_header(config: pytest.Config) -> str:
 
 # What shares something dear, an import on each rank or a fixture, runs in one process; all else where there is room.
 TOGETHER = {
-    r"test_(deepspeed|accelerate)\.py": "engines",
+    r"test_(deepspeed|accelerate|presence_engines)\.py": "engines",
     r"test_capabilities\.py": "capabilities",
     r"test_compare\.py": "compare",
     r"test_faults\.py::test_(killed_ranks|a_lost_node|a_run_that_is_told)": "faults",

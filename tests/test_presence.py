@@ -114,9 +114,9 @@ class Settled(Rows):
 
 def made(
     strategy: str, size: int, micro: int | None, *, task: Task | None = None, steps: int = 5,
-    optimizer: Any = adamw, clip: float | None = 0.05,
+    optimizer: Any = adamw, clip: float | None = 0.05, dtype: str = "fp64",
 ) -> Trainer:  # fmt: skip
-    plan = plan_of(Told("", strategy, clip_norm=clip), size).connect()
+    plan = plan_of(Told("", strategy, dtype, clip_norm=clip), size).connect()
     settings = Settings(steps, global_batch_size=ROWS, micro_batch_size=micro, warmup_steps=1)
     return Trainer(task or Rows(), plan, optimizer, settings)
 
