@@ -21,7 +21,7 @@ from torch.optim import Optimizer
 
 from dtrain.board import SYNC, Board, Once
 from dtrain.config import Config
-from dtrain.launch import World, gathered, tied
+from dtrain.launch import PRELOADED, World, gathered, tied
 from dtrain.plan import Plan
 from dtrain.server import Server
 from dtrain.strategy.parameter_server import ParameterServer
@@ -126,6 +126,7 @@ class Asynchronous(Server):
     def _look_after_a_worker(self) -> None:
         worker, log = self.rank - self.strategy.servers, logging.getLogger("dtrain")
         context = multiprocessing.get_context("forkserver")
+        context.set_forkserver_preload(PRELOADED)
         for life in range(self.strategy.restarts + 1):
             arguments = (os.getpid(), work, self.config, self.world, self.address, life)
             process = context.Process(target=tied, args=arguments)

@@ -25,9 +25,9 @@ from torch import Tensor
 from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader, HuggingFaceStorageWriter
 from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
 
-from dtrain.launch import agree, gathered
+from dtrain.launch import agree, gathered, together
 from dtrain.optimizer import OPTIMIZER_STATE
-from dtrain.saved import MANIFEST, about, describe, sealed, whole
+from dtrain.saved import MANIFEST, about, describe, differs, files_of, outline, sealed, whole
 
 PARTIAL = ".partial-"
 VERSION = 1
@@ -53,6 +53,11 @@ class Checkpoints:
         self._thread: threading.Thread | None = None
         self._error: BaseException | None = None
         agree(self._clear)
+
+    @property
+    def newest(self) -> str | None:
+        """The last one that was published; None: there is none."""
+        return str(latest.resolve()) if (latest := self.folder / "latest").exists() else None
 
     def _clear(self) -> None:
         for left in self.folder.glob(f"{PARTIAL}*"):
@@ -95,10 +100,10 @@ class Checkpoints:
         except dcp.CheckpointException as error:
             causes = sorted({str(cause).strip().splitlines()[0] for cause, _ in error.failures.values()})
             raise OSError(f"checkpoint of step {step} could not be written: {'; '.join(causes)}") from error
-        agree(lambda: self._publish(partial, step, about), self._group)
+        files = described(partial, agree(lambda: _written_in(partial), self._group), self._group)
+        agree(lambda: self._publish(partial, step, about, files), self._group)
 
-    def _publish(self, partial: Path, step: int, about: dict[str, Any]) -> None:
-        files = {file.name: describe(file) for file in sorted(partial.glob("*.safetensors"))}
+    def _publish(self, partial: Path, step: int, about: dict[str, Any], files: dict[str, Any]) -> None:
         _write_synced(partial / MANIFEST, sealed({"version": VERSION, "step": step, **about, "files": files}))
         _sync(partial)
         written = whole(self.folder)
@@ -120,6 +125,29 @@ class Checkpoints:
             gone = self.folder / f"{PARTIAL}{old.name}"
             old.rename(gone)  # at once: removing takes a while, and a kill would leave half of it
             shutil.rmtree(gone)
+
+
+def _written_in(folder: Path) -> list[str]:
+    return sorted(file.name for file in folder.glob("*.safetensors"))
+
+
+def described(folder: Path, names: list[str], group: dist.ProcessGroup | None = None) -> dict[str, dict[str, Any]]:
+    """Sizes and checksums of these files of a folder. A collective: each rank reads its share of them.
+
+    So that the others do not wait for one that reads a large model alone, until their patience ends.
+    """
+    rank, size = dist.get_rank(group), dist.get_world_size(group)
+    own = names[rank::size]
+    shares = together(lambda: {name: describe(folder / name) for name in own}, group)
+    return {name: found for share in shares for name, found in share.items()}
+
+
+def verified(path: Path) -> str:
+    """What is wrong with the files of a checkpoint, or an empty string. A collective, the same on every rank."""
+    if said := agree(lambda: outline(path)):
+        return said
+    found = described(path, agree(lambda: files_of(path)))
+    return agree(lambda: differs(path, found))
 
 
 def load(path: Path, states: list[dict[str, Tensor]]) -> None:

@@ -7,13 +7,15 @@ from __future__ import annotations
 
 import math
 import os
+import re
 import sys
 import time
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from importlib import import_module
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, NoReturn
 
 import hydra
@@ -22,16 +24,19 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 
+from dtrain.claim import RESUMABLE
 from dtrain.compare import command as comparison
 from dtrain.config import CONFIGS, Comparison, Config, check_axes, checked, register
 from dtrain.info import info as count
 from dtrain.job import assemble, model_factories
 from dtrain.launch import RanksFailed, World, leave_words, spawn, tie
-from dtrain.mistakes import BROKEN_OFF, MISTAKES, explain
+from dtrain.launchers import understood
+from dtrain.mistakes import BROKEN_OFF, MISTAKES, explain, no_home
 from dtrain.precision import Precision
 from dtrain.report.console import show
-from dtrain.resume import RESUMABLE
+from dtrain.report.sweep import Told, show_job, show_sweep
 from dtrain.run import run
+from dtrain.streams import keep_open
 
 # What a script does at a word, before there is a configuration: `python scripts/info.py capabilities`.
 WORDS = {"info": {"capabilities": ("dtrain.capabilities", "show"), "readme": ("dtrain.capabilities", "write")}}
@@ -44,7 +49,10 @@ GRACE_S = 3.0  # how long other ranks leave to rank 0 to say what is wrong, befo
 def main(config_name: str, task: Callable[[DictConfig], Any]) -> None:
     """Run `task` with the configuration that the command line composes; exit with a line for each mistake."""
     os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra hands errors on; they are said in one line here
+    keep_open()
     register()
+    with _explaining(config_name):
+        sys.argv[1:] = understood(sys.argv[1:])
     if word := WORDS.get(config_name, {}).get(" ".join(sys.argv[1:])):
         with _explaining(config_name):
             module, name = word
@@ -52,7 +60,7 @@ def main(config_name: str, task: Callable[[DictConfig], Any]) -> None:
     if config_name == "compare" and sys.argv[1:2] == ["--from"]:
         with _explaining(config_name):
             return comparison.show_difference(sys.argv[2:])
-    sys.argv[1:] = [_quoted(argument) for argument in sys.argv[1:]]
+    sys.argv[1:] = [*_settings_of_a_plain_file(), *map(_quoted, sys.argv[1:])]
     world = _world()
     if "TORCHELASTIC_RUN_ID" in os.environ:
         tie(os.getppid())  # a kill -9 of torchrun would leave its ranks
@@ -64,26 +72,40 @@ def main(config_name: str, task: Callable[[DictConfig], Any]) -> None:
             USAGE,
         )
 
+    jobs: list[Told] = []
+
     def guarded(config: DictConfig) -> Any:
         with _explaining(config_name):
-            return task(config)
+            if HydraConfig.get().job.chdir:
+                raise ValueError(
+                    "hydra.job.chdir=true: the paths of a configuration begin where you are, and all that a run "
+                    "writes goes into its own folder: leave it out"
+                )
+            with _told(jobs):
+                return task(config)
 
-    with _explaining(config_name):
-        hydra.main(version_base="1.3", config_path=str(CONFIGS), config_name=config_name)(guarded)()
+    try:
+        with _explaining(config_name):
+            hydra.main(version_base="1.3", config_path=str(CONFIGS), config_name=config_name)(guarded)()
+    finally:
+        show_sweep(jobs)
 
 
 def train(config: DictConfig) -> float:
     """The job of `scripts/train.py`: returns the validation loss (or else the loss) for a sweeper."""
     settings = checked(config)
     folder, name = Path(HydraConfig.get().runtime.output_dir), strategy_name()
-    check_axes(name.split("+"))
+    if name:
+        check_axes(name.split("+"))
+    else:  # a configuration without groups: by the files of its strategies
+        name = "+".join(str(node["_target_"]).split(".")[-2] for node in settings.strategy.values()) or "single"
     world = World.of_environment()
     if world is None and settings.launch.nproc > 1:
-        summary = start(config, folder, name)
+        summary = start(config, folder, name, files=_asked(config))
     else:
-        summary = run(settings, world or World(), folder, name)
+        summary = run(settings, world or World(), folder, name, _asked(config))
     if RESUMABLE in summary:
-        if HydraConfig.get().mode == RunMode.MULTIRUN:  # the others are not to begin
+        if summary["interrupted"] or HydraConfig.get().mode == RunMode.MULTIRUN:  # the others are not to begin
             raise KeyboardInterrupt
         return math.nan
     return summary["loss"] if summary["val_loss"] is None else summary["val_loss"]
@@ -93,16 +115,20 @@ def compare(config: DictConfig) -> None:
     """The job of `scripts/compare.py`: one run for each strategy, in ranks of its own."""
     if World.of_environment():
         raise ValueError("compare starts its own ranks: call it with `python` and launch.nproc, not under torchrun")
+    hydra_config = HydraConfig.get()
+    if hydra_config.job.config_name != "compare":  # each run is composed anew, of compare.yaml
+        raise ValueError(f"compare takes no other configuration than its own, and --config-name is "
+                         f"{hydra_config.job.config_name}: give its settings as key=value")  # fmt: skip
     settings = checked(config)
     assert isinstance(settings, Comparison)
-    hydra_config = HydraConfig.get()
     own = list(hydra_config.overrides.task)
     kept = [o for o in own if o.split("=")[0] not in ("strategies", "strategy", "launch.nproc", "global_batch_size")]
 
     def configure(overrides: list[str]) -> DictConfig:
         composed = compose("compare", overrides=[*kept, *overrides])
         check_axes(overrides[0].removeprefix("strategy=").strip("[]").split(","))
-        composed.profile = True
+        composed.profile = composed.overwrite = True  # of the folder as a whole it is decided once
+        composed.checkpoint.last = False
         composed.logger = {"files": {"_target_": "dtrain.report.files.Files", "pictures": False}}  # the page has them
         return composed
 
@@ -116,10 +142,24 @@ def compare(config: DictConfig) -> None:
     comparison.compare(settings, own, dict(hydra_config.runtime.choices), folder, configure, run_one)
 
 
-def start(config: DictConfig, folder: Path, name: str, *, output: Path | None = None) -> dict[str, Any]:
+def _asked(config: DictConfig) -> dict[str, str]:
+    """What Hydra leaves of a job in its folder `.hydra`, by file: the run does, once its folder is its own."""
+    parts = {"config": config, "hydra": HydraConfig.instance().cfg, "overrides": HydraConfig.get().overrides.task}
+    return {f"{name}.yaml": OmegaConf.to_yaml(part) for name, part in parts.items()}
+
+
+def start(
+    config: DictConfig,
+    folder: Path,
+    name: str,
+    *,
+    output: Path | None = None,
+    files: Mapping[str, str] = MappingProxyType({}),
+) -> dict[str, Any]:
     """Start `launch.nproc` ranks for a configuration; returns the summary.
 
     Args:
+        files: to be left in the folder's `.hydra`.
         output: where the ranks' words go; None: here.
 
     Raises:
@@ -130,24 +170,36 @@ def start(config: DictConfig, folder: Path, name: str, *, output: Path | None = 
     nproc = settings.launch.nproc
     assemble(settings, World(0, nproc, 0, nproc))
     plain = OmegaConf.to_yaml(config, resolve=True)
-    return spawn(_rank, type(settings), plain, folder, name, nproc=nproc, port=settings.launch.port, output=output)
+    arguments = (type(settings), plain, folder, name, dict(files))
+    return spawn(_rank, *arguments, nproc=nproc, port=settings.launch.port, output=output)
 
 
-def _rank(schema: type[Config], plain: str, folder: Path, name: str) -> dict[str, Any]:
+def _rank(schema: type[Config], plain: str, folder: Path, name: str, files: dict[str, str]) -> dict[str, Any]:
     """What a rank that `start` has started does."""
+    keep_open()
     world = World.of_environment()
     assert world is not None
     with _explaining("train"):
         config = OmegaConf.merge(OmegaConf.structured(schema), OmegaConf.create(plain))
         assert isinstance(config, DictConfig)
         try:
-            return run(checked(config), world, folder, name)
+            return run(checked(config), world, folder, name, files)
         except MISTAKES:
             raise
+        except RuntimeError as error:
+            if no_home(error):
+                raise
+            return _crashed(error)
+        except KeyboardInterrupt:
+            sys.exit(INTERRUPTED)  # the launcher says so
         except Exception as error:  # ours: the launcher would keep the traceback to itself
-            traceback.print_exc()
-            leave_words(f"{type(error).__name__}: {error}".splitlines()[0])
-            sys.exit(FAILED)
+            _crashed(error)
+
+
+def _crashed(error: Exception) -> NoReturn:
+    traceback.print_exc()
+    leave_words(f"{type(error).__name__}: {error}".splitlines()[0])
+    sys.exit(FAILED)
 
 
 def info(config: DictConfig) -> None:
@@ -159,11 +211,39 @@ def info(config: DictConfig) -> None:
 
 
 def strategy_name() -> str:
-    """The strategy as it was asked for: `[replicate,fsdp]` is said `replicate+fsdp`."""
+    """The strategy as it was asked for: `[replicate,fsdp]` is said `replicate+fsdp`; empty: by no name."""
     hydra_config = HydraConfig.get()
     asked = [o.removeprefix("strategy=") for o in hydra_config.overrides.task if o.startswith("strategy=")]
-    choice = asked[-1] if asked else str(hydra_config.runtime.choices["strategy"])
+    choice = asked[-1] if asked else str(hydra_config.runtime.choices.get("strategy", ""))
     return "+".join(part.strip() for part in choice.strip("[]").split(","))
+
+
+@contextmanager
+def _told(jobs: list[Told]) -> Iterator[None]:
+    """In a sweep: say which of its jobs begins, and keep what came of it."""
+    hydra_config = HydraConfig.get()
+    if hydra_config.mode != RunMode.MULTIRUN:
+        yield
+        return
+    job = Told(str(hydra_config.job.num), hydra_config.job.override_dirname or "no override",
+               Path(hydra_config.runtime.output_dir))  # fmt: skip
+    show_job(job)
+    jobs.append(job)
+    yield
+
+
+def _settings_of_a_plain_file() -> list[str]:
+    """Hydra's settings of ours, for a configuration that brings no defaults: a run's own `.hydra/config.yaml`."""
+    words = " ".join(sys.argv[1:])
+    found = {key: re.search(rf"(?:^|\s)(?:--config-{key}|-c{key[0]})[= ](\S+)", words) for key in ("dir", "name")}
+    if not (found["dir"] and found["name"]):
+        return []
+    file = Path(found["dir"][1]) / f"{found['name'][1].removesuffix('.yaml')}.yaml"
+    if not file.is_file() or re.search("^defaults:", file.read_text(), re.M):
+        return []
+    ours: Any = OmegaConf.to_container(OmegaConf.load(CONFIGS / "train.yaml"))
+    return ["hydra/job_logging=none", "hydra/hydra_logging=none", "hydra.output_subdir=null",
+            *(f"hydra.{key}.dir={ours['hydra'][key]['dir']}" for key in ("run", "sweep"))]  # fmt: skip
 
 
 @contextmanager
@@ -181,6 +261,10 @@ def _explaining(config_name: str) -> Iterator[None]:
         _exit(str(error), FAILED)
     except KeyboardInterrupt:
         _exit("interrupted", INTERRUPTED)
+    except RuntimeError as error:
+        if not no_home(error):
+            raise
+        _exit(explain(error, config_name), USAGE)
 
 
 def _quoted(argument: str) -> str:

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field, fields, is_dataclass
 from inspect import signature
 from pathlib import Path
 from typing import Any, TypeVar, get_args, get_type_hints
+from uuid import uuid4
 
 from hydra import compose
 from hydra.core.config_store import ConfigStore
@@ -58,6 +59,7 @@ class Eval:
 @dataclass
 class Checkpoint:
     every: int = at_least(0)
+    last: bool = MISSING
     keep_last: int = at_least(1)
     asynchronous: bool = MISSING
     fallback: bool = MISSING
@@ -113,6 +115,7 @@ class Config:
     profile: bool = MISSING
     resume: str | None = MISSING
     init_from: str | None = MISSING
+    overwrite: bool = MISSING
 
     eval: Eval = field(default_factory=Eval)
     checkpoint: Checkpoint = field(default_factory=Checkpoint)
@@ -131,15 +134,18 @@ class Comparison(Config):
     world_sizes: list[int] | None = MISSING
     scaling: str = one_of("strong", "weak")
     repeats: int = at_least(1)
-    overwrite: bool = MISSING
     fail_if: str | None = MISSING
 
 
 def register() -> None:
-    """Make the schemas known to Hydra: the base of `configs/train.yaml`, and what `compare.yaml` adds."""
+    """Make the schemas known to Hydra: the base of `configs/train.yaml`, and what `compare.yaml` adds.
+
+    And `${token:}`, by which the default folders of two runs differ.
+    """
     store = ConfigStore.instance()
     store.store("schema", Config)
     store.store("compare_schema", Comparison)
+    OmegaConf.register_new_resolver("token", lambda: uuid4().hex[:6], use_cache=True, replace=True)
 
 
 def options(group: str) -> list[str]:
@@ -160,9 +166,14 @@ def check_axes(names: list[str]) -> None:
 def checked(config: DictConfig) -> Config:
     """The composed configuration, resolved, with every range checked.
 
+    One that was composed before, a run's own `.hydra/config.yaml`, has lost its schema: it is given it again.
+
     Raises:
         ValueError: a value out of its range.
     """
+    if OmegaConf.get_type(config) is dict:
+        schema = Comparison if "strategies" in config else Config
+        config = OmegaConf.merge(OmegaConf.structured(schema), config)  # type: ignore[assignment]
     run = OmegaConf.to_object(config)
     assert isinstance(run, Config)
     _check_ranges(run, "")

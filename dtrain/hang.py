@@ -1,8 +1,9 @@
 """Who is missing, when ranks wait for each other and nothing goes on.
 
-torch's flight recorder notes each collective of a rank as it begins. When nothing new has begun for a while, or a
-collective has failed, every rank hands in its notes; the first one compares them and says which rank is missing, from
-what, in which step. What ends the run is the collectives' own timeout: this only speaks, before it.
+torch's flight recorders note each collective of a rank as it begins: gloo's one, NCCL's another. When nothing new has
+begun for a while, or a collective has failed, every rank hands in its notes; the first one compares them and says which
+rank is missing, from what, in which step. What ends the run is the collectives' own timeout: this only speaks, before
+it. Where it goes on after all (a first compilation takes its time), so does the watch: each inquiry has a number.
 
 Source: torch's flight recorder tutorial; its notes of gloo leave out messages from one rank to another.
 """
@@ -19,11 +20,12 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
 from functools import partial
+from itertools import chain
 from queue import Empty, Queue
 from typing import Any, TypeVar
 
 import torch.distributed as dist
-from torch._C._distributed_c10d import _dump_fr_trace_json  # type: ignore[attr-defined]
+from torch._C import _distributed_c10d as c10d
 
 from dtrain.notes import Note, Notes, collective_failed, missing, ranks_in_words, waiting
 from dtrain.plan import Plan
@@ -33,6 +35,7 @@ T = TypeVar("T")
 PATIENCE = 0.5  # of the collectives' timeout: without anything new, until ranks hand in their notes
 ANSWER = 0.25  # of it, at most this and ANSWER_S: how long the first rank waits for the notes of others
 ANSWER_S = 10.0
+RECORDERS = ("_dump_fr_trace_json", "_dump_nccl_trace_json")  # of gloo's collectives, and of NCCL's where there is one
 SILENT = "the store of the ranks does not answer: its host is gone or stopped, or the network is cut"
 
 
@@ -78,7 +81,9 @@ class Watch:
         self._begun = [(0, time.time_ns())]  # steps, and when
         self._beat = time.monotonic()
         self._end, self._said = threading.Event(), threading.Lock()
-        self.finding: str | None = None
+        self._round = 0  # inquiries that are over
+        self._asked_at: tuple[int, int] | None = None  # how far this rank was in the last one
+        self.finding = ""  # of that one
         self._thread = threading.Thread(target=self._look, name="hang", daemon=True)
 
     def __enter__(self) -> Watch:
@@ -95,19 +100,33 @@ class Watch:
         self._beat = time.monotonic()
 
     def explain(self) -> str:
-        """Hand in this rank's notes; the first rank that answers compares all and says what it finds, once."""
+        """Hand in this rank's notes; the first rank that answers compares all and says what it finds.
+
+        Once, as long as this rank gets no further.
+        """
         with self._said:
-            if self.finding is None:
+            if self._asked_at != (at := self._place()):
+                self._asked_at = at
                 found = within(self._answer_s + ANSWER_S, self._ask)
                 self.finding = SILENT if found is None else found
+                self._round += 1
                 if self.finding:
                     print(f"dtrain: ranks wait for each other: {self.finding}", file=sys.stderr, flush=True)
             return self.finding
 
+    def _place(self) -> tuple[int, int]:
+        """How far this rank is: its step, and the newest note of its collectives."""
+        return self._begun[-1][0], _newest()
+
     def _ask(self) -> str:
-        self._store.set(f"hang/{self.rank}", json.dumps(asdict(self._notes())))
-        self._store.set("hang/asked", "")
-        return self._compare()
+        key = f"hang/{self._round}"
+        if self._store.check([f"{key}/over"]):
+            return ""  # while this rank was busy; its notes are of another time
+        self._store.set(f"{key}/{self.rank}", json.dumps(asdict(self._notes())))
+        self._store.set(f"{key}/asked", "")
+        if found := self._compare(key):  # this rank speaks for all
+            self._store.set(f"{key}/over", "")
+        return found
 
     @contextmanager
     def skipping(self, step: int, name: str) -> Iterator[None]:
@@ -139,28 +158,33 @@ class Watch:
         while not self._end.wait(min(1.0, self.timeout_s / 20)):
             if time.monotonic() - self._beat > self.timeout_s * PATIENCE / 2 and last != (last := _newest()):
                 self._beat = time.monotonic() - self.timeout_s * PATIENCE / 2  # a long step, in which much happens
-            asked = within(self.timeout_s, partial(self._store.check, ["hang/asked"]))
-            if time.monotonic() - self._beat > self.timeout_s * PATIENCE or asked is not False:
-                if self.explain() == SILENT and not self._end.wait(self.timeout_s):
-                    os._exit(1)  # the rank waits for the store, and would for ever
-                return
+            asked = within(self.timeout_s, partial(self._store.check, [f"hang/{self._round}/asked"]))
+            late = time.monotonic() - self._beat > self.timeout_s * PATIENCE and self._asked_at != self._place()
+            if (late or asked is not False) and self._answered() == SILENT and not self._end.wait(self.timeout_s):
+                os._exit(1)  # the rank waits for the store, and would for ever
+
+    def _answered(self) -> str:
+        """The finding of an inquiry that this rank or another one has begun."""
+        if self._asked_at == self._place():  # it was asked before, and has got no further
+            self._asked_at = None
+        return self.explain()
 
     def _notes(self) -> Notes:
         groups: dict[str, list[Note]] = defaultdict(list)
-        for entry in _entries():
+        for entry in chain.from_iterable(_recorded()):
             step = max((number for number, since in self._begun if since <= entry["time_created_ns"]), default=0)
             name = entry["process_group"][0]
             if name in self.groups and not entry["is_p2p"]:
                 groups[name].append(Note(entry["collective_seq_id"], _what(entry), step, not entry["retired"]))
         return Notes(self._begun[-1][0], {name: notes[-200:] for name, notes in groups.items()})
 
-    def _compare(self) -> str:
+    def _compare(self, key: str) -> str:
         told: dict[int, Notes] = {}
         deadline = time.monotonic() + self._answer_s
         while len(told) < self.size and time.monotonic() < deadline:
             for rank in set(range(self.size)) - told.keys():
-                if self._store.check([f"hang/{rank}"]):
-                    told[rank] = _read(self._store.get(f"hang/{rank}"))
+                if self._store.check([f"{key}/{rank}"]):
+                    told[rank] = _read(self._store.get(f"{key}/{rank}"))
             if min(told, default=self.rank) < self.rank:
                 return ""  # that one speaks
             time.sleep(0.05)
@@ -171,12 +195,15 @@ class Watch:
         return "; ".join(filter(None, (found, gone))) or f"all ranks have begun the same collectives ({steps})"
 
 
-def _entries() -> list[dict[str, Any]]:
-    return json.loads(_dump_fr_trace_json()).get("entries", [])
+def _recorded() -> list[list[dict[str, Any]]]:
+    """The notes of each recorder that this build of torch has."""
+    dumps = [getattr(c10d, name) for name in RECORDERS if hasattr(c10d, name)]
+    return [json.loads(dump()).get("entries", []) for dump in dumps]
 
 
 def _newest() -> int:
-    return max((entry["record_id"] for entry in _entries()), default=-1)
+    """A number that grows with each collective that begins."""
+    return sum(max((entry["record_id"] for entry in entries), default=-1) for entries in _recorded())
 
 
 def _what(entry: dict[str, Any]) -> str:

@@ -10,6 +10,7 @@ import json
 import logging
 import multiprocessing
 import os
+import pickle
 import select
 import signal
 import socket
@@ -29,9 +30,12 @@ from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
 T = TypeVar("T")
-PRELOADED = ["dtrain.cli"]  # by the server from which ranks are forked: what every run needs
+PRELOADED = ["dtrain.cli", "dtrain.forkserver"]  # by the server from which ranks are forked: what every run needs
 ERROR_FILE = "TORCHELASTIC_ERROR_FILE"  # the variable that tells a rank where to leave its last words
 RUN_ID = "dtrain-own-ranks"  # of ranks that we start ourselves, once
+VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "LOCAL_SIZE")  # the last one is DeepSpeed's
+OWN_ADDRESS = "127.0.0.1"  # where they meet: a machine's name may lead nowhere
+STOPS = (signal.SIGTERM, signal.SIGHUP, signal.SIGINT)  # ask for the end: a checkpoint, then no more steps
 
 
 class RanksFailed(RuntimeError):
@@ -54,6 +58,9 @@ def tie(starter: int) -> None:
 
 def tied(starter: int, function: Callable[..., Any], *arguments: Any) -> Any:
     """Call the function in a rank that ends when the process that has started the ranks is gone, however it ended."""
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        if signal.getsignal(number) != signal.SIG_IGN:
+            signal.signal(number, signal.SIG_DFL)  # and no longer what the fork server does
     tie(starter)
     return function(*arguments)
 
@@ -107,13 +114,16 @@ class World:
         Raises:
             ValueError: variables that contradict each other.
         """
-        if "RANK" not in os.environ or "WORLD_SIZE" not in os.environ:
+        told = {name: os.environ[name] for name in VARIABLES if name in os.environ}
+        if wrong := [f"{name}={value}" for name, value in told.items() if not value.isdecimal()]:
+            raise ValueError(f"{wrong[0]} is no number: a launcher sets it")
+        env = {name: int(value) for name, value in told.items()}
+        if "RANK" not in env and "WORLD_SIZE" not in env:
             return None
-        env = {
-            k: int(os.environ[k]) for k in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE") if k in os.environ
-        }
-        world = cls(env["RANK"], env["WORLD_SIZE"], env.get("LOCAL_RANK", env["RANK"]),
-                    env.get("LOCAL_WORLD_SIZE", env["WORLD_SIZE"]))  # fmt: skip
+        if missing := [name for name in VARIABLES[:2] if name not in env]:
+            raise ValueError(f"{told} without {missing[0]}: a launcher sets both; unset them for one process")
+        local_size = env.get("LOCAL_WORLD_SIZE", env.get("LOCAL_SIZE", env["WORLD_SIZE"]))
+        world = cls(env["RANK"], env["WORLD_SIZE"], env.get("LOCAL_RANK", env["RANK"]), local_size)
         if not 0 <= world.rank < world.size:
             raise ValueError(f"RANK={world.rank} is not below WORLD_SIZE={world.size}")
         return world
@@ -146,17 +156,36 @@ def gathered(own: T) -> list[T]:
 
 
 def agree(function: Callable[[], T], group: dist.ProcessGroup | None = None) -> T:
-    """Run `function` on rank 0; every rank returns its result or raises its error. A collective."""
+    """Run `function` on rank 0; every rank returns its result or raises its error, whatever it is. A collective."""
     outcome: list[Any] = [None, None]
     if dist.get_rank() == 0:
-        try:
-            outcome[0] = function()
-        except (ValueError, OSError) as error:
-            outcome[1] = error
+        outcome = list(_outcome(function))
     dist.broadcast_object_list(outcome, src=0, group=group)
     if outcome[1] is not None:
         raise outcome[1]
     return outcome[0]
+
+
+def together(function: Callable[[], T], group: dist.ProcessGroup | None = None) -> list[T]:
+    """Run `function` on every rank; each returns all results by rank, or raises the first error. A collective."""
+    every: list[Any] = [None] * dist.get_world_size(group)
+    dist.all_gather_object(every, _outcome(function), group=group)
+    for _, error in every:
+        if error is not None:
+            raise error
+    return [result for result, _ in every]
+
+
+def _outcome(function: Callable[[], T]) -> tuple[T | None, Exception | None]:
+    """A result, or an error that can be sent: a rank that raised alone would leave the others waiting for it."""
+    try:
+        return function(), None
+    except Exception as error:
+        try:
+            pickle.loads(pickle.dumps(error))
+        except Exception:  # its class cannot be made again elsewhere
+            return None, RuntimeError(f"{type(error).__name__}: {error}")
+        return None, error
 
 
 def spawn(
@@ -173,29 +202,27 @@ def spawn(
     Raises:
         ValueError: the port is taken.
         RanksFailed: a rank ended with an error; the others were stopped.
+        KeyboardInterrupt: this process was told to end, and so the ranks have; by SIGINT also where they ended well.
     """
-    if port:
-        with socket.socket() as probe:
-            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            try:
-                probe.bind(("127.0.0.1", port))
-            except OSError:
-                raise ValueError(f"launch.port={port} is in use: choose another, or 0 for any that is free") from None
+    _check_free(port)
     config = LaunchConfig(
         min_nodes=1, max_nodes=1, nproc_per_node=nproc, run_id=RUN_ID, rdzv_backend="c10d",
-        rdzv_endpoint=f"127.0.0.1:{port}", max_restarts=0, start_method="forkserver", monitor_interval=0.05,
-        signals_to_handle="SIGINT,SIGHUP,SIGQUIT",
+        rdzv_endpoint=f"{OWN_ADDRESS}:{port}", local_addr=OWN_ADDRESS, max_restarts=0, start_method="forkserver",
+        monitor_interval=0.05, signals_to_handle="SIGQUIT",
         logs_specs=DefaultLogsSpecs(str(output), redirects=Std.ALL) if output else DefaultLogsSpecs(),
     )  # fmt: skip
     for name in ("torch.distributed.elastic", "torch.multiprocessing"):  # a failing rank speaks for itself
         logging.getLogger(name).setLevel(logging.CRITICAL)
     multiprocessing.set_forkserver_preload(PRELOADED)
-    told = threading.Event()
+    told: list[int] = []
     try:
         with _passing_on(told):
-            return elastic_launch(config, tied)(os.getpid(), function, *arguments)[0]
+            result = elastic_launch(config, tied)(os.getpid(), function, *arguments)[0]
+        if signal.SIGINT in told:
+            raise KeyboardInterrupt
+        return result
     except ChildFailedError as error:
-        if told.is_set():
+        if told:
             raise KeyboardInterrupt from error
         # Those that torchrun has stopped for another's failure are no reason.
         failed = {rank: each for rank, each in error.failures.items() if each.exitcode != -signal.SIGTERM}
@@ -205,20 +232,34 @@ def spawn(
         raise KeyboardInterrupt from error
 
 
+def _check_free(port: int) -> None:
+    """Raise ValueError if somebody has the port; 0 stands for any."""
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind((OWN_ADDRESS, port))
+        except OSError:
+            raise ValueError(f"launch.port={port} is in use: choose another, or 0 for any that is free") from None
+
+
 @contextmanager
-def _passing_on(told: threading.Event) -> Iterator[None]:
-    """The first SIGTERM goes to the ranks, which may end well; another one ends this process, and so them."""
+def _passing_on(told: list[int]) -> Iterator[None]:
+    """The first signal that asks for the end goes to the ranks, which may end well; another one ends them at once.
+
+    It goes on as SIGTERM, of which more than one do no harm: a terminal's Ctrl-C comes to the ranks by itself as well.
+    """
 
     def tell(number: int, frame: FrameType | None) -> None:
-        told.set()
-        signal.signal(signal.SIGTERM, before)
-        if not (ranks := multiprocessing.active_children()):
-            raise KeyboardInterrupt
+        again, ranks = bool(told), multiprocessing.active_children()
+        told.append(number)
         for rank in ranks:
-            rank.terminate()
+            rank.kill() if again else rank.terminate()
+        if again or not ranks:
+            raise KeyboardInterrupt
 
-    before = signal.signal(signal.SIGTERM, tell)
+    before = {number: signal.signal(number, tell) for number in STOPS if signal.getsignal(number) != signal.SIG_IGN}
     try:
         yield
     finally:
-        signal.signal(signal.SIGTERM, before)
+        for number, handler in before.items():
+            signal.signal(number, handler)

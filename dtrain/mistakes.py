@@ -22,8 +22,15 @@ BROKEN_OFF = (NonFinite, Hang)  # no mistakes: a run that cannot go on
 MISTAKES = (ValueError, OSError, *BROKEN_OFF, HydraException, OmegaConfBaseException)
 
 
+def no_home(error: BaseException) -> bool:
+    """Is it what pathlib says of a `~` that leads nowhere?"""
+    return isinstance(error, RuntimeError) and "home directory" in str(error)
+
+
 def explain(error: BaseException, config_name: str) -> str:
     """One line: what is wrong, the value, and what would work."""
+    if no_home(error):
+        return "a path begins with ~, and there is no such home folder: write it out, or set DTRAIN_CACHE (data.cache)"
     text = str(error)
     if match := re.search(r"Could not (?:find|load) '(\w+)/([^']*)'", text):
         group, name = match.groups()

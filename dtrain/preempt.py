@@ -1,8 +1,9 @@
-"""A machine that is to be taken away: all ranks stop together after a step, with a checkpoint.
+"""A run that is told to end: all ranks stop together after a step, with a checkpoint.
 
-Whoever is told by SIGTERM tells the others by a key in the store, and the first to see it there says after which step
-they stop: the next one. A step's figures are summed over all ranks, so nobody is further than the others' next step,
-and everybody sees the word in time. Under a parameter server, whose servers do not meet, one step more is given.
+Whoever is told by a signal (SIGTERM, SIGHUP, Ctrl-C's SIGINT) tells the others by a key in the store, and the first to
+see it there says after which step they stop: the next one. A step's figures are summed over all ranks, so nobody is
+further than the others' next step, and everybody sees the word in time. Under a parameter server, whose servers do not
+meet, one step more is given.
 """
 
 from __future__ import annotations
@@ -13,32 +14,44 @@ from types import FrameType
 
 import torch.distributed as dist
 
+from dtrain.launch import STOPS
 from dtrain.notes import collective_failed
 
 TOLD, AFTER = "told", "after"
 
 
 class Preemption:
-    """While the context lasts SIGTERM does not end the process, but asks for the end of training.
+    """While the context lasts these signals do not end the process, but ask for the end of training.
+
+    A signal that is ignored stays so: `nohup` does that to SIGHUP. A second SIGINT is Python's own.
 
     Args:
         margin: steps that one rank may be ahead of another, and one.
+
+    Attributes:
+        interrupted: has this process been sent SIGINT?
     """
 
     def __init__(self, margin: int = 1) -> None:
-        self._margin, self._told = margin, False
+        self._margin, self._told, self.interrupted = margin, False, False
         self._store = dist.PrefixStore("preempt", dist.distributed_c10d._get_default_store())
 
     def __enter__(self) -> Preemption:
-        self._before = signal.signal(signal.SIGTERM, self._tell)
+        self._before = {
+            number: signal.signal(number, self._tell) for number in STOPS if signal.getsignal(number) != signal.SIG_IGN
+        }
         return self
 
     def __exit__(self, *error: object) -> None:
-        signal.signal(signal.SIGTERM, self._before)
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
         if self._told and isinstance(error[1], BaseException) and collective_failed(error[1]):
             sys.exit(128 + signal.SIGTERM)  # another rank has failed, and the launcher ends the others
 
     def _tell(self, number: int, frame: FrameType | None) -> None:
+        if number == signal.SIGINT:
+            self.interrupted = True
+            signal.signal(number, signal.default_int_handler)
         self._told = True
         self._store.set(TOLD, "")
 

@@ -30,10 +30,14 @@ NOTES = 4096  # collectives that torch's flight recorder remembers, for whoever 
 def connected(world: World, device: torch.device, *, threads: int | None, timeout_s: float) -> Iterator[None]:
     """Set this process's threads and device, and be in the process group while the context lasts.
 
+    Afterwards the environment is as it was: Accelerate and DeepSpeed leave RANK and WORLD_SIZE in it, and the next run
+    of a sweep would take itself for a rank of theirs.
+
     Raises:
         ValueError: the port of the rendezvous is taken.
     """
     before, defaults = torch.get_num_threads(), {name: getattr(dist.distributed_c10d, name) for name in TIMEOUTS}
+    environment = dict(os.environ)
     torch.set_num_threads(threads or max(1, cores() // world.local_size))
     if device.type == "cuda":
         torch.cuda.set_device(device)
@@ -61,6 +65,9 @@ def connected(world: World, device: torch.device, *, threads: int | None, timeou
         torch.set_num_threads(before)
         for name, value in defaults.items():
             setattr(dist.distributed_c10d, name, value)
+        for name in os.environ.keys() - environment.keys():
+            del os.environ[name]
+        os.environ.update(environment)
 
 
 def _store(world: World, timeout: timedelta) -> dist.Store:

@@ -1,43 +1,19 @@
-"""Where a run's folder and its weights come from: an earlier attempt, a checkpoint that was asked for, or nothing."""
+"""Where a run's weights come from: an earlier attempt, a checkpoint that was asked for, or nothing."""
 
 from __future__ import annotations
 
-import json
 import math
 import os
-import shutil
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-from dtrain import checkpoint, saved
+from dtrain import checkpoint, records, saved
+from dtrain.claim import OUTPUTS
 from dtrain.job import Job
 from dtrain.launch import World, agree
 from dtrain.train import Trainer
-
-OUTPUTS = Path("outputs")  # where Hydra puts runs by default
-RESUMABLE = "resumable"  # a file in the folder of a run that was told to stop
-
-
-def folder_of(folder: Path, world: World) -> Path:
-    """The run's folder, made: where the ranks were before their launcher restarted them, or else this one."""
-    before = saved.run_of((folder, OUTPUTS), world.agents)
-    if before and before.resolve() != folder.resolve():
-        if {each.name for each in folder.glob("*")} <= {".hydra"}:
-            shutil.rmtree(folder, ignore_errors=True)  # made for this attempt
-        folder = before
-    return _writable(folder)
-
-
-def _writable(folder: Path) -> Path:
-    """The run's folder, made, and seen to take a file."""
-    folder.mkdir(parents=True, exist_ok=True)
-    probe = folder / ".writable"
-    probe.touch()
-    probe.unlink()
-    (folder / RESUMABLE).unlink(missing_ok=True)
-    return folder.resolve()
 
 
 def finished(job: Job, folder: Path, world: World) -> dict[str, Any] | None:
@@ -48,7 +24,7 @@ def finished(job: Job, folder: Path, world: World) -> dict[str, Any] | None:
         file = folder / "summary.json"
         if newest and saved.steps_of(newest) >= job.config.steps and file.exists():
             job.logger.note(f"{newest} has done all {job.config.steps} steps: nothing is left to do")
-            return dict(json.loads(file.read_text()))
+            return dict(records.loads(file.read_text()))
         return None
 
     return agree(look)
@@ -82,7 +58,8 @@ def take_weights(trainer: Trainer, job: Job, folder: Path, world: World) -> None
 def _begin(trainer: Trainer, job: Job, path: str, folder: Path) -> None:
     """Take what fits of another run's weights; say what does not."""
     note = job.logger.note
-    found = agree(lambda: saved.find(path, folder, OUTPUTS.resolve(), fallback=False, note=note, key="init_from"))
+    newest_first = agree(lambda: saved.named(path, folder, OUTPUTS.resolve(), key="init_from"))
+    found = saved.first_whole(newest_first, checkpoint.verified, fallback=False, note=note)
     taken: list[str] = []
     new: list[str] = []
     trainer.begin(partial(checkpoint.load_weights, found, taken=taken, new=new))
@@ -91,7 +68,9 @@ def _begin(trainer: Trainer, job: Job, path: str, folder: Path) -> None:
 
 def _resume(trainer: Trainer, job: Job, resume: str, folder: Path) -> None:
     config, note = job.config, job.logger.note
-    found = agree(lambda: saved.find(resume, folder, OUTPUTS.resolve(), fallback=config.checkpoint.fallback, note=note))
+    newest_first = agree(lambda: saved.named(resume, folder, OUTPUTS.resolve()))
+    fallback = config.checkpoint.fallback
+    found = saved.first_whole(newest_first, checkpoint.verified, fallback=fallback, note=note)
     theirs = saved.about(found)
     if theirs["step"] >= config.steps:
         raise ValueError(

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import torch.distributed as dist
@@ -17,6 +18,7 @@ from dtrain import pictures
 from dtrain.asynchronous import Asynchronous
 from dtrain.batch import Sums
 from dtrain.checkpoint import Checkpoints
+from dtrain.claim import RESUMABLE, claimed
 from dtrain.config import Config
 from dtrain.cost import Cost, fold
 from dtrain.figures import facts, meter_of, summary_of
@@ -31,20 +33,24 @@ from dtrain.profile import RECORDED, Profile
 from dtrain.rendezvous import agents, connected
 from dtrain.report import ranklog
 from dtrain.report.base import All, Run
-from dtrain.resume import RESUMABLE, finished, folder_of, identity, take_weights
+from dtrain.resume import finished, identity, take_weights
 from dtrain.straggler import slowed
 from dtrain.trace import trace
 from dtrain.train import FORWARD_BACKWARD, Phase, Settings, Trainer
 
 
-def run(config: Config, world: World, folder: Path, strategy: str) -> dict[str, Any]:
+def run(
+    config: Config, world: World, folder: Path, strategy: str, files: Mapping[str, str] = MappingProxyType({})
+) -> dict[str, Any]:  # fmt: skip
     """Train as configured; every rank of the job calls it. Returns the summary, on every rank.
 
-    A run that is told to stop (SIGTERM) returns how to go on with it, under `resumable`, alone.
+    A run that is told to stop (SIGTERM, SIGHUP, SIGINT) returns how to go on with it, under `resumable`, and whether
+    this rank was sent SIGINT, under `interrupted`; nothing else.
 
     Args:
         folder: of the run; what rank 0 says counts.
         strategy: what the user called the plan.
+        files: what was asked for, to be left in the folder's `.hydra`.
 
     Raises:
         ValueError: a mistake of the user's.
@@ -53,14 +59,14 @@ def run(config: Config, world: World, folder: Path, strategy: str) -> dict[str, 
         Hang: ranks are gone, or have not come.
     """
     try:
-        return _run(config, world, folder, strategy)
+        return _run(config, world, folder, strategy, files)
     except RuntimeError as error:
         if isinstance(error, Hang) or not collective_failed(error):
             raise
         raise Hang(f"a collective failed: {str(error).splitlines()[0]}") from error
 
 
-def _run(config: Config, world: World, folder: Path, strategy: str) -> dict[str, Any]:
+def _run(config: Config, world: World, folder: Path, strategy: str, files: Mapping[str, str]) -> dict[str, Any]:
     job = assemble(config, world)
     device = job.plan.device
     with ExitStack() as stack:
@@ -68,7 +74,7 @@ def _run(config: Config, world: World, folder: Path, strategy: str) -> dict[str,
         stack.enter_context(connection)
         refuse_differences(asdict(config), job.data.describe())
         world = replace(world, agents=agents())
-        folder = agree(lambda: folder_of(folder, world))
+        folder = stack.enter_context(claimed(folder, world, config, files))
         stack.enter_context(ranklog.writing(folder, world.rank))
         job = replace(job, plan=job.plan.connect(), logger=job.logger if world.rank == 0 else All())
         stack.callback(job.logger.close)
@@ -77,14 +83,13 @@ def _run(config: Config, world: World, folder: Path, strategy: str) -> dict[str,
         watch = Watch(job.plan, config.launch.timeout_s)
         if not job.asynchronous:  # whose ranks may wait as long as they like
             stack.enter_context(watch)
-        preemption = Preemption(2 if job.asynchronous else 1)
-        with watch.explaining(), preemption:
-            return _train(job, world, folder, strategy, stack, watch, preemption)
+        with watch.explaining():
+            return _train(job, world, folder, strategy, stack, watch)
 
 
 def _train(
-    job: Job, world: World, folder: Path, strategy: str, stack: ExitStack, watch: Watch, preemption: Preemption
-) -> dict[str, Any]:
+    job: Job, world: World, folder: Path, strategy: str, stack: ExitStack, watch: Watch
+) -> dict[str, Any]:  # fmt: skip
     config, plan = job.config, job.plan
     meter, peak_source = meter_of(job, world)
     memory.reset_peak(plan.device)
@@ -107,25 +112,26 @@ def _train(
         job.data.leave(folder)
     figures: dict[str, Any] = {}
     watch.step(trainer.next_step + 1)
-    for step in profile.steps(trainer) if profile else trainer.steps():
-        if not (profile and profile.disturbed):
-            meter.add(step.tokens_per_second * step.step_seconds, step.step_seconds)
-        figures = step.figures() | (source.figures() if (source := profile or apart) else {})
-        if _due(step.step, config.eval.every, config.steps) and (totals := trainer.totals()):
-            figures |= _evaluated(job, totals, folder, step.step)
-        job.logger.step(figures)
-        stops = step.step < config.steps and preemption.stops_after(step.step)
-        if stops or _due(step.step, config.checkpoint.every, config.steps):
-            checkpoints.save(step.step, trainer.state(), identity(job, trainer, world))
-        if stops:
-            break
-        watch.step(step.step + 1)
-    checkpoints.wait()  # what it could not write is an error of the run's
+    with Preemption(2 if apart else 1) as preemption:  # until now a signal ends the process at once
+        for step in profile.steps(trainer) if profile else trainer.steps():
+            if not (profile and profile.disturbed):
+                meter.add(step.tokens_per_second * step.step_seconds, step.step_seconds)
+            figures = step.figures() | (source.figures() if (source := profile or apart) else {})
+            if _due(step.step, config.eval.every, config.steps) and (totals := trainer.totals()):
+                figures |= _evaluated(job, totals, folder, step.step)
+            job.logger.step(figures)
+            stops = step.step < config.steps and preemption.stops_after(step.step)
+            if stops or _saves(config, step.step):
+                checkpoints.save(step.step, trainer.state(), identity(job, trainer, world))
+            if stops:
+                break
+            watch.step(step.step + 1)
+        checkpoints.wait()  # what it could not write is an error of the run's
     if preemption.stopped_before(config.steps):
-        return {RESUMABLE: agree(lambda: _resumable(job, folder, figures["step"]))}
-    if apart:
-        figures = agree(lambda: figures)  # a worker has none
-    summary = summary_of(job, world, strategy, figures, meter, peak_source)
+        said = agree(lambda: _resumable(job, folder, figures["step"]))
+        return {RESUMABLE: said, "interrupted": preemption.interrupted}
+    figures = agree(lambda: figures) if apart else figures  # a worker has none
+    summary = summary_of(job, world, strategy, figures, meter, peak_source) | {"checkpoint": checkpoints.newest}
     return _told(job, summary, apart, profile)
 
 
@@ -155,25 +161,23 @@ def _instruments(
     job: Job, optimizer: Callable[[nn.Module], Optimizer], stack: ExitStack, watch: Watch
 ) -> tuple[Profile | None, Phase]:
     """The profile that is asked for, and what the trainer tells its phases."""
-    fault, profile = job.config.fault, None
+    fault, straggler, rank, profile = job.config.fault, job.config.straggler, dist.get_rank(), None
     observed: Phase = nullcontext
     if job.config.profile and not job.asynchronous:
         profile = stack.enter_context(Profile(job.plan, _predicted(job, optimizer)))
         observed = profile.phase
 
     @contextmanager
-    def faulty(name: str) -> Iterator[None]:
-        with watch.skipping(fault.step, name), observed(name):
+    def disturbed(name: str) -> Iterator[None]:
+        with ExitStack() as within:
+            if fault.rank == rank:
+                within.enter_context(watch.skipping(fault.step, name))
+            within.enter_context(observed(name))
+            if name == FORWARD_BACKWARD:
+                within.enter_context(slowed(straggler, rank))
             yield
 
-    @contextmanager
-    def slow(name: str) -> Iterator[None]:
-        with observed(name), slowed(job.config.straggler, dist.get_rank() if name == FORWARD_BACKWARD else -1):
-            yield
-
-    if job.config.straggler.rank == dist.get_rank():
-        return profile, slow
-    return profile, faulty if fault.rank == dist.get_rank() else observed
+    return profile, disturbed if rank in (fault.rank, straggler.rank) else observed
 
 
 def _trainer(
@@ -197,6 +201,12 @@ def _predicted(job: Job, optimizer: Callable[[nn.Module], Optimizer]) -> Cost | 
 
 def _due(step: int, every: int, last: int) -> bool:
     return every > 0 and (step % every == 0 or step == last)
+
+
+def _saves(config: Config, step: int) -> bool:
+    """Is a checkpoint due after this step?"""
+    every = config.checkpoint.every
+    return (every > 0 and step % every == 0) or (config.checkpoint.last and step == config.steps)
 
 
 def _resumable(job: Job, folder: Path, step: int) -> str:

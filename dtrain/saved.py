@@ -21,16 +21,20 @@ AUTO = "auto"  # resume from the run's newest, if it has any
 def find(
     resume: str, run_folder: Path, outputs: Path, *, fallback: bool, note: Callable[[str], None], key: str = "resume"
 ) -> Path:
-    """The checkpoint that `resume` names, whole and undamaged.
+    """The checkpoint that `resume` names, whole and undamaged: the first of `named` that is."""
+    return first_whole(named(resume, run_folder, outputs, key=key), verify, fallback=fallback, note=note)
+
+
+def named(resume: str, run_folder: Path, outputs: Path, *, key: str = "resume") -> list[Path]:
+    """The checkpoints that `resume` names, the newest first.
 
     Args:
         key: of the configuration, for what is said.
         resume: a checkpoint, a folder of them, a run's folder; or `latest`: this run's newest, or else the
             newest of all runs below `outputs`.
-        fallback: if that one is damaged, take the newest whole one before it, and `note` so.
 
     Raises:
-        ValueError: none there, or damaged; says where, and what would do.
+        ValueError: none there; says where.
     """
     if resume == "latest":
         found = whole(run_folder / "checkpoints")
@@ -48,7 +52,7 @@ def find(
         where = str(path)
     if not found:
         raise ValueError(f"{key}={resume}: no checkpoint in {where}")
-    return _first_whole(list(reversed(found)), fallback=fallback, note=note)
+    return list(reversed(found))
 
 
 def run_of(places: Iterable[Path], agents: frozenset[str]) -> Path | None:
@@ -63,7 +67,18 @@ def run_of(places: Iterable[Path], agents: frozenset[str]) -> Path | None:
     return max(found, default=(None, None))[1]
 
 
-def _first_whole(newest_first: list[Path], *, fallback: bool, note: Callable[[str], None]) -> Path:
+def first_whole(
+    newest_first: list[Path], verify: Callable[[Path], str], *, fallback: bool, note: Callable[[str], None]
+) -> Path:
+    """The first of these checkpoints.
+
+    Args:
+        verify: says what is wrong with one, as below.
+        fallback: if it is damaged, take the newest whole one before it, and `note` so.
+
+    Raises:
+        ValueError: damaged; says in what, and what would do.
+    """
     for path, older in zip(newest_first, [*newest_first[1:], None], strict=True):
         damage = verify(path)
         if not damage:
@@ -80,6 +95,13 @@ def _first_whole(newest_first: list[Path], *, fallback: bool, note: Callable[[st
 
 def verify(path: Path) -> str:
     """What is wrong with the files of a checkpoint, or an empty string."""
+    if said := outline(path):
+        return said
+    return differs(path, {name: describe(path / name) for name in files_of(path)})
+
+
+def outline(path: Path) -> str:
+    """What is wrong that can be known without reading the files to their end."""
     try:
         manifest = about(path)
         if sealed(manifest) != manifest:
@@ -89,8 +111,22 @@ def verify(path: Path) -> str:
                 return f"{name} is missing"
             if (size := (path / name).stat().st_size) != expected["bytes"]:
                 return f"{name} has {size} bytes, not {expected['bytes']}"
-            if describe(path / name) != expected:
-                return f"{name} does not have its SHA-256"
+    except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError, AttributeError):
+        return f"{MANIFEST} is not readable"
+    return ""
+
+
+def files_of(path: Path) -> list[str]:
+    """The names of a checkpoint's files, as it says itself."""
+    return list(about(path)["files"])
+
+
+def differs(path: Path, found: dict[str, dict[str, Any]]) -> str:
+    """What is wrong with its files, of which `found` are the descriptions."""
+    for name, expected in about(path)["files"].items():
+        if found[name] != expected:
+            return f"{name} does not have its SHA-256"
+    try:
         HuggingFaceStorageReader(str(path)).read_metadata()
     except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError, AttributeError):
         return f"{MANIFEST} is not readable"

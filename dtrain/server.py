@@ -9,6 +9,7 @@ from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import partial
 
 import torch
@@ -46,7 +47,10 @@ class Server(Trainer):
     ) -> None:  # fmt: skip
         strategy = plan.on("dp")
         assert isinstance(strategy, ParameterServer)
-        super().__init__(task, Plan((), 1, plan.precision, plan.device, clip_norm=plan.clip_norm), optimizer, settings)
+        # It evaluates what its workers train at once, and no more rows: for them there is memory.
+        rows = settings.micro_batch_size or max(1, settings.global_batch_size // strategy.workers)
+        alone = Plan((), 1, plan.precision, plan.device, clip_norm=plan.clip_norm)
+        super().__init__(task, alone, optimizer, replace(settings, micro_batch_size=rows))
         self.strategy, self.rank, self.config, self.world = strategy, world.rank, config, world
         self.servers, self.address = servers, address
         self.shares = shares_of(task, self.models, strategy.servers)

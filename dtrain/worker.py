@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import os
 import signal
 import time
 
@@ -17,7 +16,7 @@ from dtrain.clip import clip
 from dtrain.compression import Compression
 from dtrain.config import Config
 from dtrain.job import assemble
-from dtrain.launch import World
+from dtrain.launch import STOPS, World
 from dtrain.link import Link
 from dtrain.measure.environment import cores
 from dtrain.plan import Plan
@@ -39,7 +38,8 @@ def work(config: Config, world: World, address: tuple[str, int], life: int) -> N
         address: of the servers' store.
         life: how many of this worker there have been before.
     """
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)  # its rank decides
+    for number in STOPS:
+        signal.signal(number, signal.SIG_IGN)  # its rank decides
     torch.set_num_threads(config.launch.threads or max(1, cores() // world.local_size))
     worker = Worker(config, world)
     store = dist.TCPStore(*address, is_master=False)
@@ -52,10 +52,7 @@ def work(config: Config, world: World, address: tuple[str, int], life: int) -> N
         Link(store, f"{worker.number}/{life}/{server}", 1, config.launch.timeout_s)
         for server in range(worker.strategy.servers)
     ]
-    try:
-        worker.run(links)
-    except KeyboardInterrupt:
-        os._exit(1)
+    worker.run(links)
 
 
 class Worker:

@@ -8,7 +8,6 @@ It is here, and not in dtrain, because Hydra takes plugins from the namespace pa
 Source: Hydra's launcher plugins (https://hydra.cc/docs/advanced/plugins/develop/).
 """
 
-import json
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -22,6 +21,9 @@ from hydra.errors import HydraException
 from hydra.plugins.launcher import Launcher
 from hydra.types import HydraContext, TaskFunction
 from omegaconf import DictConfig, OmegaConf
+
+from dtrain import records
+from dtrain.report.sweep import Told, show_job, show_sweep
 
 
 @dataclass
@@ -48,15 +50,18 @@ class TorchrunLauncher(Launcher):
         self.context, self.config = hydra_context, config
 
     def launch(self, job_overrides: Sequence[Sequence[str]], initial_job_idx: int) -> Sequence[JobReturn]:
-        folder, returns = Path(str(self.config.hydra.sweep.dir)), []
+        folder, returns, jobs = Path(str(self.config.hydra.sweep.dir)), [], []
         for index, overrides in enumerate(job_overrides, initial_job_idx):
             sweep = self.context.config_loader.load_sweep_config(self.config, list(overrides))
             with_index = OmegaConf.merge(sweep, {"hydra": {"job": {"id": str(index), "num": index}}})
             place = (folder / str(with_index.hydra.sweep.subdir)).resolve()
             given = filter_overrides(overrides)
+            jobs.append(Told(str(index), ",".join(given), place))
+            show_job(jobs[-1])
             command = [*self.command, sys.argv[0], *given, f"hydra.run.dir={place}"]
             status = _run(command)
             returns.append(_outcome(place, status, given, sweep))
+        show_sweep(jobs)
         return returns
 
 
@@ -77,7 +82,7 @@ def _outcome(folder: Path, status: int, overrides: Sequence[str], config: DictCo
         result.status = JobStatus.FAILED
         result.return_value = HydraException(f"{' '.join(overrides)}: torchrun ended with exit status {status}")
         return result
-    summary: dict[str, Any] = json.loads((folder / "summary.json").read_text())
+    summary: dict[str, Any] = records.loads((folder / "summary.json").read_text())
     result.status = JobStatus.COMPLETED
     result.return_value = summary["loss"] if summary["val_loss"] is None else summary["val_loss"]
     return result

@@ -19,7 +19,7 @@ import warm
 from hydra.core.global_hydra import GlobalHydra
 
 from dtrain import cli
-from dtrain.resume import RESUMABLE
+from dtrain.claim import RESUMABLE
 from dtrain.saved import about, verify
 from hydra_plugins.dtrain_torchrun import _outcome
 
@@ -70,7 +70,7 @@ def test_resume_goes_on_where_the_run_stopped(call, tmp_path: Path) -> None:
     options = ["model=tiny", "eval.every=0", "global_batch_size=4", "schedule.final_ratio=1", "model.dropout=0.1"]
     whole = call(*options, "steps=6", "hydra.run.dir=whole")
     first = call(*options, "steps=4", "checkpoint.every=2", "hydra.run.dir=part")
-    rest = call(*options, "steps=6", "resume=latest", "hydra.run.dir=part")
+    rest = call(*options, "steps=6", "resume=latest", "checkpoint.last=false", "hydra.run.dir=part")
     assert whole[0] == first[0] == rest[0] == 0 and "resumed from" in rest[1]
     curves = [[json.loads(line)["loss"] for line in (tmp_path / d / "metrics.jsonl").read_text().splitlines()]
               for d in ("whole", "part")]  # fmt: skip
@@ -377,7 +377,7 @@ def test_a_sweep_ends_where_one_of_its_jobs_was_told_to(call, monkeypatch: pytes
 
     def told(settings, *_) -> dict[str, str]:
         begun.append(settings.optimizer["lr"])
-        return {RESUMABLE: "stopped after step 1 of 3"}
+        return {RESUMABLE: "stopped after step 1 of 3", "interrupted": False}
 
     monkeypatch.setattr(cli, "run", told)
     status, _, err = call("--multirun", *TINY, "optimizer.lr=1e-3,1e-2", "hydra.sweep.dir=sweep")
@@ -394,7 +394,7 @@ def test_a_sweeper_is_told_the_validation_loss(call, tmp_path: Path, monkeypatch
             monkeypatch.setattr(cli, "run", lambda *_, summary=summary: summary)
             (tmp_path / "summary.json").write_text(json.dumps(summary))
             told.append((train(config), _outcome(tmp_path, 0, [], config).return_value))
-        monkeypatch.setattr(cli, "run", lambda *_: {RESUMABLE: "stopped after step 1 of 3"})
+        monkeypatch.setattr(cli, "run", lambda *_: {RESUMABLE: "stopped after step 1 of 3", "interrupted": False})
         assert math.isnan(train(config))  # it has no loss yet; and alone it ends well
 
     monkeypatch.setattr(cli, "train", trained)

@@ -57,7 +57,7 @@ class Event:
 def _recorded(folder: str, steps: list[int], keep_last: int, asynchronous: bool) -> list[Event]:
     """All that the first rank asks of the disk while it publishes the last of these checkpoints."""
     events: list[Event] = []
-    sync, rename, replace, publish = os.fsync, os.rename, os.replace, Checkpoints._publish
+    sync, rename, replace, write = os.fsync, os.rename, os.replace, Checkpoints._write
 
     def synced(descriptor: int) -> None:
         path = Path(os.readlink(f"/proc/self/fd/{descriptor}"))
@@ -75,7 +75,7 @@ def _recorded(folder: str, steps: list[int], keep_last: int, asynchronous: bool)
 
     def begun(*arguments: Any) -> None:
         events.clear()
-        publish(*arguments)
+        write(*arguments)
 
     made = trainer(CASE, RANKS)
     checkpoints = Checkpoints(Path(folder), keep_last=keep_last, asynchronous=asynchronous)
@@ -83,7 +83,7 @@ def _recorded(folder: str, steps: list[int], keep_last: int, asynchronous: bool)
         mock.patch.object(os, "fsync", synced),
         mock.patch.object(os, "rename", renamed),
         mock.patch.object(os, "replace", replaced),
-        mock.patch.object(Checkpoints, "_publish", begun),
+        mock.patch.object(Checkpoints, "_write", begun),
     ):
         for step in steps:
             checkpoints.save(step, made.state(), {"tokens": 0})
@@ -97,8 +97,11 @@ def test_files_are_synced_before_their_checkpoint_has_a_name(
     world: Callable[[int], World],
     tmp_path: Path,
 ) -> None:
-    """All at their full size and then their folder; after the new name the folder around it."""
-    events = world(RANKS).run(_recorded, str(tmp_path), [3], 1, asynchronous)[0]
+    """All at their full size, by one rank or another, and then their folder; after the new name the folder around it.
+
+    The first rank names it when all have given it the checksums of what they have synced.
+    """
+    events, *others = world(RANKS).run(_recorded, str(tmp_path), [3], 1, asynchronous)
     published = tmp_path / "step-00000003"
     (named,) = (i for i, event in enumerate(events) if str(published) in event.names)
     (pointed,) = (i for i, e in enumerate(events) if str(tmp_path / "latest") in e.names)
@@ -106,7 +109,8 @@ def test_files_are_synced_before_their_checkpoint_has_a_name(
     partial_ = Path(events[named].path)
     files = {str(partial_ / file.name): file.stat().st_size for file in published.iterdir()}
     assert len(files) == RANKS + 1  # a shard a rank, and what says that it is whole
-    assert {e.path: e.bytes for e in before if e.path in files} == files
+    every = [*before, *(e for theirs in others for e in theirs if e.what == "sync")]
+    assert {e.path: e.bytes for e in every if e.path in files} == files
     last, names = before[-1], tuple(sorted(file.name for file in published.iterdir()))
     assert (last.path, last.names) == (str(partial_), names)
     after = [e for e in events[max(named, pointed) :] if e.what == "sync"]

@@ -427,7 +427,7 @@ def test_a_rank_notes_the_step_in_which_a_collective_began() -> None:
              "input_dtypes": ["Float", "Float"], "record_id": number}
             for number, (at, group, one_to_one, retired) in enumerate(entries, 1)]  # fmt: skip
     what = "all_reduce of 3x4, 1 float"
-    with mock.patch("dtrain.hang._dump_fr_trace_json", lambda: json.dumps({"entries": told})):
+    with mock.patch("dtrain.hang._recorded", lambda: [told[:3], told[3:]]):  # gloo's and NCCL's
         notes = watch._notes()
     assert notes == Notes(
         6, {"g": [Note(1, what, 0), Note(2, what, 5), Note(6, what, 6, True)], "w": [Note(3, what, 5)]}
@@ -462,7 +462,7 @@ def test_the_first_rank_that_answers_says_for_all_what_it_finds(
 
 def test_a_failed_collective_is_told_with_its_reason_and_no_other_error() -> None:
     (watch,) = _watches(1, 2.0)
-    watch.finding = "rank 1 is missing"
+    watch.finding, watch._asked_at = "rank 1 is missing", watch._place()
     for error in (RuntimeError("[gloo] timed out"), dist.DistStoreError("gone")):
         with pytest.raises(Hang, match="^a collective failed: rank 1 is missing$"), watch.explaining():
             raise error

@@ -112,10 +112,11 @@ def test_sigterm_goes_to_every_rank_once_and_their_result_is_returned(ending: li
     assert ending == [signal.SIGTERM]  # afterwards it is as it was
 
 
-def test_a_second_sigterm_is_for_the_launcher_itself(ending: list[int]) -> None:
+def test_a_second_signal_ends_all_at_once(ending: list[int]) -> None:
     ranks = [mock.Mock()]
-    _told(ranks, 2, lambda: [None])
-    assert ranks[0].method_calls == [mock.call.terminate()] and ending == [signal.SIGTERM]
+    with pytest.raises(KeyboardInterrupt):
+        _told(ranks, 2, lambda: [None])
+    assert ranks[0].method_calls == [mock.call.terminate(), mock.call.kill()] and not ending
 
 
 def test_sigterm_before_there_is_a_rank_ends_the_launch(ending: list[int]) -> None:

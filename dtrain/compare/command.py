@@ -26,6 +26,7 @@ from dtrain.compare.entries import Case, cases_of
 from dtrain.compare.results import FILE, Results, Row, read
 from dtrain.compare.verdict import differences
 from dtrain.config import CONFIGS, Comparison
+from dtrain.lock import Lock
 from dtrain.measure import environment
 from dtrain.profile import RECORDED
 
@@ -57,7 +58,7 @@ def compare(
     cases = cases_of(settings.strategies, settings.baseline, sizes, settings.global_batch_size, settings.scaling)
     configs = {case.label: configure(case.overrides) for case in cases}
     first = _checked(cases, configs, condition)
-    _make_room(folder, settings.overwrite)
+    lock = _make_room(folder, settings.overwrite)
     results = Results(
         command=shlex.join(["python", "scripts/compare.py", *own]),
         made=datetime.now(UTC).isoformat(timespec="seconds"),
@@ -78,6 +79,7 @@ def compare(
         runner.run_all(cases, results, folder, first, run, lambda: results.write(folder))
     finally:  # an interrupted comparison has results too
         report(results, folder)
+        lock.close()
     runner.show(results, folder)
     _judge(results, condition)
 
@@ -159,9 +161,13 @@ def _world_sizes(settings: Comparison) -> list[int]:
     return sizes
 
 
-def _make_room(folder: Path, overwrite: bool) -> None:
+def _make_room(folder: Path, overwrite: bool) -> Lock:
+    """Hold the folder, and remove an earlier comparison from it if that is wanted."""
+    folder.mkdir(parents=True, exist_ok=True)
+    lock = Lock(folder)
+    lock.leave()
     if not (folder / FILE).exists():
-        return
+        return lock
     if not overwrite:
         raise ValueError(
             f"{folder} has the results of another comparison: set overwrite=true, or another hydra.run.dir"
@@ -169,6 +175,7 @@ def _make_room(folder: Path, overwrite: bool) -> None:
     shutil.rmtree(folder / "runs", ignore_errors=True)
     for name in (FILE, "results.csv", "report.md", "report.html"):
         (folder / name).unlink(missing_ok=True)
+    return lock
 
 
 def _facts(settings: Comparison, choices: dict[str, str]) -> dict[str, Any]:
@@ -231,5 +238,8 @@ def _link(folder: Path) -> Callable[[str], str]:
 def _judge(results: Results, condition: Condition | None) -> None:
     if broken := [row.strategy for row in results.rows if row.failed]:
         raise Failed(f"failed: {', '.join(broken)}")
+    asked = results.rows[1:] or results.rows  # the baseline alone is no comparison
+    if not any(row.ran for row in asked):
+        raise ValueError(f"none of the strategies could run: {asked[0].strategy}: {asked[0].reason}")
     if condition and condition.holds(results):
         raise Failed(f"fail_if: {condition.text}")

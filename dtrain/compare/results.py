@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import csv
-import json
 from dataclasses import asdict, dataclass, field, fields
 from itertools import accumulate
 from pathlib import Path
 from statistics import mean, median
 from typing import Any
 
+from dtrain import records
 from dtrain.cost import Message
 
 SCHEMA = 1
@@ -224,7 +224,7 @@ class Results:
 
     def write(self, folder: Path) -> None:
         """`results.json`, all of it, and `results.csv`, a line a row."""
-        (folder / FILE).write_text(json.dumps(asdict(self), indent=1) + "\n")
+        (folder / FILE).write_text(records.dumps(asdict(self), indent=1) + "\n")
         with (folder / "results.csv").open("w", newline="") as file:
             table = csv.writer(file)
             table.writerow(["strategy", *FIGURES, "reference", "reason"])
@@ -240,7 +240,7 @@ def read(folder: Path) -> Results:
     """
     file = folder / FILE if folder.is_dir() else folder
     try:
-        found = json.loads(file.read_text())
+        found = records.loads(file.read_text())
     except OSError:
         raise ValueError(f"{folder} has no {FILE}: give a folder that scripts/compare.py has written") from None
     except ValueError as error:

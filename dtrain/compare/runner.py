@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -25,6 +24,7 @@ from rich.progress import (
 )
 from rich.table import Table
 
+from dtrain import records
 from dtrain.compare.entries import Case
 from dtrain.compare.results import Results, Row
 from dtrain.compare.verdict import size, verdicts
@@ -66,7 +66,7 @@ class Follower:
 
         def follow() -> None:
             while not done.wait(POLL_S):
-                if lines := lines_of(metrics):
+                if lines := records.lines(metrics):
                     figures = f"loss {lines[-1]['loss']:.4f}  {lines[-1]['tokens_per_second']:,.0f} tokens/s"
                     self.bars.update(bar, completed=repeat * self.steps + lines[-1]["step"], figures=figures)
 
@@ -125,7 +125,7 @@ def run_all(
                 try:
                     with follower.case(case, repeat, place / "metrics.jsonl"):
                         summary = start(case, place)
-                    row.add(summary, lines_of(place / "metrics.jsonl"), first, time.monotonic() - before)
+                    row.add(summary, records.lines(place / "metrics.jsonl"), first, time.monotonic() - before)
                     row.compare(_reference(case, cases, rows))
                 except Exception as error:  # a strategy that fails stops no other
                     row.reason, row.failed = str(error) or type(error).__name__, not isinstance(error, ValueError)
@@ -139,13 +139,6 @@ def _reference(case: Case, cases: list[Case], rows: dict[str, Row]) -> Row | Non
     """The baseline, or what it is with the same settings of the model; None: it has another batch."""
     first = cases[0].entry.strategy
     return next((rows[o.label] for o in cases if o.entry.strategy == first and case.trains_the_same(o)), None)
-
-
-def lines_of(metrics: Path) -> list[dict[str, Any]]:
-    """The whole lines of a file that may still grow, or not be there yet."""
-    if not metrics.exists():
-        return []
-    return [json.loads(line) for line in metrics.read_text().splitlines(keepends=True) if line.endswith("\n")]
 
 
 def show(results: Results, folder: Path) -> None:

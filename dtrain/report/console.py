@@ -71,6 +71,8 @@ class Console(Logger):
         self._print(f"loss {summary['loss']:.4f}, {summary['tokens_per_second']:,.0f} tokens/s, "
                     f"{summary['step_seconds_median'] * 1e3:.0f} ms a step{mfu}, "
                     f"peak memory {summary['peak_memory_bytes'] / 2**20:,.0f} MiB a rank")  # fmt: skip
+        if summary.get("checkpoint"):
+            self._print(f"weights: {summary['checkpoint']}")
 
     def close(self) -> None:
         self._stop()

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from contextlib import suppress
 from typing import Any, TextIO
 
+from dtrain import records
 from dtrain.measure.timeline import Span
 from dtrain.report import gantt
 from dtrain.report.base import Logger, Run
@@ -26,15 +26,17 @@ class Files(Logger):
     def start(self, run: Run) -> None:
         self._folder = run.folder
         file = run.folder / "metrics.jsonl"
-        lines = file.read_text().splitlines() if file.exists() and run.first_step else []
-        kept = [line for line in lines if line.endswith("}") and json.loads(line)["step"] <= run.first_step]
-        self._metrics = file.open("w")
-        self._metrics.writelines(f"{line}\n" for line in kept)
+        told = {line.get("step"): line for line in records.lines(file)} if run.first_step else {}
+        kept = [told[step] for step in range(1, run.first_step + 1) if step in told]
+        anew = file.with_suffix(".new")  # a kill leaves the old lines or the new ones
+        anew.write_text("".join(f"{records.dumps(line)}\n" for line in kept))
+        anew.replace(file)
+        self._metrics = file.open("a")
 
     def step(self, figures: dict[str, Any]) -> None:
         assert self._metrics is not None
         try:
-            self._metrics.write(json.dumps(figures) + "\n")
+            self._metrics.write(records.dumps(figures) + "\n")
             self._metrics.flush()  # other programs follow the file
         except OSError as error:
             raise OSError(f"{self._metrics.name} could not be written: {error.strerror}") from error
@@ -43,7 +45,7 @@ class Files(Logger):
         gantt.write(self._folder / "profile", ranks, title, pictures=self._pictures)
 
     def finish(self, summary: dict[str, Any]) -> None:
-        (self._folder / "summary.json").write_text(json.dumps(summary, indent=2, default=str) + "\n")
+        (self._folder / "summary.json").write_text(records.dumps(summary, indent=2, default=str) + "\n")
 
     def close(self) -> None:
         if self._metrics:

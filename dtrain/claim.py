@@ -1,0 +1,93 @@
+"""Whose a run's folder is: one run's, while it goes on and afterwards."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+from dtrain import saved
+from dtrain.config import Config
+from dtrain.launch import World, agree
+from dtrain.lock import Lock
+
+OUTPUTS = Path("outputs")  # where Hydra puts runs by default
+RESUMABLE = "resumable"  # a file in the folder of a run that was told to stop
+HYDRA = ".hydra"  # a folder in it, as Hydra has it: what was asked for
+MADE = ("metrics.jsonl", "summary.json", f"checkpoints/step-*/{saved.MANIFEST}", "tensorboard/*")  # by a run
+LEFT = ("metrics.jsonl", "summary.json", RESUMABLE, "checkpoints", "tensorboard", "logs", "pictures", "profile")
+RESTARTED_S = 40.0  # torchrun gives a rank 30 seconds to end, before it starts another one
+
+
+@contextmanager
+def claimed(folder: Path, world: World, config: Config, files: Mapping[str, str]) -> Iterator[Path]:
+    """The run's folder, made, and held by this run alone while the context lasts. A collective.
+
+    It is the folder where the ranks were before their launcher restarted them, or else this one.
+
+    Args:
+        folder: what rank 0 says counts.
+        files: to be left in `.hydra`, by name.
+
+    Raises:
+        ValueError: another run goes on there, or has left its figures or weights and is neither resumed nor
+            overwritten.
+        OSError: the folder cannot be written.
+    """
+    held: list[Lock] = []
+    try:
+        yield agree(lambda: _claim(folder, world, config, files, held))
+    finally:
+        for lock in held:
+            lock.close()
+
+
+def _claim(folder: Path, world: World, config: Config, files: Mapping[str, str], held: list[Lock]) -> Path:
+    if config.overwrite and config.resume is not None:
+        raise ValueError(f"overwrite=true begins anew, resume={config.resume} goes on: leave one of them out")
+    before = saved.run_of((folder, OUTPUTS), world.agents)
+    if before and before.resolve() != folder.resolve():
+        with suppress(OSError):
+            folder.rmdir()  # made for this attempt
+        folder = before
+    folder.mkdir(parents=True, exist_ok=True)
+    restarted = bool(before) or os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0"
+    held.append(lock := Lock(folder, patience_s=RESTARTED_S if restarted else 0.0))
+    again = bool(before) or not world.agents.isdisjoint(lock.before.get("agents", ()))
+    if not (again or _goes_on(config, folder)):
+        _make_room(folder, config)
+    lock.leave(agents=sorted(world.agents))
+    for name, text in files.items():
+        (folder / HYDRA).mkdir(exist_ok=True)
+        (folder / HYDRA / name).write_text(text)
+    (folder / RESUMABLE).unlink(missing_ok=True)
+    return folder.resolve()
+
+
+def _goes_on(config: Config, folder: Path) -> bool:
+    """Is the run that this folder holds, if there is one, resumed?"""
+    if config.resume in (None, saved.AUTO):
+        return config.resume == saved.AUTO
+    if config.resume == "latest":
+        return bool(saved.whole(folder / "checkpoints"))
+    return Path(str(config.resume)).expanduser().resolve().is_relative_to(folder.resolve())
+
+
+def _make_room(folder: Path, config: Config) -> None:
+    """Refuse a folder that holds a run; or remove what the run has left."""
+    found = [path for pattern in MADE for path in sorted(folder.glob(pattern)) if path.stat().st_size]
+    if found and not config.overwrite:
+        raise ValueError(f"hydra.run.dir={folder} holds a run ({found[0].relative_to(folder)}): resume=auto goes on "
+                         f"with it, overwrite=true removes it, another hydra.run.dir leaves it alone")  # fmt: skip
+    source = config.init_from and Path(config.init_from).expanduser().resolve()
+    if found and source and (config.init_from == "latest" or source.is_relative_to(folder.resolve())):
+        raise ValueError(f"overwrite=true would remove what init_from={config.init_from} is to be taken from: "
+                         f"use another hydra.run.dir")  # fmt: skip
+    for name in LEFT if config.overwrite else ():
+        path = folder / name
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path)
+        else:
+            path.unlink(missing_ok=True)

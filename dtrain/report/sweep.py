@@ -1,0 +1,50 @@
+"""A sweep: which of its jobs is which, and what came of each."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from dtrain import records
+
+
+@dataclass(frozen=True)
+class Told:
+    """A job: its number, the overrides that are its own, and its folder."""
+
+    number: str
+    overrides: str
+    folder: Path
+
+
+def show_job(job: Told) -> None:
+    """Say that it begins."""
+    Console(highlight=False).print(f"job {job.number}: {job.overrides}", soft_wrap=True, markup=False)
+
+
+def show_sweep(jobs: Sequence[Told]) -> None:
+    """A line for each job, with the losses that it has left; nothing without any."""
+    if not jobs:
+        return
+    made = Table(title=f"{len(jobs)} {'job' if len(jobs) == 1 else 'jobs'}")
+    for title in ("job", "overrides"):
+        made.add_column(title, overflow="fold")
+    for title in ("loss", "validation", "tokens/s"):
+        made.add_column(title, justify="right", no_wrap=True)
+    made.add_column("folder", overflow="fold")
+    for job in jobs:
+        file = job.folder / "summary.json"
+        summary = records.loads(file.read_text()) if file.exists() else {}
+        loss, held_out, rate = (summary.get(key) for key in ("loss", "val_loss", "tokens_per_second"))
+        figures = [_figure(loss, ".4f"), _figure(held_out, ".4f"), _figure(rate, ",.0f")]
+        made.add_row(job.number, escape(job.overrides), *figures, escape(str(job.folder)))
+    Console(highlight=False).print(made)
+
+
+def _figure(value: float | None, form: str) -> str:
+    return "–" if value is None else format(value, form)

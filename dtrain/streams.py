@@ -1,0 +1,49 @@
+"""What a process prints: where nobody reads it any more, the training goes on."""
+
+from __future__ import annotations
+
+import errno
+import io
+import os
+import sys
+from typing import Any
+
+GONE = (errno.EPIPE, errno.EIO, errno.EBADF)  # a pipe (`| head`), a terminal, a file that its reader has closed
+
+
+def keep_open() -> None:
+    """Let this process's standard streams take whatever is written, also if they are closed, or will be."""
+    for number, flags in enumerate((os.O_RDONLY, os.O_WRONLY, os.O_WRONLY)):
+        try:
+            os.fstat(number)
+        except OSError:  # closed before the start: the next file to be opened would take its place
+            os.dup2(nothing := os.open(os.devnull, flags), number)
+            if nothing != number:
+                os.close(nothing)
+    for name, number in (("stdout", 1), ("stderr", 2)):
+        stream = getattr(sys, name)
+        kept = getattr(getattr(stream, "buffer", None), "raw", None)
+        if stream is getattr(sys, f"__{name}__") and not isinstance(kept, _Lasting):
+            setattr(sys, name, _lasting(stream, number))
+            setattr(sys, f"__{name}__", getattr(sys, name))
+
+
+def _lasting(stream: Any, number: int) -> io.TextIOWrapper:
+    if stream is None:
+        return io.TextIOWrapper(io.BufferedWriter(_Lasting(number, "w", closefd=False)), "utf-8", "backslashreplace")
+    stream.flush()
+    return io.TextIOWrapper(
+        io.BufferedWriter(_Lasting(number, "w", closefd=False)), stream.encoding, stream.errors,
+        line_buffering=stream.line_buffering or stream.write_through,
+    )  # fmt: skip
+
+
+class _Lasting(io.FileIO):
+    def write(self, data: Any) -> int:
+        try:
+            return super().write(data) or 0
+        except OSError as error:
+            if error.errno in GONE:  # for good, also for libraries, which write to the descriptor
+                os.dup2(nothing := os.open(os.devnull, os.O_WRONLY), self.fileno())
+                os.close(nothing)
+            return len(data)
