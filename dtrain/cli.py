@@ -40,6 +40,7 @@ from dtrain.streams import keep_open
 
 # What a script does at a word, before there is a configuration: `python scripts/info.py capabilities`.
 WORDS = {"info": {"capabilities": ("dtrain.capabilities", "show"), "readme": ("dtrain.capabilities", "write")}}
+VALUED = ("--config-dir", "-cd", "--config-name", "-cn", "--config-path", "-cp", "--package", "-p", "--cfg", "-c")
 USAGE = 2  # exit status for a mistake of the user's
 FAILED = 1  # and for a run that broke off
 INTERRUPTED = 130
@@ -60,7 +61,8 @@ def main(config_name: str, task: Callable[[DictConfig], Any]) -> None:
     if config_name == "compare" and sys.argv[1:2] == ["--from"]:
         with _explaining(config_name):
             return comparison.show_difference(sys.argv[2:])
-    sys.argv[1:] = [*_settings_of_a_plain_file(), *map(_quoted, sys.argv[1:])]
+    sys.argv[1:] = map(_quoted, sys.argv[1:])
+    _add_settings(_settings_of_a_plain_file())
     world = _world()
     if "TORCHELASTIC_RUN_ID" in os.environ:
         tie(os.getppid())  # a kill -9 of torchrun would leave its ranks
@@ -282,17 +284,26 @@ def _world() -> World | None:
         _exit(str(error), USAGE)
 
 
+def _add_settings(settings: list[str]) -> None:
+    """Put them before the command line's own, behind options that stand first: Hydra takes settings in one place."""
+    words = sys.argv[1:]
+    own = (i for i, word in enumerate(words) if word[0:1] != "-" and (i == 0 or words[i - 1] not in VALUED))
+    at = next(own, len(words))
+    sys.argv[1:] = [*words[:at], *settings, *words[at:]]
+
+
 def _be_silent() -> None:
     """On ranks but 0: Hydra makes no folder and writes no log, and what it prints is rank 0's to print."""
     kept = [argument for argument in sys.argv[1:] if not argument.startswith("hydra.run.dir=")]
-    sys.argv[1:] = ["hydra.run.dir=.", "hydra.output_subdir=null", *kept]
+    sys.argv[1:] = kept
+    _add_settings(["hydra.run.dir=.", "hydra.output_subdir=null"])
     if any(a in ("-h", "--help", "--hydra-help", "--version", "--info", "-i", "-c", "--cfg") for a in sys.argv[1:]):
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115  until the process ends
 
 
 def _exit(line: str, status: int) -> NoReturn:
     """Say the line once, and end: on rank 0, or on another that rank 0 does not end before."""
-    rank = int(os.environ.get("RANK", 0))
+    rank = int(told) if (told := os.environ.get("RANK", "")).isdecimal() else 0
     if os.environ.get("DTRAIN_TRACEBACK"):
         traceback.print_exc()
     leave_words(line)

@@ -19,6 +19,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from multiprocessing import resource_tracker
 from pathlib import Path
 from types import FrameType
 from typing import Any, TypeVar
@@ -213,6 +214,7 @@ def spawn(
     )  # fmt: skip
     for name in ("torch.distributed.elastic", "torch.multiprocessing"):  # a failing rank speaks for itself
         logging.getLogger(name).setLevel(logging.CRITICAL)
+    start_tracker()
     multiprocessing.set_forkserver_preload(PRELOADED)
     told: list[int] = []
     try:
@@ -230,6 +232,15 @@ def spawn(
         raise RanksFailed(rank, failure.exitcode, _said(failure.error_file)) from error
     except SignalException as error:
         raise KeyboardInterrupt from error
+
+
+def start_tracker() -> None:
+    """Start Python's tracker of shared resources so that a closed terminal does not end it; SIGTERM does not anyway."""
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)  # it inherits that
+    try:
+        resource_tracker.ensure_running()
+    finally:
+        signal.signal(signal.SIGHUP, before)
 
 
 def _check_free(port: int) -> None:

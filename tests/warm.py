@@ -31,13 +31,16 @@ import traceback
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from functools import cache
-from multiprocessing import forkserver, resource_tracker
+from multiprocessing import forkserver
 from pathlib import Path
 from typing import Any
 from unittest import mock
 
 import numpy
 from torch.distributed.run import main as torchrun
+
+from dtrain.launch import PRELOADED as PRELOADED_BY_OURS
+from dtrain.launch import start_tracker
 
 PRELOADED = ("dtrain.cli", "dtrain.capabilities", "dtrain.report.files", "torch.distributed.run", "torch.distributed.tensor",
              "cases", "worlds")  # fmt: skip
@@ -184,11 +187,11 @@ def _own_fork_server() -> None:
             listener, alive = files
             forkserver._forkserver._lock = threading.Lock()  # held while this is forked
             _close_all_but({0, 1, 2, listener, alive})
-            forkserver.main(listener, alive, [])
+            forkserver.main(listener, alive, PRELOADED_BY_OURS)
         finally:
             os._exit(0)
 
-    resource_tracker.ensure_running()  # a small process of its own, as ever
+    start_tracker()  # a small process of its own, as ever
     with mock.patch.object(multiprocessing.util, "spawnv_passfds", fork):
         forkserver.ensure_running()
 

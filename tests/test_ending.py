@@ -1,0 +1,146 @@
+"""How a run ends that is told to: by which signal, sent to whom; and what does not end it."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from unittest import mock
+
+import pytest
+import torch
+import warm
+from runs import alive, ranks, until
+from test_cli import PYTHON, call  # noqa: F401
+
+from dtrain.saved import about, verify
+from dtrain.streams import keep_open
+from dtrain.task.causal_lm import CausalLM
+
+QUICK = ["model=tiny", "eval.every=0", "global_batch_size=4", "seq_len=16", "measure.peak_flops=1e12",
+         "launch.threads=1", "hydra.run.dir=run"]  # fmt: skip
+TWO = [*PYTHON, *QUICK, "strategy=ddp", "launch.nproc=2"]
+
+
+def steps(folder: Path) -> int:
+    file = folder / "run" / "metrics.jsonl"
+    return file.read_bytes().count(b"\n") if file.exists() else 0
+
+
+def begun(folder: Path, cache: Path, *words: str, **streams: int) -> warm.Process:
+    """Two ranks that train for long, when they have done a step."""
+    environment = {**os.environ, "DTRAIN_CACHE": str(cache)}
+    process = warm.popen([*TWO, "steps=100000", *words], cwd=folder, env=environment, **streams)
+    until(lambda: steps(folder), 60)
+    return process
+
+
+def ended(folder: Path, process: warm.Process, pids: dict[int, int]) -> tuple[int, str]:
+    """Its exit status and what it said was wrong; it has left a whole checkpoint of its last step, and no process."""
+    _, err = process.communicate(60)
+    assert (folder / "run" / "resumable").exists(), err
+    latest = folder / "run" / "checkpoints" / "latest"
+    assert about(latest)["step"] == steps(folder) and verify(latest.resolve()) == ""
+    assert len(pids) == 2 and not any(alive(pid) for pid in pids.values())
+    until(lambda: not os.path.exists(f"/proc/{process.pid}"), 10)
+    with pytest.raises(ProcessLookupError):  # the fork server's, too
+        until(lambda: os.killpg(process.pid, 0), 10)
+    return process.wait(), err
+
+
+@pytest.mark.parametrize(("number", "status", "words"), [
+    (signal.SIGTERM, 0, ""), (signal.SIGHUP, 0, ""), (signal.SIGINT, 130, "dtrain: interrupted\n"),
+])  # fmt: skip
+def test_a_signal_to_the_whole_group_leaves_a_checkpoint(
+    number: int, status: int, words: str, tmp_path: Path, cache: Path
+) -> None:
+    """What `timeout`, systemd, scancel, a closed terminal and Ctrl-C send: to the launcher, its server and its ranks."""
+    process = begun(tmp_path, cache)
+    pids = ranks(tmp_path / "run")
+    os.killpg(process.pid, number)
+    assert ended(tmp_path, process, pids) == (status, words)
+
+
+def test_an_ignored_sighup_ends_nothing(tmp_path: Path, cache: Path) -> None:
+    """nohup has it ignored; the other signals are heard as ever, and one to the launcher alone is enough."""
+    (tmp_path / "nohup.py").write_text(
+        "import runpy, signal, sys\n"
+        "signal.signal(signal.SIGHUP, signal.SIG_IGN)\n"
+        f"runpy.run_path({TWO[1]!r}, run_name='__main__')\n"
+    )
+    with mock.patch.dict(globals(), TWO=[sys.executable, str(tmp_path / "nohup.py"), *TWO[2:]]):
+        process = begun(tmp_path, cache)
+    pids, before = ranks(tmp_path / "run"), steps(tmp_path)
+    process.send_signal(signal.SIGHUP)
+    until(lambda: steps(tmp_path) > before + 20, 60)
+    process.send_signal(signal.SIGINT)
+    assert ended(tmp_path, process, pids) == (130, "dtrain: interrupted\n")
+
+
+@pytest.mark.parametrize("times", [1, 2])
+def test_ctrl_c_ends_a_run_with_its_checkpoint_and_twice_at_once(
+    times: int,
+    call: Callable[..., tuple[int, str, str]],  # noqa: F811
+    tmp_path: Path,
+) -> None:
+    batch = CausalLM.batch
+
+    def told(task: CausalLM, step: int) -> dict[str, torch.Tensor]:
+        for _ in range(times if step == 2 else 0):
+            os.kill(os.getpid(), signal.SIGINT)
+        return batch(task, step)
+
+    with mock.patch.object(CausalLM, "batch", told):
+        status, out, err = call(*QUICK, "steps=9")
+    assert (status, err) == (130, "dtrain: interrupted\n")
+    assert steps(tmp_path) == (4 if times == 1 else 2)
+    assert ("stopped after step 4 of 9" in out) == (tmp_path / "run" / "checkpoints" / "latest").exists() == (times == 1)
+
+
+def test_a_signal_before_the_first_step_ends_at_once(call, tmp_path: Path) -> None:  # noqa: F811
+    """There is nothing to lose; whatever it is that takes long then."""
+
+    def told(*_: object) -> None:
+        os.kill(os.getpid(), signal.SIGINT)
+
+    with mock.patch("dtrain.run.take_weights", told):
+        assert call(*QUICK, "steps=9")[::2] == (130, "dtrain: interrupted\n")
+    assert not steps(tmp_path)
+
+
+@pytest.mark.parametrize("nproc", [1, 2])
+def test_an_output_that_nobody_reads_ends_nothing(nproc: int, tmp_path: Path, cache: Path) -> None:
+    """`| head -2`: neither the training, nor with another status, nor with words about it."""
+    reads, writes = os.pipe()
+    os.close(reads)
+    command = [*PYTHON, *QUICK, "steps=4", "logger=[default,tensorboard]"]
+    environment = {**os.environ, "DTRAIN_CACHE": str(cache)}
+    more = ["strategy=ddp", f"launch.nproc={nproc}"] if nproc > 1 else []
+    process = warm.popen([*command, *more], cwd=tmp_path, env=environment, stdout=writes)
+    os.close(writes)
+    assert process.wait(60) == 0 and process.communicate()[1] == ""
+    assert json.loads((tmp_path / "run" / "summary.json").read_text())["steps"] == steps(tmp_path) == 4
+
+
+def test_standard_streams_that_are_closed_take_no_files_place() -> None:
+    """What is opened next would get their numbers, and what is printed would go there."""
+    script = (
+        "import os, sys; from dtrain.streams import keep_open; keep_open(); file = os.open('/dev/null', os.O_RDONLY);"
+        "print('said'); sys.stdout.flush(); sys.exit(file < 3)"
+    )
+    if not (child := os.fork()):
+        for number in (0, 1, 2):
+            os.close(number)
+        os.execv(sys.executable, [sys.executable, "-c", script])
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+
+
+def test_streams_that_somebody_has_put_there_stay(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A notebook's, say."""
+    theirs = mock.Mock()
+    monkeypatch.setattr(sys, "stdout", theirs)
+    keep_open()
+    assert sys.stdout is theirs

@@ -1,0 +1,140 @@
+"""Whose a run's folder is: a second run there is refused, and nothing of the first one is lost."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Callable
+from contextlib import ExitStack
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+from unittest import mock
+
+import pytest
+from hydra import compose, initialize_config_dir
+from hydra.core.global_hydra import GlobalHydra
+from test_cli import call  # noqa: F401
+
+from dtrain import claim
+from dtrain.config import CONFIGS, register
+from dtrain.launch import World
+from dtrain.lock import Lock
+
+Call = Callable[..., tuple[int, str, str]]
+QUICK = ["model=tiny", "eval.every=0", "global_batch_size=4", "seq_len=16", "measure.peak_flops=1e12",
+         "launch.threads=1"]  # fmt: skip
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {str(p.relative_to(folder)): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
+
+
+def test_a_second_run_in_a_folder_is_refused_unless_it_goes_on_or_overwrites(call: Call, tmp_path: Path) -> None:  # noqa: F811
+    """What the first one has left stays as it is, to a byte, what was asked of it too."""
+    mine = [*QUICK, "hydra.run.dir=mine"]
+    assert call(*mine, "steps=3", "checkpoint.every=1")[0] == 0
+    before = contents(tmp_path / "mine")
+    assert {".hydra/config.yaml", "summary.json", "checkpoints/step-00000003/checkpoint.json"} <= before.keys()
+    shutil.copytree(tmp_path / "mine", tmp_path / "other", symlinks=True)
+    for words in (["steps=2"], ["steps=5", "resume=other"], ["steps=5", "resume=other/checkpoints/latest"]):
+        status, _, err = call(*mine, "seed=7", *words)
+        assert status == 2 and err == (
+            f"dtrain: hydra.run.dir={tmp_path}/mine holds a run (metrics.jsonl): resume=auto goes on with it, "
+            f"overwrite=true removes it, another hydra.run.dir leaves it alone\n"
+        )
+        assert contents(tmp_path / "mine") == before
+    status, _, err = call(*mine, "steps=5", "overwrite=true", "resume=auto")
+    assert status == 2 and "overwrite=true begins anew, resume=auto goes on: leave one of them out" in err
+    status, _, err = call(*mine, "steps=5", "overwrite=true", "init_from=mine")
+    assert status == 2 and "would remove what init_from=mine is to be taken from" in err
+    assert contents(tmp_path / "mine") == before
+    assert call(*mine, "steps=4", "resume=mine/checkpoints/latest")[0] == 0
+    (tmp_path / "mine" / "notes.txt").write_text("my own")
+    (tmp_path / "mine" / "checkpoints" / "step-00000004" / "away").symlink_to(tmp_path / "other")
+    assert call(*mine, "steps=2", "overwrite=true")[0] == 0
+    found = contents(tmp_path / "mine")
+    assert [json.loads(line)["step"] for line in found["metrics.jsonl"].splitlines()] == [1, 2]
+    assert [p.name for p in (tmp_path / "mine" / "checkpoints").glob("step-*")] == ["step-00000002"]
+    assert found["notes.txt"] == b"my own" and contents(tmp_path / "other").keys() == before.keys()
+
+
+@pytest.fixture
+def alone() -> Any:
+    """`agree` without a process group."""
+    with mock.patch.object(claim, "agree", lambda function: function()):
+        yield
+
+
+def _config(**values: Any) -> Any:
+    return SimpleNamespace(**{"overwrite": False, "resume": None, "init_from": None} | values)
+
+
+@pytest.fixture
+def held(tmp_path: Path) -> Any:
+    """A folder with a run in it that goes on, in another process; and what ends that one."""
+    ready, end = os.pipe(), os.pipe()
+    if not (child := os.fork()):
+        os.close(end[1])
+        lock = Lock(tmp_path)
+        lock.leave(agents=["agent"])
+        os.write(ready[1], b"1")
+        os.read(end[0], 1)  # until the other end is closed
+        os._exit(0)
+    os.close(end[0])
+    os.read(ready[0], 1)
+    left = [end[1]]
+
+    def finish() -> None:
+        if left:
+            os.close(left.pop())
+            os.waitpid(child, 0)
+
+    yield finish
+    finish()
+
+
+@pytest.mark.usefixtures("alone")
+def test_the_folder_of_a_run_that_goes_on_is_locked(tmp_path: Path, held: Callable[[], None]) -> None:
+    """Whatever is said of resuming; until its process has ended, however it ends."""
+    for settings in ({}, {"resume": "auto"}, {"overwrite": True}):
+        with (
+            pytest.raises(ValueError, match=r"is the folder of a run that is going on \(process \d+ on \S+\): wait"),
+            claim.claimed(tmp_path, World(), _config(**settings), {}),
+        ):
+            pass
+    held()
+    with claim.claimed(tmp_path, World(), _config(), {}) as folder:
+        assert folder == tmp_path.resolve()
+
+
+@pytest.mark.usefixtures("alone")
+def test_a_restart_waits_for_the_attempt_before_and_needs_no_setting(
+    tmp_path: Path, held: Callable[[], None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """torchrun starts ranks again whose dead ones have left figures and no checkpoint; `overwrite` removes nothing."""
+    (tmp_path / "metrics.jsonl").write_text('{"step": 1}\n')
+    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
+    monkeypatch.setattr("dtrain.lock.time.sleep", lambda _: held())
+    world = World(agents=frozenset({"agent", "another"}))
+    with ExitStack() as stack:
+        stack.enter_context(claim.claimed(tmp_path, world, _config(overwrite=True), {}))
+        assert (tmp_path / "metrics.jsonl").exists()
+    with pytest.raises(ValueError, match="holds a run"), claim.claimed(tmp_path, replace(world, agents=frozenset()),
+                                                                      _config(), {}):  # fmt: skip
+        pass
+
+
+def test_default_folders_differ_also_in_one_second() -> None:
+    """Of runs and of sweeps; the jobs of one sweep share theirs."""
+    register()
+    found = []
+    for _ in range(20):
+        GlobalHydra.instance().clear()
+        with initialize_config_dir(str(CONFIGS), version_base="1.3"):
+            hydra = compose("train", return_hydra_config=True).hydra
+            assert hydra.run.dir == hydra.run.dir  # once drawn it stays
+            found += [hydra.run.dir, hydra.sweep.dir]
+    assert len(set(found)) == 40

@@ -1,0 +1,74 @@
+"""Figures as files have them: JSON that every reader reads, also after a kill."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+
+import pytest
+
+from dtrain import records
+from dtrain.compare.results import Results, Row, read
+from dtrain.report.base import Run
+from dtrain.report.files import Files
+
+VALUES = {"nan": math.nan, "inf": math.inf, "less": -math.inf, "finite": 1.5, "all": [1, (math.inf, "NaN?")], "no": None}
+
+
+def _strict(text: str) -> object:
+    def refuse(word: str) -> None:
+        raise AssertionError(f"{word} is no JSON")
+
+    return json.loads(text, parse_constant=refuse)
+
+
+def test_what_is_not_finite_is_written_as_json_and_read_again() -> None:
+    found = _strict(records.dumps(VALUES))
+    assert found == {"nan": "NaN", "inf": "Infinity", "less": "-Infinity", "finite": 1.5, "all": [1, ["Infinity", "NaN?"]],
+                     "no": None}  # fmt: skip
+    again = records.loads(records.dumps(VALUES))
+    assert math.isnan(again.pop("nan")) and again == {**{k: v for k, v in VALUES.items() if k != "nan"},
+                                                      "all": [1, [math.inf, "NaN?"]]}  # fmt: skip
+
+
+def _run(folder: Path, first_step: int) -> Run:
+    return Run("single", {}, 1, first_step, 9, folder, (), {})
+
+
+def test_a_run_writes_json_alone(tmp_path: Path) -> None:
+    files = Files(pictures=False)
+    files.start(_run(tmp_path, 0))
+    files.step({"step": 1, "grad_norm": math.inf})
+    files.finish({"val_loss": math.nan})
+    files.close()
+    assert _strict((tmp_path / "metrics.jsonl").read_text()) == {"step": 1, "grad_norm": "Infinity"}
+    assert _strict((tmp_path / "summary.json").read_text()) == {"val_loss": "NaN"}
+    results = Results("", "", "single", "strong", 1, 9, 1, {}, {}, [Row("single", 1, loss=math.inf)])
+    results.write(tmp_path)
+    _strict((tmp_path / "results.json").read_text())
+    assert read(tmp_path).rows[0].loss == math.inf
+
+
+TORN = {
+    "half": b'{"step": 4, "lo',
+    "half that ends with a brace": b'{"losses": {"step": 4}',
+    "zeros": bytes(40),
+    "no text": b"\xff\xfe\n",
+    "no object": b"4\n[4]\nnull\n",
+    "in the middle": b'{"step": 2\n{"step": 3, "loss": 0.3}\n',
+}
+
+
+@pytest.mark.parametrize("case", TORN)
+def test_a_torn_line_does_not_keep_a_run_from_going_on(case: str, tmp_path: Path) -> None:
+    """Each step that was done has its line once; what came after the checkpoint is done again."""
+    file = tmp_path / "metrics.jsonl"
+    file.write_bytes(b"".join(b'{"step": %d, "loss": 0.%d}\n' % (n, n) for n in (1, 2, 3, 4, 3)) + TORN[case])
+    files = Files(pictures=False)
+    files.start(_run(tmp_path, 3))
+    files.step({"step": 4, "loss": 0.5})
+    files.close()
+    found = [json.loads(line) for line in file.read_text().splitlines()]
+    assert [(line["step"], line["loss"]) for line in found] == [(1, 0.1), (2, 0.2), (3, 0.3), (4, 0.5)]
+    assert [p.name for p in tmp_path.iterdir()] == ["metrics.jsonl"]
