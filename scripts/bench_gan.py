@@ -15,7 +15,8 @@ SAMPLES = 1024
 
 for name in ("gan_ring", "gan_digits"):
     folder = Path("outputs") / name
-    subprocess.run([sys.executable, "scripts/train.py", f"+experiment={name}", f"hydra.run.dir={folder}"], check=True)
+    settings = (f"+experiment={name}", f"hydra.run.dir={folder}", "overwrite=true")
+    subprocess.run([sys.executable, "scripts/train.py", *settings], check=True)
     last = json.loads((folder / "metrics.jsonl").read_text().splitlines()[-1])
     print(name, {key: value for key, value in last.items() if key.startswith("val_")})
 
