@@ -31,7 +31,7 @@ from dtrain.info import info as count
 from dtrain.job import assemble, model_factories
 from dtrain.launch import RanksFailed, World, leave_words, spawn, tie
 from dtrain.launchers import understood
-from dtrain.mistakes import BROKEN_OFF, MISTAKES, explain, no_home
+from dtrain.mistakes import BROKEN_OFF, MISTAKES, check_words, explain, no_home
 from dtrain.precision import Precision
 from dtrain.report.console import show
 from dtrain.report.sweep import Told, show_job, show_sweep
@@ -88,6 +88,7 @@ def main(config_name: str, task: Callable[[DictConfig], Any]) -> None:
 
     try:
         with _explaining(config_name):
+            check_words(sys.argv[1:], WORDS.get(config_name, {}))
             hydra.main(version_base="1.3", config_path=str(CONFIGS), config_name=config_name)(guarded)()
     finally:
         show_sweep(jobs)
@@ -207,7 +208,7 @@ def _crashed(error: Exception) -> NoReturn:
 def info(config: DictConfig) -> None:
     """The job of `scripts/info.py`."""
     settings = checked(config)
-    precision = Precision(compute=settings.dtype, **settings.precision)
+    precision = Precision.of(settings.dtype, settings.precision)
     for name, factory in model_factories(settings).items():
         show(name, count(factory, precision, settings.seq_len))
 

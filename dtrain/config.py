@@ -6,17 +6,21 @@ Everything pluggable is a node with a `_target_`; the constructor of that class 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field, fields, is_dataclass
 from inspect import signature
 from pathlib import Path
-from typing import Any, TypeVar, get_args, get_type_hints
+from typing import Any, TypeVar, get_type_hints
 from uuid import uuid4
 
 from hydra import compose
 from hydra.core.config_store import ConfigStore
 from hydra.errors import InstantiationException
-from hydra.utils import get_object, instantiate
+from hydra.utils import instantiate
 from omegaconf import MISSING, DictConfig, OmegaConf
+
+from dtrain.constructor import REFUSED, imported, misfit, named
+from dtrain.constructor import arguments as given_by
 
 CONFIGS = Path(__file__).resolve().parent.parent / "configs"
 T = TypeVar("T")
@@ -169,15 +173,34 @@ def checked(config: DictConfig) -> Config:
     One that was composed before, a run's own `.hydra/config.yaml`, has lost its schema: it is given it again.
 
     Raises:
-        ValueError: a value out of its range.
+        ValueError: a key that nothing reads, no value, or one out of its range.
     """
     if OmegaConf.get_type(config) is dict:
         schema = Comparison if "strategies" in config else Config
         config = OmegaConf.merge(OmegaConf.structured(schema), config)  # type: ignore[assignment]
+    refuse_unknown(config)
     run = OmegaConf.to_object(config)
     assert isinstance(run, Config)
     _check_ranges(run, "")
     return run
+
+
+def refuse_unknown(node: DictConfig, prefix: str = "") -> None:
+    """Refuse keys that a schema has not: Hydra's + adds them all the same. A group is its constructor's to check.
+
+    Raises:
+        ValueError: names the key in full, and those that there are beside it.
+    """
+    schema = OmegaConf.get_type(node)
+    if not is_dataclass(schema):
+        return
+    known = [item.name for item in fields(schema)]
+    for key in map(str, node):
+        if key not in known:
+            raise ValueError(f"unknown key {prefix + key!r}: beside it are {', '.join(known)}")
+        if OmegaConf.is_dict(child := node._get_node(key)):
+            assert isinstance(child, DictConfig)
+            refuse_unknown(child, f"{prefix}{key}.")
 
 
 def _check_ranges(node: Any, prefix: str) -> None:
@@ -185,6 +208,8 @@ def _check_ranges(node: Any, prefix: str) -> None:
         name, value, rule = prefix + item.name, getattr(node, item.name), item.metadata
         if is_dataclass(value):
             _check_ranges(value, f"{name}.")
+        elif isinstance(value, str) and value == MISSING:  # taken away by ~
+            raise ValueError(f"{name} has no value: set {name}=…")
         elif value is None:
             continue
         elif "names" in rule and value not in rule["names"]:
@@ -204,18 +229,18 @@ def make(node: Mapping[str, Any], kind: type[T], where: str, *, parts: tuple[typ
     subclasses of one of `parts`.
 
     Raises:
-        ValueError: no such class, one of another kind, or arguments that it refuses.
+        ValueError: no such class, one of another kind, or arguments that it refuses: its own words, and the key.
     """
     target = _check_target(node, (kind,), where)
     _check_nested(node, parts, where)
-    _check_arguments(target, _arguments(node), arguments, where)
+    _check_arguments(target, given_by(node), arguments, where)
     try:
         # In two steps: what goes through `instantiate` is turned into plain containers.
         return instantiate({**node, "_partial_": True}, _convert_="all")(**arguments)
-    except InstantiationException as error:  # of a node within
-        if isinstance(error.__cause__, ValueError | TypeError):
-            raise ValueError(f"{where}: {error.__cause__}") from None
-        raise
+    except (InstantiationException, *REFUSED) as error:  # the former: of a node within
+        if not isinstance(error.__cause__ if isinstance(error, InstantiationException) else error, REFUSED):
+            raise
+        raise named(error, node, where, [item.name for item in fields(Config)]) from error
 
 
 def _check_nested(node: Any, parts: tuple[type, ...], where: str) -> None:
@@ -223,13 +248,9 @@ def _check_nested(node: Any, parts: tuple[type, ...], where: str) -> None:
     for name, child in children:
         if isinstance(child, Mapping) and "_target_" in child:
             found = _check_target(child, parts, f"{where}.{name}")
-            _check_arguments(found, _arguments(child), {}, f"{where}.{name}")
+            _check_arguments(found, given_by(child), {}, f"{where}.{name}")
         if isinstance(child, Mapping | list):
             _check_nested(child, parts, f"{where}.{name}")
-
-
-def _arguments(node: Mapping[str, Any]) -> dict[str, Any]:
-    return {name: value for name, value in node.items() if not name.startswith("_")}
 
 
 def _check_arguments(target: type, given: dict[str, Any], more: dict[str, Any], where: str) -> None:
@@ -238,32 +259,26 @@ def _check_arguments(target: type, given: dict[str, Any], more: dict[str, Any], 
         signature(target).bind(**given, **more)
     except TypeError as error:
         raise ValueError(f"{where}: {error}") from None
-    hints = get_type_hints(getattr(target, "__init__"))  # noqa: B009  mypy forbids the plain form
+    hints: dict[str, Any] = {}
+    with suppress(NameError):  # of what is imported for types alone
+        hints = get_type_hints(getattr(target, "__init__"))  # noqa: B009  mypy forbids the plain form
     for name, value in more.items():
         kind = hints.get(name)
-        if isinstance(kind, type) and not isinstance(value, kind):
+        if isinstance(kind, type) and kind is not Any and not isinstance(value, kind):
             called = getattr(value, "name", value)
             raise ValueError(f"{where} {target.__name__} takes {kind.__name__}, and {name}={called} are "
                              f"{type(value).__name__}: choose other {name} (docs/tasks.md)")  # fmt: skip
     for name, value in given.items():
-        allowed = get_args(hints.get(name)) or (hints.get(name, object),)
-        if object in allowed or Any in allowed or type(value) not in (str, bool, int, float):
-            continue
-        fits = type(value) in allowed or (type(value) is int and float in allowed)
-        if not fits and any(kind in allowed for kind in (str, bool, int, float)):
-            wanted = " or ".join("null" if kind is type(None) else kind.__name__ for kind in allowed)
-            raise ValueError(f"{where}.{name}={value} must be {wanted}, not {type(value).__name__}")
+        if wanted := misfit(value, hints.get(name, object)):
+            said = "" if isinstance(value, list) else f", not {type(value).__name__}"
+            raise ValueError(f"{where}.{name}={value} must be {wanted}{said}")
 
 
 def _check_target(node: Any, kinds: tuple[type, ...], where: str) -> type:
     target = node.get("_target_") if isinstance(node, Mapping) else None
     if not isinstance(target, str):
         raise ValueError(f"{where} has no _target_: nothing says what to build")
-    try:
-        found = get_object(target)
-    except Exception as error:  # an import may fail in any way; its own message is the best there is
-        last_line = (str(error).strip() or type(error).__name__).splitlines()[-1]
-        raise ValueError(f"{where}._target_={target} cannot be imported: {last_line}") from error
+    found = imported(target, f"{where}._target_={target}")
     if not (isinstance(found, type) and issubclass(found, kinds)):
         wanted = " or ".join(kind.__name__ for kind in kinds) or "part of it"
         raise ValueError(f"{where}._target_={target} is not a {wanted}")

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from math import prod
 
-from dtrain.layout import multiples
+from dtrain.layout import divisors, multiples
 from dtrain.strategy.base import REST, Strategy
 
 MESH_ORDER = ("pp", "dp", "fsdp", "cp", "ep", "tp")
@@ -72,6 +72,8 @@ def rows_of_a_rank(global_batch_size: int, ranks: int, micro_batch_size: int | N
     unit = ranks * (micro_batch_size or 1)
     if global_batch_size % unit:
         micro = f" x micro_batch_size={micro_batch_size}" if micro_batch_size else ""
+        rows, rest = divmod(global_batch_size, ranks)
+        other = f", or micro_batch_size={divisors(rows).replace(', ', ' or ')}" if micro and not rest else ""
         raise ValueError(f"global_batch_size={global_batch_size} is not divisible by {ranks} data-parallel ranks"
-                         f"{micro}: use {multiples(global_batch_size, unit)}")  # fmt: skip
+                         f"{micro}: use global_batch_size={multiples(global_batch_size, unit)}{other}")  # fmt: skip
     return global_batch_size // ranks

@@ -56,7 +56,7 @@ def assemble(config: Config, world: World) -> Job:
     Raises:
         ValueError: for every mistake of the configuration's that can be known here.
     """
-    precision = Precision(compute=config.dtype, **config.precision)
+    precision = Precision.of(config.dtype, config.precision)
     strategies = [make(node, Strategy, f"strategy.{axis}") for axis, node in config.strategy.items()]
     plan = Plan.of(
         strategies, world.size, precision=precision, device=launch.device_of(config.device, world),

@@ -5,21 +5,71 @@ from __future__ import annotations
 import difflib
 import re
 import sys
-from collections.abc import Iterable
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from hydra import compose, initialize_config_dir
+from hydra._internal.utils import get_args_parser
 from hydra.core.global_hydra import GlobalHydra
 from hydra.errors import HydraException
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from dtrain.aliases import ours
 from dtrain.config import CONFIGS, options
 from dtrain.hang import Hang
+from dtrain.override import read, typed, value_of
 from dtrain.train import NonFinite
 
 BROKEN_OFF = (NonFinite, Hang)  # no mistakes: a run that cannot go on
 MISTAKES = (ValueError, OSError, *BROKEN_OFF, HydraException, OmegaConfBaseException)
+NEAR = 0.6  # likeness of two names, of 1: below it a guess would be none
+FEW = 40  # names that are told in one line
+
+
+def check_words(arguments: Sequence[str], known: Collection[str] = ()) -> None:
+    """Refuse what Hydra would refuse in words of its grammar. `known`: what may stand there beside key=value.
+
+    Raises:
+        ValueError: names the word and what to type.
+    """
+    flags, unknown = get_args_parser().parse_known_args(list(arguments))
+    words = sorted([*flags.overrides, *unknown], key=lambda word: not word.startswith("--"))
+    for before, word in zip(["", *words], words, strict=False):
+        if word.startswith("--"):
+            name = word.strip("-").split("=")[0]
+            raise ValueError(f"{word} is no option: settings are key=value without dashes: {ours(name) or name}")
+        if "=" not in word and not word.startswith("~"):
+            raise ValueError(_no_setting(word, before, known))
+        key, _, value = word.partition("=")
+        found, name = read(word), key.lstrip("+~")
+        if not name:
+            raise ValueError(f"{word} names no key: write key=value")
+        if found is None:
+            raise ValueError(f"{word} is not in Hydra's grammar: as a text it is written {typed(key, value)}")
+        if found.is_sweep_override() and not flags.multirun:
+            raise ValueError(f"{word} has several values: a list is {key}=[{value}], one text {typed(key, value)}, "
+                             f"and a run for each takes --multirun")  # fmt: skip
+        if name in _groups() and value and not isinstance(value_of(found), str | list) and not flags.multirun:
+            raise ValueError(_a_group(word, name))
+    if unknown:
+        raise ValueError(f"{' '.join(unknown)}: settings stand together, before or after options such as --multirun")
+
+
+def _no_setting(word: str, before: str, known: Collection[str]) -> str:
+    key, _, value = before.partition("=")
+    if key.endswith("path"):
+        more = f": a pattern is quoted for the shell, \"{key}='…*'\", and several files are {key}=[{value},{word}]"
+    else:
+        more = f", and none of the words {', '.join(known)}" if known else ""
+    return f"{word!r} is no key=value{more}"
+
+
+def _a_group(word: str, group: str) -> str:
+    keys = [key for key in _keys("train") if key.startswith(f"{group}.") and not key.endswith("_")]
+    own = f", or set a key of it: {', '.join(keys[:5])}{', …' if len(keys) > 5 else ''}" if keys else ""
+    return f"{word}: {group} is a group: choose {group}=NAME, of {', '.join(options(group))}{own}"
 
 
 def no_home(error: BaseException) -> bool:
@@ -32,50 +82,118 @@ def explain(error: BaseException, config_name: str) -> str:
     if no_home(error):
         return "a path begins with ~, and there is no such home folder: write it out, or set DTRAIN_CACHE (data.cache)"
     text = str(error)
-    if match := re.search(r"Could not (?:find|load) '(\w+)/([^']*)'", text):
-        group, name = match.groups()
-        return f"unknown {group} {name!r}: {_nearest(name, options(group))}"
-    if match := re.match(r"Could not override '([^']+)'", text):
-        key = match.group(1)
-        if key in _groups():
-            return f"group {key!r} has no default to override: append to it with +{key}=…, of {', '.join(options(key))}"
-        return f"unknown key {key!r}: {_nearest(key, _keys(config_name, key))}"
-    if match := re.match(r"Error merging override (.*)", text):
-        cause = str(error.__cause__).splitlines()[0] if error.__cause__ else ""
-        return f"{match.group(1)}: {cause}"
-    if match := re.match(r"Interpolation key '([^']+)' not found", text):
-        key = getattr(error, "full_key", None) or "the configuration"
-        return f"{key} is to be {match.group(1)}, which these data have not: choose another model, or other data"
+    for pattern, told in PATTERNS.items():
+        if match := re.search(pattern, text):
+            return told(match, error, config_name)
     if isinstance(error, OmegaConfBaseException) and error.full_key:
         return f"{error.full_key}: {text.splitlines()[0]}"
+    if isinstance(error, OSError) and error.filename:
+        return _file(error, str(error.filename))
     lines = [line.strip() for line in text.splitlines() if line.strip()]
     if isinstance(error, (ValueError, *BROKEN_OFF)):
         return "; ".join(lines)
     return lines[0] if lines else type(error).__name__
 
 
-def _nearest(name: str, known: Iterable[str]) -> str:
-    known = sorted(known)
-    close = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
-    if not close and "." in name:  # the right leaf in another place
-        leaf = name.rsplit(".", 1)[-1]
-        close = [key for key in known if key.rsplit(".", 1)[-1] == leaf][:1]
-    listing = ", ".join(known) if len(known) <= 40 else "see --cfg job"
-    return f"did you mean {close[0]!r}? ({listing})" if close else f"use one of {listing}"
+def _choice(match: re.Match[str], *_: object) -> str:
+    group, name = match.groups()
+    known = options(group)
+    listing, alias = ", ".join(known), ours(name)
+    if alias and name.lower() not in known:
+        return f"unknown {group} {name!r}: here it is {alias}"
+    near = _near(name, known)
+    return f"unknown {group} {name!r}: {f'{near} ({listing})' if near else f'use one of {listing}'}"
+
+
+def _key(match: re.Match[str], _: object, config_name: str) -> str:
+    key = match[1]
+    if key in _groups():
+        return f"group {key!r} has no default to override: append to it with +{key}=…, of {', '.join(options(key))}"
+    known = _keys(config_name)
+    parent, _, leaf = key.rpartition(".")
+    same = [each for each in known if each.rpartition(".")[2].lower() == leaf.lower()]
+    if same and not ours(key):
+        return f"unknown key {key!r}: did you mean {' or '.join(map(repr, same[:3]))}?"
+    if alias := ours(key):
+        return f"unknown key {key!r}: here it is {alias}"
+    if near := _near(key, known):
+        return f"unknown key {key!r}: {near}"
+    beside = [each.rpartition(".")[2] for each in known if each.rpartition(".")[0] == parent]
+    listing = f"{parent or 'the configuration'} has {', '.join(beside)}" if beside else "--cfg job prints all keys"
+    return f"unknown key {key!r}: {listing}"
+
+
+def _near(name: str, known: Iterable[str]) -> str:
+    """A question for the name that is most like this one, in lower case; empty: none is."""
+    lower = {each.lower(): each for each in known}
+    close = difflib.get_close_matches(name.lower(), lower, n=1, cutoff=NEAR)
+    if close and "." in name:  # the last part must be alike by itself
+        leaf, other = (each.rpartition(".")[2] for each in (name.lower(), close[0]))
+        close = close if difflib.SequenceMatcher(None, leaf, other).ratio() >= NEAR else []
+    return f"did you mean {lower[close[0]]!r}?" if close else ""
+
+
+def _merging(match: re.Match[str], error: BaseException, _: str) -> str:
+    return f"{match[1]}: {str(error.__cause__).splitlines()[0] if error.__cause__ else ''}"
+
+
+def _interpolation(match: re.Match[str], error: BaseException, _: str) -> str:
+    key = getattr(error, "full_key", None) or "the configuration"
+    return f"{key} is to be {match[1]}, which these data have not: choose another model, or other data"
+
+
+def _range(match: re.Match[str], *_: object) -> str:
+    """A value that another tool has."""
+    alias = ours(match[2])
+    return f"{match.string}; here it is {alias}" if alias else match.string
+
+
+def _file(error: OSError, name: str) -> str:
+    """What is wrong with a file or folder, and the setting that asked for it."""
+    place = Path(name)
+    stands = next((each for each in (place, *place.parents) if each.is_file()), None)
+    why = f"{name}: {error.strerror}"
+    if stands and isinstance(error, FileExistsError | NotADirectoryError):
+        why = f"{stands} is a file, and no folder"
+    for word in sys.argv[1:]:
+        value = value_of(found) if (found := read(word)) else None
+        if isinstance(value, str) and value and place.absolute().is_relative_to(Path(value).absolute()):
+            return f"{word}: {why}: choose another"
+    return why
+
+
+Told = Callable[[re.Match[str], BaseException, str], str]
+PATTERNS: Mapping[str, Told] = {
+    r"Could not (?:find|load) '([\w/]+)/([^']*)'": _choice,
+    r"^(?:Could not override|unknown key) '([^']+)'": _key,
+    r"^Could not append to config. An item is already at '([^']+)'":
+        lambda match, *_: f"+{match[1]}: {match[1]} is there already: write {match[1]}=… without the +",
+    r"^Could not delete from config. '([^']+)' does not exist":
+        lambda match, *_: f"~{match[1]}: there is no {match[1]} to take away",
+    r"^(~[\w.]+): .* does not support deletion": lambda match, *_: f"{match[1]}: this key cannot be taken away",
+    r"^Error merging override (.*)": _merging,
+    r"^Interpolation key '([^']+)' not found": _interpolation,
+    r"^([\w.]+)=(\S+) is unknown: use ": _range,
+}  # fmt: skip
 
 
 def _groups() -> list[str]:
-    return [folder.name for folder in CONFIGS.iterdir() if folder.is_dir()]
+    return [str(folder.relative_to(CONFIGS)) for folder in CONFIGS.rglob("*") if folder.is_dir()]
 
 
-def _keys(config_name: str, unknown: str) -> list[str]:
-    """The keys of the configuration as the command line composes it without the unknown one."""
+def _keys(config_name: str) -> list[str]:
+    """The keys of the configuration with the groups that the command line chooses."""
     GlobalHydra.instance().clear()
-    kept = [a for a in sys.argv[1:] if "=" in a and not a.startswith("-") and a.split("=")[0].strip("+~") != unknown]
-    try:
-        with initialize_config_dir(str(CONFIGS), version_base="1.3"):
-            config = compose(config_name, overrides=[a for a in kept if not a.startswith("hydra")])
-    except HydraException:
+    groups = _groups()
+    chosen = [a for a in sys.argv[1:] if a.split("=")[0].lstrip("+") in groups]
+    for overrides in (chosen, []):
+        try:
+            with initialize_config_dir(str(CONFIGS), version_base="1.3"):
+                config = compose(config_name, overrides=overrides)
+            break
+        except (HydraException, ValueError):  # one of the choices is wrong too
+            continue
+    else:
         return []
     keys: list[str] = []
 

@@ -178,7 +178,8 @@ class Plan:
             refuse_batch_norm(model)
         if (self.recompute or self.compile) and not blocks_of(model):
             asked, name = "activation_checkpointing" if self.recompute else "compile", type(model).__name__
-            raise ValueError(f"{asked}=true acts on a model's blocks, and {name} names none in a Layout")
+            raise ValueError(f"{asked}=true acts on a model's blocks, and {name} names none in a Layout: "
+                             f"use {asked}=false, or name them (dtrain/layout.py)")  # fmt: skip
 
     def check_optimizer(self, optimizer: Callable[[nn.Module], Optimizer]) -> None:
         """Refuse an optimizer that would step parts of weights to other values, or could not be resumed."""

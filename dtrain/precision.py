@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
+from typing import Any
 
 import torch
 from torch.distributed.fsdp import MixedPrecisionPolicy
@@ -31,6 +33,18 @@ class Precision:
     compute: str = "fp32"
     weights: str | None = None
     reduce: str | None = None
+
+    @classmethod
+    def of(cls, compute: str, formats: Mapping[str, Any]) -> Precision:
+        """Of a run's `dtype` and its group `precision`.
+
+        Raises:
+            ValueError: a key that there is not, or as above.
+        """
+        known = [item.name for item in fields(cls) if item.name != "compute"]
+        if unknown := [key for key in formats if key not in known]:
+            raise ValueError(f"unknown key 'precision.{unknown[0]}': beside it are {', '.join(known)}")
+        return cls(compute, **formats)
 
     def __post_init__(self) -> None:
         for key, value in (("dtype", self.compute), ("precision.weights", self.weights),

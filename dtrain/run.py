@@ -28,6 +28,7 @@ from dtrain.job import Job, assemble, optimizer_of
 from dtrain.launch import World, agree
 from dtrain.measure import memory
 from dtrain.notes import collective_failed
+from dtrain.override import typed
 from dtrain.preempt import Preemption
 from dtrain.profile import RECORDED, Profile
 from dtrain.rendezvous import agents, connected
@@ -211,7 +212,7 @@ def _saves(config: Config, step: int) -> bool:
 
 def _resumable(job: Job, folder: Path, step: int) -> str:
     """Say how to go on with a run that was told to stop, here and in a file for whoever started it."""
-    said = f"stopped after step {step} of {job.config.steps}, as it was told; resumable: resume={folder}"
+    said = f"stopped after step {step} of {job.config.steps}, as it was told; resumable: {typed('resume', str(folder))}"
     (folder / RESUMABLE).write_text(f"{said}\n")
     job.logger.note(said)
     return said

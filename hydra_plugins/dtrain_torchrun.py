@@ -23,6 +23,7 @@ from hydra.types import HydraContext, TaskFunction
 from omegaconf import DictConfig, OmegaConf
 
 from dtrain import records
+from dtrain.override import setting
 from dtrain.report.sweep import Told, show_job, show_sweep
 
 
@@ -58,7 +59,7 @@ class TorchrunLauncher(Launcher):
             given = filter_overrides(overrides)
             jobs.append(Told(str(index), ",".join(given), place))
             show_job(jobs[-1])
-            command = [*self.command, sys.argv[0], *given, f"hydra.run.dir={place}"]
+            command = [*self.command, sys.argv[0], *given, setting("hydra.run.dir", str(place))]
             status = _run(command)
             returns.append(_outcome(place, status, given, sweep))
         show_sweep(jobs)

@@ -58,12 +58,15 @@ BELOW = {
     "link": set(),
     "about": {"config"},
     "straggler": {"config"},
-    "compare": {"about", "config", "cost", "lock", "measure", "profile", "records", "report"},
+    "compare": {"about", "config", "cost", "lock", "measure", "override", "profile", "records", "report"},
     "lock": set(),
     "records": set(),
     "streams": set(),
     "claim": {"config", "launch", "lock", "saved"},
-    "config": set(),
+    "config": {"constructor"},
+    "constructor": set(),
+    "override": set(),
+    "aliases": set(),
 }  # fmt: skip
 LARGEST_FILE, LARGEST_FUNCTION, PACKAGE_LINES = 255, 45, 16_000
 

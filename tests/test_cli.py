@@ -113,7 +113,7 @@ MISTAKES = [
     (["model.n_heads=5"], "model.n_heads=5 does not divide d_model=64: use 1, 2, 4"),
     (["model.d_model=-64"], "model.d_model=-64 must be at least 1"),
     (["seq_len=100"], "seq_len=100 is longer than the model's context=64: use at most 64"),
-    (["global_batch_size=6", "micro_batch_size=4"], "global_batch_size=6 is not divisible by 1 data-parallel ranks x micro_batch_size=4: use 4 or 8"),
+    (["global_batch_size=6", "micro_batch_size=4"], "global_batch_size=6 is not divisible by 1 data-parallel ranks x micro_batch_size=4: use global_batch_size=4 or 8, or micro_batch_size=1 or 2 or 3 or 6"),
     (["strategy=ddp", "strategy.dp.degree=3"], "strategy dp=3 uses 3 ranks, the job has 1"),
     (["strategy=[ddp,fsdp]"], "needs at least 2 ranks on each of dp and fsdp"),
     (["launch.nproc=2"], "strategy single uses 1 rank, the job has 2"),

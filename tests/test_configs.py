@@ -134,7 +134,7 @@ def test_every_optimizer_builds(name: str) -> None:
 )
 def test_dtype_and_precision_agree(overrides: list[str], expected: tuple) -> None:
     config = checked(composed(*overrides))
-    precision = Precision(compute=config.dtype, **config.precision)
+    precision = Precision.of(config.dtype, config.precision)
     assert (precision.compute, precision.weights_dtype, precision.reduce_dtype) == expected
 
 

@@ -6,12 +6,14 @@ One table holds them all; a test reads the sources and finds what the table lack
 from __future__ import annotations
 
 import ast
+import sys
 import traceback
 from collections.abc import Callable, Iterator
 from copy import deepcopy
 from dataclasses import dataclass, fields, is_dataclass, replace
 from functools import cache, partial
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any, ClassVar
 from unittest import mock
 
@@ -66,7 +68,7 @@ from dtrain.task.base import Sizes, Task
 from dtrain.train import NonFinite
 
 SOURCE = Path(dtrain.__file__).parent
-ROOMS = ("strategy/**/*.py", "plan.py", "degrees.py", "config.py", "layout.py", "job.py")
+ROOMS = ("strategy/**/*.py", "plan.py", "degrees.py", "config.py", "constructor.py", "layout.py", "job.py")
 NOT_ASKED = ("cost",)  # functions that say only that a prediction is not known: nobody's mistake
 
 
@@ -180,6 +182,14 @@ class Normed(nn.Sequential):
         super().__init__(nn.Linear(2, 2), nn.BatchNorm1d(2))
 
 
+class Holding(nn.Module):
+    """A module in a module."""
+
+    def __init__(self, part: nn.Module) -> None:
+        super().__init__()
+        self.part = part
+
+
 def on_model(strategy: Strategy, model: ModelFactory, ranks: int, *others: Strategy) -> None:
     """Ask for a model under strategies."""
     with torch.device("meta"):
@@ -196,6 +206,10 @@ def on_task(strategy: Strategy, task: Task, ranks: int, *beside: Strategy) -> No
 
 def zero(stage: int, **settings: Any) -> DeepSpeed:
     return DeepSpeed(2, {"zero_optimization": {"stage": stage}, **settings})
+
+
+def accelerated(stage: int) -> AccelerateDeepSpeed:
+    return AccelerateDeepSpeed(2, {"zero_optimization": {"stage": stage}})
 
 
 def missing(package: str, strategy: Strategy, where: str) -> None:
@@ -257,6 +271,13 @@ def without_compilers() -> None:
         run("compile=true")
 
 
+def lacking(body: str) -> None:
+    """Ask for a class of a module that cannot be imported."""
+    with TemporaryDirectory() as folder, mock.patch.object(sys, "path", [folder, *sys.path]):
+        (Path(folder) / "mine.py").write_text(body)
+        built("mine.Mine")
+
+
 DDP_CLASS = "dtrain.strategy.ddp.DDP"
 
 
@@ -301,15 +322,17 @@ REFUSALS = {
     "rows of a rank": Refusal(
         lambda: Plan.of([DDP()], 4).micro_batches(10, 2),
         "global_batch_size", "=10 is not divisible by 4 data-parallel ranks x micro_batch_size=2",
-        "use 8 or 16",
+        "use global_batch_size=8 or 16",
     ),
     "blocks to compute again": Refusal(
         lambda: Plan.of([], 1, recompute=True).check_model(MLP(2, 2, 2)),
-        "activation_checkpointing", "=true acts on a model's blocks", "MLP names none in a Layout",
+        "activation_checkpointing", "=true acts on a model's blocks, and MLP names none in a Layout",
+        "use activation_checkpointing=false",
     ),
     "blocks to compile": Refusal(
         lambda: Plan.of([], 1, compile=True).check_model(MLP(2, 2, 2)),
-        "compile", "=true acts on a model's blocks", "MLP names none in a Layout",
+        "compile", "=true acts on a model's blocks, and MLP names none in a Layout",
+        "use compile=false",
     ),
     # the layout
     "batch norm": Refusal(
@@ -347,7 +370,7 @@ REFUSALS = {
     ),
     "fsdp, weights put away too early": Refusal(
         lambda: Plan.of([FSDP(2), Pipeline(2, schedule="zbv")], 4),
-        "strategy.fsdp.reshard_after_forward", "this pipeline schedule",
+        "strategy.fsdp.reshard_after_forward", "schedule zbv computes",
         "use strategy.fsdp.reshard_after_forward=false",
     ),
     # tensor
@@ -396,7 +419,7 @@ REFUSALS = {
         "cp=2", "experts of Transformer", "use model.capacity_factor=null and model.balance=bias",
     ),
     "context, unknown heads": Refusal(
-        lambda: on_model(Context(method="ulysses"), Bare, 2), "n_heads", "Bare", "use method=ring"
+        lambda: on_model(Context(method="ulysses"), Bare, 2), "n_heads", "Bare", "use strategy.cp.method=ring"
     ),
     "context, heads": Refusal(
         lambda: on_model(Context(method="ulysses"), GPT, 5),
@@ -408,7 +431,7 @@ REFUSALS = {
     ),
     "context, no positions": Refusal(
         lambda: on_task(Context(), Unplaced(), 2),
-        "`positions`", "task Unplaced", "count its own tokens from 0",
+        "`positions`", "task Unplaced", "use strategy=ddp",
     ),
     "context, a value a row": Refusal(
         lambda: on_task(Context(), ARow(), 2),
@@ -531,7 +554,7 @@ REFUSALS = {
     # the parameter server
     "parameter_server beside fsdp": Refusal(
         lambda: Plan.of([ParameterServer(2), FSDP(2)], 4),
-        "strategy parameter_server", "beside fsdp", "stands alone",
+        "strategy parameter_server", "beside fsdp", "use replicate in its place",
     ),
     "parameter_server, no workers": Refusal(
         lambda: Plan.of([ParameterServer(servers=3)], 3),
@@ -543,7 +566,7 @@ REFUSALS = {
     ),
     "parameter_server, thin matrices in bf16": Refusal(
         lambda: Plan.of([ParameterServer(compression="power_sgd")], 3, precision=NARROW),
-        "compression=power_sgd", "bf16",
+        "strategy.dp.compression=power_sgd", "bf16",
         "keep weights in fp32",
     ),
     "parameter_server, on GPUs": Refusal(
@@ -607,6 +630,23 @@ REFUSALS = {
     "accelerate_deepspeed, stage 0": Refusal(
         lambda: Plan.of([AccelerateDeepSpeed()], 2),
         "strategy accelerate_deepspeed", "stage 0", "use accelerate_ddp",
+    ),
+    "accelerate_deepspeed beside fsdp": Refusal(
+        lambda: Plan.of([accelerated(1), FSDP(2)], 4),
+        "strategy accelerate_deepspeed", "beside fsdp", "use fsdp or zero1 there",
+    ),
+    "accelerate_deepspeed without DeepSpeed": Refusal(
+        lambda: missing("deepspeed", accelerated(1), "deepspeed"),
+        "strategy accelerate_deepspeed", "the package deepspeed", "pip install",
+    ),
+    "accelerate_deepspeed, weights": Refusal(
+        lambda: Plan.of([accelerated(1)], 2, precision=Precision("fp64")),
+        "strategy accelerate_deepspeed", "dtype=fp64", "use fp32 or bf16",
+    ),
+    "accelerate_deepspeed, a narrow sum": Refusal(
+        lambda: Plan.of([accelerated(1)], 2, precision=Precision("bf16", reduce="bf16")),
+        "not for strategy accelerate_deepspeed", "precision.reduce=bf16",
+        "set strategy.dp.deepspeed.communication_data_type",
     ),
     # DeepSpeed
     "deepspeed, what the run says": Refusal(
@@ -716,7 +756,7 @@ REFUSALS = {
     ),
     "a part that refuses its argument": Refusal(
         lambda: text(_target_="dtrain.data.tokenizer.Bytes", vocab_size=77),
-        "data: data.tokenizer.vocab_size", "=77", "use data/tokenizer=bpe",
+        "data.tokenizer.vocab_size", "=77", "use data/tokenizer=bpe",
     ),
     "an argument that there is not": Refusal(
         lambda: built(DDP_CLASS, depth=3), "strategy.dp", "'depth'", "unexpected keyword argument"
@@ -740,7 +780,21 @@ REFUSALS = {
     "a class that there is not": Refusal(
         lambda: built("dtrain.strategy.dpd.DDP"),
         "strategy.dp._target_", "=dtrain.strategy.dpd.DDP",
-        "is importable from module 'dtrain.strategy'",
+        "there is no module dtrain.strategy.dpd",
+    ),
+    "a name without a module": Refusal(
+        lambda: built("DDP"), "strategy.dp._target_", "=DDP", "write module.Class"
+    ),
+    "a class that its module has not": Refusal(
+        lambda: built("dtrain.strategy.ddp.DPP"),
+        "strategy.dp._target_", "=dtrain.strategy.ddp.DPP", "module dtrain.strategy.ddp has no DPP",
+    ),
+    "a module that lacks another": Refusal(
+        lambda: lacking("import not_installed_here"),
+        "strategy.dp._target_", "=mine.Mine", "No module named 'not_installed_here'",
+    ),
+    "a module that breaks": Refusal(
+        lambda: lacking("1 / 0"), "strategy.dp._target_", "=mine.Mine", "division by zero"
     ),
     "a class of another kind": Refusal(
         lambda: built("torch.nn.Linear"),
@@ -752,6 +806,21 @@ REFUSALS = {
     "a part of another kind": Refusal(
         lambda: text(_target_="subprocess.Popen"),
         "data.tokenizer._target_", "=subprocess.Popen", "Source or Tokenizer",
+    ),
+    "a key that there is not": Refusal(
+        lambda: run("+eval.foo=1"), "unknown key", "'eval.foo'", "beside it are every, batches"
+    ),
+    "a value that was taken away": Refusal(
+        lambda: run("~steps"), "steps", "has no value", "set steps=…"
+    ),
+    "a range of another's": Refusal(
+        lambda: make({"_target_": "torch.nn.Dropout", "p": 3}, nn.Module, "model"),
+        "model.p", "=3", "has to be between 0 and 1",
+    ),
+    "a part with a range": Refusal(
+        lambda: make({"_target_": "test_refusals.Holding", "part": {"_target_": "torch.nn.Dropout", "p": 3}},
+                     nn.Module, "model", parts=(nn.Module,)),
+        "model.part.p", "=3", "has to be between 0 and 1",
     ),
     "a name": Refusal(lambda: run("dtype=fp23"), "dtype", "=fp23", "use fp32, bf16, fp64"),
     "too little": Refusal(

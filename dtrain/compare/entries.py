@@ -8,6 +8,8 @@ import shlex
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 
+from dtrain.override import read, setting
+
 RANKS, ROWS = "launch.nproc", "global_batch_size"
 OWN = ("strategy", "launch")  # settings that leave the model, the data and the steps as they are
 
@@ -34,10 +36,10 @@ class Entry:
         strategy, *settings = shlex.split(text) or [""]
         if not strategy or "=" in strategy:
             raise ValueError(f"strategies: {text!r} must begin with a strategy's name")
-        for setting in settings:
-            if "=" not in setting:
-                raise ValueError(f"strategies: {setting!r} of {text!r} must be key=value")
-        return cls(strategy, tuple(settings))
+        for each in settings:
+            if "=" not in each:
+                raise ValueError(f"strategies: {each!r} of {text!r} must be key=value")
+        return cls(strategy, tuple(each if read(each) else setting(*each.split("=", 1)) for each in settings))
 
     @property
     def label(self) -> str:

@@ -198,6 +198,7 @@ class AccelerateDeepSpeed(DeepSpeed):
     """
 
     engine = "accelerate"
+    called = "accelerate_deepspeed"
 
     def check(self, plan: Plan) -> None:
         check_installed()

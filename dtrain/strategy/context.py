@@ -73,7 +73,9 @@ class Context(Strategy):
                              f"{self.degree} cuts: use model.capacity_factor=null and model.balance=bias")  # fmt: skip
         tp, heads = plan.degrees.get("tp", 1), getattr(model, "n_heads", 0)
         if self.method == "ulysses" and not heads:
-            raise ValueError(f"{type(model).__name__} does not say its number of heads (n_heads): use method=ring")
+            raise ValueError(
+                f"{type(model).__name__} does not say its number of heads (n_heads): use strategy.cp.method=ring"
+            )
         if self.method == "ulysses" and (mine := heads // tp) % self.degree:
             split = f" / tp={tp}" if tp > 1 else ""
             raise ValueError(f"n_heads={heads}{split} is not divisible by cp={self.degree}: use {divisors(mine)}")
@@ -82,7 +84,7 @@ class Context(Strategy):
         lengths = {name: t.shape[1] if t.ndim > 1 else 1 for name, t in task.batch(0).items()}
         if not any("positions" in getattr(update, "inputs", ()) for update in task.updates):
             raise ValueError(f"task {type(task).__name__} tells its model no `positions`: each rank would count its "
-                             f"own tokens from 0")  # fmt: skip
+                             f"own tokens from 0; name them in its update's inputs, or use strategy=ddp")  # fmt: skip
         length = max(lengths.values())
         if whole := [name for name, each in lengths.items() if each != length]:
             raise ValueError(f"`{whole[0]}` of the batch is not one value a token: cp={self.degree} cannot cut it; "

@@ -64,6 +64,7 @@ class DeepSpeed(Strategy):
 
     axis = "dp"
     engine = "deepspeed"
+    called = "deepspeed"  # in a refusal
 
     def __init__(self, degree: int = REST, deepspeed: dict[str, Any] | None = None) -> None:
         super().__init__(degree)
@@ -76,26 +77,29 @@ class DeepSpeed(Strategy):
             said = f"strategy.dp.deepspeed.{key}={self.settings[key]}"
             raise ValueError(f"{said} is for the run to say: use {OWNED[key]}")
         if self.zero.get("round_robin_gradients"):  # _hp_mapping then names the wrong weights
-            raise ValueError("DeepSpeed 0.19 loses count of its slices with round_robin_gradients=true: use false")
+            raise ValueError(
+                "strategy.dp.deepspeed.zero_optimization.round_robin_gradients=true: DeepSpeed 0.19 loses "
+                "count of its slices; use false"
+            )
         if self.stage not in (0, 1, 2, 3):
             raise ValueError(f"strategy.dp.deepspeed.zero_optimization.stage={self.stage} must be 0, 1, 2 or 3")
 
     def check(self, plan: Plan) -> None:
         if others := [s.axis for s in plan.strategies if s is not self and s.engine != self.engine]:
             beside = ", ".join(others)
-            raise ValueError(f"strategy deepspeed stands alone, not beside {beside}: use fsdp or zero1 there")
+            raise ValueError(f"strategy {self.called} stands alone, not beside {beside}: use fsdp or zero1 there")
         if find_spec("deepspeed") is None:
-            raise ValueError("strategy deepspeed needs the package deepspeed: pip install 'dtrain[deepspeed]'")
+            raise ValueError(f"strategy {self.called} needs the package deepspeed: pip install 'dtrain[deepspeed]'")
         self.casts = plan.precision.mixed
         if plan.precision.weights_dtype != torch.float32:
-            raise ValueError(f"strategy deepspeed keeps its weights in fp32, dtype={plan.precision.compute} does not: "
-                             f"use fp32 or bf16")  # fmt: skip
+            raise ValueError(f"strategy {self.called} keeps its weights in fp32, dtype={plan.precision.compute} does "
+                             f"not: use fp32 or bf16")  # fmt: skip
         if _autotp(plan) and not self.stage:
             raise ValueError("strategy deepspeed_autotp is for stages 1, 2 and 3: use strategy=tensor for stage 0")
         if self.casts and not self.stage:
             raise ValueError("DeepSpeed's stage 0 keeps no weights in fp32 beside dtype=bf16: use stage 1, 2 or 3")
         if plan.precision.reduce:
-            raise ValueError(f"precision.reduce={plan.precision.reduce} is not for strategy deepspeed: set "
+            raise ValueError(f"precision.reduce={plan.precision.reduce} is not for strategy {self.called}: set "
                              f"strategy.dp.deepspeed.communication_data_type")  # fmt: skip
         if plan.compile:
             raise ValueError("compile=true compiles blocks before DeepSpeed hooks into them: use compile=false")

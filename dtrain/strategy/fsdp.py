@@ -72,8 +72,9 @@ class FSDP(Strategy):
         if self.reduce_each:
             raise ValueError("strategy.fsdp.reduce_each=true: a pipeline reduces once a step; use reduce_each=false")
         if self.reshard_after_forward and pipeline.splits_backward:
-            raise ValueError("this pipeline schedule computes the gradients of weights after those of inputs, and "
-                             "resharded weights miss them: use strategy.fsdp.reshard_after_forward=false")  # fmt: skip
+            schedule = getattr(pipeline, "schedule", type(pipeline).__name__)
+            raise ValueError(f"schedule {schedule} computes the gradients of weights after those of inputs, and "
+                             f"resharded weights miss them: use strategy.fsdp.reshard_after_forward=false")  # fmt: skip
 
     def check_model(self, model: nn.Module, plan: Plan) -> None:
         refuse_sharing(model, "fsdp")

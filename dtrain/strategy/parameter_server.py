@@ -85,14 +85,16 @@ class ParameterServer(Strategy):
 
     def check(self, plan: Plan) -> None:
         if others := [strategy.axis for strategy in plan.strategies if strategy is not self]:
-            raise ValueError(f"strategy parameter_server stands alone, not beside {', '.join(others)}")
+            raise ValueError(f"strategy parameter_server stands alone, not beside {', '.join(others)}: "
+                             f"leave them out, or use replicate in its place")  # fmt: skip
         if self.workers < 1:
             raise ValueError(f"strategy parameter_server has {self.degree} ranks for {self.servers} servers and the "
                              f"workers: start {self.servers + 1} or more")  # fmt: skip
         if plan.compile:
             raise ValueError("strategy parameter_server does not compile its workers' models: use compile=false")
         if self.compression == "power_sgd" and plan.precision.weights_dtype == torch.bfloat16:
-            raise ValueError("compression=power_sgd orthogonalises, which no CPU does in bf16: keep weights in fp32")
+            raise ValueError("strategy.dp.compression=power_sgd orthogonalises, which no CPU does in bf16: keep "
+                             "weights in fp32 (precision=bf16)")  # fmt: skip
         if plan.device.type != "cpu":
             raise ValueError("strategy parameter_server sends by gloo, from host memory: use device=cpu")
 

@@ -1,0 +1,84 @@
+"""What a constructor has to say of the arguments that a configuration gives it, in words of the configuration."""
+
+from __future__ import annotations
+
+import importlib
+import re
+from collections.abc import Collection, Mapping
+from types import UnionType
+from typing import Any, Union, get_args, get_origin
+
+HYDRAS = ("_target_", "_args_", "_convert_", "_partial_", "_recursive_")  # keys of a node that are no arguments
+PLAIN = (str, bool, int, float, list, tuple, dict, Mapping)  # types of which a value of YAML can be
+REFUSED = (ValueError, TypeError, AssertionError, LookupError, ArithmeticError)  # how constructors refuse values
+
+
+def arguments(node: Mapping[str, Any]) -> dict[str, Any]:
+    """What a node gives its constructor."""
+    return {name: value for name, value in node.items() if name not in HYDRAS}
+
+
+def imported(target: str, said: str) -> Any:
+    """What stands under a dotted name.
+
+    Raises:
+        ValueError: nothing does; `said` names the setting.
+    """
+    module, _, name = target.rpartition(".")
+    if not module:
+        raise ValueError(f"{said} names no class: write module.Class, such as dtrain.model.transformer.Transformer")
+    try:
+        return getattr(importlib.import_module(module), name)
+    except ModuleNotFoundError as error:
+        if not error.name or not f"{module}.".startswith(f"{error.name}."):  # one that it imports itself
+            raise ValueError(f"{said} cannot be imported: {error}") from error
+        raise ValueError(f"{said} cannot be imported: there is no module {error.name} on the path of this Python: for "
+                         f"one of your own set PYTHONPATH to its folder") from error  # fmt: skip
+    except AttributeError as error:
+        raise ValueError(f"{said} cannot be imported: module {module} has no {name}") from error
+    except Exception as error:  # an import may fail in any way; its own message is the best there is
+        last_line = (str(error).strip() or type(error).__name__).splitlines()[-1]
+        raise ValueError(f"{said} cannot be imported: {last_line}") from error
+
+
+def misfit(value: Any, hint: Any) -> str:
+    """What a value should be that does not fit an annotation of plain types; empty: it fits, or nobody can tell."""
+    allowed = get_args(hint) if get_origin(hint) in (Union, UnionType) else (hint,)
+    kinds = [get_origin(kind) or kind for kind in allowed]
+    if isinstance(value, list) and kinds == [tuple]:
+        number = len(get_args(hint))
+        return f"a list of {number}" if number and ... not in get_args(hint) and len(value) != number else ""
+    if type(value) not in (str, bool, int, float) or not any(kind in PLAIN for kind in kinds):
+        return ""
+    if object in kinds or Any in kinds or type(value) in kinds or (type(value) is int and float in kinds):
+        return ""
+    names = {type(None): "null", tuple: "list"}
+    return " or ".join(names.get(kind, getattr(kind, "__name__", str(kind))) for kind in kinds)
+
+
+def named(error: Exception, node: Any, where: str, keys: Collection[str]) -> Exception:
+    """What a constructor refuses, told with the key of its node, and of the argument if its text names one.
+
+    A text names an argument by its name, or by its value. One that begins with one of `keys` stays as it is.
+    """
+    cause = error if isinstance(error, REFUSED) else error.__cause__
+    within = re.findall(r"^full_key: (\S+)", str(error), re.M)[-1:] if cause is not error else []  # Hydra's
+    text = str(cause)
+    if isinstance(cause, ValueError) and re.match(rf"({'|'.join(keys)})[\w.]*[=: ]", text):
+        return cause
+    for part in "".join(within).split("."):
+        if part in node:
+            where, node = f"{where}.{part}", node[part]
+    given, words = arguments(node), re.findall(r"-?[\w.]*\w", text)
+    found = [name for name in given if name in words]
+    found = found or [name for name, value in given.items() if {*map(str, _numbers(value))} & {*words}]
+    settings = " or ".join(f"{where}.{name}={given[name]}" for name in found) or where
+    if isinstance(cause, ValueError):
+        return ValueError(f"{settings}: {text}")
+    return ValueError(f"{settings}: {type(cause).__name__}: {text} (DTRAIN_TRACEBACK=1 shows where)")
+
+
+def _numbers(value: Any) -> list[Any]:
+    """An argument, or those in it."""
+    parts = value if isinstance(value, list) else [value]
+    return [part for part in parts if isinstance(part, int | float) and not isinstance(part, bool)]
