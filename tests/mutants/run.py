@@ -43,7 +43,7 @@ ROOMS = {
     "launch": "launch durability refusals instruments cli distributed/faults",
     "cost": "figures measure instruments cost compare",
     "report": "figures reports measure compare instruments data cli",
-    "config": "configs refusals data cli capabilities docs",
+    "config": "messages configs refusals data cli capabilities docs",
 }
 # What each copy would have to import anew, of others.
 LIBRARIES = ("torch", "torch.distributed.run", "torch.distributed.tensor", "torch.distributed.fsdp", "torch._dynamo", "hydra",
