@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 from torch import Tensor, nn
 
@@ -33,3 +34,19 @@ def divide(batch: Batch, parts: int) -> Iterator[Batch]:
     chunks = {name: tensor.chunk(parts) for name, tensor in batch.items()}
     for index in range(parts):
         yield {name: tensors[index] for name, tensors in chunks.items()}
+
+
+@contextmanager
+def evaluating(models: Models) -> Iterator[None]:
+    """Models in evaluation; then each module is as it was: what its author keeps in evaluation stays there."""
+    were = [(module, module.training) for model in models.values() for module in model.modules()]
+    trained = {name: model.training for name, model in models.items()}
+    for model in models.values():
+        model.eval()
+    try:
+        yield
+    finally:
+        for name, model in models.items():
+            model.train(trained[name])  # which an author may have given more to do
+        for module, training in were:
+            module.training = training

@@ -24,6 +24,7 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 
+from dtrain import own
 from dtrain.claim import RESUMABLE
 from dtrain.compare import command as comparison
 from dtrain.config import CONFIGS, Comparison, Config, check_axes, checked, register
@@ -97,6 +98,7 @@ def main(config_name: str, task: Callable[[DictConfig], Any]) -> None:
 def train(config: DictConfig) -> float:
     """The job of `scripts/train.py`: returns the validation loss (or else the loss) for a sweeper."""
     settings = checked(config)
+    own.check_asked(settings.model, HydraConfig.get().overrides.task)
     folder, name = Path(HydraConfig.get().runtime.output_dir), strategy_name()
     if name:
         check_axes(name.split("+"))
@@ -124,8 +126,9 @@ def compare(config: DictConfig) -> None:
                          f"{hydra_config.job.config_name}: give its settings as key=value")  # fmt: skip
     settings = checked(config)
     assert isinstance(settings, Comparison)
-    own = list(hydra_config.overrides.task)
-    kept = [o for o in own if o.split("=")[0] not in ("strategies", "strategy", "launch.nproc", "global_batch_size")]
+    asked = list(hydra_config.overrides.task)
+    own.check_asked(settings.model, asked)
+    kept = [o for o in asked if o.split("=")[0] not in ("strategies", "strategy", "launch.nproc", "global_batch_size")]
 
     def configure(overrides: list[str]) -> DictConfig:
         composed = compose("compare", overrides=[*kept, *overrides])
@@ -142,7 +145,7 @@ def compare(config: DictConfig) -> None:
         return summary
 
     folder = Path(hydra_config.runtime.output_dir)
-    comparison.compare(settings, own, dict(hydra_config.runtime.choices), folder, configure, run_one)
+    comparison.compare(settings, asked, dict(hydra_config.runtime.choices), folder, configure, run_one)
 
 
 def _asked(config: DictConfig) -> dict[str, str]:
@@ -208,6 +211,7 @@ def _crashed(error: Exception) -> NoReturn:
 def info(config: DictConfig) -> None:
     """The job of `scripts/info.py`."""
     settings = checked(config)
+    own.check_asked(settings.model, HydraConfig.get().overrides.task)
     precision = Precision.of(settings.dtype, settings.precision)
     for name, factory in model_factories(settings).items():
         show(name, count(factory, precision, settings.seq_len))

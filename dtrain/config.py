@@ -98,12 +98,12 @@ class Config:
     """A run. Groups are free-form; `configs/train.yaml` says what each scalar does."""
 
     strategy: dict[str, Any] = field(default_factory=dict)
-    model: dict[str, Any] = MISSING
-    task: dict[str, Any] = MISSING
-    data: dict[str, Any] = MISSING
-    optimizer: dict[str, Any] = MISSING
-    precision: dict[str, Any] = MISSING
-    logger: dict[str, Any] = MISSING
+    model: dict[str, Any] = field(default_factory=dict)
+    task: dict[str, Any] = field(default_factory=dict)
+    data: dict[str, Any] = field(default_factory=dict)
+    optimizer: dict[str, Any] = field(default_factory=dict)
+    precision: dict[str, Any] = field(default_factory=dict)
+    logger: dict[str, Any] = field(default_factory=dict)
     launch: Launch = field(default_factory=Launch)
 
     steps: int = at_least(1)
@@ -117,6 +117,7 @@ class Config:
     activation_checkpointing: bool = MISSING
     compile: bool = MISSING
     profile: bool = MISSING
+    probe: bool = MISSING
     resume: str | None = MISSING
     init_from: str | None = MISSING
     overwrite: bool = MISSING

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from dtrain import own
 from dtrain.data.paths import in_words
 from dtrain.initialize import on_meta
 from dtrain.job import Job
@@ -44,7 +45,7 @@ def flops_per_token(task: Task) -> float | None:
     try:
         total = sum((flops.count(partial(update.loss, models, batch)) for update in task.updates), start=0)
         return total / task.size(row)
-    except (NotImplementedError, RuntimeError, KeyError):
+    except Exception:  # of a user's model: it may fail in any way
         logging.getLogger("dtrain").warning(
             "no operations are counted, so no MFU: a model does not run on meta tensors"
         )
@@ -64,7 +65,9 @@ def facts(job: Job, meter: Meter, peak_source: str) -> tuple[str, ...]:
         f"model: {parameters:,} parameters; computes in {precision.compute}, weights in {weights}",
         f"data: {data}",
         *([f"left out of the data: {in_words(job.data.left_out)}"] if any(job.data.left_out.values()) else []),
+        *own.told(config.model),
         *([f"task: {job.task.told}"] if job.task.told else []),
+        *job.tried,
         f"batch: {config.global_batch_size} rows over {job.plan.row_parts} x "
         f"{job.plan.micro_batches(config.global_batch_size, config.micro_batch_size)} micro-batches",
         f"device: {job.plan.device.type}, {torch.get_num_threads()} threads a process; "

@@ -6,11 +6,13 @@ import hashlib
 import json
 import platform
 import socket
+import zlib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from dtrain.launch import gathered
 
@@ -40,6 +42,27 @@ def refuse_differences(config: Mapping[str, Any], data: Mapping[str, Any]) -> No
     more = f"; and {len(names) - 3} more" if len(names) > 3 else ""
     raise ValueError(f"rank {rank} on {hosts[rank]} is to run something else than rank 0 on {hosts[0]}: "
                      f"{'; '.join(told)}{more}")  # fmt: skip
+
+
+def digest(tensor: Tensor) -> int:
+    """A number that tells a tensor's values from others."""
+    return zlib.crc32(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
+
+
+def refuse_other_weights(digests: Mapping[str, int], model: str) -> None:
+    """Compare the values that each rank begins with, by name. A collective.
+
+    Raises:
+        ValueError: on every rank alike, naming the first that the ranks do not have alike.
+    """
+    every = gathered(dict(digests))
+    for rank, theirs in enumerate(every):
+        for name, value in theirs.items():
+            other = next((r for r in range(rank) if every[r].get(name, value) != value), None)
+            if other is not None:
+                raise ValueError(f"{name} of {model} begins with other values on rank {rank} than on rank {other}: draw it "
+                                 f"by torch's, numpy's or Python's global generator, which the seed sets, or from a file "
+                                 f"that all ranks have")  # fmt: skip
 
 
 def _facts(config: Mapping[str, Any], data: Mapping[str, Any]) -> dict[str, str]:

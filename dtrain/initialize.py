@@ -8,11 +8,16 @@ weights (a sharded random generator would not: pytorch#168058). Any other model 
 
 from __future__ import annotations
 
+import random
+from collections.abc import Callable
+
+import numpy
 import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
+from dtrain.adapt import adapted
 from dtrain.batch import ModelFactory
 from dtrain.draw import generator
 
@@ -21,8 +26,8 @@ def on_meta(factory: ModelFactory) -> nn.Module | None:
     """The model's shapes, without memory; None if it cannot be built so (it computes with values)."""
     try:
         with torch.device("meta"):
-            return factory().to("meta")  # buffers may have been made with their values
-    except (NotImplementedError, RuntimeError):
+            return adapted(factory().to("meta"))  # buffers may have been made with their values
+    except (NotImplementedError, RuntimeError, TypeError):  # of torch, or of numpy that is handed a meta tensor
         return None
 
 
@@ -30,9 +35,11 @@ def build(factory: ModelFactory, seed: int) -> nn.Module:
     """The model: on the meta device if it has `initial`, else whole, drawn from `seed`."""
     if hasattr(on_meta(factory), "initial"):
         with torch.device("meta"):
-            return _contiguous(factory())
+            return _contiguous(adapted(factory()))
     torch.manual_seed(seed)
-    return _contiguous(factory())
+    random.seed(seed)
+    numpy.random.seed(seed % 2**32)  # for those who draw weights by it
+    return _contiguous(adapted(factory()))
 
 
 def _contiguous(model: nn.Module) -> nn.Module:
@@ -42,20 +49,46 @@ def _contiguous(model: nn.Module) -> nn.Module:
     return model
 
 
-def materialize(model: nn.Module, seed: int, storage: torch.device, device: torch.device, dtype: torch.dtype) -> None:
+def whole(factory: ModelFactory, seed: int, dtype: torch.dtype) -> nn.Module:
+    """The model with all its values, on the host."""
+    model, host = build(factory, seed), torch.device("cpu")
+    materialize(model, seed, host, host, dtype)
+    return model
+
+
+def cast(model: nn.Module, dtype: torch.dtype, storage: torch.device, device: torch.device) -> None:
+    """Give the parameters the format `dtype` on `storage`, in place, and move the buffers to `device`.
+
+    Buffers are only widened: tables of angles keep the digits that their author gave them, and complex numbers
+    stay complex.
+    """
+    made: dict[int, Tensor] = {}
+
+    def fit(tensor: Tensor) -> Tensor:
+        if isinstance(tensor, nn.Parameter) and tensor.is_floating_point():
+            return tensor.to(storage, dtype)
+        place = storage if isinstance(tensor, nn.Parameter) else device
+        inexact = tensor.is_floating_point() or tensor.is_complex()
+        wide = torch.promote_types(tensor.dtype, dtype) if inexact else tensor.dtype
+        return made.setdefault(id(tensor), tensor.to(place, wide))  # one that two modules share stays one
+
+    model._apply(fit)
+
+
+def materialize(
+    model: nn.Module, seed: int, storage: torch.device, device: torch.device, dtype: torch.dtype,
+    told: Callable[[str, Tensor], object] | None = None,
+) -> None:  # fmt: skip
     """Give every parameter of `model` its initial values on `storage`, in place, and move its buffers to `device`.
 
-    Needs no communication.
+    Needs no communication. `told` is given each parameter's name and whole values, where they are drawn here.
 
     Raises:
         ValueError: a buffer on the meta device: nothing tells its values.
     """
     initial = getattr(model, "initial", None)
     if initial is None or not any(p.is_meta for p in model.parameters()):
-        model.to(device=storage, dtype=dtype)
-        for module in model.modules():
-            for key, buffer in module.named_buffers(recurse=False):
-                setattr(module, key, buffer.to(device))
+        cast(model, dtype, storage, device)
         return
     names = {id(parameter): name for name, parameter in model.named_parameters()}  # a tied one counts once
     made: dict[int, nn.Parameter] = {}
@@ -64,6 +97,8 @@ def materialize(model: nn.Module, seed: int, storage: torch.device, device: torc
             if id(parameter) not in made:
                 values = torch.empty(parameter.shape, dtype=torch.float32)
                 initial(names[id(parameter)], values, generator(seed, names[id(parameter)]))
+                if told:
+                    told(names[id(parameter)], values)
                 made[id(parameter)] = _place(values.to(dtype), parameter, storage)
             setattr(module, key, made[id(parameter)])
         for key, buffer in module.named_buffers(recurse=False):

@@ -11,7 +11,7 @@ from typing import Any
 from torch import nn
 from torch.optim import Optimizer
 
-from dtrain import launch
+from dtrain import launch, own
 from dtrain.accelerator import refuse_contradictions
 from dtrain.batch import ModelFactory
 from dtrain.config import Config, make
@@ -23,6 +23,7 @@ from dtrain.launch import World
 from dtrain.optimizer import parameter_groups
 from dtrain.plan import Plan
 from dtrain.precision import Precision
+from dtrain.probe import probe
 from dtrain.profile import RECORDED
 from dtrain.report.base import All, Logger
 from dtrain.report.console import preparing
@@ -43,6 +44,7 @@ class Job:
     task: Task
     plan: Plan
     logger: Logger
+    tried: tuple[str, ...] = ()  # what the probe has to say
 
     @property
     def asynchronous(self) -> bool:
@@ -64,7 +66,8 @@ def assemble(config: Config, world: World) -> Job:
     )  # fmt: skip
     if config.compile and plan.device.type == "cpu" and not any(map(shutil.which, COMPILERS)):
         raise ValueError(f"compile=true needs a C++ compiler, and there is none of {', '.join(COMPILERS)}")
-    refuse_contradictions(plan, plan.micro_batches(config.global_batch_size, config.micro_batch_size))
+    micro_batches = plan.micro_batches(config.global_batch_size, config.micro_batch_size)
+    refuse_contradictions(plan, micro_batches)
     if config.profile and config.steps < RECORDED:
         raise ValueError(f"profile=true looks at a run's first {RECORDED} steps, steps={config.steps} are too few")
     for name, rank in (("fault", config.fault.rank), ("straggler", config.straggler.rank)):
@@ -78,7 +81,8 @@ def assemble(config: Config, world: World) -> Job:
     data, task = task_of(config, shown=world.rank == 0)
     plan.check_task(task)
     plan.check_optimizer(partial(optimizer_of, config.optimizer))
-    return Job(config, data, task, plan, logger)
+    tried = probe(task, plan, micro_batches=micro_batches, seed=config.seed) if config.probe else ()
+    return Job(config, data, task, plan, logger, tried)
 
 
 def task_of(config: Config, *, shown: bool = True) -> tuple[Data, Task]:
@@ -92,9 +96,10 @@ def task_of(config: Config, *, shown: bool = True) -> tuple[Data, Task]:
 
 def model_factories(config: Config) -> dict[str, ModelFactory]:
     """The task's models by name: one, called `model`, or as many as the configuration names."""
+    words = (config.data.get("tokenizer") or {}).get("vocab_size")
     if "_target_" in config.model:
-        return {"model": partial(make, config.model, nn.Module, "model")}
-    return {name: partial(make, node, nn.Module, f"model.{name}") for name, node in config.model.items()}
+        return {"model": partial(own.build, config.model, "model", words)}
+    return {name: partial(own.build, node, f"model.{name}", words) for name, node in config.model.items()}
 
 
 def optimizer_of(node: dict[str, Any], model: nn.Module) -> Optimizer:

@@ -67,6 +67,11 @@ def layout_of(model: nn.Module) -> Layout:
     return layout if isinstance(layout, Layout) else Layout()
 
 
+def is_ours(model: nn.Module) -> bool:
+    """Is it a class of dtrain itself, which its tests have tried?"""
+    return type(model).__module__.split(".")[0] == "dtrain"
+
+
 class Absent(nn.Module):
     """Stands where another rank has the module: hands on its first argument."""
 
@@ -107,10 +112,16 @@ def shared_names(model: nn.Module) -> dict[str, str]:
 
 
 def refuse_batch_norm(model: nn.Module) -> None:
-    """Raise ValueError for a model whose ranks would normalise by the statistics of their own rows."""
-    if any(isinstance(module, nn.modules.batchnorm._BatchNorm) for module in model.modules()):
-        raise ValueError(f"{type(model).__name__} has batch norm, whose statistics would be those of one rank's part "
-                         f"of the batch: use GroupNorm or LayerNorm, or one process")  # fmt: skip
+    """Raise ValueError for a model whose statistics would be those of a part of the rows, or count some rows twice."""
+    for module in model.modules():
+        batch = isinstance(module, nn.modules.batchnorm._BatchNorm)
+        instance = isinstance(module, nn.modules.instancenorm._InstanceNorm) and module.track_running_stats
+        still = not module.training and getattr(module, "running_mean", None) is not None  # its author's eval()
+        if (batch or instance) and not still:
+            kind = "batch norm" if batch else "instance norm with running statistics"
+            raise ValueError(f"{type(model).__name__} has {kind}, whose statistics would be those of one rank's part "
+                             f"of the batch, or of a micro-batch: use GroupNorm or LayerNorm, or one process without "
+                             f"micro-batches and recomputation")  # fmt: skip
 
 
 def sequence_length(model: nn.Module | None, seq_len: int | None) -> int:

@@ -25,8 +25,9 @@ from torch.utils.checkpoint import checkpoint
 from dtrain.accumulate import Accumulate
 from dtrain.batch import Batch, ModelFactory, Models, Stages, pieces
 from dtrain.degrees import AFTER_VALUES, MESH_ORDER, laid_out, rows_of_a_rank
+from dtrain.fingerprint import digest, refuse_other_weights
 from dtrain.initialize import build, materialize, on_meta
-from dtrain.layout import blocks_of, refuse_batch_norm
+from dtrain.layout import blocks_of, is_ours, refuse_batch_norm
 from dtrain.precision import Precision
 from dtrain.stepping import check_optimizer
 from dtrain.strategy.base import Executor, Strategy
@@ -135,13 +136,18 @@ class Plan:
         """Build the model this rank trains. A collective."""
         model = build(factory, seed)
         self.check_model(model)
-        parts = [model]
+        compared = self.world_size > 1 and not is_ours(model)
+        tensors = (*model.named_parameters(), *model.named_buffers()) if compared else ()
+        digests = {name: digest(tensor) for name, tensor in tensors if not tensor.is_meta}
+        name, parts = type(model).__name__, [model]
         for strategy in self.strategies:
             parts = [part for whole in parts for part in strategy.cut(whole, self)]
-        parts = [self._parallelize(part, seed) for part in parts]
+        parts = [self._parallelize(part, seed, digests) for part in parts]
+        if compared:
+            refuse_other_weights(digests, name)
         return Stages(parts) if len(parts) > 1 else parts[0]
 
-    def _parallelize(self, model: nn.Module, seed: int) -> nn.Module:
+    def _parallelize(self, model: nn.Module, seed: int, digests: dict[str, int]) -> nn.Module:
         model = self._apply(("tp", "ep"), model)
         for block in blocks_of(model):
             if self.recompute:
@@ -149,7 +155,8 @@ class Plan:
             if self.compile:
                 block.compile()
         model = self._apply(("fsdp",), model)
-        materialize(model, seed, self.storage, self.device, self.precision.weights_dtype)
+        told = None if is_ours(model) else lambda name, values: digests.update({name: digest(values)})
+        materialize(model, seed, self.storage, self.device, self.precision.weights_dtype, told)
         model = self._apply(AFTER_VALUES, model)
         for strategy in self.strategies:
             strategy.verify(model, self)
@@ -174,7 +181,7 @@ class Plan:
         """Refuse what would train wrong, or not do what was asked."""
         for strategy in self.strategies:
             strategy.check_model(model, self)
-        if self.parts > 1:
+        if self.parts > 1 or self.recompute or self.on("pp"):
             refuse_batch_norm(model)
         if (self.recompute or self.compile) and not blocks_of(model):
             asked, name = "activation_checkpointing" if self.recompute else "compile", type(model).__name__
@@ -205,6 +212,9 @@ class Plan:
 
     def executor(self, models: Models, optimizers: Mapping[str, Optimizer], micro_batches: int) -> Executor:
         """The first strategy's own way to run forward and backward, or gradient accumulation."""
+        if micro_batches > 1:
+            for model in models.values():
+                refuse_batch_norm(model)
         made = (strategy.executor(models, optimizers, self, micro_batches) for strategy in self.strategies)
         return next(filter(None, made), None) or Accumulate(models, micro_batches, self)
 

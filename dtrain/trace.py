@@ -17,13 +17,15 @@ from torch.utils.checkpoint import checkpoint
 
 from dtrain.batch import Batch, Models
 from dtrain.footprint import Call, Footprint, Kept, Piece, Weight
-from dtrain.initialize import on_meta
+from dtrain.initialize import cast, on_meta
 from dtrain.layout import blocks_of, layout_of
 from dtrain.measure.ledger import Ledger
 
 if TYPE_CHECKING:
     from dtrain.plan import Plan
     from dtrain.task.base import Task
+
+META = torch.device("meta")
 
 
 def trace(
@@ -35,17 +37,22 @@ def trace(
     Needs no process group, and memory for no weight. Without an optimizer its states do not count.
 
     Raises:
-        ValueError: a model cannot be built on the meta device.
+        ValueError: a model cannot be built on the meta device, or does not run there.
     """
     micro_batches, dtype = plan.micro_batches(global_batch_size, micro_batch_size), plan.precision.weights_dtype
     activations = plan.precision.compute_dtype if plan.casts else dtype
     models = {name: _outline(name, on_meta(factory), plan) for name, factory in task.models.items()}
     batch = _shapes(task.batch(0), plan.row_parts * micro_batches, plan.parts // plan.row_parts)
     recorder = _Recorder(models)
-    with recorder.ledger, _flash_attention():
-        for index, update in enumerate(task.updates):
-            recorder.run(index, partial(update.loss, models, batch))
-    recorder.close()
+    try:
+        with recorder.ledger, _flash_attention():
+            for index, update in enumerate(task.updates):
+                recorder.run(index, partial(update.loss, models, batch))
+    except Exception as error:  # of a user's model: it may fail in any way
+        said = next(iter(str(error).splitlines()), "")
+        raise ValueError(f"a model does not run on meta tensors: {type(error).__name__}: {said}") from error
+    finally:
+        recorder.close()
     trained, narrow = Counter(update.trains for update in task.updates), activations.itemsize / dtype.itemsize
     pieces = (recorder.piece(name, trained[name], narrow) for name in models)
     return Footprint(
@@ -58,7 +65,7 @@ def trace(
 def _outline(name: str, model: nn.Module | None, plan: Plan) -> nn.Module:
     if model is None:
         raise ValueError(f"the cost of {name!r} cannot be told from shapes: it computes with values when it is built")
-    model.to(plan.precision.weights_dtype)
+    cast(model, plan.precision.weights_dtype, META, META)
     for block in blocks_of(model) if plan.recompute else ():
         block.forward = partial(checkpoint, block.forward, use_reentrant=False)
     return model
@@ -77,7 +84,10 @@ def _flash_attention() -> Iterator[None]:
     """On the meta device torch would take the attention that keeps all scores; devices have one that does not."""
     original = F.scaled_dot_product_attention
 
-    def attention(q: Tensor, k: Tensor, v: Tensor, dropout_p: float = 0.0, is_causal: bool = False, **_: Any) -> Tensor:
+    def attention(
+        q: Tensor, k: Tensor, v: Tensor, attn_mask: Tensor | None = None, dropout_p: float = 0.0, is_causal: bool = False,
+        **_: Any,
+    ) -> Tensor:  # fmt: skip
         return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, 0.0, is_causal)[0]
 
     F.scaled_dot_product_attention = attention  # type: ignore[assignment]  # a function mode is off during backward, and recomputation needs it

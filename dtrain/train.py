@@ -16,7 +16,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from dtrain.batch import pieces
+from dtrain.batch import evaluating, pieces
 from dtrain.clip import clip
 from dtrain.layout import StepAware
 from dtrain.optimizer import OPTIMIZER_STATE, named_tensors, put_back, rate
@@ -188,16 +188,13 @@ class Trainer:
         A collective; the same on every rank.
         """
         sums: dict[str, Tensor] = {}
-        for model in self.models.values():
-            model.eval()
-        self.plan.begin_update(self.models)
-        for batch in self.task.validation():
-            for update in self.task.updates:
-                for name, value in self._executor.evaluate(update, self.plan.shard(batch)).items():
-                    value = self.plan.total(value.to(self.plan.device, torch.float64))
-                    sums[name] = sums.get(name, torch.zeros_like(value)) + value
-        for model in self.models.values():
-            model.train()
+        with evaluating(self.models):
+            self.plan.begin_update(self.models)
+            for batch in self.task.validation():
+                for update in self.task.updates:
+                    for name, value in self._executor.evaluate(update, self.plan.shard(batch)).items():
+                        value = self.plan.total(value.to(self.plan.device, torch.float64))
+                        sums[name] = sums.get(name, torch.zeros_like(value)) + value
         self.plan.after_evaluation(self.models)
         for presence in self._presence.values():
             presence.check_units()

@@ -97,7 +97,9 @@ def test_ctrl_c_ends_a_run_with_its_checkpoint_and_twice_at_once(
         status, out, err = call(*QUICK, "steps=9")
     assert (status, err) == (130, "dtrain: interrupted\n")
     assert steps(tmp_path) == (4 if times == 1 else 2)
-    assert ("stopped after step 4 of 9" in out) == (tmp_path / "run" / "checkpoints" / "latest").exists() == (times == 1)
+    assert (
+        ("stopped after step 4 of 9" in out) == (tmp_path / "run" / "checkpoints" / "latest").exists() == (times == 1)
+    )
 
 
 def test_a_signal_before_the_first_step_ends_at_once(call, tmp_path: Path) -> None:  # noqa: F811

@@ -117,7 +117,9 @@ def test_a_link_that_leads_nowhere_is_named(tmp_path: Path) -> None:
             files_at(str(path), KEY)
 
 
-@pytest.mark.parametrize("name", ["a[1].txt", "[v2].txt", "a*.txt", "what?.txt", ".hidden.txt", "a b (1).txt", "日本語.txt"])
+@pytest.mark.parametrize(
+    "name", ["a[1].txt", "[v2].txt", "a*.txt", "what?.txt", ".hidden.txt", "a b (1).txt", "日本語.txt"]
+)
 def test_a_file_that_is_named_is_read_whatever_its_name(name: str, tmp_path: Path) -> None:
     (tmp_path / name).write_text("mine")
     (tmp_path / "a1.txt").write_text("other")
@@ -154,7 +156,10 @@ def test_what_cannot_be_opened_is_said(tmp_path: Path) -> None:
 # Encodings
 
 
-@given(st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\0\x1b"), max_size=60), st.integers(0, 2**20 + 9))
+@given(
+    st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\0\x1b"), max_size=60),
+    st.integers(0, 2**20 + 9),
+)
 def test_utf8_is_read_whole_at_any_place(text: str, before: int) -> None:
     """Also where a character lies across two reads; a mark at the begin is no text."""
     for mark in (b"", b"\xef\xbb\xbf"):
@@ -317,7 +322,9 @@ def test_columns_of_parquet_that_nobody_needs_are_not_read(tmp_path: Path) -> No
     from pyarrow import parquet
 
     stamps = pyarrow.array([2**62, 1], pyarrow.duration("s"))
-    broken = pyarrow.StringArray.from_buffers(2, pyarrow.py_buffer(b"\0\0\0\0\1\0\0\0\2\0\0\0"), pyarrow.py_buffer(b"\xff\xfe"))
+    broken = pyarrow.StringArray.from_buffers(
+        2, pyarrow.py_buffer(b"\0\0\0\0\1\0\0\0\2\0\0\0"), pyarrow.py_buffer(b"\xff\xfe")
+    )
     table = pyarrow.table({"text": ["a", None], "when": stamps, "broken": broken, "label": [0, 1]})
     parquet.write_table(table, tmp_path / "a.parquet")
     source = Files(str(tmp_path))

@@ -131,7 +131,9 @@ def test_a_full_disk_is_said_and_leaves_nothing(tmp_path: Path, corpus: Callable
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (1000, hard))
     try:
-        with pytest.raises(ValueError, match="data.cache=.*: File too large, while x was prepared: set data.cache or DT"):
+        with pytest.raises(
+            ValueError, match="data.cache=.*: File too large, while x was prepared: set data.cache or DT"
+        ):
             corpus()
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
@@ -194,7 +196,9 @@ def made_rows(data: Rows) -> Iterator[Any]:
     return data.all()
 
 
-@pytest.mark.parametrize("value", [(1, 2), {1: "a"}, float("nan"), b"bytes", np.float32(1)], ids=lambda v: type(v).__name__)
+@pytest.mark.parametrize(
+    "value", [(1, 2), {1: "a"}, float("nan"), b"bytes", np.float32(1)], ids=lambda v: type(v).__name__
+)
 def test_rows_that_json_does_not_give_back_are_not_kept(value: Any, tmp_path: Path) -> None:
     class Odd(Source):
         reads = 0
@@ -239,7 +243,11 @@ def test_images_are_kept_and_read_from_there(tmp_path: Path, monkeypatch: pytest
         data.prepare(lambda what, done: None)
         return data, (data.classes, data.describe(), dict(data.left_out))
 
-    (alone, about), (first, _), (second, again) = (made(None), made(str(tmp_path / "cache")), made(str(tmp_path / "cache")))
+    (alone, about), (first, _), (second, again) = (
+        made(None),
+        made(str(tmp_path / "cache")),
+        made(str(tmp_path / "cache")),
+    )
     assert about == again and second.kept == first.kept is not None and about[2] == {"files that are no images": 1}
     for side in ("train", "validation"):
         assert all(torch.equal(a, b) for a, b in zip(alone.split[side], second.split[side], strict=True))
@@ -256,7 +264,9 @@ def test_images_are_kept_and_read_from_there(tmp_path: Path, monkeypatch: pytest
 
 def test_that_data_are_kept_is_said_only_where_they_are(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for cache, said in ((None, False), (str(tmp_path / "cache"), True), (str(tmp_path / "cache"), None)):
-        data = Folder(str(pictures(tmp_path / "in") if cache is None else tmp_path / "in"), 4, unreadable="skip", cache=cache)
+        data = Folder(
+            str(pictures(tmp_path / "in") if cache is None else tmp_path / "in"), 4, unreadable="skip", cache=cache
+        )
         with preparing(data, shown=True) as progress:
             data.prepare(progress)
         printed = capsys.readouterr().out

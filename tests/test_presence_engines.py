@@ -41,7 +41,9 @@ def _refused(strategy: str, size: int, micro: int | None) -> str:
     return "nothing"
 
 
-@pytest.mark.parametrize("strategy", ["deepspeed zero0", "deepspeed zero1", "deepspeed zero2", "deepspeed zero3", "pipeline"])
+@pytest.mark.parametrize(
+    "strategy", ["deepspeed zero0", "deepspeed zero1", "deepspeed zero2", "deepspeed zero3", "pipeline"]
+)
 def test_what_some_rows_do_not_use_is_refused_by_name(strategy: str, world) -> None:
     """Before a step with it, on every rank: DeepSpeed averages in the order in which gradients come."""
     for said in world(2).run(_refused, strategy, 2, 2):
@@ -113,7 +115,9 @@ class Late(Ways):
 
 
 @pytest.mark.parametrize(("model", "why"), [(Ways, "spare"), (Late, "have been stepped 1 to 2 times")])
-def test_states_that_deepspeed_cannot_keep_are_refused(model: type[nn.Module], why: str, world, alone, tmp_path) -> None:
+def test_states_that_deepspeed_cannot_keep_are_refused(
+    model: type[nn.Module], why: str, world, alone, tmp_path
+) -> None:
     _saved(str(tmp_path), model)
     for said in world(2).run(_resumed, str(tmp_path), "deepspeed zero1", model):
         assert why in said and "resume with strategy=ddp, zero1 or fsdp" in said

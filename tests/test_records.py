@@ -13,7 +13,14 @@ from dtrain.compare.results import Results, Row, read
 from dtrain.report.base import Run
 from dtrain.report.files import Files
 
-VALUES = {"nan": math.nan, "inf": math.inf, "less": -math.inf, "finite": 1.5, "all": [1, (math.inf, "NaN?")], "no": None}
+VALUES = {
+    "nan": math.nan,
+    "inf": math.inf,
+    "less": -math.inf,
+    "finite": 1.5,
+    "all": [1, (math.inf, "NaN?")],
+    "no": None,
+}
 
 
 def _strict(text: str) -> object:

@@ -946,7 +946,11 @@ def test_every_option_with_a_range_is_held_to_it(comparison: Any) -> None:
 
 
 def test_what_is_no_number_is_in_no_range(comparison: Any) -> None:
-    for name, bound in {"schedule.final_ratio": "at least", "clip_norm": "more than", "straggler.factor": "at least"}.items():
+    for name, bound in {
+        "schedule.final_ratio": "at least",
+        "clip_norm": "more than",
+        "straggler.factor": "at least",
+    }.items():
         config = deepcopy(comparison)
         OmegaConf.update(config, name, float("nan"))
         with pytest.raises(ValueError, match=f"{name}=nan must be {bound}"):

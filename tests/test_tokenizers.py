@@ -108,7 +108,9 @@ def test_ids_beyond_what_a_tokenizer_says_are_refused(tmp_path: Path) -> None:
         def encode(self, text: str) -> np.ndarray:
             return super().encode(text).astype("int64") + 250
 
-    with pytest.raises(ValueError, match=r"a.txt: the tokenizer makes ids from 2\d\d to 3\d\d, and says that it has 256"):
+    with pytest.raises(
+        ValueError, match=r"a.txt: the tokenizer makes ids from 2\d\d to 3\d\d, and says that it has 256"
+    ):
         corpus(TEXT, Wrong(), tmp_path)
 
 
@@ -189,10 +191,14 @@ def test_unknown_tokens_are_counted_and_told(tmp_path: Path) -> None:
     lambda: models.Unigram([("a", -1.0), ("b", -2.0), ("</s>", -3.0)]), lambda: models.WordLevel({"a": 0, "</s>": 1}, "[UNK]"),
     lambda: models.WordPiece({"a": 0, "</s>": 1}, unk_token="[UNK]"),
 ], ids=["unigram", "word level", "word piece"])  # fmt: skip
-def test_a_tokenizer_without_an_unknown_token_refuses_what_it_does_not_know(model: Callable[[], Any], tmp_path: Path) -> None:
+def test_a_tokenizer_without_an_unknown_token_refuses_what_it_does_not_know(
+    model: Callable[[], Any], tmp_path: Path
+) -> None:
     made = Library(model())
     made.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    with pytest.raises(ValueError, match="a.txt: .*tokenizer.json: no token stands for 'ß', and none for what is unknown"):
+    with pytest.raises(
+        ValueError, match="a.txt: .*tokenizer.json: no token stands for 'ß', and none for what is unknown"
+    ):
         corpus("a ß a\n" * 9, saved(made, tmp_path), tmp_path)
 
 
@@ -223,7 +229,9 @@ def test_nothing_is_learned_from_what_is_held_out(number: int, fraction: float, 
         train, held_out = (bytes(made.tokens(side)) for side in ("train", "validation"))
     assert train and held_out and (train + held_out).count(b"\0") == number
     assert "".join(learning.seen).encode() == train.replace(b"\0", b"") != b""
-    assert sorted((train + held_out).decode().split("\0")[:-1]) == sorted(f"{i}" + "é" * size + "\n" for i in range(number))
+    assert sorted((train + held_out).decode().split("\0")[:-1]) == sorted(
+        f"{i}" + "é" * size + "\n" for i in range(number)
+    )
 
 
 @pytest.mark.parametrize("fraction", [0.3, 0.95])

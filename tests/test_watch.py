@@ -137,4 +137,9 @@ def test_a_rank_may_be_slow_and_stay_away() -> None:
         for name in (FORWARD_BACKWARD, EXCHANGE, FIGURES):
             with phase(name):
                 pass
-    assert done == [f"{FORWARD_BACKWARD} skipped in 3", "slow by 2", f"{EXCHANGE} skipped in 3", f"{FIGURES} skipped in 3"]
+    assert done == [
+        f"{FORWARD_BACKWARD} skipped in 3",
+        "slow by 2",
+        f"{EXCHANGE} skipped in 3",
+        f"{FIGURES} skipped in 3",
+    ]

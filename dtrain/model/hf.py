@@ -59,11 +59,20 @@ class HuggingFace(nn.Module):
         self.context = longest - self.first_position if longest else None
         self.n_heads = getattr(settings, "num_attention_heads", 0)
         self.n_kv_heads = getattr(settings, "num_key_value_heads", None) or self.n_heads
+        self.kind = type(inner).__name__
         self.inner: nn.Module | None = None
+        self._whole = None if layout is None else (name_or_path, config, pretrained)
         if layout is None:
             self.inner = inner
         else:
             self._arrange(inner, layout)
+
+    def original(self) -> HuggingFace | None:
+        """The same as one piece, if this one is in parts: weights are loaded, or drawn by torch's generator, again."""
+        if self._whole is None:
+            return None
+        name_or_path, config, pretrained = self._whole
+        return HuggingFace(name_or_path, config=config, pretrained=pretrained)
 
     def _arrange(self, inner: nn.Module, layout: dict[str, Any]) -> None:
         if wrong := (PARTS - layout.keys()) | (layout.keys() - PARTS - OPTIONAL):

@@ -7,7 +7,7 @@ different axes therefore compose without knowing each other.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING, ClassVar
 
@@ -20,6 +20,7 @@ from dtrain.batch import Batch, Models, Sums, divide
 from dtrain.cost import Message
 from dtrain.footprint import Footprint
 from dtrain.optimizer import fill_state
+from dtrain.rehearsal import Rehearsal
 
 if TYPE_CHECKING:
     from dtrain.plan import Plan
@@ -104,6 +105,10 @@ class Strategy:
 
     def check_task(self, task: Task, plan: Plan) -> None:
         """Likewise, with this task's batches and updates."""
+
+    def rehearsals(self, model: nn.Module, inputs: Sequence[Tensor], plan: Plan) -> Iterator[Rehearsal]:
+        """What the ranks along `axis` compute of a whole model, in this process alone: for the probe, which compares."""
+        yield from ()
 
     def micro_batches(self, rows: int, micro_batch_size: int | None) -> int | None:
         """Into how many micro-batches a rank's rows are divided, or None: as `micro_batch_size` says."""

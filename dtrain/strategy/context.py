@@ -15,6 +15,7 @@ Llama team 2024 (2407.21783: early and late chunks); Dao et al. 2022, "FlashAtte
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from math import prod
 from typing import TYPE_CHECKING, Any
@@ -24,9 +25,10 @@ from torch import Tensor, nn
 
 from dtrain.batch import Batch
 from dtrain.cost import Message, all_reduce_each, message
-from dtrain.exchange import Ring, Ulysses, is_plain
+from dtrain.exchange import Ring, Ulysses, is_plain, plain
 from dtrain.footprint import Footprint, Piece
-from dtrain.layout import blocks_of, divisors, layout_of, modules_at, multiples
+from dtrain.layout import blocks_of, divisors, is_ours, layout_of, modules_at, multiples
+from dtrain.rehearsal import Rehearsal, Unmixed, twin
 from dtrain.strategy.base import REST, Strategy, average, gradients
 
 if TYPE_CHECKING:
@@ -107,6 +109,36 @@ class Context(Strategy):
         self._check_length(tensor.shape[1])  # of every batch, as lengths may differ
         chunks = tensor.tensor_split(self.degree * self.chunks, dim=1)
         return torch.cat((chunks[rank], chunks[-1 - rank]), dim=1) if self.balanced else chunks[rank].contiguous()
+
+    def rehearsals(self, model: nn.Module, inputs: Sequence[Tensor], plan: Plan) -> Iterator[Rehearsal]:
+        apart, path, ranks = twin(model), layout_of(model).attention, range(self.degree)
+        core, tokens = _cores(model)[0], max(x.shape[1] for x in inputs if x.ndim > 1)
+        for block in blocks_of(apart):
+            block.set_submodule(path, Unmixed(block.get_submodule(path)))
+
+        def sliced(*inputs: Tensor) -> Tensor:
+            return torch.cat([apart(*(self._mine(x, rank) if x.ndim > 1 else x for x in inputs)) for rank in ranks], 1)
+
+        def whole(*inputs: Tensor) -> Tensor:
+            outputs = apart(*inputs)
+            return torch.cat([self._mine(outputs, rank) for rank in ranks], 1)
+
+        yield Rehearsal(f"in slices of its sequences (cp={self.degree}, attention left out)", whole, sliced, (
+            "something besides the Layout's `attention` looks at other tokens (a convolution, a running mean), or counts "
+            "positions by itself: use the `positions` that it is given, or a strategy on another axis"))  # fmt: skip
+        if not is_ours(core):
+            yield self._core(core, tokens)
+
+    def _core(self, core: Any, tokens: int) -> Rehearsal:
+        """The model's attention, and what takes its place on the ranks: at this length, on a few numbers."""
+        q, k, v = torch.randn(3, 1, 2, tokens, 4, generator=torch.Generator().manual_seed(0)).double()
+        if self.method == "ring":
+            return Rehearsal("as a ring attends", lambda *_: core(q, k, v), lambda *_: plain(q, k, v, core.causal), (
+                "its attention is not softmax(q k' / sqrt(D)) v at this length (a window?): use "
+                "strategy.cp.method=ulysses"))  # fmt: skip
+        return Rehearsal("head by head", lambda *_: core(q, k, v), lambda *_: torch.cat(
+            [core(*(x[:, [head]] for x in (q, k, v))) for head in range(2)], 1), (
+                "its attention treats heads differently: use strategy.cp.method=ring, or a strategy on another axis"))  # fmt: skip
 
     def parallelize(self, model: nn.Module, plan: Plan) -> nn.Module:
         path, group = layout_of(model).attention, plan.mesh[self.axis].get_group()

@@ -12,6 +12,7 @@ Source: https://www.deepspeed.ai/tutorials/autotp-training/; Shoeybi et al. 2019
 from __future__ import annotations
 
 import re
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -22,8 +23,10 @@ from dtrain.cost import Message
 from dtrain.footprint import Footprint
 from dtrain.layout import divisors, layout_of, modules_at
 from dtrain.optimizer import OPTIMIZER_STATE
+from dtrain.rehearsal import Rehearsal, split
 from dtrain.stepping import COLUMNS, ROWS
 from dtrain.strategy.base import Strategy
+from dtrain.strategy.tensor import SPLIT
 
 if TYPE_CHECKING:
     from dtrain.plan import Plan
@@ -62,6 +65,11 @@ class AutoTP(Strategy):
             raise ValueError(f"{', '.join(task.followers)} of task {type(task).__name__} follows another model and is "
                              f"not trained: DeepSpeed's AutoTP cuts only what it trains; "
                              f"use strategy=tensor")  # fmt: skip
+
+    def rehearsals(self, model: nn.Module, inputs: Sequence[Tensor], plan: Plan) -> Iterator[Rehearsal]:
+        n = self.degree
+        yield Rehearsal(f"split over tp={n}", lambda *inputs: torch.cat([model(*inputs)] * n), split(model, n, False),
+                        SPLIT)  # fmt: skip
 
     def settings(self, model: nn.Module) -> dict[str, Any]:
         """What DeepSpeed's configuration says of it."""

@@ -16,7 +16,7 @@ Rajbhandari et al. 2022, DeepSpeed-MoE (2201.05596).
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from math import prod
 from typing import TYPE_CHECKING, Any
 
@@ -28,6 +28,7 @@ from torch.distributed.tensor import DTensor, Shard
 from dtrain.cost import Message, all_reduce_each, message
 from dtrain.footprint import Footprint, Piece
 from dtrain.layout import divisors, experts_of
+from dtrain.rehearsal import Rehearsal, spread
 from dtrain.stepping import ROWS
 from dtrain.strategy.base import Strategy, average, local
 
@@ -59,6 +60,11 @@ class Expert(Strategy):
                 raise ValueError(
                     f"n_experts={number} is not divisible by ep={self.degree}: use {divisors(number)} ranks along ep"
                 )
+
+    def rehearsals(self, model: nn.Module, inputs: Sequence[Tensor], plan: Plan) -> Iterator[Rehearsal]:
+        yield Rehearsal(f"with its experts spread over ep={self.degree}", model, spread(model, self.degree), (
+            "the `experts` of its Layout must stack one expert's weights after another's on dim 0, and compute each row by "
+            "its own expert alone"))  # fmt: skip
 
     def parallelize(self, model: nn.Module, plan: Plan) -> nn.Module:
         group = plan.mesh[self.axis].get_group()

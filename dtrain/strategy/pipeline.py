@@ -18,11 +18,13 @@ et al. 2021, interleaved 1F1B (2104.04473); Lamy-Poirier 2022, looped BFS (2211.
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
+import inspect
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from math import prod
 from typing import TYPE_CHECKING
 
+import torch
 import torch.distributed as dist
 from torch import Size, Tensor, nn
 from torch.distributed.pipelining import schedules
@@ -32,6 +34,7 @@ from dtrain.batch import Models, pieces
 from dtrain.cost import Message, message
 from dtrain.footprint import Footprint, Kept
 from dtrain.layout import Absent, layout_of, shared_names
+from dtrain.rehearsal import Rehearsal, twin
 from dtrain.schedule import passes_of_stages
 from dtrain.stages import Flow, keep_name, split_evenly, sum_ends
 from dtrain.stepping import APART
@@ -164,6 +167,25 @@ class Pipeline(Strategy):
         self.last_is_here = self.stages - 1 in self.held(plan)
         self.outline = copy.deepcopy(model).to("meta")  # tells the activations' shape
         return [self._piece(copy.deepcopy(model), stage, counts) for stage in self.held(plan)]
+
+    def rehearsals(self, model: nn.Module, inputs: Sequence[Tensor], plan: Plan) -> Iterator[Rehearsal]:
+        counts = self.split or split_evenly(model, self.stages)
+        names = list(inspect.signature(model.forward).parameters)[1:]
+
+        def staged(x: Tensor, *others: Tensor) -> Tensor:
+            for stage in range(self.stages):
+                x = self._piece(twin(model), stage, counts)(x, **dict(zip(names, others, strict=False)))
+            return x
+
+        def outlined(*inputs: Tensor) -> Tensor:
+            return torch.zeros(copy.deepcopy(model).to("meta")(*(x.to("meta") for x in inputs)).shape)
+
+        yield Rehearsal(f"in {self.stages} stages", model, staged, (
+            "what stands in `forward` between the modules of its Layout is lost, or done by every stage: put it into the "
+            "Layout's first module, blocks or last module, or use a strategy on dp or fsdp"))  # fmt: skip
+        yield Rehearsal("on the meta device", lambda *inputs: torch.zeros_like(model(*inputs), dtype=torch.float32), outlined, (
+            "a pipeline learns the shapes of activations there: compute with tensors alone, or use a strategy on dp or "
+            "fsdp"))  # fmt: skip
 
     def _piece(self, model: nn.Module, stage: int, counts: list[int]) -> nn.Module:
         layout, before = layout_of(model), sum(counts[:stage])

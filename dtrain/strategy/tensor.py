@@ -18,13 +18,15 @@ Sources: Shoeybi et al. 2019, Megatron-LM (1909.08053); Korthikanti et al. 2022 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
+from functools import partial
 from math import prod
 from typing import TYPE_CHECKING
 
-from torch import Size, nn
+import torch
+from torch import Size, Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Placement, Replicate, Shard
 from torch.distributed.tensor.experimental import implicit_replication
@@ -39,7 +41,9 @@ from torch.distributed.tensor.parallel import (
 from dtrain.batch import pieces
 from dtrain.cost import Message, all_reduce_each, message
 from dtrain.footprint import Footprint, Piece, Shape
-from dtrain.layout import divisors, experts_of, holders, layout_of, modules_at, multiples, shared_names
+from dtrain.initialize import on_meta, whole
+from dtrain.layout import divisors, experts_of, holders, is_ours, layout_of, modules_at, multiples, shared_names
+from dtrain.rehearsal import Rehearsal, between, split
 from dtrain.split import (
     cut,
     edges,
@@ -61,6 +65,10 @@ if TYPE_CHECKING:
     from dtrain.plan import Plan
     from dtrain.task.base import Task
 
+SPLIT = ("a `column` layer of its Layout must give each rank heads, or hidden units, of its own (two layers in one matrix "
+         "do not: make them two), a `row` layer must read them, and what lies between must not look across them; or use a "
+         "strategy on dp or fsdp")  # fmt: skip
+
 
 class TensorParallel(Strategy):
     """Split the layers that the model's Layout names `column`, `row` and `vocabulary` over `tp`.
@@ -78,6 +86,7 @@ class TensorParallel(Strategy):
     def __init__(self, degree: int = REST, *, sequence_parallel: bool = False, loss_parallel: bool = True) -> None:
         super().__init__(degree)
         self.sequence_parallel, self.loss_parallel = sequence_parallel, loss_parallel
+        self.between: dict[str, tuple[set[str], set[str]]] = {}  # of each model: its parameters, those used on slices
 
     def check_model(self, model: nn.Module, plan: Plan) -> None:
         name, layout, n = type(model).__name__, layout_of(model), self.degree
@@ -101,6 +110,7 @@ class TensorParallel(Strategy):
         if self.loss_parallel and task.mixes_tokens:
             raise ValueError(f"the loss of task {type(task).__name__} compares the tokens of a row, and takes whole "
                              f"outputs: use strategy.tp.loss_parallel=false")  # fmt: skip
+        self._find_between(task)
         if not self.sequence_parallel:
             return
         length = max((t.shape[1] for t in task.batch(0).values() if t.ndim > 1), default=1)
@@ -108,6 +118,34 @@ class TensorParallel(Strategy):
         if length % parts:
             near = multiples(length, parts)
             raise ValueError(f"seq_len={length} is not divisible by {parts} (tp x cp, sequence_parallel): use {near}")
+
+    def rehearsals(self, model: nn.Module, inputs: Sequence[Tensor], plan: Plan) -> Iterator[Rehearsal]:
+        n = self.degree
+        yield Rehearsal(f"split over tp={n}", lambda *inputs: torch.cat([model(*inputs)] * n),
+                        split(model, n, self.sequence_parallel), SPLIT)  # fmt: skip
+
+    def _find_between(self, task: Task) -> None:
+        """Which parameters act on slices, so that each rank has a part of their gradients: by a forward pass of two rows."""
+        batch = {name: tensor[:2] for name, tensor in task.batch(0).items()}
+        shapes = {name: tensor.to("meta") for name, tensor in batch.items()}
+        outlines = {name: on_meta(factory) for name, factory in task.models.items()}
+        if all(model is not None and is_ours(model) and not hasattr(model, "original") for model in outlines.values()):
+            return
+        for update in task.updates:
+            name, models = update.trains, {n: m for n, m in outlines.items() if m is not None}
+            try:
+                found = between(models[name], partial(update.loss, models, shapes))
+            except (KeyError, NotImplementedError, RuntimeError, TypeError):  # it computes with values
+                with torch.random.fork_rng(devices=[]):
+                    models = {n: whole(factory, 0, torch.float32) for n, factory in task.models.items()}
+                    found = between(models[name], partial(update.loss, models, batch))
+            everything, before = {n for n, _ in models[name].named_parameters()}, self.between.get(name, (set(), set()))
+            self.between[name] = everything, found | before[1]
+
+    def _of_slices(self, model: nn.Module) -> set[str]:
+        """Of a model, or a piece of one, the parameters that act on slices."""
+        names = {name for name, _ in model.named_parameters()}
+        return next((found & names for every, found in self.between.values() if names <= every), set())
 
     def parallelize(self, model: nn.Module, plan: Plan) -> nn.Module:
         outer: Placement = Shard(1) if self.sequence_parallel else Replicate()
@@ -175,11 +213,9 @@ class TensorParallel(Strategy):
                 if isinstance(parameter.grad, DTensor):  # an embedding's is made whole: keep this rank's rows of it
                     assert isinstance(parameter, DTensor)
                     parameter.grad = parameter.grad.redistribute(placements=parameter.placements)
-            if self.sequence_parallel:  # what is not split has seen this rank's tokens only
-                whole = self._see_all(piece)
-                for parameter in piece.parameters():
-                    if parameter.grad is not None and not is_split(parameter) and id(parameter) not in whole:
-                        add_up(local(parameter.grad), plan.mesh[self.axis].get_group(), plan.precision.reduce_dtype)
+            for _, parameter in self._partial(piece):
+                if parameter.grad is not None and not is_split(parameter):
+                    add_up(local(parameter.grad), plan.mesh[self.axis].get_group(), plan.precision.reduce_dtype)
 
     def footprint(self, footprint: Footprint, plan: Plan) -> Footprint:
         here = footprint.place[self.axis]
@@ -203,10 +239,10 @@ class TensorParallel(Strategy):
                 found.append(message(self.axis, operation, [elements], itemsize, m))
             for logits in heads(piece):
                 found.append(self._loss(logits, footprint.compute_bytes, m))
-            if self.sequence_parallel:
-                whole, named = self._see_all(piece.outline), dict(piece.outline.named_parameters())
-                partial = [w for w in piece.gradients if self.axis not in w.axes and id(named[w.name]) not in whole]
-                found.append(all_reduce_each(self.axis, partial, footprint.reduce_bytes))
+            names = {name for name, _ in self._partial(piece.outline)}
+            parts = [w for w in piece.gradients if self.axis not in w.axes and w.name in names]
+            if parts or self.sequence_parallel:
+                found.append(all_reduce_each(self.axis, parts, footprint.reduce_bytes))
         return found
 
     def _loss(self, logits: Shape, itemsize: int, micro_batches: int) -> Message:
@@ -215,6 +251,13 @@ class TensorParallel(Strategy):
             return message(self.axis, "all_reduce", [tokens] * 3, max(4, itemsize), micro_batches)
         padded = self.degree * -(-logits[-1] // self.degree)
         return message(self.axis, "all_gather", [tokens * padded], itemsize, micro_batches)
+
+    def _partial(self, piece: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
+        """Parameters of whose gradient each rank has a part: of some tokens, or of some features."""
+        whole, between = self._see_all(piece), self._of_slices(piece)
+        for name, parameter in piece.named_parameters():
+            if name in between or (self.sequence_parallel and id(parameter) not in whole):
+                yield name, parameter
 
     def _see_all(self, piece: nn.Module) -> set[int]:
         """Parameters to which every token comes though they are not split: of the first module, and of routers."""

@@ -1,0 +1,224 @@
+"""What the ranks along an axis compute together, computed in one process: what the probe compares with the whole model.
+
+    split    n copies of the rows; a copy has its slice of what `column` layers give, a `row` layer reads them all
+    experts  each part of the experts by itself; what they give is joined
+
+B rows, T tokens, n ranks.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from copy import deepcopy
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+
+from dtrain.layout import experts_of, holders, layout_of, modules_at
+
+Forward = Callable[..., Tensor]
+
+
+@dataclass(frozen=True)
+class Rehearsal:
+    """Two ways to one result.
+
+    Args:
+        what: the second of them, for a person.
+        whole, divided: take the model's inputs; their outputs must be equal.
+        hint: what most often makes them differ, and what to do.
+    """
+
+    what: str
+    whole: Forward
+    divided: Forward
+    hint: str
+
+
+def twin(model: nn.Module) -> nn.Module:
+    """A copy of the modules, with the same parameters and buffers: they take no memory again."""
+    kept = (*model.parameters(), *model.buffers())
+    return deepcopy(model, {id(tensor): tensor for tensor in kept})
+
+
+def split(model: nn.Module, n: int, sequence_parallel: bool) -> Forward:
+    """The model with its `column` and `row` layers on n ranks: the outputs of all ranks, joined along the rows."""
+    layout, made = layout_of(model), twin(model)
+
+    def copies(x: Tensor) -> list[Tensor]:
+        return list(x.chunk(n))
+
+    def own_features(module: nn.Module, inputs: Any, output: Tensor) -> Tensor:
+        return torch.cat([x.chunk(n, -1)[rank] for rank, x in enumerate(copies(output))])
+
+    def all_features(module: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        return torch.cat(copies(inputs[0]), -1).repeat(n, *[1] * (inputs[0].ndim - 1)), *inputs[1:]
+
+    def own_tokens(module: nn.Module, inputs: Any, output: Tensor) -> Tensor:
+        return torch.cat([x.chunk(n, 1)[rank] for rank, x in enumerate(copies(output))])
+
+    def all_tokens(module: nn.Module, inputs: tuple[Any, ...], named: dict[str, Any]) -> tuple[tuple[Any, ...], dict]:
+        first = next(iter(named)) if not inputs else None
+        x = inputs[0] if first is None else named[first]
+        x = torch.cat(copies(x), 1).repeat(n, *[1] * (x.ndim - 1))
+        return ((x, *inputs[1:]), named) if first is None else ((), {**named, first: x})
+
+    for _, layer in modules_at(made, layout.column):
+        layer.register_forward_hook(own_features)
+    for _, layer in modules_at(made, layout.row):
+        layer.register_forward_pre_hook(all_features)
+    for _, experts in experts_of(made):
+        experts.forward = _by_hidden(experts, dict(layout.hidden), n)
+    if sequence_parallel:
+        routers = holders(path for path, _ in experts_of(made))
+        heads = [path for path, layer in modules_at(made, layout.vocabulary) if isinstance(layer, nn.Linear)]
+        for path in {*holders(path for path, _ in modules_at(made, layout.column)), *routers, *heads}:
+            made.get_submodule(path).register_forward_pre_hook(all_tokens, with_kwargs=True)
+        for _, layer in modules_at(made, (layout.first, *layout.row, *routers)):
+            layer.register_forward_hook(own_tokens)
+    return lambda *inputs: made(*(x.repeat(n, *[1] * (x.ndim - 1)) for x in inputs))
+
+
+def spread(model: nn.Module, n: int) -> Forward:
+    """The model with its experts on n ranks, each with its own rows."""
+    made = twin(model)
+    for _, experts in experts_of(made):
+        experts.forward = _by_expert(experts, n)
+    return made
+
+
+def _by_hidden(experts: nn.Module, dims: dict[str, int], n: int) -> Forward:
+    """The sum of what n ranks' hidden units give."""
+    plain = twin(experts)
+
+    def forward(x: Tensor, counts: Tensor) -> Tensor:
+        parts = (
+            {
+                name: getattr(plain, name).chunk(n, dim)[rank]
+                for name, dim in dims.items()
+                if getattr(plain, name, None) is not None
+            }
+            for rank in range(n)
+        )
+        return torch.stack([functional_call(plain, part, (x, counts)) for part in parts]).sum(0)
+
+    return forward
+
+
+def _by_expert(experts: nn.Module, n: int) -> Forward:
+    """What n ranks' experts give for their own rows."""
+    plain = twin(experts)
+
+    def forward(x: Tensor, counts: Tensor) -> Tensor:
+        rows = x.split([int(part.sum()) for part in counts.chunk(n)])
+        weights = dict(plain.named_parameters())
+        parts = ({name: weight.chunk(n)[rank] for name, weight in weights.items()} for rank in range(n))
+        return torch.cat(
+            [
+                functional_call(plain, part, (mine, own))
+                for part, mine, own in zip(parts, rows, counts.chunk(n), strict=True)
+            ]
+        )
+
+    return forward
+
+
+class Unmixed(nn.Module):
+    """In the place of attention: what it gives for a token depends on that token's query, key and value alone."""
+
+    def __init__(self, core: Any) -> None:
+        super().__init__()
+        self.causal, self.dropout = core.causal, core.dropout
+
+    def forward(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:  # (B, H, T, D), 2 x (B, G, T, D) -> (B, H, T, D)
+        k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], dim=1) for x in (k, v))
+        return v + q.cos().sum(-1, keepdim=True) + k.sin().sum(-1, keepdim=True)
+
+
+def between(model: nn.Module, run: Callable[[], Tensor]) -> set[str]:
+    """Parameters that act on what `column` layers give before `row` layers read it: each rank uses them on a slice.
+
+    Raises:
+        ValueError: one of them acts elsewhere too, so that its gradient is neither whole nor a sum of the ranks'; or
+            the module that holds `column` layers gives its input to something else, or has weights before them: what
+            they get there is a distributed tensor.
+    """
+    layout, name = layout_of(model), type(model).__name__
+    inside: list[Any] = []
+    outside: list[Any] = []
+    ends: set[Any] = set()
+    begun: set[Any] = set()
+    given: dict[str, tuple[Tensor, list[Any]]] = {}  # of each holder: a mark on its input, and what it gives
+
+    def begins(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+        ends.add(output.grad_fn)
+        outside.extend(x.grad_fn for x in inputs)
+
+    def marked(path: str, module: nn.Module, inputs: tuple[Any, ...], named: dict[str, Any]) -> Any:
+        first = next(iter(named)) if not inputs else None
+        x, mark = inputs[0] if first is None else named[first], torch.zeros((), requires_grad=True)
+        given[path] = mark, []
+        x = x + mark.to(x)
+        begun.add(x.grad_fn)
+        return ((x, *inputs[1:]), named) if first is None else ((), {**named, first: x})
+
+    def gives(path: str, module: nn.Module, inputs: Any, output: Any) -> None:
+        tensors = output if isinstance(output, tuple) else (output,)
+        given[path][1].extend(x.grad_fn for x in tensors if isinstance(x, Tensor))
+
+    hooks = [layer.register_forward_hook(begins) for _, layer in modules_at(model, layout.column)]
+    hooks += [
+        layer.register_forward_pre_hook(lambda module, inputs: inside.extend(x.grad_fn for x in inputs))
+        for _, layer in modules_at(model, layout.row)
+    ]
+    for path in holders(path for path, _ in modules_at(model, layout.column)):
+        holder = model.get_submodule(path)
+        hooks += [
+            holder.register_forward_pre_hook(partial(marked, path), with_kwargs=True),
+            holder.register_forward_hook(partial(gives, path)),
+        ]
+    try:
+        with torch.enable_grad():
+            output = run()
+    finally:
+        for hook in hooks:
+            hook.remove()
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    reached = [names[i] for i in _leaves(inside, ends) if i in names]
+    also = {names[i] for i in _leaves([*outside, output.grad_fn], {*inside, *ends}) if i in names}
+    layers = [p for _, layer in modules_at(model, (*layout.column, *layout.row)) for p in layer.parameters()]
+    found = set(reached) - {names[id(p)] for p in layers if id(p) in names}
+    for path, (mark, outputs) in given.items():
+        if id(mark) in set(_leaves(outputs, ends)):
+            raise ValueError(
+                f"{path or 'the whole'} of {name} holds `column` layers, and gives its input to something else "
+                f"besides (a residual, a gate): put them into a module of their own"
+            )
+    if early := sorted(names[i] for i in _leaves(outside, begun) if i in names):
+        raise ValueError(
+            f"{early[0]} of {name} acts within the module that holds `column` layers, before them: let it act "
+            f"before that module"
+        )
+    if both := sorted(found & also):
+        raise ValueError(
+            f"{both[0]} of {name} acts on what tp divides, between `column` and `row` layers, "
+            f"and on what it does not: give it two parameters, or use a strategy on dp or fsdp"
+        )
+    return found
+
+
+def _leaves(starts: list[Any], ends: set[Any]) -> Iterator[int]:
+    """The parameters, by their ids, that one comes to from some nodes of a graph without passing its ends."""
+    seen, left = set(ends), [node for node in starts if node is not None and node not in ends]
+    while left:
+        node = left.pop()
+        if node in seen:
+            continue
+        seen.add(node)
+        if hasattr(node, "variable"):
+            yield id(node.variable)
+        left += [each for each, _ in node.next_functions if each is not None]

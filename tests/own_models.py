@@ -1,0 +1,366 @@
+"""Models as users write them, with what goes wrong in them: each (tokens, positions) -> logits (B, T, V)."""
+
+from __future__ import annotations
+
+import os
+from functools import partial
+from typing import Any
+
+import numpy
+import torch
+import torch.nn.functional as F
+from cases import CONTEXT, ROWS, VOCAB, NextToken
+from torch import Tensor, nn
+
+from dtrain.layout import Layout
+
+WIDTH, HEAD = 16, 4
+
+
+class First(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.token, self.position = nn.Embedding(VOCAB, WIDTH), nn.Embedding(CONTEXT, WIDTH)
+
+    def forward(self, tokens: Tensor, positions: Tensor) -> Tensor:
+        return self.token(tokens) + self.position(positions)
+
+
+class Last(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm, self.out = nn.LayerNorm(WIDTH), nn.Linear(WIDTH, VOCAB)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.out(self.norm(x))
+
+
+class Core(nn.Module):
+    causal, dropout = True, 0.0
+
+    def forward(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return F.scaled_dot_product_attention(q, k, v, None, 0.0, True)  # positional, as some write it
+
+
+class Window(Core):
+    """A token sees the eight before it: as plain attention does where a row has no more."""
+
+    def forward(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        far = torch.arange(q.shape[2])[:, None] - torch.arange(q.shape[2])
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=(far >= 0) & (far < 8))
+
+
+class Sloped(Core):
+    """Each head falls off in its own way (ALiBi)."""
+
+    def forward(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        far = (torch.arange(q.shape[2])[:, None] - torch.arange(q.shape[2])).to(q)
+        slopes = torch.arange(1, q.shape[1] + 1).to(q)[:, None, None]
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=(-far * slopes).masked_fill(far < 0, -torch.inf))
+
+
+class Attention(nn.Module):
+    """With a norm of queries and keys, between `column` and `row` layers."""
+
+    core_class: type[Core] = Core
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.q, self.k, self.v, self.o = (nn.Linear(WIDTH, WIDTH) for _ in range(4))
+        self.norm, self.core = nn.RMSNorm(HEAD), self.core_class()
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = (layer(x).unflatten(-1, (-1, HEAD)).transpose(1, 2) for layer in (self.q, self.k, self.v))
+        return self.o(self.core(self.norm(q), self.norm(k), v).transpose(1, 2).flatten(2))
+
+
+class Windowed(Attention):
+    core_class = Window
+
+
+class Alibi(Attention):
+    core_class = Sloped
+
+
+class Mlp(nn.Module):
+    """With a parameter between the layers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up, self.down, self.act = nn.Linear(WIDTH, 2 * WIDTH), nn.Linear(2 * WIDTH, WIDTH), nn.PReLU()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down(self.act(self.up(x)))
+
+
+class Glu(Mlp):
+    """Two layers in one matrix."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up = nn.Linear(WIDTH, 4 * WIDTH)
+
+    def forward(self, x: Tensor) -> Tensor:
+        gate, up = self.up(x).chunk(2, -1)
+        return self.down(F.silu(gate) * up)
+
+
+class NormBetween(Mlp):
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down(F.layer_norm(self.up(x), (self.up.out_features,)))
+
+
+class Residual(Mlp):
+    def forward(self, x: Tensor) -> Tensor:
+        return x + super().forward(x)
+
+
+class NormWithin(Mlp):
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm = nn.LayerNorm(WIDTH)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(self.norm(x))
+
+
+class Gated(Mlp):
+    """Closed at first, as zero-initialised branches are: what is wrong in it does not show yet."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        nn.init.zeros_(self.down.weight)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.act(self.up(x))
+        return self.down(y * y.flip(-1))
+
+
+class Block(nn.Module):
+    def __init__(self, attention: type[nn.Module], mlp: type[nn.Module]) -> None:
+        super().__init__()
+        self.n1, self.n2, self.attention, self.mlp = nn.LayerNorm(WIDTH), nn.LayerNorm(WIDTH), attention(), mlp()
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x + self.attention(self.n1(x))
+        return x + self.mlp(self.n2(x))
+
+
+class Good(nn.Module):
+    layout = Layout(
+        first="first",
+        blocks="blocks",
+        last="last",
+        attention="attention.core",
+        column=tuple(f"blocks.*.{n}" for n in ("attention.q", "attention.k", "attention.v", "mlp.up")),
+        row=("blocks.*.attention.o", "blocks.*.mlp.down"),
+        vocabulary=("first.token", "last.out"),
+    )
+    n_heads, context = WIDTH // HEAD, CONTEXT
+
+    def __init__(self, attention: type[nn.Module] = Attention, mlp: type[nn.Module] = Mlp) -> None:
+        super().__init__()
+        self.first, self.last = First(), Last()
+        self.blocks = nn.ModuleList(Block(attention, mlp) for _ in range(2))
+
+    def body(self, x: Tensor) -> Tensor:
+        for block in self.blocks:
+            x = block(x)
+        return x
+
+    def forward(self, tokens: Tensor, positions: Tensor) -> Tensor:
+        return self.last(self.body(self.first(tokens, positions)))
+
+
+class Scaled(Good):
+    """Something stands between the Layout's modules: a factor."""
+
+    def forward(self, tokens: Tensor, positions: Tensor) -> Tensor:
+        return self.last(self.body(self.first(tokens, positions) * 3.0))
+
+
+class DroppedThere(Good):
+    """Likewise, only in training: each stage would drop."""
+
+    def forward(self, tokens: Tensor, positions: Tensor) -> Tensor:
+        return self.last(self.body(F.dropout(self.first(tokens, positions), 0.1, self.training)))
+
+
+class Convolved(Good):
+    """Tokens are mixed outside attention, causally."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first.conv = nn.Conv1d(WIDTH, WIDTH, 3, groups=WIDTH)
+        self.first.forward = self._mixed
+
+    def _mixed(self, tokens: Tensor, positions: Tensor) -> Tensor:
+        x = self.first.token(tokens) + self.first.position(positions)
+        return x + self.first.conv(F.pad(x.transpose(1, 2), (2, 0))).transpose(1, 2)
+
+
+class Counting(Good):
+    """Positions are its own: it is not told any."""
+
+    def forward(self, idx: Tensor, targets: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
+        logits = super().forward(idx, torch.arange(idx.shape[1], device=idx.device).expand(len(idx), -1))
+        return logits, None if targets is None else F.cross_entropy(logits.flatten(0, 1), targets.flatten())
+
+
+class Plain(nn.Module):
+    """One piece."""
+
+    context = CONTEXT
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.last = First(), Last()
+
+    def forward(self, tokens: Tensor, positions: Tensor) -> Tensor:
+        return self.last(self.first(tokens, positions))
+
+
+class BatchNormed(Plain):
+    """By hand: no class of torch's."""
+
+    def forward(self, tokens: Tensor, positions: Tensor) -> Tensor:
+        x = self.first(tokens, positions)
+        return self.last((x - x.mean((0, 1))) / (x.std((0, 1)) + 1e-5)) if self.training else self.last(x)
+
+
+class Averaging(Plain):
+    """A running mean of what it has seen, in a buffer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("mean", torch.zeros(WIDTH))
+
+    def forward(self, tokens: Tensor, positions: Tensor) -> Tensor:
+        x = self.first(tokens, positions)
+        if self.training:
+            self.mean.lerp_(x.detach().mean((0, 1)).to(self.mean), 0.1)
+        return self.last(x)
+
+
+class Counted(Plain):
+    """How often it was called."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("calls", torch.zeros((), dtype=torch.long))
+
+    def forward(self, tokens: Tensor, positions: Tensor) -> Tensor:
+        self.calls += 1
+        return self.last(self.first(tokens, positions))
+
+
+class InstanceNormed(Plain):
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm = nn.InstanceNorm1d(WIDTH, track_running_stats=True)
+
+    def forward(self, tokens: Tensor, positions: Tensor) -> Tensor:
+        return self.last(self.norm(self.first(tokens, positions).transpose(1, 2)).transpose(1, 2))
+
+
+class Branching(Plain):
+    """The rows of a batch decide together."""
+
+    def forward(self, tokens: Tensor, positions: Tensor) -> Tensor:
+        x = self.first(tokens, positions)
+        return self.last(x if int(tokens.sum()) % 2 else 2 * x)
+
+
+class Noisy(Plain):
+    """Noise of its own in training."""
+
+    def forward(self, tokens: Tensor, positions: Tensor) -> Tensor:
+        x = self.first(tokens, positions)
+        return self.last(x + torch.rand_like(x) if self.training else x)
+
+
+class Asleep(Plain):
+    """A part of it is kept in evaluation by its author."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.drop = nn.Dropout(0.5).eval()
+
+    def forward(self, tokens: Tensor, positions: Tensor) -> Tensor:
+        return self.last(self.drop(self.first(tokens, positions)))
+
+
+class Rotating(Plain):
+    """Tables of angles, complex and in fp32."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        angle = torch.outer(torch.arange(CONTEXT).float(), 0.1 ** (torch.arange(0, WIDTH, 2) / WIDTH))
+        self.register_buffer("turn", torch.polar(torch.ones_like(angle), angle))
+        self.register_buffer("cosine", angle.cos(), persistent=False)
+
+    def forward(self, tokens: Tensor, positions: Tensor) -> Tensor:
+        x = self.first(tokens, positions).unflatten(-1, (-1, 2))
+        turned = torch.complex(x[..., 0], x[..., 1]) * self.turn[positions]
+        return self.last(torch.stack((turned.real * self.cosine[positions], turned.imag), -1).flatten(-2).to(x.dtype))
+
+
+class ByNumpy(Plain):
+    """Weights by numpy's global generator."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        with torch.no_grad():
+            self.last.out.weight.copy_(torch.from_numpy(numpy.random.randn(VOCAB, WIDTH)))
+
+
+class ByChance(Plain):
+    """Weights that nobody's seed decides."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        with torch.no_grad():
+            self.last.out.weight.fill_(int.from_bytes(os.urandom(4), "little") / 2**32)
+
+
+class Outside(Plain):
+    """Fewer tokens than the text has."""
+
+    def forward(self, tokens: Tensor, positions: Tensor) -> Tensor:
+        return super().forward(tokens + VOCAB, positions)
+
+
+class OwnModel(NextToken):
+    """The task of a user's model."""
+
+    def __init__(self, make: Any, rows: int = ROWS) -> None:
+        super().__init__(rows)
+        self.models = {"model": make}
+
+
+MODELS: dict[str, Any] = (
+    {
+        kind.__name__: kind
+        for kind in (
+            Good,
+            Scaled,
+            DroppedThere,
+            Convolved,
+            Counting,
+            Plain,
+            BatchNormed,
+            Averaging,
+            Counted,
+            InstanceNormed,
+            Branching,
+            Noisy,
+            Asleep,
+            Rotating,
+            ByNumpy,
+            ByChance,
+            Outside,
+        )
+    }
+    | {kind.__name__: partial(Good, mlp=kind) for kind in (Glu, NormBetween, Residual, NormWithin, Gated)}
+    | {kind.__name__: partial(Good, kind) for kind in (Windowed, Alibi)}
+)

@@ -1,0 +1,217 @@
+"""A user's own model: what the probe finds, and that the rest is what one process computes."""
+
+from __future__ import annotations
+
+import random
+import re
+from contextlib import nullcontext
+from typing import Any
+from unittest import mock
+
+import numpy
+import pytest
+import torch
+from cases import CONTEXT, STRATEGIES, TASKS, VOCAB, Case, NextToken, assert_all_equal, train, trainer
+from own_models import MODELS, OwnModel
+
+from dtrain.adapt import adapted
+from dtrain.initialize import build, cast, whole
+from dtrain.plan import Plan
+from dtrain.precision import Precision
+from dtrain.probe import probe
+from dtrain.trace import trace
+
+FP64 = 1e-12
+
+
+def tried(model: str, strategy: str = "single", *, micro_batches: int = 1, **settings: Any) -> str:
+    """What the probe says of a model under a plan of two ranks."""
+    makers = STRATEGIES[strategy]
+    plan = Plan.of([make() for make in makers], 2 if makers else 1, precision=Precision("fp64"), **settings)
+    task = OwnModel(MODELS[model])
+    try:
+        plan.check_task(task)
+        return "; ".join(probe(task, plan, micro_batches=micro_batches, seed=3))
+    except ValueError as error:
+        return f"refused: {error}"
+
+
+ALL = ["single", "allreduce", "fsdp", "1f1b", "tensor", "tensor_sequence", "ring", "ulysses"]
+REFUSED = {
+    ("Scaled", "1f1b"): "in 2 stages computes something else than whole: outputs differ by ",
+    ("DroppedThere", "1f1b"): "in 2 stages computes something else",
+    ("Glu", "tensor"): "split over tp=2 computes something else",
+    ("Gated", "tensor"): "split over tp=2 computes something else",
+    ("NormBetween", "tensor"): "Good does not run split over tp=2 .RuntimeError: ",
+    ("Residual", "tensor"): "blocks.0.mlp of Good holds `column` layers, and gives its input to something else",
+    (
+        "NormWithin",
+        "tensor",
+    ): r"blocks.0.mlp.norm.\w+ of Good acts within the module that holds `column` layers, before",
+    ("Convolved", "ring"): "in slices of its sequences",
+    ("Convolved", "ulysses"): "in slices of its sequences",
+    ("Counting", "ring"): "in slices of its sequences",
+    ("Windowed", "ring"): "as a ring attends",
+    ("Alibi", "ulysses"): "head by head",
+    ("BatchNormed", "allreduce"): "rows of a batch are not computed apart",
+    ("BatchNormed", "tensor"): "names no `column`",
+    (
+        "Averaging",
+        "allreduce",
+    ): "mean of Averaging is moved by each forward pass, and would be moved of a part of the rows",
+    ("InstanceNormed", "allreduce"): "instance norm with running statistics",
+    ("Branching", "allreduce"): "rows of a batch are not computed apart",
+    ("Outside", "single"): "the model cannot be trained: .*IndexError",
+}
+ACCEPTED = [("Good", s) for s in ALL] + [
+    ("Windowed", "ulysses"),
+    ("Counting", "tensor"),
+    ("BatchNormed", "single"),
+    ("Counted", "allreduce"),
+    ("Rotating", "fsdp"),
+    ("Asleep", "allreduce"),
+    ("ByNumpy", "allreduce"),
+    ("Scaled", "tensor"),
+]
+
+
+@pytest.mark.parametrize("model, strategy", REFUSED)
+def test_what_would_be_something_else_when_divided_is_refused(model: str, strategy: str) -> None:
+    said = tried(model, strategy)
+    assert said.startswith("refused: ") and re.search(REFUSED[model, strategy], said), said
+
+
+@pytest.mark.parametrize("model, strategy", ACCEPTED)
+def test_what_is_the_same_is_not_refused(model: str, strategy: str) -> None:
+    assert tried(model, strategy).startswith("probe: the model was tried on 4 rows in ")
+
+
+@pytest.mark.parametrize(
+    "model, said",
+    [
+        ("BatchNormed", "rows of a batch are not computed apart"),
+        ("Averaging", "mean of Averaging is moved by each"),
+        ("Counted", "calls of Counted is moved by each forward pass, and would be moved twice for a step"),
+        ("Plain", "probe: the model was tried"),
+    ],
+)
+def test_micro_batches_are_parts_too(model: str, said: str) -> None:
+    assert said in tried(model, micro_batches=2)
+
+
+def test_what_cannot_be_compared_is_said() -> None:
+    assert "draws numbers of its own in training, so it was tried in evaluation alone" in tried("Noisy", "allreduce")
+
+
+def test_the_probe_leaves_the_random_numbers_of_the_process_alone() -> None:
+    torch.manual_seed(5), random.seed(5), numpy.random.seed(5)
+    expected = torch.rand(1).item(), random.random(), numpy.random.rand()
+    torch.manual_seed(5), random.seed(5), numpy.random.seed(5)
+    for model, failed in (("ByNumpy", False), ("Outside", True)):
+        with pytest.raises(ValueError) if failed else nullcontext():
+            probe(OwnModel(MODELS[model]), Plan.of([], 1), micro_batches=1, seed=3)
+    assert (torch.rand(1).item(), random.random(), numpy.random.rand()) == expected
+
+
+def test_models_of_dtrain_are_not_tried() -> None:
+    task = NextToken()
+    with mock.patch("dtrain.probe.whole", side_effect=AssertionError):
+        assert probe(task, Plan.of([], 1), micro_batches=1, seed=0) == ()
+
+
+def in_a_world(model: str, strategy: str, size: int, **settings: Any) -> Any:
+    torch.set_num_threads(1)
+    with mock.patch.dict(TASKS, own=OwnModel):
+        return train(Case("own", strategy, steps=3, model=(("make", MODELS[model]),), **settings), size)
+
+
+@pytest.mark.parametrize("model", ["Good", "Rotating", "ByNumpy"])
+def test_ranks_train_what_one_process_does(model: str, world) -> None:
+    """Norms of queries and keys, a parameter between the layers; complex buffers; weights by numpy."""
+    expected = world(2).run(in_a_world, model, "single", 1)[0]
+    for strategy in ("tensor", "tensor_sequence", "1f1b") if model == "Good" else ("allreduce", "fsdp"):
+        assert_all_equal(world(2).run(in_a_world, model, strategy, 2), expected, FP64)
+
+
+def refused_in_a_world(model: str) -> str:
+    try:
+        in_a_world(model, "allreduce", 2)
+    except ValueError as error:
+        return str(error)
+    return ""
+
+
+def test_weights_that_no_seed_decides_are_refused_on_every_rank(world) -> None:
+    said = world(2).run(refused_in_a_world, "ByChance")
+    assert said[0] == said[1] and said[0].startswith(
+        "last.out.weight of ByChance begins with other values on rank 1 than on rank 0"
+    )
+
+
+def test_weights_by_numpy_are_those_of_the_seed() -> None:
+    numpy.random.seed(1)
+    first = build(MODELS["ByNumpy"], 3).last.out.weight
+    numpy.random.seed(2)
+    assert torch.equal(first, build(MODELS["ByNumpy"], 3).last.out.weight)
+    assert not torch.equal(first, build(MODELS["ByNumpy"], 4).last.out.weight)
+
+
+def test_looking_at_the_loss_changes_no_training(alone) -> None:
+    """What an author keeps in evaluation does not wake up; the rest goes on in training."""
+    curves = []
+    for looks in (False, True):
+        with mock.patch.dict(TASKS, own=OwnModel):
+            made = trainer(Case("own", "single", "fp64", steps=3, model=(("make", MODELS["Asleep"]),)), 1)
+        curve = []
+        for step in made.steps():
+            curve.append(step.loss)
+            assert looks is False or made.evaluate()
+        curves.append(curve)
+        model = made.models["model"]
+        assert (model.training, model.drop.training, model.first.training) == (True, False, True)
+    assert curves[0] == curves[1]
+
+
+@pytest.mark.parametrize("dtype", ["bf16", "fp32", "fp64"])
+def test_only_what_the_precision_means_is_cast(dtype: str) -> None:
+    weights = {"bf16": torch.bfloat16, "fp32": torch.float32, "fp64": torch.float64}[dtype]
+    model, host = MODELS["Rotating"](), torch.device("cpu")
+    turn, cosine = model.turn.clone(), model.cosine.clone()
+    cast(model, weights, host, host)
+    assert all(p.dtype == weights for p in model.parameters())
+    assert model.turn.dtype == (torch.complex128 if dtype == "fp64" else torch.complex64)
+    assert model.cosine.dtype == (torch.float64 if dtype == "fp64" else torch.float32)
+    assert torch.equal(model.turn.to(turn), turn) and torch.equal(model.cosine.to(cosine), cosine)
+
+
+def test_a_model_may_give_a_tuple_and_take_targets() -> None:
+    torch.manual_seed(0)
+    model, tokens = adapted(MODELS["Counting"]()), torch.randint(VOCAB, (2, CONTEXT))
+    positions = torch.arange(CONTEXT).expand(2, -1)
+    assert model(tokens, positions).shape == (2, CONTEXT, VOCAB)  # positions are not its targets
+    named = adapted(type("Named", (torch.nn.Module,), {"forward": lambda self, x, positions: {"logits": x.float()}})())
+    assert torch.equal(named(tokens, positions), tokens.float())
+
+
+def test_what_gives_no_logits_or_needs_targets_is_refused() -> None:
+    lost = adapted(type("Lost", (torch.nn.Module,), {"forward": lambda self, x: "nothing"})())
+    with pytest.raises(ValueError, match=r"Lost gives a str: it must give logits, a tensor \(B, T, V\)"):
+        lost(torch.zeros(1))
+    needs = type("Needs", (torch.nn.Module,), {"forward": lambda self, idx, targets: idx})
+    with pytest.raises(ValueError, match=r"Needs.forward\(idx, targets\) wants 'targets' in every call"):
+        adapted(needs())
+
+
+def test_a_prediction_takes_attention_as_it_is_called() -> None:
+    """Five arguments by their places."""
+    task = OwnModel(MODELS["Good"])
+    assert trace(task, Plan.of([], 1), global_batch_size=12).pieces[0].calls
+
+
+def test_what_does_not_run_on_meta_tensors_is_not_predicted() -> None:
+    with pytest.raises(ValueError, match="a model does not run on meta tensors: "):
+        trace(OwnModel(MODELS["Branching"]), Plan.of([], 1), global_batch_size=12)
+
+
+def test_whole_takes_the_seed() -> None:
+    assert whole(MODELS["Good"], 0, torch.float64).first.token.weight.dtype == torch.float64
