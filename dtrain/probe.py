@@ -169,9 +169,11 @@ def _running(task: Task, batch: Batch, seed: int, dtypes: tuple[torch.dtype, ...
         except Exception as error:  # of a user's model: it may fail in any way
             if dtype == dtypes[-1]:
                 names = ", ".join(getattr(task.updates[0], "inputs", ()))
+                parts = any(getattr(model, "kind", "") and model.original() for model in models.values())
+                hint = ": use model.layout=null, with a strategy on dp or fsdp" if parts else ""
                 raise ValueError(
                     f"the model cannot be trained: called with ({names}) of {len(batch[next(iter(batch))])} rows "
-                    f"it ends in {_said(error)}"
+                    f"it ends in {_said(error)}{hint}"
                 ) from error
     raise AssertionError
 

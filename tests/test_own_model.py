@@ -4,7 +4,11 @@ from __future__ import annotations
 
 import random
 import re
+import sys
 from contextlib import nullcontext
+from functools import partial
+from importlib import import_module
+from pathlib import Path
 from typing import Any
 from unittest import mock
 
@@ -12,7 +16,10 @@ import numpy
 import pytest
 import torch
 from cases import CONTEXT, STRATEGIES, TASKS, VOCAB, Case, NextToken, assert_all_equal, train, trainer
+from omegaconf import OmegaConf
 from own_models import MODELS, OwnModel
+
+from test_cli import call  # noqa: F401  a fixture
 
 from dtrain.adapt import adapted
 from dtrain.initialize import build, cast, whole
@@ -21,6 +28,7 @@ from dtrain.precision import Precision
 from dtrain.probe import probe
 from dtrain.trace import trace
 
+ROOT = Path(__file__).parent.parent
 FP64 = 1e-12
 
 
@@ -215,3 +223,84 @@ def test_what_does_not_run_on_meta_tensors_is_not_predicted() -> None:
 
 def test_whole_takes_the_seed() -> None:
     assert whole(MODELS["Good"], 0, torch.float64).first.token.weight.dtype == torch.float64
+
+
+USERS = '''
+import torch
+from torch import nn
+
+class Narrow(nn.Module):
+    """A constructor with names of its own only."""
+    def __init__(self, width: int = 8):
+        super().__init__()
+        self.embedding, self.out = nn.Embedding(256, width), nn.Linear(width, 256)
+    def forward(self, idx, targets=None):
+        return self.out(self.embedding(idx)), None
+
+class Asking(Narrow):
+    def __init__(self, vocab_size, block_size):
+        super().__init__()
+
+class Last(Narrow):
+    def forward(self, idx, targets=None):
+        return super().forward(idx)[0][:, [-1]]
+'''
+SMALL = ["steps=1", "eval.every=0", "global_batch_size=4", "seq_len=8"]
+TYPED = [
+    (["model._target_=users.Narrow"], 0, "users.Narrow is given nothing"),
+    (["model._target_=users.Narrow", "+model.width=4"], 0, "users.Narrow is given width=4"),
+    (["~model", "+model._target_=users.Narrow"], 0, "users.Narrow is given nothing"),
+    (["~model", "+model._target_=mymodel.MyModel", "+model.context=8"], 0, "mymodel.MyModel is given context=8"),
+    (["model._target_=mymodel.MyModel", "model.d_model=16", "model.n_layers=1"], 0,
+     "mymodel.MyModel is given vocab_size=256, context=128, d_model=16, n_layers=1, n_heads=4"),
+    (["model._target_=users.Narrow", "model.n_layers=3"], 2, "model.n_layers: users.Narrow takes width"),
+    (["model._target_=users.Narrow", "+model.widht=3"], 2, "widht"),
+    (["model._target_=users.Asking"], 2, "model: users.Asking needs block_size: set +model.block_size=…"),
+    (["model._target_=users.Last"], 2, "the model cannot be trained: called with (tokens, positions) of 4 rows"),
+    (["~model"], 2, "task causal_lm trains one model, the configuration has none"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("typed, status, said", TYPED, ids=lambda each: " ".join(each) if isinstance(each, list) else "")
+def test_a_models_name_is_enough(typed: list[str], status: int, said: str, call, tmp_path: Path, monkeypatch) -> None:
+    (tmp_path / "users.py").write_text(USERS)
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.syspath_prepend(ROOT / "examples")
+    monkeypatch.delitem(sys.modules, "users", raising=False)
+    found, out, err = call(*typed, *SMALL)
+    assert (found, said in (err if status else out)) == (status, True), (out, err)
+    assert status == 0 or err.count("\n") == 1
+
+
+def test_the_example_goes_with_every_strategy(monkeypatch) -> None:
+    monkeypatch.syspath_prepend(ROOT / "examples")
+    made = partial(import_module("mymodel").MyModel, VOCAB, CONTEXT, 16, 2, 4)
+    with mock.patch.dict(MODELS, mymodel=made):
+        for strategy in ALL:
+            assert tried("mymodel", strategy).startswith("probe: the model was tried on 4 rows in ")
+
+
+LLAMA = dict(vocab_size=VOCAB, max_position_embeddings=CONTEXT, hidden_size=32, num_hidden_layers=1, intermediate_size=48,
+             num_attention_heads=4, num_key_value_heads=2)  # fmt: skip
+HUGGING_FACE = [
+    ("Llama", {}, "probe: the model was tried"),
+    ("Qwen3", {"head_dim": 8}, "probe: the model was tried"),
+    ("Mistral", {"sliding_window": 8}, "MistralForCausalLM gives other logits than the original, by 0."),
+    ("Granite", {"residual_multiplier": 0.2, "logits_scaling": 8.0, "attention_multiplier": 8**-0.5},
+     "GraniteForCausalLM gives other logits than the original, by "),
+    ("Gemma2", {"head_dim": 8}, "Gemma2Attention masks or scales its attention in its own way"),
+    ("Gemma3Text", {"head_dim": 8}, "use model.layout=null, with a strategy on dp or fsdp"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("kind, settings, said", HUGGING_FACE, ids=[each[0] for each in HUGGING_FACE])
+def test_a_layout_gives_the_originals_logits_or_is_refused(kind: str, settings: Any, said: str, tmp_path: Path) -> None:
+    """And as one piece each of them runs."""
+    transformers = import_module("transformers")
+    transformers.logging.set_verbosity_error()
+    getattr(transformers, f"{kind}Config")(**LLAMA, **settings).save_pretrained(tmp_path)
+    layout = OmegaConf.to_container(OmegaConf.load(ROOT / "configs/model/hf_llama.yaml"))["layout"]
+    made = partial(import_module("dtrain.model.hf").HuggingFace, str(tmp_path / "config.json"))
+    with mock.patch.dict(MODELS, parts=partial(made, layout=layout), piece=made):
+        assert said in tried("parts", "allreduce" if kind != "Qwen3" else "tensor")
+        assert tried("piece", "fsdp").startswith("probe: the model was tried on 4 rows in ")

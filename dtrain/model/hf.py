@@ -187,6 +187,8 @@ def _model(
         model = getattr(transformers, kind).from_config(config, dtype=torch.float32, attn_implementation=attention)
         return model.train(), f"weights drawn for {name_or_path}"
     except (OSError, ValueError) as error:
+        if attention == "sdpa" and "scaled_dot_product_attention" in str(error):  # Gemma 2 knows none
+            return _model(kind, name_or_path, config, pretrained, "eager", causal)
         raise ValueError(f"model.name_or_path={name_or_path}: {str(error).strip().splitlines()[0]}") from None
 
 

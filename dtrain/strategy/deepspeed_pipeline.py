@@ -86,6 +86,8 @@ class DeepSpeedPipeline(Pipeline):
             )  # fmt: skip
             config = zero.config(plan, micro_batches)
             flow.engine = deepspeed.initialize(model=module, optimizer=optimizers[name], config=config)[0]
+        # Its `train_batch` calls `train()`, which would wake what its author keeps in evaluation.
+        flow.engine.module.train = lambda mode=True: flow.engine.module
         for key, parameter in piece.named_parameters():  # of a shared layer DeepSpeed takes all for shared
             parameter.ds_pipe_replicated = stage > 0 and key in self.tied  # type: ignore[attr-defined]
         for parameter in (p for p in piece.parameters() if p.requires_grad):

@@ -136,9 +136,14 @@ class TensorParallel(Strategy):
             try:
                 found = between(models[name], partial(update.loss, models, shapes))
             except (KeyError, NotImplementedError, RuntimeError, TypeError):  # it computes with values
-                with torch.random.fork_rng(devices=[]):
-                    models = {n: whole(factory, 0, torch.float32) for n, factory in task.models.items()}
+                models = {n: whole(factory, 0, torch.float32) for n, factory in task.models.items()}
+                try:
                     found = between(models[name], partial(update.loss, models, batch))
+                except (LookupError, NotImplementedError, RuntimeError, TypeError) as error:
+                    raise ValueError(
+                        f"{type(models[name]).__name__} does not run on two rows, so nothing tells what tp would "
+                        f"divide: {type(error).__name__}: {error}; use a strategy on dp or fsdp"
+                    ) from error
             everything, before = {n for n, _ in models[name].named_parameters()}, self.between.get(name, (set(), set()))
             self.between[name] = everything, found | before[1]
 

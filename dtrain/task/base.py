@@ -172,7 +172,7 @@ def the_model(models: dict[str, ModelFactory], task: str) -> ModelFactory:
         ValueError: the configuration has several.
     """
     if set(models) != {"model"}:
-        raise ValueError(f"task {task} trains one model, the configuration has {', '.join(models)}")
+        raise ValueError(f"task {task} trains one model, the configuration has {', '.join(models) or 'none'}")
     return models["model"]
 
 
