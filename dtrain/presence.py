@@ -87,9 +87,11 @@ class Presence:
     def _compare(self, runs: list[int]) -> None:
         for name, high, low in zip(self._units, runs, runs[len(self._units) :], strict=False):
             if high != -low:
-                raise ValueError(f"{name} ran {high} times for some rank's rows and {-low} times for another's: fsdp "
-                                 f"and replicate exchange a block when it runs, so all ranks must run it alike; use "
-                                 f"strategy=ddp, allreduce or zero1")  # fmt: skip
+                raise ValueError(
+                    f"{name} ran {high} times for some rank's rows and {-low} times for another's: fsdp "
+                    f"and replicate exchange a block when it runs, so all ranks must run it alike; use "
+                    f"strategy=ddp, allreduce or zero1"
+                )
 
 
 def reached(loss: Tensor) -> set[int]:
@@ -119,9 +121,11 @@ def refuse_unused(model: nn.Module, used: set[int], plan: Plan, engine: str) -> 
     lacking = [int(name in own and own[name] not in used) for name in names]
     found = plan.most(torch.tensor(lacking, dtype=torch.uint8, device=plan.device)).tolist()
     if unused := [name for name, lacks in zip(names, found, strict=True) if lacks]:
-        raise ValueError(f"{unused[0]} (one of {len(unused)} weights) is not used by the rows of some rank's micro-"
-                         f"batch, and {engine} steps every weight in every step: use strategy=ddp, zero1 or fsdp, or "
-                         f"freeze what is never used (requires_grad=False)")  # fmt: skip
+        raise ValueError(
+            f"{unused[0]} (one of {len(unused)} weights) is not used by the rows of some rank's micro-"
+            f"batch, and {engine} steps every weight in every step: use strategy=ddp, zero1 or fsdp, or "
+            f"freeze what is never used (requires_grad=False)"
+        )
 
 
 def completed(tensors: dict[str, Tensor], model: nn.Module, group: dist.ProcessGroup) -> dict[str, Tensor]:

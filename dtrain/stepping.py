@@ -19,11 +19,18 @@ from torch.optim import Optimizer
 
 from dtrain.optimizer import fill_state, named_tensors, put_back
 
-APART, ROWS, COLUMNS, FLAT = "apart", "rows", "columns", "flat"  # what a strategy's optimizers have of the weights
+APART, ROWS, COLUMNS, FLAT = (
+    "apart",
+    "rows",
+    "columns",
+    "flat",
+)  # what a strategy's optimizers have of the weights
 TOLD = {
-    APART: "some of the weights and not all", ROWS: "some rows of each weight", COLUMNS: "some columns of each weight",
+    APART: "some of the weights and not all",
+    ROWS: "some rows of each weight",
+    COLUMNS: "some columns of each weight",
     FLAT: "a flat slice of all weights",
-}  # fmt: skip
+}
 SHAPES = ((160, 144), (96,))  # some optimizers treat small matrices element by element
 STEPS, PARTS = 3, 2
 TOLERANCE = 1e-9  # relative, in fp64
@@ -51,8 +58,9 @@ def check_optimizer(make: Make, stepped: Mapping[str, str], several: bool) -> No
     """
     with torch.random.fork_rng(devices=[]):
         generator = torch.Generator().manual_seed(0)
-        drawn = [[torch.randn(shape, generator=generator, dtype=torch.float64) for shape in SHAPES]
-                 for _ in range(STEPS + 1)]  # fmt: skip
+        drawn = [
+            [torch.randn(shape, generator=generator, dtype=torch.float64) for shape in SHAPES] for _ in range(STEPS + 1)
+        ]
         try:
             kind = type(make(Weights(drawn[0])))
         except ValueError:  # Muon takes matrices alone
@@ -74,10 +82,14 @@ def check_optimizer(make: Make, stepped: Mapping[str, str], several: bool) -> No
                 "and each rank would draw its own: use another, such as AdamW, or one process",
             )
         for part, strategy in stepped.items():
-            _compare(expected, _in_parts(make, start, gradients, part), f"optimizer {name} is not for strategy "
-                     f"{strategy}, which gives it {TOLD[part]}: it would come to other weights than on one process. "
-                     f"Use strategy=ddp or allreduce, or an optimizer that takes each element by itself, such as "
-                     f"AdamW")  # fmt: skip
+            _compare(
+                expected,
+                _in_parts(make, start, gradients, part),
+                f"optimizer {name} is not for strategy "
+                f"{strategy}, which gives it {TOLD[part]}: it would come to other weights than on one process. "
+                f"Use strategy=ddp or allreduce, or an optimizer that takes each element by itself, such as "
+                f"AdamW",
+            )
 
 
 def _whole(make: Make, start: list[Tensor], gradients: list[list[Tensor]], name: str, *, seed: int) -> list[Tensor]:
@@ -86,7 +98,11 @@ def _whole(make: Make, start: list[Tensor], gradients: list[list[Tensor]], name:
     try:
         for place, each in enumerate(gradients):
             _step(optimizer, model.all, each, seed=place + seed)
-    except (TypeError, RuntimeError, NotImplementedError) as error:  # it wants a closure, or sparse gradients
+    except (
+        TypeError,
+        RuntimeError,
+        NotImplementedError,
+    ) as error:  # it wants a closure, or sparse gradients
         raise ValueError(f"optimizer {name} cannot step here: {str(error).splitlines()[0]}") from None
     return [p.detach() for p in model.all]
 
@@ -120,7 +136,10 @@ def _in_parts(make: Make, start: list[Tensor], gradients: list[list[Tensor]], ki
         for index, (values, *own) in enumerate(zip(*cut, strict=True)):
             model = Weights(values if kind in (ROWS, COLUMNS) else start)
             optimizer, parts = make(model), list(model.all)
-            if kind in (APART, FLAT):  # made of whole weights, and then given one, or a slice of one
+            if kind in (
+                APART,
+                FLAT,
+            ):  # made of whole weights, and then given one, or a slice of one
                 whole = parts[index if kind == APART else index // PARTS]
                 parts = [whole if kind == APART else nn.Parameter(values[0].clone())]
                 for group in optimizer.param_groups:
@@ -149,8 +168,7 @@ def _joined(found: list[list[Tensor]], start: list[Tensor], kind: str) -> list[T
         flat = [tensor for (tensor,) in found]
         halves = [flat[i : i + PARTS] for i in range(0, len(flat), PARTS)]
         return [torch.cat(each).view_as(whole) for each, whole in zip(halves, start, strict=True)]
-    return [torch.cat(parts, 1 if kind == COLUMNS and parts[0].ndim > 1 else 0)
-            for parts in zip(*found, strict=True)]  # fmt: skip
+    return [torch.cat(parts, 1 if kind == COLUMNS and parts[0].ndim > 1 else 0) for parts in zip(*found, strict=True)]
 
 
 def _step(optimizer: Optimizer, parameters: Iterable[nn.Parameter], gradients: list[Tensor], *, seed: int) -> None:

@@ -21,8 +21,11 @@ from dtrain.train import Trainer
 pytest.importorskip("deepspeed", reason="the extra dtrain[deepspeed] is not installed")
 pytest.importorskip("accelerate", reason="the extra dtrain[accelerate] is not installed")
 
-ENGINES: dict[str, list[Any]] = {**KNOWN, "accelerate_ddp": [AccelerateDDP],
-                                 "accelerate_local_sgd": [partial(AccelerateLocalSGD, local_sgd_steps=2)]}  # fmt: skip
+ENGINES: dict[str, list[Any]] = {
+    **KNOWN,
+    "accelerate_ddp": [AccelerateDDP],
+    "accelerate_local_sgd": [partial(AccelerateLocalSGD, local_sgd_steps=2)],
+}
 TOLERANCE = 1e-5  # relative, in fp32
 
 
@@ -42,7 +45,8 @@ def _refused(strategy: str, size: int, micro: int | None) -> str:
 
 
 @pytest.mark.parametrize(
-    "strategy", ["deepspeed zero0", "deepspeed zero1", "deepspeed zero2", "deepspeed zero3", "pipeline"]
+    "strategy",
+    ["deepspeed zero0", "deepspeed zero1", "deepspeed zero2", "deepspeed zero3", "pipeline"],
 )
 def test_what_some_rows_do_not_use_is_refused_by_name(strategy: str, world) -> None:
     """Before a step with it, on every rank: DeepSpeed averages in the order in which gradients come."""

@@ -126,17 +126,29 @@ def of(kind: type[Optimizer], **settings: Any) -> Make:
 
 
 ELEMENTWISE = {
-    "adamw": of(torch.optim.AdamW, fused=True), "sgd": of(torch.optim.SGD, lr=0.1),
-    "momentum": of(torch.optim.SGD, lr=0.1, momentum=0.9, dampening=0.3), "rmsprop": of(torch.optim.RMSprop),
-    "adagrad": of(torch.optim.Adagrad), "nadam": of(torch.optim.NAdam), "rprop": of(torch.optim.Rprop),
+    "adamw": of(torch.optim.AdamW, fused=True),
+    "sgd": of(torch.optim.SGD, lr=0.1),
+    "momentum": of(torch.optim.SGD, lr=0.1, momentum=0.9, dampening=0.3),
+    "rmsprop": of(torch.optim.RMSprop),
+    "adagrad": of(torch.optim.Adagrad),
+    "nadam": of(torch.optim.NAdam),
+    "rprop": of(torch.optim.Rprop),
     "counting": of(Counting),
-}  # fmt: skip
+}
 STEPPED: dict[str, Callable[[], Strategy]] = {
-    "zero1": Zero1, "fsdp": FSDP, "tensor": TensorParallel, "pipeline": Pipeline, "expert": Expert,
+    "zero1": Zero1,
+    "fsdp": FSDP,
+    "tensor": TensorParallel,
+    "pipeline": Pipeline,
+    "expert": Expert,
     "deepspeed": lambda: DeepSpeed(2, {"zero_optimization": {"stage": 1}}),
     "servers": lambda: ParameterServer(3, servers=2),
-}  # fmt: skip
-WHOLE: dict[str, Callable[[], Strategy]] = {"allreduce": AllReduce, "replicate": Replicate, "server": ParameterServer}
+}
+WHOLE: dict[str, Callable[[], Strategy]] = {
+    "allreduce": AllReduce,
+    "replicate": Replicate,
+    "server": ParameterServer,
+}
 EVERY = STEPPED | WHOLE
 
 
@@ -155,16 +167,25 @@ def test_what_takes_each_element_by_itself_goes_with_every_strategy(name: str) -
     assert not [strategy for strategy in ["", *EVERY] if refusal(ELEMENTWISE[name], strategy)]
 
 
-@pytest.mark.parametrize(("make", "refused"), [
-    (of(ByNorm), {*STEPPED} - {"zero1", "pipeline", "servers"}),
-    (of(torch.optim.Adafactor), {*STEPPED} - {"zero1", "pipeline", "servers"}),
-    (lambda model: torch.optim.Muon([p for p in model.parameters() if p.ndim == 2]),
-     {*STEPPED} - {"zero1", "pipeline", "servers"}),
-    (lambda model: torch.optim.Muon(model.parameters()), {*STEPPED} - {"zero1", "pipeline", "servers"}),
-    (of(ByRows), {"tensor", "deepspeed"}),
-    (of(ByAll), {*STEPPED}),
-    (of(Noisy), {*EVERY}),
-], ids=["norm", "adafactor", "muon", "muon of matrices alone", "rows", "all", "noise"])  # fmt: skip
+@pytest.mark.parametrize(
+    ("make", "refused"),
+    [
+        (of(ByNorm), {*STEPPED} - {"zero1", "pipeline", "servers"}),
+        (of(torch.optim.Adafactor), {*STEPPED} - {"zero1", "pipeline", "servers"}),
+        (
+            lambda model: torch.optim.Muon([p for p in model.parameters() if p.ndim == 2]),
+            {*STEPPED} - {"zero1", "pipeline", "servers"},
+        ),
+        (
+            lambda model: torch.optim.Muon(model.parameters()),
+            {*STEPPED} - {"zero1", "pipeline", "servers"},
+        ),
+        (of(ByRows), {"tensor", "deepspeed"}),
+        (of(ByAll), {*STEPPED}),
+        (of(Noisy), {*EVERY}),
+    ],
+    ids=["norm", "adafactor", "muon", "muon of matrices alone", "rows", "all", "noise"],
+)
 def test_what_compares_elements_is_refused_where_it_would_get_parts(make: Make, refused: set[str]) -> None:
     said = {strategy: refusal(make, strategy) for strategy in ["", *EVERY]}
     assert {strategy for strategy, reason in said.items() if reason} == refused
@@ -172,11 +193,17 @@ def test_what_compares_elements_is_refused_where_it_would_get_parts(make: Make, 
         assert "AdamW" in reason and ("strategy=ddp or allreduce" in reason or "random numbers" in reason)
 
 
-@pytest.mark.parametrize(("make", "why"), [
-    (of(InItsGroup), "cannot go on from a checkpoint"), (of(ByItself), "cannot go on from a checkpoint"),
-    (of(Remembering), "keeps a list as 'history'"), (lambda model: torch.optim.LBFGS(model.parameters()), "closure"),
-    (of(torch.optim.SparseAdam), "cannot step here"),
-], ids=["in its group", "by itself", "a list", "a closure", "sparse"])  # fmt: skip
+@pytest.mark.parametrize(
+    ("make", "why"),
+    [
+        (of(InItsGroup), "cannot go on from a checkpoint"),
+        (of(ByItself), "cannot go on from a checkpoint"),
+        (of(Remembering), "keeps a list as 'history'"),
+        (lambda model: torch.optim.LBFGS(model.parameters()), "closure"),
+        (of(torch.optim.SparseAdam), "cannot step here"),
+    ],
+    ids=["in its group", "by itself", "a list", "a closure", "sparse"],
+)
 def test_what_cannot_be_resumed_or_stepped_is_refused(make: Make, why: str) -> None:
     with pytest.raises(ValueError, match=why):
         check_optimizer(make, {}, False)

@@ -36,7 +36,7 @@ from dtrain.strategy.base import REST, Executor, local
 from dtrain.strategy.ddp import DDP
 from dtrain.strategy.deepspeed import ByEngine, DeepSpeed
 from dtrain.strategy.fsdp import FSDP
-from dtrain.strategy.replicate import watch
+from dtrain.units import watch
 
 if TYPE_CHECKING:
     from dtrain.plan import Plan
@@ -178,7 +178,7 @@ class AccelerateFSDP(FSDP):
         with accelerator_of(plan, 1, **settings) as accelerator:
             wrapped, steppers = prepared(accelerator, models, optimizers, FSDPModule)
         for each in wrapped.values():
-            watch(each)
+            watch(each, [int(rank) for rank in plan.mesh[self.axis].mesh.flatten()])
         shards = self.degree if not self.parallelism else self.parallelism.get("dp_shard_size", 1)
         for name, parameter in next(iter(wrapped.values())).named_parameters():
             assert isinstance(parameter, DTensor), f"{name} is not sharded"

@@ -26,17 +26,8 @@ from dtrain.footprint import FORWARD, FREE, Footprint
 from dtrain.layout import blocks_of
 from dtrain.stepping import ROWS
 from dtrain.strategy.base import REST, Strategy, local
-from dtrain.strategy.replicate import (
-    Replicate,
-    begin_update,
-    fsdp_module,
-    kept_gathered,
-    refuse_sharing,
-    reshard,
-    unit_calls,
-    unused,
-    watch,
-)
+from dtrain.strategy.replicate import Replicate, fsdp_module, kept_gathered, reshard
+from dtrain.units import begin_update, refuse_sharing, unit_calls, unused, watch
 
 if TYPE_CHECKING:
     from dtrain.plan import Plan
@@ -90,7 +81,7 @@ class FSDP(Strategy):
         for block in blocks_of(model):
             fully_shard(block, **settings)
         fully_shard(model, **settings)
-        watch(model)
+        watch(model, [int(rank) for rank in plan.mesh[self._mesh_axes(plan)].mesh.flatten()])
         return model
 
     def _mesh_axes(self, plan: Plan) -> tuple[str, ...]:

@@ -15,17 +15,16 @@ from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
 from typing import TYPE_CHECKING, Any
 
-import torch
 from torch import nn
 from torch.distributed._composable.replicate_with_fsdp import replicate
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
-from dtrain.batch import pieces
 from dtrain.cost import Message, message
 from dtrain.footprint import Footprint
-from dtrain.layout import blocks_of, layout_of, shared_names
+from dtrain.layout import blocks_of
 from dtrain.strategy.base import Strategy
+from dtrain.units import begin_update, refuse_sharing, unit_calls, unused, watch
 
 if TYPE_CHECKING:
     from dtrain.plan import Plan
@@ -53,7 +52,7 @@ class Replicate(Strategy):
         for block in blocks_of(model):
             replicate(block, **settings)
         replicate(model, **settings)
-        watch(model)
+        watch(model, [int(rank) for rank in plan.mesh[self.axis].mesh.flatten()])
         return model
 
     def verify(self, model: nn.Module, plan: Plan) -> None:
@@ -93,82 +92,6 @@ def fsdp_module(model: nn.Module) -> FSDPModule:
     """The model, known to be what `fully_shard` or `replicate` has made of it."""
     assert isinstance(model, FSDPModule), f"{type(model).__name__} is neither sharded nor replicated"
     return model
-
-
-class Unit:
-    """What `fully_shard` or `replicate` exchange together, watched: how often it ran, and which gradients it had."""
-
-    def __init__(self, group: Any) -> None:
-        self.group, self.calls = group, 0
-        self.used: set[int] = set()  # its parameters that backward has reached in this update
-        self._forward, self._complete = group.pre_forward, group.post_backward
-        group.pre_forward, group.post_backward = self.forward, self.complete
-
-    def forward(self, *inputs: Any) -> Any:
-        self.calls += 1
-        return self._forward(*inputs)
-
-    def complete(self, *none: Any) -> None:
-        """Before gradients are exchanged: zeros for those that this rank's rows do not have, as all ranks send alike.
-
-        And those of one unit in one format: what waits from earlier micro-batches may be in that of the sum.
-        """
-        parameters = [p for p in self.group.fsdp_params if hasattr(p, "_unsharded_param")]
-        waiting = any(parameter.unsharded_accumulated_grad is not None for parameter in parameters)
-        for parameter in parameters:
-            whole = parameter._unsharded_param
-            if whole.grad is not None or parameter.unsharded_accumulated_grad is not None:
-                self.used.add(id(parameter))
-            elif self.group.reduce_grads and self.calls and whole.requires_grad:
-                whole.grad = torch.zeros_like(whole)
-            if self.group.reduce_grads and waiting and parameter.unsharded_accumulated_grad is None:
-                parameter.to_accumulated_grad_if_needed()
-        self._complete(*none)
-
-
-def watch(model: nn.Module) -> None:
-    """Have every unit of the model watched, from now on."""
-    for module in model.modules():
-        if isinstance(module, FSDPModule):
-            module.units = [Unit(group) for group in module._get_fsdp_state()._fsdp_param_groups]  # type: ignore[assignment]
-
-
-def units(model: nn.Module) -> Iterator[tuple[str, Unit]]:
-    """Those of the model, by the names of their modules."""
-    for piece in pieces(model):
-        for name, module in piece.named_modules():
-            yield from ((name, unit) for unit in getattr(module, "units", ()))
-
-
-def begin_update(model: nn.Module) -> None:
-    for _, unit in units(model):
-        unit.calls = 0
-        unit.used.clear()
-
-
-def unused(model: nn.Module) -> list[nn.Parameter]:
-    """What has a gradient of zeros alone, since backward has not reached it."""
-    return [p.sharded_param for _, unit in units(model) for p in unit.group.fsdp_params if id(p) not in unit.used]
-
-
-def unit_calls(model: nn.Module) -> dict[str, int]:
-    """How often each block has run; all the rest of a model runs on every rank."""
-    return {name: unit.calls for name, unit in units(model) if name}
-
-
-def refuse_sharing(model: nn.Module, strategy: str) -> None:
-    """Raise ValueError for a weight that stands in two units, which would each keep a copy of their own."""
-    path = layout_of(model).blocks
-
-    def unit(name: str) -> str:
-        return ".".join(name.split(".")[: path.count(".") + 2]) if path and name.startswith(f"{path}.") else ""
-
-    for one, other in shared_names(model).items():
-        if unit(one) != unit(other):
-            raise ValueError(
-                f"{type(model).__name__} shares {other} with {one}, and strategy {strategy} exchanges each block by "
-                f"itself: use strategy=ddp, allreduce or zero1, or keep what is shared in one block or outside of all"
-            )
 
 
 @contextmanager

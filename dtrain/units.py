@@ -1,0 +1,157 @@
+"""What `fully_shard` and `replicate` exchange together: a block, or all the rest; and whether all ranks run it alike.
+
+    rank 0:  block A, block B, back      rank 1:  block A, back      A's messages meet, and B's meet another's
+
+A unit's weights are gathered when it runs, and its gradients are reduced when its backward pass
+ends, whatever other ranks do. Messages of two sizes that meet end a process in gloo, or hang; of
+one size they are taken for each other's. So in the first updates ranks call what they run next
+through the store, before its messages; after that, and in evaluations, they compare how often each
+block has run before anything is done with what came of it (`presence`).
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.distributed.fsdp import FSDPModule
+
+from dtrain.batch import pieces
+from dtrain.layout import layout_of, shared_names
+
+CALLED = 2  # updates in which ranks call what they run next
+POLL_S, LIMIT_S = 0.001, 600.0
+
+
+class Roll:
+    """What the ranks of one model say that they run next.
+
+    Args:
+        ranks: who must run the same.
+    """
+
+    def __init__(self, ranks: list[int]) -> None:
+        self.ranks, self.updates, self.place = len(ranks), 0, 0
+        self._store = dist.distributed_c10d._get_default_store()
+        made = self._store.add(f"units/{dist.get_rank()}", 1)  # models of this process: as many as of the others
+        self._key = f"units/{'-'.join(map(str, ranks))}/{made}"
+
+    def call(self, unit: str) -> None:
+        """Say it, and wait for the others to say theirs.
+
+        Raises:
+            ValueError: some say another; on every rank.
+        """
+        if self.ranks == 1 or self.updates > CALLED:
+            return
+        key, self.place = f"{self._key}/{self.place}", self.place + 1
+        self._store.add(f"{key}/{unit}", 1)
+        count, limit = self._store.add(key, 1), time.monotonic() + LIMIT_S
+        while count < self.ranks and time.monotonic() < limit:
+            time.sleep(POLL_S)
+            count = self._store.add(key, 0)
+        alike = self._store.add(f"{key}/{unit}", 0)
+        if alike < count:
+            raise ValueError(
+                f"{alike} of {self.ranks} ranks go on to {unit}, and others to something else: fsdp and "
+                f"replicate exchange a block when it runs, so all ranks must run it alike; use "
+                f"strategy=ddp, allreduce or zero1"
+            )
+
+
+class Unit:
+    """What `fully_shard` or `replicate` exchange together, watched: how often it ran, and which gradients it had."""
+
+    def __init__(self, group: Any, name: str, roll: Roll) -> None:
+        self.group, self.name, self.roll, self.calls = group, name, roll, 0
+        self.used: set[int] = set()  # its parameters that backward has reached in this update
+        self._forward, self._backward, self._complete = (
+            group.pre_forward,
+            group.pre_backward,
+            group.post_backward,
+        )
+        group.pre_forward, group.pre_backward, group.post_backward = (
+            self.forward,
+            self.backward,
+            self.complete,
+        )
+
+    def forward(self, *inputs: Any) -> Any:
+        self.calls += 1
+        if self.name:
+            self.roll.call(self.name)
+        return self._forward(*inputs)
+
+    def backward(self, *options: Any) -> None:
+        if not self.name:
+            self.roll.call("the backward pass")
+        self._backward(*options)
+
+    def complete(self, *none: Any) -> None:
+        """Before gradients are exchanged: zeros for those that this rank's rows do not have, as all ranks send alike.
+
+        And those of one unit in one format: what waits from earlier micro-batches may be in that of the sum.
+        """
+        parameters = [p for p in self.group.fsdp_params if hasattr(p, "_unsharded_param")]
+        waiting = any(parameter.unsharded_accumulated_grad is not None for parameter in parameters)
+        for parameter in parameters:
+            whole = parameter._unsharded_param
+            if whole.grad is not None or parameter.unsharded_accumulated_grad is not None:
+                self.used.add(id(parameter))
+            elif self.group.reduce_grads and self.calls and whole.requires_grad:
+                whole.grad = torch.zeros_like(whole)
+            if self.group.reduce_grads and waiting and parameter.unsharded_accumulated_grad is None:
+                parameter.to_accumulated_grad_if_needed()
+        self._complete(*none)
+
+
+def watch(model: nn.Module, ranks: list[int]) -> None:
+    """Have every unit of the model, or of a stage, watched from now on; `ranks` share them."""
+    roll = Roll(ranks)
+    for name, module in model.named_modules():
+        if isinstance(module, FSDPModule):
+            groups = module._get_fsdp_state()._fsdp_param_groups
+            module.units = [Unit(group, name, roll) for group in groups]  # type: ignore[assignment]
+
+
+def units(model: nn.Module) -> Iterator[tuple[str, Unit]]:
+    """Those of the model, by the names of their modules."""
+    for piece in pieces(model):
+        for name, module in piece.named_modules():
+            yield from ((name, unit) for unit in getattr(module, "units", ()))
+
+
+def begin_update(model: nn.Module) -> None:
+    for name, unit in units(model):
+        unit.roll.updates += not name
+        unit.calls = 0
+        unit.used.clear()
+
+
+def unused(model: nn.Module) -> list[nn.Parameter]:
+    """What has a gradient of zeros alone, since backward has not reached it."""
+    return [p.sharded_param for _, unit in units(model) for p in unit.group.fsdp_params if id(p) not in unit.used]
+
+
+def unit_calls(model: nn.Module) -> dict[str, int]:
+    """How often each block has run; all the rest of a model runs on every rank."""
+    return {name: unit.calls for name, unit in units(model) if name}
+
+
+def refuse_sharing(model: nn.Module, strategy: str) -> None:
+    """Raise ValueError for a weight that stands in two units, which would each keep a copy of their own."""
+    path = layout_of(model).blocks
+
+    def unit(name: str) -> str:
+        return ".".join(name.split(".")[: path.count(".") + 2]) if path and name.startswith(f"{path}.") else ""
+
+    for one, other in shared_names(model).items():
+        if unit(one) != unit(other):
+            raise ValueError(
+                f"{type(model).__name__} shares {other} with {one}, and strategy {strategy} exchanges each block by "
+                f"itself: use strategy=ddp, allreduce or zero1, or keep what is shared in one block or outside of all"
+            )
