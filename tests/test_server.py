@@ -71,7 +71,7 @@ class Written:
         return like.copy_(self.left.pop(0))
 
     def told(self, number: int) -> list[bool]:
-        return [True] * number
+        return [True] * number  # used
 
     def say(self, *numbers: float) -> None:
         """It listens to nothing."""
@@ -238,3 +238,26 @@ def test_a_worker_is_started_again_as_often_as_asked_for(restarts: int, keeper) 
             assert list(made.steps()) == []
         assert found.begun == lives
         assert made._store.check(["0/gone"]) == (statuses[-1] != 0)
+
+
+def decaying(model: nn.Module) -> torch.optim.Optimizer:
+    return torch.optim.SGD(model.parameters(), lr=RATE, weight_decay=0.5)
+
+
+@pytest.mark.parametrize("mode", ["sync", "async"])
+def test_what_no_workers_rows_have_used_is_not_stepped(mode: str) -> None:
+    """Of two parts of a round; in async each gradient is a step, of what its own rows have used."""
+    plan = plan_of(2, 1, mode=mode)
+    server = Server(NextToken(), plan, decaying, SETTINGS, CONFIG, World(0, 3), ("", 0), None)
+    own = server._own["model"]
+    before = [p.detach().clone() for p in own]
+    zeros, ones = [torch.zeros_like(p) for p in own], [torch.ones_like(p) for p in own]
+    first = [True, *[False] * (len(own) - 1)]
+    second = [False, True, *[False] * (len(own) - 2)]
+    given = [[ones[0], *zeros[1:]], [zeros[0], ones[1], *zeros[2:]]]
+    if mode == "sync":
+        server._apply_all(0, {0: (given[0], first), 1: (given[1], second)})
+    else:
+        server._apply(0, given[0], first, 1.0)
+    moved = [not torch.equal(p.detach(), old) for p, old in zip(own, before, strict=True)]
+    assert moved == [True, mode == "sync", *[False] * (len(own) - 2)]

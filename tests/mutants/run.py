@@ -32,14 +32,14 @@ NEEDED = ("dtrain", "configs", "tests", "scripts", "hydra_plugins", "launch", "d
           "README.md", "CONTRIBUTING.md", "Makefile", "constraints.txt")  # fmt: skip
 # The tests that see a room's faults, those that are quick first.
 ROOMS = {
-    "loop": "plain_loop loop_promises precision plan refusals measure model exact experts cost",
-    "strategy": "plan pipeline precision figures refusals plain_loop local_sgd context experts exact cost instruments",
-    "engine": "deepspeed accelerate",
+    "loop": "plain_loop loop_promises presence stepping precision plan refusals measure model exact experts cost",
+    "strategy": "plan pipeline precision figures refusals presence plain_loop local_sgd context experts exact cost instruments",
+    "engine": "presence_engines deepspeed accelerate",
     "server": "server parameter_server",
     "model": "model moe images loop_promises plain_loop hf tasks",
     "data": "data preparation images loop_promises tasks",
     "task": "plain_loop loop_promises preparation images tasks data",
-    "checkpoint": "durability checkpoint distributed/manifests cli loop_promises",
+    "checkpoint": "durability checkpoint stepping presence distributed/manifests cli loop_promises",
     "launch": "launch durability refusals instruments cli distributed/faults",
     "cost": "figures measure instruments cost compare",
     "report": "figures reports measure compare instruments data cli",
