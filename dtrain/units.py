@@ -12,7 +12,6 @@ block has run before anything is done with what came of it (`presence`).
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -69,6 +68,7 @@ class Unit:
     def __init__(self, group: Any, name: str, roll: Roll) -> None:
         self.group, self.name, self.roll, self.calls = group, name, roll, 0
         self.used: set[int] = set()  # its parameters that backward has reached in this update
+        self.twice = False  # is a first backward pass part of the loss? It gives no weight a gradient
         self._forward, self._backward, self._complete = (
             group.pre_forward,
             group.pre_backward,
@@ -98,11 +98,13 @@ class Unit:
         """
         parameters = [p for p in self.group.fsdp_params if hasattr(p, "_unsharded_param")]
         waiting = any(parameter.unsharded_accumulated_grad is not None for parameter in parameters)
+        reached = waiting or any(parameter._unsharded_param.grad is not None for parameter in parameters)
+        fill = self.group.reduce_grads and self.calls and (reached or not self.twice)
         for parameter in parameters:
             whole = parameter._unsharded_param
             if whole.grad is not None or parameter.unsharded_accumulated_grad is not None:
                 self.used.add(id(parameter))
-            elif self.group.reduce_grads and self.calls and whole.requires_grad:
+            elif fill and whole.requires_grad:
                 whole.grad = torch.zeros_like(whole)
             if self.group.reduce_grads and waiting and parameter.unsharded_accumulated_grad is None:
                 parameter.to_accumulated_grad_if_needed()
@@ -111,35 +113,40 @@ class Unit:
 
 def watch(model: nn.Module, ranks: list[int]) -> None:
     """Have every unit of the model, or of a stage, watched from now on; `ranks` share them."""
-    roll = Roll(ranks)
+    roll, found = Roll(ranks), []
     for name, module in model.named_modules():
         if isinstance(module, FSDPModule):
             groups = module._get_fsdp_state()._fsdp_param_groups
-            module.units = [Unit(group, name, roll) for group in groups]  # type: ignore[assignment]
+            found += [Unit(group, name, roll) for group in groups]
+    model.watched = found  # type: ignore[assignment]
 
 
-def units(model: nn.Module) -> Iterator[tuple[str, Unit]]:
-    """Those of the model, by the names of their modules."""
-    for piece in pieces(model):
-        for name, module in piece.named_modules():
-            yield from ((name, unit) for unit in getattr(module, "units", ()))
+def units(model: nn.Module) -> list[Unit]:
+    return [unit for piece in pieces(model) for unit in getattr(piece, "watched", ())]
 
 
 def begin_update(model: nn.Module) -> None:
-    for name, unit in units(model):
-        unit.roll.updates += not name
+    for roll in {unit.roll for unit in units(model)}:
+        roll.updates += 1
+    for unit in units(model):
         unit.calls = 0
         unit.used.clear()
 
 
+def twice(model: nn.Module, are: bool) -> None:
+    """Say whether updates' losses hold gradients of the model."""
+    for unit in units(model):
+        unit.twice = are
+
+
 def unused(model: nn.Module) -> list[nn.Parameter]:
     """What has a gradient of zeros alone, since backward has not reached it."""
-    return [p.sharded_param for _, unit in units(model) for p in unit.group.fsdp_params if id(p) not in unit.used]
+    return [p.sharded_param for unit in units(model) for p in unit.group.fsdp_params if id(p) not in unit.used]
 
 
 def unit_calls(model: nn.Module) -> dict[str, int]:
     """How often each block has run; all the rest of a model runs on every rank."""
-    return {name: unit.calls for name, unit in units(model) if name}
+    return {unit.name: unit.calls for unit in units(model) if unit.name}
 
 
 def refuse_sharing(model: nn.Module, strategy: str) -> None:

@@ -75,7 +75,7 @@ class DDP(Strategy):
     def sync_gradients(self, model: nn.Module, enabled: bool) -> None:
         assert isinstance(model, DistributedDataParallel)
         model.require_backward_grad_sync = enabled
-        self._passed.difference_update(map(id, model.parameters()))
+        self._passed.clear()  # told of every model before each micro-batch
 
     def watch(self, model: nn.Module) -> None:
         """Note which parameters backward passes reach: in an update, and in the last pass of it."""
@@ -88,7 +88,7 @@ class DDP(Strategy):
             parameter.register_post_accumulate_grad_hook(reached)
 
     def begin_update(self, model: nn.Module) -> None:
-        self._used.difference_update(map(id, model.parameters()))
+        self._used.clear()  # likewise, before each update
 
     def finish_backward(self, model: nn.Module) -> None:
         """DDP sends a bucket when it is full; a gradient that this rank's rows do not have would be waited for."""

@@ -24,7 +24,7 @@ from dtrain.cost import Message, message
 from dtrain.footprint import Footprint
 from dtrain.layout import blocks_of
 from dtrain.strategy.base import Strategy
-from dtrain.units import begin_update, refuse_sharing, unit_calls, unused, watch
+from dtrain.units import begin_update, refuse_sharing, twice, unit_calls, unused, watch
 
 if TYPE_CHECKING:
     from dtrain.plan import Plan
@@ -103,7 +103,9 @@ def kept_gathered(model: nn.Module) -> Iterator[None]:
     modules = [module for module in model.modules() if isinstance(module, FSDPModule)]
     for module in modules:
         module.set_reshard_after_backward(False, recurse=False)
+    twice(model, True)
     yield
+    twice(model, False)
     for module in modules:
         module.reshard()
         module.set_reshard_after_backward(True, recurse=False)
