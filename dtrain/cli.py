@@ -232,8 +232,7 @@ def _told(jobs: list[Told]) -> Iterator[None]:
     if hydra_config.mode != RunMode.MULTIRUN:
         yield
         return
-    job = Told(str(hydra_config.job.num), hydra_config.job.override_dirname or "no override",
-               Path(hydra_config.runtime.output_dir))  # fmt: skip
+    job = Told(str(hydra_config.job.num), tuple(hydra_config.overrides.task), Path(hydra_config.runtime.output_dir))
     show_job(job)
     jobs.append(job)
     yield

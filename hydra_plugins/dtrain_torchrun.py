@@ -57,7 +57,7 @@ class TorchrunLauncher(Launcher):
             with_index = OmegaConf.merge(sweep, {"hydra": {"job": {"id": str(index), "num": index}}})
             place = (folder / str(with_index.hydra.sweep.subdir)).resolve()
             given = filter_overrides(overrides)
-            jobs.append(Told(str(index), ",".join(given), place))
+            jobs.append(Told(str(index), tuple(given), place))
             show_job(jobs[-1])
             command = [*self.command, sys.argv[0], *given, setting("hydra.run.dir", str(place))]
             status = _run(command)

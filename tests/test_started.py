@@ -162,6 +162,7 @@ def test_a_sweep_says_which_job_is_which_and_what_came_of_each(call: Call, tmp_p
     status, out, err = call("--multirun", *QUICK, f"optimizer.lr={','.join(rates)}", "hydra.sweep.dir=sweep")
     assert (status, err) == (0, "")
     table = out[out.index("2 jobs") :]
+    assert "optimizer.lr=0.01" in table and "model=tiny" not in table  # what they share tells nothing
     for number, rate in enumerate(rates):
         assert f"job {number}: " in out and re.search(rf"job {number}: .*optimizer\.lr={re.escape(rate)}", out)
         summary = json.loads((tmp_path / "sweep" / str(number) / "summary.json").read_text())

@@ -15,22 +15,23 @@ from dtrain import records
 
 @dataclass(frozen=True)
 class Told:
-    """A job: its number, the overrides that are its own, and its folder."""
+    """A job: its number, its overrides, and its folder."""
 
     number: str
-    overrides: str
+    overrides: tuple[str, ...]
     folder: Path
 
 
 def show_job(job: Told) -> None:
     """Say that it begins."""
-    Console(highlight=False).print(f"job {job.number}: {job.overrides}", soft_wrap=True, markup=False)
+    Console(highlight=False).print(f"job {job.number}: {' '.join(job.overrides)}", soft_wrap=True, markup=False)
 
 
 def show_sweep(jobs: Sequence[Told]) -> None:
-    """A line for each job, with the losses that it has left; nothing without any."""
+    """A line for each job, with what is its own and the losses that it has left; nothing without any."""
     if not jobs:
         return
+    alike = set.intersection(*(set(job.overrides) for job in jobs)) if len(jobs) > 1 else set()
     made = Table(title=f"{len(jobs)} {'job' if len(jobs) == 1 else 'jobs'}")
     for title in ("job", "overrides"):
         made.add_column(title, overflow="fold")
@@ -42,7 +43,8 @@ def show_sweep(jobs: Sequence[Told]) -> None:
         summary = records.loads(file.read_text()) if file.exists() else {}
         loss, held_out, rate = (summary.get(key) for key in ("loss", "val_loss", "tokens_per_second"))
         figures = [_figure(loss, ".4f"), _figure(held_out, ".4f"), _figure(rate, ",.0f")]
-        made.add_row(job.number, escape(job.overrides), *figures, escape(str(job.folder)))
+        own = " ".join(each for each in job.overrides if each not in alike)
+        made.add_row(job.number, escape(own), *figures, escape(str(job.folder)))
     Console(highlight=False).print(made)
 
 
