@@ -35,14 +35,14 @@ ROOMS = {
     "loop": "plain_loop loop_promises presence stepping precision plan refusals measure model exact experts cost",
     "strategy": "plan pipeline precision figures refusals presence plain_loop local_sgd context experts exact cost instruments",
     "engine": "presence_engines deepspeed accelerate",
-    "server": "server parameter_server",
+    "server": "server at_once parameter_server",
     "model": "model moe images loop_promises plain_loop hf tasks",
     "data": "data preparation images loop_promises tasks",
     "task": "plain_loop loop_promises preparation images tasks data",
-    "checkpoint": "durability checkpoint stepping presence distributed/manifests cli loop_promises",
-    "launch": "launch durability refusals instruments cli distributed/faults",
+    "checkpoint": "durability agree folder checkpoint stepping presence distributed/manifests cli loop_promises",
+    "launch": "launch agree folder started watch ending durability refusals instruments cli distributed/faults",
     "cost": "figures measure instruments cost compare",
-    "report": "figures reports measure compare instruments data cli",
+    "report": "figures reports records at_once measure compare instruments data cli",
     "config": "messages configs refusals data cli capabilities docs",
 }
 # What each copy would have to import anew, of others.
