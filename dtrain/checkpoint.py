@@ -94,6 +94,13 @@ class Checkpoints:
 
     def _write(self, step: int, tensors: dict[str, Tensor], about: dict[str, Any]) -> None:
         partial = self.folder / f"{PARTIAL}{step:08d}"
+        try:
+            self._fill(partial, step, tensors, about)
+        except KeyboardInterrupt:
+            shutil.rmtree(partial, ignore_errors=True)
+            raise
+
+    def _fill(self, partial: Path, step: int, tensors: dict[str, Tensor], about: dict[str, Any]) -> None:
         writer = HuggingFaceStorageWriter(str(partial), save_distributed=True)
         try:
             dcp.save(tensors, storage_writer=writer, process_group=self._group)

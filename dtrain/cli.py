@@ -24,7 +24,7 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 
-from dtrain import own
+from dtrain import own, quiet
 from dtrain.claim import RESUMABLE
 from dtrain.compare import command as comparison
 from dtrain.config import CONFIGS, Comparison, Config, check_axes, checked, register
@@ -50,6 +50,7 @@ GRACE_S = 3.0  # how long other ranks leave to rank 0 to say what is wrong, befo
 
 def main(config_name: str, task: Callable[[DictConfig], Any]) -> None:
     """Run `task` with the configuration that the command line composes; exit with a line for each mistake."""
+    quiet.over()
     os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra hands errors on; they are said in one line here
     keep_open()
     register()

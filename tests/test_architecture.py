@@ -65,6 +65,7 @@ BELOW = {
     "compare": {"about", "config", "cost", "lock", "measure", "override", "profile", "records", "report"},
     "lock": set(),
     "records": set(),
+    "quiet": set(),
     "streams": set(),
     "claim": {"config", "launch", "lock", "saved"},
     "config": {"constructor"},

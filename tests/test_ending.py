@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import signal
+import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -111,6 +112,29 @@ def test_a_signal_before_the_first_step_ends_at_once(call, tmp_path: Path) -> No
     with mock.patch("dtrain.run.take_weights", told):
         assert call(*QUICK, "steps=9")[::2] == (130, "dtrain: interrupted\n")
     assert not steps(tmp_path)
+
+
+def test_ctrl_c_while_a_script_imports_shows_no_traceback() -> None:
+    """It ends by the signal; where SIGINT is ignored, as in a shell's background, it stays so."""
+    script = "import dtrain.quiet, os, signal; os.kill(os.getpid(), signal.SIGINT); print('goes on')"
+    for before, status, out in (
+        ("", -signal.SIGINT, ""),
+        ("import signal; signal.signal(2, signal.SIG_IGN); ", 0, "goes on\n"),
+    ):
+        ended = subprocess.run([sys.executable, "-c", before + script], capture_output=True, text=True, timeout=60)
+        assert (ended.returncode, ended.stdout, ended.stderr) == (status, out, "")
+
+
+def test_an_interrupted_save_leaves_nothing_behind(call, tmp_path: Path) -> None:  # noqa: F811
+    """Ctrl-C for the second time comes while the checkpoint is written."""
+
+    def interrupted(*_: object, **__: object) -> None:
+        assert list((tmp_path / "run" / "checkpoints").glob(".partial-*"))
+        raise KeyboardInterrupt
+
+    with mock.patch("dtrain.checkpoint.described", interrupted):
+        assert call(*QUICK, "steps=1")[::2] == (130, "dtrain: interrupted\n")
+    assert not list((tmp_path / "run" / "checkpoints").iterdir())
 
 
 @pytest.mark.parametrize("nproc", [1, 2])
