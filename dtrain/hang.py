@@ -78,6 +78,7 @@ class Watch:
             group = plan.mesh[axis].get_group()
             if degree > 1:
                 self.groups[str(group.group_name)] = axis, dist.get_process_group_ranks(group)
+        self._messages = plan.degrees.get("pp", 1) > 1  # from one rank to another, of which gloo's notes tell nothing
         self._begun = [(0, time.time_ns())]  # steps, and when
         self._beat = time.monotonic()
         self._end, self._said = threading.Event(), threading.Lock()
@@ -192,7 +193,12 @@ class Watch:
         gone = f"{ranks_in_words(silent)} does not answer: its process is gone or stopped" if silent else ""
         steps = ", ".join(f"rank {rank} in step {notes.step}" for rank, notes in sorted(told.items()))
         found = missing(told, self.groups) or waiting(told, self.groups, silent) or (steps if silent else "")
-        return "; ".join(filter(None, (found, gone))) or f"all ranks have begun the same collectives ({steps})"
+        if found or gone:
+            return "; ".join(filter(None, (found, gone)))
+        waits = any(note.pending for notes in told.values() for those in notes.groups.values() for note in those)
+        if not (waits or self._messages):
+            return ""  # nobody waits: a first compilation takes its time, or a large checkpoint
+        return f"all ranks have begun the same collectives ({steps})"
 
 
 def _recorded() -> list[list[dict[str, Any]]]:

@@ -23,8 +23,8 @@ from dtrain.train import EXCHANGE, FIGURES, FORWARD_BACKWARD
 TIMEOUT_S = 0.4
 
 
-def _entry(number: int, name: str, record: int, at: int = 0) -> dict[str, Any]:
-    return {"time_created_ns": at, "process_group": ["w", ""], "is_p2p": False, "retired": False,
+def _entry(number: int, name: str, record: int, at: int = 0, over: bool = False) -> dict[str, Any]:
+    return {"time_created_ns": at, "process_group": ["w", ""], "is_p2p": False, "retired": over,
             "collective_seq_id": number, "profiling_name": name, "input_sizes": [[2]], "input_dtypes": ["Float"],
             "record_id": record}  # fmt: skip
 
@@ -49,9 +49,10 @@ class Ranks:
         name = threading.current_thread().name
         rank = int(name) if name in "01" else self.asking
         whats = self.begun[rank]
-        return [[_entry(n, f"gloo:{what}", n, at) for n, (what, at) in enumerate(whats, 1)]]
+        return [[_entry(n, f"gloo:{what}", n, at, self.over) for n, (what, at) in enumerate(whats, 1)]]
 
     asking = 0  # the rank for whom this thread speaks
+    over = False  # are the collectives that were begun?
 
     def begin(self, rank: int, step: int, *whats: str) -> None:
         self.watches[rank].step(step)
@@ -103,6 +104,19 @@ def test_after_a_false_alarm_a_later_hang_is_told_with_its_own_words(
     with pytest.raises(Hang, match="rank 1 is missing"), ranks.watches[0].explaining():
         raise RuntimeError("gloo: timed out")
     assert capfd.readouterr().err == ""
+
+
+def test_where_nobody_waits_nothing_is_said(ranks: Ranks, capfd: pytest.CaptureFixture[str]) -> None:
+    """All collectives are over, and the next one is long in coming; it comes, and one rank is missing from it."""
+    ranks.over = True
+    for rank in (0, 1):
+        ranks.begin(rank, 1, "first")
+    time.sleep(4 * TIMEOUT_S)
+    assert capfd.readouterr().err == ""
+    ranks.over = False
+    for rank in (1, 0):
+        ranks.begin(rank, 2, *("second", "third")[: 2 - rank])
+    assert "step 2, axis world, collective 3, third" in _told(capfd, "rank 1 is missing")
 
 
 def test_the_notes_of_nccl_are_read_where_there_are_any(monkeypatch: pytest.MonkeyPatch) -> None:
