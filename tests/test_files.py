@@ -58,19 +58,20 @@ def test_links_are_followed_and_what_is_no_text_of_the_user_is_counted(tmp_path:
     (folder / "f.txt").symlink_to(folder / "a.txt")
     (folder / "sub" / "up").symlink_to(folder)
     put(folder / "outputs" / "mine", metrics_jsonl="{}", **{".hydra__config_yaml": "x: 1"})
-    put(folder / "cache", **{"train_bin": b"\0"}).joinpath(CACHE).write_text(SIGNATURE)
+    put(folder / "multirun" / "today", multirun_yaml="x: 1")
+    put(folder / "cache", train_bin=b"\0").joinpath(CACHE).write_text(SIGNATURE)
     put(folder / "__pycache__", x_pyc=b"\0")
     (folder / "_SUCCESS").touch()
     (folder / "empty.txt").touch()
     (folder / ".DS_Store").write_bytes(b"\0")
     expected = {
-        "hidden files or folders": 3, "links to a folder that they are in": 1, "folders of runs": 1, "folders of caches": 2,
+        "hidden files or folders": 3, "links to a folder that they are in": 1, "folders of runs": 2, "folders of caches": 2,
         "markers of other programs": 1, "empty files": 1,
     }  # fmt: skip
     assert named(folder) == (["a.txt", "f.txt", "e.txt", "b.txt"], expected)
     names, left_out = named(f"{folder}/**/*.*")
     assert sorted(names) == ["a.txt", "b.txt", "e.txt", "f.txt"]
-    assert left_out["folders of runs"] == 1 and left_out["folders of caches"] == 2
+    assert left_out["folders of runs"] == 2 and left_out["folders of caches"] == 2
     assert in_words(left_out).count("folders of") == 2
 
 

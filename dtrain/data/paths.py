@@ -8,7 +8,7 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 
-RUN = ".hydra"  # a folder in the folder of each run
+RUN = (".hydra", "multirun.yaml")  # what is in the folder of each run, and of each sweep
 CACHE = "CACHEDIR.TAG"  # a file in the folder of each cache (https://bford.info/cachedir), our own among them
 SIGNATURE = "Signature: 8a477f597d28d172789f06886806bc55\n"
 MARKS = ("_SUCCESS", "_metadata", "_common_metadata", "_committed_", "_started_", "Thumbs.db", "desktop.ini")
@@ -134,14 +134,18 @@ def _reason(path: Path, above: tuple[str, ...], *, hidden: bool = True) -> str:
 
 
 def _kind(folder: Path) -> str:
-    if (folder / RUN).is_dir():
+    if _is_run(folder):
         return "folders of runs"
     cached = folder.name == "__pycache__" or (folder / CACHE).is_file()
     return "folders of caches" if cached else ""
 
 
+def _is_run(folder: Path) -> bool:
+    return any((folder / name).exists() for name in RUN)
+
+
 def _refuse_run(folder: Path, said: str) -> None:
-    if (folder / RUN).is_dir():
+    if _is_run(folder):
         raise ValueError(
             f"{said}: {folder} is the folder of a run, and its files are the run's own: "
             f"use another hydra.run.dir, or a folder for the data"

@@ -228,6 +228,8 @@ def text_of(row: dict[str, Any], field: str, where: str, key: str = "data.source
         raise ValueError(f"{where}: field {field!r} is null: leave such rows out, or set {key}")
     if not isinstance(text := row[field], str):
         raise ValueError(f"{where}: field {field!r} is {type(text).__name__}, not text")
-    if any("\ud800" <= c <= "\udfff" for c in text):
-        raise ValueError(f"{where}: field {field!r} holds half a surrogate pair, which is no UTF-8 text")
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        raise ValueError(f"{where}: field {field!r} holds half a surrogate pair, which is no UTF-8 text") from None
     return text
