@@ -166,7 +166,7 @@ def test_tokens_a_second_are_the_global_batchs_tokens_over_the_step(alone) -> No
 
 def _job(stated: float | None) -> Any:
     config = Config(global_batch_size=ROWS, micro_batch_size=3, measure=Measure(2, stated))
-    data = SimpleNamespace(describe=lambda: {"name": "none", "train_tokens": 12345})
+    data = SimpleNamespace(describe=lambda: {"name": "none", "train_tokens": 12345}, left_out={"empty files": 3})
     return SimpleNamespace(config=config, plan=Plan.of([DDP()], 2), task=NextToken(), data=data)
 
 
@@ -208,6 +208,7 @@ def test_a_person_is_told_a_ranks_peak_and_how_the_batch_is_divided() -> None:
     assert any(line.endswith("peak 2,500 GFLOP/s a rank (stated)") for line in told)
     assert "batch: 12 rows over 2 x 2 micro-batches" in told
     assert "data: name none, train_tokens 12,345" in told
+    assert "left out of the data: 3 empty files" in told
     parameters = VOCAB * WIDTH + CONTEXT * WIDTH + LAYERS * (12 * WIDTH**2 + 2 * WIDTH) + WIDTH
     assert told[0].startswith(f"model: {parameters:,} parameters")
 

@@ -86,6 +86,8 @@ class Rows(Data):
 
         def make(folder: Path | None) -> None:
             for number, row in enumerate(self.source.rows(), start=1):
+                if folder and number == 1:
+                    _line(row)  # other ranks wait for this one: in vain, if rows like these cannot be kept
                 read.append(row)
                 progress("reading", number)
             if folder:

@@ -178,8 +178,10 @@ def the_model(models: dict[str, ModelFactory], task: str) -> ModelFactory:
 
 def as_weights(x: Tensor, model: nn.Module) -> Tensor:
     """In the number format of the model's weights, if it is one of real numbers: a layer takes no other."""
-    weight = next((p for p in model.parameters() if p.is_floating_point()), None)
-    return x.to(weight.dtype) if weight is not None and x.is_floating_point() else x
+    if not x.is_floating_point():
+        return x
+    weight = next((p for p in model.parameters() if p.is_floating_point()), x)
+    return x.to(weight.dtype)
 
 
 def wide(x: Tensor) -> Tensor:
