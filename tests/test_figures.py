@@ -32,7 +32,7 @@ from dtrain.measure.timeline import COMMUNICATION, COMPUTE, PHASE, STAGE, Shares
 from dtrain.plan import Plan
 from dtrain.profile import Profile
 from dtrain.report.console import Console
-from dtrain.report.instruments import _mib
+from dtrain.report.instruments import _mb
 from dtrain.stages import split_evenly
 from dtrain.strategy.ddp import DDP
 from dtrain.strategy.pipeline import Pipeline
@@ -414,10 +414,10 @@ def test_a_row_tells_the_fullest_and_the_busiest_rank() -> None:
 # What is printed
 
 
-def test_sizes_are_told_in_powers_of_1024(capsys: pytest.CaptureFixture[str]) -> None:
-    sizes = (0, 3 * 2**19, 2**40, None)
-    assert list(map(_mib, sizes)) == ["0.00", "1.50", "1,048,576.00", "-"]
+def test_sizes_are_told_in_powers_of_a_thousand(capsys: pytest.CaptureFixture[str]) -> None:
+    sizes = (0, 1_500_000, 10**12, None)
+    assert list(map(_mb, sizes)) == ["0.00", "1.50", "1,000,000.00", "-"]
     summary = {"loss": 2.5, "tokens_per_second": 1234.5, "step_seconds_median": 0.25, "mfu": 0.125}
-    Console().finish(summary | {"peak_memory_bytes": 1537 * 2**20})
-    told = "loss 2.5000, 1,234 tokens/s, 250 ms a step, MFU 12.5%, peak memory 1,537 MiB a rank\n"
+    Console().finish(summary | {"peak_memory_bytes": 1537 * 10**6})
+    told = "loss 2.5000, 1,234 tokens/s, 250 ms a step, MFU 12.5%, process memory at most 1,537 MB a rank\n"
     assert capsys.readouterr().out == told

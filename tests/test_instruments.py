@@ -501,13 +501,13 @@ def test_of_several_groups_the_one_that_stopped_first_is_told() -> None:
 def test_tables_show_what_was_measured_beside_what_was_predicted(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Messages and memory of the first rank, times of all, in MiB and milliseconds."""
+    """Messages and memory of the first rank, times of all, in MB and milliseconds."""
     monkeypatch.setenv("COLUMNS", "200")
     sent = {"axis": "dp", "operation": "all_reduce", "calls": 3, "bytes": 12_345, "wire_bytes": 6_172.5}
     foreseen = [sent | {"calls": 4, "bytes": 999}, sent | {"axis": "tp", "calls": 8, "bytes": 64}]
-    kinds = {"parameters": {"most": 3 * 2**20, "predicted": 2**19, "at_peak": 2**21},
-             "other": {"most": 2**20, "predicted": None, "at_peak": 0}}  # fmt: skip
-    first = {"traffic": [sent], "traffic_predicted": foreseen, "memory": {"kinds": kinds, "peak": 5 * 2**20},
+    kinds = {"parameters": {"most": 3 * 10**6, "predicted": 500_000, "at_peak": 2 * 10**6},
+             "other": {"most": 10**6, "predicted": None, "at_peak": 0}}  # fmt: skip
+    first = {"traffic": [sent], "traffic_predicted": foreseen, "memory": {"kinds": kinds, "peak": 5 * 10**6},
              "time": {"step": 1.25, "compute": 0.5}}  # fmt: skip
     second = {"traffic": [], "traffic_predicted": None, "memory": None, "time": {"step": 2.0, "compute": 0.0625}}
     instruments.show({"ranks": [first, second], "bubble": {"measured": 0.5, "theory": 0.333, "micro_batches": 2}})

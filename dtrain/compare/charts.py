@@ -10,7 +10,8 @@ import plotly.graph_objects as go
 from dtrain.compare.costs import memory, messages
 from dtrain.compare.results import Results, Row
 from dtrain.compare.style import POINT, TRACE, Chart, family
-from dtrain.compare.verdict import efficiency, equal_time, front, loss_at, memory_of, size
+from dtrain.compare.verdict import efficiency, equal_time, front, kind_of_memory, loss_at, memory_of
+from dtrain.measure.units import size
 
 
 def charts(results: Results) -> list[Chart]:
@@ -55,7 +56,7 @@ def tradeoff(results: Results) -> Chart:
             },
         )
     titles = {
-        "xaxis_title": "memory of the fullest rank in MB (left is better)",
+        "xaxis_title": f"{kind_of_memory(rows[0])} of the fullest rank in MB (left is better)",
         "yaxis_title": "tokens/s (up is better)",
     }
     figure.update_layout(**titles, xaxis_rangemode="tozero", yaxis_rangemode="tozero")
@@ -180,4 +181,5 @@ def scaling(results: Results) -> Chart:
 
 def _tip(row: Row) -> str:
     return (f"<b>{row.strategy}</b> on {row.ranks}<br>{row.tokens_per_second:,.0f} tokens/s<br>"
-            f"{size(memory_of(row))} a rank<br>{size(row.wire_bytes or 0)} sent a step")  # fmt: skip
+            f"{size(memory_of(row))} of {kind_of_memory(row)} a rank<br>"
+            f"{size(row.wire_bytes or 0)} sent a step")  # fmt: skip

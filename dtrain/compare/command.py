@@ -118,7 +118,7 @@ def show_difference(arguments: list[str]) -> None:
     condition = Condition(others[-1].removeprefix("fail_if=")) if others else None
     console, made = Console(highlight=False), Table(title=f"{folders[1]} over {folders[0]}")
     made.add_column("strategy", no_wrap=True)
-    for title in ("tokens/s", "spread", "", "memory", "bytes sent"):
+    for title in ("tokens/s", "spread", "", "tensor memory", "bytes sent"):
         made.add_column(title, justify="right")
     for each in differences(first, second):
         words = {True: "within noise", False: "faster" if each.ratio > 1 else "slower", None: "noise unknown"}

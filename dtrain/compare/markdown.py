@@ -7,7 +7,8 @@ from dtrain.compare.runner import cells
 from dtrain.compare.verdict import verdicts
 from dtrain.report.sheet import Sheet
 
-COLUMNS = ("strategy", "ranks", "loss", "Δloss", "tokens/s", "step ms", "memory a rank", "sent a step", "exposed")
+COLUMNS = ("strategy", "ranks", "loss", "Δloss", "tokens/s", "step ms", "tensor memory a rank", "sent a step",
+           "exposed")  # fmt: skip
 
 
 def sheet(results: Results) -> Sheet:
@@ -52,6 +53,6 @@ def readme(results: Results) -> str:
 
 LEGEND = (
     "Δloss: the greatest difference from the loss of the baseline over all steps; not sync.: it need not be "
-    "the same. Memory: of tensors, at a step's peak, on the fullest rank. Sent: by the busiest rank, as a ring "
+    "the same. Tensor memory: at a step's peak, on the fullest rank. Sent: by the busiest rank, as a ring "
     "sends it. Exposed: the share of a step in which ranks communicate and do not compute."
 )

@@ -15,8 +15,9 @@ from dtrain.compare.results import Results, Row
 from dtrain.compare.runner import cells
 from dtrain.compare.step import gantt
 from dtrain.compare.style import Chart, family
-from dtrain.compare.verdict import front, size, verdicts
+from dtrain.compare.verdict import front, verdicts
 from dtrain.cost import Message, place
+from dtrain.measure.units import size
 
 HOLDS = {  # what the coordinate i of n on an axis says of a rank
     "dp": "rows {i} of {n}", "fsdp": "rows and shard {i} of {n}", "tp": "slice {i} of {n} of each matrix",
@@ -31,7 +32,7 @@ COLUMNS = {  # figure: its title, and what is to be known of it
     ),
     "tokens_per_second": ("tokens/s", "median of the repeats"),
     "step_seconds": ("step ms", "median"),
-    "memory_bytes": ("memory", "tensors of the fullest rank at a step's peak"),
+    "memory_bytes": ("tensor memory", "of the fullest rank, at a step's peak"),
     "wire_bytes": ("sent a step", "by the busiest rank, as a ring sends it"),
     "exposed_share": ("exposed", "share of a step with communication and no computation"),
 }

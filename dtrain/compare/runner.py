@@ -27,7 +27,8 @@ from rich.table import Table
 from dtrain import records
 from dtrain.compare.entries import Case
 from dtrain.compare.results import Results, Row
-from dtrain.compare.verdict import size, verdicts
+from dtrain.compare.verdict import verdicts
+from dtrain.measure.units import size
 
 POLL_S = 0.2
 WIDE = 106  # columns of a terminal that has room for all figures
@@ -159,7 +160,7 @@ def show(results: Results, folder: Path) -> None:
 
 def table(results: Results, *, wide: bool) -> Table:
     made = Table(box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
-    titles = ("ranks", "loss", "Δloss", "tokens/s", "step ms", "memory", "sent", "exposed")
+    titles = ("ranks", "loss", "Δloss", "tokens/s", "step ms", "tensor memory", "sent", "exposed")
     shown = [title for title in titles if wide or title not in ("loss", "step ms", "exposed")]
     made.add_column("strategy", no_wrap=True)
     for title in shown:

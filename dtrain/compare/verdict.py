@@ -6,8 +6,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from dtrain.compare.results import Results, Row
-
-SIZES = ((1e9, "GB"), (1e6, "MB"), (1e3, "kB"), (1, "B"))
+from dtrain.measure.units import size
 
 
 @dataclass(frozen=True)
@@ -30,7 +29,7 @@ def verdicts(results: Results) -> list[Verdict]:
     quietest = min(rows, key=lambda row: row.wire_bytes or 0)
     return [
         Verdict("fastest", fastest.strategy, f"{fastest.tokens_per_second:,.0f} tokens/s", _lead(rows, fastest)),
-        Verdict("leanest in memory", leanest.strategy, f"{size(memory_of(leanest))} a rank",
+        Verdict(f"leanest in {kind_of_memory(leanest)}", leanest.strategy, f"{size(memory_of(leanest))} a rank",
                 _most(rows, memory_of)),
         Verdict("fewest bytes sent", quietest.strategy, f"{size(quietest.wire_bytes or 0)} a step",
                 _most(rows, lambda row: row.wire_bytes or 0)),
@@ -61,6 +60,11 @@ def _lead(rows: Sequence[Row], first: Row) -> str:
 def memory_of(row: Row) -> float:
     """Bytes of a rank: of its tensors; where these were not followed, of the process."""
     return float(row.memory_bytes or row.peak_memory_bytes or 0)
+
+
+def kind_of_memory(row: Row) -> str:
+    """What `memory_of` tells of a row, in words."""
+    return "tensor memory" if row.memory_bytes else "process memory"
 
 
 def front(rows: Sequence[Row]) -> list[Row]:
@@ -97,12 +101,11 @@ def loss_at(row: Row, seconds: float) -> float:
     return row.losses[max(0, sum(end <= seconds for end in row.seconds) - 1)]
 
 
-def size(number: float) -> str:
-    """Bytes in words, by powers of a thousand."""
-    for unit, name in SIZES:
-        if number >= unit:
-            return f"{number / unit:,.1f} {name}" if unit > 1 else f"{number:.0f} {name}"
-    return f"{number:.0f} B"
+def _memory_ratio(row: Row, old: Row) -> float:
+    """Of tensors where both were followed, else of processes: the two are not to be compared."""
+    if row.memory_bytes and old.memory_bytes:
+        return row.memory_bytes / old.memory_bytes
+    return (row.peak_memory_bytes or 0) / (old.peak_memory_bytes or 1)
 
 
 @dataclass(frozen=True)
@@ -141,7 +144,7 @@ def differences(first: Results, second: Results) -> list[Difference]:
                     least / high,
                     most / low,
                     (least / high <= 1 <= most / low) if known else None,
-                    memory_of(row) / memory_of(old),
+                    _memory_ratio(row, old),
                     row.wire_bytes / old.wire_bytes if row.wire_bytes and old.wire_bytes else None,
                 )
             )

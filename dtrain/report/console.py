@@ -13,6 +13,7 @@ from rich.table import Table
 from dtrain.data.base import Data
 from dtrain.info import Info
 from dtrain.measure.timeline import Span
+from dtrain.measure.units import MB, size
 from dtrain.report import instruments
 from dtrain.report.base import Logger, Run
 
@@ -70,7 +71,7 @@ class Console(Logger):
         mfu = f", MFU {summary['mfu']:.1%}" if summary.get("mfu") else ""
         self._print(f"loss {summary['loss']:.4f}, {summary['tokens_per_second']:,.0f} tokens/s, "
                     f"{summary['step_seconds_median'] * 1e3:.0f} ms a step{mfu}, "
-                    f"peak memory {summary['peak_memory_bytes'] / 2**20:,.0f} MiB a rank")  # fmt: skip
+                    f"process memory at most {summary['peak_memory_bytes'] / MB:,.0f} MB a rank")  # fmt: skip
         if summary.get("checkpoint"):
             self._print(f"weights: {summary['checkpoint']}")
 
@@ -127,6 +128,6 @@ def show(name: str, info: Info) -> None:
         "gradients": info.gradient_bytes,
         "Adam states": info.optimizer_bytes,
     }
-    for kind, size in (*kinds.items(), ("together", sum(kinds.values()))):
-        made.add_row(f"memory, {kind}", f"{size / 2**30:,.3f} GiB")
+    for kind, number in (*kinds.items(), ("together", sum(kinds.values()))):
+        made.add_row(f"tensor memory, {kind}", size(number))
     Terminal(highlight=False).print(made)

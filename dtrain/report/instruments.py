@@ -7,6 +7,8 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from dtrain.measure.units import MB
+
 
 def show(found: dict[str, Any]) -> None:
     """A profile's summary: the first rank's messages and memory, every rank's time, the pipeline's bubble."""
@@ -39,15 +41,15 @@ def _traffic(measured: list[dict[str, Any]], predicted: list[dict[str, Any]] | N
 
 
 def _memory(memory: dict[str, Any]) -> Table:
-    made = _table("memory of a step in MiB, rank 0", "kind", "most", "predicted", "at the peak")
+    made = _table("tensor memory of a step in MB, rank 0", "kind", "most", "predicted", "at the peak")
     for kind, sizes in memory["kinds"].items():
-        made.add_row(kind, *(_mib(sizes[what]) for what in ("most", "predicted", "at_peak")))
-    made.add_row("together", "", "", _mib(memory["peak"]))
+        made.add_row(kind, *(_mb(sizes[what]) for what in ("most", "predicted", "at_peak")))
+    made.add_row("together", "", "", _mb(memory["peak"]))
     return made
 
 
-def _mib(size: int | None) -> str:
-    return "-" if size is None else f"{size / 2**20:,.2f}"
+def _mb(size: int | None) -> str:
+    return "-" if size is None else f"{size / MB:,.2f}"
 
 
 def _time(ranks: list[dict[str, float]]) -> Table:
