@@ -173,6 +173,18 @@ def test_what_another_model_trains_is_not_judged_even_without_a_baseline() -> No
     assert [r.strategy for r in results(row("single"), row("ddp"), loose).comparable] == ["single", "ddp"]
 
 
+def test_tensors_are_not_compared_with_processes() -> None:
+    """Where one comparison did not follow its tensors (compile=true), the ratio is of the processes."""
+    followed, other = row("ddp", memory=10), row("ddp", memory=10)
+    other.memory_bytes, other.peak_memory_bytes = None, 3000
+    (found,) = differences(results(followed), results(other))
+    assert found.memory_ratio == 3.0
+    (found,) = differences(results(row("ddp", memory=10)), results(row("ddp", memory=20)))
+    assert found.memory_ratio == 2.0
+    titles = [verdict.title for verdict in verdicts(results(other))]
+    assert "leanest in process memory" in titles and "leanest in tensor memory" not in titles
+
+
 def test_one_repeat_cannot_tell_noise_and_strangers_cannot_be_compared() -> None:
     (found,) = differences(results(row("ddp", (100,))), results(row("ddp", (50,)), row("fsdp")))
     assert (found.strategy, found.noise, found.ratio) == ("ddp", None, 0.5)
