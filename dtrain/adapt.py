@@ -17,7 +17,17 @@ from torch import Tensor, nn
 
 from dtrain.layout import is_ours
 
-OTHERS = {"target", "targets", "label", "labels", "y", "mask", "attention_mask", "cache", "past_key_values"}
+OTHERS = {
+    "target",
+    "targets",
+    "label",
+    "labels",
+    "y",
+    "mask",
+    "attention_mask",
+    "cache",
+    "past_key_values",
+}
 
 
 def adapted(model: nn.Module) -> nn.Module:

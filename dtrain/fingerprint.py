@@ -60,9 +60,11 @@ def refuse_other_weights(digests: Mapping[str, int], model: str) -> None:
         for name, value in theirs.items():
             other = next((r for r in range(rank) if every[r].get(name, value) != value), None)
             if other is not None:
-                raise ValueError(f"{name} of {model} begins with other values on rank {rank} than on rank {other}: draw it "
-                                 f"by torch's, numpy's or Python's global generator, which the seed sets, or from a file "
-                                 f"that all ranks have")  # fmt: skip
+                raise ValueError(
+                    f"{name} of {model} begins with other values on rank {rank} than on rank "
+                    f"{other}: draw it by torch's, numpy's or Python's global generator, which the "
+                    f"seed sets, or from a file that all ranks have"
+                )
 
 
 def _facts(config: Mapping[str, Any], data: Mapping[str, Any]) -> dict[str, str]:

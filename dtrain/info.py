@@ -37,19 +37,27 @@ def info(factory: ModelFactory, precision: Precision, seq_len: int | None) -> In
     """Count a language model: (B, T) tokens in, logits out.
 
     Raises:
-        ValueError: no sequence length, or one beyond the model's context.
+        ValueError: no sequence length, or one beyond the model's context; the model does not run on meta tensors.
     """
     model = on_meta(factory)
     if model is None:
         raise ValueError("the model cannot be built on the meta device: it computes with values")
     length = sequence_length(model, seq_len)
     tokens = torch.zeros((1, length), dtype=torch.long, device="meta")
+    positions = torch.zeros_like(tokens)
+    try:
+        operations = flops.count(lambda: model(tokens, positions).sum())
+    except Exception as error:  # of a user's model: it may fail in any way
+        said = next(iter(str(error).splitlines()), "")
+        raise ValueError(
+            f"the model does not run on meta tensors, so its operations cannot be told: {type(error).__name__}: {said}"
+        ) from error
     size = torch.finfo(precision.weights_dtype).bits // 8
     total = sum(p.numel() for p in model.parameters())
     return Info(
         parameters=_by_part(model),
         seq_len=length,
-        flops_per_token=flops.count(lambda: model(tokens).sum()) / length,
+        flops_per_token=operations / length,
         weight_bytes=total * size,
         gradient_bytes=total * size,
         optimizer_bytes=MOMENTS * total * size,

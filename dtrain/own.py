@@ -1,7 +1,7 @@
-"""A model of somebody else's by its `_target_` alone: it is given what its constructor takes, and nothing more.
+"""A model of somebody else's by its `_target_` alone: it is given what its constructor takes.
 
-`model._target_=mymodel.MyModel` leaves the other settings of the group (vocab_size, context, d_model, ...) in place: those
-that the constructor names are handed over, the others are the settings of dtrain's own models.
+`model._target_=mymodel.MyModel` leaves the other settings of the group (vocab_size, context, ...)
+in place: those that the constructor names are handed over, the others are dtrain's own models'.
 """
 
 from __future__ import annotations
@@ -18,7 +18,10 @@ from torch import nn
 
 from dtrain.config import CONFIGS, make
 
-SAID = ("vocab_size", "context")  # what a model says of itself: that which it was given, if it does not
+SAID = (
+    "vocab_size",
+    "context",
+)  # what a model says of itself: that which it was given, if it does not
 
 
 def build(node: Mapping[str, Any], where: str, vocab_size: int | None) -> nn.Module:

@@ -1,4 +1,4 @@
-"""Does a user's model compute the same when it is divided? Tried on a few rows, in this process, before training.
+"""Does a user's model compute the same when it is divided? Tried on a few rows, before training.
 
     rows alone, and together       batch norm and other statistics of rows
     twice, and once                counts and averages that a forward pass moves
@@ -7,7 +7,8 @@
     layers split, and whole        layers that are not cut where the Layout says
     an original, and its layout    what a model of `transformers` computes between its modules
 
-Weights are those of the seed, each moved a little, so that nothing that begins at zero hides. Dropout is left out.
+It needs no other process. Weights are those of the seed, each moved a little, so that nothing that
+begins at zero hides; dropout makes numbers smaller, always alike.
 Classes of dtrain itself are not tried: its tests do. docs/own-model.md says what it can find.
 """
 
@@ -75,10 +76,14 @@ def _tried(task: Task, plan: Plan, micro_batches: int, seed: int) -> tuple[str, 
     too_large = [n for n in tried if hasattr(outlines[n], "initial") and _size(outlines[n]) > LARGEST]
     if too_large:
         return (
-            f"probe: {too_large[0]} is too large to be tried whole; nothing says that it computes the same when divided",
+            f"probe: {too_large[0]} is too large to be tried whole: nothing says that it computes the "
+            f"same when divided",
         )
     notes = tuple(_try(task, plan, tried, micro_batches, seed))
-    return (f"probe: the model was tried on {ROWS} rows in {time.perf_counter() - begun:.2f} s", *notes)
+    return (
+        f"probe: the model was tried on {ROWS} rows in {time.perf_counter() - begun:.2f} s",
+        *notes,
+    )
 
 
 def proven(model: nn.Module) -> bool:
@@ -162,18 +167,16 @@ def _running(task: Task, batch: Batch, seed: int, dtypes: tuple[torch.dtype, ...
                         module.before_step(torch.ones((), dtype=torch.float64))
                 with torch.enable_grad() if update.second_order else torch.no_grad():
                     update.loss(models, batch)
-            models = {
-                name: whole(factory, seed, dtype) for name, factory in task.models.items()
-            }  # buffers may have moved
-            return models, dtype
+            # Made again: buffers may have moved.
+            return {n: whole(factory, seed, dtype) for n, factory in task.models.items()}, dtype
         except Exception as error:  # of a user's model: it may fail in any way
             if dtype == dtypes[-1]:
                 names = ", ".join(getattr(task.updates[0], "inputs", ()))
-                parts = any(getattr(model, "kind", "") and model.original() for model in models.values())
+                parts = any(getattr(m, "original", bool)() for m in models.values())
                 hint = ": use model.layout=null, with a strategy on dp or fsdp" if parts else ""
                 raise ValueError(
-                    f"the model cannot be trained: called with ({names}) of {len(batch[next(iter(batch))])} rows "
-                    f"it ends in {_said(error)}{hint}"
+                    f"the model cannot be trained: called with ({names}) of "
+                    f"{len(batch[next(iter(batch))])} rows it ends in {_said(error)}{hint}"
                 ) from error
     raise AssertionError
 
@@ -309,9 +312,10 @@ class _NoDropout(TorchFunctionMode):
     def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         if function in DROPS:
-            x, p, training = (*args, *(kwargs[name] for name in ("input", "p", "training", "train") if name in kwargs))[
-                :3
-            ]
+            x, p, training = (
+                *args,
+                *(kwargs[name] for name in ("input", "p", "training", "train") if name in kwargs),
+            )[:3]
             return x * (1 - p / 2) if training else x
         if function is F.scaled_dot_product_attention:
             args, kwargs = (

@@ -21,6 +21,11 @@ from torch.func import functional_call
 from dtrain.layout import experts_of, holders, layout_of, modules_at
 
 Forward = Callable[..., Tensor]
+SPLIT = (
+    "a `column` layer of its Layout must give each rank heads, or hidden units, of its own (two "
+    "layers in one matrix do not: make them two), a `row` layer must read them, and what lies "
+    "between must not look across them; or use a strategy on dp or fsdp"
+)
 
 
 @dataclass(frozen=True)
@@ -45,8 +50,8 @@ def twin(model: nn.Module) -> nn.Module:
     return deepcopy(model, {id(tensor): tensor for tensor in kept})
 
 
-def split(model: nn.Module, n: int, sequence_parallel: bool) -> Forward:
-    """The model with its `column` and `row` layers on n ranks: the outputs of all ranks, joined along the rows."""
+def split(model: nn.Module, n: int, sequence_parallel: bool) -> Rehearsal:
+    """The model with its `column` and `row` layers on n ranks: their outputs stand below each other."""
     layout, made = layout_of(model), twin(model)
 
     def copies(x: Tensor) -> list[Tensor]:
@@ -76,11 +81,22 @@ def split(model: nn.Module, n: int, sequence_parallel: bool) -> Forward:
     if sequence_parallel:
         routers = holders(path for path, _ in experts_of(made))
         heads = [path for path, layer in modules_at(made, layout.vocabulary) if isinstance(layer, nn.Linear)]
-        for path in {*holders(path for path, _ in modules_at(made, layout.column)), *routers, *heads}:
+        for path in {
+            *holders(path for path, _ in modules_at(made, layout.column)),
+            *routers,
+            *heads,
+        }:
             made.get_submodule(path).register_forward_pre_hook(all_tokens, with_kwargs=True)
         for _, layer in modules_at(made, (layout.first, *layout.row, *routers)):
             layer.register_forward_hook(own_tokens)
-    return lambda *inputs: made(*(x.repeat(n, *[1] * (x.ndim - 1)) for x in inputs))
+
+    def whole(*inputs: Tensor) -> Tensor:
+        return torch.cat([model(*inputs)] * n)
+
+    def divided(*inputs: Tensor) -> Tensor:
+        return made(*(x.repeat(n, *[1] * (x.ndim - 1)) for x in inputs))
+
+    return Rehearsal(f"split over tp={n}", whole, divided, SPLIT)
 
 
 def spread(model: nn.Module, n: int) -> Forward:

@@ -85,9 +85,14 @@ def _flash_attention() -> Iterator[None]:
     original = F.scaled_dot_product_attention
 
     def attention(
-        q: Tensor, k: Tensor, v: Tensor, attn_mask: Tensor | None = None, dropout_p: float = 0.0, is_causal: bool = False,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        attn_mask: Tensor | None = None,
+        dropout_p: float = 0.0,
+        is_causal: bool = False,
         **_: Any,
-    ) -> Tensor:  # fmt: skip
+    ) -> Tensor:
         return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, 0.0, is_causal)[0]
 
     F.scaled_dot_product_attention = attention  # type: ignore[assignment]  # a function mode is off during backward, and recomputation needs it

@@ -1,11 +1,12 @@
 """A model of one's own, in one file: a small GPT.
 
-    PYTHONPATH=examples python scripts/train.py model._target_=mymodel.MyModel
-    PYTHONPATH=examples torchrun --nproc-per-node 2 scripts/train.py model._target_=mymodel.MyModel strategy=fsdp
-    PYTHONPATH=examples torchrun --nproc-per-node 2 scripts/train.py model._target_=mymodel.MyModel strategy=tensor
+    export PYTHONPATH=examples
+    python scripts/train.py model._target_=mymodel.MyModel
+    python scripts/train.py model._target_=mymodel.MyModel launch.nproc=2 strategy=tensor
 
-It is given those settings of the configuration that its constructor names. Without its `layout` it would be one piece,
-for strategies on dp and fsdp; with it tensor, pipeline and context parallelism know where to cut. See docs/own-model.md.
+It is given those settings of the configuration that its constructor names. Without its `layout` it
+would be one piece, for strategies on dp and fsdp; with it tensor, pipeline and context parallelism
+know where to cut. See docs/own-model.md.
 
 B batch, T tokens, C width, H heads, D = C / H, V vocabulary.
 """
@@ -31,7 +32,8 @@ class Attention(nn.Module):
     def __init__(self, width: int, heads: int) -> None:
         super().__init__()
         self.head_width, self.core = width // heads, Attend()
-        self.query, self.key, self.value = (nn.Linear(width, width) for _ in range(3))  # one matrix could not be split
+        # Three layers: one matrix of all of them could not be split by heads.
+        self.query, self.key, self.value = (nn.Linear(width, width) for _ in range(3))
         self.output = nn.Linear(width, width)
 
     def forward(self, x: Tensor) -> Tensor:  # (B, T, C) -> (B, T, C)

@@ -14,20 +14,22 @@ from unittest import mock
 
 import numpy
 import pytest
+import test_cli
 import torch
 from cases import CONTEXT, STRATEGIES, TASKS, VOCAB, Case, NextToken, assert_all_equal, train, trainer
 from omegaconf import OmegaConf
 from own_models import MODELS, OwnModel
 
-from test_cli import call  # noqa: F401  a fixture
-
 from dtrain.adapt import adapted
+from dtrain.info import info
 from dtrain.initialize import build, cast, whole
+from dtrain.layout import refuse_batch_norm
 from dtrain.plan import Plan
 from dtrain.precision import Precision
 from dtrain.probe import probe
 from dtrain.trace import trace
 
+call = test_cli.call  # a fixture
 ROOT = Path(__file__).parent.parent
 FP64 = 1e-12
 
@@ -261,7 +263,9 @@ TYPED = [
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize("typed, status, said", TYPED, ids=lambda each: " ".join(each) if isinstance(each, list) else "")
+@pytest.mark.parametrize(
+    "typed, status, said", TYPED, ids=lambda each: " ".join(each) if isinstance(each, list) else ""
+)
 def test_a_models_name_is_enough(typed: list[str], status: int, said: str, call, tmp_path: Path, monkeypatch) -> None:
     (tmp_path / "users.py").write_text(USERS)
     monkeypatch.syspath_prepend(tmp_path)
@@ -304,3 +308,38 @@ def test_a_layout_gives_the_originals_logits_or_is_refused(kind: str, settings: 
     with mock.patch.dict(MODELS, parts=partial(made, layout=layout), piece=made):
         assert said in tried("parts", "allreduce" if kind != "Qwen3" else "tensor")
         assert tried("piece", "fsdp").startswith("probe: the model was tried on 4 rows in ")
+
+
+@pytest.mark.parametrize("model, said", [("Counting", ""), ("Good", ""), ("Branching", "does not run on meta tensors")])
+def test_info_counts_models_of_users(model: str, said: str) -> None:
+    try:
+        found = info(MODELS[model], Precision("fp32"), None)
+    except ValueError as error:
+        assert said and said in str(error)
+    else:
+        assert not said and found.flops_per_token > 0
+
+
+class Buffered(torch.nn.Module):
+    """A model whose buffers and weights its author has given formats of their own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = torch.nn.Module(), torch.nn.Module()
+        shared = torch.zeros(2)
+        self.first.register_buffer("state", shared)
+        self.second.register_buffer("state", shared)
+        self.turn = torch.nn.Parameter(torch.ones(2, dtype=torch.complex64))
+
+
+def test_what_two_modules_share_stays_one() -> None:
+    model, host = Buffered(), torch.device("cpu")
+    cast(model, torch.float64, host, host)
+    assert model.first.state is model.second.state and model.turn.dtype == torch.complex64
+
+
+def test_batch_norm_that_its_author_keeps_still_is_not_refused() -> None:
+    norm = torch.nn.BatchNorm1d(3)
+    with pytest.raises(ValueError, match="batch norm"):
+        Plan.of([], 1, recompute=True).check_model(torch.nn.Sequential(norm))
+    refuse_batch_norm(torch.nn.Sequential(norm.eval()))

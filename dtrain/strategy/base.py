@@ -107,7 +107,7 @@ class Strategy:
         """Likewise, with this task's batches and updates."""
 
     def rehearsals(self, model: nn.Module, inputs: Sequence[Tensor], plan: Plan) -> Iterator[Rehearsal]:
-        """What the ranks along `axis` compute of a whole model, in this process alone: for the probe, which compares."""
+        """What the ranks along `axis` compute of a whole model, in this process: for the probe."""
         yield from ()
 
     def micro_batches(self, rows: int, micro_batch_size: int | None) -> int | None:

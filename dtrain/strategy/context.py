@@ -17,6 +17,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
+from functools import partial
 from math import prod
 from typing import TYPE_CHECKING, Any
 
@@ -35,6 +36,13 @@ if TYPE_CHECKING:
     from dtrain.plan import Plan
     from dtrain.task.base import Task
 
+MIXED = (
+    "something besides the Layout's `attention` looks at other tokens (a convolution, a running "
+    "mean), or counts positions by itself: use the `positions` that it is given, or a strategy on "
+    "another axis"
+)
+NOT_PLAIN = "its attention is not softmax(q k' / sqrt(D)) v at this length (a window?): use strategy.cp.method=ulysses"
+HEADS_DIFFER = "its attention treats heads differently: use strategy.cp.method=ring, or another axis"
 METHODS: dict[str, Any] = {"ring": Ring, "ulysses": Ulysses}
 
 
@@ -117,28 +125,35 @@ class Context(Strategy):
             block.set_submodule(path, Unmixed(block.get_submodule(path)))
 
         def sliced(*inputs: Tensor) -> Tensor:
-            return torch.cat([apart(*(self._mine(x, rank) if x.ndim > 1 else x for x in inputs)) for rank in ranks], 1)
+            def mine(rank: int) -> Iterator[Tensor]:
+                return (self._mine(x, rank) if x.ndim > 1 else x for x in inputs)
+
+            return torch.cat([apart(*mine(rank)) for rank in ranks], 1)
 
         def whole(*inputs: Tensor) -> Tensor:
             outputs = apart(*inputs)
             return torch.cat([self._mine(outputs, rank) for rank in ranks], 1)
 
-        yield Rehearsal(f"in slices of its sequences (cp={self.degree}, attention left out)", whole, sliced, (
-            "something besides the Layout's `attention` looks at other tokens (a convolution, a running mean), or counts "
-            "positions by itself: use the `positions` that it is given, or a strategy on another axis"))  # fmt: skip
+        what = f"in slices of its sequences (cp={self.degree}, attention left out)"
+        yield Rehearsal(what, whole, sliced, MIXED)
         if not is_ours(core):
             yield self._core(core, tokens)
 
     def _core(self, core: Any, tokens: int) -> Rehearsal:
-        """The model's attention, and what takes its place on the ranks: at this length, on a few numbers."""
+        """The model's attention, and what stands in for it on the ranks: at this length."""
         q, k, v = torch.randn(3, 1, 2, tokens, 4, generator=torch.Generator().manual_seed(0)).double()
+
+        def whole(*_: Tensor) -> Tensor:
+            return core(q, k, v)
+
         if self.method == "ring":
-            return Rehearsal("as a ring attends", lambda *_: core(q, k, v), lambda *_: plain(q, k, v, core.causal), (
-                "its attention is not softmax(q k' / sqrt(D)) v at this length (a window?): use "
-                "strategy.cp.method=ulysses"))  # fmt: skip
-        return Rehearsal("head by head", lambda *_: core(q, k, v), lambda *_: torch.cat(
-            [core(*(x[:, [head]] for x in (q, k, v))) for head in range(2)], 1), (
-                "its attention treats heads differently: use strategy.cp.method=ring, or a strategy on another axis"))  # fmt: skip
+            ring = partial(plain, q, k, v, core.causal)
+            return Rehearsal("as a ring attends", whole, lambda *_: ring(), NOT_PLAIN)
+
+        def by_head(*_: Tensor) -> Tensor:
+            return torch.cat([core(*(x[:, [head]] for x in (q, k, v))) for head in range(2)], 1)
+
+        return Rehearsal("head by head", whole, by_head, HEADS_DIFFER)
 
     def parallelize(self, model: nn.Module, plan: Plan) -> nn.Module:
         path, group = layout_of(model).attention, plan.mesh[self.axis].get_group()

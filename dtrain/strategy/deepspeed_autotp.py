@@ -26,7 +26,6 @@ from dtrain.optimizer import OPTIMIZER_STATE
 from dtrain.rehearsal import Rehearsal, split
 from dtrain.stepping import COLUMNS, ROWS
 from dtrain.strategy.base import Strategy
-from dtrain.strategy.tensor import SPLIT
 
 if TYPE_CHECKING:
     from dtrain.plan import Plan
@@ -67,9 +66,7 @@ class AutoTP(Strategy):
                              f"use strategy=tensor")  # fmt: skip
 
     def rehearsals(self, model: nn.Module, inputs: Sequence[Tensor], plan: Plan) -> Iterator[Rehearsal]:
-        n = self.degree
-        yield Rehearsal(f"split over tp={n}", lambda *inputs: torch.cat([model(*inputs)] * n), split(model, n, False),
-                        SPLIT)  # fmt: skip
+        yield split(model, self.degree, False)
 
     def settings(self, model: nn.Module) -> dict[str, Any]:
         """What DeepSpeed's configuration says of it."""

@@ -37,6 +37,11 @@ if TYPE_CHECKING:
 
 Forward = Callable[[Tensor, Tensor], Tensor]  # (N, C) rows sorted by expert, (E,) counts -> (N, C)
 
+STACKED = (
+    "the `experts` of its Layout must stack one expert's weights after another's on dim 0, and "
+    "compute each row by its own expert alone"
+)
+
 
 class Expert(Strategy):
     """Spread the experts that the model's Layout names over `ep`.
@@ -62,9 +67,8 @@ class Expert(Strategy):
                 )
 
     def rehearsals(self, model: nn.Module, inputs: Sequence[Tensor], plan: Plan) -> Iterator[Rehearsal]:
-        yield Rehearsal(f"with its experts spread over ep={self.degree}", model, spread(model, self.degree), (
-            "the `experts` of its Layout must stack one expert's weights after another's on dim 0, and compute each row by "
-            "its own expert alone"))  # fmt: skip
+        what = f"with its experts spread over ep={self.degree}"
+        yield Rehearsal(what, model, spread(model, self.degree), STACKED)
 
     def parallelize(self, model: nn.Module, plan: Plan) -> nn.Module:
         group = plan.mesh[self.axis].get_group()

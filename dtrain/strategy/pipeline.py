@@ -57,6 +57,14 @@ ONE_STAGE, V = ("gpipe", "1f1b"), ("zbv", "dualpipev")
 ROUNDS = ("interleaved_1f1b", "interleaved_zero_bubble")  # micro-batches go round in equal groups of about p
 SPLIT_BACKWARD = ("interleaved_zero_bubble", "zbv", "dualpipev")  # input gradients first, those of weights later
 
+BETWEEN = (
+    "what stands in `forward` between the modules of its Layout is lost, or done by every stage: "
+    "put it into the Layout's first module, blocks or last module, or use a strategy on dp or fsdp"
+)
+ON_META = (
+    "a pipeline learns the shapes of activations there: compute with tensors alone, or use a strategy on dp or fsdp"
+)
+
 
 class Pipeline(Strategy):
     """Cut the model's blocks over `pp`; the first stage has the embedding, the last one the head.
@@ -180,12 +188,11 @@ class Pipeline(Strategy):
         def outlined(*inputs: Tensor) -> Tensor:
             return torch.zeros(copy.deepcopy(model).to("meta")(*(x.to("meta") for x in inputs)).shape)
 
-        yield Rehearsal(f"in {self.stages} stages", model, staged, (
-            "what stands in `forward` between the modules of its Layout is lost, or done by every stage: put it into the "
-            "Layout's first module, blocks or last module, or use a strategy on dp or fsdp"))  # fmt: skip
-        yield Rehearsal("on the meta device", lambda *inputs: torch.zeros_like(model(*inputs), dtype=torch.float32), outlined, (
-            "a pipeline learns the shapes of activations there: compute with tensors alone, or use a strategy on dp or "
-            "fsdp"))  # fmt: skip
+        def shaped(*inputs: Tensor) -> Tensor:
+            return torch.zeros(model(*inputs).shape)
+
+        yield Rehearsal(f"in {self.stages} stages", model, staged, BETWEEN)
+        yield Rehearsal("on the meta device", shaped, outlined, ON_META)
 
     def _piece(self, model: nn.Module, stage: int, counts: list[int]) -> nn.Module:
         layout, before = layout_of(model), sum(counts[:stage])

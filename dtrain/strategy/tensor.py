@@ -65,10 +65,6 @@ if TYPE_CHECKING:
     from dtrain.plan import Plan
     from dtrain.task.base import Task
 
-SPLIT = ("a `column` layer of its Layout must give each rank heads, or hidden units, of its own (two layers in one matrix "
-         "do not: make them two), a `row` layer must read them, and what lies between must not look across them; or use a "
-         "strategy on dp or fsdp")  # fmt: skip
-
 
 class TensorParallel(Strategy):
     """Split the layers that the model's Layout names `column`, `row` and `vocabulary` over `tp`.
@@ -86,7 +82,8 @@ class TensorParallel(Strategy):
     def __init__(self, degree: int = REST, *, sequence_parallel: bool = False, loss_parallel: bool = True) -> None:
         super().__init__(degree)
         self.sequence_parallel, self.loss_parallel = sequence_parallel, loss_parallel
-        self.between: dict[str, tuple[set[str], set[str]]] = {}  # of each model: its parameters, those used on slices
+        # Of each model its parameters, and those that act on slices.
+        self.between: dict[str, tuple[set[str], set[str]]] = {}
 
     def check_model(self, model: nn.Module, plan: Plan) -> None:
         name, layout, n = type(model).__name__, layout_of(model), self.degree
@@ -120,12 +117,10 @@ class TensorParallel(Strategy):
             raise ValueError(f"seq_len={length} is not divisible by {parts} (tp x cp, sequence_parallel): use {near}")
 
     def rehearsals(self, model: nn.Module, inputs: Sequence[Tensor], plan: Plan) -> Iterator[Rehearsal]:
-        n = self.degree
-        yield Rehearsal(f"split over tp={n}", lambda *inputs: torch.cat([model(*inputs)] * n),
-                        split(model, n, self.sequence_parallel), SPLIT)  # fmt: skip
+        yield split(model, self.degree, self.sequence_parallel)
 
     def _find_between(self, task: Task) -> None:
-        """Which parameters act on slices, so that each rank has a part of their gradients: by a forward pass of two rows."""
+        """Which parameters act on slices, so that a rank has a part of their gradients."""
         batch = {name: tensor[:2] for name, tensor in task.batch(0).items()}
         shapes = {name: tensor.to("meta") for name, tensor in batch.items()}
         outlines = {name: on_meta(factory) for name, factory in task.models.items()}
@@ -144,8 +139,8 @@ class TensorParallel(Strategy):
                         f"{type(models[name]).__name__} does not run on two rows, so nothing tells what tp would "
                         f"divide: {type(error).__name__}: {error}; use a strategy on dp or fsdp"
                     ) from error
-            everything, before = {n for n, _ in models[name].named_parameters()}, self.between.get(name, (set(), set()))
-            self.between[name] = everything, found | before[1]
+            everything = {n for n, _ in models[name].named_parameters()}
+            self.between[name] = everything, found | self.between.get(name, (set(), set()))[1]
 
     def _of_slices(self, model: nn.Module) -> set[str]:
         """Of a model, or a piece of one, the parameters that act on slices."""

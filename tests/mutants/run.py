@@ -37,7 +37,7 @@ ROOMS = {
     "engine": "presence_engines deepspeed accelerate",
     "server": "server at_once parameter_server",
     "model": "model moe images loop_promises plain_loop hf tasks",
-    "data": "data preparation images loop_promises tasks",
+    "data": "data files tokenizers kept preparation images loop_promises tasks",
     "task": "plain_loop loop_promises preparation images tasks data",
     "checkpoint": "durability agree folder checkpoint stepping presence distributed/manifests cli loop_promises",
     "launch": "launch agree folder started watch ending durability refusals instruments cli distributed/faults",
