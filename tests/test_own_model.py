@@ -335,7 +335,7 @@ class Buffered(torch.nn.Module):
 def test_what_two_modules_share_stays_one() -> None:
     model, host = Buffered(), torch.device("cpu")
     cast(model, torch.float64, host, host)
-    assert model.first.state is model.second.state and model.turn.dtype == torch.complex64
+    assert model.first.state is model.second.state and model.turn.dtype == torch.complex128
 
 
 def test_batch_norm_that_its_author_keeps_still_is_not_refused() -> None:

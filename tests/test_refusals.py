@@ -101,6 +101,19 @@ class Bare(nn.Module):
         self.blocks = nn.ModuleList([block])
 
 
+class Lost(nn.Module):
+    """It takes nothing."""
+
+    def forward(self) -> None: ...
+
+
+def lost() -> None:
+    """Ask tensor parallelism for a model that does not run."""
+    task = NextToken()
+    task.models = {"model": Lost}
+    TensorParallel(2).check_task(task, Plan.of([], 1))
+
+
 class Doubled(Core):
     """Attention of another kind."""
 
@@ -292,6 +305,9 @@ class Refusal:
 
 
 REFUSALS = {
+    "tensor, a model that does not run": Refusal(
+        lost, "Lost", "does not run on two rows", "use a strategy on dp or fsdp"
+    ),
     # the mesh
     "an axis that there is not": Refusal(
         lambda: Plan.of([Elsewhere()], 2),

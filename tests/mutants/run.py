@@ -32,11 +32,11 @@ NEEDED = ("dtrain", "configs", "tests", "scripts", "hydra_plugins", "launch", "d
           "README.md", "CONTRIBUTING.md", "Makefile", "constraints.txt")  # fmt: skip
 # The tests that see a room's faults, those that are quick first.
 ROOMS = {
-    "loop": "plain_loop loop_promises presence stepping precision plan refusals measure model exact experts cost",
-    "strategy": "plan pipeline precision figures refusals presence plain_loop local_sgd context experts exact cost instruments",
+    "loop": "plain_loop loop_promises presence stepping precision plan refusals measure own_model model exact experts cost",
+    "strategy": "plan pipeline precision figures refusals presence own_model plain_loop local_sgd context experts exact cost instruments",
     "engine": "presence_engines deepspeed accelerate",
     "server": "server at_once parameter_server",
-    "model": "model moe images loop_promises plain_loop hf tasks",
+    "model": "model moe own_model images loop_promises plain_loop hf tasks",
     "data": "data files tokenizers kept preparation images loop_promises tasks",
     "task": "plain_loop loop_promises preparation images tasks data",
     "checkpoint": "durability agree folder checkpoint stepping presence distributed/manifests cli loop_promises",
