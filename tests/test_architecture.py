@@ -73,7 +73,7 @@ BELOW = {
     "override": set(),
     "aliases": set(),
 }  # fmt: skip
-LARGEST_FILE, LARGEST_FUNCTION, PACKAGE_LINES = 255, 45, 16_000
+LARGEST_FILE, LARGEST_FUNCTION, PACKAGE_LINES = 400, 45, 19_500
 
 
 def name_of(file: Path) -> str:
