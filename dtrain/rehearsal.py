@@ -81,11 +81,8 @@ def split(model: nn.Module, n: int, sequence_parallel: bool) -> Rehearsal:
     if sequence_parallel:
         routers = holders(path for path, _ in experts_of(made))
         heads = [path for path, layer in modules_at(made, layout.vocabulary) if isinstance(layer, nn.Linear)]
-        for path in {
-            *holders(path for path, _ in modules_at(made, layout.column)),
-            *routers,
-            *heads,
-        }:
+        columns = holders(path for path, _ in modules_at(made, layout.column))
+        for path in {*columns, *routers, *heads}:
             made.get_submodule(path).register_forward_pre_hook(all_tokens, with_kwargs=True)
         for _, layer in modules_at(made, (layout.first, *layout.row, *routers)):
             layer.register_forward_hook(own_tokens)

@@ -76,7 +76,7 @@ def kept(*arguments: Any) -> Outcome:
 
 
 @pytest.fixture(scope="module")
-def single(world) -> dict[Case, Outcome]:
+def single() -> dict[Case, Outcome]:
     """One process's outcome of each case, made once."""
     return {}
 
