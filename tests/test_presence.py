@@ -64,6 +64,7 @@ class Ways(nn.Module):
         last="last",
         column=("blocks.*.a.up", "blocks.*.b.up"),
         row=("blocks.*.a.down", "blocks.*.b.down"),
+        vocabulary=("last",),
     )
 
     def __init__(self) -> None:
@@ -153,6 +154,7 @@ PLANS = [
     ("ddp", 3, 2),
     ("ddp_small_buckets", 2, 3),
     ("tensor", 2, None),
+    ("tensor_sequence", 2, 2),
     ("1f1b", 2, 2),
     ("zbv", 2, 2),
     ("hsdp", 4, None),
