@@ -198,7 +198,10 @@ def test_a_model_may_give_a_tuple_and_take_targets() -> None:
     torch.manual_seed(0)
     model, tokens = adapted(MODELS["Counting"]()), torch.randint(VOCAB, (2, CONTEXT))
     positions = torch.arange(CONTEXT).expand(2, -1)
-    assert model(tokens, positions).shape == (2, CONTEXT, VOCAB)  # positions are not its targets
+    assert model(tokens, positions).shape == (2, CONTEXT, VOCAB)
+    told = lambda self, idx, targets=None: torch.full((1, 1), float(targets is None))  # noqa: E731
+    asked = adapted(type("Asked", (torch.nn.Module,), {"forward": told})())
+    assert asked(tokens, positions).item() == 1.0  # positions are not its targets
     named = adapted(type("Named", (torch.nn.Module,), {"forward": lambda self, x, positions: {"logits": x.float()}})())
     assert torch.equal(named(tokens, positions), tokens.float())
 
