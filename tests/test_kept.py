@@ -46,6 +46,12 @@ def cut(file: Path) -> None:
     file.write_bytes(file.read_bytes()[:-2])
 
 
+def cut_in_copying(file: Path) -> None:
+    """By a program that keeps times."""
+    cut(file)
+    os.utime(file, (1e9, 1e9))
+
+
 def flip(file: Path) -> None:
     found = bytearray(file.read_bytes())
     found[len(found) // 2] ^= 1
@@ -53,7 +59,7 @@ def flip(file: Path) -> None:
 
 
 DAMAGE: dict[str, Callable[[Path], Any]] = {
-    "cut": cut, "flipped": flip, "empty": lambda file: file.write_bytes(b""), "gone": Path.unlink,
+    "cut": cut, "cut in copying": cut_in_copying, "flipped": flip, "empty": lambda file: file.write_bytes(b""), "gone": Path.unlink,
     "nonsense": lambda file: file.write_bytes(b"[1, 2]\n"), "another form": lambda file: file.write_text('{"rows": 3}'),
 }  # fmt: skip
 
