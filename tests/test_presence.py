@@ -92,9 +92,9 @@ class Skipping(Ways):
 
 
 class Rows(Task):
-    """Steps in which all rows take one way, then a half, then here and there, then but one."""
+    """Steps in which all rows take one way, then a half, then here and there, then but the last, then but the first."""
 
-    WAYS = ([0] * 12, [0] * 6 + [1] * 6, [0, 1] * 6, [0] * 11 + [1], [1] * 12)
+    WAYS = ([0] * 12, [0] * 6 + [1] * 6, [0, 1] * 6, [0] * 11 + [1], [1] + [0] * 11)
 
     def __init__(self, model: type[nn.Module] = Ways) -> None:
         self.models = {"model": model}
