@@ -649,6 +649,15 @@ def test_messages_are_the_busiest_ranks_and_the_tick_is_what_the_formulas_add_up
     assert points(found["predicted"]) == {"3d": 7.0}
 
 
+def test_messages_of_a_group_along_no_axis_are_drawn_too() -> None:
+    """DeepSpeed's pipeline has groups of its own: `other`."""
+    each = row("deepspeed_pipeline")
+    message = {"axis": "other", "operation": "all_reduce", "calls": 1, "bytes": 1, "wire_bytes": 5e6}
+    each.traffic, each.traffic_predicted = [[message], [message]], [None, None]
+    found = traces(costs.messages(results(row("single", ranks=1), each)))
+    assert points(found["other all_reduce"]) == {"deepspeed_pipeline": 5.0}
+
+
 @pytest.mark.parametrize(("mesh", "kind"), [
     ({}, "one process"), ({"dp": 2}, "data parallel"), ({"fsdp": 4, "dp": 1}, "sharded data"), ({"tp": 2}, "tensor"),
     ({"pp": 2, "dp": 1}, "pipeline"), ({"cp": 2}, "context"), ({"ep": 2}, "experts"), ({"dp": 2, "tp": 2}, "composed"),

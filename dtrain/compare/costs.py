@@ -34,7 +34,8 @@ def messages(results: Results) -> Chart:
         sizes = [sum(m["wire_bytes"] for m in messages if (m["axis"], m["operation"]) == (axis, operation))
                  for messages in busiest]  # fmt: skip
         pattern = {"shape": _pattern(operation)}
-        _part(figure, rows, sizes, f"{axis} {operation}", color=FAMILIES[axis][1], pattern=pattern)
+        colour = FAMILIES.get(axis, FAMILIES["+"])[1]  # some groups are along no axis, or several
+        _part(figure, rows, sizes, f"{axis} {operation}", color=colour, pattern=pattern)
     told = [(row, row.traffic_predicted[row.busiest]) for row in rows]
     known = [(row, sum(m["wire_bytes"] for m in messages)) for row, messages in told if messages is not None]
     _ticks(figure, rows, known, "predicted", "MB that leave the busiest rank in a step")
