@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from copy import deepcopy
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from dtrain.layout import experts_of, holders, layout_of, modules_at
+from dtrain.layout import Layout, experts_of, holders, layout_of, modules_at
 
 Forward = Callable[..., Tensor]
 SPLIT = (
@@ -160,40 +160,8 @@ def between(model: nn.Module, run: Callable[[], Tensor]) -> set[str]:
             the module that holds `column` layers gives its input to something else, or has weights before them: what
             they get there is a distributed tensor.
     """
-    layout, name = layout_of(model), type(model).__name__
-    inside: list[Any] = []
-    outside: list[Any] = []
-    ends: set[Any] = set()
-    begun: set[Any] = set()
-    given: dict[str, tuple[Tensor, list[Any]]] = {}  # of each holder: a mark on its input, and what it gives
-
-    def begins(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
-        ends.add(output.grad_fn)
-        outside.extend(x.grad_fn for x in inputs)
-
-    def marked(path: str, module: nn.Module, inputs: tuple[Any, ...], named: dict[str, Any]) -> Any:
-        first = next(iter(named)) if not inputs else None
-        x, mark = inputs[0] if first is None else named[first], torch.zeros((), requires_grad=True)
-        given[path] = mark, []
-        x = x + mark.to(x)
-        begun.add(x.grad_fn)
-        return ((x, *inputs[1:]), named) if first is None else ((), {**named, first: x})
-
-    def gives(path: str, module: nn.Module, inputs: Any, output: Any) -> None:
-        tensors = output if isinstance(output, tuple) else (output,)
-        given[path][1].extend(x.grad_fn for x in tensors if isinstance(x, Tensor))
-
-    hooks = [layer.register_forward_hook(begins) for _, layer in modules_at(model, layout.column)]
-    hooks += [
-        layer.register_forward_pre_hook(lambda module, inputs: inside.extend(x.grad_fn for x in inputs))
-        for _, layer in modules_at(model, layout.row)
-    ]
-    for path in holders(path for path, _ in modules_at(model, layout.column)):
-        holder = model.get_submodule(path)
-        hooks += [
-            holder.register_forward_pre_hook(partial(marked, path), with_kwargs=True),
-            holder.register_forward_hook(partial(gives, path)),
-        ]
+    layout, seen = layout_of(model), _Seen()
+    hooks = seen.hooks(model, layout)
     try:
         with torch.enable_grad():
             output = run()
@@ -201,27 +169,76 @@ def between(model: nn.Module, run: Callable[[], Tensor]) -> set[str]:
         for hook in hooks:
             hook.remove()
     names = {id(parameter): name for name, parameter in model.named_parameters()}
-    reached = [names[i] for i in _leaves(inside, ends) if i in names]
-    also = {names[i] for i in _leaves([*outside, output.grad_fn], {*inside, *ends}) if i in names}
+    reached = [names[i] for i in _leaves(seen.inside, seen.ends) if i in names]
+    also = {names[i] for i in _leaves([*seen.outside, output.grad_fn], {*seen.inside, *seen.ends}) if i in names}
     layers = [p for _, layer in modules_at(model, (*layout.column, *layout.row)) for p in layer.parameters()]
     found = set(reached) - {names[id(p)] for p in layers if id(p) in names}
-    for path, (mark, outputs) in given.items():
-        if id(mark) in set(_leaves(outputs, ends)):
+    early = sorted(names[i] for i in _leaves(seen.outside, seen.begun) if i in names)
+    _refuse_mixed(type(model).__name__, seen, early, sorted(found & also))
+    return found
+
+
+@dataclass
+class _Seen:
+    """Nodes of the graph of a forward pass: `inside` go into row layers, `outside` into column layers, whose results
+    are the `ends`; `begun` are the inputs of the modules that hold column layers, `given` a mark on each such input and
+    what the module gives."""
+
+    inside: list[Any] = field(default_factory=list)
+    outside: list[Any] = field(default_factory=list)
+    ends: set[Any] = field(default_factory=set)
+    begun: set[Any] = field(default_factory=set)
+    given: dict[str, tuple[Tensor, list[Any]]] = field(default_factory=dict)
+
+    def hooks(self, model: nn.Module, layout: Layout) -> list[Any]:
+        """What looks at them as they come."""
+        found: list[Any] = [layer.register_forward_hook(self._begins) for _, layer in modules_at(model, layout.column)]
+        found += [
+            layer.register_forward_pre_hook(lambda module, inputs: self.inside.extend(x.grad_fn for x in inputs))
+            for _, layer in modules_at(model, layout.row)
+        ]
+        for path in holders(path for path, _ in modules_at(model, layout.column)):
+            holder = model.get_submodule(path)
+            found += [
+                holder.register_forward_pre_hook(partial(self._marked, path), with_kwargs=True),
+                holder.register_forward_hook(partial(self._gives, path)),
+            ]
+        return found
+
+    def _begins(self, module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+        self.ends.add(output.grad_fn)
+        self.outside.extend(x.grad_fn for x in inputs)
+
+    def _marked(self, path: str, module: nn.Module, inputs: tuple[Any, ...], named: dict[str, Any]) -> Any:
+        first = next(iter(named)) if not inputs else None
+        x, mark = inputs[0] if first is None else named[first], torch.zeros((), requires_grad=True)
+        self.given[path] = mark, []
+        x = x + mark.to(x)
+        self.begun.add(x.grad_fn)
+        return ((x, *inputs[1:]), named) if first is None else ((), {**named, first: x})
+
+    def _gives(self, path: str, module: nn.Module, inputs: Any, output: Any) -> None:
+        tensors = output if isinstance(output, tuple) else (output,)
+        self.given[path][1].extend(x.grad_fn for x in tensors if isinstance(x, Tensor))
+
+
+def _refuse_mixed(name: str, seen: _Seen, early: list[str], both: list[str]) -> None:
+    for path, (mark, outputs) in seen.given.items():
+        if id(mark) in set(_leaves(outputs, seen.ends)):
             raise ValueError(
                 f"{path or 'the whole'} of {name} holds `column` layers, and gives its input to something else "
                 f"besides (a residual, a gate): put them into a module of their own"
             )
-    if early := sorted(names[i] for i in _leaves(outside, begun) if i in names):
+    if early:
         raise ValueError(
             f"{early[0]} of {name} acts within the module that holds `column` layers, before them: let it act "
             f"before that module"
         )
-    if both := sorted(found & also):
+    if both:
         raise ValueError(
             f"{both[0]} of {name} acts on what tp divides, between `column` and `row` layers, "
             f"and on what it does not: give it two parameters, or use a strategy on dp or fsdp"
         )
-    return found
 
 
 def _leaves(starts: list[Any], ends: set[Any]) -> Iterator[int]:

@@ -18,7 +18,7 @@ from dtrain.server import Server
 WORKERS = 4
 
 
-@pytest.mark.usefixtures("alone")
+@pytest.mark.usefixtures("one_rank")
 @pytest.mark.parametrize("micro_batch_size", [None, 1])
 def test_a_parameter_server_evaluates_as_many_rows_at_once_as_a_worker_trains(micro_batch_size: int | None) -> None:
     """Not the global batch, which is in the memory of no process."""

@@ -283,6 +283,7 @@ REACHES: dict[str, Any] = {
 SEEN_BY = {  # what cannot be changed in a run of one process on a CPU, or ends it, and the tests that change it
     "device": "test_cli: device=cuda is refused without GPUs", "compile": "test_cli, test_exact",
     "profile": "test_instruments", "resume": "test_cli", "init_from": "test_tasks", "checkpoint.fallback": "test_cli",
+    "probe": "test_own_model", "overwrite": "test_folder", "checkpoint.last": "test_folder",
     "fault.rank": "test_instruments", "fault.step": "test_instruments", "launch.nproc": "test_cli", "launch.port": "test_cli",
 }  # fmt: skip
 
@@ -350,7 +351,7 @@ def test_no_setting_is_left_out() -> None:
     keys |= {
         f"{group}.{key}"
         for group, node in own.items()
-        if group != "defaults" and OmegaConf.is_config(node)
+        if group not in ("defaults", "hydra") and OmegaConf.is_config(node)
         for key in node
     }
     keys |= {f"launch.{key}" for key in OmegaConf.load(CONFIGS / "launch" / "local.yaml")}

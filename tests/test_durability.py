@@ -231,7 +231,8 @@ def _refused(path: Path, **model: Any) -> str:
         made.load(partial(load, path))
     except ValueError as error:
         said = str(error)
-        assert all(torch.equal(tensor, before[name]) for name, tensor in made.state().items())
+        after = made.state()
+        assert all(torch.equal(tensor, after[name]) for name, tensor in before.items())
     return said
 
 
@@ -239,6 +240,7 @@ def _refused(path: Path, **model: Any) -> str:
 def test_a_checkpoint_of_another_model_is_refused_and_changes_no_weight(tmp_path: Path) -> None:
     """Whether it has more tensors, fewer, or other shapes than the model."""
     made = trainer(Case("next_token", "single", steps=1, model=(("d_ff", 36),)), 1)
+    next(made.steps())
     Checkpoints(tmp_path, keep_last=1).save(1, made.state(), {"tokens": 0})
     path = (tmp_path / "latest").resolve()
     assert _refused(path, d_ff=36) == ""

@@ -141,7 +141,7 @@ def _save(case: Case, folder: str) -> None:
 
 def _resume(case: Case, folder: str) -> Outcome:
     made = trainer(case)
-    load(find(folder, Path(folder), Path(folder), fallback=False, note=print), made.states())
+    made.load(partial(load, find(folder, Path(folder), Path(folder), fallback=False, note=print)))
     made.next_step = SAVED_AT
     outcome = finish(made)
     outcome.gradients.clear()  # of its first step, which is not that of the whole run

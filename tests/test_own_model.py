@@ -166,7 +166,7 @@ def test_weights_by_numpy_are_those_of_the_seed() -> None:
     assert not torch.equal(first, build(MODELS["ByNumpy"], 4).last.out.weight)
 
 
-def test_looking_at_the_loss_changes_no_training(alone) -> None:
+def test_looking_at_the_loss_changes_no_training(one_rank) -> None:
     """What an author keeps in evaluation does not wake up; the rest goes on in training."""
     curves = []
     for looks in (False, True):

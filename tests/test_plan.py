@@ -67,9 +67,11 @@ def test_rows_that_do_not_come_out_even_are_refused() -> None:
     plan = Plan.of([DDP()], 4)
     assert plan.micro_batches(16, None) == 1 and plan.micro_batches(16, 2) == 2
     with pytest.raises(ValueError, match="global_batch_size=10 is not divisible by 4 data-parallel ranks x "
-                                         "micro_batch_size=2: use 8 or 16"):  # fmt: skip
+                                         "micro_batch_size=2: use global_batch_size=8 or 16"):  # fmt: skip
         plan.micro_batches(10, 2)
-    with pytest.raises(ValueError, match="global_batch_size=7 is not divisible by 4 data-parallel ranks: use 4 or 8"):
+    with pytest.raises(
+        ValueError, match="global_batch_size=7 is not divisible by 4 data-parallel ranks: use global_batch_size=4 or 8"
+    ):
         plan.micro_batches(7, None)
 
 

@@ -287,8 +287,9 @@ def without_compilers() -> None:
 def lacking(body: str) -> None:
     """Ask for a class of a module that cannot be imported."""
     with TemporaryDirectory() as folder, mock.patch.object(sys, "path", [folder, *sys.path]):
-        (Path(folder) / "mine.py").write_text(body)
-        built("mine.Mine")
+        (Path(folder) / "lacking.py").write_text(body)
+        sys.modules.pop("lacking", None)
+        built("lacking.Mine")
 
 
 DDP_CLASS = "dtrain.strategy.ddp.DDP"
@@ -807,10 +808,10 @@ REFUSALS = {
     ),
     "a module that lacks another": Refusal(
         lambda: lacking("import not_installed_here"),
-        "strategy.dp._target_", "=mine.Mine", "No module named 'not_installed_here'",
+        "strategy.dp._target_", "=lacking.Mine", "No module named 'not_installed_here'",
     ),
     "a module that breaks": Refusal(
-        lambda: lacking("1 / 0"), "strategy.dp._target_", "=mine.Mine", "division by zero"
+        lambda: lacking("1 / 0"), "strategy.dp._target_", "=lacking.Mine", "division by zero"
     ),
     "a class of another kind": Refusal(
         lambda: built("torch.nn.Linear"),

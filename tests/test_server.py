@@ -209,6 +209,9 @@ class Lives:
     def __init__(self, *statuses: int) -> None:
         self.statuses, self.begun = list(statuses), 0
 
+    def set_forkserver_preload(self, modules: Sequence[str]) -> None:
+        """Nothing is forked."""
+
     def Process(self, target: Any, args: Sequence[Any]) -> Any:
         status = self.statuses[min(self.begun, len(self.statuses) - 1)]
         assert args[-1] == self.begun

@@ -150,7 +150,7 @@ def test_without_a_home_folder_something_else_is_asked_for(
 ) -> None:
     for words in (["data.cache='~nobody-here/x'"], ["resume='~nobody-here/x'"]):
         status, _, err = call(*QUICK, *words)
-        assert status == 2 and "there is no such home folder: write it out, or set DTRAIN_CACHE" in err, words
+        assert status == 2 and "there is no such home folder: " in err, words
         assert err.count("\n") == 1
 
 

@@ -592,7 +592,13 @@ def test_fine_tuning_begins_with_what_fits(tmp_path: Path) -> None:
         f"hydra.run.dir={before}",
     )
     assert made.returncode == 0, made.stderr
-    tune = ("task=classification", "model=tiny", f"init_from={before}", f"hydra.run.dir={tmp_path / 'after'}")
+    tune = (
+        "task=classification",
+        "model=tiny",
+        f"init_from={before}",
+        f"hydra.run.dir={tmp_path / 'after'}",
+        "overwrite=true",
+    )
     first = {}
     for chosen in (("strategy=zero1", "launch.nproc=2"), ("strategy=single",), ("strategy=single", "init_from=null")):
         tuned = run(*tune, *chosen)
