@@ -25,6 +25,7 @@ from torch import Tensor
 from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader, HuggingFaceStorageWriter
 from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
 
+from dtrain.durable import sync
 from dtrain.launch import agree, gathered, together
 from dtrain.optimizer import OPTIMIZER_STATE
 from dtrain.saved import MANIFEST, about, describe, differs, files_of, outline, sealed, whole
@@ -112,7 +113,7 @@ class Checkpoints:
 
     def _publish(self, partial: Path, step: int, about: dict[str, Any], files: dict[str, Any]) -> None:
         _write_synced(partial / MANIFEST, sealed({"version": VERSION, "step": step, **about, "files": files}))
-        _sync(partial)
+        sync(partial)
         written = whole(self.folder)
         if written:  # what is written last is the newest, also where the clock was set back
             newest = (written[-1] / MANIFEST).stat().st_mtime_ns + 1
@@ -127,7 +128,7 @@ class Checkpoints:
         pointer.unlink(missing_ok=True)
         pointer.symlink_to(final.name)
         os.replace(pointer, self.folder / "latest")
-        _sync(self.folder)
+        sync(self.folder)
         for old in [*written, final][: -self.keep_last]:
             gone = self.folder / f"{PARTIAL}{old.name}"
             old.rename(gone)  # at once: removing takes a while, and a kill would leave half of it
@@ -220,11 +221,3 @@ def _write_synced(file: Path, content: dict[str, Any]) -> None:
         json.dump(content, stream, indent=1)
         stream.flush()
         os.fsync(stream.fileno())
-
-
-def _sync(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

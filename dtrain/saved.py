@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from collections.abc import Callable, Iterable
 from contextlib import suppress
 from glob import escape, glob
@@ -13,6 +12,8 @@ from typing import Any
 
 from safetensors import SafetensorError
 from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader
+
+from dtrain.durable import digest, sync
 
 MANIFEST = "checkpoint.json"
 AUTO = "auto"  # resume from the run's newest, if it has any
@@ -165,7 +166,5 @@ def _written(path: Path) -> tuple[int, str]:
 
 
 def describe(file: Path) -> dict[str, Any]:
-    with file.open("rb") as stream:
-        digest = hashlib.file_digest(stream, "sha256").hexdigest()
-        os.fsync(stream.fileno())
-    return {"bytes": file.stat().st_size, "sha256": digest}
+    sync(file)
+    return {"bytes": file.stat().st_size, "sha256": digest(file)}

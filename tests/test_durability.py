@@ -33,14 +33,6 @@ STEPS, TOLD_IN = 6, 3  # of the runs below; SIGTERM comes within the latter
 EXACT = ("step", "loss", "grad_norm", "lr", "tokens")  # of a line of metrics.jsonl: not its times
 
 
-@pytest.fixture
-def one_rank() -> Iterator[None]:
-    """This process as a world of one, for one test: others here start a process group."""
-    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
-    yield
-    dist.destroy_process_group()
-
-
 # What is on the disk when a checkpoint has its name
 
 

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from dtrain.data.paths import CACHE, SIGNATURE, place
+from dtrain.durable import digest, sync
 
 MANIFEST = "kept.json"  # by name: the size and the digest of each file
 KEY = "data.cache"
@@ -71,9 +72,9 @@ def whole(folder: Path) -> bool:
     try:
         manifest = folder / MANIFEST
         files, written = json.loads(manifest.read_text(encoding="utf-8")), manifest.stat().st_mtime_ns
-        for name, (size, digest) in files.items():
+        for name, (size, sha256) in files.items():
             found = (folder / name).stat()
-            if found.st_size != size or (found.st_mtime_ns >= written and _digest(folder / name) != digest):
+            if found.st_size != size or (found.st_mtime_ns >= written and digest(folder / name) != sha256):
                 return False
     except (FileNotFoundError, NotADirectoryError, ValueError, TypeError, AttributeError):
         return False
@@ -86,14 +87,14 @@ def _make(folder: Path, make: Callable[[Path], None]) -> None:
     partial.mkdir()
     try:
         make(partial)
-        files = {file.name: (file.stat().st_size, _digest(file)) for file in sorted(partial.iterdir())}
+        files = {file.name: (file.stat().st_size, digest(file)) for file in sorted(partial.iterdir())}
         (partial / MANIFEST).write_text(json.dumps(files, indent=2) + "\n", encoding="utf-8")
         for name in (*files, MANIFEST, ""):
-            _sync(partial / name)
+            sync(partial / name)
         if folder.exists():
             shutil.rmtree(folder)
         partial.rename(folder)
-        _sync(folder.parent)
+        sync(folder.parent)
     except BaseException:
         shutil.rmtree(partial, ignore_errors=True)
         raise
@@ -113,19 +114,6 @@ def _locked(file: Path) -> Iterator[None]:
         yield
     finally:
         os.close(lock)
-
-
-def _sync(path: Path) -> None:
-    number = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(number)
-    finally:
-        os.close(number)
-
-
-def _digest(file: Path) -> str:
-    with file.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
 def _elsewhere() -> str:
