@@ -24,7 +24,7 @@ ALIASES = {
         "micro_batch_size: a rank's rows of global_batch_size, over that, are its micro-batches",
     "epochs epoch num_epochs n_epochs max_epochs num_train_epochs":
         "steps: an epoch of text is train_tokens / (global_batch_size x seq_len) of them, of rows train_rows / "
-        "global_batch_size; a run begins by telling its data's train_tokens or train_rows",
+        "global_batch_size; a run begins by telling how many",
     "max_steps num_steps n_steps iters max_iters train_iters train_steps total_steps iterations": "steps",
     "block_size max_seq_len max_seq_length max_length seq_length sequence_length context_length n_ctx n_positions "
     "max_position_embeddings": "seq_len, of at most model.context",

@@ -27,7 +27,7 @@ from omegaconf import DictConfig, OmegaConf
 from dtrain import own, quiet
 from dtrain.claim import RESUMABLE
 from dtrain.compare import command as comparison
-from dtrain.config import CONFIGS, Comparison, Config, check_axes, checked, register
+from dtrain.config import CONFIGS, Comparison, Config, check_axes, checked, refuse_unknown, register
 from dtrain.info import info as count
 from dtrain.job import assemble, model_factories
 from dtrain.launch import RanksFailed, World, leave_words, spawn, tie
@@ -80,11 +80,7 @@ def main(config_name: str, task: Callable[[DictConfig], Any]) -> None:
 
     def guarded(config: DictConfig) -> Any:
         with _explaining(config_name):
-            if HydraConfig.get().job.chdir:
-                raise ValueError(
-                    "hydra.job.chdir=true: the paths of a configuration begin where you are, and all that a run "
-                    "writes goes into its own folder: leave it out"
-                )
+            _check_hydra()
             with _told(jobs):
                 return task(config)
 
@@ -94,6 +90,16 @@ def main(config_name: str, task: Callable[[DictConfig], Any]) -> None:
             hydra.main(version_base="1.3", config_path=str(CONFIGS), config_name=config_name)(guarded)()
     finally:
         show_sweep(jobs)
+
+
+def _check_hydra() -> None:
+    """Refuse what is asked of Hydra itself, and nothing would come of."""
+    refuse_unknown(HydraConfig.instance().cfg.hydra, "hydra.")  # type: ignore[union-attr]
+    if HydraConfig.get().job.chdir:
+        raise ValueError(
+            "hydra.job.chdir=true: the paths of a configuration begin where you are, and all that a run "
+            "writes goes into its own folder: leave it out"
+        )
 
 
 def train(config: DictConfig) -> float:

@@ -21,6 +21,7 @@ from omegaconf import MISSING, DictConfig, OmegaConf
 
 from dtrain.constructor import REFUSED, imported, misfit, named
 from dtrain.constructor import arguments as given_by
+from dtrain.data.tokenizer import count_ids
 
 CONFIGS = Path(__file__).resolve().parent.parent / "configs"
 T = TypeVar("T")
@@ -145,12 +146,18 @@ class Comparison(Config):
 def register() -> None:
     """Make the schemas known to Hydra: the base of `configs/train.yaml`, and what `compare.yaml` adds.
 
-    And `${token:}`, by which the default folders of two runs differ.
+    And `${token:}`, by which the default folders of two runs differ, and `${ids_in:path}`: ids of a tokenizer's file.
     """
     store = ConfigStore.instance()
     store.store("schema", Config)
     store.store("compare_schema", Comparison)
     OmegaConf.register_new_resolver("token", lambda: uuid4().hex[:6], use_cache=True, replace=True)
+    OmegaConf.register_new_resolver("ids_in", _ids_in, replace=True)
+
+
+def _ids_in(key: str, *, _parent_: DictConfig) -> int:
+    """How many ids the tokenizer has whose path stands beside; 0 if it cannot be read, which its class says."""
+    return 0 if OmegaConf.is_missing(_parent_, key) else count_ids(str(_parent_[key]))
 
 
 def options(group: str) -> list[str]:
@@ -161,7 +168,7 @@ def options(group: str) -> list[str]:
 def check_axes(names: list[str]) -> None:
     """Refuse strategies of one axis in a list, which Hydra would merge into one that nobody has asked for."""
     holders: dict[str, str] = {}
-    for name in names:
+    for name in names if len(names) > 1 else ():
         for axis in compose(f"strategy/{name}").get("strategy", {}):
             if axis in holders:
                 raise ValueError(f"{holders[axis]} and {name} both want the axis {axis}: choose one of them")
@@ -197,6 +204,8 @@ def refuse_unknown(node: DictConfig, prefix: str = "") -> None:
         return
     known = [item.name for item in fields(schema)]
     for key in map(str, node):
+        if prefix + key == "hydra.env":  # Hydra's own, of no schema
+            continue
         if key not in known:
             raise ValueError(f"unknown key {prefix + key!r}: beside it are {', '.join(known)}")
         if OmegaConf.is_dict(child := node._get_node(key)):

@@ -61,6 +61,7 @@ def facts(job: Job, meter: Meter, peak_source: str) -> tuple[str, ...]:
     data = ", ".join(
         f"{key} {value:,}" if isinstance(value, int) else f"{key} {value}" for key, value in job.data.describe().items()
     )
+    epoch = f", {rows / config.global_batch_size:,.1f} steps an epoch" if (rows := job.task.epoch) else ""
     return (
         f"model: {parameters:,} parameters; computes in {precision.compute}, weights in {weights}",
         f"data: {data}",
@@ -69,7 +70,7 @@ def facts(job: Job, meter: Meter, peak_source: str) -> tuple[str, ...]:
         *([f"task: {job.task.told}"] if job.task.told else []),
         *job.tried,
         f"batch: {config.global_batch_size} rows over {job.plan.row_parts} x "
-        f"{job.plan.micro_batches(config.global_batch_size, config.micro_batch_size)} micro-batches",
+        f"{job.plan.micro_batches(config.global_batch_size, config.micro_batch_size)} micro-batches{epoch}",
         f"device: {job.plan.device.type}, {torch.get_num_threads()} threads a process; "
         f"peak {(meter.peak_flops or math.nan) / 1e9:,.0f} GFLOP/s a rank ({peak_source})",
     )

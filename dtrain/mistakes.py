@@ -14,7 +14,7 @@ from hydra._internal.utils import get_args_parser
 from hydra.core.global_hydra import GlobalHydra
 from hydra.errors import HydraException
 from omegaconf import OmegaConf
-from omegaconf.errors import OmegaConfBaseException
+from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 
 from dtrain.aliases import ours
 from dtrain.config import CONFIGS, options
@@ -85,6 +85,8 @@ def explain(error: BaseException, config_name: str) -> str:
     for pattern, told in PATTERNS.items():
         if match := re.search(pattern, text):
             return told(match, error, config_name)
+    if isinstance(error, MissingMandatoryValue):
+        return f"{error.full_key} has no value: set {error.full_key}=…"
     if isinstance(error, OmegaConfBaseException) and error.full_key:
         return f"{error.full_key}: {text.splitlines()[0]}"
     if isinstance(error, OSError) and error.filename:
@@ -119,7 +121,8 @@ def _key(match: re.Match[str], _: object, config_name: str) -> str:
     if near := _near(key, known):
         return f"unknown key {key!r}: {near}"
     beside = [each.rpartition(".")[2] for each in known if each.rpartition(".")[0] == parent]
-    listing = f"{parent or 'the configuration'} has {', '.join(beside)}" if beside else "--cfg job prints all keys"
+    whole = "hydra" if key.startswith("hydra.") else "job"
+    listing = f"{parent or 'the configuration'} has {', '.join(beside)}" if beside else f"--cfg {whole} prints all keys"
     return f"unknown key {key!r}: {listing}"
 
 
@@ -172,6 +175,8 @@ PATTERNS: Mapping[str, Told] = {
         lambda match, *_: f"~{match[1]}: there is no {match[1]} to take away",
     r"^(~[\w.]+): .* does not support deletion": lambda match, *_: f"{match[1]}: this key cannot be taken away",
     r"^Error merging override (.*)": _merging,
+    r"^Error in call to target '[^']*':\n\w+\([\"'](.*)[\"']\)\n(?:full_key: (\S+))?":
+        lambda match, *_: f"{match[2]}: {match[1]}" if match[2] else match[1],
     r"^Interpolation key '([^']+)' not found": _interpolation,
     r"^([\w.]+)=(\S+) is unknown: use ": _range,
 }  # fmt: skip

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, fields, replace
-from functools import partial
+from functools import lru_cache, partial
 from typing import Any
 from unittest import mock
 
@@ -37,6 +37,8 @@ from dtrain.train import Settings, Trainer
 
 VOCAB, CONTEXT = 61, 24  # 61 rows do not divide by 2, 3 or 4: shards are uneven; 24 tokens do, twice over
 ROWS = 12
+# Rounding alone: sums are taken in another order. fp64 has 1.1e-16, fp32 6e-8; twenty Adam steps carry it on.
+TOLERANCE = {"fp64": 1e-12, "fp32": 1e-5}
 
 
 class NextToken(Task):
@@ -258,6 +260,29 @@ def trainer(case: Case, world_size: int) -> Trainer:
 def train(case: Case, world_size: int) -> Outcome:
     """Train the case; every rank calls it."""
     return finish(trainer(case, world_size))
+
+
+@lru_cache
+def reference(case: Case) -> Outcome:
+    """The same case on one process: this one."""
+    return train(case.reference(), 1)
+
+
+def train_or_refuse(case: Case, world_size: int) -> Outcome | str:
+    try:
+        return train(case, world_size)
+    except ValueError as error:
+        return str(error)
+
+
+def draw(makers: dict[str, int]) -> None:
+    """Let the strategy `drawn` be these, by their degrees."""
+    STRATEGIES["drawn"] = [partial(STRATEGIES[name][0], degree) for name, degree in makers.items()]
+
+
+def train_drawn(case: Case, makers: dict[str, int], world_size: int) -> Outcome:
+    draw(makers)
+    return train(case, world_size)
 
 
 def finish(made: Trainer) -> Outcome:

@@ -56,7 +56,7 @@ def pytest_report_header(config: pytest.Config) -> str:
 
 # What shares something dear, an import on each rank or a fixture, runs in one process; all else where there is room.
 TOGETHER = {
-    r"test_(deepspeed|accelerate|presence_engines)\.py": "engines",
+    r"test_(deepspeed|accelerate|presence_engines|hf)\.py": "engines",
     r"test_capabilities\.py": "capabilities",
     r"test_compare\.py": "compare",
     r"test_faults\.py::test_(killed_ranks|a_lost_node|a_run_that_is_told)": "faults",
@@ -111,8 +111,11 @@ def world() -> Iterator[Callable[[int], World]]:
 
 @pytest.fixture(scope="session")
 def worlds_with_engines() -> Iterator[Callable[[int], World]]:
-    """The same, of ranks that have imported DeepSpeed and Accelerate."""
-    with mock.patch.dict(os.environ, DS_ACCELERATOR="cpu"), worlds("deepspeed", "accelerate") as of:
+    """The same, of ranks that have imported DeepSpeed, Accelerate, transformers and the tests of these."""
+    with (
+        mock.patch.dict(os.environ, DS_ACCELERATOR="cpu"),
+        worlds("test_deepspeed", "test_accelerate", "test_presence_engines", "test_hf") as of,
+    ):
         yield of
 
 

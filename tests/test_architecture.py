@@ -69,7 +69,7 @@ BELOW = {
     "quiet": set(),
     "streams": set(),
     "claim": {"config", "launch", "lock", "saved"},
-    "config": {"constructor"},
+    "config": {"constructor", "data.tokenizer"},
     "constructor": set(),
     "override": set(),
     "aliases": set(),

@@ -143,7 +143,7 @@ MISTAKES = [
     (["resume=nowhere"], "resume=nowhere: no checkpoint in nowhere"),
     (["data=files"], "data.source.path"),
     (["data=files", "data.source.path=nowhere"], "data.source.path=nowhere: no such file"),
-    (["data/tokenizer=bpe", "model.vocab_size=256"], "model.vocab_size=256 is less than the tokenizer's 4096 ids"),
+    (["data=files", f"data.source.path='{ROOT}/docs/*.md'", "data/tokenizer=bpe", "data.tokenizer.vocab_size=300", "model.vocab_size=256"], "model.vocab_size=256 is less than the tokenizer's 300 ids"),
     (["hydra.run.dir=/proc/nowhere"], "/proc/nowhere"),
     (["task._target_=os.system"], "task._target_=os.system is not a Task"),
     (["data.source._target_=subprocess.Popen"], "data.source._target_=subprocess.Popen is not a Source or Tokenizer"),

@@ -20,6 +20,7 @@ import pytest
 import warm
 from hypothesis import given
 from hypothesis import strategies as st
+from test_cli import call  # noqa: F401
 
 from dtrain.compare import charts, costs, page, step
 from dtrain.compare.command import show_difference
@@ -417,11 +418,11 @@ def test_two_results_are_compared_and_a_condition_decides_the_status(ran, tmp_pa
         show_difference([str(folder), str(folder), "steps=3"])
 
 
-def test_what_can_be_known_before_is_refused_before(ran, cache: Path) -> None:
-    folder = ran[0].parent
+def test_what_can_be_known_before_is_refused_before(ran, call) -> None:  # noqa: F811
+    folder = ran[0]
     for arguments, said in (
         (("strategies=[single,ddpp]",), "unknown strategy 'ddpp': did you mean 'ddp'?"),
-        (("hydra.run.dir=out",), "has the results of another comparison: set overwrite=true"),
+        ((f"hydra.run.dir={folder}",), "has the results of another comparison: set overwrite=true"),
         (("fail_if=ddp.speed < 0.9 * baseline",), "speed is none of the figures"),
         (("steps=4",), "steps=4: the first 4 are not timed"),
         (("measure.warmup_steps=9",), "the first 9 are not timed"),
@@ -430,10 +431,9 @@ def test_what_can_be_known_before_is_refused_before(ran, cache: Path) -> None:
         (("scaling=sideways",), "scaling=sideways is unknown: use strong, weak"),
         (("repeats=0",), "repeats=0 must be at least 1"),
     ):
-        ended = run(*arguments, cwd=folder, cache=cache)
-        assert ended.returncode == 2 and ended.stderr.startswith("dtrain: ") and said in ended.stderr, ended.stderr
-        assert ended.stderr.count("\n") == 1
-    assert len(read(ran[0]).ran) == 6
+        status, _, err = call("model=tiny", "steps=6", "strategies=[single,ddp]", *arguments, config="compare")
+        assert status == 2 and err.startswith("dtrain: ") and said in err and err.count("\n") == 1, err
+    assert len(read(folder).ran) == 6
 
 
 def begun(folder: Path, cache: Path, *arguments: str) -> warm.Process:

@@ -51,7 +51,7 @@ NEEDED = {
     **dict.fromkeys(("digits", "mnist", "ring"), ["model=convnet"]),
     "images": ["data.path=x", "model=convnet"],
     "hub_images": ["data.source=x", "model=convnet"],
-    "file": ["data.tokenizer.path=x", "data.tokenizer.vocab_size=300"],
+    "file": ["data.tokenizer.path=x"],
     "tracker": ["logger.tracker.name=tensorboard"],
     "hf": ["model.name_or_path=x"],
     "hf_gpt2": ["model.name_or_path=x"],

@@ -12,10 +12,9 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from cases import STRATEGIES, Case, MaskedToken, NextToken, Outcome, train
+from cases import STRATEGIES, TOLERANCE, Case, MaskedToken, NextToken, Outcome, assert_equal, reference, train
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_exact import TOLERANCE, assert_equal, reference
 from torch import Tensor, nn
 
 from dtrain.batch import Batch

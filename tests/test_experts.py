@@ -9,8 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from cases import MLP, ROWS, MaskedToken, NextToken, Outcome, adamw, assert_equal, finish
-from test_exact import TOLERANCE
+from cases import MLP, ROWS, TOLERANCE, MaskedToken, NextToken, Outcome, adamw, assert_equal, finish
 from torch import nn
 
 from dtrain.checkpoint import Checkpoints, load

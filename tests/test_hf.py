@@ -108,20 +108,20 @@ QUICK = {"gpt2": [("ddp", "deepspeed zero3"), ("tensor", "1f1b")], "llama": [("f
     *(pytest.param(kind, ANY, CUTTING, marks=pytest.mark.deep) for kind in MODELS),
 ], ids=lambda v: v if isinstance(v, str) else str(len(v)))  # fmt: skip
 def test_every_strategy_trains_it_as_one_process_does(
-    kind: str, any_model: tuple[str, ...], cutting: tuple[str, ...], folders: dict[str, str], world
+    kind: str, any_model: tuple[str, ...], cutting: tuple[str, ...], folders: dict[str, str], worlds_with_engines
 ) -> None:
     for names, layout in ((any_model, ""), (cutting, kind)):
-        expected = world(2).run(trained, case_of("single", folders[kind], layout), 1)[0]
+        expected = worlds_with_engines(2).run(trained, case_of("single", folders[kind], layout), 1)[0]
         for name in names:
-            for found in world(2).run(trained, case_of(name, folders[kind], layout), 2):
+            for found in worlds_with_engines(2).run(trained, case_of(name, folders[kind], layout), 2):
                 assert_like(found, expected)
 
 
 @pytest.mark.deep
-def test_four_ranks_cut_it_two_ways(folders: dict[str, str], world) -> None:
-    expected = world(2).run(trained, case_of("single", folders["llama"], "llama"), 1)[0]
+def test_four_ranks_cut_it_two_ways(folders: dict[str, str], worlds_with_engines) -> None:
+    expected = worlds_with_engines(2).run(trained, case_of("single", folders["llama"], "llama"), 1)[0]
     for name in ("fsdp_tensor", "pipeline_tensor"):
-        for found in world(4).run(trained, case_of(name, folders["llama"], "llama"), 4):
+        for found in worlds_with_engines(4).run(trained, case_of(name, folders["llama"], "llama"), 4):
             assert_like(found, expected)
 
 
@@ -133,9 +133,11 @@ def shapes_beside_zero3(case: Case, folder: str, size: int) -> set[tuple[int, ..
     return shapes
 
 
-def test_a_model_made_beside_an_engine_is_whole(folders: dict[str, str], world) -> None:
+def test_a_model_made_beside_an_engine_is_whole(folders: dict[str, str], worlds_with_engines) -> None:
     """Accelerate tells transformers of DeepSpeed's ZeRO 3, for the whole process."""
-    for shapes in world(2).run(shapes_beside_zero3, case_of("accelerate_zero3", folders["gpt2"]), folders["gpt2"], 2):
+    for shapes in worlds_with_engines(2).run(
+        shapes_beside_zero3, case_of("accelerate_zero3", folders["gpt2"]), folders["gpt2"], 2
+    ):
         assert (0,) not in shapes and len(shapes) > 3
 
 
@@ -206,13 +208,13 @@ def tagged(case: Case, size: int) -> Outcome:
         return train(case, size)
 
 
-def test_strategies_fine_tune_a_bert_as_one_process_does(tmp_path: Path, world) -> None:
+def test_strategies_fine_tune_a_bert_as_one_process_does(tmp_path: Path, worlds_with_engines) -> None:
     torch.manual_seed(4)
     BertModel(BertConfig(**BERT)).save_pretrained(tmp_path)
     made = (("folder", str(tmp_path)),)
-    expected = world(2).run(tagged, Case("tagged", "single", "fp32", steps=4, model=made), 1)[0]
+    expected = worlds_with_engines(2).run(tagged, Case("tagged", "single", "fp32", steps=4, model=made), 1)[0]
     for name in ("fsdp", "deepspeed zero2"):
-        for found in world(2).run(tagged, Case("tagged", name, "fp32", steps=4, model=made), 2):
+        for found in worlds_with_engines(2).run(tagged, Case("tagged", name, "fp32", steps=4, model=made), 2):
             found.gradients = expected.gradients
             for key in [key for key in expected.weights if "key.bias" in key]:  # softmax takes it out: rounding
                 found.weights[key] = expected.weights[key]

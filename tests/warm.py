@@ -43,7 +43,8 @@ from dtrain.launch import PRELOADED as PRELOADED_BY_OURS
 from dtrain.launch import start_tracker
 
 PRELOADED = ("dtrain.cli", "dtrain.capabilities", "dtrain.report.files", "torch.distributed.run", "torch.distributed.tensor",
-             "cases", "worlds")  # fmt: skip
+             "cases", "worlds", "pytest", "hypothesis.strategies", "sklearn.metrics", "scipy.linalg", "PIL.Image",
+             "matplotlib.figure")  # fmt: skip
 LARGEST = 1 << 20  # bytes of a request
 PR_SET_PDEATHSIG = 1  # of prctl(2)
 TORCHRUN = "torch.distributed.run"

@@ -8,7 +8,8 @@ import json
 import re
 import shlex
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from datetime import UTC, datetime
 from importlib import import_module
 from pathlib import Path
@@ -58,28 +59,27 @@ def compare(
     cases = cases_of(settings.strategies, settings.baseline, sizes, settings.global_batch_size, settings.scaling)
     configs = {case.label: configure(case.overrides) for case in cases}
     first = _checked(cases, configs, condition)
-    lock = _make_room(folder, settings.overwrite)
-    results = Results(
-        command=shlex.join(["python", "scripts/compare.py", *own]),
-        made=datetime.now(UTC).isoformat(timespec="seconds"),
-        baseline=cases[0].label,
-        scaling=settings.scaling,
-        world_size=max(sizes),
-        steps=settings.steps,
-        asked=settings.repeats,
-        facts=_facts(settings, choices),
-        environment=environment.describe(),
-        rows=[_row(case, configs[case.label], own, settings) for case in cases],
-    )
+    with _held(folder, settings.overwrite):
+        results = Results(
+            command=shlex.join(["python", "scripts/compare.py", *own]),
+            made=datetime.now(UTC).isoformat(timespec="seconds"),
+            baseline=cases[0].label,
+            scaling=settings.scaling,
+            world_size=max(sizes),
+            steps=settings.steps,
+            asked=settings.repeats,
+            facts=_facts(settings, choices),
+            environment=environment.describe(),
+            rows=[_row(case, configs[case.label], own, settings) for case in cases],
+        )
 
-    def run(case: Case, place: Path) -> dict[str, Any]:
-        return start(configs[case.label], place, case.label)
+        def run(case: Case, place: Path) -> dict[str, Any]:
+            return start(configs[case.label], place, case.label)
 
-    try:
-        runner.run_all(cases, results, folder, first, run, lambda: results.write(folder))
-    finally:  # an interrupted comparison has results too
-        report(results, folder)
-        lock.close()
+        try:
+            runner.run_all(cases, results, folder, first, run, lambda: results.write(folder))
+        finally:  # an interrupted comparison has results too
+            report(results, folder)
     runner.show(results, folder)
     _judge(results, condition)
 
@@ -161,21 +161,24 @@ def _world_sizes(settings: Comparison) -> list[int]:
     return sizes
 
 
-def _make_room(folder: Path, overwrite: bool) -> Lock:
+@contextmanager
+def _held(folder: Path, overwrite: bool) -> Iterator[None]:
     """Hold the folder, and remove an earlier comparison from it if that is wanted."""
     folder.mkdir(parents=True, exist_ok=True)
     lock = Lock(folder)
-    lock.leave()
-    if not (folder / FILE).exists():
-        return lock
-    if not overwrite:
-        raise ValueError(
-            f"{folder} has the results of another comparison: set overwrite=true, or another hydra.run.dir"
-        )
-    shutil.rmtree(folder / "runs", ignore_errors=True)
-    for name in (FILE, "results.csv", "report.md", "report.html"):
-        (folder / name).unlink(missing_ok=True)
-    return lock
+    try:
+        lock.leave()
+        if (folder / FILE).exists():
+            if not overwrite:
+                raise ValueError(
+                    f"{folder} has the results of another comparison: set overwrite=true, or another hydra.run.dir"
+                )
+            shutil.rmtree(folder / "runs", ignore_errors=True)
+            for name in (FILE, "results.csv", "report.md", "report.html"):
+                (folder / name).unlink(missing_ok=True)
+        yield
+    finally:
+        lock.close()
 
 
 def _facts(settings: Comparison, choices: dict[str, str]) -> dict[str, Any]:

@@ -11,6 +11,8 @@ from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
+from functools import lru_cache
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -126,22 +128,14 @@ class FromFile(Tokenizer):
     }  # fmt: skip
 
     def __init__(self, path: str, vocab_size: int, end: str | None = None) -> None:
-        try:
-            import tokenizers
-        except ImportError:
-            raise ValueError("tokenizer files need `tokenizers`: pip install 'dtrain[bpe]'") from None
-        file = place(path, "data.tokenizer.path")
-        self._file = file / BPE.FILE if file.is_dir() else file
-        try:
-            self._tokenizer = plain(tokenizers.Tokenizer.from_file(str(self._file)))
-        except Exception as error:  # noqa: BLE001  the library raises nothing narrower
-            raise ValueError(f"data.tokenizer.path={path}: {str(error).splitlines()[0]}") from None
+        self._file, tokenizer = _read(path)
+        self._tokenizer = plain(tokenizer)
         known = self._tokenizer.get_vocab()
-        self.vocab_size = max(known.values(), default=-1) + 1  # ids may have gaps
+        self.vocab_size = _ids(known)
         if vocab_size != self.vocab_size:
             raise ValueError(f"data.tokenizer.vocab_size={vocab_size}: {self._file} has {self.vocab_size} ids")
         self.left_out = Counter[str]()
-        self._library = tokenizers.__version__
+        self._library = version("tokenizers")
         model = json.loads(self._tokenizer.to_str())["model"]
         self._byte_pairs = model.get("type", "BPE") == "BPE"
         self._unknown: int | None = model.get("unk_id", known.get(model.get("unk_token") or ""))  # Unigram has an id
@@ -243,6 +237,44 @@ class FromFile(Tokenizer):
 
     def decode(self, ids: Iterable[int]) -> str:
         return self._tokenizer.decode(list(ids))
+
+
+def _read(path: str) -> tuple[Path, Any]:
+    """The file that `data.tokenizer.path` names, itself or by its folder, and the library's tokenizer in it.
+
+    Raises:
+        ValueError: no such file, or one that is no tokenizer.
+    """
+    try:
+        import tokenizers
+    except ImportError:
+        raise ValueError("tokenizer files need `tokenizers`: pip install 'dtrain[bpe]'") from None
+    file = place(path, "data.tokenizer.path")
+    file = file / BPE.FILE if file.is_dir() else file
+    try:
+        return file, tokenizers.Tokenizer.from_file(str(file))
+    except Exception as error:  # noqa: BLE001  the library raises nothing narrower
+        raise ValueError(f"data.tokenizer.path={path}: {str(error).splitlines()[0]}") from None
+
+
+def _ids(known: dict[str, int]) -> int:
+    """Of a vocabulary, whose ids may have gaps."""
+    return max(known.values(), default=-1) + 1
+
+
+def count_ids(path: str) -> int:
+    """The ids of a tokenizer's file, the highest and one; 0 if there is none: `FromFile` says why."""
+    try:
+        file = place(path, "data.tokenizer.path")
+        return _count_ids(path, file.stat().st_mtime_ns)
+    except (OSError, ValueError, RuntimeError):
+        return 0
+
+
+@lru_cache
+def _count_ids(path: str, _: int) -> int:
+    """A configuration is read more than once, and a file may have some MB."""
+    return _ids(_read(path)[1].get_vocab())
 
 
 def plain(tokenizer: Any) -> Any:

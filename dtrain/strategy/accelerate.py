@@ -29,7 +29,7 @@ from torch.optim import Optimizer
 from dtrain.accelerator import ByAccelerator, ByLocalSGD, accelerator_of, check_installed, checked, prepared
 from dtrain.batch import Models
 from dtrain.cost import Message, message
-from dtrain.engine import imported
+from dtrain.engine import fresh, imported
 from dtrain.footprint import Footprint
 from dtrain.layout import blocks_of
 from dtrain.strategy.base import REST, Executor, local
@@ -216,9 +216,11 @@ class AccelerateDeepSpeed(DeepSpeed):
         return replace(made, held=made.held and (made.held[0], 0, made.held[2]))  # a gradient ends in the backward pass
 
     def executor(self, models: Models, optimizers: Mapping[str, Optimizer], plan: Plan, micro_batches: int) -> Executor:
-        imported()
+        deepspeed = imported()
         from accelerate.utils import DeepSpeedPlugin, InitProcessGroupKwargs
         from deepspeed import DeepSpeedEngine
+
+        fresh(deepspeed, plan)
 
         os.environ.pop("ACCELERATE_CONFIG_DS_FIELDS", None)  # what they say is what we say: it has been compared
         plugin = DeepSpeedPlugin(hf_ds_config=self.config(plan, micro_batches))

@@ -144,6 +144,11 @@ class Task(ABC):
         """The global batch of a step, from 0: a function of (seed, step), the same on every rank."""
 
     @property
+    def epoch(self) -> float | None:
+        """Rows that are read before one is read again; None: it is not known, or there are no such rows."""
+        return None
+
+    @property
     def followers(self) -> list[str]:
         """Models that are not trained: they follow another one."""
         return sorted(self.models.keys() - {update.trains for update in self.updates})

@@ -52,6 +52,10 @@ class CausalLM(Task):
         self._validation = data.windows("validation", seq_len=seq_len, seed=sizes.seed)
         self.updates = (Supervised("model", ("tokens", "positions"), cross_entropy, valid, correct),)
 
+    @property
+    def epoch(self) -> float:
+        return self._train.per_epoch
+
     def batch(self, step: int) -> Batch:
         rows = self._train.batch(step, self._batch_size)
         if not self.augment:

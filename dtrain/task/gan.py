@@ -130,6 +130,10 @@ class GAN(Task):
                 raise ValueError(f"data {self.data.name}: {counts[least]} samples of class {classes[least]} to learn: "
                                  f"two or more classes need {FEWEST} each, to measure by")  # fmt: skip
 
+    @property
+    def epoch(self) -> float:
+        return len(self.data.split["train"][0]) / self.steps
+
     def batch(self, step: int) -> Batch:
         values, labels = self.data.split["train"]
         rows, chance = self.sizes.global_batch_size, generator(self.sizes.seed, "gan", step)

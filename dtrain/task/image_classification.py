@@ -57,6 +57,10 @@ class ImageClassification(Classifier):
         if made.shape[-1] != kinds:
             raise ValueError(f"model.outputs={made.shape[-1]}: the images have {kinds} classes")
 
+    @property
+    def epoch(self) -> float:
+        return len(self._train[0])
+
     def batch(self, step: int) -> Batch:
         values, labels = self._train
         size, seed = self.sizes.global_batch_size, self.sizes.seed

@@ -67,6 +67,10 @@ class MaskedLM(Task):
         inputs = ("tokens", "positions", *(("segments",) if segmented else ()))
         self.updates = (Supervised("model", inputs, cross_entropy, valid, self._measures),)
 
+    @property
+    def epoch(self) -> float:
+        return self._windows["train"].per_epoch
+
     def batch(self, step: int) -> Batch:
         rows = self._windows["train"].batch(step, self.sizes.global_batch_size)
         return self._hide(rows, generator(self.sizes.seed, "hide", step))

@@ -32,6 +32,10 @@ class OfRows(Task):
     def encode(self, where: str, row: dict[str, Any], chance: torch.Generator | None) -> Batch:
         """A row's tensors; `chance` for what is changed in training, None in evaluation."""
 
+    @property
+    def epoch(self) -> float:
+        return len(self._train)
+
     def batch(self, step: int) -> Batch:
         rows, size, seed = self._train, self.sizes.global_batch_size, self.sizes.seed
         return stacked(
