@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from dtrain.launch import gathered
+from dtrain.records import flat
 
 ROOT = Path(__file__).parent
 
@@ -70,16 +71,9 @@ def refuse_other_weights(digests: Mapping[str, int], model: str) -> None:
 def _facts(config: Mapping[str, Any], data: Mapping[str, Any]) -> dict[str, str]:
     """By name: settings, versions, and a digest of each file of ours."""
     settings = {key: value for key, value in config.items() if key != "launch"}
-    facts = _flat(settings) | _flat(data, "the prepared data")
+    facts = {key: str(value) for key, value in (flat(settings) | flat(data, "the prepared data.")).items()}
     facts |= {"torch": torch.__version__, "Python": platform.python_version()}
     for file in sorted(ROOT.rglob("*.py")):
         digest = hashlib.sha256(file.read_bytes()).hexdigest()
         facts[f"the code of dtrain/{file.relative_to(ROOT).as_posix()}"] = digest[:12]
     return facts
-
-
-def _flat(node: Any, name: str = "") -> dict[str, str]:
-    if not isinstance(node, Mapping):
-        return {name: str(node)}
-    within = f"{name}." if name else ""
-    return {key: value for child, each in node.items() for key, value in _flat(each, f"{within}{child}").items()}

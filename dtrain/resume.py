@@ -79,14 +79,17 @@ def _resume(trainer: Trainer, job: Job, resume: str, folder: Path) -> None:
     trainer.load(partial(checkpoint.load, found))
     trainer.next_step, trainer.tokens = theirs["step"], theirs["tokens"]
     note(f"resumed from {found}, step {theirs['step']}")
-    for key, ours in _curve(job).items():
-        if theirs.get(key) != ours:
-            note(f"the checkpoint's run had {key}={theirs.get(key)}, this one has {ours}: the curve may differ")
+    ours = {key: value for key, value in _curve(job).items() if key in theirs}
+    before, now = records.flat({key: theirs[key] for key in ours}), records.flat(ours)
+    for key in before | now:
+        if (had := before.get(key)) != (has := now.get(key)):
+            note(f"the checkpoint's run had {key}={had}, this one has {has}: the curve may differ")
 
 
 def _curve(job: Job) -> dict[str, Any]:
     """What decides the loss curve besides the weights: kept in a checkpoint to compare."""
-    keys = ("seed", "steps", "dtype", "precision", "global_batch_size", "seq_len", "clip_norm", "optimizer", "schedule")
+    keys = ("seed", "steps", "dtype", "precision", "global_batch_size", "seq_len", "clip_norm", "optimizer", "schedule",
+            "model", "task")  # fmt: skip
     config = asdict(job.config)
     return {"data": job.data.describe()} | {key: config[key] for key in keys}
 

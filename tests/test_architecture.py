@@ -55,7 +55,7 @@ BELOW = {
     "info": {"batch", "initialize", "layout", "measure", "precision"},
     "launch": {"measure"},
     "rendezvous": {"launch", "measure", "notes"},
-    "fingerprint": {"launch"},
+    "fingerprint": {"launch", "records"},
     "preempt": {"launch", "notes"},
     "report": {"data.base", "footprint", "info", "measure", "records", "schedule", "train"},
     "board": set(),

@@ -353,7 +353,7 @@ def test_latest_is_what_was_written_last_of_this_run_or_else_of_all(alone, tmp_p
     assert [latest(run) for run in ("a", "b", "c/deep")] == ["a", "b", "c/deep"]
 
 
-CURVE: dict[str, Any] = {"seed": 7, "steps": 99, "dtype": "bf16", "precision": {"weights": "bf16"}, "clip_norm": None,
+CURVE: dict[str, Any] = {"model": {"d_model": 24, "dropout": 0.5}, "task": {"augment": {"mask": {"rate": 0.1}}}, "seed": 7, "steps": 99, "dtype": "bf16", "precision": {"weights": "bf16"}, "clip_norm": None,
                          "global_batch_size": 24, "seq_len": 12, "optimizer": {"lr": 1e-4},
                          "schedule": Schedule(5, 0.5)}  # fmt: skip
 
@@ -369,7 +369,8 @@ def resumed(alone, tmp_path_factory: pytest.TempPathFactory) -> Callable[..., li
 
     def job(data: dict[str, Any], **settings: Any) -> Job:
         config = Config(seed=0, steps=9, dtype="fp32", precision={}, clip_norm=1.0, global_batch_size=12, seq_len=24,
-                        optimizer={"lr": 1e-3}, schedule=Schedule(10, 0.1), resume=str(folder))  # fmt: skip
+                        optimizer={"lr": 1e-3}, schedule=Schedule(10, 0.1), resume=str(folder), task={},
+                        model={"d_model": 24, "dropout": 0.0})  # fmt: skip
         described: Any = SimpleNamespace(describe=lambda: data)
         return Job(replace(config, **settings), described, made.task, made.plan, Notes())
 
@@ -391,10 +392,15 @@ def test_a_resume_says_whatever_of_its_run_would_change_the_curve(resumed: Calla
     same = {"name": "ours", "digest": "1"}
     assert resumed(same) == [] and resumed(same, activation_checkpointing=True, logger={"console": {}}) == []
     (said,) = resumed(same | {"digest": "2"})
-    assert said == f"the checkpoint's run had data={same}, this one has {same | {'digest': '2'}}: the curve may differ"
+    assert said == "the checkpoint's run had data.digest=1, this one has 2: the curve may differ"
     for name, value in CURVE.items():
-        (said,) = resumed(same, **{name: value})
-        assert said.startswith(f"the checkpoint's run had {name}=") and said.endswith(": the curve may differ")
-    assert [said.split("had ")[1].split("=")[0] for said in resumed({}, seed=1, clip_norm=2.0)] == [
-        "data", "seed", "clip_norm"
+        for said in (told := resumed(same, **{name: value})):
+            assert said.startswith(f"the checkpoint's run had {name}") and said.endswith(": the curve may differ")
+        assert len(told) == (2 if name == "schedule" else 1), told
+    (said,) = resumed(same, model=CURVE["model"])
+    assert "had model.dropout=0.0, this one has 0.5" in said
+    (said,) = resumed(same, task=CURVE["task"])
+    assert "had task.augment.mask.rate=None, this one has 0.1" in said
+    assert [said.split("had ")[1].split("=")[0] for said in resumed({"name": "ours"}, seed=1, clip_norm=2.0)] == [
+        "data.digest", "seed", "clip_norm"
     ]  # fmt: skip

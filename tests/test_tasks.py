@@ -187,6 +187,17 @@ def test_every_strategy_trains_it_as_one_process_does_or_is_refused(
     assert task.startswith(("gan", "image", "span")) or either <= set(equal), refused
 
 
+def test_an_epoch_is_as_many_rows_as_there_are() -> None:
+    """Of windows all that fit, but one that the epoch's offset may take; of a GAN's each step reads two batches."""
+    tokens = len(text_of_rows().windows("train", seq_len=LENGTH, seed=0).tokens)
+    windows, pairs = (tokens - 1) // LENGTH - 1, (tokens - 1) // (LENGTH - 3) - 1  # a row's marks are no text
+    rows = len(rows_of_made().split["train"])
+    images, points = (len(prepared(made).split["train"][0]) for made in (Squares(), Ring(points=200)))
+    for name, epoch in {"causal_lm": windows, "masked_lm": pairs, "classification": rows, "token_classification": rows,
+                        "span_qa": rows, "image_classification": images, "gan": points / 2, "gan_hinge": images}.items():  # fmt: skip
+        assert real(name).epoch == epoch, name
+
+
 def assert_like(found: Outcome, expected: Outcome, task: str, tolerance: float = TOLERANCE) -> None:
     """Metrics more loosely: a Fréchet distance takes roots of nearly nothing."""
     assert found.metrics == pytest.approx(expected.metrics, rel=max(1e-6, 10 * tolerance)), task

@@ -13,9 +13,13 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from omegaconf.errors import MissingMandatoryValue
+from test_configs import composed
 from tokenizers import Tokenizer as Library
 from tokenizers import decoders, models, normalizers, pre_tokenizers
 
+from dtrain.config import checked, make
+from dtrain.data.base import Data
 from dtrain.data.prepare import clean, prepare
 from dtrain.data.rows import Rows
 from dtrain.data.sources import Files, Source
@@ -99,6 +103,20 @@ def test_ids_may_have_gaps(step: int, tmp_path: Path) -> None:
     refused = pytest.raises(ValueError, match=f"data.tokenizer.vocab_size=30: .* has {29 * step + 1} ids")
     with refused if step > 1 else nullcontext():
         FromFile(str(tmp_path), 30)
+
+
+def test_a_configuration_takes_the_size_of_the_vocabulary_from_the_file(tmp_path: Path) -> None:
+    """The model's too; and where there is no such file, it is the file that is missed."""
+    (tmp_path / "my tokenizer").mkdir()
+    characters("</s>", step=7).save(str(tmp_path / "my tokenizer" / "tokenizer.json"))
+    for place in ("my tokenizer", "my tokenizer/tokenizer.json"):
+        config = checked(composed("data/tokenizer=file", f"data.tokenizer.path='{tmp_path}/{place}'"))
+        made = make(config.data, Data, "data", parts=(Source, Tokenizer))
+        assert made.vocab_size == config.model["vocab_size"] == 7 * 29 + 1
+    for word, said in ((f"data.tokenizer.path={tmp_path}/none", "none: No such file"), ("seed=1", "path")):
+        with pytest.raises((ValueError, MissingMandatoryValue), match=said) as found:
+            make(checked(composed("data/tokenizer=file", word)).data, Data, "data", parts=(Source, Tokenizer))
+        assert word == "seed=1" or str(found.value).startswith("data.tokenizer.path=")
 
 
 def test_ids_beyond_what_a_tokenizer_says_are_refused(tmp_path: Path) -> None:

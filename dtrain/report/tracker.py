@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from dtrain.records import flat
 from dtrain.report.base import Logger, Run
 
 
@@ -51,12 +52,6 @@ class Tracker(Logger):
             self._state._reset_state()
 
 
-def _flat(config: Any, prefix: str = "") -> dict[str, Any]:
-    """Nested mappings as one, with dotted keys: some trackers take no others."""
-    flat: dict[str, Any] = {}
-    for key, value in config.items():
-        if isinstance(value, dict):
-            flat |= _flat(value, f"{prefix}{key}.")
-        else:
-            flat[prefix + key] = value if isinstance(value, int | float | str | bool) else str(value)
-    return flat
+def _flat(config: Any) -> dict[str, Any]:
+    """With dotted keys and plain values: some trackers take no others."""
+    return {k: v if isinstance(v, int | float | str | bool) else str(v) for k, v in flat(config).items()}
