@@ -190,7 +190,8 @@ class Watch:
                 return ""  # that one speaks
             time.sleep(0.05)
         silent = sorted(set(range(self.size)) - told.keys())
-        gone = f"{ranks_in_words(silent)} does not answer: its process is gone or stopped" if silent else ""
+        gone = ranks_in_words(silent, "does not answer: its process is", "do not answer: their processes are")
+        gone = f"{gone} gone or stopped" if silent else ""
         steps = ", ".join(f"rank {rank} in step {notes.step}" for rank, notes in sorted(told.items()))
         found = missing(told, self.groups) or waiting(told, self.groups, silent) or (steps if silent else "")
         if found or gone:

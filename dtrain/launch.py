@@ -16,7 +16,7 @@ import signal
 import socket
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from multiprocessing import resource_tracker
@@ -27,7 +27,7 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 from torch.distributed.elastic.multiprocessing.api import DefaultLogsSpecs, SignalException, Std
-from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
 T = TypeVar("T")
@@ -82,16 +82,26 @@ def _end_with(process: int) -> None:
 def leave_words(line: str) -> None:
     """Let whoever has started this rank know why it ends."""
     if file := os.environ.get(ERROR_FILE):
-        words = {"message": line, "extraInfo": {"timestamp": str(int(time.time()))}}
+        now = time.time()  # torchrun takes whole seconds
+        words = {"message": line, "extraInfo": {"timestamp": str(int(now))}, "when": now}
         Path(file).write_text(json.dumps({"message": words}))
 
 
-def _said(error_file: str) -> str:
-    """The words that a rank has left."""
+def _said(error_file: str) -> tuple[str, float | None]:
+    """The words that a rank has left, and when."""
     try:
-        return str(json.loads(Path(error_file).read_text())["message"]["message"])
-    except (OSError, ValueError, KeyError, TypeError):
-        return ""
+        words = json.loads(Path(error_file).read_text())["message"]
+        return str(words["message"]), words.get("when")
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return "", None
+
+
+def _first(failures: Mapping[int, ProcessFailure]) -> RanksFailed:
+    """What the rank says that failed before the others; those that torchrun has stopped for it are no reason."""
+    by_itself = {rank: each for rank, each in failures.items() if each.exitcode != -signal.SIGTERM} or failures
+    said = {rank: _said(each.error_file) for rank, each in by_itself.items()}
+    rank, failure = min(by_itself.items(), key=lambda item: said[item[0]][1] or item[1].timestamp)
+    return RanksFailed(rank, failure.exitcode, said[rank][0])
 
 
 @dataclass(frozen=True)
@@ -226,10 +236,7 @@ def spawn(
     except ChildFailedError as error:
         if told:
             raise KeyboardInterrupt from error
-        # Those that torchrun has stopped for another's failure are no reason.
-        failed = {rank: each for rank, each in error.failures.items() if each.exitcode != -signal.SIGTERM}
-        rank, failure = min((failed or error.failures).items(), key=lambda item: item[1].timestamp)
-        raise RanksFailed(rank, failure.exitcode, _said(failure.error_file)) from error
+        raise _first(error.failures) from error
     except SignalException as error:
         raise KeyboardInterrupt from error
 
@@ -254,6 +261,17 @@ def _check_free(port: int) -> None:
 
 
 @contextmanager
+def stops_go_to(handler: Callable[[int, FrameType | None], None]) -> Iterator[None]:
+    """Signals that ask for the end call it; one that is ignored stays so: `nohup` does that to SIGHUP."""
+    before = {number: signal.signal(number, handler) for number in STOPS if signal.getsignal(number) != signal.SIG_IGN}
+    try:
+        yield
+    finally:
+        for number, earlier in before.items():
+            signal.signal(number, earlier)
+
+
+@contextmanager
 def _passing_on(told: list[int]) -> Iterator[None]:
     """The first signal that asks for the end goes to the ranks, which may end well; another one ends them at once.
 
@@ -268,9 +286,5 @@ def _passing_on(told: list[int]) -> Iterator[None]:
         if again or not ranks:
             raise KeyboardInterrupt
 
-    before = {number: signal.signal(number, tell) for number in STOPS if signal.getsignal(number) != signal.SIG_IGN}
-    try:
+    with stops_go_to(tell):
         yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)

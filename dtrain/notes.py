@@ -66,12 +66,14 @@ def waiting(notes: Mapping[int, Notes], groups: Mapping[str, tuple[str, Sequence
     if not found:
         return ""
     step, number, axis, what = min(found)
-    return f"step {step}, axis {axis}, collective {number}, {what}: {ranks_in_words(min(found.items())[1])} waits in it"
+    together = min(found.items())[1]
+    return f"step {step}, axis {axis}, collective {number}, {what}: {ranks_in_words(together, 'waits', 'wait')} in it"
 
 
-def ranks_in_words(numbers: Iterable[int]) -> str:
+def ranks_in_words(numbers: Iterable[int], one_does: str, several_do: str) -> str:
+    """With what they do."""
     each = sorted(numbers)
-    return f"rank{'s' if len(each) > 1 else ''} {', '.join(map(str, each))}"
+    return f"rank {each[0]} {one_does}" if len(each) == 1 else f"ranks {', '.join(map(str, each))} {several_do}"
 
 
 def _say(axis: str, number: int, told: dict[int, dict[int, Note]], here: dict[int, Note], kinds: Counter[str]) -> str:
@@ -90,7 +92,7 @@ def _say(axis: str, number: int, told: dict[int, dict[int, Note]], here: dict[in
         doing = f"is in {here[rank].what}" if rank in here else begun
         absent.append(f"rank {rank} is missing: it {doing}, in step {last.step if last else 0}")
     where = f"step {step}, axis {axis}, collective {number}, {expected}"
-    return f"{where}: {ranks_in_words(together)} waits in it; {'; '.join(absent)}"
+    return f"{where}: {ranks_in_words(together, 'waits', 'wait')} in it; {'; '.join(absent)}"
 
 
 def _as_before(own: dict[int, Note], note: Note) -> bool:

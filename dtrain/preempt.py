@@ -14,7 +14,7 @@ from types import FrameType
 
 import torch.distributed as dist
 
-from dtrain.launch import STOPS
+from dtrain.launch import stops_go_to
 from dtrain.notes import collective_failed
 
 TOLD, AFTER = "told", "after"
@@ -23,7 +23,7 @@ TOLD, AFTER = "told", "after"
 class Preemption:
     """While the context lasts these signals do not end the process, but ask for the end of training.
 
-    A signal that is ignored stays so: `nohup` does that to SIGHUP. A second SIGINT is Python's own.
+    A second SIGINT is Python's own.
 
     Args:
         margin: steps that one rank may be ahead of another, and one.
@@ -37,14 +37,12 @@ class Preemption:
         self._store = dist.PrefixStore("preempt", dist.distributed_c10d._get_default_store())
 
     def __enter__(self) -> Preemption:
-        self._before = {
-            number: signal.signal(number, self._tell) for number in STOPS if signal.getsignal(number) != signal.SIG_IGN
-        }
+        self._stops = stops_go_to(self._tell)
+        self._stops.__enter__()
         return self
 
     def __exit__(self, *error: object) -> None:
-        for number, handler in self._before.items():
-            signal.signal(number, handler)
+        self._stops.__exit__(None, None, None)
         if self._told and isinstance(error[1], BaseException) and collective_failed(error[1]):
             sys.exit(128 + signal.SIGTERM)  # another rank has failed, and the launcher ends the others
 

@@ -185,7 +185,7 @@ def test_who_has_not_begun_a_collective_is_missing() -> None:
     said = missing(notes, GROUPS)
     assert (
         said
-        == "step 1, axis dp, collective 2, b: ranks 0, 2 waits in it; rank 1 is missing: it has begun a last, in step 1"
+        == "step 1, axis dp, collective 2, b: ranks 0, 2 wait in it; rank 1 is missing: it has begun a last, in step 1"
     )
 
 
@@ -210,7 +210,7 @@ def test_what_ranks_wait_in_for_one_that_does_not_answer() -> None:
 
     groups = {"g": ("dp", [0, 1, 2]), "h": ("tp", [0, 3])}
     said = waiting({0: notes(4, 7), 1: notes(4, 7)}, groups, [2])
-    assert said == "step 7, axis dp, collective 4, all_reduce: ranks 0, 1 waits in it"
+    assert said == "step 7, axis dp, collective 4, all_reduce: ranks 0, 1 wait in it"
     assert waiting({0: notes(4, 7), 1: notes(4, 7)}, groups, [3]) == ""  # of another group
 
 
@@ -439,11 +439,11 @@ GONE = "does not answer: its process is gone or stopped"
 
 
 @pytest.mark.parametrize(("answering", "speaker", "said"), [
-    ((0, 1, 2), 0, "step 1, axis world, collective 2, b: ranks 0, 2 waits in it; rank 1 is missing: it has begun a last, "
+    ((0, 1, 2), 0, "step 1, axis world, collective 2, b: ranks 0, 2 wait in it; rank 1 is missing: it has begun a last, "
                    "in step 1"),
     ((1, 2), 1, "step 1, axis world, collective 2, b: rank 2 waits in it; rank 1 is missing: it has begun a last, in step 1"
                 f"; rank 0 {GONE}"),
-    ((2,), 2, f"rank 2 in step 1; ranks 0, 1 {GONE}"),
+    ((2,), 2, "rank 2 in step 1; ranks 0, 1 do not answer: their processes are gone or stopped"),
 ], ids=["all", "the first is silent", "the last alone"])  # fmt: skip
 def test_the_first_rank_that_answers_says_for_all_what_it_finds(
     answering: tuple[int, ...], speaker: int, said: str, capfd: pytest.CaptureFixture[str]

@@ -33,7 +33,7 @@ STOPPED = -signal.SIGTERM  # by torchrun, since another has failed
 # Whose words count where several ranks fail
 
 
-def _failure(rank: int, at: int, status: int, words: str, folder: Path) -> ProcessFailure:
+def _failure(rank: int, at: float, status: int, words: str, folder: Path) -> ProcessFailure:
     """A rank that has left its words at this second; without words its end was noticed then."""
     file = folder / f"{rank}.json"
     with (
@@ -46,7 +46,7 @@ def _failure(rank: int, at: int, status: int, words: str, folder: Path) -> Proce
         return ProcessFailure(rank, 1000 + rank, status, str(file))
 
 
-Failures = list[tuple[int, int, str]]  # of each rank: second, exit status, words
+Failures = list[tuple[float, int, str]]  # of each rank: second, exit status, words
 
 OTHERS = "a collective failed"
 ENDS: dict[str, tuple[Failures, int, str]] = {
@@ -55,6 +55,8 @@ ENDS: dict[str, tuple[Failures, int, str]] = {
     "in the middle": ([(104, 1, OTHERS), (101, 2, "mine"), (109, 1, OTHERS)], 2, "mine"),
     "a signal": ([(103, 1, OTHERS), (100, -9, "")], -9, "rank 1 ended with signal 9"),
     "no words": ([(103, 1, OTHERS), (100, 7, "")], 7, "rank 1 ended with exit status 7"),
+    "in the same second": ([(100.7, 1, OTHERS), (100.2, 2, "mine"), (100.9, 1, OTHERS)], 2, "mine"),
+    "a signal in the same second": ([(100.7, 1, OTHERS), (100.5, -9, "")], -9, "rank 1 ended with signal 9"),
     "beside stopped": ([(100, STOPPED, ""), (101, 4, "mine"), (102, STOPPED, "")], 4, "mine"),
     "stopped": ([(102, STOPPED, ""), (101, STOPPED, "")], STOPPED, "rank 1 ended with signal 15"),
 }
