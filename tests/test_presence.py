@@ -169,7 +169,14 @@ def expected(alone) -> Outcome:
     return trained("single", 1, None)
 
 
-@pytest.mark.parametrize(("strategy", "size", "micro"), PLANS, ids=str)
+ALIKE = ("allreduce", "zero2", "ddp_small_buckets", "tensor_sequence", "zbv", "hsdp")  # beside another of their kind
+
+
+@pytest.mark.parametrize(
+    ("strategy", "size", "micro"),
+    [pytest.param(*each, marks=[pytest.mark.deep] if each[0] in ALIKE or each == ("ddp", 2, None) else []) for each in PLANS],
+    ids=str,
+)  # fmt: skip
 def test_what_rows_do_not_use_is_zeros_or_nothing(
     strategy: str, size: int, micro: int | None, expected: Outcome, world
 ) -> None:

@@ -44,6 +44,7 @@ class Ranks:
             with mock.patch("dtrain.hang.dist", known):
                 self.watches.append(Watch(SimpleNamespace(degrees={}, mesh={}), TIMEOUT_S))  # type: ignore[arg-type]
             self.watches[rank]._thread.name = str(rank)
+            self.watches[rank]._answer_s = 20.0  # the other's thread may be long in coming
 
     def recorded(self) -> list[list[dict[str, Any]]]:
         name = threading.current_thread().name
