@@ -198,6 +198,24 @@ def test_an_epoch_is_as_many_rows_as_there_are() -> None:
         assert real(name).epoch == epoch, name
 
 
+@pytest.mark.parametrize(("name", "marks"), [("classification", 1), ("token_classification", 1), ("span_qa", 2)])
+def test_what_a_row_leaves_out_of_its_texts_is_told(name: str, marks: int) -> None:
+    """By the tokens that stand in no batch; nothing is said where all of them fit."""
+    task = real(name)
+    sums = [(sum(len(task.data.tokenizer.encode(t)) for t in task.texts(row)), task.encode("x", row, None)["tokens"])
+            for _, row in task._train]  # fmt: skip
+    taken = [int((tokens > 8).sum()) for _, tokens in sums]  # ids of marks are below
+    cut = sum(length > LENGTH - marks for length, _ in sums)
+    lost = 1 - sum(taken) / sum(length for length, _ in sums)
+    assert cut > 0 and f"; {cut} of the {len(sums)} looked at are longer than seq_len={LENGTH} and cut: " in task.told
+    assert f" {lost:.1%} of the tokens are left out" in task.told or name == "token_classification"  # whole words go
+    long = replace(SIZES, seq_len=200)
+    outputs = 2 if name == "span_qa" else 6
+    model = {"model": partial(Transformer, 256, 200, d_model=24, n_layers=1, n_heads=2, causal=False, outputs=outputs)}
+    assert "cut" not in {"classification": Classification, "token_classification": TokenClassification,
+                         "span_qa": SpanQA}[name](model, rows_of_made(), long).told  # fmt: skip
+
+
 def assert_like(found: Outcome, expected: Outcome, task: str, tolerance: float = TOLERANCE) -> None:
     """Metrics more loosely: a Fréchet distance takes roots of nearly nothing."""
     assert found.metrics == pytest.approx(expected.metrics, rel=max(1e-6, 10 * tolerance)), task

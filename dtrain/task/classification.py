@@ -50,6 +50,9 @@ class Classification(Classifier, OfRows):
         self.take(data, sizes, examples)
         self.updates = (Supervised("model", ("tokens", "positions"), cross_entropy, valid, confused),)
 
+    def texts(self, row: dict[str, Any]) -> list[str]:
+        return [row[self.text]]
+
     def encode(self, where: str, row: dict[str, Any], chance: torch.Generator | None) -> Batch:
         marks, room = self.data.tokenizer.marks, self.length - 1
         ids = torch.from_numpy(self.data.tokenizer.encode(row[self.text]).astype("int64"))

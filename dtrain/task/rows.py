@@ -17,16 +17,35 @@ from dtrain.pictures import confusion_matrix
 from dtrain.task.base import Sizes, Task
 from dtrain.task.causal_lm import IGNORE, filled_up
 
+LOOKED_AT = 500  # rows, to say how much of their texts is cut
+
 
 class OfRows(Task):
     """A task whose samples are rows of a `Rows`, the training ones perhaps a few of them."""
+
+    length: int  # of a row, in tokens
+    row_marks = 1  # of these that are no text
 
     def take(self, data: Rows, sizes: Sizes, examples: int | None = None) -> None:
         """Use these rows: all that are held out, and so many of the others, drawn by the seed."""
         check_examples(examples)
         self.data, self.sizes = data, sizes
         self._train = drawn(data.split["train"], examples, sizes.seed)
-        self.told = f"trains on {len(self._train):,} of {len(data.split['train']):,} rows"
+        self.told = f"trains on {len(self._train):,} of {len(data.split['train']):,} rows{self._cut()}"
+
+    def _cut(self) -> str:
+        """How much of its texts a row of the sequence length leaves out, in words; of some rows, not to read all."""
+        looked, room = self._train[:: max(1, len(self._train) // LOOKED_AT)], self.length - self.row_marks
+        lengths = [sum(len(self.data.tokenizer.encode(text)) for text in self.texts(row)) for _, row in looked]
+        if not (cut := sum(length > room for length in lengths)):
+            return ""
+        lost = sum(max(0, length - room) for length in lengths) / sum(lengths)
+        return (f"; {cut:,} of the {len(looked):,} looked at are longer than seq_len={self.length} and cut: {lost:.1%} "
+                f"of the tokens are left out")  # fmt: skip
+
+    @abstractmethod
+    def texts(self, row: dict[str, Any]) -> list[str]:
+        """What a row's tokens are made of."""
 
     @abstractmethod
     def encode(self, where: str, row: dict[str, Any], chance: torch.Generator | None) -> Batch:

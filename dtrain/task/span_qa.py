@@ -36,6 +36,7 @@ class SpanQA(OfRows):
     """
 
     mixes_tokens = True
+    row_marks = 2
 
     def __init__(self, models: dict[str, ModelFactory], data: Rows, sizes: Sizes) -> None:
         self.models = models
@@ -56,6 +57,9 @@ class SpanQA(OfRows):
         data.tokenizer.need("first", "between", why="span_qa")
         self.take(data, sizes)
         self.updates = (Supervised("model", ("tokens", "positions"), _criterion, _count, _measures),)
+
+    def texts(self, row: dict[str, Any]) -> list[str]:
+        return [row["question"], row["context"]]
 
     def encode(self, where: str, row: dict[str, Any], chance: torch.Generator | None) -> Batch:
         tokenizer, start = self.data.tokenizer, row["start"]

@@ -36,6 +36,9 @@ class TokenClassification(Classifier, OfRows):
         self.take(data, sizes)
         self.updates = (Supervised("model", ("tokens", "positions"), cross_entropy, valid, confused),)
 
+    def texts(self, row: dict[str, Any]) -> list[str]:
+        return [f"{' ' if index else ''}{word}" for index, word in enumerate(row[self.words])]
+
     def encode(self, where: str, row: dict[str, Any], chance: torch.Generator | None) -> Batch:
         tokenizer, at = self.data.tokenizer, 1
         tokens, targets = torch.full((self.length,), tokenizer.marks.end), torch.full((self.length,), IGNORE)
