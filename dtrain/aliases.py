@@ -42,7 +42,8 @@ ALIASES = {
     "bf16 bfloat16 use_bf16 mixed_precision": "precision=bf16",
     "float32 tf32": "dtype=fp32",
     "nproc nproc_per_node num_processes world_size gpus n_gpus ngpus num_gpus devices": "launch.nproc",
-    "master_port": "launch.port",
+    "master_port port":
+        "nothing: ranks that we start meet in a file of theirs; torchrun has --master-port",
     "timeout ddp_timeout": "launch.timeout_s",
     "num_workers workers dataloader_num_workers":
         "nothing: a rank reads its rows itself; launch.threads are those that it computes with",

@@ -10,6 +10,7 @@ import logging
 import math
 import multiprocessing
 import os
+import socket
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -23,6 +24,7 @@ from dtrain.board import SYNC, Board, Once
 from dtrain.config import Config
 from dtrain.launch import PRELOADED, World, gathered, tied
 from dtrain.plan import Plan
+from dtrain.rendezvous import address_of_first
 from dtrain.server import Server
 from dtrain.strategy.parameter_server import ParameterServer
 from dtrain.task.base import Task
@@ -198,10 +200,15 @@ def _message(size: int, calls: int, steps: int) -> dict[str, Any]:
 
 def _shared_store() -> tuple[dist.Store, tuple[str, int]]:
     """A store that every process of the run reaches, workers that come back too, and its address. A collective."""
-    told: list[Any] = [None]
-    host, store = os.environ.get("MASTER_ADDR", "127.0.0.1"), None
+    store, host = None, address_of_first()
+    address = host, 0
     if dist.get_rank() == 0:
-        store = dist.TCPStore(host, 0, is_master=True, wait_for_workers=False)
-        told = [(host, store.port)]
+        family = socket.getaddrinfo(host, None)[0][0]
+        listener = socket.create_server((host, 0), family=family)  # torch's own would listen on all interfaces
+        address = host, int(listener.getsockname()[1])
+        store = dist.TCPStore(
+            host, address[1], is_master=True, wait_for_workers=False, master_listen_fd=listener.detach()
+        )
+    told = [address]
     dist.broadcast_object_list(told, src=0)
-    return store or dist.TCPStore(told[0][0], told[0][1], is_master=False), told[0]
+    return store or dist.TCPStore(*told[0], is_master=False), told[0]

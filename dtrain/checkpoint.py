@@ -25,7 +25,7 @@ from torch import Tensor
 from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader, HuggingFaceStorageWriter
 from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
 
-from dtrain.durable import sync
+from dtrain.durable import remove, sync
 from dtrain.launch import agree, gathered, together
 from dtrain.optimizer import OPTIMIZER_STATE
 from dtrain.saved import MANIFEST, about, describe, differs, files_of, outline, sealed, whole
@@ -62,7 +62,7 @@ class Checkpoints:
 
     def _clear(self) -> None:
         for left in self.folder.glob(f"{PARTIAL}*"):
-            left.unlink() if left.is_symlink() else shutil.rmtree(left)
+            remove(left)
 
     def save(self, step: int, tensors: dict[str, Tensor], about: dict[str, Any]) -> None:
         """Write the tensors and `about` (JSON) as the state before `step`.
@@ -120,19 +120,19 @@ class Checkpoints:
             os.utime(partial / MANIFEST, ns=(newest, max(newest, (partial / MANIFEST).stat().st_mtime_ns)))
         final = self.folder / f"step-{step:08d}"
         for again in itertools.count(2):  # a resumed run comes by the same step again: nothing is replaced
-            if not final.exists():
+            if not os.path.lexists(final):
                 break
             final = self.folder / f"step-{step:08d}-{again}"
         partial.rename(final)
         pointer = self.folder / f"{PARTIAL}latest"
-        pointer.unlink(missing_ok=True)
+        remove(pointer)
         pointer.symlink_to(final.name)
         os.replace(pointer, self.folder / "latest")
         sync(self.folder)
         for old in [*written, final][: -self.keep_last]:
             gone = self.folder / f"{PARTIAL}{old.name}"
             old.rename(gone)  # at once: removing takes a while, and a kill would leave half of it
-            shutil.rmtree(gone)
+            remove(gone)
 
 
 def _written_in(folder: Path) -> list[str]:

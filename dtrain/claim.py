@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import os
-import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from dtrain import saved
 from dtrain.config import Config
+from dtrain.durable import remove
 from dtrain.launch import World, agree
 from dtrain.lock import Lock
 
@@ -86,8 +86,4 @@ def _make_room(folder: Path, config: Config) -> None:
         raise ValueError(f"overwrite=true would remove what init_from={config.init_from} is to be taken from: "
                          f"use another hydra.run.dir")  # fmt: skip
     for name in LEFT if config.overwrite else ():
-        path = folder / name
-        if path.is_dir() and not path.is_symlink():
-            shutil.rmtree(path)
-        else:
-            path.unlink(missing_ok=True)
+        remove(folder / name)

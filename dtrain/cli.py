@@ -184,7 +184,7 @@ def start(
     assemble(settings, World(0, nproc, 0, nproc))
     plain = OmegaConf.to_yaml(config, resolve=True)
     arguments = (type(settings), plain, folder, name, dict(files))
-    return spawn(_rank, *arguments, nproc=nproc, port=settings.launch.port, output=output)
+    return spawn(_rank, *arguments, nproc=nproc, output=output)
 
 
 def _rank(schema: type[Config], plain: str, folder: Path, name: str, files: dict[str, str]) -> dict[str, Any]:

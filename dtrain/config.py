@@ -50,7 +50,6 @@ def one_of(*names: str) -> Any:
 @dataclass
 class Launch:
     nproc: int = at_least(1)
-    port: int = between(0, 65535)
     threads: int | None = at_least(1)
     timeout_s: float = at_least(1)
 

@@ -1,7 +1,8 @@
 """Processes: who this rank is, and how ranks are started.
 
 Under torchrun (or any launcher that sets RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT) this process is a
-rank. Otherwise it starts `launch.nproc` ranks of its own by torchrun's API, or is the only one.
+rank. Otherwise it starts `launch.nproc` ranks of its own, which meet in a file and listen to nobody else, or is the
+only one.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import pickle
 import select
 import signal
 import socket
+import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -26,16 +28,14 @@ from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
-from torch.distributed.elastic.multiprocessing.api import DefaultLogsSpecs, SignalException, Std
-from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure
-from torch.distributed.launcher.api import LaunchConfig, elastic_launch
+from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, Std, start_processes
 
 T = TypeVar("T")
 PRELOADED = ["dtrain.cli", "dtrain.forkserver"]  # by the server from which ranks are forked: what every run needs
 ERROR_FILE = "TORCHELASTIC_ERROR_FILE"  # the variable that tells a rank where to leave its last words
-RUN_ID = "dtrain-own-ranks"  # of ranks that we start ourselves, once
+MEETING = "DTRAIN_MEETING"  # the variable that tells ranks that we start ourselves in which file they meet
 VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "LOCAL_SIZE")  # the last one is DeepSpeed's
-OWN_ADDRESS = "127.0.0.1"  # where they meet: a machine's name may lead nowhere
+POLL_S = 0.05  # how often the launcher looks after its ranks
 STOPS = (signal.SIGTERM, signal.SIGHUP, signal.SIGINT)  # ask for the end: a checkpoint, then no more steps
 
 
@@ -91,17 +91,20 @@ def _said(error_file: str) -> tuple[str, float | None]:
     """The words that a rank has left, and when."""
     try:
         words = json.loads(Path(error_file).read_text())["message"]
-        return str(words["message"]), words.get("when")
+        return str(words["message"]), float(words.get("when") or words["extraInfo"]["timestamp"])
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return "", None
 
 
-def _first(failures: Mapping[int, ProcessFailure]) -> RanksFailed:
-    """What the rank says that failed before the others; those that torchrun has stopped for it are no reason."""
-    by_itself = {rank: each for rank, each in failures.items() if each.exitcode != -signal.SIGTERM} or failures
-    said = {rank: _said(each.error_file) for rank, each in by_itself.items()}
-    rank, failure = min(by_itself.items(), key=lambda item: said[item[0]][1] or item[1].timestamp)
-    return RanksFailed(rank, failure.exitcode, said[rank][0])
+def _first(failed: Mapping[int, int], error_files: Mapping[int, str]) -> RanksFailed:
+    """What the rank says that failed before the others, by their exit statuses and where they have left their words.
+
+    Those that were stopped for it are no reason; one without words has been killed, and the others have lost it.
+    """
+    by_itself = {rank: status for rank, status in failed.items() if status != -signal.SIGTERM} or failed
+    said = {rank: _said(error_files[rank]) for rank in by_itself}
+    rank = min(by_itself, key=lambda rank: said[rank][1] or 0.0)
+    return RanksFailed(rank, by_itself[rank], said[rank][0])
 
 
 @dataclass(frozen=True)
@@ -199,46 +202,56 @@ def _outcome(function: Callable[[], T]) -> tuple[T | None, Exception | None]:
         return None, error
 
 
-def spawn(
-    function: Callable[..., Any], *arguments: Any, nproc: int, port: int = 0, output: Path | None = None
-) -> Any:  # fmt: skip
+def spawn(function: Callable[..., Any], *arguments: Any, nproc: int, output: Path | None = None) -> Any:
     """Run `function(*arguments)` in `nproc` new ranks on this machine; return what rank 0's returned.
 
     Ranks are forked from a server that has imported what they need: the first ones wait for it, later ones do not.
+    They meet in a file that nobody else can read, and listen on the loopback interface alone: no other machine, and no
+    other user's process, gets a word in.
 
     Args:
-        port: of the rendezvous; 0: any that is free.
         output: a folder for what the ranks print; None: they print here.
 
     Raises:
-        ValueError: the port is taken.
         RanksFailed: a rank ended with an error; the others were stopped.
         KeyboardInterrupt: this process was told to end, and so the ranks have; by SIGINT also where they ended well.
     """
-    _check_free(port)
-    config = LaunchConfig(
-        min_nodes=1, max_nodes=1, nproc_per_node=nproc, run_id=RUN_ID, rdzv_backend="c10d",
-        rdzv_endpoint=f"{OWN_ADDRESS}:{port}", local_addr=OWN_ADDRESS, max_restarts=0, start_method="forkserver",
-        monitor_interval=0.05, signals_to_handle="SIGQUIT",
-        logs_specs=DefaultLogsSpecs(str(output), redirects=Std.ALL) if output else DefaultLogsSpecs(),
-    )  # fmt: skip
     for name in ("torch.distributed.elastic", "torch.multiprocessing"):  # a failing rank speaks for itself
         logging.getLogger(name).setLevel(logging.CRITICAL)
+    os.environ["TORCHELASTIC_SIGNALS_TO_HANDLE"] = "SIGQUIT"  # others are ours
     start_tracker()
     multiprocessing.set_forkserver_preload(PRELOADED)
     told: list[int] = []
-    try:
-        with _passing_on(told):
-            result = elastic_launch(config, tied)(os.getpid(), function, *arguments)[0]
-        if signal.SIGINT in told:
+    with tempfile.TemporaryDirectory(prefix="dtrain-") as place, _passing_on(told):
+        logs = DefaultLogsSpecs(str(output), redirects=Std.ALL) if output else DefaultLogsSpecs(place)
+        ranks = start_processes(
+            "dtrain", tied, {rank: (os.getpid(), function, *arguments) for rank in range(nproc)},
+            {rank: _environment(rank, nproc, f"{place}/meeting") for rank in range(nproc)}, logs,
+            start_method="forkserver",
+        )  # fmt: skip
+        processes, ended, failed = ranks._pc.processes, None, {}  # type: ignore[attr-defined]
+        try:
+            while ended is None:  # whoever has failed before the others are stopped has done so by itself
+                time.sleep(POLL_S)
+                failed = {rank: each.exitcode for rank, each in enumerate(processes) if each.exitcode}
+                ended = ranks.wait(0)
+        finally:
+            ranks.close(signal.SIGTERM)
+        if signal.SIGINT in told or (told and ended.is_failed()):
             raise KeyboardInterrupt
-        return result
-    except ChildFailedError as error:
-        if told:
-            raise KeyboardInterrupt from error
-        raise _first(error.failures) from error
-    except SignalException as error:
-        raise KeyboardInterrupt from error
+        if ended.is_failed():
+            noticed = {rank: failure.exitcode for rank, failure in ended.failures.items()}
+            raise _first(failed or noticed, ranks.error_files)
+        return ended.return_values[0]
+
+
+def _environment(rank: int, nproc: int, meeting: str) -> dict[str, str]:
+    """What a rank of ours finds in its environment; interfaces that the user has chosen stay."""
+    found = {name: str(number) for name, number in zip(VARIABLES, (rank, nproc, rank, nproc), strict=False)}
+    loopback = next((name for _, name in socket.if_nameindex() if name.startswith("lo")), None)
+    for variable in ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME") if loopback else ():
+        found[variable] = os.environ.get(variable, str(loopback))
+    return found | {MEETING: meeting, "TORCHELASTIC_RUN_ID": "ranks"}  # which names their folder of output
 
 
 def start_tracker() -> None:
@@ -248,16 +261,6 @@ def start_tracker() -> None:
         resource_tracker.ensure_running()
     finally:
         signal.signal(signal.SIGHUP, before)
-
-
-def _check_free(port: int) -> None:
-    """Raise ValueError if somebody has the port; 0 stands for any."""
-    with socket.socket() as probe:
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            probe.bind((OWN_ADDRESS, port))
-        except OSError:
-            raise ValueError(f"launch.port={port} is in use: choose another, or 0 for any that is free") from None
 
 
 @contextmanager

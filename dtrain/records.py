@@ -1,13 +1,18 @@
-"""JSON as its standard has it: numbers that are not finite are written as words, and read as numbers again."""
+"""JSON as its standard has it: numbers that are not finite are written as words, and read as numbers again.
+
+What is read may come from anybody: nothing that a file holds ends in anything but a ValueError.
+"""
 
 from __future__ import annotations
 
 import json
 import math
+import stat
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+DEEPEST, LARGEST = 64, 64 << 20  # levels; bytes
 WORDS = {"NaN": math.nan, "Infinity": math.inf, "-Infinity": -math.inf}  # JavaScript's and Python's float() know them
 
 
@@ -20,9 +25,44 @@ def loads(text: str | bytes) -> Any:
     """What `dumps` has written.
 
     Raises:
-        ValueError: it is no JSON.
+        ValueError: it is no JSON, or nested deeper than anything of ours.
     """
-    return _numbered(json.loads(text))
+    return _numbered(parse(text))
+
+
+def parse(text: str | bytes) -> Any:
+    """The same as it stands, with no words for numbers."""
+    try:
+        value = json.loads(text)
+    except RecursionError:
+        raise ValueError("JSON that is nested too deep") from None
+    level = [value]
+    for _ in range(DEEPEST):
+        children = (e.values() if isinstance(e, dict) else e for e in level if isinstance(e, dict | list))
+        if not (level := [each for some in children for each in some]):
+            return value
+    raise ValueError(f"JSON that is nested deeper than {DEEPEST} levels")
+
+
+def read(file: Path) -> dict[str, Any]:
+    """The object of a file.
+
+    Raises:
+        ValueError: it is no regular file, larger than any of ours, no JSON or no object; says which file.
+        OSError: it cannot be read, or is not there.
+    """
+    found = file.stat()
+    if not stat.S_ISREG(found.st_mode):
+        raise ValueError(f"{file} is no regular file")
+    if found.st_size > LARGEST:
+        raise ValueError(f"{file} has {found.st_size:,} bytes: more than any such file")
+    try:
+        value = parse(file.read_bytes())
+    except ValueError as error:
+        raise ValueError(f"{file} is not readable: {error}") from None
+    if not isinstance(value, dict):
+        raise ValueError(f"{file} holds no JSON object")
+    return value
 
 
 def lines(file: Path) -> list[dict[str, Any]]:

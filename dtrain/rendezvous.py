@@ -13,12 +13,13 @@ import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import timedelta
+from ipaddress import ip_address
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
 
-from dtrain.launch import RUN_ID, World, gathered
+from dtrain.launch import MEETING, World, gathered
 from dtrain.measure.environment import cores
 from dtrain.notes import collective_failed
 
@@ -74,6 +75,8 @@ def _store(world: World, timeout: timedelta) -> dist.Store:
     """A store that the ranks of this attempt share, and no others."""
     if world.size == 1:
         return dist.HashStore()  # nobody to find: no port
+    if file := os.environ.get(MEETING):
+        return dist.FileStore(file, world.size)
     shared, *_ = next(dist.rendezvous("env://", timeout=timeout))
     return dist.PrefixStore(f"dtrain/{meet(shared, world, timeout)}", shared)
 
@@ -105,10 +108,21 @@ def meet(store: dist.Store, world: World, timeout: timedelta) -> str:
     return own
 
 
+def address_of_first() -> str:
+    """Where rank 0 is reached: on this machine alone, or in the network in which the ranks have met. A collective.
+
+    A machine's own name may lead it to its loopback, and others not.
+    """
+    host = os.environ.get("MASTER_ADDR")
+    apart = host and MEETING not in os.environ
+    every = gathered(str(socket.getaddrinfo(host, None)[0][4][0]) if apart else "127.0.0.1")
+    return next((each for each in every if not ip_address(each).is_loopback), every[0])
+
+
 def agents() -> frozenset[str]:
     """The elastic agents of all ranks, if torchrun has started them. A collective."""
     own, agent = "", os.getppid()
-    if os.environ.get("TORCHELASTIC_RUN_ID", RUN_ID) != RUN_ID:
+    if "TORCHELASTIC_RUN_ID" in os.environ and MEETING not in os.environ:
         stat = Path(f"/proc/{agent}/stat")  # on Linux its time of start: numbers of processes come again
         begun = stat.read_text().rsplit(")", 1)[1].split()[19] if stat.exists() else os.environ["TORCHELASTIC_RUN_ID"]
         own = f"{socket.gethostname()}:{agent}:{begun}"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import stat
 from collections.abc import Callable, Iterable
 from contextlib import suppress
 from glob import escape, glob
@@ -13,9 +14,10 @@ from typing import Any
 from safetensors import SafetensorError
 from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader
 
+from dtrain import records
 from dtrain.durable import digest, sync
 
-MANIFEST = "checkpoint.json"
+MANIFEST, SHARD = "checkpoint.json", ".safetensors"
 AUTO = "auto"  # resume from the run's newest, if it has any
 
 
@@ -105,21 +107,31 @@ def outline(path: Path) -> str:
     """What is wrong that can be known without reading the files to their end."""
     try:
         manifest = about(path)
-        if sealed(manifest) != manifest:
-            return f"{MANIFEST} does not have its SHA-256"
-        for name, expected in manifest["files"].items():
-            if not (path / name).exists():
-                return f"{name} is missing"
-            if (size := (path / name).stat().st_size) != expected["bytes"]:
-                return f"{name} has {size} bytes, not {expected['bytes']}"
-    except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError, AttributeError):
-        return f"{MANIFEST} is not readable"
-    return ""
+    except ValueError as error:
+        return str(error)
+    if sealed(manifest) != manifest:
+        return f"{MANIFEST} does not have its SHA-256"
+    return _outline(path, manifest["files"])
 
 
 def files_of(path: Path) -> list[str]:
     """The names of a checkpoint's files, as it says itself."""
     return list(about(path)["files"])
+
+
+def _outline(path: Path, files: dict[str, dict[str, Any]]) -> str:
+    for name, expected in files.items():
+        try:
+            found = (path / name).lstat()
+        except FileNotFoundError:
+            return f"{name} is missing"
+        if not stat.S_ISREG(found.st_mode):
+            return f"{name} is no regular file"
+        if found.st_size != expected["bytes"]:
+            return f"{name} has {found.st_size} bytes, not {expected['bytes']}"
+    if stray := sorted({file.name for file in path.glob(f"*{SHARD}")} - files.keys()):
+        return f"{stray[0]} is not in {MANIFEST}"
+    return ""
 
 
 def differs(path: Path, found: dict[str, dict[str, Any]]) -> str:
@@ -129,16 +141,34 @@ def differs(path: Path, found: dict[str, dict[str, Any]]) -> str:
             return f"{name} does not have its SHA-256"
     try:
         HuggingFaceStorageReader(str(path)).read_metadata()
-    except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError, AttributeError):
-        return f"{MANIFEST} is not readable"
-    except SafetensorError as error:
+    except (SafetensorError, ValueError, KeyError, TypeError, AttributeError) as error:
         return str(error)
     return ""
 
 
 def about(path: Path) -> dict[str, Any]:
-    """What a checkpoint says of itself: step, tokens, and what its run gave."""
-    return json.loads((path / MANIFEST).read_text())
+    """What a checkpoint says of itself: step, tokens, and what its run gave.
+
+    Raises:
+        ValueError: it says what none of ours says; of files, that they are elsewhere.
+        OSError: it cannot be read.
+    """
+    try:
+        manifest = records.read(path / MANIFEST)
+    except ValueError as error:
+        raise ValueError(f"{MANIFEST} is not readable: {str(error).partition(': ')[2] or error}") from None
+    for key in ("step", "tokens"):
+        if type(manifest.get(key, 0)) is not int or manifest.get(key, 0) < 0:
+            raise ValueError(f"{MANIFEST} has {key}={str(manifest[key])[:40]}")
+    files = manifest.get("files")
+    if "step" not in manifest or not (isinstance(files, dict) and files):
+        raise ValueError(f"{MANIFEST} tells no {'step' if 'step' not in manifest else 'files'}")
+    for name, found in files.items():
+        if Path(name).name != name or not name.endswith(SHARD) or "\0" in name:
+            raise ValueError(f"{MANIFEST} names the file {name[:80]!r}, which is none of a checkpoint's")
+        if not (isinstance(found, dict) and type(found.get("bytes")) is int and isinstance(found.get("sha256"), str)):
+            raise ValueError(f"{MANIFEST} does not tell bytes and SHA-256 of {name!r}")
+    return manifest
 
 
 def sealed(manifest: dict[str, Any]) -> dict[str, Any]:
@@ -152,13 +182,14 @@ def steps_of(path: Path) -> int:
     try:
         manifest = about(path)
         return int(manifest["step"]) if sealed(manifest) == manifest else 0
-    except (ValueError, KeyError, TypeError, AttributeError):
+    except ValueError:
         return 0
 
 
 def whole(folder: Path) -> list[Path]:
-    """The published checkpoints of a folder, in the order in which they were written."""
-    return sorted((p.resolve() for p in folder.glob("step-*") if (p / MANIFEST).exists()), key=_written)
+    """The published checkpoints of a folder, in the order in which they were written; a link there stays one."""
+    here = folder.resolve()
+    return sorted((here / p.name for p in folder.glob("step-*") if (p / MANIFEST).exists()), key=_written)
 
 
 def _written(path: Path) -> tuple[int, str]:

@@ -3,6 +3,7 @@ from __future__ import annotations
 import os
 import re
 import shutil
+import signal
 import sys
 import tempfile
 import zlib
@@ -37,6 +38,9 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_configure(config: pytest.Config) -> None:
+    for each in (signal.SIGINT, signal.SIGHUP):  # as a shell in the background and `nohup` leave them to us
+        if signal.getsignal(each) == signal.SIG_IGN:
+            signal.signal(each, signal.default_int_handler if each == signal.SIGINT else signal.SIG_DFL)
     settings.register_profile("quick", max_examples=50, deadline=None, derandomize=True)
     settings.load_profile("quick")
     number = config.getoption("slice")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import resource
+import shutil
 import signal
 import sys
 import time
@@ -240,11 +241,111 @@ def test_damage_is_named_and_earlier_ones_taken_only_if_told(damage, said: str, 
     assert "falling back to step-00000002" in notes[0]
 
 
+FILES = {"shard-1.safetensors": {"bytes": 1, "sha256": "0"}}
+
+
+def _told(path: Path, **told: Any) -> None:
+    """Let the manifest say this, and have its SHA-256."""
+    manifest = {**json.loads((path / "checkpoint.json").read_text()), **told}
+    (path / "checkpoint.json").write_text(json.dumps(saved.sealed({k: v for k, v in manifest.items() if v != "none"})))
+
+
+def _shard(path: Path) -> Path:
+    return min(path.glob("shard-*"))
+
+
+def _linked(path: Path) -> None:
+    """The same file, but elsewhere."""
+    _shard(path).rename(path.parent.parent / "elsewhere")
+    _shard_name = sorted(about(path)["files"])[0]
+    (path / _shard_name).symlink_to(path.parent.parent / "elsewhere")
+
+
+def _piped(path: Path) -> None:
+    shard = _shard(path)
+    shard.unlink()
+    os.mkfifo(shard)
+
+
+def _raw(path: Path, text: str) -> None:
+    (path / "checkpoint.json").write_text(text)
+
+
+HOSTILE: dict[str, tuple[Callable[[Path], Any], str]] = {
+    "a file above": (lambda p: _told(p, files={"../x.safetensors": FILES["shard-1.safetensors"]}), "names the file '../x"),
+    "a file of the system": (lambda p: _told(p, files={"/etc/passwd": FILES["shard-1.safetensors"]}), "names the file '/etc"),
+    "a device": (lambda p: _told(p, files={"/dev/zero": {"bytes": 0, "sha256": ""}}), "names the file '/dev/zero'"),
+    "a file within": (lambda p: _told(p, files={"a/b.safetensors": FILES["shard-1.safetensors"]}), "names the file 'a/b"),
+    "another kind": (lambda p: _told(p, files={"latest": FILES["shard-1.safetensors"]}), "names the file 'latest'"),
+    "no files": (lambda p: _told(p, files={}), "tells no files"),
+    "files in a list": (lambda p: _told(p, files=["shard"]), "tells no files"),
+    "a file without a size": (lambda p: _told(p, files={"shard-1.safetensors": {}}), "does not tell bytes"),
+    "a file of nothing": (lambda p: _told(p, files={"shard-1.safetensors": None}), "does not tell bytes"),
+    "a negative step": (lambda p: _told(p, step=-7), "step=-7"),
+    "a step in words": (lambda p: _told(p, step="3"), "step=3"),
+    "a step of a kind": (lambda p: _told(p, step=True), "step=True"),
+    "no step": (lambda p: _told(p, step="none"), "tells no step"),
+    "tokens of no number": (lambda p: _told(p, tokens=[1]), r"tokens=\[1\]"),
+    "a list": (lambda p: _raw(p, "[]"), "holds no JSON object"),
+    "deep": (lambda p: _raw(p, '{"step": 3, "files": ' + '{"a":' * 500 + "1" + "}" * 501), "nested deeper"),
+    "very deep": (lambda p: _raw(p, "[" * 200_000), "nested too deep"),
+    "a large number": (lambda p: _raw(p, '{"step": ' + "9" * 5000 + "}"), "not readable"),
+    "a link out": (_linked, "is no regular file"),
+    "a pipe": (_piped, "is no regular file"),
+    "one more": (lambda p: (p / "shard-x.safetensors").write_bytes(b"x"), "shard-x.safetensors is not in checkpoint.json"),
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def two(alone, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Checkpoints of one process."""
+    folder = tmp_path_factory.mktemp("two")
+    for step in (2, 3):
+        Checkpoints(folder, keep_last=2).save(step, {"weight": torch.ones(2)}, {"tokens": 0})
+    return folder
+
+
+@pytest.mark.parametrize("kind", HOSTILE)
+def test_what_somebody_else_has_made_is_refused_by_name_and_disturbs_no_other_run(
+    kind: str, two: Path, tmp_path: Path
+) -> None:
+    """Before anything of it is read; runs that look below the same folder go on."""
+    three = tmp_path / "run" / "checkpoints"
+    shutil.copytree(two, three, symlinks=True)
+    newest, (change, said) = three / "step-00000003", HOSTILE[kind]
+    change(newest)
+    with pytest.raises(ValueError, match=f"step-00000003 is damaged: .*{said}") as found:
+        find(str(three), three, three, fallback=False, note=print)
+    assert "\n" not in str(found.value)
+    assert find(str(three), three, three, fallback=True, note=lambda text: None).name == "step-00000002"
+    assert saved.steps_of(newest) in (0, 3) and run_of([three.parent], frozenset({"x"})) is None
+    assert saved.named("latest", tmp_path / "new", tmp_path)[0] == newest
+
+
+def test_what_is_kept_last_is_of_this_run_alone(alone, tmp_path: Path) -> None:
+    """A link in its folder goes, and the checkpoint of another run behind it stays; a dangling one is no place."""
+    theirs, ours = (Checkpoints(tmp_path / run / "checkpoints", keep_last=1) for run in ("theirs", "ours"))
+    theirs.save(1, {"weight": torch.ones(2)}, {"tokens": 0})
+    there = tmp_path / "theirs" / "checkpoints" / "step-00000001"
+    here = tmp_path / "ours" / "checkpoints"
+    here.mkdir(parents=True)
+    for name in ("step-00000001", ".partial-00000009"):
+        (here / name).symlink_to(there)
+    (here / "step-00000002").symlink_to(tmp_path / "nowhere")
+    Checkpoints(here, keep_last=1)
+    for step in (2, 3):
+        ours.save(step, {"weight": torch.ones(2)}, {"tokens": 0})
+    assert verify(there) == "" and sorted(p.name for p in here.glob("*-0*")) == ["step-00000002", "step-00000003"]
+    assert (here / "step-00000002").is_symlink() and about(here / "latest")["step"] == 3
+
+
 def test_a_restart_finds_the_run_of_its_own_launch(tmp_path: Path) -> None:
     for name, step, agents in (("a", 5, ["x"]), ("a", 9, ["x", "y"]), ("b", 7, ["z"]), ("c", 8, [])):
         checkpoint = tmp_path / name / "checkpoints" / f"step-{step:08d}"
         checkpoint.mkdir(parents=True)
-        (checkpoint / "checkpoint.json").write_text(json.dumps(saved.sealed({"step": step, "agents": agents})))
+        (checkpoint / "checkpoint.json").write_text(
+            json.dumps(saved.sealed({"step": step, "agents": agents, "files": FILES}))
+        )
         os.utime(checkpoint / "checkpoint.json", ns=(step, step))
 
     def found(*agents: str) -> str | None:

@@ -266,7 +266,7 @@ def test_sizes_are_said_in_words(number: float, words: str) -> None:
 
 
 def run(*arguments: str, cwd: Path, cache: Path) -> warm.Ended:
-    return warm.run([*SCRIPT, "model=tiny", "steps=6", *arguments], cwd=cwd, env=os.environ | {"DTRAIN_CACHE": str(cache), "OMP_NUM_THREADS": "1"}, timeout=240)  # fmt: skip
+    return warm.run([*SCRIPT, "model=tiny", "steps=6", *arguments], cwd=cwd, env=os.environ | {"DTRAIN_CACHE": str(cache), "OMP_NUM_THREADS": "1"}, timeout=500)  # fmt: skip
 
 
 ASKED = ('strategies=[single,ddp,"pipeline strategy.pp.schedule=zbv","ddp optimizer.lr=1e30","fsdp launch.nproc=4",'
@@ -382,7 +382,7 @@ def test_a_browser_shows_the_page_without_an_error(ran, width: int, tmp_path: Pa
         [str(CHROMIUM), "--headless", "--no-sandbox", "--disable-gpu", "--disable-background-networking", "--disable-sync",
          f"--user-data-dir={tmp_path / 'profile'}", "--enable-logging=stderr", "--virtual-time-budget=20000",
          f"--window-size={width},900", "--dump-dom", file.as_uri()],
-        capture_output=True, text=True, timeout=120,
+        capture_output=True, text=True, timeout=400,
     )  # fmt: skip
     assert browser.returncode == 0 and "CONSOLE" not in browser.stderr, browser.stderr[-2000:]
     assert re.search(r"data-problems=\"(.*?)\"", browser.stdout)[1] == "[]"  # type: ignore[index]
@@ -485,7 +485,7 @@ def test_ctrl_c_keeps_what_is_finished(tmp_path: Path, cache: Path) -> None:
     process = begun(tmp_path, cache)
     ranks_of(tmp_path, "ddp", 2)
     process.send_signal(signal.SIGINT)
-    _, err = process.communicate(timeout=60)
+    _, err = process.communicate(timeout=240)
     assert process.returncode == 130 and err.splitlines()[-1] == "dtrain: interrupted"
     found = read(tmp_path / "out")
     assert [each.strategy for each in found.ran] == ["single steps=6"]
@@ -509,7 +509,7 @@ def test_killing_the_comparison_leaves_no_orphans(tmp_path: Path, cache: Path) -
     process = begun(tmp_path, cache)
     ranks_of(tmp_path, "ddp", 2)
     process.kill()
-    process.communicate(timeout=60)
+    process.communicate(timeout=240)
     assert_nothing_left(process.pid)
     assert [each.strategy for each in read(tmp_path / "out").ran] == ["single steps=6"]
 

@@ -284,7 +284,7 @@ SEEN_BY = {  # what cannot be changed in a run of one process on a CPU, or ends 
     "device": "test_cli: device=cuda is refused without GPUs", "compile": "test_cli, test_exact",
     "profile": "test_instruments", "resume": "test_cli", "init_from": "test_tasks", "checkpoint.fallback": "test_cli",
     "probe": "test_own_model", "overwrite": "test_folder", "checkpoint.last": "test_folder",
-    "fault.rank": "test_instruments", "fault.step": "test_instruments", "launch.nproc": "test_cli", "launch.port": "test_cli",
+    "fault.rank": "test_instruments", "fault.step": "test_instruments", "launch.nproc": "test_cli",
 }  # fmt: skip
 
 

@@ -17,7 +17,6 @@ from unittest import mock
 import pytest
 import torch
 import torch.distributed as dist
-from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure
 
 from dtrain import fingerprint, launch
 from dtrain.config import Straggler
@@ -33,17 +32,35 @@ STOPPED = -signal.SIGTERM  # by torchrun, since another has failed
 # Whose words count where several ranks fail
 
 
-def _failure(rank: int, at: float, status: int, words: str, folder: Path) -> ProcessFailure:
-    """A rank that has left its words at this second; without words its end was noticed then."""
+def _words(rank: int, at: float, words: str, folder: Path) -> str:
+    """The file in which a rank has left its words at this second, if it has."""
     file = folder / f"{rank}.json"
-    with (
-        mock.patch.dict(os.environ, {launch.ERROR_FILE: str(file)}),
-        mock.patch("dtrain.launch.time.time", lambda: at),
-        mock.patch("torch.distributed.elastic.multiprocessing.errors.time.time", lambda: at),
-    ):
+    with mock.patch.dict(os.environ, {launch.ERROR_FILE: str(file)}), mock.patch("dtrain.launch.time.time", lambda: at):
         if words:
             leave_words(words)
-        return ProcessFailure(rank, 1000 + rank, status, str(file))
+    return str(file)
+
+
+class Ranks:
+    """What `start_processes` gives: ranks that end at once.
+
+    Args:
+        statuses: with which they end; all with 0: `results` are what they return.
+        stopped: ranks that are stopped since another has failed.
+    """
+
+    def __init__(self, statuses: list[int], files: dict[int, str] = {}, results: Any = None, stopped: Any = ()) -> None:  # noqa: B006
+        self._pc = SimpleNamespace(processes=[SimpleNamespace(exitcode=s if r not in stopped else None)
+                                              for r, s in enumerate(statuses)])  # fmt: skip
+        self.error_files, self.closed = files, 0
+        failures = {r: SimpleNamespace(exitcode=s) for r, s in enumerate(statuses) if s}
+        self._ended = SimpleNamespace(is_failed=lambda: bool(failures), failures=failures, return_values=results)
+
+    def wait(self, seconds: float) -> Any:
+        return self._ended
+
+    def close(self, number: int) -> None:
+        self.closed += 1
 
 
 Failures = list[tuple[float, int, str]]  # of each rank: second, exit status, words
@@ -58,7 +75,7 @@ ENDS: dict[str, tuple[Failures, int, str]] = {
     "in the same second": ([(100.7, 1, OTHERS), (100.2, 2, "mine"), (100.9, 1, OTHERS)], 2, "mine"),
     "a signal in the same second": ([(100.7, 1, OTHERS), (100.5, -9, "")], -9, "rank 1 ended with signal 9"),
     "beside stopped": ([(100, STOPPED, ""), (101, 4, "mine"), (102, STOPPED, "")], 4, "mine"),
-    "stopped": ([(102, STOPPED, ""), (101, STOPPED, "")], STOPPED, "rank 1 ended with signal 15"),
+    "stopped": ([(102, STOPPED, ""), (101, STOPPED, "")], STOPPED, "rank 0 ended with signal 15"),
 }
 
 
@@ -66,17 +83,14 @@ ENDS: dict[str, tuple[Failures, int, str]] = {
 def test_the_reason_is_what_the_first_rank_to_fail_said(case: str, tmp_path: Path) -> None:
     """Not what others said later, nor the signal by which torchrun stopped them."""
     failures, status, words = ENDS[case]
-    made = {rank: _failure(rank, *failure, tmp_path) for rank, failure in enumerate(failures)}
-
-    def ranks(*_: Any) -> Any:
-        raise ChildFailedError("ranks", made)
-
-    with (
-        mock.patch("dtrain.launch.elastic_launch", lambda *_: ranks),
-        pytest.raises(RanksFailed) as said,
-    ):
-        spawn(print, nproc=len(made))
-    assert (str(said.value), said.value.status) == (words, status)
+    files = {rank: _words(rank, at, words, tmp_path) for rank, (at, _, words) in enumerate(failures)}
+    statuses = [status for _, status, _ in failures]
+    made = Ranks(
+        statuses, files, stopped=[r for r, s in enumerate(statuses) if s == STOPPED and set(statuses) != {STOPPED}]
+    )
+    with mock.patch("dtrain.launch.start_processes", lambda *_, **__: made), pytest.raises(RanksFailed) as said:
+        spawn(print, nproc=len(statuses))
+    assert (str(said.value), said.value.status) == (words, status) and made.closed
 
 
 # SIGTERM to whoever has started the ranks
@@ -85,13 +99,13 @@ def test_the_reason_is_what_the_first_rank_to_fail_said(case: str, tmp_path: Pat
 def _told(ranks: list[Any], times: int, end: Callable[[], Any]) -> Any:
     """A launch that is sent SIGTERM so often while its ranks run; `end` is how they end."""
 
-    def run(*_: Any) -> Any:
+    def start(*_: Any, **__: Any) -> Any:
         for _ in range(times):
             os.kill(os.getpid(), signal.SIGTERM)
         return end()
 
     with (
-        mock.patch("dtrain.launch.elastic_launch", lambda *_: run),
+        mock.patch("dtrain.launch.start_processes", start),
         mock.patch.object(multiprocessing, "active_children", lambda: ranks),
     ):
         return spawn(print, nproc=max(1, len(ranks)))
@@ -108,7 +122,7 @@ def ending() -> Iterator[list[int]]:
 
 def test_sigterm_goes_to_every_rank_once_and_their_result_is_returned(ending: list[int]) -> None:
     ranks = [mock.Mock() for _ in range(3)]
-    assert _told(ranks, 1, lambda: {0: "stopped well", 1: "other"}) == "stopped well"
+    assert _told(ranks, 1, lambda: Ranks([0, 0, 0], results={0: "stopped well", 1: "other"})) == "stopped well"
     assert [rank.method_calls for rank in ranks] == [[mock.call.terminate()]] * 3 and not ending
     os.kill(os.getpid(), signal.SIGTERM)
     assert ending == [signal.SIGTERM]  # afterwards it is as it was
@@ -117,26 +131,22 @@ def test_sigterm_goes_to_every_rank_once_and_their_result_is_returned(ending: li
 def test_a_second_signal_ends_all_at_once(ending: list[int]) -> None:
     ranks = [mock.Mock()]
     with pytest.raises(KeyboardInterrupt):
-        _told(ranks, 2, lambda: [None])
+        _told(ranks, 2, lambda: Ranks([0]))
     assert ranks[0].method_calls == [mock.call.terminate(), mock.call.kill()] and not ending
 
 
 def test_sigterm_before_there_is_a_rank_ends_the_launch(ending: list[int]) -> None:
     with pytest.raises(KeyboardInterrupt):
-        _told([], 1, lambda: [None])
+        _told([], 1, lambda: Ranks([0]))
 
 
 def test_ranks_that_fail_after_sigterm_were_told_to_end(ending: list[int], tmp_path: Path) -> None:
     """It is an interruption, and no failure of theirs."""
-    failed = {0: _failure(0, 100, 1, "a collective failed", tmp_path)}
-
-    def fail() -> None:
-        raise ChildFailedError("ranks", failed)
-
+    failed = Ranks([1], {0: _words(0, 100, "a collective failed", tmp_path)})
     with pytest.raises(KeyboardInterrupt):
-        _told([mock.Mock()], 1, fail)
+        _told([mock.Mock()], 1, lambda: failed)
     with pytest.raises(RanksFailed):
-        _told([mock.Mock()], 0, fail)
+        _told([mock.Mock()], 0, lambda: failed)
 
 
 # Threads

@@ -67,7 +67,7 @@ WORDS = [
     (["--lr", "0.1"], "--lr is no option: settings are key=value without dashes: optimizer.lr"),
     (["--steps=3"], "without dashes: steps"),
     (["steps=2", "-m", "seed=1,2"], "seed=1,2: settings stand together, before or after options"),
-    (["launch=3"], "launch is a group: choose launch=NAME, of local, or set a key of it: launch.nproc, launch.port"),
+    (["launch=3"], "launch is a group: choose launch=NAME, of local, or set a key of it: launch.nproc, launch.threads"),
     (["model=null"], "model is a group: choose model=NAME, of convnet"),
     (["strategy={dp:5}"], "strategy is a group: choose strategy=NAME, of 3d, 4d"),
     (["task/augment=3"], "task/augment is a group: choose task/augment=NAME, of crop"),

@@ -952,7 +952,7 @@ def comparison() -> Any:
 def test_every_option_with_a_range_is_held_to_it(comparison: Any) -> None:
     """Just beyond each end; the message has the name in full, the value and the range."""
     names = {name for name, *_ in BOUNDED}
-    assert len(names) > 20 and {"launch.port", "measure.peak_flops", "repeats"} <= names
+    assert len(names) > 20 and {"launch.threads", "measure.peak_flops", "repeats"} <= names
     assert checked(comparison).steps >= 1
     for name, value, remedy in BOUNDED:
         config = deepcopy(comparison)

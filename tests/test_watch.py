@@ -82,7 +82,7 @@ def ranks() -> Iterator[Ranks]:
 
 def _told(capfd: pytest.CaptureFixture[str], words: str, said: str = "") -> str:
     end = time.monotonic() + 20
-    while words not in said:
+    while words not in said or not said.endswith("\n"):
         assert time.monotonic() < end, said
         time.sleep(0.02)
         said += capfd.readouterr().err

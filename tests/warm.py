@@ -352,7 +352,7 @@ def popen(
 
 
 def run(
-    command: Sequence[str], *, cwd: Path | str, env: Mapping[str, str] = os.environ, timeout: float = 150
+    command: Sequence[str], *, cwd: Path | str, env: Mapping[str, str] = os.environ, timeout: float = 400
 ) -> Ended:  # fmt: skip
     """As `subprocess.run` with its output captured; what has not ended in time is killed, with all its session."""
     process = popen(command, cwd=cwd, env=env)

@@ -23,7 +23,7 @@ from warm import Process, nursery
 
 from dtrain import plan
 
-TIMEOUT_S = 120
+TIMEOUT_S = 300
 
 
 class World:

@@ -7,7 +7,6 @@ import inspect
 import json
 import re
 import shlex
-import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import UTC, datetime
@@ -27,6 +26,7 @@ from dtrain.compare.entries import Case, cases_of
 from dtrain.compare.results import FILE, Results, Row, read
 from dtrain.compare.verdict import differences
 from dtrain.config import CONFIGS, Comparison
+from dtrain.durable import remove
 from dtrain.lock import Lock
 from dtrain.measure import environment
 from dtrain.profile import RECORDED
@@ -173,9 +173,8 @@ def _held(folder: Path, overwrite: bool) -> Iterator[None]:
                 raise ValueError(
                     f"{folder} has the results of another comparison: set overwrite=true, or another hydra.run.dir"
                 )
-            shutil.rmtree(folder / "runs", ignore_errors=True)
-            for name in (FILE, "results.csv", "report.md", "report.html"):
-                (folder / name).unlink(missing_ok=True)
+            for name in ("runs", FILE, "results.csv", "report.md", "report.html"):
+                remove(folder / name)
         yield
     finally:
         lock.close()
