@@ -10,6 +10,15 @@ folder=$(realpath -m "$1")
 shift
 written() { stat -c %y "$folder/resumable" 2> /dev/null; }
 
+# torchrun asks nobody who they are: whoever knows the rendezvous' name takes part. It is drawn once for a run, and stands
+# in a file of its user's alone, not in a command that all users of a machine see.
+mkdir -p "$folder"
+drawn=$(umask 077; mktemp "$folder/.meeting-XXXXXX") && od -An -N16 -tx1 /dev/urandom | tr -d ' \n' > "$drawn" || exit
+ln "$drawn" "$folder/.meeting" 2> /dev/null  # of several machines one is the first
+rm "$drawn"
+PET_RDZV_ID=$(cat "$folder/.meeting") || exit
+export PET_RDZV_ID
+
 before=$(written)  # by an earlier run that was stopped
 trap '' TERM       # torchrun inherits that, and its ranks, until they listen
 torchrun --signals-to-handle=SIGINT "$@" hydra.run.dir="$folder" resume=auto &

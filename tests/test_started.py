@@ -16,7 +16,6 @@ import torch
 import warm
 from runs import free_port
 from test_cli import PYTHON, call  # noqa: F401
-from torch.distributed.launcher.api import LaunchConfig
 
 from dtrain import launch
 from dtrain.launch import World, spawn
@@ -81,15 +80,16 @@ def test_half_a_rank_is_refused(told: dict[str, str], said: str, call: Call, mon
 
 def test_ranks_of_one_machine_meet_by_no_name() -> None:
     """A host's name need not lead anywhere."""
-    seen: list[LaunchConfig] = []
+    seen: list[dict[str, str]] = []
 
-    def started(config: LaunchConfig, *_: Any) -> Any:
-        seen.append(config)
-        return lambda *_: [None]
+    def started(*given: Any, **_: Any) -> Any:
+        seen.extend(given[3].values())
+        raise ValueError("started")
 
-    with mock.patch.object(launch, "elastic_launch", started):
+    with mock.patch.object(launch, "start_processes", started), pytest.raises(ValueError, match="started"):
         spawn(print, nproc=2)
-    assert seen[0].local_addr == "127.0.0.1" and seen[0].rdzv_endpoint.startswith("127.0.0.1:")
+    assert [each["RANK"] for each in seen] == ["0", "1"] and not any("MASTER_ADDR" in each for each in seen)
+    assert all(each["GLOO_SOCKET_IFNAME"].startswith("lo") for each in seen)
 
 
 def test_the_environment_is_after_a_run_as_it_was(monkeypatch: pytest.MonkeyPatch) -> None:

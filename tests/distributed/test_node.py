@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import stat
 import subprocess
 import time
 from collections.abc import Callable, Iterator
@@ -29,7 +30,6 @@ def start(tmp_path: Path) -> Iterator[Callable[..., list[Node]]]:
             rendezvous = [
                 f"--rdzv-endpoint=localhost:{port}",
                 f"--rdzv-conf=is_host={int(number == 0)}",
-                "--rdzv-id=run",
             ]
             command = ["launch/node.sh", tmp_path, "--nnodes=2", "--nproc-per-node=1", "--rdzv-backend=c10d", *rendezvous,
                        "--local-addr=localhost", "scripts/train.py", *TINY, f"steps={STEPS}"]  # fmt: skip
@@ -41,6 +41,27 @@ def start(tmp_path: Path) -> Iterator[Callable[..., list[Node]]]:
     for node in started:
         if node.poll() is None:
             os.killpg(node.pid, signal.SIGKILL)
+
+
+def test_nodes_meet_by_a_name_that_is_drawn_and_their_users_alone(tmp_path: Path) -> None:
+    """The same on all nodes of a run and when it goes on, another for another run; in no command line."""
+    torchrun = tmp_path / "torchrun"
+    torchrun.write_text('#!/bin/sh\necho "$PET_RDZV_ID $*"\n')
+    torchrun.chmod(0o755)
+    environment = ENVIRONMENT | {"PATH": f"{tmp_path}:{ENVIRONMENT['PATH']}"}
+
+    def start(run: str) -> Node:
+        command = [ROOT / "launch/node.sh", tmp_path / run, "--nnodes=4", "train.py"]
+        return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True)
+
+    nodes = [start(run) for run in ["one"] * 4 + ["another"]]
+    said = [node.communicate(timeout=60)[0] for node in nodes] + [start("one").communicate(timeout=60)[0]]
+    names = [line.split()[0] for line in said]
+    assert len(set(names)) == 2 and len({*names[:4], names[5]}) == 1 and all(len(bytes.fromhex(n)) == 16 for n in names)
+    assert not any(line.count(name) > 1 for name, line in zip(names, said, strict=True))
+    for run in ("one", "another"):
+        (kept,) = (tmp_path / run).iterdir()
+        assert kept.name == ".meeting" and stat.S_IMODE(kept.stat().st_mode) == 0o600
 
 
 @pytest.mark.deep
