@@ -6,9 +6,10 @@ import json
 import math
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from functools import cache, partial
+from io import BytesIO
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -474,6 +475,49 @@ def test_images_of_datasets_are_as_a_folder_has_them(tmp_path: Path) -> None:
     assert data.classes == ["a", "b"] and data.shape == (1, 8, 8)
     with pytest.raises(ValueError, match="has no field 'kind', only image, label: set data.label"):
         prepared(HubImages(str(tmp_path / "saved"), label="kind"))
+
+
+EPS = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 4 4\n%%EndComments\n(x) run\n"
+
+
+def _png(change: Callable[[bytearray], Any]) -> bytes:
+    stream = BytesIO()
+    Image.effect_noise((32, 32), 50).save(stream, "PNG")
+    data = bytearray(stream.getvalue())
+    change(data)
+    return bytes(data)
+
+
+BROKEN = {
+    "a program for a printer": EPS,
+    "nothing": b"",
+    "a name alone": b"\x89PNG\r\n\x1a\n",
+    "cut short": _png(lambda data: data.__delitem__(slice(len(data) // 2, None))),
+    "flipped": _png(lambda data: data.__setitem__(slice(60, 200), bytes(140))),
+    "no sizes": _png(lambda data: data.__setitem__(slice(12, 16), b"JUNK")),
+    "huge": _png(lambda data: data.__setitem__(slice(16, 24), b"\x7f\xff\xff\xff" * 2)),
+}
+
+
+@pytest.mark.parametrize("kind", BROKEN)
+def test_whatever_a_decoder_meets_its_file_is_named_and_no_program_starts(
+    kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import datasets
+
+    monkeypatch.setattr("subprocess.Popen", lambda *_, **__: pytest.fail("a program is started"))
+    (tmp_path / "a.png").write_bytes(BROKEN[kind])
+    for number in range(3):
+        Image.new("L", (8, 8), 9 * number).save(tmp_path / f"b{number}.png")
+    with pytest.raises(ValueError, match=r"1 of 4 files .* \(a.png\)") as found:
+        prepared(Folder(str(tmp_path), size=8))
+    assert "\n" not in str(found.value)
+    files = [{"bytes": (tmp_path / name).read_bytes(), "path": None} for name in ("b0.png", "a.png")]
+    rows = datasets.Dataset.from_dict({"image": files}).cast_column("image", datasets.Image())
+    rows.save_to_disk(str(tmp_path / "saved"))
+    with pytest.raises(ValueError, match=r"saved, row 1: 'image' is no readable image: ") as found:
+        prepared(HubImages(str(tmp_path / "saved"), label=None, size=8))
+    assert "\n" not in str(found.value)
 
 
 def test_frechet_distance_is_that_of_normal_distributions() -> None:

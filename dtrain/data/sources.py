@@ -159,8 +159,14 @@ class HuggingFace(Source):
     def describe(self) -> dict[str, Any]:
         return {"kind": "hub", "name": self.name, "field": self.field, "rows": self._load()._fingerprint}
 
-    def rows(self) -> Iterator[tuple[str, dict[str, Any]]]:
-        for number, row in enumerate(self._load()):
+    def rows(self, *, undecoded: str | None = None) -> Iterator[tuple[str, dict[str, Any]]]:
+        """The rows. `undecoded`: a column of images that come as their files' bytes, or paths."""
+        known = self._load()
+        import datasets
+
+        if undecoded and isinstance(known.features.get(undecoded), datasets.Image):
+            known = known.cast_column(undecoded, datasets.Image(decode=False))
+        for number, row in enumerate(known):
             yield f"{self.name}, row {number}", row
 
     def rows_with(self, fields: Sequence[str]) -> Iterator[tuple[str, dict[str, Any]]]:
