@@ -5,9 +5,12 @@ Everything pluggable is a node with a `_target_`; the constructor of that class 
 
 from __future__ import annotations
 
+import math
+import sys
 from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field, fields, is_dataclass
+from functools import partial
 from inspect import signature
 from pathlib import Path
 from typing import Any, TypeVar, get_type_hints
@@ -15,16 +18,15 @@ from uuid import uuid4
 
 from hydra import compose
 from hydra.core.config_store import ConfigStore
-from hydra.errors import InstantiationException
-from hydra.utils import instantiate
 from omegaconf import MISSING, DictConfig, OmegaConf
 
-from dtrain.constructor import REFUSED, imported, misfit, named
+from dtrain.constructor import HYDRAS, REFUSED, imported, misfit, named
 from dtrain.constructor import arguments as given_by
 from dtrain.data.tokenizer import count_ids
 
 CONFIGS = Path(__file__).resolve().parent.parent / "configs"
 T = TypeVar("T")
+LARGEST = 10**12  # a whole number of a class's
 
 
 def at_least(least: float) -> Any:
@@ -221,6 +223,8 @@ def _check_ranges(node: Any, prefix: str) -> None:
             raise ValueError(f"{name} has no value: set {name}=…")
         elif value is None:
             continue
+        elif isinstance(value, float) and not math.isfinite(value) and "above" not in rule:
+            raise ValueError(f"{name}={value} must be a finite number")
         elif "names" in rule and value not in rule["names"]:
             raise ValueError(f"{name}={value} is unknown: use {', '.join(rule['names'])}")
         elif "least" in rule and not value >= rule["least"]:
@@ -243,12 +247,26 @@ def make(node: Mapping[str, Any], kind: type[T], where: str, *, parts: tuple[typ
     target = _check_target(node, (kind,), where)
     _check_nested(node, parts, where)
     _check_arguments(target, given_by(node), arguments, where)
+    made: T = _built({**node, "_partial_": False}, where, **arguments)
+    return made
+
+
+def _built(node: Any, where: str, **more: Any) -> Any:
+    """What was checked, as it stands: nothing is resolved again, so that no text becomes an interpolation."""
+    if isinstance(node, list):
+        return [_built(each, f"{where}.{number}") for number, each in enumerate(node)]
+    if not isinstance(node, Mapping):
+        return node
+    within = {name: _built(child, f"{where}.{name}") for name, child in node.items() if name not in HYDRAS[:1]}
+    if "_target_" not in node:
+        return within
+    target, positional = imported(node["_target_"], f"{where}._target_"), within.get("_args_", [])
+    if node.get("_recursive_") is False:
+        within = dict(node)
     try:
-        # In two steps: what goes through `instantiate` is turned into plain containers.
-        return instantiate({**node, "_partial_": True}, _convert_="all")(**arguments)
-    except (InstantiationException, *REFUSED) as error:  # the former: of a node within
-        if not isinstance(error.__cause__ if isinstance(error, InstantiationException) else error, REFUSED):
-            raise
+        made = partial(target, *positional, **given_by(within), **more)
+        return made if node.get("_partial_") else made()
+    except REFUSED as error:
         raise named(error, node, where, [item.name for item in fields(Config)]) from error
 
 
@@ -278,17 +296,29 @@ def _check_arguments(target: type, given: dict[str, Any], more: dict[str, Any], 
             raise ValueError(f"{where} {target.__name__} takes {kind.__name__}, and {name}={called} are "
                              f"{type(value).__name__}: choose other {name} (docs/tasks.md)")  # fmt: skip
     for name, value in given.items():
+        _check_number(value, f"{where}.{name}", target)
         if wanted := misfit(value, hints.get(name, object)):
             said = "" if isinstance(value, list) else f", not {type(value).__name__}"
             raise ValueError(f"{where}.{name}={value} must be {wanted}{said}")
+
+
+def _check_number(value: Any, name: str, target: type) -> None:
+    """Refuse what no class of ours or torch's has a use for: an author's own may."""
+    if target.__module__.partition(".")[0] in ("dtrain", "torch") and type(value) in (int, float):
+        if not math.isfinite(value):
+            raise ValueError(f"{name}={value} must be a finite number")
+        if abs(value) > LARGEST and type(value) is int:
+            raise ValueError(f"{name}={value} is larger than {LARGEST:,}")
 
 
 def _check_target(node: Any, kinds: tuple[type, ...], where: str) -> type:
     target = node.get("_target_") if isinstance(node, Mapping) else None
     if not isinstance(target, str):
         raise ValueError(f"{where} has no _target_: nothing says what to build")
+    wanted = " or ".join(kind.__name__ for kind in kinds) or "part of it"
+    if target.partition(".")[0] in sys.stdlib_module_names:  # not even imported: some of these do things then
+        raise ValueError(f"{where}._target_={target} is not a {wanted}")
     found = imported(target, f"{where}._target_={target}")
     if not (isinstance(found, type) and issubclass(found, kinds)):
-        wanted = " or ".join(kind.__name__ for kind in kinds) or "part of it"
         raise ValueError(f"{where}._target_={target} is not a {wanted}")
     return found

@@ -10,7 +10,7 @@ from typing import Any, Union, get_args, get_origin
 
 HYDRAS = ("_target_", "_args_", "_convert_", "_partial_", "_recursive_")  # keys of a node that are no arguments
 PLAIN = (str, bool, int, float, list, tuple, dict, Mapping)  # types of which a value of YAML can be
-REFUSED = (ValueError, TypeError, AssertionError, LookupError, ArithmeticError)  # how constructors refuse values
+REFUSED = (ValueError, TypeError, AssertionError, LookupError, ArithmeticError, RuntimeError)  # of values
 
 
 def arguments(node: Mapping[str, Any]) -> dict[str, Any]:
@@ -61,21 +61,16 @@ def named(error: Exception, node: Any, where: str, keys: Collection[str]) -> Exc
 
     A text names an argument by its name, or by its value. One that begins with one of `keys` stays as it is.
     """
-    cause = error if isinstance(error, REFUSED) else error.__cause__
-    within = re.findall(r"^full_key: (\S+)", str(error), re.M)[-1:] if cause is not error else []  # Hydra's
-    text = str(cause)
-    if isinstance(cause, ValueError) and re.match(rf"({'|'.join(keys)})[\w.]*[=: ]", text):
-        return cause
-    for part in "".join(within).split("."):
-        if part in node:
-            where, node = f"{where}.{part}", node[part]
+    text = str(error)
+    if isinstance(error, ValueError) and re.match(rf"({'|'.join(keys)})[\w.]*[=: ]", text):
+        return error
     given, words = arguments(node), re.findall(r"-?[\w.]*\w", text)
     found = [name for name in given if name in words]
     found = found or [name for name, value in given.items() if {*map(str, _numbers(value))} & {*words}]
     settings = " or ".join(f"{where}.{name}={given[name]}" for name in found) or where
-    if isinstance(cause, ValueError):
+    if isinstance(error, ValueError):
         return ValueError(f"{settings}: {text}")
-    return ValueError(f"{settings}: {type(cause).__name__}: {text} (DTRAIN_TRACEBACK=1 shows where)")
+    return ValueError(f"{settings}: {type(error).__name__}: {text} (DTRAIN_TRACEBACK=1 shows where)")
 
 
 def _numbers(value: Any) -> list[Any]:

@@ -8,10 +8,9 @@ weights (a sharded random generator would not: pytorch#168058). Any other model 
 
 from __future__ import annotations
 
-import random
 from collections.abc import Callable
+from typing import Any
 
-import numpy
 import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
@@ -19,7 +18,8 @@ from torch.distributed.tensor._utils import compute_local_shape_and_global_offse
 
 from dtrain.adapt import adapted
 from dtrain.batch import ModelFactory
-from dtrain.draw import generator
+from dtrain.draw import generator, seed_everything
+from dtrain.layout import offers
 
 
 def on_meta(factory: ModelFactory) -> nn.Module | None:
@@ -33,12 +33,10 @@ def on_meta(factory: ModelFactory) -> nn.Module | None:
 
 def build(factory: ModelFactory, seed: int) -> nn.Module:
     """The model: on the meta device if it has `initial`, else whole, drawn from `seed`."""
-    if hasattr(on_meta(factory), "initial"):
+    if offers(on_meta(factory), "initial"):
         with torch.device("meta"):
             return _contiguous(adapted(factory()))
-    torch.manual_seed(seed)
-    random.seed(seed)
-    numpy.random.seed(seed % 2**32)  # for those who draw weights by it
+    seed_everything(seed)
     return _contiguous(adapted(factory()))
 
 
@@ -86,10 +84,10 @@ def materialize(
     Raises:
         ValueError: a buffer on the meta device: nothing tells its values.
     """
-    initial = getattr(model, "initial", None)
-    if initial is None or not any(p.is_meta for p in model.parameters()):
+    if not offers(model, "initial") or not any(p.is_meta for p in model.parameters()):
         cast(model, dtype, storage, device)
         return
+    initial: Any = model.initial
     names = {id(parameter): name for name, parameter in model.named_parameters()}  # a tied one counts once
     made: dict[int, nn.Parameter] = {}
     for module in model.modules():

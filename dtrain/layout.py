@@ -7,9 +7,9 @@ with every strategy and a new strategy with every model.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any, Protocol, runtime_checkable
+from typing import Any
 
 from torch import Tensor, nn
 
@@ -48,23 +48,42 @@ class Layout:
     sizes: tuple[str, ...] = ()
 
 
-@runtime_checkable
-class StepAware(Protocol):
-    """A module that takes part in a step besides its forward: balancing of experts."""
+class StepAware:
+    """What a module inherits that takes part in a step besides its forward: balancing of experts."""
 
     def before_step(self, scale: Tensor) -> None:
         """Told the factor on every loss of the step, before its first forward."""
-        ...
 
     def after_step(self, total: Callable[[Tensor], Tensor]) -> None:
         """After the optimizer's step; `total` sums over the ranks that saw different data (a collective)."""
-        ...
 
 
 def layout_of(model: nn.Module) -> Layout:
     """The model's own `layout`, or an empty one: then every strategy takes the model as one piece."""
     layout = getattr(model, "layout", None)
     return layout if isinstance(layout, Layout) else Layout()
+
+
+def offers(model: nn.Module | None, method: str) -> bool:
+    """Is it a method of its class? A weight or a module of that name is its author's own affair."""
+    return callable(getattr(type(model), method, None))
+
+
+def check_layout(model: nn.Module) -> None:
+    """Raise ValueError for a Layout that is none, or names what is not there."""
+    name, layout = type(model).__name__, getattr(model, "layout", None)
+    if isinstance(layout, Mapping):
+        raise ValueError(f"the layout of {name} is a {type(layout).__name__}: write Layout(…), of dtrain.layout")
+    layout = layout_of(model)
+    singles = {key: (path,) for key in ("first", "blocks", "last") if (path := getattr(layout, key))}
+    several = {key: getattr(layout, key) for key in ("column", "row", "vocabulary")}
+    for key, paths in (several | singles).items():
+        if not (isinstance(paths, tuple | list) and all(isinstance(path, str) for path in paths)):
+            raise ValueError(f"layout.{key} of {name} is {paths!r}: write names in a tuple, such as ('blocks.*.up',)")
+        for path in () if is_ours(model) else paths:  # ours name what some of their settings have
+            if next(modules_at(model, (path,)), None) is None:
+                known = ", ".join(each for each, _ in model.named_children())
+                raise ValueError(f"layout.{key} of {name} names {path!r}, and there is no such module: it has {known}")
 
 
 def is_ours(model: nn.Module) -> bool:
@@ -111,6 +130,14 @@ def shared_names(model: nn.Module) -> dict[str, str]:
     return {name: first[id(parameter)] for name, parameter in names if name != first[id(parameter)]}
 
 
+def refuse_complex(model: nn.Module, where: str) -> None:
+    """Raise ValueError for complex weights, where weights are handed on together, in one format."""
+    for name, parameter in model.named_parameters():
+        if parameter.is_complex():
+            raise ValueError(f"{name} of {type(model).__name__} is complex, and {where} joins weights in one format: "
+                             f"use strategy=ddp, or a real parameter and torch.view_as_complex")  # fmt: skip
+
+
 def refuse_batch_norm(model: nn.Module) -> None:
     """Raise ValueError for a model whose statistics would be those of a part of the rows, or count some rows twice."""
     for module in model.modules():
@@ -131,6 +158,7 @@ def sequence_length(model: nn.Module | None, seq_len: int | None) -> int:
         ValueError: it is longer than the model's context, or neither is told.
     """
     context = getattr(model, "context", None)
+    context = context if isinstance(context, int) else None  # a module of its author's may be called so
     if seq_len is None and context is None:
         raise ValueError("the model does not say its context: set seq_len")
     if seq_len and context and seq_len > context:

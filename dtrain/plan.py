@@ -13,7 +13,7 @@ from contextlib import AbstractContextManager, ExitStack, contextmanager, nullco
 from dataclasses import dataclass, field, replace
 from functools import partial
 from math import prod
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
@@ -25,9 +25,10 @@ from torch.utils.checkpoint import checkpoint
 from dtrain.accumulate import Accumulate
 from dtrain.batch import Batch, ModelFactory, Models, Stages, pieces
 from dtrain.degrees import AFTER_VALUES, MESH_ORDER, laid_out, rows_of_a_rank
+from dtrain.draw import Again
 from dtrain.fingerprint import digest, refuse_other_weights
 from dtrain.initialize import build, materialize, on_meta
-from dtrain.layout import blocks_of, is_ours, refuse_batch_norm
+from dtrain.layout import blocks_of, check_layout, is_ours, refuse_batch_norm
 from dtrain.precision import Precision
 from dtrain.stepping import check_optimizer
 from dtrain.strategy.base import Executor, Strategy
@@ -151,11 +152,17 @@ class Plan:
         model = self._apply(("tp", "ep"), model)
         for block in blocks_of(model):
             if self.recompute:
-                block.forward = partial(checkpoint, block.forward, use_reentrant=False)
+                contexts: Any = {} if self.compile else {"context_fn": _twice}  # a compiled one draws by torch alone
+                block.forward = partial(checkpoint, block.forward, use_reentrant=False, **contexts)
             if self.compile:
                 block.compile()
         model = self._apply(("fsdp",), model)
         told = None if is_ours(model) else lambda name, values: digests.update({name: digest(values)})
+        if told:  # tensors that are neither parameters nor buffers: nobody moves or saves them
+            for path, module in model.named_modules():
+                for key, value in vars(module).items():
+                    if isinstance(value, Tensor) and not value.is_meta:
+                        told(f"{path}.{key}".strip("."), value)
         materialize(model, seed, self.storage, self.device, self.precision.weights_dtype, told)
         model = self._apply(AFTER_VALUES, model)
         for strategy in self.strategies:
@@ -179,6 +186,7 @@ class Plan:
 
     def check_model(self, model: nn.Module) -> None:
         """Refuse what would train wrong, or not do what was asked."""
+        check_layout(model)
         for strategy in self.strategies:
             strategy.check_model(model, self)
         if self.parts > 1 or self.recompute or self.on("pp"):
@@ -297,3 +305,8 @@ class Plan:
         for strategy in (s for s in self.strategies if s.splits):
             value = strategy.total(value, self)
         return value
+
+
+def _twice() -> tuple[Any, Again]:
+    """What a block's forward pass runs in, and then its second one, which draws what the first has drawn."""
+    return nullcontext(), Again()

@@ -27,10 +27,10 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from dtrain.batch import Batch, Models, evaluating
-from dtrain.draw import generator
+from dtrain.draw import generator, seed_everything
 from dtrain.initialize import cast, on_meta, whole
-from dtrain.layout import StepAware, is_ours
-from dtrain.rehearsal import Rehearsal
+from dtrain.layout import StepAware, is_ours, offers
+from dtrain.rehearsal import Rehearsal, twin
 
 if TYPE_CHECKING:
     from dtrain.plan import Plan
@@ -73,7 +73,7 @@ def _tried(task: Task, plan: Plan, micro_batches: int, seed: int) -> tuple[str, 
     tried = [name for name, model in outlines.items() if model is None or not proven(model)]
     if not tried:
         return ()
-    too_large = [n for n in tried if hasattr(outlines[n], "initial") and _size(outlines[n]) > LARGEST]
+    too_large = [n for n in tried if offers(outlines[n], "initial") and _size(outlines[n]) > LARGEST]
     if too_large:
         return (
             f"probe: {too_large[0]} is too large to be tried whole: nothing says that it computes the "
@@ -88,7 +88,7 @@ def _tried(task: Task, plan: Plan, micro_batches: int, seed: int) -> tuple[str, 
 
 def proven(model: nn.Module) -> bool:
     """Has dtrain's own suite tried all of it? A model of somebody else's within a class of ours is not ours."""
-    return is_ours(model) and not hasattr(model, "original")
+    return is_ours(model) and not offers(model, "original")
 
 
 def _size(model: nn.Module | None) -> int:
@@ -106,10 +106,11 @@ def _try(task: Task, plan: Plan, tried: list[str], micro_batches: int, seed: int
         return
     tolerance = TOLERANCES[dtype]
     for name in tried:
-        if hasattr(models[name], "original"):
+        if offers(models[name], "original"):
             _try_original(task, name, models[name], batch, seed, tolerance)
     for model in models.values():
         _move(model)
+    untouched = {name: twin(model) for name, model in models.items()}  # a forward pass may leave things in attributes
     for update in task.updates:
         run = Run(update, models, batch)
         if update.trains not in tried:
@@ -124,7 +125,7 @@ def _try(task: Task, plan: Plan, tried: list[str], micro_batches: int, seed: int
             _try_rows(run, tolerance, again)
             before = _buffers(run.model)
             for strategy in plan.strategies if hasattr(update, "inputs") else ():
-                for rehearsal in strategy.rehearsals(run.model, run.inputs, plan):
+                for rehearsal in strategy.rehearsals(twin(untouched[update.trains]), run.inputs, plan):
                     _compare(rehearsal, run, tolerance)
                     _put(run.model, before)
 
@@ -172,7 +173,7 @@ def _running(task: Task, batch: Batch, seed: int, dtypes: tuple[torch.dtype, ...
         except Exception as error:  # of a user's model: it may fail in any way
             if dtype == dtypes[-1]:
                 names = ", ".join(getattr(task.updates[0], "inputs", ()))
-                parts = any(getattr(m, "original", bool)() for m in models.values())
+                parts = any(m.original() for m in models.values() if offers(m, "original"))  # type: ignore[operator]
                 hint = ": use model.layout=null, with a strategy on dp or fsdp" if parts else ""
                 raise ValueError(
                     f"the model cannot be trained: called with ({names}) of "
@@ -211,7 +212,7 @@ def _draws(run: Run, tolerance: float) -> bool:
     """Do its outputs depend on random numbers, dropout left out?"""
     before, found = _buffers(run.model), []
     for seed in (0, 1):
-        torch.manual_seed(seed)
+        seed_everything(seed)
         found.append(run(EVERYTHING))
         _put(run.model, before)
     return _difference(*found) > tolerance
@@ -251,11 +252,11 @@ def _try_rows(run: Run, tolerance: float, again: bool) -> None:
 def _compare(rehearsal: Rehearsal, run: Run, tolerance: float) -> None:
     name = type(run.model).__name__
     with torch.no_grad():
-        expected = rehearsal.whole(*run.inputs)
         try:
-            found = rehearsal.divided(*run.inputs)
+            found = rehearsal.divided(*run.inputs)  # first: what the whole leaves in attributes is not for its parts
         except Exception as error:
             raise ValueError(f"{name} does not run {rehearsal.what} ({_said(error)}): {rehearsal.hint}") from error
+        expected = rehearsal.whole(*run.inputs)
     if not isinstance(found, Tensor) or found.shape != expected.shape:
         shape = tuple(found.shape) if isinstance(found, Tensor) else type(found).__name__
         raise ValueError(f"{name} {rehearsal.what} gives {shape}, whole {tuple(expected.shape)}: {rehearsal.hint}")

@@ -18,6 +18,7 @@ from torch.optim import Optimizer
 
 from dtrain.batch import evaluating, pieces
 from dtrain.clip import clip
+from dtrain.draw import seed_everything
 from dtrain.layout import StepAware
 from dtrain.optimizer import OPTIMIZER_STATE, named_tensors, put_back, rate
 from dtrain.plan import Plan
@@ -120,7 +121,7 @@ class Trainer:
         mine = self.plan.shard(batch)
         # Dropout draws from (seed, step, part, stage) alone: a resumed run draws the same, and so do ranks that
         # compute the same (along tp, where other masks would let the ranks' activations drift apart).
-        torch.manual_seed(hash((self.settings.seed, step, *self.plan.place)) % 2**63)
+        seed_everything(hash((self.settings.seed, step, *self.plan.place)) % 2**63)
         self._set_rate(step)
         losses: dict[str, float] = {}
         norms: dict[str, float] = {}

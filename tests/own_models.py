@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import random
 from functools import partial
 from typing import Any
 
@@ -330,6 +331,96 @@ class Outside(Plain):
         return super().forward(tokens + VOCAB, positions)
 
 
+class Remembering(Mlp):
+    """Blocks share an object in which the first leaves what it was given."""
+
+    kept: dict[str, Tensor]
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.number == 0:
+            self.kept["x"] = x
+        y = super().forward(x)
+        return y + 0.3 * self.kept["x"] if self.number and "x" in self.kept else y
+
+
+class Shared(Good):
+    def __init__(self) -> None:
+        super().__init__(mlp=Remembering)
+        kept: dict[str, Tensor] = {}
+        for number, block in enumerate(self.blocks):
+            block.mlp.number, block.mlp.kept = number, kept
+
+
+class TiedInAList(Good):
+    """The last module has the embedding, and nobody sees it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.last.held = [self.first]
+        self.last.forward = lambda x: F.linear(self.last.norm(x), self.last.held[0].token.weight)
+
+
+class ByChanceOfOthers(Mlp):
+    """Draws by numpy and by Python in training."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.training:
+            x = x * (1 + 0.5 * numpy.random.rand()) * random.choice((0.8, 1.2))
+        return super().forward(x)
+
+
+class Attribute(Good):
+    """A tensor that is neither a parameter nor a buffer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.angles = torch.from_numpy(numpy.random.default_rng().normal(size=WIDTH))
+
+    def forward(self, tokens: Tensor, positions: Tensor) -> Tensor:
+        return super().forward(tokens, positions) * (1 + self.angles.mean())
+
+
+class Names(Good):
+    """What we call our own is what the author calls something else."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.initial = nn.Parameter(torch.ones(WIDTH))
+        self.original = nn.Linear(WIDTH, WIDTH)
+        self.context = nn.Identity()
+
+    def before_step(self) -> None:
+        raise AssertionError
+
+    def after_step(self) -> None:
+        raise AssertionError
+
+
+class Complex(Good):
+    def __init__(self) -> None:
+        super().__init__()
+        self.turn = nn.Parameter(torch.ones(WIDTH, dtype=torch.complex64))
+
+
+class Normed(Good):
+    def __init__(self) -> None:
+        super().__init__()
+        for block in self.blocks:
+            nn.utils.parametrizations.weight_norm(block.mlp.up)
+
+
+class Listed(Good):
+    layout = Layout(first="first", blocks="blocks", last="last", column="blocks.*.mlp.up", row=("blocks.*.mlp.down",))  # type: ignore[arg-type]
+
+
+class Misspelt(Good):
+    layout = Layout(first="first", blocks="layers", last="last")
+
+
+class ADict(Good):
+    layout = dict(first="first", blocks="blocks", last="last")  # type: ignore[assignment]
+
+
 class OwnModel(NextToken):
     """The task of a user's model."""
 
@@ -359,8 +450,20 @@ MODELS: dict[str, Any] = (
             ByNumpy,
             ByChance,
             Outside,
+            Shared,
+            TiedInAList,
+            Attribute,
+            Names,
+            Complex,
+            Normed,
+            Listed,
+            Misspelt,
+            ADict,
         )
     }
-    | {kind.__name__: partial(Good, mlp=kind) for kind in (Glu, NormBetween, Residual, NormWithin, Gated)}
+    | {
+        kind.__name__: partial(Good, mlp=kind)
+        for kind in (Glu, NormBetween, Residual, NormWithin, Gated, ByChanceOfOthers)
+    }
     | {kind.__name__: partial(Good, kind) for kind in (Windowed, Alibi)}
 )

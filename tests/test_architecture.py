@@ -35,7 +35,7 @@ BELOW = {
     "pictures": set(),
     "durable": set(),
     "saved": {"durable", "records"},
-    "initialize": {"adapt", "batch", "draw"},
+    "initialize": {"adapt", "batch", "draw", "layout"},
     "adapt": {"layout"},
     "rehearsal": {"layout"},
     "probe": {"batch", "draw", "initialize", "layout", "rehearsal"},
@@ -47,8 +47,8 @@ BELOW = {
     "checkpoint": {"durable", "launch", "optimizer", "saved"},
     "degrees": {"layout", "strategy.base"},
     "clip": {"plan", "strategy.base"},
-    "plan": {"accumulate", "batch", "degrees", "fingerprint", "initialize", "layout", "precision", "stepping", "strategy.base"},
-    "train": {"batch", "clip", "layout", "optimizer", "plan", "presence", "task.base"},
+    "plan": {"accumulate", "batch", "degrees", "draw", "fingerprint", "initialize", "layout", "precision", "stepping", "strategy.base"},
+    "train": {"batch", "clip", "draw", "layout", "optimizer", "plan", "presence", "task.base"},
     "notes": set(),
     "hang": {"notes", "plan", "train"},
     "profile": {"cost", "launch", "measure", "plan", "schedule", "strategy", "train"},
@@ -74,7 +74,7 @@ BELOW = {
     "override": set(),
     "aliases": set(),
 }  # fmt: skip
-LARGEST_FILE, LARGEST_FUNCTION, PACKAGE_LINES = 400, 45, 19_500
+LARGEST_FILE, LARGEST_FUNCTION, PACKAGE_LINES = 400, 45, 19_800
 
 
 def name_of(file: Path) -> str:

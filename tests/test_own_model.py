@@ -72,6 +72,14 @@ REFUSED = {
     ("InstanceNormed", "allreduce"): "instance norm with running statistics",
     ("Branching", "allreduce"): "rows of a batch are not computed apart",
     ("Outside", "single"): "the model cannot be trained: .*IndexError",
+    ("Shared", "1f1b"): "in 2 stages computes something else",
+    ("TiedInAList", "1f1b"): "one of them uses first.token.weight, which another has",
+    ("Complex", "zero1"): "turn of Complex is complex, and zero1 joins weights in one format: use strategy=ddp",
+    ("Complex", "fsdp"): "turn of Complex is complex, and fsdp",
+    ("Normed", "tensor"): r"blocks.0.mlp.up of Normed computes its weight of others .nn.utils.parametrize",
+    ("Listed", "tensor"): r"layout.column of Listed is 'blocks.\*.mlp.up': write names in a tuple",
+    ("Misspelt", "1f1b"): "layout.blocks of Misspelt names 'layers', and there is no such module: it has first",
+    ("ADict", "1f1b"): "the layout of ADict is a dict: write Layout",
 }
 ACCEPTED = [("Good", s) for s in ALL] + [
     ("Windowed", "ulysses"),
@@ -82,6 +90,11 @@ ACCEPTED = [("Good", s) for s in ALL] + [
     ("Asleep", "allreduce"),
     ("ByNumpy", "allreduce"),
     ("Scaled", "tensor"),
+    *(("Names", strategy) for strategy in ("single", "fsdp", "allreduce")),
+    ("Complex", "ddp"),
+    ("Normed", "fsdp"),
+    ("Shared", "fsdp"),
+    ("TiedInAList", "allreduce"),
 ]
 
 
@@ -156,6 +169,26 @@ def test_weights_that_no_seed_decides_are_refused_on_every_rank(world) -> None:
     assert said[0] == said[1] and said[0].startswith(
         "last.out.weight of ByChance begins with other values on rank 1 than on rank 0"
     )
+
+
+def test_tensors_that_no_seed_decides_are_refused_too(world) -> None:
+    said = world(2).run(refused_in_a_world, "Attribute")
+    assert said[0] == said[1] and said[0].startswith("angles of Attribute begins with other values on rank 1")
+
+
+def test_what_draws_by_python_and_numpy_draws_the_same_when_computed_again(one_rank) -> None:
+    """And when a run goes on: a step draws by the seed and its number alone."""
+    found = []
+    for recompute, first in ((False, 0), (True, 0), (False, 1)):
+        case = Case(
+            "own", "single", "fp64", steps=3, recompute=recompute, model=(("make", MODELS["ByChanceOfOthers"]),)
+        )
+        with mock.patch.dict(TASKS, own=OwnModel):
+            made = trainer(case, 1)
+        random.seed(first), numpy.random.seed(first)
+        steps = list(made.steps())
+        found.append([(step.loss, step.grad_norm) for step in steps])
+    assert found[1] == found[0] and found[2] == found[0] and len({loss for loss, _ in found[0]}) == 3
 
 
 def test_weights_by_numpy_are_those_of_the_seed() -> None:

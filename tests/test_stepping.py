@@ -116,6 +116,41 @@ class ByAll(Own):
         parameter.sub_(parameter.grad, alpha=group["lr"] / self.whole)
 
 
+class Lookahead(Own):
+    """Every so many steps weights go back half the way, as a count in the group says."""
+
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
+        for group in self.param_groups:
+            group["counter"] = group.get("counter", 0) + 1
+        super().step()
+
+    def move(self, parameter: Tensor, state: dict[str, Any], group: dict[str, Any]) -> None:
+        state.setdefault("slow", parameter.clone())
+        parameter.sub_(parameter.grad, alpha=group["lr"])
+        if group["counter"] % 100 == 0:
+            parameter.lerp_(state["slow"], 0.5)
+
+
+class Late(Own):
+    """From its fifth step on by the norm of the gradient, as Shampoo begins."""
+
+    def move(self, parameter: Tensor, state: dict[str, Any], group: dict[str, Any]) -> None:
+        state["step"] = state.get("step", 0) + 1
+        scale = parameter.grad.norm() if state["step"] > 5 else 1.0
+        parameter.sub_(parameter.grad / scale, alpha=group["lr"])
+
+
+class Large(Own):
+    """Rounds the gradients of what is large enough, by blocks, as optimizers with 8 bits do."""
+
+    def move(self, parameter: Tensor, state: dict[str, Any], group: dict[str, Any]) -> None:
+        gradient = parameter.grad.flatten()
+        if gradient.numel() >= 4096:
+            most = torch.cat([each.abs().max().expand(len(each)) for each in gradient.split(256)])
+            gradient = (gradient / most * 127).round() * most / 127
+        parameter.sub_(gradient.view_as(parameter), alpha=group["lr"])
+
+
 class Noisy(Own):
     def move(self, parameter: Tensor, state: dict[str, Any], group: dict[str, Any]) -> None:
         parameter.sub_(parameter.grad + torch.randn_like(parameter), alpha=group["lr"])
@@ -181,10 +216,12 @@ def test_what_takes_each_element_by_itself_goes_with_every_strategy(name: str) -
             {*STEPPED} - {"zero1", "pipeline", "servers"},
         ),
         (of(ByRows), {"tensor", "deepspeed"}),
+        (of(Late), {*STEPPED} - {"zero1", "pipeline", "servers"}),
+        (of(Large), {*STEPPED} - {"zero1", "pipeline", "servers"}),
         (of(ByAll), {*STEPPED}),
         (of(Noisy), {*EVERY}),
     ],
-    ids=["norm", "adafactor", "muon", "muon of matrices alone", "rows", "all", "noise"],
+    ids=["norm", "adafactor", "muon", "muon of matrices alone", "rows", "late", "large", "all", "noise"],
 )
 def test_what_compares_elements_is_refused_where_it_would_get_parts(make: Make, refused: set[str]) -> None:
     said = {strategy: refusal(make, strategy) for strategy in ["", *EVERY]}
@@ -197,12 +234,13 @@ def test_what_compares_elements_is_refused_where_it_would_get_parts(make: Make, 
     ("make", "why"),
     [
         (of(InItsGroup), "cannot go on from a checkpoint"),
-        (of(ByItself), "cannot go on from a checkpoint"),
+        (of(ByItself), "counts steps in its count"),
+        (of(Lookahead), "counts steps in 'counter' of group 0"),
         (of(Remembering), "keeps a list as 'history'"),
         (lambda model: torch.optim.LBFGS(model.parameters()), "closure"),
         (of(torch.optim.SparseAdam), "cannot step here"),
     ],
-    ids=["in its group", "by itself", "a list", "a closure", "sparse"],
+    ids=["in its group", "by itself", "lookahead", "a list", "a closure", "sparse"],
 )
 def test_what_cannot_be_resumed_or_stepped_is_refused(make: Make, why: str) -> None:
     with pytest.raises(ValueError, match=why):

@@ -16,12 +16,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from dtrain.layout import Layout
+from dtrain.layout import Layout, StepAware
 
 GROUPS = 8  # of channels that are normalised together
 
 
-class Spectral(nn.Module):
+class Spectral(StepAware, nn.Module):
     """A layer whose weights, as a matrix, are divided by their largest singular value (Miyato et al. 2018, 1802.05957).
 
     Power iteration goes on once a step, however many forward passes that has: so micro-batches change nothing.

@@ -22,6 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import BackwardCFunction, Function, FunctionCtx
 
+from dtrain.layout import StepAware
 from dtrain.model.block import ACTIVATIONS, INITIAL_STD
 
 BALANCES = ("none", "loss", "bias")
@@ -59,7 +60,7 @@ class Experts(nn.Module):
         return F.linear(hidden, down)
 
 
-class MoE(nn.Module):
+class MoE(StepAware, nn.Module):
     """Experts in place of a block's feed-forward layer.
 
     A token's output is the sum of its experts' outputs by their probabilities, which are divided by their sum;

@@ -23,7 +23,7 @@ from torch.distributed.tensor.placement_types import _StridedShard
 
 from dtrain.cost import Message, message
 from dtrain.footprint import FORWARD, FREE, Footprint
-from dtrain.layout import blocks_of
+from dtrain.layout import blocks_of, refuse_complex
 from dtrain.stepping import ROWS
 from dtrain.strategy.base import REST, Strategy, local
 from dtrain.strategy.replicate import Replicate, fsdp_module, kept_gathered, reshard
@@ -69,6 +69,7 @@ class FSDP(Strategy):
 
     def check_model(self, model: nn.Module, plan: Plan) -> None:
         refuse_sharing(model, "fsdp")
+        refuse_complex(model, "fsdp")
 
     def parallelize(self, model: nn.Module, plan: Plan) -> nn.Module:
         settings: dict[str, Any] = {

@@ -34,7 +34,7 @@ from dtrain.batch import Models, pieces
 from dtrain.cost import Message, message
 from dtrain.footprint import Footprint, Kept
 from dtrain.layout import Absent, layout_of, shared_names
-from dtrain.rehearsal import Rehearsal, twin
+from dtrain.rehearsal import Rehearsal, refuse_foreign, twin
 from dtrain.schedule import passes_of_stages
 from dtrain.stages import Flow, keep_name, split_evenly, sum_ends
 from dtrain.stepping import APART
@@ -180,9 +180,14 @@ class Pipeline(Strategy):
         counts = self.split or split_evenly(model, self.stages)
         names = list(inspect.signature(model.forward).parameters)[1:]
 
+        pieces = [self._piece(twin(model), stage, counts) for stage in range(self.stages)]
+
         def staged(x: Tensor, *others: Tensor) -> Tensor:
-            for stage in range(self.stages):
-                x = self._piece(twin(model), stage, counts)(x, **dict(zip(names, others, strict=False)))
+            for piece in pieces:
+                with torch.enable_grad():
+                    x = piece(x, **dict(zip(names, others, strict=False)))
+                refuse_foreign(piece, x, model)
+                x = x.detach()
             return x
 
         def outlined(*inputs: Tensor) -> Tensor:

@@ -37,6 +37,7 @@ from torch.distributed.tensor.parallel import (
     loss_parallel,
     parallelize_module,
 )
+from torch.nn.utils.parametrize import is_parametrized
 
 from dtrain.batch import pieces
 from dtrain.cost import Message, all_reduce_each, message
@@ -97,6 +98,10 @@ class TensorParallel(Strategy):
         for size in layout.sizes:
             if (number := getattr(model, size, None)) and number % n:
                 raise ValueError(f"{size}={number} is not divisible by tp={n}: use {divisors(number)}")
+        for path, layer in modules_at(model, (*layout.column, *layout.row, *layout.vocabulary)):
+            if is_parametrized(layer):
+                raise ValueError(f"{path} of {name} computes its weight of others (nn.utils.parametrize), of which "
+                                 f"no slice is a rank's: use a strategy on dp or fsdp")  # fmt: skip
         for path, layer in modules_at(model, layout.column):
             if isinstance(layer, nn.Linear) and layer.out_features % n:
                 raise ValueError(f"the {layer.out_features} outputs of {name}'s {path} are not divisible by tp={n}: "

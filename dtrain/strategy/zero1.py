@@ -25,6 +25,7 @@ from torch.optim import Optimizer
 
 from dtrain.cost import Message, message
 from dtrain.footprint import Footprint, Weight
+from dtrain.layout import refuse_complex
 from dtrain.stepping import APART
 from dtrain.strategy.allreduce import AllReduce
 from dtrain.strategy.base import local
@@ -43,6 +44,10 @@ class Zero1(AllReduce):
     """
 
     stepped = (APART,)
+
+    def check_model(self, model: nn.Module, plan: Plan) -> None:
+        super().check_model(model, plan)
+        refuse_complex(model, "zero1")
 
     def optimizer(self, optimizer: Optimizer, model: nn.Module, plan: Plan) -> Optimizer:
         group, rank = plan.mesh[self.axis].get_group(), plan.mesh[self.axis].get_local_rank()
