@@ -396,6 +396,12 @@ class Names(Good):
         raise AssertionError
 
 
+class Scalar(Good):
+    def __init__(self) -> None:
+        super().__init__()
+        self.scale = nn.Parameter(torch.ones(()))
+
+
 class Complex(Good):
     def __init__(self) -> None:
         super().__init__()
@@ -454,6 +460,7 @@ MODELS: dict[str, Any] = (
             TiedInAList,
             Attribute,
             Names,
+            Scalar,
             Complex,
             Normed,
             Listed,

@@ -76,6 +76,7 @@ REFUSED = {
     ("TiedInAList", "1f1b"): "one of them uses first.token.weight, which another has",
     ("Complex", "zero1"): "turn of Complex is complex, and zero1 joins weights in one format: use strategy=ddp",
     ("Complex", "fsdp"): "turn of Complex is complex, and fsdp",
+    ("Scalar", "fsdp"): r"scale of Scalar is a single number, and fsdp divides by rows: give it the shape \(1,\)",
     ("Normed", "tensor"): r"blocks.0.mlp.up of Normed computes its weight of others .nn.utils.parametrize",
     ("Listed", "tensor"): r"layout.column of Listed is 'blocks.\*.mlp.up': write names in a tuple",
     ("Misspelt", "1f1b"): "layout.blocks of Misspelt names 'layers', and there is no such module: it has first",

@@ -6,6 +6,7 @@ One table holds them all; a test reads the sources and finds what the table lack
 from __future__ import annotations
 
 import ast
+import math
 import sys
 import traceback
 from collections.abc import Callable, Iterator
@@ -24,6 +25,7 @@ from cases import GAN, MLP, NextToken
 from hydra import compose, initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
 from omegaconf import OmegaConf
+from own_models import MODELS
 from torch import Tensor, nn
 
 import dtrain
@@ -64,6 +66,7 @@ from dtrain.strategy.parameter_server import ParameterServer
 from dtrain.strategy.pipeline import Pipeline
 from dtrain.strategy.replicate import Replicate
 from dtrain.strategy.tensor import TensorParallel
+from dtrain.strategy.zero1 import Zero1
 from dtrain.task.base import Sizes, Task
 from dtrain.train import NonFinite
 
@@ -303,6 +306,10 @@ class Refusal:
     option: str
     value: str
     remedy: str
+
+
+def own(model: str, *strategies: Strategy) -> None:
+    Plan.of(list(strategies), 2 if strategies else 1).check_model(MODELS[model]())
 
 
 REFUSALS = {
@@ -846,6 +853,34 @@ REFUSALS = {
     "too much": Refusal(
         lambda: run("schedule.final_ratio=1.5"), "schedule.final_ratio", "=1.5", "at most 1"
     ),
+    "a number that is none": Refusal(
+        lambda: make({"_target_": "torch.optim.AdamW", "lr": math.inf}, torch.optim.Optimizer, "optimizer", params=[]),
+        "optimizer.lr", "=inf", "a finite number",
+    ),
+    "a size beyond all": Refusal(
+        lambda: make({"_target_": "torch.nn.Linear", "in_features": 10**30, "out_features": 1}, nn.Module, "model"),
+        "model.in_features", f"={10**30}", "larger than 1,000,000,000,000",
+    ),
+    "a range of no number": Refusal(
+        lambda: run("launch.timeout_s=inf"), "launch.timeout_s", "=inf", "a finite number"
+    ),
+    # a layout
+    "a layout that is none": Refusal(lambda: own("ADict"), "layout of ADict", "a dict", "write Layout(…)"),
+    "names in no tuple": Refusal(
+        lambda: own("Listed"), "layout.column of Listed", "'blocks.*.mlp.up'", "in a tuple"
+    ),
+    "a name of nothing": Refusal(
+        lambda: own("Misspelt"), "layout.blocks of Misspelt", "'layers'", "it has first"
+    ),
+    "complex weights": Refusal(
+        lambda: own("Complex", Zero1()), "turn of Complex", "zero1", "use strategy=ddp"
+    ),
+    "a single number": Refusal(
+        lambda: own("Scalar", FSDP()), "scale of Scalar", "fsdp", "the shape (1,)"
+    ),
+    "a weight of others": Refusal(
+        lambda: own("Normed", TensorParallel()), "blocks.0.mlp.up of Normed", "parametrize", "use a strategy on dp"
+    ),
     # a run
     "no compiler": Refusal(
         without_compilers, "compile", "=true", "there is none of " + ", ".join(COMPILERS)
@@ -964,9 +999,9 @@ def test_every_option_with_a_range_is_held_to_it(comparison: Any) -> None:
 
 def test_what_is_no_number_is_in_no_range(comparison: Any) -> None:
     for name, bound in {
-        "schedule.final_ratio": "at least",
+        "schedule.final_ratio": "a finite number",
         "clip_norm": "more than",
-        "straggler.factor": "at least",
+        "straggler.factor": "a finite number",
     }.items():
         config = deepcopy(comparison)
         OmegaConf.update(config, name, float("nan"))

@@ -70,6 +70,10 @@ class FSDP(Strategy):
     def check_model(self, model: nn.Module, plan: Plan) -> None:
         refuse_sharing(model, "fsdp")
         refuse_complex(model, "fsdp")
+        for name, parameter in model.named_parameters():
+            if not parameter.ndim:
+                raise ValueError(f"{name} of {type(model).__name__} is a single number, and fsdp divides by rows: "
+                                 f"give it the shape (1,), or use strategy=ddp, allreduce or zero1")  # fmt: skip
 
     def parallelize(self, model: nn.Module, plan: Plan) -> nn.Module:
         settings: dict[str, Any] = {
