@@ -34,7 +34,7 @@ TOLD = {
 }
 # Some optimizers treat small weights in another way than large ones, and count what they deem small by a rank's part.
 SHAPES = ((160, 144), (66, 66), (45, 50), (96,))
-STEPS, RESUMED_AFTER, PARTS = 24, 7, 2  # some do something else every few steps, or from some step on
+STEPS, FEW, RESUMED_AFTER, PARTS = 24, 4, 7, 2  # some do something else every few steps, or from some step on
 TOLERANCE = 1e-9  # relative, in fp64
 Make = Callable[[nn.Module], Optimizer]
 
@@ -70,6 +70,9 @@ def check_optimizer(make: Make, stepped: Mapping[str, str], several: bool) -> No
             kind = type(make(Weights(drawn[0])))
         name, (start, *gradients) = kind.__name__, drawn
         expected = _whole(make, start, gradients, name, seed=0)
+        if not all(weight.isfinite().all() for weight in expected):  # it diverges, of which the run will tell
+            gradients = gradients[:FEW]
+            expected = _whole(make, start, gradients, name, seed=0)
         _compare(
             expected,
             _resumed(make, start, gradients, name),
@@ -114,10 +117,11 @@ def _resumed(make: Make, start: list[Tensor], gradients: list[list[Tensor]], nam
     model = Weights(start)
     optimizer = make(model)
     before = _besides(optimizer)
-    for place, each in enumerate(gradients[:RESUMED_AFTER]):
+    after = min(RESUMED_AFTER, len(gradients) - 1)
+    for place, each in enumerate(gradients[:after]):
         _step(optimizer, model.all, each, seed=place)
     told = {key: n - before.get(key, 0) for key, n in _besides(optimizer).items()}
-    if counts := [key for key, more in told.items() if more > 0 and more % RESUMED_AFTER == 0]:
+    if counts := [key for key, more in told.items() if more > 0 and more % after == 0]:
         raise ValueError(f"optimizer {name} cannot go on from a checkpoint, which has what it keeps of each weight: it "
                          f"counts steps in {counts[0]} too; use another, such as AdamW")  # fmt: skip
     kept = {key: tensor.clone() for key, tensor in named_tensors(model, optimizer).items()}
@@ -131,7 +135,7 @@ def _resumed(make: Make, start: list[Tensor], gradients: list[list[Tensor]], nam
         for key, tensor in tensors.items():
             tensor.copy_(kept[key])
     put_back(resumed, optimizer, tensors)
-    for place, each in enumerate(gradients[RESUMED_AFTER:], RESUMED_AFTER):
+    for place, each in enumerate(gradients[after:], after):
         _step(optimizer, resumed.all, each, seed=place)
     return [p.detach() for p in resumed.all]
 

@@ -358,3 +358,24 @@ def test_no_setting_is_left_out() -> None:
     groups = ("dtype", "precision", "optimizer", "model", "data")
     assert {key for key in REACHES if key.split(".")[0] not in groups} | set(SEEN_BY) == keys
     assert not REACHES.keys() & SEEN_BY.keys()
+
+
+class Kept(nn.Module):
+    """Keeps what it is given."""
+
+    def __init__(self, text: str, parts: list[Any], **more: Any) -> None:
+        super().__init__()
+        self.given = text, parts, more
+
+
+def test_what_was_checked_is_built_as_it_stands() -> None:
+    """A text that looks like an interpolation, or a class within it, is a text."""
+    text, parts = "${oc.env:HOME}", ["${now:%Y}", {"a": "${x}", "b": r"\${y}"}, "{_target_: builtins.print}"]
+    node = {"_target_": "test_configs.Kept", "text": text, "parts": parts, "more": {"c": None}}
+    assert make(node, nn.Module, "model").given == (text, parts, {"more": {"c": None}})
+    within = {"_target_": "torch.nn.Linear", "in_features": 2, "out_features": 3}
+    node = {"_target_": "torch.nn.Sequential", "_args_": [within, {**within, "in_features": 3}]}
+    assert [layer.in_features for layer in make(node, nn.Module, "model", parts=(nn.Module,))] == [2, 3]
+    made = make({"_target_": "test_configs.Kept", "text": "", "parts": [{**within, "_partial_": True}]}, nn.Module, "model",
+                parts=(nn.Module,))  # fmt: skip
+    assert made.given[1][0]().out_features == 3

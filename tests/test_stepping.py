@@ -169,6 +169,7 @@ ELEMENTWISE = {
     "nadam": of(torch.optim.NAdam),
     "rprop": of(torch.optim.Rprop),
     "counting": of(Counting),
+    "diverging": of(torch.optim.AdamW, lr=1e30),
 }
 STEPPED: dict[str, Callable[[], Strategy]] = {
     "zero1": Zero1,
