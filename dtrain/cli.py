@@ -37,7 +37,7 @@ from dtrain.precision import Precision
 from dtrain.report.console import show
 from dtrain.report.sweep import Told, show_job, show_sweep
 from dtrain.run import run
-from dtrain.streams import keep_open
+from dtrain.streams import keep_open, shown
 
 # What a script does at a word, before there is a configuration: `python scripts/info.py capabilities`.
 WORDS = {"info": {"capabilities": ("dtrain.capabilities", "show"), "readme": ("dtrain.capabilities", "write")}}
@@ -317,7 +317,7 @@ def _exit(line: str, status: int) -> NoReturn:
     rank = int(told) if (told := os.environ.get("RANK", "")).isdecimal() else 0
     if os.environ.get("DTRAIN_TRACEBACK"):
         traceback.print_exc()
-    leave_words(line)
+    leave_words(line := shown(line))
     if rank:
         time.sleep(GRACE_S)
     print(f"dtrain: {f'rank {rank}: ' if rank else ''}{line}", file=sys.stderr, flush=True)

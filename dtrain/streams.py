@@ -6,9 +6,17 @@ import errno
 import io
 import os
 import sys
+import unicodedata
 from typing import Any
 
+HIDDEN = ("Cc", "Cf", "Cs", "Co", "Cn", "Zl", "Zp")  # kinds of characters, as Unicode has them
 GONE = (errno.EPIPE, errno.EIO, errno.EBADF)  # a pipe (`| head`), a terminal, a file that its reader has closed
+
+
+def shown(text: str) -> str:
+    """A text for a terminal or a page: what would steer them (escape sequences, bells, other directions) is written
+    out. It may be the name of somebody's file or column."""
+    return "".join(c if c in "\n\t" or unicodedata.category(c) not in HIDDEN else ascii(c)[1:-1] for c in text)
 
 
 def keep_open() -> None:

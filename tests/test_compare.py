@@ -14,6 +14,7 @@ import time
 from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import pytest
@@ -245,14 +246,39 @@ def test_results_come_back_as_they_were_written(tmp_path: Path) -> None:
     assert table[0].split(",")[1:-2] == list(FIGURES) and len(table) == 4
     for broken, said in (
         ('{"schema": 99}', "has schema 99, this version reads 1"),
-        ("[", "is no JSON"),
-        ("[]", "schema None"),
+        ("[", "is not readable"),
+        ("[]", "holds no JSON object"),
+        ('{"schema": 1}', "is not as scripts/compare.py writes it: KeyError: 'rows'"),
+        ('{"schema": 1, "rows": [3]}', "is not as scripts/compare.py writes it"),
+        ("[" * 100_000, "nested too deep"),
     ):
         (tmp_path / "results.json").write_text(broken)
         with pytest.raises(ValueError, match=said):
             read(tmp_path)
     with pytest.raises(ValueError, match="has no results.json"):
         read(tmp_path / "nowhere")
+
+
+@given(drawn=st.data())
+def test_whatever_stands_in_results_is_read_or_refused_in_a_line(drawn: st.DataObject) -> None:
+    """One value of a good file, wherever it stands, is another one, or gone; control characters come as text."""
+    with TemporaryDirectory() as folder:
+        results(row("single"), row("ddp")).write(Path(folder))
+        found = json.loads((Path(folder) / "results.json").read_text())
+        node = found
+        while isinstance(node, dict | list) and node:
+            key = drawn.draw(st.sampled_from(sorted(node) if isinstance(node, dict) else range(len(node))))
+            if not (isinstance(node[key], dict | list) and node[key] and drawn.draw(st.booleans())):
+                node[key] = drawn.draw(st.sampled_from([None, 3, -1.5, True, "text\x1b[2J", [], {}, [1], {"a": None}]))
+                break
+            node = node[key]
+        (Path(folder) / "results.json").write_text(json.dumps(found))
+        try:
+            made = read(Path(folder))
+        except ValueError as error:
+            assert "\n" not in str(error) and "\x1b" not in str(error)
+        else:
+            assert "\x1b" not in str(vars(made)).replace("\\x1b", "")
 
 
 @pytest.mark.parametrize(

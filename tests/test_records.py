@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 from pathlib import Path
 
 import pytest
@@ -12,6 +13,7 @@ from dtrain import records
 from dtrain.compare.results import Results, Row, read
 from dtrain.report.base import Run
 from dtrain.report.files import Files
+from dtrain.streams import shown
 
 VALUES = {
     "nan": math.nan,
@@ -79,3 +81,38 @@ def test_a_torn_line_does_not_keep_a_run_from_going_on(case: str, tmp_path: Path
     found = [json.loads(line) for line in file.read_text().splitlines()]
     assert [(line["step"], line["loss"]) for line in found] == [(1, 0.1), (2, 0.2), (3, 0.3), (4, 0.5)]
     assert [p.name for p in tmp_path.iterdir()] == ["metrics.jsonl"]
+
+
+HOSTILE = "a\x1b]0;owned\x07b\x9bc\u202ed\u200be\x7f\r"
+
+
+def test_what_would_steer_a_terminal_is_written_out() -> None:
+    """And nothing else: letters of all the world, blanks and line ends stay."""
+    assert shown(HOSTILE) == r"a\x1b]0;owned\x07b\x9bc\u202ed\u200be\x7f\r"
+    plain = "größer 日本語 नमस्ते 😀\u3000\u00a0\ttab\nline \\x1b"
+    assert shown(plain) == plain
+
+
+@pytest.mark.parametrize(
+    "text", ["[" * 200_000, '{"a":' * 100 + "1" + "}" * 100, "{", '"' + "\\ud800" + '"x', "9" * 5000, ""]
+)
+def test_no_file_ends_in_anything_but_a_line(text: str, tmp_path: Path) -> None:
+    (tmp_path / "a.json").write_text(text)
+    with pytest.raises(ValueError, match=r"a\.json (is not readable|holds no)") as found:
+        records.read(tmp_path / "a.json")
+    assert "\n" not in str(found.value)
+
+
+def test_only_files_are_read_and_none_that_is_larger_than_any_of_ours(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    for place, said in (
+        (tmp_path, "no regular file"),
+        (tmp_path / "pipe", "no regular file"),
+        (Path("/dev/zero"), "no regular"),
+    ):
+        with pytest.raises(ValueError, match=said):
+            records.read(place)
+    with (tmp_path / "large").open("wb") as file:
+        file.truncate(records.LARGEST + 1)
+    with pytest.raises(ValueError, match="67,108,865 bytes: more than any such file"):
+        records.read(tmp_path / "large")

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import csv
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field
 from itertools import accumulate
 from pathlib import Path
 from statistics import mean, median
-from typing import Any
+from typing import Any, get_type_hints
 
 from dtrain import records
+from dtrain.constructor import misfit
 from dtrain.cost import Message
+from dtrain.streams import shown
 
 SCHEMA = 1
 FILE = "results.json"
@@ -240,15 +242,30 @@ def read(folder: Path) -> Results:
     """
     file = folder / FILE if folder.is_dir() else folder
     try:
-        found = records.loads(file.read_text())
+        found = _shown(records.read(file))
     except OSError:
         raise ValueError(f"{folder} has no {FILE}: give a folder that scripts/compare.py has written") from None
-    except ValueError as error:
-        raise ValueError(f"{file} is no JSON: {error}") from None
-    if not isinstance(found, dict) or found.get("schema") != SCHEMA:
-        seen = found.get("schema") if isinstance(found, dict) else None
-        raise ValueError(f"{file} has schema {seen}, this version reads {SCHEMA}: make it again")
-    known = {each.name for each in fields(Row)}
-    found = {key: value for key, value in found.items() if key in {each.name for each in fields(Results)}}
-    found["rows"] = [Row(**{key: value for key, value in row.items() if key in known}) for row in found["rows"]]
-    return Results(**found)
+    if found.get("schema") != SCHEMA:
+        raise ValueError(f"{file} has schema {found.get('schema')}, this version reads {SCHEMA}: make it again")
+    try:
+        rows = [_made(Row, row, f"{file}: row {number}") for number, row in enumerate(found.pop("rows"))]
+        return _made(Results, {**found, "rows": rows}, str(file))
+    except (AttributeError, KeyError, TypeError) as error:
+        raise ValueError(f"{file} is not as scripts/compare.py writes it: {type(error).__name__}: {error}") from None
+
+
+def _made(kind: Any, given: dict[str, Any], where: str) -> Any:
+    hints = get_type_hints(kind)
+    for key, value in given.items():
+        if wanted := misfit(value, hints.get(key, object)):
+            raise ValueError(f"{where}: {key}={str(value)[:40]} must be {wanted}")
+    return kind(**{key: value for key, value in given.items() if key in hints})
+
+
+def _shown(value: Any) -> Any:
+    """Somebody else's texts, fit to be shown; and numbers that are written as words."""
+    if isinstance(value, dict):
+        return {shown(key): _shown(each) for key, each in value.items()}
+    if isinstance(value, list):
+        return [_shown(each) for each in value]
+    return records.WORDS.get(value, shown(value)) if isinstance(value, str) else value

@@ -16,6 +16,7 @@ from dtrain.measure.timeline import Span
 from dtrain.measure.units import MB, size
 from dtrain.report import instruments
 from dtrain.report.base import Logger, Run
+from dtrain.streams import shown
 
 LINES = 10  # how many lines a run prints where there is no terminal
 
@@ -33,7 +34,7 @@ class Console(Logger):
         self._terminal.print(f"[bold]{run.strategy}[/bold] on {run.world_size} "
                              f"{'rank' if run.world_size == 1 else 'ranks'} ({mesh})", soft_wrap=True)  # fmt: skip
         for fact in (*run.facts, f"folder: {run.folder}"):
-            self._terminal.print(f"  {fact}", soft_wrap=True, markup=False)
+            self._terminal.print(f"  {shown(fact)}", soft_wrap=True, markup=False)
         self._first, self._last = run.first_step + 1, run.steps
         self._every = max(1, (run.steps - run.first_step) // LINES)
         if self._terminal.is_terminal:
@@ -84,7 +85,7 @@ class Console(Logger):
             self._progress = None
 
     def _print(self, text: str) -> None:
-        (self._progress.console if self._progress else self._terminal).print(text, soft_wrap=True, markup=False)
+        (self._progress.console if self._progress else self._terminal).print(shown(text), soft_wrap=True, markup=False)
 
 
 @contextmanager
