@@ -34,7 +34,7 @@ TOLD = {
 }
 # Some optimizers treat small weights in another way than large ones, and count what they deem small by a rank's part.
 SHAPES = ((160, 144), (66, 66), (45, 50), (96,))
-STEPS, FEW, RESUMED_AFTER, PARTS = 24, 4, 7, 2  # some do something else every few steps, or from some step on
+STEPS, FEW, RESUMED_AFTER, PARTS = 12, 4, 5, 2  # some do something else every few steps, or from some step on
 TOLERANCE = 1e-9  # relative, in fp64
 Make = Callable[[nn.Module], Optimizer]
 
