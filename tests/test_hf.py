@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -243,3 +244,17 @@ def test_an_encoder_gives_their_logits_however_long_its_row_is(kind: str, tmp_pa
             expected = theirs(tokens[:, :length]).logits
             torch.testing.assert_close(ours(padded)[:, :length], expected)
     assert (ours.vocab_size, ours.context) == (VOCAB, CONTEXT)
+
+
+def test_code_that_comes_with_a_models_files_is_not_run(tmp_path: Path) -> None:
+    """Neither asked for, nor by what the folder itself says; nobody is asked at the terminal."""
+    (tmp_path / "evil.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')\n" + "class Evil: pass\n" * 2)
+    (tmp_path / "config.json").write_text(json.dumps(GPT2 | {"model_type": "evil", "architectures": ["Evil"], "auto_map": {
+        "AutoConfig": "evil.Evil", "AutoModelForCausalLM": "evil.Evil"}}))  # fmt: skip
+    with pytest.raises(ValueError, match=f"model.name_or_path={tmp_path}: ") as found:
+        HuggingFace(str(tmp_path))
+    assert "\n" not in str(found.value)
+    for key in ("trust_remote_code", "auto_map"):
+        with pytest.raises(ValueError, match=f"model.config.{key}=.*code that comes with a model's files is not run"):
+            HuggingFace(str(tmp_path), config={key: True})
+    assert not (tmp_path / "ran").exists()

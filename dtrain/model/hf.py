@@ -21,6 +21,12 @@ from dtrain.model.transformer import Head
 ATTENTION = "dtrain"  # our name among transformers' attention functions
 PARTS = {"token", "blocks", "norm", "head", "attention"}  # that a layout must tell
 OPTIONAL = {"position", "dropout", "rotary", "column", "row", "fused"}
+CODE = {
+    "trust_remote_code",
+    "auto_map",
+    "code_revision",
+    "custom_pipelines",
+}  # by which a folder's code would run
 WEIGHTS = ("*.safetensors", "*.bin")
 
 
@@ -152,8 +158,11 @@ def _config(name_or_path: str, settings: dict[str, Any]) -> Any:
 
     logging.set_verbosity_error()
     logging.disable_progress_bar()
+    if code := sorted(CODE & settings.keys()):
+        raise ValueError(f"model.config.{code[0]}={settings[code[0]]}: code that comes with a model's files is not run "
+                         f"here: choose a model that transformers has itself")  # fmt: skip
     try:
-        return AutoConfig.from_pretrained(name_or_path, **settings)
+        return AutoConfig.from_pretrained(name_or_path, trust_remote_code=False, **settings)
     except (OSError, ValueError) as error:
         raise ValueError(f"model.name_or_path={name_or_path}: {str(error).strip().splitlines()[0]}") from None
 
@@ -180,11 +189,14 @@ def _model(
                 attn_implementation=attention,
                 output_loading_info=True,
                 ignore_mismatched_sizes="TokenClassification" in kind,
+                trust_remote_code=False,
             )
             new = sorted({*told["missing_keys"], *(str(each[0]) for each in told["mismatched_keys"])})
             taken = len(model.state_dict()) - len(new)
             return model.train(), f"weights of {name_or_path}: {taken} tensors; new: {', '.join(new) or 'none'}"
-        model = getattr(transformers, kind).from_config(config, dtype=torch.float32, attn_implementation=attention)
+        model = getattr(transformers, kind).from_config(
+            config, dtype=torch.float32, attn_implementation=attention, trust_remote_code=False
+        )
         return model.train(), f"weights drawn for {name_or_path}"
     except (OSError, ValueError) as error:
         if attention == "sdpa" and "scaled_dot_product_attention" in str(error):  # Gemma 2 knows none
