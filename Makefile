@@ -15,7 +15,7 @@ test: $(VENV)/.test
 	$(VENV)/bin/pytest -n $(WORKERS) $(PYTEST)
 
 test-times:
-	PYTEST='--times-into $(CURDIR)/CONTRIBUTING.md' bash .ci/run
+	PYTEST='--times-into=$(CURDIR)/CONTRIBUTING.md' bash .ci/run
 
 mutants: $(VENV)/.test
 	$(VENV)/bin/python tests/mutants/run.py
