@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from dtrain.layout import Layout, experts_of, holders, layout_of, modules_at
+from dtrain.layout import Layout, blocks_of, experts_of, holders, layout_of, modules_at
 
 Forward = Callable[..., Tensor]
 SPLIT = (
@@ -56,6 +56,24 @@ def refuse_foreign(piece: nn.Module, output: Tensor, model: nn.Module) -> None:
     own = {id(parameter) for parameter in piece.parameters()}
     if foreign := [names[i] for i in _leaves([output.grad_fn], set()) if i in names and i not in own]:
         raise ValueError(f"one of them uses {foreign[0]}, which another has: let them share it as a parameter of both")
+
+
+def unit_by_unit(model: nn.Module) -> Forward:
+    """The model whose blocks have their weights while they are called, and at no other time."""
+    made = twin(model)
+    for block in blocks_of(made):
+        present = dict(block.named_parameters(remove_duplicate=False))
+        absent = {name: nn.Parameter(weight.to("meta"), requires_grad=False) for name, weight in present.items()}
+        block.register_forward_pre_hook(lambda block, inputs, present=present: _give(block, present))
+        block.register_forward_hook(lambda block, inputs, output, absent=absent: _give(block, absent))
+        _give(block, absent)
+    return made
+
+
+def _give(block: nn.Module, weights: dict[str, nn.Parameter]) -> None:
+    for name, weight in weights.items():
+        owner, _, key = name.rpartition(".")
+        block.get_submodule(owner)._parameters[key] = weight
 
 
 def split(model: nn.Module, n: int, sequence_parallel: bool) -> Rehearsal:

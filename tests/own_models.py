@@ -360,6 +360,19 @@ class TiedInAList(Good):
         self.last.forward = lambda x: F.linear(self.last.norm(x), self.last.held[0].token.weight)
 
 
+class Reads(Good):
+    """A block uses a weight of the one before."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.blocks[1].mlp.held = [self.blocks[0].mlp]
+        self.blocks[1].mlp.forward = partial(_reads, self.blocks[1].mlp)
+
+
+def _reads(mlp: Any, x: Tensor) -> Tensor:
+    return mlp.down(mlp.act(F.linear(x, mlp.held[0].up.weight)))
+
+
 class ByChanceOfOthers(Mlp):
     """Draws by numpy and by Python in training."""
 
@@ -457,6 +470,7 @@ MODELS: dict[str, Any] = (
             ByChance,
             Outside,
             Shared,
+            Reads,
             TiedInAList,
             Attribute,
             Names,

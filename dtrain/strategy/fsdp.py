@@ -13,10 +13,11 @@ Sources: Rajbhandari et al. 2020, "ZeRO" (1910.02054); Zhao et al. 2023, "PyTorc
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING, Any
 
-from torch import nn
+from torch import Tensor, nn
 from torch.distributed.fsdp import CPUOffloadPolicy, fully_shard
 from torch.distributed.tensor import DTensor, Shard
 from torch.distributed.tensor.placement_types import _StridedShard
@@ -24,6 +25,7 @@ from torch.distributed.tensor.placement_types import _StridedShard
 from dtrain.cost import Message, message
 from dtrain.footprint import FORWARD, FREE, Footprint
 from dtrain.layout import blocks_of, refuse_complex
+from dtrain.rehearsal import Rehearsal, unit_by_unit
 from dtrain.stepping import ROWS
 from dtrain.strategy.base import REST, Strategy, local
 from dtrain.strategy.replicate import Replicate, fsdp_module, kept_gathered, reshard
@@ -31,6 +33,8 @@ from dtrain.units import begin_update, refuse_sharing, unit_calls, unused, watch
 
 if TYPE_CHECKING:
     from dtrain.plan import Plan
+
+ELSEWHERE = "a block may use no weight of another one, of which a rank has a part then: use strategy=ddp or allreduce"
 
 
 class FSDP(Strategy):
@@ -74,6 +78,10 @@ class FSDP(Strategy):
             if not parameter.ndim:
                 raise ValueError(f"{name} of {type(model).__name__} is a single number, and fsdp divides by rows: "
                                  f"give it the shape (1,), or use strategy=ddp, allreduce or zero1")  # fmt: skip
+
+    def rehearsals(self, model: nn.Module, inputs: Sequence[Tensor], plan: Plan) -> Iterator[Rehearsal]:
+        if blocks_of(model):
+            yield Rehearsal("with each block's weights in its own call alone", model, unit_by_unit(model), ELSEWHERE)
 
     def parallelize(self, model: nn.Module, plan: Plan) -> nn.Module:
         settings: dict[str, Any] = {
