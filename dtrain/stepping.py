@@ -59,16 +59,7 @@ def check_optimizer(make: Make, stepped: Mapping[str, str], several: bool) -> No
         ValueError: names the optimizer, the reason and what would do.
     """
     with torch.random.fork_rng(devices=[]):
-        generator = torch.Generator().manual_seed(0)
-        drawn = [
-            [torch.randn(shape, generator=generator, dtype=torch.float64) for shape in SHAPES] for _ in range(STEPS + 1)
-        ]
-        try:
-            kind = type(make(Weights(drawn[0])))
-        except ValueError:  # Muon takes matrices alone
-            drawn = [[t for t in each if t.ndim == 2] for each in drawn]
-            kind = type(make(Weights(drawn[0])))
-        name, (start, *gradients) = kind.__name__, drawn
+        name, (start, *gradients) = _drawn(make)
         expected = _whole(make, start, gradients, name, seed=0)
         if not all(weight.isfinite().all() for weight in expected):  # it diverges, of which the run will tell
             gradients = gradients[:FEW]
@@ -95,6 +86,19 @@ def check_optimizer(make: Make, stepped: Mapping[str, str], several: bool) -> No
                 f"Use strategy=ddp or allreduce, or an optimizer that takes each element by itself, such as "
                 f"AdamW",
             )
+
+
+def _drawn(make: Make) -> tuple[str, list[list[Tensor]]]:
+    """The optimizer's name; weights, and gradients for each step."""
+    generator = torch.Generator().manual_seed(0)
+    drawn = [
+        [torch.randn(shape, generator=generator, dtype=torch.float64) for shape in SHAPES] for _ in range(STEPS + 1)
+    ]
+    try:
+        return type(make(Weights(drawn[0]))).__name__, drawn
+    except ValueError:  # Muon takes matrices alone
+        drawn = [[t for t in each if t.ndim == 2] for each in drawn]
+        return type(make(Weights(drawn[0]))).__name__, drawn
 
 
 def _whole(make: Make, start: list[Tensor], gradients: list[list[Tensor]], name: str, *, seed: int) -> list[Tensor]:
