@@ -104,4 +104,8 @@ def model_factories(config: Config) -> dict[str, ModelFactory]:
 
 def optimizer_of(node: dict[str, Any], model: nn.Module) -> Optimizer:
     """The configured optimizer of a model's parameters."""
+    if node.get("fused") and any(p.is_complex() for p in model.parameters()):
+        raise ValueError(
+            "optimizer.fused=true takes no complex weights, of which the model has some: set optimizer.fused=false"
+        )
     return make(node, Optimizer, "optimizer", params=parameter_groups(model))

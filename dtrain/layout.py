@@ -138,6 +138,15 @@ def refuse_complex(model: nn.Module, where: str) -> None:
                              f"use strategy=ddp, or a real parameter and torch.view_as_complex")  # fmt: skip
 
 
+def refuse_gradient_hooks(model: nn.Module) -> None:
+    """Raise ValueError for weights whose gradients a hook changes: it would see a part of them, or be lost."""
+    for name, parameter in model.named_parameters():
+        if parameter._backward_hooks or getattr(parameter, "_post_accumulate_grad_hooks", None):
+            raise ValueError(f"{name} of {type(model).__name__} has a hook on its gradient, which would get a part of "
+                             f"it: change what flows back in `forward` instead (torch.autograd.Function), or use one "
+                             f"process without micro-batches")  # fmt: skip
+
+
 def refuse_batch_norm(model: nn.Module) -> None:
     """Raise ValueError for a model whose statistics would be those of a part of the rows, or count some rows twice."""
     for module in model.modules():

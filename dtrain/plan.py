@@ -28,7 +28,7 @@ from dtrain.degrees import AFTER_VALUES, MESH_ORDER, laid_out, rows_of_a_rank
 from dtrain.draw import Again
 from dtrain.fingerprint import digest, refuse_other_weights
 from dtrain.initialize import build, materialize, on_meta
-from dtrain.layout import blocks_of, check_layout, is_ours, refuse_batch_norm
+from dtrain.layout import blocks_of, check_layout, is_ours, refuse_batch_norm, refuse_gradient_hooks
 from dtrain.precision import Precision
 from dtrain.stepping import check_optimizer
 from dtrain.strategy.base import Executor, Strategy
@@ -191,6 +191,8 @@ class Plan:
             strategy.check_model(model, self)
         if self.parts > 1 or self.recompute or self.on("pp"):
             refuse_batch_norm(model)
+        if self.strategies:
+            refuse_gradient_hooks(model)
         if (self.recompute or self.compile) and not blocks_of(model):
             asked, name = "activation_checkpointing" if self.recompute else "compile", type(model).__name__
             raise ValueError(f"{asked}=true acts on a model's blocks, and {name} names none in a Layout: "

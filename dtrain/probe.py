@@ -29,7 +29,7 @@ from torch.overrides import TorchFunctionMode
 from dtrain.batch import Batch, Models, evaluating
 from dtrain.draw import generator, seed_everything
 from dtrain.initialize import cast, on_meta, whole
-from dtrain.layout import StepAware, is_ours, offers
+from dtrain.layout import StepAware, is_ours, offers, refuse_gradient_hooks
 from dtrain.rehearsal import Rehearsal, twin
 
 if TYPE_CHECKING:
@@ -118,6 +118,8 @@ def _try(task: Task, plan: Plan, tried: list[str], micro_batches: int, seed: int
         again = micro_batches > 1 or plan.recompute or plan.on("pp") is not None
         if not (again or plan.strategies):
             continue
+        if micro_batches > 1:
+            refuse_gradient_hooks(run.model)
         drawn = _draws(run, tolerance)
         if drawn:
             yield "probe: the model draws numbers of its own in training, so it was tried in evaluation alone"

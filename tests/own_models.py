@@ -415,6 +415,20 @@ class Scalar(Good):
         self.scale = nn.Parameter(torch.ones(()))
 
 
+class Hooked(Good):
+    """Clips one weight's gradient by itself."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first.token.weight.register_hook(lambda gradient: gradient / (gradient.norm() + 1e-3))
+
+
+class Nothing(Good):
+    def __init__(self) -> None:
+        super().__init__()
+        self.none = nn.Parameter(torch.zeros(0, WIDTH))
+
+
 class Complex(Good):
     def __init__(self) -> None:
         super().__init__()
@@ -475,6 +489,8 @@ MODELS: dict[str, Any] = (
             Attribute,
             Names,
             Scalar,
+            Hooked,
+            Nothing,
             Complex,
             Normed,
             Listed,

@@ -81,6 +81,11 @@ REFUSED = {
     ("TiedInAList", "1f1b"): "one of them uses first.token.weight, which another has",
     ("Complex", "zero1"): "turn of Complex is complex, and zero1 joins weights in one format: use strategy=ddp",
     ("Complex", "fsdp"): "turn of Complex is complex, and fsdp",
+    ("Nothing", "fsdp"): "none of Nothing has no numbers, and fsdp divides by rows",
+    **{
+        ("Hooked", strategy): "first.token.weight of Hooked has a hook on its gradient"
+        for strategy in ("fsdp", "ddp", "tensor")
+    },
     ("Scalar", "fsdp"): r"scale of Scalar is a single number, and fsdp divides by rows: give it the shape \(1,\)",
     ("Normed", "tensor"): r"blocks.0.mlp.up of Normed computes its weight of others .nn.utils.parametrize",
     ("Listed", "tensor"): r"layout.column of Listed is 'blocks.\*.mlp.up': write names in a tuple",
@@ -98,6 +103,8 @@ ACCEPTED = [("Good", s) for s in ALL] + [
     ("Scaled", "tensor"),
     *(("Names", strategy) for strategy in ("single", "fsdp", "allreduce")),
     ("Complex", "ddp"),
+    ("Hooked", "single"),
+    ("Nothing", "ddp"),
     ("Normed", "fsdp"),
     ("Shared", "fsdp"),
     ("TiedInAList", "allreduce"),
@@ -124,6 +131,7 @@ def test_what_is_the_same_is_not_refused(model: str, strategy: str) -> None:
         ("Averaging", "mean of Averaging is moved by each"),
         ("Counted", "calls of Counted is moved by each forward pass, and would be moved twice for a step"),
         ("Plain", "probe: the model was tried"),
+        ("Hooked", "first.token.weight of Hooked has a hook on its gradient"),
     ],
 )
 def test_micro_batches_are_parts_too(model: str, said: str) -> None:

@@ -38,7 +38,7 @@ from dtrain.data.rows import Rows
 from dtrain.data.sources import Source, StandardLibrary
 from dtrain.data.tokenizer import Bytes, Tokenizer
 from dtrain.hang import Hang
-from dtrain.job import COMPILERS, assemble
+from dtrain.job import COMPILERS, assemble, optimizer_of
 from dtrain.launch import RanksFailed, World
 from dtrain.layout import Layout, refuse_batch_norm, sequence_length
 from dtrain.model.block import Core
@@ -874,6 +874,13 @@ REFUSALS = {
     ),
     "complex weights": Refusal(
         lambda: own("Complex", Zero1()), "turn of Complex", "zero1", "use strategy=ddp"
+    ),
+    "a hook on a gradient": Refusal(
+        lambda: own("Hooked", DDP()), "first.token.weight of Hooked", "a hook", "in `forward` instead"
+    ),
+    "complex weights of a fused optimizer": Refusal(
+        lambda: optimizer_of({"_target_": "torch.optim.AdamW", "fused": True}, MODELS["Complex"]()),
+        "optimizer.fused", "=true", "set optimizer.fused=false",
     ),
     "a single number": Refusal(
         lambda: own("Scalar", FSDP()), "scale of Scalar", "fsdp", "the shape (1,)"

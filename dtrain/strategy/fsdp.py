@@ -75,8 +75,9 @@ class FSDP(Strategy):
         refuse_sharing(model, "fsdp")
         refuse_complex(model, "fsdp")
         for name, parameter in model.named_parameters():
-            if not parameter.ndim:
-                raise ValueError(f"{name} of {type(model).__name__} is a single number, and fsdp divides by rows: "
+            if not parameter.ndim or not parameter.numel():
+                what = "has no numbers" if parameter.ndim else "is a single number"
+                raise ValueError(f"{name} of {type(model).__name__} {what}, and fsdp divides by rows: "
                                  f"give it the shape (1,), or use strategy=ddp, allreduce or zero1")  # fmt: skip
 
     def rehearsals(self, model: nn.Module, inputs: Sequence[Tensor], plan: Plan) -> Iterator[Rehearsal]:
