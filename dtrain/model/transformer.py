@@ -113,7 +113,7 @@ class Transformer(nn.Module):
         sizes = dict(vocab_size=vocab_size, context=context, d_model=d_model, n_layers=n_layers,
                      n_heads=n_heads, n_kv_heads=n_kv_heads, d_ff=d_ff)  # fmt: skip
         sizes |= {} if outputs is None else {"outputs": outputs}
-        _check_numbers(norm_eps=norm_eps, rope_theta=rope_theta, top_k=top_k, capacity_factor=capacity_factor)
+        _check_numbers(norm_eps=norm_eps, rope_theta=rope_theta)
         _check(sizes, {"segments": segments, "n_experts": n_experts}, norm=norm, activation=activation,
                position=position)  # fmt: skip
         self.vocab_size, self.context, self.causal = vocab_size, context, causal
@@ -168,10 +168,10 @@ class Transformer(nn.Module):
             values.normal_(0.0, std, generator=generator)
 
 
-def _check_numbers(**numbers: float | None) -> None:
+def _check_numbers(**numbers: float) -> None:
     """Refuse what no formula can take."""
     for name, value in numbers.items():
-        if value is not None and not value > 0:
+        if not value > 0:
             raise ValueError(f"model.{name}={value} must be more than 0")
 
 
