@@ -265,8 +265,12 @@ def start_tracker() -> None:
 
 @contextmanager
 def stops_go_to(handler: Callable[[int, FrameType | None], None]) -> Iterator[None]:
-    """Signals that ask for the end call it; one that is ignored stays so: `nohup` does that to SIGHUP."""
-    before = {number: signal.signal(number, handler) for number in STOPS if signal.getsignal(number) != signal.SIG_IGN}
+    """Signals that ask for the end call it; one that is ignored stays so: `nohup` does that to SIGHUP.
+
+    But not SIGTERM, which launch/node.sh has ignored until somebody listens.
+    """
+    heard = [number for number in STOPS if number == signal.SIGTERM or signal.getsignal(number) != signal.SIG_IGN]
+    before = {number: signal.signal(number, handler) for number in heard}
     try:
         yield
     finally:

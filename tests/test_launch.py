@@ -149,6 +149,17 @@ def test_ranks_that_fail_after_sigterm_were_told_to_end(ending: list[int], tmp_p
         _told([mock.Mock()], 0, lambda: failed)
 
 
+@pytest.mark.parametrize(("number", "heard"), [(signal.SIGTERM, True), (signal.SIGHUP, False), (signal.SIGINT, False)])
+def test_what_is_ignored_stays_so_but_sigterm_which_nodes_ignore_until_ranks_listen(number: int, heard: bool) -> None:
+    before, told = signal.signal(number, signal.SIG_IGN), []
+    try:
+        with launch.stops_go_to(lambda number, frame: told.append(number)):
+            os.kill(os.getpid(), number)
+        assert told == [number] * heard and signal.getsignal(number) == signal.SIG_IGN
+    finally:
+        signal.signal(number, before)
+
+
 # Threads
 
 
