@@ -20,7 +20,7 @@ from hydra import compose
 from hydra.core.config_store import ConfigStore
 from omegaconf import MISSING, DictConfig, OmegaConf
 
-from dtrain.constructor import HYDRAS, REFUSED, imported, misfit, named
+from dtrain.constructor import REFUSED, imported, misfit, named
 from dtrain.constructor import arguments as given_by
 from dtrain.data.tokenizer import count_ids
 
@@ -257,7 +257,7 @@ def _built(node: Any, where: str, **more: Any) -> Any:
         return [_built(each, f"{where}.{number}") for number, each in enumerate(node)]
     if not isinstance(node, Mapping):
         return node
-    within = {name: _built(child, f"{where}.{name}") for name, child in node.items() if name not in HYDRAS[:1]}
+    within = {name: _built(child, f"{where}.{name}") for name, child in node.items()}
     if "_target_" not in node:
         return within
     target, positional = imported(node["_target_"], f"{where}._target_"), within.get("_args_", [])

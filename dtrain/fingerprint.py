@@ -7,12 +7,12 @@ import json
 import platform
 import socket
 import zlib
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from dtrain.launch import gathered
 from dtrain.records import flat
@@ -48,6 +48,15 @@ def refuse_differences(config: Mapping[str, Any], data: Mapping[str, Any]) -> No
 def digest(tensor: Tensor) -> int:
     """A number that tells a tensor's values from others."""
     return zlib.crc32(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
+
+
+def tensors_of(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """What a model has values of: parameters, buffers, and tensors in plain attributes, which nobody moves or saves."""
+    plain = ((f"{path}.{key}".strip("."), value) for path, module in model.named_modules()
+             for key, value in vars(module).items() if isinstance(value, Tensor))  # fmt: skip
+    for name, tensor in (*model.named_parameters(), *model.named_buffers(), *plain):
+        if not tensor.is_meta:
+            yield name, tensor
 
 
 def refuse_other_weights(digests: Mapping[str, int], model: str) -> None:

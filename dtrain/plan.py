@@ -26,7 +26,7 @@ from dtrain.accumulate import Accumulate
 from dtrain.batch import Batch, ModelFactory, Models, Stages, pieces
 from dtrain.degrees import AFTER_VALUES, MESH_ORDER, laid_out, rows_of_a_rank
 from dtrain.draw import Again
-from dtrain.fingerprint import digest, refuse_other_weights
+from dtrain.fingerprint import digest, refuse_other_weights, tensors_of
 from dtrain.initialize import build, materialize, on_meta
 from dtrain.layout import blocks_of, check_layout, is_ours, refuse_batch_norm, refuse_gradient_hooks
 from dtrain.precision import Precision
@@ -138,8 +138,7 @@ class Plan:
         model = build(factory, seed)
         self.check_model(model)
         compared = self.world_size > 1 and not is_ours(model)
-        tensors = (*model.named_parameters(), *model.named_buffers()) if compared else ()
-        digests = {name: digest(tensor) for name, tensor in tensors if not tensor.is_meta}
+        digests = {name: digest(tensor) for name, tensor in (tensors_of(model) if compared else ())}
         name, parts = type(model).__name__, [model]
         for strategy in self.strategies:
             parts = [part for whole in parts for part in strategy.cut(whole, self)]
@@ -158,11 +157,6 @@ class Plan:
                 block.compile()
         model = self._apply(("fsdp",), model)
         told = None if is_ours(model) else lambda name, values: digests.update({name: digest(values)})
-        if told:  # tensors that are neither parameters nor buffers: nobody moves or saves them
-            for path, module in model.named_modules():
-                for key, value in vars(module).items():
-                    if isinstance(value, Tensor) and not value.is_meta:
-                        told(f"{path}.{key}".strip("."), value)
         materialize(model, seed, self.storage, self.device, self.precision.weights_dtype, told)
         model = self._apply(AFTER_VALUES, model)
         for strategy in self.strategies:

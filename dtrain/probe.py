@@ -14,20 +14,18 @@ Classes of dtrain itself are not tried: its tests do. docs/own-model.md says wha
 
 from __future__ import annotations
 
-import random
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from typing import TYPE_CHECKING, Any
 
-import numpy
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from dtrain.batch import Batch, Models, evaluating
-from dtrain.draw import generator, seed_everything
+from dtrain.draw import Again, generator, seed_everything
 from dtrain.initialize import cast, on_meta, whole
 from dtrain.layout import StepAware, is_ours, offers, refuse_gradient_hooks
 from dtrain.rehearsal import Rehearsal, twin
@@ -331,10 +329,5 @@ class _NoDropout(TorchFunctionMode):
 @contextmanager
 def _quiet() -> Iterator[None]:
     """Without dropout, and leaving the random numbers of the process as they were."""
-    state, theirs = random.getstate(), numpy.random.get_state()
-    try:
-        with torch.random.fork_rng(devices=[]), _NoDropout():
-            yield
-    finally:
-        random.setstate(state)
-        numpy.random.set_state(theirs)
+    with Again(), torch.random.fork_rng(devices=[]), _NoDropout():
+        yield

@@ -27,7 +27,7 @@ def loads(text: str | bytes) -> Any:
     Raises:
         ValueError: it is no JSON, or nested deeper than anything of ours.
     """
-    return _numbered(parse(text))
+    return numbered(parse(text))
 
 
 def parse(text: str | bytes) -> Any:
@@ -89,11 +89,12 @@ def _worded(value: Any) -> Any:
     return [_worded(each) for each in value] if isinstance(value, list | tuple) else value
 
 
-def _numbered(value: Any) -> Any:
+def numbered(value: Any) -> Any:
+    """What was read, with numbers for the words that stand for some."""
     if isinstance(value, dict):
-        return {key: _numbered(each) for key, each in value.items()}
+        return {key: numbered(each) for key, each in value.items()}
     if isinstance(value, list):
-        return [_numbered(each) for each in value]
+        return [numbered(each) for each in value]
     return WORDS.get(value, value) if isinstance(value, str) else value
 
 

@@ -153,10 +153,7 @@ def about(path: Path) -> dict[str, Any]:
         ValueError: it says what none of ours says; of files, that they are elsewhere.
         OSError: it cannot be read.
     """
-    try:
-        manifest = records.read(path / MANIFEST)
-    except ValueError as error:
-        raise ValueError(f"{MANIFEST} is not readable: {str(error).partition(': ')[2] or error}") from None
+    manifest = records.read(path / MANIFEST)
     for key in ("step", "tokens"):
         if type(manifest.get(key, 0)) is not int or manifest.get(key, 0) < 0:
             raise ValueError(f"{MANIFEST} has {key}={str(manifest[key])[:40]}")

@@ -63,9 +63,9 @@ def beyond(found: dict[int, set[str]]) -> dict[int, set[str]]:
 
 
 @contextmanager
-def going_on(command: list[str], folder: Path, cache: Path, figures: str) -> Iterator[int]:
+def going_on(command: list[str], folder: Path, cache: Path, figures: str, **environment: str) -> Iterator[int]:
     """A run that has done some steps."""
-    process = warm.popen(command, cwd=folder, env=os.environ | {"DTRAIN_CACHE": str(cache)})
+    process = warm.popen(command, cwd=folder, env=os.environ | {"DTRAIN_CACHE": str(cache)} | environment)
     end = time.monotonic() + 120
     while not any(file.stat().st_size for file in folder.glob(figures)):
         assert process.poll() is None and time.monotonic() < end, process.communicate(10)
@@ -90,13 +90,8 @@ def test_under_torchrun_nobody_listens_beyond_this_machine_but_torchrun(tmp_path
     """Which we cannot change: docs/clusters.md says so. Its ranks listen where the parameter server's own store is too."""
     command = [*TORCHRUN, "--standalone", "--local-addr", "127.0.0.1", "--nproc-per-node", "3", TRAIN[1], *LONG,
                "strategy=parameter_server", "hydra.run.dir=run"]  # fmt: skip
-    environment = {"GLOO_SOCKET_IFNAME": "lo"}
-    os.environ |= environment
-    try:
-        with going_on(command, tmp_path, cache, "run/metrics.jsonl") as pid:
-            found = listening(descendants(pid))
-    finally:
-        del os.environ["GLOO_SOCKET_IFNAME"]
+    with going_on(command, tmp_path, cache, "run/metrics.jsonl", GLOO_SOCKET_IFNAME="lo") as pid:
+        found = listening(descendants(pid))
     assert sum(map(bool, found.values())) >= 4 and set(beyond(found)) <= {pid}, (pid, found)
 
 

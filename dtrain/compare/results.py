@@ -242,7 +242,7 @@ def read(folder: Path) -> Results:
     """
     file = folder / FILE if folder.is_dir() else folder
     try:
-        found = _shown(records.read(file))
+        found = _shown(records.numbered(records.read(file)))
     except OSError:
         raise ValueError(f"{folder} has no {FILE}: give a folder that scripts/compare.py has written") from None
     if found.get("schema") != SCHEMA:
@@ -263,9 +263,9 @@ def _made(kind: Any, given: dict[str, Any], where: str) -> Any:
 
 
 def _shown(value: Any) -> Any:
-    """Somebody else's texts, fit to be shown; and numbers that are written as words."""
+    """Somebody else's texts, fit to be shown."""
     if isinstance(value, dict):
         return {shown(key): _shown(each) for key, each in value.items()}
     if isinstance(value, list):
         return [_shown(each) for each in value]
-    return records.WORDS.get(value, shown(value)) if isinstance(value, str) else value
+    return shown(value) if isinstance(value, str) else value
