@@ -11,18 +11,17 @@ import re
 import sys
 import time
 import traceback
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from importlib import import_module
 from pathlib import Path
-from types import MappingProxyType
 from typing import Any, NoReturn
 
 import hydra
 from hydra import compose
 from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import MISSING, DictConfig, OmegaConf
 
 from dtrain import own, quiet
 from dtrain.claim import RESUMABLE
@@ -37,6 +36,7 @@ from dtrain.precision import Precision
 from dtrain.report.console import show
 from dtrain.report.sweep import Told, show_job, show_sweep
 from dtrain.run import run
+from dtrain.secret import Asked, masked, masked_override, written
 from dtrain.streams import keep_open, shown
 
 # What a script does at a word, before there is a configuration: `python scripts/info.py capabilities`.
@@ -105,7 +105,7 @@ def _check_hydra() -> None:
 def train(config: DictConfig) -> float:
     """The job of `scripts/train.py`: returns the validation loss (or else the loss) for a sweeper."""
     settings = checked(config)
-    own.check_asked(settings.model, HydraConfig.get().overrides.task)
+    own.check_asked(settings.model, _words())
     folder, name = Path(HydraConfig.get().runtime.output_dir), strategy_name()
     if name:
         check_axes(name.split("+"))
@@ -113,7 +113,7 @@ def train(config: DictConfig) -> float:
         name = "+".join(str(node["_target_"]).split(".")[-2] for node in settings.strategy.values()) or "single"
     world = World.of_environment()
     if world is None and settings.launch.nproc > 1:
-        summary = start(config, folder, name, files=_asked(config))
+        summary = start(config, folder, name, _asked(config))
     else:
         summary = run(settings, world or World(), folder, name, _asked(config))
     if RESUMABLE in summary:
@@ -133,7 +133,7 @@ def compare(config: DictConfig) -> None:
                          f"{hydra_config.job.config_name}: give its settings as key=value")  # fmt: skip
     settings = checked(config)
     assert isinstance(settings, Comparison)
-    asked = list(hydra_config.overrides.task)
+    asked = _words()
     own.check_asked(settings.model, asked)
     kept = [o for o in asked if o.split("=")[0] not in ("strategies", "strategy", "launch.nproc", "global_batch_size")]
 
@@ -155,24 +155,35 @@ def compare(config: DictConfig) -> None:
     comparison.compare(settings, asked, dict(hydra_config.runtime.choices), folder, configure, run_one)
 
 
-def _asked(config: DictConfig) -> dict[str, str]:
-    """What Hydra leaves of a job in its folder `.hydra`, by file: the run does, once its folder is its own."""
-    parts = {"config": config, "hydra": HydraConfig.instance().cfg, "overrides": HydraConfig.get().overrides.task}
-    return {f"{name}.yaml": OmegaConf.to_yaml(part) for name, part in parts.items()}
+def _words() -> list[str]:
+    """The command line's settings of a job, as they were typed: what comes out of the environment is not put in."""
+    words: Any = OmegaConf.to_container(HydraConfig.get().overrides.task)
+    return list(words)
+
+
+def _asked(config: DictConfig) -> Asked:
+    """What may be written down. What Hydra leaves of a job in its folder the run does, once the folder is its own."""
+    parts: dict[str, Any] = {"config": config, "hydra": HydraConfig.instance().cfg}
+    parts = {name: masked(OmegaConf.to_container(part), by=MISSING) for name, part in parts.items()}
+    parts["overrides"], hydras = [masked_override(word) for word in _words()], parts["hydra"]["hydra"]
+    hydras["overrides"] = {kind: [*map(masked_override, words)] for kind, words in hydras["overrides"].items()}
+    for word in _words():
+        hydras["job"]["override_dirname"] = hydras["job"]["override_dirname"].replace(word, masked_override(word))
+    return Asked(written(config), {f"{name}.yaml": OmegaConf.to_yaml(part) for name, part in parts.items()})
 
 
 def start(
     config: DictConfig,
     folder: Path,
     name: str,
+    asked: Asked | None = None,
     *,
     output: Path | None = None,
-    files: Mapping[str, str] = MappingProxyType({}),
 ) -> dict[str, Any]:
     """Start `launch.nproc` ranks for a configuration; returns the summary.
 
     Args:
-        files: to be left in the folder's `.hydra`.
+        asked: None: this configuration.
         output: where the ranks' words go; None: here.
 
     Raises:
@@ -183,11 +194,11 @@ def start(
     nproc = settings.launch.nproc
     assemble(settings, World(0, nproc, 0, nproc))
     plain = OmegaConf.to_yaml(config, resolve=True)
-    arguments = (type(settings), plain, folder, name, dict(files))
+    arguments = (type(settings), plain, folder, name, asked or Asked(written(config)))
     return spawn(_rank, *arguments, nproc=nproc, output=output)
 
 
-def _rank(schema: type[Config], plain: str, folder: Path, name: str, files: dict[str, str]) -> dict[str, Any]:
+def _rank(schema: type[Config], plain: str, folder: Path, name: str, asked: Asked) -> dict[str, Any]:
     """What a rank that `start` has started does."""
     keep_open()
     world = World.of_environment()
@@ -196,7 +207,7 @@ def _rank(schema: type[Config], plain: str, folder: Path, name: str, files: dict
         config = OmegaConf.merge(OmegaConf.structured(schema), OmegaConf.create(plain))
         assert isinstance(config, DictConfig)
         try:
-            return run(checked(config), world, folder, name, files)
+            return run(checked(config), world, folder, name, asked)
         except MISTAKES:
             raise
         except RuntimeError as error:
@@ -218,7 +229,7 @@ def _crashed(error: Exception) -> NoReturn:
 def info(config: DictConfig) -> None:
     """The job of `scripts/info.py`."""
     settings = checked(config)
-    own.check_asked(settings.model, HydraConfig.get().overrides.task)
+    own.check_asked(settings.model, _words())
     precision = Precision.of(settings.dtype, settings.precision)
     for name, factory in model_factories(settings).items():
         show(name, count(factory, precision, settings.seq_len))
@@ -227,7 +238,7 @@ def info(config: DictConfig) -> None:
 def strategy_name() -> str:
     """The strategy as it was asked for: `[replicate,fsdp]` is said `replicate+fsdp`; empty: by no name."""
     hydra_config = HydraConfig.get()
-    asked = [o.removeprefix("strategy=") for o in hydra_config.overrides.task if o.startswith("strategy=")]
+    asked = [o.removeprefix("strategy=") for o in _words() if o.startswith("strategy=")]
     choice = asked[-1] if asked else str(hydra_config.runtime.choices.get("strategy", ""))
     return "+".join(part.strip() for part in choice.strip("[]").split(","))
 
@@ -239,7 +250,8 @@ def _told(jobs: list[Told]) -> Iterator[None]:
     if hydra_config.mode != RunMode.MULTIRUN:
         yield
         return
-    job = Told(str(hydra_config.job.num), tuple(hydra_config.overrides.task), Path(hydra_config.runtime.output_dir))
+    words = tuple(map(masked_override, _words()))
+    job = Told(str(hydra_config.job.num), words, Path(hydra_config.runtime.output_dir))
     show_job(job)
     jobs.append(job)
     yield

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import math
-from dataclasses import asdict
 from functools import partial
 from typing import Any
 
@@ -96,5 +95,5 @@ def summary_of(
         "tokens": figures["tokens"],
         "data": job.data.describe() | ({"left_out": dict(job.data.left_out)} if job.data.left_out else {}),
         "environment": environment.describe(),
-        "config": asdict(job.config),
+        "config": job.written,
     }

@@ -16,21 +16,25 @@ from torch import Tensor, nn
 
 from dtrain.launch import gathered
 from dtrain.records import flat
+from dtrain.secret import HIDDEN
 
 ROOT = Path(__file__).parent
 
 
-def refuse_differences(config: Mapping[str, Any], data: Mapping[str, Any]) -> None:
+def refuse_differences(
+    config: Mapping[str, Any], data: Mapping[str, Any], written: Mapping[str, Any] | None = None
+) -> None:
     """Compare what decides the result on every rank. A collective.
 
     Args:
         config: of this rank; `launch`, which may differ from machine to machine, is left out.
         data: what these say of themselves.
+        written: the configuration as it may be shown; None: as it is.
 
     Raises:
         ValueError: on every rank alike, naming the first rank that differs, and in what.
     """
-    own = _facts(config, data)
+    own = _facts(config, data, written)
     digest = hashlib.sha256(json.dumps(own, sort_keys=True, default=str).encode()).hexdigest()
     digests = gathered(digest)
     if len(set(digests)) == 1:
@@ -77,10 +81,15 @@ def refuse_other_weights(digests: Mapping[str, int], model: str) -> None:
                 )
 
 
-def _facts(config: Mapping[str, Any], data: Mapping[str, Any]) -> dict[str, str]:
-    """By name: settings, versions, and a digest of each file of ours."""
-    settings = {key: value for key, value in config.items() if key != "launch"}
-    facts = {key: str(value) for key, value in (flat(settings) | flat(data, "the prepared data.")).items()}
+def _facts(
+    config: Mapping[str, Any], data: Mapping[str, Any], written: Mapping[str, Any] | None = None
+) -> dict[str, str]:
+    """By name: settings, versions, and a digest of each file of ours and of what is not to be shown."""
+    settings, shown = ({key: v for key, v in each.items() if key != "launch"} for each in (config, written or config))
+    facts = {key: str(value) for key, value in (flat(shown) | flat(data, "the prepared data.")).items()}
+    for key, value in flat(settings).items():
+        if facts.get(key) != str(value):
+            facts[key] = f"{facts.get(key, HIDDEN)} {hashlib.sha256(str(value).encode()).hexdigest()[:8]}"
     facts |= {"torch": torch.__version__, "Python": platform.python_version()}
     for file in sorted(ROOT.rglob("*.py")):
         digest = hashlib.sha256(file.read_bytes()).hexdigest()

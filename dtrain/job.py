@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, field
 from functools import partial
 from typing import Any
 
@@ -27,6 +27,7 @@ from dtrain.probe import probe
 from dtrain.profile import RECORDED
 from dtrain.report.base import All, Logger
 from dtrain.report.console import preparing
+from dtrain.secret import masked
 from dtrain.strategy.base import Strategy
 from dtrain.strategy.parameter_server import ParameterServer
 from dtrain.task.base import Sizes, Task
@@ -45,6 +46,7 @@ class Job:
     plan: Plan
     logger: Logger
     tried: tuple[str, ...] = ()  # what the probe has to say
+    written: dict[str, Any] = field(default_factory=dict)  # the configuration, as it may be written down
 
     @property
     def asynchronous(self) -> bool:
@@ -82,7 +84,7 @@ def assemble(config: Config, world: World) -> Job:
     plan.check_task(task)
     plan.check_optimizer(partial(optimizer_of, config.optimizer))
     tried = probe(task, plan, micro_batches=micro_batches, seed=config.seed) if config.probe else ()
-    return Job(config, data, task, plan, logger, tried)
+    return Job(config, data, task, plan, logger, tried, masked(asdict(config)))
 
 
 def task_of(config: Config, *, shown: bool = True) -> tuple[Data, Task]:

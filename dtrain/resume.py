@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import os
-from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -90,8 +89,7 @@ def _curve(job: Job) -> dict[str, Any]:
     """What decides the loss curve besides the weights: kept in a checkpoint to compare."""
     keys = ("seed", "steps", "dtype", "precision", "global_batch_size", "seq_len", "clip_norm", "optimizer", "schedule",
             "model", "task")  # fmt: skip
-    config = asdict(job.config)
-    return {"data": job.data.describe()} | {key: config[key] for key in keys}
+    return {"data": job.data.describe()} | {key: job.written[key] for key in keys}
 
 
 def identity(job: Job, trainer: Trainer, world: World) -> dict[str, Any]:

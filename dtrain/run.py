@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
-from types import MappingProxyType
 from typing import Any
 
 import torch.distributed as dist
@@ -35,14 +34,13 @@ from dtrain.rendezvous import agents, connected
 from dtrain.report import ranklog
 from dtrain.report.base import All, Run
 from dtrain.resume import finished, identity, take_weights
+from dtrain.secret import Asked
 from dtrain.straggler import slowed
 from dtrain.trace import trace
 from dtrain.train import FORWARD_BACKWARD, Phase, Settings, Trainer
 
 
-def run(
-    config: Config, world: World, folder: Path, strategy: str, files: Mapping[str, str] = MappingProxyType({})
-) -> dict[str, Any]:  # fmt: skip
+def run(config: Config, world: World, folder: Path, strategy: str, asked: Asked | None = None) -> dict[str, Any]:
     """Train as configured; every rank of the job calls it. Returns the summary, on every rank.
 
     A run that is told to stop (SIGTERM, SIGHUP, SIGINT) returns how to go on with it, under `resumable`, and whether
@@ -51,7 +49,7 @@ def run(
     Args:
         folder: of the run; what rank 0 says counts.
         strategy: what the user called the plan.
-        files: what was asked for, to be left in the folder's `.hydra`.
+        asked: what may be written down of what was asked for; None: this configuration.
 
     Raises:
         ValueError: a mistake of the user's.
@@ -60,22 +58,24 @@ def run(
         Hang: ranks are gone, or have not come.
     """
     try:
-        return _run(config, world, folder, strategy, files)
+        return _run(config, world, folder, strategy, asked)
     except RuntimeError as error:
         if isinstance(error, Hang) or not collective_failed(error):
             raise
         raise Hang(f"a collective failed: {str(error).splitlines()[0]}") from error
 
 
-def _run(config: Config, world: World, folder: Path, strategy: str, files: Mapping[str, str]) -> dict[str, Any]:
+def _run(config: Config, world: World, folder: Path, strategy: str, asked: Asked | None) -> dict[str, Any]:
     job = assemble(config, world)
+    asked = asked or Asked(job.written)
+    job = replace(job, written=asked.config)
     device = job.plan.device
     with ExitStack() as stack:
         connection = connected(world, device, threads=config.launch.threads, timeout_s=config.launch.timeout_s)
         stack.enter_context(connection)
-        refuse_differences(asdict(config), job.data.describe())
+        refuse_differences(asdict(config), job.data.describe(), job.written)
         world = replace(world, agents=agents())
-        folder = stack.enter_context(claimed(folder, world, config, files))
+        folder = stack.enter_context(claimed(folder, world, config, asked.files))
         stack.enter_context(ranklog.writing(folder, world.rank))
         job = replace(job, plan=job.plan.connect(), logger=job.logger if world.rank == 0 else All())
         stack.callback(job.logger.close)
@@ -107,7 +107,7 @@ def _train(
         raise ValueError(f"profile=true needs {RECORDED} steps, {config.steps - trainer.next_step} are left: use more")
     checkpoints = _checkpoints(config, folder, apart, stack)
     about = Run(strategy, plan.degrees, world.size, trainer.next_step, config.steps, folder,
-                facts(job, meter, peak_source), asdict(config))  # fmt: skip
+                facts(job, meter, peak_source), job.written)  # fmt: skip
     job.logger.start(about)
     if world.rank == 0:
         job.data.leave(folder)

@@ -11,7 +11,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import asdict, replace
 from functools import partial
 from itertools import pairwise
 from pathlib import Path
@@ -473,7 +473,8 @@ def resumed(alone, tmp_path_factory: pytest.TempPathFactory) -> Callable[..., li
                         optimizer={"lr": 1e-3}, schedule=Schedule(10, 0.1), resume=str(folder), task={},
                         model={"d_model": 24, "dropout": 0.0})  # fmt: skip
         described: Any = SimpleNamespace(describe=lambda: data)
-        return Job(replace(config, **settings), described, made.task, made.plan, Notes())
+        told = replace(config, **settings)
+        return Job(told, described, made.task, made.plan, Notes(), written=asdict(told))
 
     next(made.steps())
     told = identity(job({"name": "ours", "digest": "1"}), made, World())

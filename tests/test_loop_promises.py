@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import math
 from collections.abc import Callable, Iterator
+from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -402,7 +403,7 @@ def test_a_run_that_is_taken_up_goes_on_bit_for_bit(alone, tmp_path: Path) -> No
     world, task = World(), NextToken(dropout=0.2)
     config = Config(resume=str(tmp_path / "checkpoints" / "step-00000003"), steps=STEPS)
     whole, first, second = (trainer(task) for _ in range(3))
-    job = Job(config, shades(), task, first.plan, All())
+    job = Job(config, shades(), task, first.plan, All(), written=asdict(config))
     expected = [curve(step) for step in whole.steps()]
     found = []
     for step in first.steps():

@@ -30,6 +30,7 @@ from dtrain.durable import remove
 from dtrain.lock import Lock
 from dtrain.measure import environment
 from dtrain.profile import RECORDED
+from dtrain.secret import masked_override
 
 PROJECT = CONFIGS.parent
 KEYS = ("strategies", "baseline", "world_sizes", "scaling", "repeats", "overwrite", "fail_if", "strategy", "hydra")
@@ -198,13 +199,15 @@ def _row(case: Case, config: DictConfig, own: list[str], settings: Comparison) -
         *kept,
         *case.entry.overrides,
     ]
-    said = list({each.split("=")[0]: each for each in said if not each.startswith("launch.nproc=")}.values())
+    last = {each.split("=")[0]: each for each in said if not each.startswith("launch.nproc=")}
+    said = [masked_override(each) for each in last.values()]
     if case.rows != settings.global_batch_size:
         said.append(f"global_batch_size={case.rows}")
     begin = f"torchrun --nproc-per-node {case.ranks}" if case.ranks > 1 else "python"
     classes = [found for node in (config.strategy or {}).values() if (found := _class_of(node["_target_"]))]
     return Row(
-        case.label, case.ranks, overrides=case.overrides, command=f"{begin} scripts/train.py {shlex.join(said)}",
+        case.label, case.ranks, overrides=[masked_override(each) for each in case.overrides],
+        command=f"{begin} scripts/train.py {shlex.join(said)}",
         about=" ".join(about(name) for name in case.entry.strategy.split("+")),
         cost=[text for each in classes if (text := _cost(each))],
         files=[_shown(Path(inspect.getfile(each))) for each in classes], trained=list(case.entry.trained),
