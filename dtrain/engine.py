@@ -68,17 +68,21 @@ def fresh(deepspeed: Any, plan: Plan) -> None:
     """DeepSpeed in the process group that is there, without the groups of an earlier run of this process."""
     os.environ.setdefault("LOCAL_RANK", str(plan.device.index or dist.get_rank()))  # it asks for one
     deepspeed.init_distributed(dist_backend=dist.get_backend())
+    free_builds()
+    for name in ("_DATA_PARALLEL_GROUP", "_MODEL_PARALLEL_GROUP", "_TENSOR_MODEL_PARALLEL_GROUP", "mpu"):
+        setattr(deepspeed.utils.groups, name, None)
+
+
+def free_builds() -> None:
+    """Take away the lock of a build that was killed: all later ones of what it compiles would wait for it."""
     from torch.utils.cpp_extension import get_default_build_root
 
-    # Of what it compiles for offloading: by torch's habit in a folder for each version, or where it is told to.
-    own = os.environ.get("TORCH_EXTENSIONS_DIR")
+    own = os.environ.get("TORCH_EXTENSIONS_DIR")  # by torch's habit there is a folder for each version
     locks = Path(own).glob("*/lock") if own else Path(get_default_build_root()).glob("*/*/lock")
     for lock in locks:
         with suppress(FileNotFoundError):
             if time.time() - lock.stat().st_mtime > STALE_S:
-                lock.unlink(missing_ok=True)  # a build that was killed: all later ones would wait for it
-    for name in ("_DATA_PARALLEL_GROUP", "_MODEL_PARALLEL_GROUP", "_TENSOR_MODEL_PARALLEL_GROUP", "mpu"):
-        setattr(deepspeed.utils.groups, name, None)
+                lock.unlink(missing_ok=True)
 
 
 def sequences(plan: Plan) -> Any:

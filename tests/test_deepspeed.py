@@ -65,6 +65,15 @@ KNOWN |= {f"sequences zero{stage}": [PLANS[f"zero{stage}"], partial(DeepSpeedUly
 KNOWN |= {f"autotp zero{stage}": [PLANS[f"zero{stage}"], partial(AutoTP, 2)] for stage in (1, 2, 3)}
 
 
+@pytest.fixture(scope="session")
+def cpu_adam() -> None:
+    """DeepSpeed's CPU Adam, compiled before ranks wait for it: that takes minutes of a core, once for a machine."""
+    code = ("from dtrain.engine import free_builds\nfree_builds()\n"
+            "from deepspeed.ops.op_builder import CPUAdamBuilder\nCPUAdamBuilder().load()")  # fmt: skip
+    environment = os.environ | {"DS_ACCELERATOR": "cpu"}
+    subprocess.run([sys.executable, "-c", code], check=True, env=environment, stdout=subprocess.DEVNULL)
+
+
 def trained(case: Case, size: int) -> Outcome:
     with mock.patch.dict(STRATEGIES, KNOWN):
         return train(case, size)
@@ -105,9 +114,12 @@ def check(case: Case, size: int, single: dict[Case, Outcome], world) -> None:
 
 
 @pytest.mark.deep
+@pytest.mark.timeout(1800)
 @pytest.mark.parametrize("name", PLANS)
-def test_every_stage_equals_one_process_for_long(name: str, world, single) -> None:
+def test_every_stage_equals_one_process_for_long(name: str, world, single, request: pytest.FixtureRequest) -> None:
     """The same of two tasks, and of variants of the stages."""
+    if "offload" in name:
+        request.getfixturevalue("cpu_adam")
     cases = [Case("next_token", f"deepspeed {name}", "fp32", micro_batch_size=2),
              Case("masked_token", f"deepspeed {name}", "fp32")]  # fmt: skip
     if name in ("zero1", "zero2", "zero3"):
@@ -204,9 +216,14 @@ SAVERS = [("deepspeed zero3", 3), ("fsdp", 2), ("deepspeed zero1", 2), ("deepspe
           ("pipeline", 2), ("pipeline dp", 4)]  # fmt: skip
 
 
+@pytest.mark.timeout(1800)
 @pytest.mark.parametrize("plans", [SAVERS[:3], pytest.param(SAVERS, marks=pytest.mark.deep)], ids=["three", "all"])
-def test_what_either_saves_the_other_resumes(plans: list[tuple[str, int]], world, tmp_path: Path) -> None:
+def test_what_either_saves_the_other_resumes(
+    plans: list[tuple[str, int]], world, tmp_path: Path, request: pytest.FixtureRequest
+) -> None:
     """DeepSpeed's stage 3 under native fsdp and back, and every stage under every other, on other numbers of ranks."""
+    if any("offload" in name for name, _ in plans):
+        request.getfixturevalue("cpu_adam")
     cases = {name: Case("next_token", name, "fp32", steps=8) for name, _ in plans}
     for number, (saver, size) in enumerate(plans):
         folder = str(tmp_path / f"{saver}-{size}")

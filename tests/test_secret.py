@@ -39,8 +39,8 @@ class Service(Logger):
 
 @pytest.mark.parametrize("ranks", [1, 2])
 def test_a_run_uses_what_it_leaves_nowhere(
-    ranks: int, call: Call, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:  # noqa: F811
+    ranks: int, call: Call, tmp_path: Path, monkeypatch: pytest.MonkeyPatch  # noqa: F811
+) -> None:
     monkeypatch.setenv("HIDDEN_NAME", HIDDEN_IN_ENVIRONMENT)
     monkeypatch.setenv("HIDDEN_SIZE", "3")
     given = {"_target_": "test_secret.Service", "account": "${oc.env:HIDDEN_NAME}", "api_key": PLAIN,
