@@ -19,11 +19,13 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+import torch.distributed.distributed_c10d as c10d
 from warm import Process, nursery
 
 from dtrain import plan
 
 TIMEOUT_S = 300
+KEPT_CASES = 6  # as many cases use the groups of each other
 
 
 class World:
@@ -107,16 +109,33 @@ def serve(rank: str, size: str, store: str, file: int) -> None:
     torch.set_num_threads(1)
     shared, timeout = dist.FileStore(store, int(size)), timedelta(seconds=TIMEOUT_S)
     dist.init_process_group("gloo", store=shared, rank=int(rank), world_size=int(size), timeout=timeout)
-    # Every group costs each rank three threads: meshes that are equal are one.
+    # Every group has a thread that wakes a hundred times a second for nothing, and a hundred of these take a core: meshes
+    # that are equal are one, and groups do not stay for ever.
     plan.init_device_mesh = lru_cache(None)(plan.init_device_mesh)
+    done = 0
     while (work := _next(pipe)) is not None:
         function, arguments = work
+        done += 1
+        if done % KEPT_CASES == 0:
+            _leave_groups()
         try:
             answer = True, function(*arguments)
         except Exception:
             answer = False, traceback.format_exc()
         pipe.send_bytes(pickle.dumps(answer))  # by value: torch would share a file for each tensor
     dist.destroy_process_group()
+
+
+def _leave_groups() -> None:
+    """Let go of all groups, with which every rank has done by now, and of what remembers their names."""
+    from torch.distributed.tensor import _redistribute, debug
+
+    plan.init_device_mesh.cache_clear()  # type: ignore[attr-defined]
+    for group in [*c10d._world.pg_map]:
+        if group is not dist.GroupMember.WORLD:
+            dist.destroy_process_group(group)
+    debug._clear_sharding_prop_cache()
+    _redistribute._gen_transform_infos.cache_clear()
 
 
 def _next(pipe: Connection) -> Any:
