@@ -66,5 +66,11 @@ $(VENV)/.test: $(VENV)/.run
 	$(PIP) --editable '.[test]'
 	touch $@
 
+# Needs uv. torch is left out, with what it alone requires: its files differ from index to index.
+docker/requirements.lock: pyproject.toml constraints.txt
+	mkdir -p $(VENV)/lock && sed '/"torch>=/d' pyproject.toml >$(VENV)/lock/pyproject.toml
+	uv pip compile --quiet --generate-hashes --no-annotate --custom-compile-command "make $@" --python-version 3.11 \
+		--universal --constraint constraints.txt --extra tensorboard $(VENV)/lock/pyproject.toml --output-file $@
+
 clean:
 	rm -rf $(VENV)

@@ -9,14 +9,15 @@ set -euo pipefail
 cd "$(dirname "$0")/.."
 work=$(mktemp -d)
 touch "$work/log"
-export COMPOSE_PROJECT_NAME=dtrain-smoke-$$ IMAGE=dtrain-smoke-$$ OUTPUTS=$work/outputs
-export BASE=${BASE:-python:3.11-slim-bookworm} TENSORBOARD_PORT=${TENSORBOARD_PORT:-16006}
+export IMAGE=dtrain-smoke-$$ OUTPUTS=$work/outputs
+export BASE=${BASE:-python:3.11-slim-bookworm@sha256:a36c24f9cbdf4fd0f52d67f0823eeac19c2028c637cecc392d97f980d4fec56b} TENSORBOARD_PORT=${TENSORBOARD_PORT:-16006}
 export ARGS="model=tiny model.n_heads=6 model.d_model=96 steps=8 checkpoint.every=4"
-user=$(id -u)
-((user)) || user=1000 # nothing trains as root
+RUN_AS=$(id -u)
+((RUN_AS)) || RUN_AS=1000 # nothing trains as root
+export RUN_AS
 compose=() engine=
 
-dc() { env UID="$user" "${compose[@]}" --file "$work/docker/compose.yaml" "$@"; }
+tensorboard() { COMPOSE_PROJECT_NAME=$IMAGE "${compose[@]}" --file "$work/docker/tensorboard.yaml" "$@"; }
 
 not_run() {
     echo "docker/smoke.sh: not run: $1"
@@ -28,12 +29,12 @@ clean() {
     set +e
     ((status == 0)) || tail -n 20 "$work/log" >&2
     if [[ ${KEEP:-} ]]; then
-        echo "kept: $work, $IMAGE, $COMPOSE_PROJECT_NAME"
+        echo "kept: $work, $IMAGE"
     elif [[ -d $work/docker ]]; then
         echo "== removing"
-        dc --profile tensorboard down --volumes --timeout 5 >/dev/null 2>&1
+        tensorboard down --timeout 5 >/dev/null 2>&1
         docker rmi --force "$IMAGE" >/dev/null 2>&1
-        docker image prune --force --filter label=org.opencontainers.image.title=dtrain >/dev/null
+        docker image prune --force --filter label=dtrain.image="$IMAGE" >/dev/null # the stages of this one
         docker rmi --force "$IMAGE-base" >/dev/null 2>&1 # after what was built on it
     fi
     if [[ $engine ]]; then kill "$engine" && wait "$engine"; fi
@@ -60,9 +61,10 @@ docker buildx version >/dev/null 2>&1 || export DOCKER_BUILDKIT=0
 
 # The image.
 mkdir "$work/docker" "$OUTPUTS"
-((UID)) || chown "$user" "$OUTPUTS"
-cp -r .dockerignore pyproject.toml constraints.txt configs dtrain hydra_plugins scripts "$work"
-cp -r docker/{Dockerfile,compose.yaml,node.py,wheels} "$work/docker"
+((UID)) || chown "$RUN_AS" "$OUTPUTS"
+((UID)) || chmod 755 "$work" # TensorBoard is nobody's
+cp -r .dockerignore pyproject.toml constraints.txt configs dtrain hydra_plugins launch scripts "$work"
+cp -r docker/{Dockerfile,compose.yaml,tensorboard.yaml,train.sh,requirements.lock,wheels} "$work/docker"
 if ! docker image inspect "$BASE" >/dev/null 2>&1 && ! docker pull --quiet "$BASE" >/dev/null 2>&1; then
     command -v debootstrap >/dev/null || not_run "$BASE cannot be pulled, and there is no debootstrap to stand in"
     [[ $(python3 -V) == "Python 3.11."* ]] || not_run "$BASE cannot be pulled, and its stand-in needs Python 3.11 here"
@@ -77,20 +79,25 @@ if ! docker image inspect "$BASE" >/dev/null 2>&1 && ! docker pull --quiet "$BAS
         'setuptools>=77' torch "$work/requirements[tensorboard]" >"$work/log" 2>&1
 fi
 echo "== building"
-dc build >"$work/log" 2>&1
+RUN=build "${compose[@]}" --file "$work/docker/compose.yaml" build node0 >"$work/log" 2>&1
 docker image inspect --format "image: {{.Size}} bytes, user {{.Config.User}}" "$IMAGE"
 
 # The runs.
 train() { # name, strategy, nodes, processes of each
     echo "== $2 on $3 x $4"
-    RUN=$1 STRATEGY=$2 NODES=$3 PROCS=$4 timeout 300 env UID="$user" "${compose[@]}" \
-        --file "$work/docker/compose.yaml" up --no-color --exit-code-from node0 | tee "$work/log"
-    ! grep -E '^(.*_)?node[1-9].*\|' "$work/log" || { echo "another node than node 0 speaks"; exit 1; }
+    RUN=$1 STRATEGY=$2 NODES=$3 PROCS=$4 timeout 300 "$work/docker/train.sh" >"$work/log" 2>&1 &
+    local containers='' waiting=$!
+    while kill -0 $waiting 2>/dev/null; do # what stands there while it runs
+        containers+=$'\n'$(docker ps --filter "ancestor=$IMAGE" --format '{{.Names}}' | xargs -r docker inspect --format \
+            '{{.Config.User}} {{.HostConfig.PortBindings}} {{.HostConfig.Memory}} {{.HostConfig.PidsLimit}}' 2>/dev/null)
+        sleep 1
+    done
+    wait $waiting && cat "$work/log"
+    ! grep -E 'Traceback|signal' "$work/log" || { echo "something broke off"; exit 1; }
     test -s "$OUTPUTS/$1/summary.json" && test -e "$OUTPUTS/$1/checkpoints/latest"
-    [[ $(stat -c %u "$OUTPUTS/$1/summary.json") == "$user" ]]
-    for container in $(dc ps --all --quiet 2>/dev/null || dc ps --quiet); do
-        docker inspect --format '{{.Config.User}} {{.HostConfig.PortBindings}}' "$container"
-    done | sort -u | diff - <(echo "$user:$user map[]")
+    [[ $(stat -c %u "$OUTPUTS/$1/summary.json") == "$RUN_AS" ]]
+    diff <(grep . <<<"$containers" | sort -u) <(echo "$RUN_AS:$RUN_AS map[] 4294967296 1024")
+    [[ ! $(docker ps --all --quiet --filter "ancestor=$IMAGE") ]] || { echo "a container is left"; exit 1; }
 }
 train single single 1 1
 train ddp ddp 2 2
@@ -109,16 +116,41 @@ for run in "ddp", "tensor":
     assert len(one) == 8 and worst <= 1e-5
 EOF
 
-# A mistake ends with its own status; TensorBoard answers on loopback.
-echo "== a mistake"
-STRATEGY=nonsense dc up --no-color --exit-code-from node0 >"$work/log" 2>&1 && exit 1 || [[ $? == 2 ]]
-grep "dtrain: unknown strategy" "$work/log" | cut -c 1-100
+# A mistake ends with its own status; a stopped run goes on; nobody trains in a run that goes on, or as root.
+echo "== mistakes"
+said() { # status, words, command
+    set +e
+    "${@:3}" >"$work/log" 2>&1
+    local status=$?
+    set -e
+    [[ $status == "$1" ]] && grep -- "$2" "$work/log" | cut -c 1-120 && ! grep Traceback "$work/log"
+}
+said 2 "dtrain: unknown strategy" env STRATEGY=nonsense "$work/docker/train.sh"
+said 2 "nothing trains as root" env RUN_AS=0 OUTPUTS=/ "$work/docker/train.sh"
+said 1 "start it by docker/train.sh" env -u RUN_AS "${compose[@]}" --file "$work/docker/compose.yaml" up
+echo "== a node that is stopped"
+ARGS="model=tiny steps=100000 eval.every=0" RUN=stopped "$work/docker/train.sh" >"$work/stopped" 2>&1 &
+going=$!
+for _ in {1..120}; do (($(wc -l <"$OUTPUTS/stopped/metrics.jsonl" 2>/dev/null || echo 0) > 20)) && break || sleep 1; done
+said 2 "RUN=stopped is being trained" env RUN=stopped "$work/docker/train.sh"
+began=$SECONDS
+docker stop --time 60 "$(docker ps --filter "ancestor=$IMAGE" --format '{{.Names}}' | grep node1)" >/dev/null
+set +e
+wait $going
+[[ $? == 75 ]] || { cat "$work/stopped"; exit 1; }
+set -e
+grep "stopped after step" "$work/stopped" | tail -n 1 | cut -c 1-120
+((SECONDS - began < 60))
+steps=$(wc -l <"$OUTPUTS/stopped/metrics.jsonl")
+ARGS="model=tiny steps=$((steps + 5)) eval.every=0" RUN=stopped "$work/docker/train.sh" >"$work/log" 2>&1
+[[ $(wc -l <"$OUTPUTS/stopped/metrics.jsonl") == $((steps + 5)) ]]
+
 echo "== TensorBoard"
-dc --profile tensorboard up -d tensorboard >"$work/log" 2>&1
+tensorboard up -d >"$work/log" 2>&1
 for _ in {1..30}; do
     runs=$(python3 -c "import urllib.request as u; print(u.urlopen('http://127.0.0.1:$TENSORBOARD_PORT/data/runs').read())" \
         2>/dev/null) && [[ $runs == *tensor/tensorboard* ]] && break || sleep 1
 done
 echo "$runs"
-[[ $(docker ps --filter "name=$COMPOSE_PROJECT_NAME" --format '{{.Ports}}') == "127.0.0.1:$TENSORBOARD_PORT->6006/tcp" ]]
+[[ $(docker ps --filter "ancestor=$IMAGE" --format '{{.Ports}}') == "127.0.0.1:$TENSORBOARD_PORT->6006/tcp" ]]
 echo "docker/smoke.sh: passed"

@@ -32,6 +32,7 @@ from dtrain.job import assemble, model_factories
 from dtrain.launch import RanksFailed, World, leave_words, spawn, tie
 from dtrain.launchers import understood
 from dtrain.mistakes import BROKEN_OFF, MISTAKES, check_words, explain, no_home
+from dtrain.outside import refuse_code
 from dtrain.precision import Precision
 from dtrain.report.console import show
 from dtrain.report.sweep import Told, show_job, show_sweep
@@ -87,6 +88,7 @@ def main(config_name: str, task: Callable[[DictConfig], Any]) -> None:
     try:
         with _explaining(config_name):
             check_words(sys.argv[1:], WORDS.get(config_name, {}))
+            refuse_code(config_name)
             hydra.main(version_base="1.3", config_path=str(CONFIGS), config_name=config_name)(guarded)()
     finally:
         show_sweep(jobs)

@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from hydra._internal.utils import get_args_parser
 from hydra.core.config_store import ConfigStore
 from hydra.core.utils import JobReturn, JobStatus, filter_overrides
 from hydra.errors import HydraException
@@ -45,7 +46,7 @@ class TorchrunLauncher(Launcher):
     """Runs the jobs of a sweep one after the other, each by torchrun in a folder of its own."""
 
     def __init__(self, nproc_per_node: int, options: list[str]) -> None:
-        self.command = [sys.executable, "-m", "torch.distributed.run", *options, f"--nproc-per-node={nproc_per_node}"]
+        self.command = [sys.executable, "-m", "dtrain.agent", *options, f"--nproc-per-node={nproc_per_node}"]
 
     def setup(self, *, hydra_context: HydraContext, task_function: TaskFunction, config: DictConfig) -> None:
         self.context, self.config = hydra_context, config
@@ -59,11 +60,18 @@ class TorchrunLauncher(Launcher):
             given = filter_overrides(overrides)
             jobs.append(Told(str(index), tuple(given), place))
             show_job(jobs[-1])
-            command = [*self.command, sys.argv[0], *given, setting("hydra.run.dir", str(place))]
+            command = [*self.command, sys.argv[0], *_files(), *given, setting("hydra.run.dir", str(place))]
             status = _run(command)
             returns.append(_outcome(place, status, given, sweep))
         show_sweep(jobs)
         return returns
+
+
+def _files() -> list[str]:
+    """The options that say where the configuration is."""
+    asked = vars(get_args_parser().parse_args(sys.argv[1:]))
+    given = {name: asked[name.replace("-", "_")] for name in ("config-dir", "config-path", "config-name")}
+    return [f"--{name}={value}" for name, value in given.items() if value]
 
 
 def _run(command: list[str]) -> int:

@@ -5,7 +5,7 @@
 #
 # SIGTERM goes to the ranks alone: they write a checkpoint and end, and so torchrun does. Told itself, torchrun would
 # leave them 30 seconds, less at a second signal, and let the torchruns of other machines wait for it.
-# The exit status is torchrun's, or 75 (EX_TEMPFAIL) if the run was stopped and can go on.
+# The exit status is that of the rank that failed, or 75 (EX_TEMPFAIL) if the run was stopped and can go on.
 folder=$(realpath -m "$1")
 shift
 written() { stat -c %y "$folder/resumable" 2> /dev/null; }
@@ -21,17 +21,22 @@ export PET_RDZV_ID
 
 before=$(written)  # by an earlier run that was stopped
 trap '' TERM       # torchrun inherits that, and its ranks, until they listen
-torchrun --signals-to-handle=SIGINT "$@" hydra.run.dir="$folder" resume=auto &
+case " $* " in  # it goes on with what is in its folder, unless it is told otherwise
+    *" resume="* | *" overwrite="*) ;;
+    *) set -- "$@" resume=auto ;;
+esac
+python -m dtrain.agent --signals-to-handle=SIGINT "$@" hydra.run.dir="$folder" &
 torchrun=$!
-told=
+told= without=0
 trap 'told=yes' TERM
 while kill -0 "$torchrun" 2> /dev/null; do
-    if [ "$told" ]; then  # again and again, until they listen; without any there is nothing to lose
-        kill -TERM $(cat "/proc/$torchrun/task/"*/children) 2> /dev/null || kill -KILL "$torchrun"
+    if [ "$told" ]; then  # again and again, until they listen; long without any it waits for somebody who will not come
+        kill -TERM $(cat "/proc/$torchrun/task/"*/children) 2> /dev/null && without=0 || without=$((without + 1))
+        [ "$without" -lt 10 ] || kill -KILL "$torchrun"
     fi
     sleep 1
 done
-wait "$torchrun"
+wait "$torchrun" 2> /dev/null
 status=$?
 after=$(written)
 if [ "$after" ] && [ "$after" != "$before" ]; then

@@ -167,7 +167,8 @@ def test_tokens_a_second_are_the_global_batchs_tokens_over_the_step(alone) -> No
 def _job(stated: float | None) -> Any:
     config = Config(global_batch_size=ROWS, micro_batch_size=3, measure=Measure(2, stated))
     data = SimpleNamespace(describe=lambda: {"name": "none", "train_tokens": 12345}, left_out={"empty files": 3})
-    return SimpleNamespace(config=config, plan=Plan.of([DDP()], 2), task=NextToken(), data=data, tried=())
+    parts = {"plan": Plan.of([DDP()], 2), "task": NextToken(), "data": data}
+    return SimpleNamespace(config=config, written=asdict(config), tried=(), **parts)
 
 
 def _summary(stated: float | None) -> dict[str, Any]:

@@ -45,9 +45,9 @@ def start(tmp_path: Path) -> Iterator[Callable[..., list[Node]]]:
 
 def test_nodes_meet_by_a_name_that_is_drawn_and_their_users_alone(tmp_path: Path) -> None:
     """The same on all nodes of a run and when it goes on, another for another run; in no command line."""
-    torchrun = tmp_path / "torchrun"
-    torchrun.write_text('#!/bin/sh\necho "$PET_RDZV_ID $*"\n')
-    torchrun.chmod(0o755)
+    python = tmp_path / "python"
+    python.write_text('#!/bin/sh\necho "$PET_RDZV_ID $*"\n')
+    python.chmod(0o755)
     environment = ENVIRONMENT | {"PATH": f"{tmp_path}:{ENVIRONMENT['PATH']}"}
 
     def start(run: str) -> Node:
@@ -62,6 +62,38 @@ def test_nodes_meet_by_a_name_that_is_drawn_and_their_users_alone(tmp_path: Path
     for run in ("one", "another"):
         (kept,) = (tmp_path / run).iterdir()
         assert kept.name == ".meeting" and stat.S_IMODE(kept.stat().st_mode) == 0o600
+
+
+@pytest.mark.parametrize(("given", "kept"), [
+    ([], ["resume=auto"]), (["resume=latest"], ["resume=latest"]), (["overwrite=true", "steps=3"], ["overwrite=true", "steps=3"]),
+    (["model.resume=x"], ["model.resume=x", "resume=auto"]),
+], ids=str)  # fmt: skip
+def test_a_run_goes_on_unless_it_is_told_otherwise(given: list[str], kept: list[str], tmp_path: Path) -> None:
+    (tmp_path / "python").write_text('#!/bin/sh\necho "$@"\n')
+    (tmp_path / "python").chmod(0o755)
+    environment = ENVIRONMENT | {"PATH": f"{tmp_path}:{ENVIRONMENT['PATH']}"}
+    command = [ROOT / "launch/node.sh", tmp_path / "run", "train.py", *given]
+    said = subprocess.run(command, env=environment, stdout=subprocess.PIPE, text=True, timeout=60).stdout.split()
+    assert said == [
+        "-m",
+        "dtrain.agent",
+        "--signals-to-handle=SIGINT",
+        "train.py",
+        *kept,
+        f"hydra.run.dir={tmp_path}/run",
+    ]
+
+
+@pytest.mark.parametrize(("words", "status", "said"), [
+    (["steps=none"], 2, "steps"), (["steps=1", "+x=1"], 2, "unknown key 'x'"), (["steps=1"], 0, ""),
+])  # fmt: skip
+def test_a_node_ends_as_the_rank_that_failed(words: list[str], status: int, said: str, tmp_path: Path) -> None:
+    """And says no more than that."""
+    command = [ROOT / "launch/node.sh", tmp_path / "run", "--nnodes=1", "--nproc-per-node=1", "--rdzv-backend=c10d",
+               "--rdzv-endpoint=localhost:0", "scripts/train.py", *TINY, *words]  # fmt: skip
+    ended = subprocess.run(command, cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True, timeout=200)
+    assert ended.returncode == status, ended.stderr
+    assert said in ended.stderr and len(ended.stderr.splitlines()) <= (status > 0), ended.stderr
 
 
 @pytest.mark.deep

@@ -1,0 +1,48 @@
+"""torchrun for `launch/node.sh`: it ends as the first rank that failed has, and leaves it to that rank to say why."""
+
+from __future__ import annotations
+
+import logging
+import signal
+import socket
+import sys
+
+from torch.distributed.elastic.multiprocessing.api import SignalException
+from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+from torch.distributed.elastic.rendezvous import RendezvousError
+from torch.distributed.run import parse_args
+from torch.distributed.run import run as torchrun
+
+FAILED = 1
+
+
+def main() -> int:
+    """Do as torchrun does with the same arguments and environment. Returns the exit status.
+
+    Of a rank that failed: 2 for a mistake of the user's, 1 for a run that broke off. 128 + N for signal N.
+    """
+    logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)  # who fails speaks for itself
+    try:
+        torchrun(parse_args(sys.argv[1:]))
+    except ChildFailedError as error:
+        # Those that were stopped for another's failure are no reason.
+        failures = [each for each in error.failures.values() if each.exitcode != -signal.SIGTERM]
+        first = min(failures or error.failures.values(), key=lambda failure: failure.timestamp)
+        if first.exitcode > 0:
+            return first.exitcode
+        return _failed(f"local rank {first.local_rank} of {socket.gethostname()} ended by "
+                       f"{signal.Signals(-first.exitcode).name}")  # fmt: skip
+    except SignalException as error:
+        return 128 + int(error.sigval)
+    except RendezvousError as error:
+        return _failed(f"the machines have not met: {str(error).strip() or type(error).__name__}")
+    return 0
+
+
+def _failed(reason: str) -> int:
+    print(f"dtrain: {reason}", file=sys.stderr, flush=True)
+    return FAILED
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,53 @@
+"""Files of a configuration from outside: settings of ours are taken, what Hydra would run by them is refused."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from test_cli import call  # noqa: F401
+
+Call = Callable[..., tuple[int, str, str]]
+QUICK = ["model=tiny", "steps=1", "eval.every=0", "global_batch_size=4", "seq_len=16", "measure.peak_flops=1e12",
+         "launch.threads=1", "hydra.run.dir=mine"]  # fmt: skip
+TOUCH = "{_target_: pathlib.Path.touch, self: {_target_: pathlib.Path, _args_: [PWNED]}}"
+BAD = {
+    "callbacks": f"hydra: {{callbacks: {{a: {TOUCH}}}}}",
+    "job_logging": "hydra: {job_logging: {version: 1, handlers: {a: {class: logging.FileHandler, filename: PWNED}}}}",
+    "job.env_set": "hydra: {job: {env_set: {LD_PRELOAD: a.so}}}",
+    "launcher": "hydra: {launcher: {_target_: os.abort}}",
+    "sweeper": "hydra: {sweeper: {_target_: os.abort}}",
+}
+
+
+def files(folder: Path, text: str) -> None:
+    """As an experiment, and as a configuration of its own."""
+    (folder / "experiment").mkdir(parents=True)
+    (folder / "experiment" / "theirs.yaml").write_text(f"# @package _global_\n{text}\n")
+    (folder / "alone.yaml").write_text(f"defaults: [train, _self_]\n{text}\n")
+
+
+@pytest.mark.parametrize("key", BAD)
+@pytest.mark.parametrize("way", [["+experiment=theirs"], ["--config-name=alone"]], ids=["part", "whole"])
+def test_what_hydra_would_run_is_refused(key: str, way: list[str], call: Call, tmp_path: Path) -> None:  # noqa: F811
+    files(tmp_path / "conf", BAD[key])
+    options = [word for word in way if word.startswith("-")]
+    status, _, err = call("--config-dir=conf", *options, *(set(way) - set(options)), *QUICK)
+    assert status == 2 and err.splitlines() == [
+        f"dtrain: hydra.{key} is set by a file outside dtrain (conf), and runs code, or can: read it, and add "
+        "allow_hydra_code=true if you trust it"
+    ]
+    assert not (tmp_path / "PWNED").exists() and not (tmp_path / "mine").exists()
+
+
+def test_what_is_typed_or_ours_or_allowed_is_not(call: Call, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:  # noqa: F811
+    monkeypatch.setenv("A_NAME", "")
+    files(tmp_path / "conf", "seed: 7\nhydra: {job: {env_set: {A_NAME: set}}}")
+    files(tmp_path / "plain", "seed: 7")
+    plain = ["--config-dir=plain", "+experiment=theirs", *QUICK]
+    asked = ["--config-dir=conf", "+experiment=theirs", *QUICK, "overwrite=true"]
+    for words in ([*plain, "+hydra.job.env_set.A_NAME=typed"], [*asked, "allow_hydra_code=true"]):
+        status, _, err = call(*words)
+        assert (status, err) == (0, "")
+        assert "seed: 7" in (tmp_path / "mine" / ".hydra" / "config.yaml").read_text()
