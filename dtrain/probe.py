@@ -1,14 +1,15 @@
 """Does a user's model compute the same when it is divided? Tried on a few rows, before training.
 
-    rows alone, and together       batch norm and other statistics of rows
-    twice, and once                counts and averages that a forward pass moves
+    rows alone, and together       batch norm and other statistics of rows, in outputs and gradients
+    twice, and once                counts, averages and weights that a forward pass moves
+    as another rank                what reads which rank it is on
     stage after stage, and whole   what stands in `forward` between the modules of the Layout
     tokens apart, and together     what mixes tokens outside attention
     layers split, and whole        layers that are not cut where the Layout says
     an original, and its layout    what a model of `transformers` computes between its modules
 
-It needs no other process. Weights are those of the seed, each moved a little, so that nothing that
-begins at zero hides; dropout makes numbers smaller, always alike.
+In training and in evaluation. It needs no other process. Weights are those of the seed, each moved a little, so that
+nothing that begins at zero hides; dropout makes numbers smaller, always alike.
 Classes of dtrain itself are not tried: its tests do. docs/own-model.md says what it can find.
 """
 
@@ -29,15 +30,27 @@ from dtrain.draw import Again, generator, seed_everything
 from dtrain.initialize import cast, on_meta, whole
 from dtrain.layout import StepAware, is_ours, offers, refuse_gradient_hooks
 from dtrain.rehearsal import Rehearsal, twin
+from dtrain.strategy.base import Strategy
+from dtrain.trial import (
+    EVERYTHING,
+    LOOSER,
+    ROWS,
+    Run,
+    buffers,
+    difference,
+    gradients,
+    put_back,
+    try_as_another_rank,
+    try_gradients_of_rows,
+    try_rows,
+)
 
 if TYPE_CHECKING:
     from dtrain.plan import Plan
     from dtrain.task.base import Task
 
-ROWS = 4
 MOVED = 0.02  # standard deviation of what is added to each weight
 TOLERANCES = {torch.float64: 1e-7, torch.float32: 1e-3}  # relative; what is wrong is wrong by more
-EVERYTHING = slice(None)
 LARGEST = 1_000_000_000  # parameters of a model that is otherwise never whole on a rank
 DROPS = {
     F.dropout,
@@ -108,7 +121,9 @@ def _try(task: Task, plan: Plan, tried: list[str], micro_batches: int, seed: int
             _try_original(task, name, models[name], batch, seed, tolerance)
     for model in models.values():
         _move(model)
-    untouched = {name: twin(model) for name, model in models.items()}  # a forward pass may leave things in attributes
+    rehearsed = [each for each in plan.strategies if type(each).rehearsals is not Strategy.rehearsals]
+    # A forward pass may leave things in attributes.
+    untouched = {name: _copy(models[name]) for name in tried if rehearsed}
     for update in task.updates:
         run = Run(update, models, batch)
         if update.trains not in tried:
@@ -121,40 +136,19 @@ def _try(task: Task, plan: Plan, tried: list[str], micro_batches: int, seed: int
         drawn = _draws(run, tolerance)
         if drawn:
             yield "probe: the model draws numbers of its own in training, so it was tried in evaluation alone"
-        with evaluating(models) if drawn else nullcontext():
-            _try_rows(run, tolerance, again)
-            before = _buffers(run.model)
-            for strategy in plan.strategies if hasattr(update, "inputs") else ():
-                for rehearsal in strategy.rehearsals(twin(untouched[update.trains]), run.inputs, plan):
-                    _compare(rehearsal, run, tolerance)
-                    _put(run.model, before)
-
-
-class Run:
-    """An update's forward pass: outputs of a supervised one, the loss of another."""
-
-    def __init__(self, update: Any, models: Models, batch: Batch) -> None:
-        self.update, self.models, self.batch = update, models, batch
-
-    @property
-    def inputs(self) -> tuple[Tensor, ...]:
-        return tuple(self.batch[name] for name in getattr(self.update, "inputs", ()))
-
-    @property
-    def model(self) -> nn.Module:
-        return self.models[self.update.trains]
-
-    def __call__(self, rows: slice) -> Tensor:
-        batch = {name: tensor[rows] for name, tensor in self.batch.items()}
-        with torch.enable_grad() if self.update.second_order else torch.no_grad():
-            if hasattr(self.update, "outputs"):
-                return self.update.outputs(self.models, batch)
-            return self.update.loss(self.models, batch).detach()[None]
-
-    def alone(self) -> Tensor:
-        """Row by row; losses are sums."""
-        each = [self(slice(row, row + 1)) for row in range(len(next(iter(self.batch.values()))))]
-        return torch.cat(each) if hasattr(self.update, "outputs") else torch.stack(each).sum(0)
+        else:
+            try_as_another_rank(run, tolerance)
+        for training in (True, False)[drawn:]:
+            with nullcontext() if training else evaluating(models):
+                try_rows(run, tolerance, again and training)
+                if training and hasattr(update, "outputs"):
+                    try_gradients_of_rows(run, tolerance)
+                before = buffers(run.model)
+                for strategy in rehearsed if hasattr(update, "inputs") else ():
+                    made = twin(untouched[update.trains]).train(training)
+                    for rehearsal in strategy.rehearsals(made, run.inputs, plan):
+                        _compare(rehearsal, run, tolerance)
+                        put_back(run.model, before)
 
 
 def _running(task: Task, batch: Batch, seed: int, dtypes: tuple[torch.dtype, ...]) -> tuple[Models, torch.dtype]:
@@ -162,14 +156,18 @@ def _running(task: Task, batch: Batch, seed: int, dtypes: tuple[torch.dtype, ...
     for dtype in dtypes:
         models = {name: whole(factory, seed, dtype) for name, factory in task.models.items()}
         try:
+            there = {name: set(dict(model.named_parameters())) for name, model in models.items()}
             for update in task.updates:
                 for module in models[update.trains].modules():
                     if isinstance(module, StepAware):
                         module.before_step(torch.ones((), dtype=torch.float64))
                 with torch.enable_grad() if update.second_order else torch.no_grad():
                     update.loss(models, batch)
+            _refuse_made(models, there)
             # Made again: buffers may have moved.
             return {n: whole(factory, seed, dtype) for n, factory in task.models.items()}, dtype
+        except Late:
+            raise
         except Exception as error:  # of a user's model: it may fail in any way
             if dtype == dtypes[-1]:
                 names = ", ".join(getattr(task.updates[0], "inputs", ()))
@@ -180,6 +178,28 @@ def _running(task: Task, batch: Batch, seed: int, dtypes: tuple[torch.dtype, ...
                     f"{len(batch[next(iter(batch))])} rows it ends in {_said(error)}{hint}"
                 ) from error
     raise AssertionError
+
+
+class Late(ValueError):
+    """A parameter that the first forward pass makes."""
+
+
+def _refuse_made(models: Models, there: dict[str, set[str]]) -> None:
+    for name, model in models.items():
+        if made := sorted(set(dict(model.named_parameters())) - there[name]):
+            raise Late(f"{made[0]} of {type(model).__name__} is made by its first forward pass: no optimizer would "
+                       f"train it, and ranks would draw others: make it in the constructor")  # fmt: skip
+
+
+def _copy(model: nn.Module) -> nn.Module:
+    try:
+        return twin(model)
+    except RuntimeError as error:
+        raise ValueError(
+            f"{type(model).__name__} cannot be copied, to be tried in parts ({_said(error)}): a tensor among its "
+            f"attributes is computed, as by the old torch.nn.utils.weight_norm (that of parametrizations is not); or "
+            f"use a strategy on dp"
+        ) from error
 
 
 def _try_original(task: Task, name: str, model: Any, batch: Batch, seed: int, tolerance: float) -> None:
@@ -200,7 +220,7 @@ def _try_original(task: Task, name: str, model: Any, batch: Batch, seed: int, to
                 f"model.layout: {model.kind} does not run in parts ({_said(error)}): use model.layout=null, "
                 f"with a strategy on dp or fsdp"
             ) from error
-    if (far := _difference(found, expected)) > tolerance:
+    if (far := difference(found, expected)) > tolerance:
         raise ValueError(
             f"model.layout: in parts {model.kind} gives other logits than the original, by {far:.2g} of the "
             f"largest: it computes something between its modules (a window, a multiplier); use "
@@ -210,48 +230,17 @@ def _try_original(task: Task, name: str, model: Any, batch: Batch, seed: int, to
 
 def _draws(run: Run, tolerance: float) -> bool:
     """Do its outputs depend on random numbers, dropout left out?"""
-    before, found = _buffers(run.model), []
+    before, found = buffers(run.model), []
     for seed in (0, 1):
         seed_everything(seed)
         found.append(run(EVERYTHING))
-        _put(run.model, before)
-    return _difference(*found) > tolerance
-
-
-def _try_rows(run: Run, tolerance: float, again: bool) -> None:
-    """Rows alone and together; and what a forward pass moves."""
-    model = run.model
-    before = _buffers(model)
-    if len(run.batch[next(iter(run.batch))]) > 1:
-        together = run(EVERYTHING)
-        moved = _buffers(model)
-        _put(model, before)
-        far = _difference(run.alone(), together)
-        _put(model, before)
-        name = type(model).__name__
-        if far > tolerance:
-            raise ValueError(
-                f"the rows of a batch are not computed apart in {name}: alone and together they differ by "
-                f"{far:.2g} of the largest output. Statistics of rows, as batch norm's, would be those of a "
-                f"part: use GroupNorm or LayerNorm, or one process without micro-batches"
-            )
-        run(EVERYTHING if again else slice(0, 1))
-        if again:
-            run(EVERYTHING)
-        other = _buffers(model)
-        _put(model, before)
-    for key, value in moved.items():
-        if _difference(other[key], value) > tolerance:
-            why = "twice for a step" if again else "of a part of the rows"
-            raise ValueError(
-                f"{key} of {name} is moved by each forward pass, and would be moved {why}: use one process "
-                f"without micro-batches and recomputation, or keep it still"
-            )
+        put_back(run.model, before)
+    return difference(*found) > tolerance
 
 
 def _compare(rehearsal: Rehearsal, run: Run, tolerance: float) -> None:
-    name = type(run.model).__name__
-    with torch.no_grad():
+    name, parameters = type(run.model).__name__, [p for p in run.model.parameters() if p.requires_grad]
+    with torch.enable_grad():
         try:
             found = rehearsal.divided(*run.inputs)  # first: what the whole leaves in attributes is not for its parts
         except Exception as error:
@@ -260,26 +249,19 @@ def _compare(rehearsal: Rehearsal, run: Run, tolerance: float) -> None:
     if not isinstance(found, Tensor) or found.shape != expected.shape:
         shape = tuple(found.shape) if isinstance(found, Tensor) else type(found).__name__
         raise ValueError(f"{name} {rehearsal.what} gives {shape}, whole {tuple(expected.shape)}: {rehearsal.hint}")
-    if (far := _difference(found, expected)) > tolerance:
+    if (far := difference(found.detach(), expected.detach())) > tolerance:
         raise ValueError(
             f"{name} {rehearsal.what} computes something else than whole: outputs differ by {far:.2g} of the "
             f"largest. {rehearsal.hint}"
         )
 
-
-def _difference(found: Tensor, expected: Tensor) -> float:
-    """The largest difference, over the largest of both; not finite in one place alone: infinite."""
-    if found.shape != expected.shape:
-        return float("inf")
-    if not expected.numel():
-        return 0.0
-    wide = torch.complex128 if expected.is_complex() else torch.float64
-    found, expected = found.to(wide), expected.to(wide)
-    if not torch.equal(found.isfinite(), expected.isfinite()):
-        return float("inf")
-    there = expected.isfinite()
-    far = torch.where(there, found - expected, 0).abs().max()
-    return (far / torch.where(there, expected, 0).abs().max().clamp(min=1e-30)).item() if far else 0.0
+    if found.requires_grad and expected.requires_grad and parameters:
+        ways = (torch.cat([g.flatten() for g in gradients(each, parameters)]) for each in (found, expected))
+        if (far := difference(*ways)) > tolerance * LOOSER:
+            raise ValueError(
+                f"{name} {rehearsal.what} has other gradients than whole, by {far:.2g} of the largest: what its "
+                f"forward does between its modules to them alone (detach) is lost. {rehearsal.hint}"
+            )
 
 
 @torch.no_grad()
@@ -288,18 +270,6 @@ def _move(model: nn.Module) -> None:
         if parameter.is_floating_point():
             noise = torch.empty(parameter.shape).normal_(0, MOVED, generator=generator(0, "probe", name))
             parameter.add_(noise.to(parameter.dtype))
-
-
-def _buffers(model: nn.Module) -> dict[str, Tensor]:
-    aware = {id(b) for m in model.modules() if isinstance(m, StepAware) for b in m.buffers(recurse=False)}
-    return {name: b.clone() for name, b in model.named_buffers() if id(b) not in aware}
-
-
-@torch.no_grad()
-def _put(model: nn.Module, kept: dict[str, Tensor]) -> None:
-    for name, buffer in model.named_buffers():
-        if name in kept:
-            buffer.copy_(kept[name])
 
 
 def _said(error: Exception) -> str:

@@ -50,11 +50,11 @@ def twin(model: nn.Module) -> nn.Module:
     return deepcopy(model, {id(tensor): tensor for tensor in kept})
 
 
-def refuse_foreign(piece: nn.Module, output: Tensor, model: nn.Module) -> None:
+def refuse_foreign(piece: nn.Module, given: Tensor, output: Tensor, model: nn.Module) -> None:
     """Raise ValueError if a piece of a model has used a weight that is not its own: one that stands in a list, say."""
     names = {id(parameter): name for name, parameter in model.named_parameters()}
     own = {id(parameter) for parameter in piece.parameters()}
-    if foreign := [names[i] for i in _leaves([output.grad_fn], set()) if i in names and i not in own]:
+    if foreign := [names[i] for i in _leaves([output.grad_fn], {given.grad_fn}) if i in names and i not in own]:
         raise ValueError(f"one of them uses {foreign[0]}, which another has: let them share it as a parameter of both")
 
 

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import errno
+import html
 import io
 import os
+import re
 import sys
 import unicodedata
 from typing import Any
@@ -17,6 +19,16 @@ def shown(text: str) -> str:
     """A text for a terminal or a page: what would steer them (escape sequences, bells, other directions) is written
     out. It may be the name of somebody's file or column."""
     return "".join(c if c in "\n\t" or unicodedata.category(c) not in HIDDEN else ascii(c)[1:-1] for c in text)
+
+
+def in_html(text: str) -> str:
+    """The same for HTML, or for what Plotly takes for some: `<` begins nothing."""
+    return html.escape(shown(text), quote=False)
+
+
+def in_markdown(text: str) -> str:
+    """The same for a line of Markdown."""
+    return re.sub(r"([\\`*_\[])", r"\\\1", " ".join(in_html(text).split()))
 
 
 def keep_open() -> None:

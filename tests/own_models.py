@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import random
+import warnings
 from functools import partial
 from typing import Any
 
@@ -454,6 +455,78 @@ class ADict(Good):
     layout = dict(first="first", blocks="blocks", last="last")  # type: ignore[assignment]
 
 
+class Renormed(Plain):
+    """A forward pass that changes a weight: torch's own option."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first.token = nn.Embedding(self.first.token.num_embeddings, self.first.token.embedding_dim, max_norm=0.01)
+
+
+class Clamped(Plain):
+    def forward(self, tokens: Tensor, positions: Tensor) -> Tensor:
+        with torch.no_grad():
+            self.last.out.weight.clamp_(-0.01, 0.01)
+        return super().forward(tokens, positions)
+
+
+class CentredInEvaluation(Plain):
+    def forward(self, tokens: Tensor, positions: Tensor) -> Tensor:
+        x = super().forward(tokens, positions)
+        return x if self.training else x - x.mean(0)
+
+
+class CountsInEvaluation(Plain):
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("rows", torch.zeros(()))
+
+    def forward(self, tokens: Tensor, positions: Tensor) -> Tensor:
+        if not self.training:
+            self.rows += len(tokens)
+        return super().forward(tokens, positions)
+
+
+class ScaledInEvaluation(Good):
+    def body(self, x: Tensor) -> Tensor:
+        return super().body(x if self.training else 2 * x)
+
+
+class Detached(Good):
+    """What its parts compute is the same, and what they learn is not."""
+
+    def body(self, x: Tensor) -> Tensor:
+        return super().body(x.detach())
+
+
+class Clipped(Plain):
+    """A hook that looks at the gradients of all rows."""
+
+    def forward(self, tokens: Tensor, positions: Tensor) -> Tensor:
+        x = self.first(tokens, positions)
+        x.register_hook(lambda gradient: gradient / gradient.norm()) if x.requires_grad else None
+        return self.last(x)
+
+
+class MadeLate(Plain):
+    def forward(self, tokens: Tensor, positions: Tensor) -> Tensor:
+        if not hasattr(self, "extra"):
+            self.extra = nn.Parameter(torch.randn(WIDTH, dtype=self.last.out.weight.dtype))
+        return self.last(self.first(tokens, positions) + self.extra)
+
+
+class ByRank(Plain):
+    def forward(self, tokens: Tensor, positions: Tensor) -> Tensor:
+        return super().forward(tokens, positions) * (1 + int(os.environ.get("LOCAL_RANK", "0")))
+
+
+class NormedOfOld(Good):
+    def __init__(self) -> None:
+        super().__init__()
+        with warnings.catch_warnings(action="ignore"):
+            nn.utils.weight_norm(self.blocks[0].mlp.up)
+
+
 class OwnModel(NextToken):
     """The task of a user's model."""
 
@@ -485,6 +558,16 @@ MODELS: dict[str, Any] = (
             Outside,
             Shared,
             Reads,
+            Renormed,
+            Clamped,
+            CentredInEvaluation,
+            CountsInEvaluation,
+            ScaledInEvaluation,
+            Detached,
+            Clipped,
+            MadeLate,
+            ByRank,
+            NormedOfOld,
             TiedInAList,
             Attribute,
             Names,

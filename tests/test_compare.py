@@ -23,7 +23,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from test_cli import call  # noqa: F401
 
-from dtrain.compare import charts, costs, page, step
+from dtrain.compare import charts, costs, markdown, page, step
 from dtrain.compare.command import show_difference
 from dtrain.compare.condition import Condition
 from dtrain.compare.entries import Entry, cases_of
@@ -162,6 +162,33 @@ def test_a_page_without_figures_tells_the_reasons() -> None:
     text = page.document(found, {}, str)
     assert "Nothing has run to its end" in text and "too few" in text and "no room &lt;b&gt;" in text
     assert Cells(text).missing == ["single", "ddp [x]"]
+
+
+def test_names_steer_neither_a_page_nor_a_figure_nor_a_document() -> None:
+    """Markup, Markdown, escape sequences and other directions in a label are text, in whatever it is shown."""
+    evil = "a<b>|<img src=x onerror=alert(1)>[x](javascript:y)`\x1b[31m\u202e"
+    found = results(
+        row("ddp", (100.0,)), row(evil, (90.0,)), Row("no\n# Title", 2, reason="b\n\n<script>|", failed=True)
+    )
+    found.environment |= {
+        "memory_bytes": 1,
+        "gpu": None,
+        "python": "3",
+        "packages": {"torch": "2"},
+        "platform": "x",
+        "cpu": "y",
+    }
+    found.facts |= {"data": evil, "task": "t", "global_batch_size": 1, "dtype": "fp32", "seed": 0}
+    for each in found.ran:
+        each.losses, each.seconds, each.wire_bytes = [2.0, 1.0], [0.1, 0.2], 3.0
+    told = markdown.document(found)
+    assert not {"<img", "<script", "\x1b", "\u202e"} & {w for w in ("<img", "<script", "\x1b", "\u202e") if w in told}
+    assert "\n# Title" not in told and "](javascript" not in told.replace("\\[x]", "")
+    for chart in charts.charts(found):
+        figure = json.dumps([{k: v for k, v in t.items() if k != "customdata"} for t in chart.figure.to_dict()["data"]])
+        assert "<img" not in figure and "\\u001b" not in figure and "\\u202e" not in figure, chart.name
+        assert not figure.replace("<br>", "").replace("<b>", "").replace("</b>", "").count("<"), chart.name
+    assert "<img" not in page.document(found, {}, str)
 
 
 def test_what_another_model_trains_is_not_judged_even_without_a_baseline() -> None:

@@ -90,6 +90,16 @@ REFUSED = {
     ("Normed", "tensor"): r"blocks.0.mlp.up of Normed computes its weight of others .nn.utils.parametrize",
     ("Listed", "tensor"): r"layout.column of Listed is 'blocks.\*.mlp.up': write names in a tuple",
     ("Misspelt", "1f1b"): "layout.blocks of Misspelt names 'layers', and there is no such module: it has first",
+    ("Renormed", "ddp"): r"first.token.weight of Renormed is changed by its forward pass",
+    ("Clamped", "fsdp"): r"last.out.weight of Clamped is changed by its forward pass",
+    ("CentredInEvaluation", "allreduce"): "rows of a batch are not computed apart in CentredInEvaluation",
+    ("CountsInEvaluation", "ddp"): "rows of CountsInEvaluation is moved by each forward pass",
+    ("ScaledInEvaluation", "1f1b"): "in 2 stages computes something else",
+    ("Detached", "1f1b"): "in 2 stages has other gradients than whole",
+    ("Clipped", "ddp"): "the gradients of a batch are not those of its rows in Clipped",
+    ("MadeLate", "ddp"): "extra of MadeLate is made by its first forward pass",
+    ("ByRank", "ddp"): "ByRank computes something else where RANK or LOCAL_RANK is another",
+    ("NormedOfOld", "1f1b"): "NormedOfOld cannot be copied",
     ("ADict", "1f1b"): "the layout of ADict is a dict: write Layout",
 }
 ACCEPTED = [("Good", s) for s in ALL] + [
@@ -110,6 +120,10 @@ ACCEPTED = [("Good", s) for s in ALL] + [
     ("TiedInAList", "allreduce"),
     ("TiedInAList", "fsdp"),
     ("Reads", "allreduce"),
+    *((each, "single") for each in ("Renormed", "CentredInEvaluation", "Clipped", "ByRank", "NormedOfOld")),
+    ("Detached", "fsdp"),
+    ("ScaledInEvaluation", "tensor"),
+    ("NormedOfOld", "ddp"),
 ]
 
 

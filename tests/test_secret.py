@@ -8,14 +8,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import test_cli
 from hypothesis import given
 from hypothesis import strategies as st
 from omegaconf import OmegaConf
-from test_cli import call  # noqa: F401
 
 from dtrain.report.base import Logger, Run
 from dtrain.secret import HIDDEN, is_secret, masked, masked_override, written
 
+call = test_cli.call  # a fixture
 Call = Callable[..., tuple[int, str, str]]
 QUICK = ["model=tiny", "steps=1", "eval.every=0", "global_batch_size=4", "seq_len=16", "measure.peak_flops=1e12",
          "launch.threads=1"]  # fmt: skip
@@ -39,7 +40,7 @@ class Service(Logger):
 
 @pytest.mark.parametrize("ranks", [1, 2])
 def test_a_run_uses_what_it_leaves_nowhere(
-    ranks: int, call: Call, tmp_path: Path, monkeypatch: pytest.MonkeyPatch  # noqa: F811
+    ranks: int, call: Call, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("HIDDEN_NAME", HIDDEN_IN_ENVIRONMENT)
     monkeypatch.setenv("HIDDEN_SIZE", "3")

@@ -116,7 +116,9 @@ def serve(rank: str, size: str, store: str, file: int) -> None:
     while (work := _next(pipe)) is not None:
         function, arguments = work
         done += 1
-        if done % KEPT_CASES == 0 and not {"deepspeed", "accelerate"} & set(sys.modules):  # which keep groups themselves
+        if done % KEPT_CASES == 0 and not {"deepspeed", "accelerate"} & set(
+            sys.modules
+        ):  # which keep groups themselves
             _leave_groups()
         try:
             answer = True, function(*arguments)

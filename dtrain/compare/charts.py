@@ -12,6 +12,7 @@ from dtrain.compare.results import Results, Row
 from dtrain.compare.style import POINT, TRACE, Chart, family
 from dtrain.compare.verdict import efficiency, equal_time, front, kind_of_memory, loss_at, memory_of
 from dtrain.measure.units import size
+from dtrain.streams import in_html
 
 
 def charts(results: Results) -> list[Chart]:
@@ -42,7 +43,7 @@ def tradeoff(results: Results) -> Chart:
             x=[memory_of(r) / 1e6 for r in group],
             y=[r.tokens_per_second for r in group],
             customdata=[r.strategy for r in group],
-            text=[r.strategy if r in best else "" for r in group],
+            text=[in_html(r.strategy) if r in best else "" for r in group],
             hovertext=[_tip(r) for r in group],
             hoverinfo="text",
             mode="markers+text",
@@ -97,7 +98,7 @@ def _curves(results: Results, along: Callable[[Row], Sequence[float]]) -> go.Fig
     figure = go.Figure()
     for row in results.ran:
         line = {"color": family(row)[1], "dash": "solid" if row.synchronous else "dash"}
-        figure.add_scatter(x=along(row), y=row.losses, name=row.strategy, mode="lines", line=line,
+        figure.add_scatter(x=along(row), y=row.losses, name=in_html(row.strategy), mode="lines", line=line,
                            customdata=[row.strategy])  # fmt: skip
     return figure.update_layout(yaxis_title="loss")
 
@@ -107,7 +108,7 @@ def throughput(results: Results) -> Chart:
     spread = [row.spread() for row in rows]
     figure.add_bar(
         orientation="h",
-        y=[r.strategy for r in rows],
+        y=[in_html(r.strategy) for r in rows],
         x=[r.tokens_per_second for r in rows],
         customdata=[r.strategy for r in rows],
         marker={"color": [family(r)[1] for r in rows]},
@@ -133,7 +134,7 @@ def steps(results: Results) -> Chart:
         seconds = [1e3 * each for repeat in row.repeats for each in repeat["step_seconds"]]
         figure.add_box(
             x=seconds,
-            name=row.strategy,
+            name=in_html(row.strategy),
             marker={"color": family(row)[1]},
             showlegend=False,
             boxpoints=False,
@@ -160,7 +161,7 @@ def scaling(results: Results) -> Chart:
         figure.add_scatter(
             x=[r.ranks for r in rows],
             y=[100 * efficiency(r, rows[0]) for r in rows],
-            name=name,
+            name=in_html(name),
             mode="lines+markers",
             line={"color": family(rows[-1])[1]},
             customdata=[r.strategy for r in rows],
@@ -180,6 +181,6 @@ def scaling(results: Results) -> Chart:
 
 
 def _tip(row: Row) -> str:
-    return (f"<b>{row.strategy}</b> on {row.ranks}<br>{row.tokens_per_second:,.0f} tokens/s<br>"
+    return (f"<b>{in_html(row.strategy)}</b> on {row.ranks}<br>{row.tokens_per_second:,.0f} tokens/s<br>"
             f"{size(memory_of(row))} of {kind_of_memory(row)} a rank<br>"
             f"{size(row.wire_bytes or 0)} sent a step")  # fmt: skip

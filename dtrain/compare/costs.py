@@ -8,6 +8,7 @@ import plotly.graph_objects as go
 
 from dtrain.compare.results import Results, Row
 from dtrain.compare.style import FAMILIES, KINDS, POINT, TICK, Chart
+from dtrain.streams import in_html
 
 OPERATIONS = ("all_reduce", "all_gather", "reduce_scatter", "broadcast", "all_to_all", "send")
 
@@ -46,16 +47,17 @@ def messages(results: Results) -> Chart:
 
 def _part(figure: go.Figure, rows: list[Row], sizes: list[float], name: str, **marker: object) -> None:
     """One more part of every row's bar, in bytes."""
-    names = [row.strategy for row in rows]
-    figure.add_bar(orientation="h", y=names, x=[size / 1e6 for size in sizes], customdata=names, name=name,
-                   marker=marker, hovertemplate="%{y}: %{x:.2f} MB")  # fmt: skip
+    names = [in_html(row.strategy) for row in rows]
+    figure.add_bar(orientation="h", y=names, x=[size / 1e6 for size in sizes], name=name, marker=marker,
+                   customdata=[row.strategy for row in rows], hovertemplate="%{y}: %{x:.2f} MB")  # fmt: skip
 
 
 def _ticks(figure: go.Figure, rows: list[Row], ends: list[tuple[Row, float]], words: str, title: str) -> None:
     """Where the bars' parts should end, in bytes; and how the bars are laid out."""
-    names = [row.strategy for row, _ in ends]
-    figure.add_scatter(y=names, x=[end / 1e6 for _, end in ends], customdata=names, mode="markers", marker=TICK,
-                       name="predicted", meta="ink", hovertemplate=f"%{{y}}: {words} %{{x:.2f}} MB")  # fmt: skip
+    names = [in_html(row.strategy) for row, _ in ends]
+    figure.add_scatter(y=names, x=[end / 1e6 for _, end in ends], mode="markers", marker=TICK,
+                       customdata=[row.strategy for row, _ in ends], name="predicted", meta="ink",
+                       hovertemplate=f"%{{y}}: {words} %{{x:.2f}} MB")  # fmt: skip
     layout = {"barmode": "stack", "xaxis_rangemode": "tozero", "xaxis_title": title, "meta": {"rows": len(rows)}}
     figure.update_layout(**layout)
 

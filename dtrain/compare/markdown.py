@@ -2,23 +2,28 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 from dtrain.compare.results import Results
 from dtrain.compare.runner import cells
 from dtrain.compare.verdict import verdicts
 from dtrain.report.sheet import Sheet
+from dtrain.streams import in_markdown, shown
 
 COLUMNS = ("strategy", "ranks", "loss", "Δloss", "tokens/s", "step ms", "tensor memory a rank", "sent a step",
            "exposed")  # fmt: skip
 
 
-def sheet(results: Results) -> Sheet:
+def sheet(results: Results, label: Callable[[str], str] = shown) -> Sheet:
     """Every row that ran."""
-    return Sheet("Strategies", COLUMNS, [(row.strategy, *cells(row)) for row in results.ran])
+    return Sheet("Strategies", COLUMNS, [(label(row.strategy), *cells(row)) for row in results.ran])
 
 
 def document(results: Results) -> str:
     """`report.md`."""
-    facts = ", ".join(f"{name} {value}" for name, value in results.facts.items() if value is not None)
+    facts = ", ".join(
+        f"{in_markdown(name)} {in_markdown(str(value))}" for name, value in results.facts.items() if value is not None
+    )
     at = results.environment
     where = f"{at['cpu']}, {at['cores']} cores, torch {at['packages']['torch']}"
     lines = [
@@ -29,15 +34,16 @@ def document(results: Results) -> str:
         f"{facts}.",
         f"{where}; {results.made}.",
         "",
-        *(f"* **{v.title}**: {v.strategy}, {v.figure} ({v.note})" for v in verdicts(results)),
+        *(f"* **{v.title}**: {in_markdown(v.strategy)}, {v.figure} ({v.note})" for v in verdicts(results)),
         "",
-        sheet(results).markdown(),
+        sheet(results, in_markdown).markdown(),
         LEGEND,
         "",
     ]
     for row in results.rows:
         if row.reason:
-            lines.append(f"* {row.strategy}: {'failed' if row.failed else 'not possible here'}: {row.reason}")
+            said = "failed" if row.failed else "not possible here"
+            lines.append(f"* {in_markdown(row.strategy)}: {said}: {in_markdown(row.reason)}")
     return "\n".join(lines).rstrip() + "\n"
 
 

@@ -184,10 +184,10 @@ class Pipeline(Strategy):
 
         def staged(x: Tensor, *others: Tensor) -> Tensor:
             for piece in pieces:
+                given = x
                 with torch.enable_grad():
                     x = piece(x, **dict(zip(names, others, strict=False)))
-                refuse_foreign(piece, x, model)
-                x = x.detach()
+                refuse_foreign(piece, given, x, model)
             return x
 
         def outlined(*inputs: Tensor) -> Tensor:

@@ -1,0 +1,164 @@
+"""A model's forward pass taken apart by its rows: what a part of a batch would get otherwise than all of it."""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+from unittest import mock
+
+import torch
+from torch import Tensor, nn
+
+from dtrain.batch import Batch, Models
+from dtrain.draw import generator
+from dtrain.layout import StepAware
+
+ROWS = 4
+LOOSER = 10  # for gradients
+EVERYTHING = slice(None)
+
+
+class Run:
+    """An update's forward pass: outputs of a supervised one, the loss of another."""
+
+    def __init__(self, update: Any, models: Models, batch: Batch) -> None:
+        self.update, self.models, self.batch = update, models, batch
+        self.weights = {name: p.detach().clone() for name, p in self.model.named_parameters()}  # before any of it
+
+    @property
+    def inputs(self) -> tuple[Tensor, ...]:
+        return tuple(self.batch[name] for name in getattr(self.update, "inputs", ()))
+
+    @property
+    def model(self) -> nn.Module:
+        return self.models[self.update.trains]
+
+    def __call__(self, rows: slice) -> Tensor:
+        batch = {name: tensor[rows] for name, tensor in self.batch.items()}
+        with torch.enable_grad() if self.update.second_order else torch.no_grad():
+            if hasattr(self.update, "outputs"):
+                return self.update.outputs(self.models, batch)
+            return self.update.loss(self.models, batch).detach()[None]
+
+    @property
+    def rows(self) -> list[slice]:
+        return [slice(row, row + 1) for row in range(len(next(iter(self.batch.values()))))]
+
+    def alone(self) -> Tensor:
+        """Row by row, each as the first; losses are sums."""
+        before, each = buffers(self.model), []
+        for row in self.rows:
+            each.append(self(row))
+            put_back(self.model, before)
+        return torch.cat(each) if hasattr(self.update, "outputs") else torch.stack(each).sum(0)
+
+
+def try_rows(run: Run, tolerance: float, again: bool) -> None:
+    """Rows alone and together; and what a forward pass moves."""
+    model = run.model
+    before = buffers(model)
+    if len(run.batch[next(iter(run.batch))]) > 1:
+        together = run(EVERYTHING)
+        moved = buffers(model)
+        put_back(model, before)
+        far = difference(run.alone(), together)
+        put_back(model, before)
+        name = type(model).__name__
+        if far > tolerance:
+            raise ValueError(
+                f"the rows of a batch are not computed apart in {name}: alone and together they differ by "
+                f"{far:.2g} of the largest output. Statistics of rows, as batch norm's, would be those of a "
+                f"part: use GroupNorm or LayerNorm, or one process without micro-batches"
+            )
+        run(EVERYTHING if again else slice(0, 1))
+        if again:
+            run(EVERYTHING)
+        other = buffers(model)
+        put_back(model, before)
+    for key, weight in model.named_parameters():
+        if difference(weight.detach(), run.weights[key]) > 0:
+            raise ValueError(
+                f"{key} of {name} is changed by its forward pass (max_norm, clamp_): ranks that hold a part, or a "
+                f"copy, would train another: change it in the optimizer's step, or use one process"
+            )
+    for key, value in moved.items():
+        if difference(other[key], value) > tolerance:
+            why = "twice for a step" if again else "of a part of the rows"
+            raise ValueError(
+                f"{key} of {name} is moved by each forward pass, and would be moved {why}: use one process "
+                f"without micro-batches and recomputation, or keep it still"
+            )
+
+
+def try_gradients_of_rows(run: Run, tolerance: float) -> None:
+    """The gradients of all rows are the sum of those of each."""
+    before, parameters = buffers(run.model), [p for p in run.model.parameters() if p.requires_grad]
+    name, found = type(run.model).__name__, []
+    for parts in ([EVERYTHING], run.rows):
+        sums = [torch.zeros_like(p) for p in parameters]
+        for rows in parts:
+            with torch.enable_grad():
+                output = run.update.outputs(run.models, {key: tensor[rows] for key, tensor in run.batch.items()})
+            for total, gradient in zip(sums, gradients(output, parameters, rows), strict=True):
+                total += gradient
+            put_back(run.model, before)
+        found.append(torch.cat([each.flatten() for each in sums]) if sums else torch.zeros(0))
+    if (far := difference(*found)) > tolerance * LOOSER:
+        raise ValueError(
+            f"the gradients of a batch are not those of its rows in {name}: together and alone they differ by "
+            f"{far:.2g} of the largest. A hook or a backward of one's own that looks at the whole batch "
+            f"would look at a part: let the loss hold it, or use one process without micro-batches"
+        )
+
+
+def gradients(output: Tensor, parameters: list[nn.Parameter], rows: slice = EVERYTHING) -> list[Tensor]:
+    """Of a sum of the outputs, each with a factor of its own; zeros where there are none."""
+    if not (output.requires_grad and parameters):
+        return [torch.zeros_like(p) for p in parameters]
+    shape = (ROWS, *output.shape[1:]) if rows != EVERYTHING else output.shape
+    factors = torch.empty(shape, dtype=torch.float64).normal_(generator=generator(0, "probe", "factors"))[rows]
+    real = torch.view_as_real(output).sum(-1) if output.is_complex() else output
+    total = (real * factors.to(real.dtype)).sum()
+    with torch.enable_grad():
+        found = torch.autograd.grad(total, parameters, allow_unused=True)
+    return [torch.zeros_like(p) if g is None else g for p, g in zip(parameters, found, strict=True)]
+
+
+def try_as_another_rank(run: Run, tolerance: float) -> None:
+    before, found = buffers(run.model), []
+    for rank in "01":
+        with mock.patch.dict(os.environ, RANK=rank, LOCAL_RANK=rank, WORLD_SIZE="2", LOCAL_WORLD_SIZE="2"):
+            found.append(run(EVERYTHING))
+        put_back(run.model, before)
+    if difference(*found) > tolerance:
+        raise ValueError(
+            f"{type(run.model).__name__} computes something else where RANK or LOCAL_RANK is another: ranks would "
+            f"train different models"
+        )
+
+
+def difference(found: Tensor, expected: Tensor) -> float:
+    """The largest difference, over the largest of both; not finite in one place alone: infinite."""
+    if found.shape != expected.shape:
+        return float("inf")
+    if not expected.numel():
+        return 0.0
+    wide = torch.complex128 if expected.is_complex() else torch.float64
+    found, expected = found.to(wide), expected.to(wide)
+    if not torch.equal(found.isfinite(), expected.isfinite()):
+        return float("inf")
+    there = expected.isfinite()
+    far = torch.where(there, found - expected, 0).abs().max()
+    return (far / torch.where(there, expected, 0).abs().max().clamp(min=1e-30)).item() if far else 0.0
+
+
+def buffers(model: nn.Module) -> dict[str, Tensor]:
+    aware = {id(b) for m in model.modules() if isinstance(m, StepAware) for b in m.buffers(recurse=False)}
+    return {name: b.clone() for name, b in model.named_buffers() if id(b) not in aware}
+
+
+@torch.no_grad()
+def put_back(model: nn.Module, kept: dict[str, Tensor]) -> None:
+    for name, buffer in model.named_buffers():
+        if name in kept:
+            buffer.copy_(kept[name])
