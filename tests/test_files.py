@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import bz2
 import csv
+import glob
 import gzip
 import json
 import lzma
@@ -11,6 +12,7 @@ import os
 import tracemalloc
 from collections import Counter
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import pytest
@@ -142,6 +144,51 @@ def test_folders_that_a_pattern_matches_are_counted_unless_it_goes_into_them(tmp
     put(tmp_path, a_txt="a", sub__b_txt="b", sub__deep__c_txt="c")
     assert named(f"{tmp_path}/*") == (["a.txt"], {"folders that the pattern matches, with what is in them": 1})
     assert named(f"{tmp_path}/**") == (["a.txt", "b.txt", "c.txt"], {})
+
+
+@pytest.mark.parametrize("pattern", ["**/*.txt", "**", "**/*", "**/**/a.txt", "*/**/*.txt", "**/x/**/*.txt", "x/*/**"])
+def test_links_back_do_not_keep_a_pattern_from_its_end(pattern: str, tmp_path: Path) -> None:
+    """Two links to where they are: 2^40 paths, for whoever follows them until the system refuses."""
+    put(tmp_path, a_txt="a", sub__b_txt="b", sub__x__c_txt="c")
+    (tmp_path / "x").symlink_to(".")
+    (tmp_path / "y").symlink_to(".")
+    assert all(len(file.relative_to(tmp_path).parts) < 6 for file in _tried(f"{tmp_path}/{pattern}"))
+
+
+def _tried(pattern: str) -> list[Path]:
+    try:
+        return files_at(pattern, KEY)
+    except ValueError as error:
+        assert "links to a folder that they are in" in str(error)
+        return []
+
+
+@pytest.mark.parametrize("end", ["", "/**/*.txt"])
+def test_folders_whose_links_cross_are_refused(end: str, tmp_path: Path) -> None:
+    """None leads back, and there are 2^40 ways."""
+    for number in range(40):
+        put(tmp_path, **{f"{number}__a_txt": "a"})
+        if number < 39:
+            for name in "xy":
+                (tmp_path / f"{number}" / name).symlink_to(tmp_path / f"{number + 1}")
+    with pytest.raises(ValueError, match="links lead to .*/.* by more than 1,000 ways"):
+        files_at(f"{tmp_path}/0{end}", KEY)
+
+
+@given(st.lists(st.sampled_from(["*", "**", "a", "b", "?", ".*", "[ab]", "*.txt", "a.txt"]), min_size=1, max_size=4))
+def test_a_pattern_matches_what_glob_says(parts: list[str]) -> None:
+    """Without links; hidden files only where it names them."""
+    with TemporaryDirectory() as folder:
+        put(
+            Path(folder), a_txt="", a__a_txt="", a__b__a_txt="", b__b__b__x_txt="", **{".h_txt": "", "b__.a__a_txt": ""}
+        )
+        pattern = f"{folder}/{'/'.join(parts)}"
+        expected = {Path(path) for path in glob.glob(pattern, recursive=True)} - {Path(folder)}
+        try:
+            found = files_at(pattern, KEY) if glob.has_magic("".join(parts)) else []
+        except ValueError:
+            found = []
+        assert not glob.has_magic("".join(parts)) or found == sorted(path for path in expected if path.is_file())
 
 
 def test_what_cannot_be_opened_is_said(tmp_path: Path) -> None:
