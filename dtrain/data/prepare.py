@@ -25,7 +25,7 @@ from dtrain.data.paths import in_words
 from dtrain.data.sources import Source
 from dtrain.data.tokenizer import Tokenizer
 
-VERSION = 2  # of cleaning and of the files' form: part of the fingerprint
+VERSION = 3  # of reading, cleaning and of the files' form: part of the fingerprint
 SPLITS = ("train", "validation")
 # Control characters mean nothing in text, and their ids serve as marks; but some part lines or words.
 CONTROLS = {code: None for code in range(32) if chr(code) not in "\t\n"} | {127: None}

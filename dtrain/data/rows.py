@@ -16,7 +16,7 @@ from dtrain.data.sources import Source
 from dtrain.data.tokenizer import BPE, KEPT, Tokenizer
 
 Row = tuple[str, dict[str, Any]]  # where it stands, for messages; its fields
-VERSION = 1  # of how rows are read and kept: part of the fingerprint
+VERSION = 2  # of how rows are read and kept: part of the fingerprint
 FILE = "rows.jsonl"
 BLANKS = dict.fromkeys(range(KEPT), " ")  # for control characters whose ids serve as marks; no character moves
 
