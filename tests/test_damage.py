@@ -104,14 +104,26 @@ changes = st.one_of(
 def test_damage_is_mended_or_refused_in_a_line(name: str, whole: Path, change: Change) -> None:
     """Also where somebody has set its time back, so that its manifest seems to vouch for it."""
     with TemporaryDirectory() as at:
-        folder = Path(shutil.copytree(whole, Path(at) / "copy"))
-        for was, now in ((whole / "a.jsonl", folder / "a.jsonl"),):
-            shutil.copystat(was, now)
-        file = next(folder.glob(name))
+        kept = shutil.copytree(whole, Path(at) / "copy")
+        file = next(whole.glob(name))
         before = file.stat()
         file.write_bytes(change(file.read_bytes()))
-        os.utime(file, ns=(before.st_atime_ns, before.st_mtime_ns - 10**9))
+        os.utime(file, ns=(before.st_atime_ns, before.st_mtime_ns))
         try:
-            READ[name](folder)
+            READ[name](whole)
         except (ValueError, FileNotFoundError) as error:
             assert "\n" not in str(error)
+        finally:
+            shutil.rmtree(whole)  # a cache is of one place
+            shutil.copytree(kept, whole)
+
+
+@pytest.mark.parametrize("left", [b"{}", b"[" * 9999, b'{"../a.jsonl": [0, "x"]}'])
+def test_a_manifest_that_vouches_for_nothing_is_made_anew(left: bytes, whole: Path, tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(whole, tmp_path / "copy"))
+    _corpus(folder)  # in another place, anew
+    file = max((folder / "cache").glob("c-*/kept.json"), key=lambda file: file.stat().st_mtime_ns)
+    before = json.loads(file.read_text())
+    file.write_bytes(left)
+    _corpus(folder)
+    assert json.loads(file.read_text()).keys() == before.keys()

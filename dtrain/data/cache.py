@@ -82,7 +82,7 @@ def whole(folder: Path) -> bool:
                 return False
     except (FileNotFoundError, NotADirectoryError, ValueError, TypeError):
         return False
-    return bool(files)
+    return bool(files) or [file.name for file in folder.iterdir()] == [MANIFEST]
 
 
 @contextmanager
