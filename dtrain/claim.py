@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
@@ -11,13 +11,15 @@ from dtrain import saved
 from dtrain.config import Config
 from dtrain.durable import remove
 from dtrain.launch import World, agree
-from dtrain.lock import Lock
+from dtrain.lock import NAME, Lock
 
 OUTPUTS = Path("outputs")  # where Hydra puts runs by default
 RESUMABLE = "resumable"  # a file in the folder of a run that was told to stop
 HYDRA = ".hydra"  # a folder in it, as Hydra has it: what was asked for
 MADE = ("metrics.jsonl", "summary.json", f"checkpoints/step-*/{saved.MANIFEST}", "tensorboard/*")  # by a run
-LEFT = ("metrics.jsonl", "summary.json", RESUMABLE, "checkpoints", "tensorboard", "logs", "pictures", "profile")
+FILES = ("metrics.jsonl", "summary.json", RESUMABLE)
+FOLDERS = ("checkpoints", "tensorboard", "logs", "pictures", "profile")
+LEFT = (*FILES, *FOLDERS)
 RESTARTED_S = 40.0  # torchrun gives a rank 30 seconds to end, before it starts another one
 
 
@@ -33,7 +35,7 @@ def claimed(folder: Path, world: World, config: Config, files: Mapping[str, str]
 
     Raises:
         ValueError: another run goes on there, or has left its figures or weights and is neither resumed nor
-            overwritten.
+            overwritten; or something else is in the way.
         OSError: the folder cannot be written.
     """
     held: list[Lock] = []
@@ -53,17 +55,29 @@ def _claim(folder: Path, world: World, config: Config, files: Mapping[str, str],
             folder.rmdir()  # made for this attempt
         folder = before
     folder.mkdir(parents=True, exist_ok=True)
+    _check(folder, (NAME,), (HYDRA,))  # or the lock would wait for a pipe
     restarted = bool(before) or os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0"
     held.append(lock := Lock(folder, patience_s=RESTARTED_S if restarted else 0.0))
-    again = bool(before) or not world.agents.isdisjoint(lock.before.get("agents", ()))
+    agents = lock.before.get("agents")
+    again = bool(before) or (isinstance(agents, list) and any(agent in agents for agent in world.agents))
     if not (again or _goes_on(config, folder)):
         _make_room(folder, config)
+    _check(folder, FILES, FOLDERS)
     lock.leave(agents=sorted(world.agents))
     for name, text in files.items():
         (folder / HYDRA).mkdir(exist_ok=True)
         (folder / HYDRA / name).write_text(text)
     (folder / RESUMABLE).unlink(missing_ok=True)
     return folder.resolve()
+
+
+def _check(folder: Path, files: Iterable[str], folders: Iterable[str]) -> None:
+    """Refuse what is in the way of these files and folders of a run."""
+    for kind, names, right in (("file", files, Path.is_file), ("folder", folders, Path.is_dir)):
+        for path in (folder / name for name in names):
+            if os.path.lexists(path) and not right(path):
+                raise ValueError(f"hydra.run.dir={folder}: {path.name} is no {kind}, and the run's own would be in "
+                                 f"its place: move it away, or use another hydra.run.dir")  # fmt: skip
 
 
 def _goes_on(config: Config, folder: Path) -> bool:

@@ -11,6 +11,8 @@ import time
 from pathlib import Path
 from typing import Any, TextIO
 
+from dtrain import records
+
 NAME = ".lock"
 UNKNOWN = (errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS, errno.EINVAL)  # said by file systems that have no locks
 POLL_S = 0.1
@@ -57,7 +59,7 @@ class Lock:
     def _read(self) -> dict[str, Any]:
         self._file.seek(0)
         try:
-            found = json.loads(self._file.read(1 << 20))
+            found = records.parse(self._file.read(1 << 20))
         except ValueError:
             found = {}
         return found if isinstance(found, dict) else {}

@@ -36,12 +36,19 @@ def parse(text: str | bytes) -> Any:
         value = json.loads(text)
     except RecursionError:
         raise ValueError("JSON that is nested too deep") from None
+    if too_deep(value):
+        raise ValueError(f"JSON that is nested deeper than {DEEPEST} levels")
+    return value
+
+
+def too_deep(value: Any) -> bool:
+    """Is it nested deeper than `DEEPEST` levels?"""
     level = [value]
     for _ in range(DEEPEST):
         children = (e.values() if isinstance(e, dict) else e for e in level if isinstance(e, dict | list))
         if not (level := [each for some in children for each in some]):
-            return value
-    raise ValueError(f"JSON that is nested deeper than {DEEPEST} levels")
+            return False
+    return True
 
 
 def read(file: Path) -> dict[str, Any]:
@@ -51,10 +58,8 @@ def read(file: Path) -> dict[str, Any]:
         ValueError: it is no regular file, larger than any of ours, no JSON or no object; says which file.
         OSError: it cannot be read, or is not there.
     """
-    found = file.stat()
-    if not stat.S_ISREG(found.st_mode):
-        raise ValueError(f"{file} is no regular file")
-    if found.st_size > LARGEST:
+    check_regular(file)
+    if (found := file.stat()).st_size > LARGEST:
         raise ValueError(f"{file} has {found.st_size:,} bytes: more than any such file")
     try:
         value = parse(file.read_bytes())
@@ -65,13 +70,30 @@ def read(file: Path) -> dict[str, Any]:
     return value
 
 
+def check_regular(file: Path) -> None:
+    """Refuse what would be waited for, such as a pipe.
+
+    Raises:
+        ValueError: it is no regular file.
+        OSError: it is not there.
+    """
+    if not stat.S_ISREG(file.stat().st_mode):
+        raise ValueError(f"{file} is no regular file")
+
+
 def lines(file: Path) -> list[dict[str, Any]]:
     """The objects of a file that has one in each line; what a kill or a full disk has left of a line is none.
 
     A last line without its end may still grow.
+
+    Raises:
+        ValueError: it is no regular file.
     """
+    if not file.exists():
+        return []
+    check_regular(file)
     found = []
-    for line in file.read_bytes().split(b"\n")[:-1] if file.exists() else ():
+    for line in file.read_bytes().split(b"\n")[:-1]:
         try:
             record = loads(line)
         except ValueError:

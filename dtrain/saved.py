@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import stat
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
-from glob import escape, glob
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,7 @@ from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader
 from dtrain import records
 from dtrain.durable import digest, sync
 
-MANIFEST, SHARD = "checkpoint.json", ".safetensors"
+CHECKPOINTS, MANIFEST, SHARD = "checkpoints", "checkpoint.json", ".safetensors"
 AUTO = "auto"  # resume from the run's newest, if it has any
 
 
@@ -42,7 +42,7 @@ def named(resume: str, run_folder: Path, outputs: Path, *, key: str = "resume") 
     if resume == "latest":
         found = whole(run_folder / "checkpoints")
         if not found:
-            runs = [whole(p.parent) for p in outputs.glob("**/checkpoints/latest")]
+            runs = [whole(folder) for folder in _below(outputs) if os.path.lexists(folder / "latest")]
             found = max((run for run in runs if run), key=lambda run: _written(run[-1]), default=[])
         where = f"{run_folder} or below {outputs}"
     else:
@@ -62,12 +62,19 @@ def run_of(places: Iterable[Path], agents: frozenset[str]) -> Path | None:
     """The run below these folders that ranks of one of these agents were at, as its checkpoints tell."""
     found = []
     for place in places if agents else ():
-        for name in glob(f"{escape(str(place))}/**/checkpoints/step-*/{MANIFEST}", recursive=True):
+        for path in (path for folder in _below(place) for path in folder.glob("step-*")):
             with suppress(ValueError, TypeError, OSError):  # damaged, or another run has just removed it
-                path = Path(name).parent
                 if agents.intersection(about(path).get("agents", ())):
                     found.append((_written(path), path.parent.parent))
     return max(found, default=(None, None))[1]
+
+
+def _below(place: Path) -> Iterator[Path]:
+    """The folders of checkpoints of the runs below a folder; links on the way to a run are not followed."""
+    for above, names, _ in os.walk(place):
+        if CHECKPOINTS in names:
+            names.remove(CHECKPOINTS)
+            yield Path(above, CHECKPOINTS)
 
 
 def first_whole(

@@ -339,6 +339,26 @@ def test_what_is_kept_last_is_of_this_run_alone(alone, tmp_path: Path) -> None:
     assert (here / "step-00000002").is_symlink() and about(here / "latest")["step"] == 3
 
 
+def test_links_are_not_followed_to_runs(tmp_path: Path) -> None:
+    """Two of them that lead back make 2^40 ways; a run's own folder of checkpoints may be a link."""
+    mine, far = tmp_path / "outputs" / "mine", tmp_path / "far"
+    _small(far / "step-00000001", 1)
+    mine.mkdir(parents=True)
+    (mine / "checkpoints").symlink_to(far)
+    (far / "latest").symlink_to("step-00000001")
+    for name in "xy":
+        (tmp_path / "outputs" / name).symlink_to(".")
+    assert run_of([tmp_path / "outputs"], frozenset({"agent"})) == mine
+    assert saved.named("latest", tmp_path / "new", tmp_path / "outputs") == [far / "step-00000001"]
+
+
+def _small(folder: Path, step: int) -> None:
+    """A checkpoint, as far as is looked at to find it."""
+    folder.mkdir(parents=True)
+    files = {"a.safetensors": {"bytes": 1, "sha256": ""}}
+    (folder / saved.MANIFEST).write_text(json.dumps({"step": step, "files": files, "agents": ["agent"]}))
+
+
 def test_a_restart_finds_the_run_of_its_own_launch(tmp_path: Path) -> None:
     for name, step, agents in (("a", 5, ["x"]), ("a", 9, ["x", "y"]), ("b", 7, ["z"]), ("c", 8, [])):
         checkpoint = tmp_path / name / "checkpoints" / f"step-{step:08d}"

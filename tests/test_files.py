@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import bz2
 import csv
+import glob
 import gzip
 import json
 import lzma
@@ -11,6 +12,7 @@ import os
 import tracemalloc
 from collections import Counter
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import pytest
@@ -20,6 +22,7 @@ from hypothesis import strategies as st
 from dtrain.data.formats import CHUNK, utf8
 from dtrain.data.paths import CACHE, SIGNATURE, files_at, in_words
 from dtrain.data.prepare import clean, cleaned, prepare
+from dtrain.data.rows import Rows
 from dtrain.data.sources import Files, HuggingFace, Squad
 from dtrain.data.tokenizer import Bytes, FromFile
 
@@ -142,6 +145,51 @@ def test_folders_that_a_pattern_matches_are_counted_unless_it_goes_into_them(tmp
     put(tmp_path, a_txt="a", sub__b_txt="b", sub__deep__c_txt="c")
     assert named(f"{tmp_path}/*") == (["a.txt"], {"folders that the pattern matches, with what is in them": 1})
     assert named(f"{tmp_path}/**") == (["a.txt", "b.txt", "c.txt"], {})
+
+
+@pytest.mark.parametrize("pattern", ["**/*.txt", "**", "**/*", "**/**/a.txt", "*/**/*.txt", "**/x/**/*.txt", "x/*/**"])
+def test_links_back_do_not_keep_a_pattern_from_its_end(pattern: str, tmp_path: Path) -> None:
+    """Two links to where they are: 2^40 paths, for whoever follows them until the system refuses."""
+    put(tmp_path, a_txt="a", sub__b_txt="b", sub__x__c_txt="c")
+    (tmp_path / "x").symlink_to(".")
+    (tmp_path / "y").symlink_to(".")
+    assert all(len(file.relative_to(tmp_path).parts) < 6 for file in _tried(f"{tmp_path}/{pattern}"))
+
+
+def _tried(pattern: str) -> list[Path]:
+    try:
+        return files_at(pattern, KEY)
+    except ValueError as error:
+        assert "links to a folder that they are in" in str(error)
+        return []
+
+
+@pytest.mark.parametrize("end", ["", "/**/*.txt"])
+def test_folders_whose_links_cross_are_refused(end: str, tmp_path: Path) -> None:
+    """None leads back, and there are 2^40 ways."""
+    for number in range(40):
+        put(tmp_path, **{f"{number}__a_txt": "a"})
+        if number < 39:
+            for name in "xy":
+                (tmp_path / f"{number}" / name).symlink_to(tmp_path / f"{number + 1}")
+    with pytest.raises(ValueError, match="links lead to .*/.* by more than 1,000 ways"):
+        files_at(f"{tmp_path}/0{end}", KEY)
+
+
+@given(st.lists(st.sampled_from(["*", "**", "a", "b", "?", ".*", "[ab]", "*.txt", "a.txt"]), min_size=1, max_size=4))
+def test_a_pattern_matches_what_glob_says(parts: list[str]) -> None:
+    """Without links; hidden files only where it names them."""
+    with TemporaryDirectory() as folder:
+        put(
+            Path(folder), a_txt="", a__a_txt="", a__b__a_txt="", b__b__b__x_txt="", **{".h_txt": "", "b__.a__a_txt": ""}
+        )
+        pattern = f"{folder}/{'/'.join(parts)}"
+        expected = {Path(path) for path in glob.glob(pattern, recursive=True)} - {Path(folder)}
+        try:
+            found = files_at(pattern, KEY) if glob.has_magic("".join(parts)) else []
+        except ValueError:
+            found = []
+        assert not glob.has_magic("".join(parts)) or found == sorted(path for path in expected if path.is_file())
 
 
 def test_what_cannot_be_opened_is_said(tmp_path: Path) -> None:
@@ -275,6 +323,10 @@ def test_endings_tell_the_format(tmp_path: Path) -> None:
     ("a.jsonl", '"x"\n[1]\n', r"a.jsonl, line 2 is list: a row is an object with fields, or a text"),
     ("a.json", '[{"text": "x"},\n{]', r"a.json, line 2: not JSON"),
     ("a.json", '[{"text": "x"}, 3]', r"a.json, row 1 is int: a row is an object"),
+    ("a.json", "\n\n[\n{]", r"a.json, line 4: not JSON"),
+    ("a.jsonl", '"x"\n{"text": "a", "text": "b"}\n', r"a.jsonl, line 2: the key 'text' stands twice in an object"),
+    ("a.json", '{"text": "a", "of": {"n": 1, "n": 1}}', r"a.json, line 1: the key 'n' stands twice in an object"),
+    ("a.json", '[{"text": "}\\"}"},\n{"text": "a", "n": {},\n "text": "b"}]', r"a.json, line 3: the key 'text' stands"),
     ("a.json", '{"data": []}', r"has no field 'text', only data: set data.source.field"),
     ("a.jsonl", "1" * 5000, r"a.jsonl, line 1: not JSON that can be read"),
     ("a.jsonl", "[" * 99_999, r"a.jsonl, line 1: not JSON that can be read"),
@@ -337,6 +389,51 @@ def test_columns_of_parquet_that_nobody_needs_are_not_read(tmp_path: Path) -> No
         texts(tmp_path, field="body")
     with pytest.raises(ValueError, match="column 'broken' is string, not text"):
         texts(tmp_path, field="broken")
+
+
+@pytest.mark.parametrize("read", [Files.rows, Files.documents])
+def test_columns_of_parquet_of_one_name_are_refused(read: Any, tmp_path: Path) -> None:
+    import pyarrow
+    from pyarrow import parquet
+
+    table = pyarrow.table([pyarrow.array([name]) for name in "abc"], names=["text", "n", "text"])
+    parquet.write_table(table, tmp_path / "a.parquet")
+    with pytest.raises(ValueError, match="a.parquet: 2 columns are named 'text': name them apart"):
+        list(read(Files(str(tmp_path))))
+
+
+@pytest.mark.parametrize(("content", "message"), [
+    ('{"data": [{"title": "a",\n"title": "b"}]}', "a.json, line 2: the key 'title' stands twice"),
+    ("[" * 99_999, "a.json: not JSON that can be read"),
+    ('{"data": [{"paragraphs": [{"context": "a", "qas": ["b"]}]}]}', "a.json is not in SQuAD's form"),
+    ('{"data": [{"paragraphs": [{"context": "a", "qas": [["b"]]}]}]}', "a.json is not in SQuAD's form"),
+])  # fmt: skip
+def test_what_is_broken_in_squads_form_is_refused(content: str, message: str, tmp_path: Path) -> None:
+    (tmp_path / "a.json").write_text(content)
+    with pytest.raises(ValueError, match=message) as caught:
+        list(Squad(str(tmp_path / "a.json")).rows())
+    assert "\n" not in str(caught.value)
+
+
+def test_nan_is_null_as_pandas_has_it(tmp_path: Path) -> None:
+    import pyarrow
+    from pyarrow import parquet
+
+    parquet.write_table(pyarrow.table({"text": [float("nan"), 1.5]}), tmp_path / "a.parquet")
+    source = Files(str(tmp_path))
+    with pytest.raises(ValueError, match="row 1: field 'text' is float, not text"):
+        list(source.documents())
+    assert source.left_out["rows without a text (null)"] == 1
+
+
+@pytest.mark.parametrize("deep", [[900 * "[" + 900 * "]"], ['{"a":' * 900 + "1" + "}" * 900]], ids=["lists", "objects"])
+@pytest.mark.parametrize("cache", [None, "cache"])
+def test_rows_that_are_nested_deep_are_refused(deep: list[str], cache: str | None, tmp_path: Path) -> None:
+    file = tmp_path / "a.jsonl"
+    file.write_text("".join(f'{{"text": "{i}", "of": {deep[0] if i == 2 else 0}}}\n' for i in range(40)))
+    rows = Rows("x", Files(str(file)), Bytes(), cache=cache and str(tmp_path / cache))
+    with pytest.raises(ValueError, match="a.jsonl, line 3: nested deeper than 64 levels: leave such fields out"):
+        rows.prepare(lambda what, done: None)
 
 
 def test_a_saved_data_set_of_several_splits(tmp_path: Path) -> None:

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 from collections.abc import Callable
-from contextlib import ExitStack
+from contextlib import ExitStack, nullcontext
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -21,7 +22,7 @@ from test_cli import call  # noqa: F401
 from dtrain import claim
 from dtrain.config import CONFIGS, register
 from dtrain.launch import World
-from dtrain.lock import Lock
+from dtrain.lock import NAME, Lock
 
 Call = Callable[..., tuple[int, str, str]]
 QUICK = ["model=tiny", "eval.every=0", "global_batch_size=4", "seq_len=16", "measure.peak_flops=1e12",
@@ -125,6 +126,39 @@ def test_a_restart_waits_for_the_attempt_before_and_needs_no_setting(
     with pytest.raises(ValueError, match="holds a run"), claim.claimed(tmp_path, replace(world, agents=frozenset()),
                                                                       _config(), {}):  # fmt: skip
         pass
+
+
+@pytest.mark.usefixtures("alone")
+@pytest.mark.parametrize("kind", ["file", "folder", "pipe", "link to nowhere"])
+@pytest.mark.parametrize("name", [NAME, claim.HYDRA, *claim.LEFT])
+def test_what_is_in_the_way_of_a_runs_own_is_refused(name: str, kind: str, tmp_path: Path) -> None:
+    """Before it trains, and however it begins; `overwrite` removes what a run leaves, of whatever kind."""
+    place, folder = tmp_path / name, name not in (NAME, *claim.FILES)
+    make = {"file": place.touch, "folder": place.mkdir, "pipe": lambda: os.mkfifo(place),
+            "link to nowhere": lambda: place.symlink_to("nowhere")}  # fmt: skip
+    make[kind]()
+    right = kind == ("folder" if folder else "file")
+    for config in (_config(), _config(resume="auto")):
+        said = (
+            f"{re.escape(name)} is no {'folder' if folder else 'file'}, and the run's own would be in its place: move"
+        )
+        if kind == "folder" and config.resume is None:
+            said += "|holds a run"  # as far as is looked at then
+        with nullcontext() if right else pytest.raises(ValueError, match=said):
+            with claim.claimed(tmp_path, World(), config, {}):
+                pass
+            make["file"]() if name == claim.RESUMABLE and right else None  # noqa: B018
+    if name in claim.LEFT:
+        with claim.claimed(tmp_path, World(), _config(overwrite=True), {}):
+            assert not os.path.lexists(place)
+
+
+@pytest.mark.usefixtures("alone")
+@pytest.mark.parametrize("left", ["[" * 9999, '{"agents": [["agent"]]}', '{"agents": 3}', "\0"])
+def test_whatever_a_lock_holds_it_can_be_taken(left: str, tmp_path: Path) -> None:
+    (tmp_path / NAME).write_text(left)
+    with claim.claimed(tmp_path, World(agents=frozenset({"agent"})), _config(), {}) as folder:
+        assert folder == tmp_path.resolve()
 
 
 def test_default_folders_differ_also_in_one_second() -> None:

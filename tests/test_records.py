@@ -13,6 +13,7 @@ from dtrain import records
 from dtrain.compare.results import Results, Row, read
 from dtrain.report.base import Run
 from dtrain.report.files import Files
+from dtrain.report.sweep import Told, show_sweep
 from dtrain.streams import shown
 
 VALUES = {
@@ -116,3 +117,12 @@ def test_only_files_are_read_and_none_that_is_larger_than_any_of_ours(tmp_path: 
         file.truncate(records.LARGEST + 1)
     with pytest.raises(ValueError, match="67,108,865 bytes: more than any such file"):
         records.read(tmp_path / "large")
+
+
+def test_a_pipe_for_figures_is_not_waited_for(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "metrics.jsonl")
+    with pytest.raises(ValueError, match="metrics.jsonl is no regular file"):
+        records.lines(tmp_path / "metrics.jsonl")
+    os.mkfifo(tmp_path / "summary.json")
+    with pytest.raises(ValueError, match="summary.json is no regular file"):
+        show_sweep([Told("0", (), tmp_path)])

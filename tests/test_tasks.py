@@ -418,6 +418,8 @@ def test_bad_rows_take_one_line(tmp_path: Path) -> None:
     (tmp_path / "lists.jsonl").write_text("\n".join(map(json.dumps, lists)))
     (tmp_path / "bad.json").write_text('{"data": [{"paragraphs": [{"context": "abc", "qas": [{"question": "?", "answers": '
                                        '[{"text": "z", "answer_start": 0}]}]}]}]}')  # fmt: skip
+    nulls = [{"text": letter, "label": float("nan"), "words": ["a", "b"], "tags": ["x", None]} for letter in "abcdefgh"]
+    (tmp_path / "nulls.jsonl").write_text("\n".join(map(json.dumps, nulls)))
     rows = lambda name: prepared(Rows("r", Files(str(tmp_path / name)), Bytes(), 0.5))  # noqa: E731
     wrong = {
         "every label is 'x'": lambda: Classification(transformer(outputs=2), rows("one.csv"), SIZES),
@@ -426,6 +428,12 @@ def test_bad_rows_take_one_line(tmp_path: Path) -> None:
         ),
         "has no field 'body', only text, label: set task.text": lambda: Classification(
             transformer(outputs=2), rows("one.csv"), SIZES, text="body"
+        ),
+        "field 'label' is empty or null: leave such rows out, or set task.label": lambda: Classification(
+            transformer(outputs=2), rows("nulls.jsonl"), SIZES
+        ),
+        "number 1 of 'tags' is null: leave such rows out": lambda: TokenClassification(
+            transformer(outputs=2), rows("nulls.jsonl"), SIZES
         ),
         "not 2 columns": lambda: rows("ragged.csv"),
         "1 words and 2 tags": lambda: TokenClassification(transformer(outputs=2), rows("lists.jsonl"), SIZES),
@@ -473,6 +481,11 @@ def test_images_of_datasets_are_as_a_folder_has_them(tmp_path: Path) -> None:
     rows.save_to_disk(str(tmp_path / "saved"))
     data = prepared(HubImages(str(tmp_path / "saved"), size=8, grey=True, validation_fraction=0.4))
     assert data.classes == ["a", "b"] and data.shape == (1, 8, 8)
+    datasets.Dataset.from_dict({"image": images, "label": [1.0, float("nan")] * 4}).cast_column(
+        "image", datasets.Image()
+    ).save_to_disk(str(tmp_path / "nan"))
+    with pytest.raises(ValueError, match="row 1 has no 'label': leave such rows out, or set data.label=null"):
+        prepared(HubImages(str(tmp_path / "nan"), size=8, grey=True))
     with pytest.raises(ValueError, match="has no field 'kind', only image, label: set data.label"):
         prepared(HubImages(str(tmp_path / "saved"), label="kind"))
 

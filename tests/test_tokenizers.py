@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable
 from contextlib import nullcontext
 from pathlib import Path
@@ -23,7 +24,7 @@ from dtrain.data.base import Data
 from dtrain.data.prepare import clean, prepare
 from dtrain.data.rows import Rows
 from dtrain.data.sources import Files, Source
-from dtrain.data.tokenizer import BPE, KEPT, Bytes, FromFile, Tokenizer
+from dtrain.data.tokenizer import BPE, KEPT, Bytes, FromFile, Tokenizer, count_ids
 
 TEXT = "some words of a text, and some more of them\n" * 40
 
@@ -195,6 +196,60 @@ def test_characters_that_are_in_no_token_are_counted(text: str) -> None:
         tokenizer = saved(made, Path(folder))
         tokenizer.encode(text)
         assert tokenizer.left_out["characters that the tokenizer drops"] == sum(c in "xäß日🙂" for c in text)
+
+
+def _byte_pairs(**options: Any) -> Library:
+    known = {c: i for i, c in enumerate("abcdefghijklmnopqrstuvwxyz ,\n")} | {"</s>": 40}
+    made = Library(models.BPE(known, [], **options))
+    made.add_special_tokens(["</s>"])
+    return made
+
+
+def _half() -> Library:
+    """Of bytes, without the second one of é."""
+    alphabet = set(pre_tokenizers.ByteLevel.alphabet()) - {"©"}
+    made = Library(models.BPE({c: i for i, c in enumerate(sorted(alphabet))} | {"</s>": 300}, []))
+    made.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    return made
+
+
+def _replacing(text: str, by: str) -> Library:
+    made = _byte_pairs()
+    made.normalizer = normalizers.Replace(text, by)
+    return made
+
+
+SURE, PART = "characters that the tokenizer drops", "characters that the tokenizer drops a part of"
+ABOUT = "characters or so that the tokenizer drops or replaces (it does not tell exactly)"
+
+
+@pytest.mark.parametrize(("made", "text", "said"), [
+    (_byte_pairs, "foxéé", {SURE: 2}),
+    (_half, "ab é é ñ", {PART: 2}),
+    (lambda: _replacing("x", ""), "fox éx", {SURE: 3}),
+    (lambda: _replacing("fox ", ""), "a fox jumps", {ABOUT: 3}),
+    (lambda: _replacing("fox", "foxfoxfox"), "a fox jumps", {ABOUT: 2}),
+    (lambda: _byte_pairs(end_of_word_suffix="</w>"), "ab", {ABOUT: 1}),
+], ids=["no token", "half a character", "one replaced", "word dropped", "word replaced", "places in a word"])  # fmt: skip
+def test_what_is_said_of_lost_characters_is_true(
+    made: Callable[[], Library], text: str, said: dict[str, int], tmp_path: Path
+) -> None:
+    """A number that the library cannot tell is said to be none to rely on."""
+    tokenizer = saved(made(), tmp_path)
+    tokenizer.encode(text)
+    assert {kind: number for kind, number in tokenizer.left_out.items() if number} == said
+
+
+@pytest.mark.parametrize("name", ["tokenizer.json", "tokenizer_config.json"])
+def test_a_pipe_beside_or_for_a_tokenizer_is_not_waited_for(name: str, tmp_path: Path) -> None:
+    made = characters("stop")
+    made.save(str(tmp_path / "tokenizer.json"))
+    (tmp_path / name).unlink(missing_ok=True)
+    os.mkfifo(tmp_path / name)
+    said = "is no regular file" if name == "tokenizer.json" else "which token ends a document"
+    with pytest.raises(ValueError, match=said):
+        FromFile(str(tmp_path), 30)
+    assert count_ids(str(tmp_path)) == (0 if name == "tokenizer.json" else 30)
 
 
 def test_unknown_tokens_are_counted_and_told(tmp_path: Path) -> None:

@@ -13,11 +13,13 @@ import hashlib
 import json
 import os
 import shutil
+import stat
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from dtrain import records
 from dtrain.data.paths import CACHE, SIGNATURE, place
 from dtrain.durable import digest, sync
 
@@ -71,14 +73,32 @@ def whole(folder: Path) -> bool:
     """
     try:
         manifest = folder / MANIFEST
-        files, written = json.loads(manifest.read_text(encoding="utf-8")), manifest.stat().st_mtime_ns
+        files, written = records.read(manifest), manifest.stat().st_mtime_ns
         for name, (size, sha256) in files.items():
             found = (folder / name).stat()
+            if Path(name).name != name or not stat.S_ISREG(found.st_mode):
+                return False
             if found.st_size != size or (found.st_mtime_ns >= written and digest(folder / name) != sha256):
                 return False
-    except (FileNotFoundError, NotADirectoryError, ValueError, TypeError, AttributeError):
+    except (FileNotFoundError, NotADirectoryError, ValueError, TypeError):
         return False
-    return True
+    return bool(files) or [file.name for file in folder.iterdir()] == [MANIFEST]
+
+
+@contextmanager
+def reading(file: Path, *theirs: type[Exception]) -> Iterator[None]:
+    """Refuse a kept file whose content is not as ours is: somebody else may have made it, and its manifest.
+
+    Args:
+        theirs: what else is raised where it is read.
+    """
+    known = (ValueError, TypeError, KeyError, AttributeError, RecursionError, FileNotFoundError)
+    kinds: tuple[type[Exception], ...] = (*known, *theirs)
+    try:
+        yield
+    except kinds as error:
+        said = next(iter(str(error).splitlines()), type(error).__name__)
+        raise ValueError(f"{file} is not as it was written ({said}): remove {file.parent}") from None
 
 
 def _make(folder: Path, make: Callable[[Path], None]) -> None:

@@ -17,7 +17,7 @@ import sys
 import zlib
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from itertools import chain
+from itertools import islice
 from pathlib import Path
 from typing import IO, Any
 
@@ -26,6 +26,7 @@ CHUNK = 1 << 20  # bytes
 COMPRESSED: dict[str, Callable[..., Any]] = {".gz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open}
 MARKS = {"UTF-32": (codecs.BOM_UTF32_LE, codecs.BOM_UTF32_BE), "UTF-16": (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)}
 ESCAPE = re.compile(rb"\x1b(\$[@AB]|\$[()][A-D]|\(J)")  # of ISO-2022, which has Japanese, Korean or Chinese in ASCII
+TEXT_OR_END = re.compile(r'"(?:[^"\\]|\\.)*"|}')  # of an object in JSON
 ENDINGS = {
     "ndjson": "jsonl", "jsonlines": "jsonl", "jsonl": "jsonl", "json": "json", "csv": "csv", "tsv": "tsv", "tab": "tsv",
     "parquet": "parquet", "pq": "parquet",
@@ -114,33 +115,61 @@ def _jsonl(file: Path, field: str) -> Rows:
         for number, line in enumerate(lines, start=1):
             if line.strip():
                 where = f"{file}, line {number}"
-                yield where, _row(_parsed(line, where), field, where)
+                yield where, _row(parsed(line, where), field, where)
 
 
 def _json(file: Path, field: str) -> Rows:
     """A list of rows, or one row; or JSON lines under another ending."""
     with utf8(file) as stream:
-        first = next((line for line in stream if line.strip()), "")
+        before, first = next(((n, line) for n, line in enumerate(stream) if line.strip()), (0, ""))
         try:
             lines = isinstance(json.loads(first), dict | str | None)
         except (ValueError, RecursionError):
             lines = False
         if not lines:
-            whole = _parsed("".join(chain([first], stream)), str(file)) if first else []
+            text = "\n" * before + first + stream.read()  # the blank lines count, where a line is told
+            whole = parsed(text, str(file)) if text.strip() else []
             for number, value in enumerate(whole if isinstance(whole, list) else [whole]):
                 yield f"{file}, row {number}", _row(value, field, f"{file}, row {number}")
             return
     yield from _jsonl(file, field)
 
 
-def _parsed(text: str, where: str) -> Any:
+def parsed(text: str, where: str) -> Any:
+    """The value that a text of JSON holds.
+
+    Args:
+        where: the text's place. The line in it is told from the second one on.
+
+    Raises:
+        ValueError: it is no JSON, or an object has a key twice.
+    """
+    ended = 0  # objects
+
+    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        nonlocal ended
+        ended += 1
+        if len(made := dict(pairs)) < len(pairs):
+            raise _Twice(next(key for key, number in Counter(key for key, _ in pairs).items() if number > 1))
+        return made
+
     try:
-        return json.loads(text)
+        return json.loads(text, object_pairs_hook=unique)
+    except _Twice as twice:
+        ends = (found for found in TEXT_OR_END.finditer(text) if found[0] == "}")
+        before = text.count("\n", 0, next(islice(ends, ended - 1, None)).start())
+        line = f", line {before + 1}" if before else ""
+        key = str(twice)[:80]
+        raise ValueError(f"{where}{line}: the key {key!r} stands twice in an object: name them apart") from None
     except json.JSONDecodeError as error:
         line = f", line {error.lineno}" if error.lineno > 1 else ""
         raise ValueError(f"{where}{line}: not JSON ({error.msg})") from None
     except (ValueError, RecursionError) as error:  # a number or a nesting beyond what Python takes
         raise ValueError(f"{where}: not JSON that can be read ({error})") from None
+
+
+class _Twice(Exception):
+    """An object of JSON has this key more than once."""
 
 
 def _row(value: Any, field: str, where: str) -> dict[str, Any]:
@@ -177,6 +206,8 @@ def _parquet(file: Path, wanted: Sequence[str] | None, left_out: Counter[str]) -
     try:
         table = parquet.ParquetFile(file)
         names = [name for name in table.schema_arrow.names if wanted is None or name in wanted]
+        if twice := [name for name, number in Counter(names).items() if number > 1]:
+            raise ValueError(f"{file}: {names.count(twice[0])} columns are named {twice[0]!r}: name them apart")
         if not names:  # whoever asks is told what there is
             yield f"{file}, row 0", dict.fromkeys(table.schema_arrow.names)
         for batch in table.iter_batches(columns=names) if names else ():

@@ -14,11 +14,13 @@ from typing import Any
 
 import numpy as np
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load, save
 from torch import Tensor
 
+from dtrain import records
 from dtrain.data.base import Data, Progress
-from dtrain.data.cache import kept
+from dtrain.data.cache import kept, reading
 from dtrain.data.features import Features
 from dtrain.data.paths import files_at, stamp
 from dtrain.draw import generator
@@ -84,10 +86,13 @@ class Samples(Data):
         if self.cache is None or (settings := self.settings()) is None:
             return self.read(progress)
         self._folder = kept(self.cache, self.name, {"version": VERSION} | settings, make)
-        about = json.loads((self._folder / ABOUT).read_text(encoding="utf-8"))
-        self.classes, self.skipped, self._left_out = about["classes"], about["skipped"], Counter(about["left_out"])
-        found = load((self._folder / SAMPLES).read_bytes())
-        return found["values"], found["labels"]
+        with reading(self._folder / ABOUT):
+            about = records.read(self._folder / ABOUT)
+            self.classes, self.skipped = list(about["classes"]), list(about["skipped"])
+            self._left_out = Counter(dict(about["left_out"]))
+        with reading(self._folder / SAMPLES, SafetensorError):
+            found = load((self._folder / SAMPLES).read_bytes())
+            return found["values"], found["labels"]
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -222,7 +227,7 @@ class HubImages(Samples):
         return {"rows": rows, "image": self.image, "label": self.label, "size": self.size, "grey": self.grey}
 
     def read(self, progress: Progress) -> tuple[Tensor, Tensor]:
-        from dtrain.data.sources import HuggingFace
+        from dtrain.data.sources import HuggingFace, missing
 
         made, names = [], []
         for where, row in HuggingFace(self.source, split=self.side).rows(undecoded=self.image):
@@ -231,7 +236,7 @@ class HubImages(Samples):
                     raise ValueError(f"{where} has no field {column!r}, only {', '.join(row)}: set {key}")
             if not (isinstance(file := row[self.image], dict) and file.keys() == {"bytes", "path"}):
                 raise ValueError(f"{where}: {self.image!r} is {type(file).__name__}, no image: set data.image")
-            if self.label and row[self.label] is None:
+            if self.label and missing(row[self.label]):
                 raise ValueError(f"{where} has no {self.label!r}: leave such rows out, or set data.label=null")
             try:
                 made.append(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fnmatch
 import glob
 import os
 from collections import Counter
@@ -11,6 +12,8 @@ from pathlib import Path
 RUN = (".hydra", "multirun.yaml")  # what is in the folder of each run, and of each sweep
 CACHE = "CACHEDIR.TAG"  # a file in the folder of each cache (https://bford.info/cachedir), our own among them
 SIGNATURE = "Signature: 8a477f597d28d172789f06886806bc55\n"
+LOOP = "links to a folder that they are in"
+WAYS = 1000  # by links, to one folder: a few folders whose links cross have more than can be counted
 MARKS = ("_SUCCESS", "_metadata", "_common_metadata", "_committed_", "_started_", "Thumbs.db", "desktop.ini")
 
 
@@ -31,13 +34,14 @@ def place(path: str, key: str) -> Path:
 def files_at(path: str | list[str], key: str, left_out: Counter[str] | None = None) -> list[Path]:
     """The files of a path, a folder with all that is in it, a pattern, or a list of these: in order.
 
-    Links are followed. What a folder has of hidden files, of runs and of caches is left out.
+    Links are followed, but not back to where they are. What a folder has of hidden files, of runs and of caches is
+    left out.
 
     Args:
         left_out: counts what is, by kind.
 
     Raises:
-        ValueError: there are none, or a link leads nowhere.
+        ValueError: there are none, a link leads nowhere, or links lead to a folder by too many ways.
     """
     paths = [path] if isinstance(path, str) else path
     if not isinstance(paths, list) or not paths or not all(isinstance(each, str) for each in paths):
@@ -50,7 +54,7 @@ def _at(path: str, key: str, left_out: Counter[str]) -> list[Path]:
     at = place(path, key)
     if at.is_dir():
         _refuse_run(at, f"{key}={path}")
-        found = sorted(_inside(at, left_out, ()))
+        found = sorted(_inside(at, left_out, (), Counter()))
     elif at.is_symlink() or at.exists():
         _refuse_dangling(at)
         if not at.is_file():
@@ -75,16 +79,63 @@ def in_words(left_out: Mapping[str, int]) -> str:
     return ", ".join(f"{number:,} {kind}" for kind, number in sorted(left_out.items()) if number)
 
 
-def _inside(folder: Path, left_out: Counter[str], above: tuple[str, ...]) -> Iterator[Path]:
+def _inside(folder: Path, left_out: Counter[str], above: tuple[str, ...], ways: Counter[str]) -> Iterator[Path]:
     """The files of a folder and of those in it, but for what `_reason` names."""
-    above = (*above, os.path.realpath(folder))
+    above = (*above, _entered(folder, ways))
     for path in sorted(folder.iterdir()):
         if reason := _reason(path, above):
             left_out[reason] += 1
         elif path.is_dir():
-            yield from _inside(path, left_out, above)
+            yield from _inside(path, left_out, above, ways)
         else:
             yield path
+
+
+def _entered(folder: Path, ways: Counter[str]) -> str:
+    """The real folder. `ways`: how often each was entered.
+
+    Raises:
+        ValueError: too often: there would be no end of it.
+    """
+    real = os.path.realpath(folder)
+    ways[real] += 1
+    if ways[real] > WAYS:
+        raise ValueError(f"links lead to {real} by more than {WAYS:,} ways, {folder} for one: leave some of them out")
+    return real
+
+
+def _found(
+    folder: Path, parts: tuple[str, ...], reasons: dict[Path, str], above: tuple[str, ...], ways: Counter[str]
+) -> Iterator[Path]:
+    """What the parts of a pattern match in a folder, as `glob` has it; but ** does not go back by a link.
+
+    Args:
+        reasons: of each link that would, is put in here.
+        above: the real folders that ** has come through.
+    """
+    if not parts:
+        yield folder
+    elif not glob.has_magic(parts[0]):
+        if os.path.lexists(folder / parts[0]):
+            yield from _found(folder / parts[0], parts[1:], reasons, (), ways)
+    elif folder.is_dir():
+        recursive, names = parts[0] == "**", sorted(os.listdir(folder))
+        if recursive:
+            above = (*above, _entered(folder, ways))
+            yield from _found(folder, parts[1:], reasons, (), ways)
+        elif not parts[0].startswith("."):
+            names = [name for name in names if not name.startswith(".")]
+        for path in (folder / name for name in fnmatch.filter(names, parts[0])):
+            if not recursive:
+                yield from _found(path, parts[1:], reasons, (), ways)
+            elif path.name.startswith("."):
+                continue
+            elif not path.is_dir():
+                yield from () if parts[1:] else [path]
+            elif os.path.realpath(path) in above:
+                reasons[path] = LOOP
+            else:
+                yield from _found(path, parts, reasons, above, ways)
 
 
 def _matching(pattern: Path, said: str, left_out: Counter[str]) -> Iterator[Path]:
@@ -95,7 +146,10 @@ def _matching(pattern: Path, said: str, left_out: Counter[str]) -> Iterator[Path
     reasons: dict[Path, str] = {}  # of each file and folder on the way
     files: list[Path] = []
     folders: set[Path] = set()
-    for path in sorted(map(Path, glob.glob(str(pattern), recursive=True))):
+    once = tuple(part for part, after in zip(parts, (*parts[1:], ""), strict=True) if not part == after == "**")
+    for path in (
+        sorted(set(_found(Path(*parts[:depth]), once[depth:], reasons, (), Counter()))) if parts[depth:] else ()
+    ):
         above = tuple(Path(*path.parts[:i]) for i in range(depth, len(path.parts) + 1))
         for number, part in enumerate(above[1:], start=1):
             if part not in reasons:  # a pattern matches what is hidden only if it says so
@@ -126,7 +180,7 @@ def _reason(path: Path, above: tuple[str, ...], *, hidden: bool = True) -> str:
     _refuse_dangling(path)
     if path.is_dir():
         if os.path.realpath(path) in above:
-            return "links to a folder that they are in"
+            return LOOP
         return _kind(path)
     if not path.is_file():
         return "pipes or devices"

@@ -18,13 +18,14 @@ from typing import Any
 
 import numpy as np
 
+from dtrain import records
 from dtrain.data.base import Progress
-from dtrain.data.cache import kept
+from dtrain.data.cache import kept, reading
 from dtrain.data.paths import in_words
 from dtrain.data.sources import Source
 from dtrain.data.tokenizer import Tokenizer
 
-VERSION = 2  # of cleaning and of the files' form: part of the fingerprint
+VERSION = 3  # of reading, cleaning and of the files' form: part of the fingerprint
 SPLITS = ("train", "validation")
 # Control characters mean nothing in text, and their ids serve as marks; but some part lines or words.
 CONTROLS = {code: None for code in range(32) if chr(code) not in "\t\n"} | {127: None}
@@ -101,8 +102,23 @@ def prepare(
 
     folder = kept(cache, name, settings, make)
     tokenizer.load(folder)
-    told = json.loads((folder / "corpus.json").read_text(encoding="utf-8"))
-    return Corpus(**told | {"folder": str(folder)})
+    with reading(folder / "corpus.json"):
+        return _told(folder)
+
+
+def _told(folder: Path) -> Corpus:
+    told = records.read(folder / "corpus.json") | {"folder": str(folder)}
+    kinds = {"str": str, "int": int, "dict[str, int]": dict}  # by the words for them in `Corpus`
+    if wrong := [each.name for each in fields(Corpus) if type(told.get(each.name)) is not kinds[str(each.type)]]:
+        raise ValueError(f"it has {wrong[0]}={str(told.get(wrong[0]))[:40]}")
+    made = Corpus(**told)
+    for split in SPLITS:
+        size = (folder / f"{split}.bin").stat().st_size
+        if made.token_bytes not in (1, 2, 4) or size != told[f"{split}_tokens"] * made.token_bytes:
+            raise ValueError(f"{split}.bin has {size:,} bytes")
+    if any(type(number) is not int for number in made.left_out.values()):
+        raise ValueError("left_out has what is no number")
+    return made
 
 
 class _Texts:

@@ -9,13 +9,14 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from dtrain import records
 from dtrain.data.base import Data, Progress
-from dtrain.data.cache import kept
+from dtrain.data.cache import kept, reading
 from dtrain.data.sources import Source
 from dtrain.data.tokenizer import BPE, KEPT, Tokenizer
 
 Row = tuple[str, dict[str, Any]]  # where it stands, for messages; its fields
-VERSION = 1  # of how rows are read and kept: part of the fingerprint
+VERSION = 2  # of how rows are read and kept: part of the fingerprint
 FILE = "rows.jsonl"
 BLANKS = dict.fromkeys(range(KEPT), " ")  # for control characters whose ids serve as marks; no character moves
 
@@ -86,6 +87,8 @@ class Rows(Data):
 
         def make(folder: Path | None) -> None:
             for number, row in enumerate(self.source.rows(), start=1):
+                if records.too_deep(row[1]):
+                    raise ValueError(f"{row[0]}: nested deeper than {records.DEEPEST} levels: leave such fields out")
                 if folder and number == 1:
                     _line(row)  # other ranks wait for this one: in vain, if rows like these cannot be kept
                 read.append(row)
@@ -101,9 +104,9 @@ class Rows(Data):
             except _NoJSON:
                 pass  # they are read each time
             else:
-                with (self._folder / FILE).open(encoding="utf-8") as lines:
-                    self._left_out = Counter(json.loads(next(lines)))
-                    return [(where, row) for where, row in map(json.loads, lines)]
+                with reading(file := self._folder / FILE), file.open(encoding="utf-8") as lines:
+                    self._left_out = Counter(dict(json.loads(next(lines, ""))))
+                    return [(str(where), dict(row)) for where, row in map(json.loads, lines)]
         if not read:
             make(None)
         self._left_out = Counter(self.source.left_out)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import json
+import math
 import sysconfig
 from abc import ABC, abstractmethod
 from collections import Counter
@@ -11,7 +11,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from dtrain.data.formats import format_of, rows_of, utf8
+from dtrain.data.formats import format_of, parsed, rows_of, utf8
 from dtrain.data.paths import files_at, place, stamp
 
 # Packages of the standard library, without tests and tables (encodings). Where a Python lacks one (Debian's
@@ -49,7 +49,7 @@ class Source(ABC):
     def documents(self) -> Iterator[tuple[str, str]]:
         """(name, text) of each row that has one."""
         for where, row in self.rows_with([self.field]):
-            if row.get(self.field, "") is None:
+            if missing(row.get(self.field, "")):
                 self.left_out["rows without a text (null)"] += 1
             else:
                 yield where, text_of(row, self.field, where)
@@ -195,13 +195,11 @@ class Squad(Source):
         for file in files_at(self.path, "data.source.path", self.left_out):
             try:
                 with utf8(file) as stream:
-                    articles = json.load(stream)["data"]
+                    articles = parsed(stream.read(), str(file))["data"]
                 for article in articles:
                     for paragraph in article["paragraphs"]:
                         yield from self._questions(file, article.get("title", ""), paragraph)
-            except json.JSONDecodeError as error:
-                raise ValueError(f"{file}, line {error.lineno}: not JSON ({error.msg})") from None
-            except (KeyError, TypeError) as error:
+            except (KeyError, TypeError, AttributeError) as error:
                 raise ValueError(f"{file} is not in SQuAD's form: {error} is missing or of another kind") from None
 
     def _questions(self, file: Path, title: str, paragraph: dict[str, Any]) -> Iterator[tuple[str, dict[str, Any]]]:
@@ -222,6 +220,11 @@ def _skipped(path: Path) -> bool:
     return any(part.startswith(LEFT_OUT) for part in path.parts)
 
 
+def missing(value: Any) -> bool:
+    """Is it null, or NaN, which pandas has in its place?"""
+    return value is None or (isinstance(value, float) and math.isnan(value))
+
+
 def text_of(row: dict[str, Any], field: str, where: str, key: str = "data.source.field") -> str:
     """The text in a row's field.
 
@@ -230,7 +233,7 @@ def text_of(row: dict[str, Any], field: str, where: str, key: str = "data.source
     """
     if field not in row:
         raise ValueError(f"{where} has no field {field!r}, only {', '.join(map(str, row)) or 'none'}: set {key}")
-    if row[field] is None:
+    if missing(row[field]):
         raise ValueError(f"{where}: field {field!r} is null: leave such rows out, or set {key}")
     if not isinstance(text := row[field], str):
         raise ValueError(f"{where}: field {field!r} is {type(text).__name__}, not text")

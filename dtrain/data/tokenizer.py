@@ -18,10 +18,14 @@ from typing import Any
 
 import numpy as np
 
+from dtrain import records
+from dtrain.data.library_file import first_line, one_by_one, opened
 from dtrain.data.paths import place
 
 KEPT = 9  # ids for marks
 DROPPED = "characters that the tokenizer drops"
+BROKEN = "characters that the tokenizer drops a part of"
+UNSURE = "characters or so that the tokenizer drops or replaces (it does not tell exactly)"
 
 
 @dataclass(frozen=True)
@@ -136,10 +140,13 @@ class FromFile(Tokenizer):
             raise ValueError(f"data.tokenizer.vocab_size={vocab_size}: {self._file} has {self.vocab_size} ids")
         self.left_out = Counter[str]()
         self._library = version("tokenizers")
-        model = json.loads(self._tokenizer.to_str())["model"]
+        told = json.loads(self._tokenizer.to_str())
+        self._model = model = told["model"]
         self._byte_pairs = model.get("type", "BPE") == "BPE"
+        self._outside = DROPPED if one_by_one(told) else UNSURE
         self._unknown: int | None = model.get("unk_id", known.get(model.get("unk_token") or ""))  # Unigram has an id
-        self._known_to_drop: dict[str, bool] = {}
+        self._losses: dict[str, str] = {}  # by character
+        self._added = {token.content for token in self._tokenizer.get_added_tokens_decoder().values()}
         self._set_marks(path, known, end)
 
     def _set_marks(self, path: str, known: dict[str, int], end: str | None) -> None:
@@ -165,10 +172,9 @@ class FromFile(Tokenizer):
         """What the configuration beside the file calls its end, as `transformers` saves it."""
         for name in ("tokenizer_config.json", "special_tokens_map.json"):
             try:
-                said = json.loads((self._file.parent / name).read_text(encoding="utf-8"))
+                token = records.read(self._file.parent / name).get("eos_token")
             except (OSError, ValueError):
                 continue
-            token = said.get("eos_token") if isinstance(said, dict) else None
             if isinstance(token := token.get("content") if isinstance(token, dict) else token, str):
                 return [token]
         return []
@@ -194,8 +200,9 @@ class FromFile(Tokenizer):
         """
         try:
             made = self._tokenizer.encode(text, add_special_tokens=False)
-        except Exception as error:  # noqa: BLE001  the library raises nothing narrower
-            raise ValueError(f"{self._file}: {self._cause(text, error)}") from None
+        except BaseException as error:  # noqa: BLE001  the library raises nothing narrower
+            said = first_line(error)
+            raise ValueError(f"{self._file}: {self._cause(text) or said}") from None
         ids = np.asarray(made.ids, dtype=np.uint32)
         if (marked := np.flatnonzero(np.isin(ids, self._marked))).size:
             token = self._tokenizer.id_to_token(int(ids[marked[0]]))
@@ -208,32 +215,54 @@ class FromFile(Tokenizer):
         """Count the characters that are in no token, blanks aside, and the tokens for what is unknown."""
         if self._unknown is not None:
             self.left_out["tokens for what the tokenizer does not know"] += int((ids == self._unknown).sum())
-        # Where byte-pair encoding drops a character, the library's offsets of those after it are wrong.
-        if self._byte_pairs and (dropped := sum(text.count(c) for c in set(text) if self._drops(c))):
-            self.left_out[DROPPED] += dropped
-            return
+        alone = set(text) if self._outside == DROPPED else ()
+        lost = {character: kind for character in alone if (kind := self._loss(character))}
+        for character, kind in lost.items():
+            self.left_out[kind] += text.count(character)
+        if lost and self._byte_pairs:  # the library's offsets of what comes after a dropped character are wrong
+            text = text.translate(dict.fromkeys(map(ord, lost)))
+            offsets = self._tokenizer.encode(text, add_special_tokens=False).offsets
         inside = np.zeros(len(text) + 1, dtype=np.int64)
         places = np.asarray(offsets, dtype=np.int64).reshape(-1, 2)
         np.add.at(inside, places[:, 0], 1)
         np.add.at(inside, places[:, 1], -1)
         outside = np.flatnonzero(inside.cumsum()[:-1] == 0)
-        self.left_out[DROPPED] += sum(not text[i].isspace() for i in outside)
+        self.left_out[self._outside] += sum(not text[i].isspace() and text[i] not in lost for i in outside)
 
-    def _drops(self, character: str) -> bool:
-        """Does it come to nothing?"""
-        if character not in self._known_to_drop:
+    def _loss(self, character: str) -> str:
+        """What it loses wherever it stands: all of it, a part, or (an empty string) nothing."""
+        if character not in self._losses:
+            self._losses[character] = "" if character.isspace() else self._loss_alone(character)
+        return self._losses[character]
+
+    def _loss_alone(self, character: str) -> str:
+        try:
             ids = self._tokenizer.encode(character, add_special_tokens=False).ids
-            comes_back = character.isspace() or self._unknown in ids or self.decode(ids).strip()
-            self._known_to_drop[character] = not comes_back
-        return self._known_to_drop[character]
+        except Exception:  # noqa: BLE001  not known alone; but in a word it is
+            return ""
+        if not ids or (self._byte_pairs and self._unknown not in ids and not self.decode(ids).strip()):
+            return DROPPED
+        known, model = self._tokenizer.get_vocab(), self._model
+        if not self._byte_pairs or self._unknown is not None or character in self._added:
+            return ""
+        normalizer, cut = self._tokenizer.normalizer, self._tokenizer.pre_tokenizer
+        made = normalizer.normalize_str(character) if normalizer else character
+        pieces = [piece for piece, _ in cut.pre_tokenize_str(made)] if cut else [made]
+        if model.get("ignore_merges"):
+            pieces = [piece for piece in pieces if piece not in known]
+        lacking = {symbol for piece in pieces for symbol in piece if symbol not in known}
+        if model.get("byte_fallback"):
+            lacking = {s for s in lacking if any(f"<0x{byte:02X}>" not in known for byte in s.encode())}
+        return BROKEN if lacking else ""
 
-    def _cause(self, text: str, error: Exception) -> str:
+    def _cause(self, text: str) -> str:
+        """Which character is the cause, if one is."""
         for character in sorted(set(text)):
             try:
                 self._tokenizer.encode(character, add_special_tokens=False)
             except Exception:  # noqa: BLE001
                 return f"no token stands for {character!r}, and none for what is unknown: use another tokenizer"
-        return str(error).splitlines()[0]
+        return ""
 
     def decode(self, ids: Iterable[int]) -> str:
         return self._tokenizer.decode(list(ids))
@@ -251,10 +280,7 @@ def _read(path: str) -> tuple[Path, Any]:
         raise ValueError("tokenizer files need `tokenizers`: pip install 'dtrain[bpe]'") from None
     file = place(path, "data.tokenizer.path")
     file = file / BPE.FILE if file.is_dir() else file
-    try:
-        return file, tokenizers.Tokenizer.from_file(str(file))
-    except Exception as error:  # noqa: BLE001  the library raises nothing narrower
-        raise ValueError(f"data.tokenizer.path={path}: {str(error).splitlines()[0]}") from None
+    return file, opened(tokenizers, file, f"data.tokenizer.path={path}")
 
 
 def _ids(known: dict[str, int]) -> int:
@@ -333,7 +359,7 @@ class BPE(Tokenizer):
         (folder / self.FILE).write_text(self._tokenizer.to_str(pretty=True), encoding="utf-8")
 
     def load(self, folder: Path) -> None:
-        self._tokenizer = plain(self._library.Tokenizer.from_file(str(folder / self.FILE)))
+        self._tokenizer = plain(opened(self._library, folder / self.FILE, str(folder / self.FILE)))
 
     def encode(self, text: str) -> np.ndarray:
         return np.asarray(self._tokenizer.encode(text).ids, dtype=np.uint32)

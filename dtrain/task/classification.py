@@ -14,7 +14,7 @@ import torch
 from dtrain.batch import Batch, ModelFactory
 from dtrain.data.augment import TextChange, changes
 from dtrain.data.rows import Rows
-from dtrain.data.sources import text_of
+from dtrain.data.sources import missing, text_of
 from dtrain.initialize import on_meta
 from dtrain.task.base import Sizes, Supervised, the_model
 from dtrain.task.causal_lm import IGNORE, cross_entropy, fitting, valid
@@ -40,8 +40,10 @@ class Classification(Classifier, OfRows):
         self.models, self.augment, self.text, self.label = models, changes(augment, TextChange, "texts"), text, label
         for where, row in data.all():
             text_of(row, text, where, "task.text")
-            if row.get(label) in (None, ""):
+            if label not in row:
                 raise ValueError(f"{where} has no {label!r}, only {', '.join(map(str, row))}: set task.label")
+            if missing(row[label]) or row[label] == "":
+                raise ValueError(f"{where}: field {label!r} is empty or null: leave such rows out, or set task.label")
         self.classes = several([str(row[label]) for _, row in data.all()], label, data)
         model = on_meta(the_model(models, "classification"))
         self.causal = bool(getattr(model, "causal", False))

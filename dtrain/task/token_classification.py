@@ -8,6 +8,7 @@ import torch
 
 from dtrain.batch import Batch, ModelFactory
 from dtrain.data.rows import Rows
+from dtrain.data.sources import missing
 from dtrain.initialize import on_meta
 from dtrain.task.base import Sizes, Supervised, the_model
 from dtrain.task.causal_lm import IGNORE, cross_entropy, fitting, valid
@@ -62,3 +63,6 @@ def _check(where: str, row: dict[str, Any], words: str, tags: str) -> None:
                              f"and task.tags")  # fmt: skip
     if len(row[words]) != len(row[tags]):
         raise ValueError(f"{where}: {len(row[words])} words and {len(row[tags])} tags")
+    for field in (words, tags):
+        if null := [index for index, value in enumerate(row[field]) if missing(value)]:
+            raise ValueError(f"{where}: number {null[0]} of {field!r} is null: leave such rows out")
