@@ -180,6 +180,7 @@ class Periodic(Own):
             group = self.param_groups[0]
             group["counter"] = self.now = (group.get("counter", 0) + 1) % self.every
         super().step()
+        del self.now
 
     def move(self, parameter: Tensor, state: dict[str, Any], group: dict[str, Any]) -> None:
         parameter.sub_(parameter.grad, alpha=group["lr"] * (10 if self.now == 0 else 1))

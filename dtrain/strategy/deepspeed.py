@@ -146,8 +146,8 @@ class DeepSpeed(Strategy):
             return
         for name, attributes in written(model).items() if self.stage else ():
             for key in (k for k in attributes if not k.startswith(("ds_", "_hf_", "_is_hf_"))):
-                raise ValueError(f"{name}.{key} is written on a parameter, and {type(optimizer).__name__} may read it, "
-                                 f"an optimizer of its author's: strategy {self.called} gives it flat slices of all weights, without it; "
+                raise ValueError(f"{name}.{key} is written on a parameter, and {type(optimizer).__name__} may read it: "
+                                 f"strategy {self.called} gives it flat slices; "
                                  f"use strategy=fsdp or zero1")  # fmt: skip
 
     def executor(self, models: Models, optimizers: Mapping[str, Optimizer], plan: Plan, micro_batches: int) -> Executor:
