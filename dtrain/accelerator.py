@@ -15,6 +15,7 @@ from torch.optim import Optimizer
 
 from dtrain.accumulate import Accumulate
 from dtrain.batch import Batch, Models, Sums
+from dtrain.layout import write, written
 from dtrain.optimizer import named_tensors
 from dtrain.presence import completed
 
@@ -134,9 +135,11 @@ def prepared(
     accelerator: Any, models: Models, optimizers: Mapping[str, Optimizer], kind: type
 ) -> tuple[dict[str, Any], dict[str, Any]]:
     """Models and optimizers as Accelerate makes them ready; asserts that the models became what was asked for."""
+    attributes = {name: written(model) for name, model in models.items()}
     made = {name: accelerator.prepare(model, optimizers[name]) for name, model in models.items() if name in optimizers}
     for name, (model, _) in made.items():
         assert isinstance(model, kind), f"{kind.__name__} was asked for, {name} is a {type(model).__name__}"
+        write(accelerator.unwrap_model(model), attributes[name])
     return {name: model for name, (model, _) in made.items()}, {
         name: optimizer for name, (_, optimizer) in made.items()
     }

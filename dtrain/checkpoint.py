@@ -19,6 +19,7 @@ import threading
 from pathlib import Path
 from typing import Any
 
+import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch import Tensor
@@ -158,16 +159,19 @@ def verified(path: Path) -> str:
     return agree(lambda: differs(path, found))
 
 
-def load(path: Path, states: list[dict[str, Tensor]]) -> None:
+def load(path: Path, states: list[dict[str, Tensor]], *, late: bool = False) -> None:
     """Fill the tensors of `states`, whatever their sharding, from the checkpoint. A collective.
 
     Every rank gives equally many states. An optimizer has no state of a weight that no step has used: what is made
-    here of such states, and is not there, is taken out of `states`.
+    here of such states, and is not there, is taken out of `states`. `late`: what is there, and comes after some steps
+    alone, is put into `states`; an engine would not take it.
 
     Raises:
         ValueError: the checkpoint is of another model; the first differing tensor and both shapes are named.
     """
     reader, saved, ours = _shapes(path, states)
+    if late:
+        _add_late(reader, saved, ours, states)
     kinds = {name.rpartition(".")[2] for name in saved if name.startswith(OPTIMIZER_STATE)}
     begun = bool(about(path)["step"])
     for name in [n for n in ours if n.startswith(OPTIMIZER_STATE) and n not in saved]:
@@ -204,6 +208,21 @@ def load_weights(path: Path, states: list[dict[str, Tensor]], *, taken: list[str
                          f"{weights[name]} here")  # fmt: skip
     for tensors in states:
         dcp.load({name: tensor for name, tensor in tensors.items() if name in taken}, storage_reader=reader)
+
+
+def _add_late(reader: Any, saved: dict[str, Any], ours: dict[str, Any], states: list[dict[str, Tensor]]) -> None:
+    """Make room for states that come after some steps, of weights that have others: no first step has made them."""
+    metadata = reader.read_metadata().state_dict_metadata
+    for full in [n for n in saved if n.startswith(OPTIMIZER_STATE) and n not in ours]:
+        owner = full.rpartition(".")[0]
+        weight = owner.removeprefix(OPTIMIZER_STATE)
+        if not any(n.rpartition(".")[0] == owner for n in ours):
+            continue
+        for part in (p for p in states if any(n.rpartition(".")[0] == owner for n in p)):
+            dtype, like = metadata[full].properties.dtype, part[weight]
+            same = saved[full] == tuple(like.shape)
+            part[full] = torch.empty_like(like, dtype=dtype) if same else torch.empty(saved[full], dtype=dtype)
+        ours[full] = saved[full]
 
 
 def _shapes(path: Path, states: list[dict[str, Tensor]]) -> tuple[Any, dict[str, Any], dict[str, Any]]:

@@ -19,7 +19,7 @@ from torch.distributed.tensor._utils import compute_local_shape_and_global_offse
 from dtrain.adapt import adapted
 from dtrain.batch import ModelFactory
 from dtrain.draw import generator, seed_everything
-from dtrain.layout import offers
+from dtrain.layout import offers, write, written
 
 
 def on_meta(factory: ModelFactory) -> nn.Module | None:
@@ -84,9 +84,19 @@ def materialize(
     Raises:
         ValueError: a buffer on the meta device: nothing tells its values.
     """
+    attributes = written(model)
     if not offers(model, "initial") or not any(p.is_meta for p in model.parameters()):
         cast(model, dtype, storage, device)
-        return
+    else:
+        _draw(model, seed, storage, device, dtype, told)
+    write(model, {name: {k: v for k, v in own.items() if k[0] != "_"} for name, own in attributes.items()})
+
+
+def _draw(
+    model: nn.Module, seed: int, storage: torch.device, device: torch.device, dtype: torch.dtype,
+    told: Callable[[str, Tensor], object] | None,
+) -> None:  # fmt: skip
+    """As `materialize`, of a model that fills one parameter at a time."""
     initial: Any = model.initial
     names = {id(parameter): name for name, parameter in model.named_parameters()}  # a tied one counts once
     made: dict[int, nn.Parameter] = {}

@@ -82,7 +82,7 @@ def assemble(config: Config, world: World) -> Job:
     logger = All([make(node, Logger, f"logger.{name}") for name, node in config.logger.items()])
     data, task = task_of(config, shown=world.rank == 0)
     plan.check_task(task)
-    plan.check_optimizer(partial(optimizer_of, config.optimizer))
+    plan.check_optimizer(partial(optimizer_of, config.optimizer), micro_batches)
     tried = probe(task, plan, micro_batches=micro_batches, seed=config.seed) if config.probe else ()
     return Job(config, data, task, plan, logger, tried, masked(asdict(config)))
 

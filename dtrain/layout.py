@@ -130,6 +130,28 @@ def shared_names(model: nn.Module) -> dict[str, str]:
     return {name: first[id(parameter)] for name, parameter in names if name != first[id(parameter)]}
 
 
+def written(model: nn.Module) -> dict[str, dict[str, Any]]:
+    """What its author has written on a model's parameters as attributes, by their names; optimizers may read it."""
+    every = model.named_parameters(remove_duplicate=False)
+    return {name: dict(vars(parameter)) for name, parameter in every if vars(parameter)}
+
+
+def write(model: nn.Module, attributes: Mapping[str, Mapping[str, Any]]) -> None:
+    """Write it on the parameters that stand there now, which may be others."""
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        for key, value in attributes.get(name, {}).items():
+            setattr(parameter, key, value)
+
+
+def refuse_written_tensors(model: nn.Module, where: str) -> None:
+    """Raise ValueError for tensors on parameters, where a rank has a part of the one and all of the other."""
+    for name, attributes in written(model).items():
+        for key, value in attributes.items():
+            if isinstance(value, Tensor) and value.numel() > 1:
+                raise ValueError(f"{name}.{key} of {type(model).__name__} is a tensor on a parameter, of which {where} "
+                                 f"gives a rank a part: use strategy=ddp or allreduce, or write a number")  # fmt: skip
+
+
 def refuse_complex(model: nn.Module, where: str) -> None:
     """Raise ValueError for complex weights, where weights are handed on together, in one format."""
     for name, parameter in model.named_parameters():

@@ -81,7 +81,15 @@ def named_tensors(model: nn.Module, optimizer: torch.optim.Optimizer | None) -> 
 
 
 def put_back(model: nn.Module, optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor]) -> None:
-    """Bring states in line with the tensors of `named_tensors`, which have been filled: numbers, and what is gone."""
+    """Bring states in line with the tensors of `named_tensors`, which have been filled.
+
+    Numbers are put back, what is gone is taken away, and what no first step makes is added.
+    """
+    late: dict[str, dict[str, Tensor]] = {}
+    for full, tensor in tensors.items():
+        if full.startswith(OPTIMIZER_STATE):
+            owner, _, key = full.removeprefix(OPTIMIZER_STATE).rpartition(".")
+            late.setdefault(owner, {})[key] = tensor
     for name, parameter in model.named_parameters():
         state = optimizer.state.get(parameter, {})
         for key, value in list(state.items()):
@@ -90,5 +98,8 @@ def put_back(model: nn.Module, optimizer: torch.optim.Optimizer, tensors: dict[s
                 del state[key]
             elif isinstance(value, int | float):
                 state[key] = type(value)(tensors[full].item())
+        for key, tensor in late.get(name, {}).items() if state else ():
+            if state.get(key) is None:
+                state[key] = tensor
         if not any(value is not None for value in state.values()):
             optimizer.state.pop(parameter, None)

@@ -28,9 +28,18 @@ from dtrain.degrees import AFTER_VALUES, MESH_ORDER, laid_out, rows_of_a_rank
 from dtrain.draw import Again
 from dtrain.fingerprint import digest, refuse_other_weights, tensors_of
 from dtrain.initialize import build, materialize, on_meta
-from dtrain.layout import blocks_of, check_layout, is_ours, refuse_batch_norm, refuse_gradient_hooks
+from dtrain.layout import (
+    blocks_of,
+    check_layout,
+    is_ours,
+    refuse_batch_norm,
+    refuse_gradient_hooks,
+    refuse_written_tensors,
+    write,
+    written,
+)
 from dtrain.precision import Precision
-from dtrain.stepping import check_optimizer
+from dtrain.stepping import COLUMNS, ROWS, check_optimizer
 from dtrain.strategy.base import Executor, Strategy
 
 if TYPE_CHECKING:
@@ -139,10 +148,12 @@ class Plan:
         self.check_model(model)
         compared = self.world_size > 1 and not is_ours(model)
         digests = {name: digest(tensor) for name, tensor in (tensors_of(model) if compared else ())}
-        name, parts = type(model).__name__, [model]
+        name, parts, attributes = type(model).__name__, [model], written(model)
         for strategy in self.strategies:
             parts = [part for whole in parts for part in strategy.cut(whole, self)]
         parts = [self._parallelize(part, seed, digests) for part in parts]
+        for part in parts:
+            write(self.unwrap(part), attributes)  # parameters have been made anew
         if compared:
             refuse_other_weights(digests, name)
         return Stages(parts) if len(parts) > 1 else parts[0]
@@ -187,15 +198,19 @@ class Plan:
             refuse_batch_norm(model)
         if self.strategies:
             refuse_gradient_hooks(model)
+        for strategy in (s for s in self.strategies if {ROWS, COLUMNS} & {*s.stepped}):
+            refuse_written_tensors(model, strategy.axis)
         if (self.recompute or self.compile) and not blocks_of(model):
             asked, name = "activation_checkpointing" if self.recompute else "compile", type(model).__name__
             raise ValueError(f"{asked}=true acts on a model's blocks, and {name} names none in a Layout: "
                              f"use {asked}=false, or name them (dtrain/layout.py)")  # fmt: skip
 
-    def check_optimizer(self, optimizer: Callable[[nn.Module], Optimizer]) -> None:
+    def check_optimizer(self, optimizer: Callable[[nn.Module], Optimizer], micro_batches: int = 1) -> None:
         """Refuse an optimizer that would step parts of weights to other values, or could not be resumed."""
+        alone = self.world_size == 1 and not self.strategies and micro_batches == 1
         stepped = {kind: strategy for strategy in self.strategies for kind in strategy.stepped}
-        check_optimizer(optimizer, {kind: type(s).__name__ for kind, s in stepped.items()}, self.world_size > 1)
+        told = {kind: type(s).__name__ for kind, s in stepped.items()}
+        check_optimizer(optimizer, told, self.world_size > 1, alone=alone)
 
     def _apply(self, axes: Sequence[str], model: nn.Module) -> nn.Module:
         for strategy in self.strategies:

@@ -2,7 +2,8 @@
 
     all of W at once                       ->  W'         one process
     parts of W, each by an optimizer alone ->  P1', P2'   a strategy whose ranks step parts
-    some steps, a checkpoint, one more     ->  W'         a run that is resumed
+    some steps, a checkpoint, the others   ->  W'         a run that is resumed
+    W in groups that are cut otherwise     ->  W'         a strategy that has weights on meshes, or on other ranks
 
 Most optimizers treat each element by itself. Some do not: they compare the rows and columns of a matrix (Adafactor,
 Muon, Shampoo), norms of whole weights (LARS, LAMB), or all weights with each other. Those are refused where the parts
@@ -12,29 +13,28 @@ that a strategy gives them would be stepped to other values.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from dtrain.besides import Kept, besides
+from dtrain.draw import Again, seed_everything
 from dtrain.optimizer import fill_state, named_tensors, put_back
 
-APART, ROWS, COLUMNS, FLAT = (
-    "apart",
-    "rows",
-    "columns",
-    "flat",
-)  # what a strategy's optimizers have of the weights
+# What a strategy's optimizers have of the weights.
+APART, ROWS, COLUMNS, FLAT, REGROUPED = "apart", "rows", "columns", "flat", "regrouped"
 TOLD = {
     APART: "some of the weights and not all",
     ROWS: "some rows of each weight",
     COLUMNS: "some columns of each weight",
     FLAT: "a flat slice of all weights",
+    REGROUPED: "other parameter groups",
 }
 # Some optimizers treat small weights in another way than large ones, and count what they deem small by a rank's part.
 SHAPES = ((160, 144), (66, 66), (45, 50), (96,))
-STEPS, FEW, RESUMED_AFTER, PARTS = 12, 4, 5, 2  # some do something else every few steps, or from some step on
+STEPS, FEW, PARTS = 12, 4, 2  # some do something else every few steps, or from some step on
+RESUMED_AFTER = (3, 4, 5, 7)  # no period that is longer than one step divides them all
 TOLERANCE = 1e-9  # relative, in fp64
 Make = Callable[[nn.Module], Optimizer]
 
@@ -47,29 +47,27 @@ class Weights(nn.Module):
         self.all = nn.ParameterList(nn.Parameter(value.clone()) for value in values)
 
 
-def check_optimizer(make: Make, stepped: Mapping[str, str], several: bool) -> None:
+def check_optimizer(make: Make, stepped: Mapping[str, str], several: bool, *, alone: bool = False) -> None:
     """Refuse an optimizer that would not do what it does on one process, or could not be resumed.
 
     Args:
         make: makes it of a model's parameters.
         stepped: what its parameters are parts of, and the strategy that makes them so.
         several: are there other ranks, which must come to the same?
+        alone: does one process train, by one backward pass a step?
 
     Raises:
         ValueError: names the optimizer, the reason and what would do.
     """
-    with torch.random.fork_rng(devices=[]):
+    with torch.random.fork_rng(devices=[]), Again():
         name, (start, *gradients) = _drawn(make)
+        if not alone:
+            _refuse_hooks(make, start, gradients[0], name)
         expected = _whole(make, start, gradients, name, seed=0)
         if not all(weight.isfinite().all() for weight in expected):  # it diverges, of which the run will tell
             gradients = gradients[:FEW]
             expected = _whole(make, start, gradients, name, seed=0)
-        _compare(
-            expected,
-            _resumed(make, start, gradients, name),
-            f"optimizer {name} cannot go on from a checkpoint, "
-            "which has what it keeps of each weight: it keeps more, or in other ways; use another, such as AdamW",
-        )
+        _check_resume(make, start, gradients, name, expected)
         if several:
             _compare(
                 expected,
@@ -78,9 +76,13 @@ def check_optimizer(make: Make, stepped: Mapping[str, str], several: bool) -> No
                 "and each rank would draw its own: use another, such as AdamW, or one process",
             )
         for part, strategy in stepped.items():
+            if part == REGROUPED:
+                wanted, found = _regrouped(make, start, gradients, name)
+            else:
+                wanted, found = expected, _in_parts(make, start, gradients, part)
             _compare(
-                expected,
-                _in_parts(make, start, gradients, part),
+                wanted,
+                found,
                 f"optimizer {name} is not for strategy "
                 f"{strategy}, which gives it {TOLD[part]}: it would come to other weights than on one process. "
                 f"Use strategy=ddp or allreduce, or an optimizer that takes each element by itself, such as "
@@ -95,10 +97,31 @@ def _drawn(make: Make) -> tuple[str, list[list[Tensor]]]:
         [torch.randn(shape, generator=generator, dtype=torch.float64) for shape in SHAPES] for _ in range(STEPS + 1)
     ]
     try:
-        return type(make(Weights(drawn[0]))).__name__, drawn
+        optimizer = make(Weights(drawn[0]))
     except ValueError:  # Muon takes matrices alone
         drawn = [[t for t in each if t.ndim == 2] for each in drawn]
-        return type(make(Weights(drawn[0]))).__name__, drawn
+        optimizer = make(Weights(drawn[0]))
+    name = type(optimizer).__name__
+    for number, group in enumerate(optimizer.param_groups):
+        if "lr" not in group:
+            has = ", ".join(repr(key) for key in group if key != "params") or "nothing"
+            raise ValueError(f"optimizer {name} has no 'lr' in its group {number}, where schedule sets each step's "
+                             f"rate: it has {has}; call the rate lr there")  # fmt: skip
+    return name, drawn
+
+
+def _refuse_hooks(make: Make, start: list[Tensor], gradients: list[Tensor], name: str) -> None:
+    """Refuse what steps, or changes gradients, in the backward pass: before ranks and micro-batches have met."""
+    model = Weights(start)
+    _kept = make(model)  # for as long as its hooks are looked for
+    hooked = any(p._backward_hooks or getattr(p, "_post_accumulate_grad_hooks", None) for p in model.all)
+    torch.autograd.backward(list(model.all), [gradient.clone() for gradient in gradients])
+    moved = any(not torch.equal(p, before) for p, before in zip(model.all, start, strict=True))
+    left = all(p.grad is not None and torch.equal(p.grad, given) for p, given in zip(model.all, gradients, strict=True))
+    if hooked or moved or not left:
+        raise ValueError(f"optimizer {name} acts in the backward pass, by hooks on its parameters, where a gradient is "
+                         f"one rank's or one micro-batch's: use another, such as AdamW, or one process without "
+                         f"micro-batches")  # fmt: skip
 
 
 def _whole(make: Make, start: list[Tensor], gradients: list[list[Tensor]], name: str, *, seed: int) -> list[Tensor]:
@@ -107,53 +130,83 @@ def _whole(make: Make, start: list[Tensor], gradients: list[list[Tensor]], name:
     try:
         for place, each in enumerate(gradients):
             _step(optimizer, model.all, each, seed=place + seed)
-    except (
-        TypeError,
-        RuntimeError,
-        NotImplementedError,
-    ) as error:  # it wants a closure, or sparse gradients
-        raise ValueError(f"optimizer {name} cannot step here: {str(error).splitlines()[0]}") from None
+    except Exception as error:  # an author's step may raise anything: it wants a closure, or sparse gradients
+        said = (str(error).strip() or "nothing is said").splitlines()[0]
+        raise ValueError(f"optimizer {name} cannot step here: {type(error).__name__}: {said}") from None
     return [p.detach() for p in model.all]
 
 
-def _resumed(make: Make, start: list[Tensor], gradients: list[list[Tensor]], name: str) -> list[Tensor]:
-    """The same, with a checkpoint in between."""
+def _check_resume(
+    make: Make, start: list[Tensor], gradients: list[list[Tensor]], name: str, expected: list[Tensor]
+) -> None:
+    """Refuse what does not go on, from checkpoints after several steps, as if there had been none."""
+    why = f"optimizer {name} cannot go on from a checkpoint, which has what it keeps of each weight: it keeps"
     model = Weights(start)
     optimizer = make(model)
-    before = _besides(optimizer)
-    after = min(RESUMED_AFTER, len(gradients) - 1)
-    for place, each in enumerate(gradients[:after]):
+    kept: list[dict[str, Tensor]] = []
+    others: list[dict[str, Kept]] = []
+    for place, each in enumerate(gradients):
         _step(optimizer, model.all, each, seed=place)
-    told = {key: n - before.get(key, 0) for key, n in _besides(optimizer).items()}
-    if counts := [key for key, more in told.items() if more > 0 and more % after == 0]:
-        raise ValueError(f"optimizer {name} cannot go on from a checkpoint, which has what it keeps of each weight: it "
-                         f"counts steps in {counts[0]} too; use another, such as AdamW")  # fmt: skip
-    kept = {key: tensor.clone() for key, tensor in named_tensors(model, optimizer).items()}
-    resumed = Weights(start)
-    optimizer = make(resumed)
+        kept.append({key: tensor.clone() for key, tensor in named_tensors(model, optimizer).items()})
+        others.append(besides(optimizer, TOLERANCE))
+    for after in (n for n in RESUMED_AFTER if n < len(gradients)):
+        try:
+            found, after_a_step = _resumed(make, start, gradients, after, kept[after - 1])
+        except (ArithmeticError, AttributeError, AssertionError, LookupError, RuntimeError, TypeError):
+            found, after_a_step = [], others[after]  # such as a list that is not there
+        lost = [key for key in after_a_step | others[after] if after_a_step.get(key) != others[after].get(key)]
+        if lost:
+            raise ValueError(f"{why} {lost[0]} too; use another, such as AdamW")
+        _compare(expected, found, f"{why} more, or in other ways; use another, such as AdamW")
+
+
+def _resumed(
+    make: Make, start: list[Tensor], gradients: list[list[Tensor]], after: int, kept: dict[str, Tensor]
+) -> tuple[list[Tensor], dict[str, Kept]]:
+    """The weights in the end, from a checkpoint after so many steps; what else it keeps one step after that one.
+
+    After one step, since what is made anew in every step, such as a norm, is no loss.
+    """
+    model = Weights(start)
+    optimizer = make(model)
     fill_state(optimizer)
-    tensors = named_tensors(resumed, optimizer)
-    if {key: t.shape for key, t in tensors.items()} != {key: t.shape for key, t in kept.items()}:
-        return []
+    tensors = {key: tensor for key, tensor in named_tensors(model, optimizer).items() if key in kept}
     with torch.no_grad():
         for key, tensor in tensors.items():
+            if tensor.shape != kept[key].shape:
+                return [], {}
             tensor.copy_(kept[key])
-    put_back(resumed, optimizer, tensors)
+    put_back(model, optimizer, {key: tensor.clone() for key, tensor in kept.items()} | tensors)
+    told: dict[str, Kept] = {}
     for place, each in enumerate(gradients[after:], after):
-        _step(optimizer, resumed.all, each, seed=place)
-    return [p.detach() for p in resumed.all]
+        _step(optimizer, model.all, each, seed=place)
+        told = told or besides(optimizer, TOLERANCE)
+    return [p.detach() for p in model.all], told
 
 
-def _besides(optimizer: Optimizer) -> dict[str, float]:
-    """The numbers that an optimizer keeps in its groups and in itself."""
-    found: dict[str, Any] = {f"its {key}": value for key, value in vars(optimizer).items()}
-    for number, group in enumerate(optimizer.param_groups):
-        found |= {f"{key!r} of group {number}": value for key, value in group.items() if key != "params"}
-    return {
-        k: float(v)
-        for k, v in found.items()
-        if isinstance(v, int | float) or (isinstance(v, Tensor) and v.numel() == 1)
-    }
+def _regrouped(
+    make: Make, start: list[Tensor], gradients: list[list[Tensor]], name: str
+) -> tuple[list[Tensor], list[Tensor]]:
+    """Small weights by groups as one process makes them; and by those of two meshes, and of some weights alone."""
+    small = [[t[(slice(9),) * t.ndim] for t in (*each, *each)] for each in (start, *gradients)]
+    expected = _whole(make, small[0], small[1:], name, seed=0)
+    half, wanted, found = len(start), [], []
+    for chosen in (list(range(2 * half)), *([place] for place in range(half))):
+        model = Weights(small[0][place] for place in chosen)
+        for parameter in list(model.all)[half:]:
+            parameter.device_mesh = "a mesh"  # by which `parameter_groups` sets it apart
+        try:
+            optimizer = make(model)
+        except ValueError:  # as Muon takes no vectors, of which a rank with nothing else would tell
+            continue
+        try:
+            for place, each in enumerate(small[1:]):
+                _step(optimizer, model.all, [each[i] for i in chosen], seed=place)
+        except Exception:  # an author's step may raise anything: of groups that are not there
+            return expected, []
+        wanted += [expected[place] for place in chosen]
+        found += [p.detach() for p in model.all]
+    return wanted, found
 
 
 def _in_parts(make: Make, start: list[Tensor], gradients: list[list[Tensor]], kind: str) -> list[Tensor]:
@@ -175,7 +228,7 @@ def _in_parts(make: Make, start: list[Tensor], gradients: list[list[Tensor]], ki
             for place, each in enumerate(own):
                 _step(optimizer, parts, each, seed=place)
             found.append([p.detach() for p in parts])
-    except (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError):
+    except Exception:  # an author's step may raise anything
         return []  # such as states that it has made of whole weights, or sums over dims that are not there
     return _joined(found, start, kind)
 
@@ -200,7 +253,7 @@ def _joined(found: list[list[Tensor]], start: list[Tensor], kind: str) -> list[T
 
 
 def _step(optimizer: Optimizer, parameters: Iterable[nn.Parameter], gradients: list[Tensor], *, seed: int) -> None:
-    torch.manual_seed(seed)
+    seed_everything(seed)
     for parameter, gradient in zip(parameters, gradients, strict=True):
         parameter.grad = gradient.clone()
     optimizer.step()

@@ -88,7 +88,7 @@ class Trainer:
     ) -> None:  # fmt: skip
         micro_batches = plan.micro_batches(settings.global_batch_size, settings.micro_batch_size)
         plan.check_updates(task)
-        plan.check_optimizer(optimizer)
+        plan.check_optimizer(optimizer, micro_batches)
         self.task, self.plan, self.settings, self.phase = task, plan, settings, phase
         self.models = {name: plan.parallelize(factory, settings.seed) for name, factory in task.models.items()}
         trained = {update.trains for update in task.updates}  # a model that only follows another has no optimizer

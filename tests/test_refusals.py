@@ -185,6 +185,20 @@ def frozen_first() -> nn.Module:
     return model
 
 
+def with_attribute(value: object) -> nn.Module:
+    """A model on one of whose weights something is written."""
+    model = GPT()
+    next(model.parameters()).scale = value
+    return model
+
+
+class Stepper(torch.optim.SGD):
+    """An optimizer of its author's."""
+
+    def __init__(self) -> None:
+        super().__init__([nn.Parameter(torch.ones(1))])
+
+
 class Curved(GAN):
     """Its losses hold gradients."""
 
@@ -874,6 +888,14 @@ REFUSALS = {
     ),
     "complex weights": Refusal(
         lambda: own("Complex", Zero1()), "turn of Complex", "zero1", "use strategy=ddp"
+    ),
+    "a tensor on a weight": Refusal(
+        lambda: Plan.of([FSDP()], 2).check_model(with_attribute(torch.ones(2))),
+        ".scale of Transformer", "fsdp", "write a number",
+    ),
+    "what is written on a weight": Refusal(
+        lambda: zero(1).refuse_written(Stepper(), with_attribute(2)),
+        ".scale is written", "Stepper", "use strategy=fsdp or zero1",
     ),
     "a hook on a gradient": Refusal(
         lambda: own("Hooked", DDP()), "first.token.weight of Hooked", "a hook", "in `forward` instead"

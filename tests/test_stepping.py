@@ -7,6 +7,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy
 import pytest
 import torch
 from cases import ROWS, Case, Outcome, finish, plan_of
@@ -156,6 +157,87 @@ class Noisy(Own):
         parameter.sub_(parameter.grad + torch.randn_like(parameter), alpha=group["lr"])
 
 
+class NumpyNoise(Own):
+    """Draws by numpy, once a step and weight."""
+
+    def move(self, parameter: Tensor, state: dict[str, Any], group: dict[str, Any]) -> None:
+        parameter.sub_(parameter.grad * (1 + numpy.random.randn()), alpha=group["lr"])
+
+
+class Periodic(Own):
+    """Every so many steps a larger one, by a count in a list or wherever `counted` says."""
+
+    def __init__(self, params: Any, every: int = 16, kept: str = "list") -> None:
+        super().__init__(params)
+        self.every, self.kept, self.count = every, kept, [0]
+
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
+        if self.kept == "list":
+            self.count[0] = self.now = (self.count[0] + 1) % self.every
+        elif self.kept == "state":
+            self.state["step"] = self.now = (self.state.get("step", 0) + 1) % self.every
+        else:
+            group = self.param_groups[0]
+            group["counter"] = self.now = (group.get("counter", 0) + 1) % self.every
+        super().step()
+        del self.now
+
+    def move(self, parameter: Tensor, state: dict[str, Any], group: dict[str, Any]) -> None:
+        parameter.sub_(parameter.grad, alpha=group["lr"] * (10 if self.now == 0 else 1))
+
+
+class Averaging(Own):
+    """Begins with its `begins`-th step to average weights, and steps by the average."""
+
+    def __init__(self, params: Any, begins: int = 3) -> None:
+        super().__init__(params)
+        self.begins = begins
+
+    def move(self, parameter: Tensor, state: dict[str, Any], group: dict[str, Any]) -> None:
+        state["step"] = state.get("step", 0) + 1
+        parameter.sub_(parameter.grad, alpha=group["lr"])
+        if state["step"] >= self.begins:
+            mean = state.setdefault("mean", parameter.clone())
+            mean.lerp_(parameter, 0.1)
+            parameter.lerp_(mean, 0.1)
+
+
+class ByGroup(Own):
+    """Signs alone in its first group."""
+
+    def move(self, parameter: Tensor, state: dict[str, Any], group: dict[str, Any]) -> None:
+        first = group is self.param_groups[0]
+        parameter.sub_(parameter.grad.sign() if first else parameter.grad, alpha=group["lr"])
+
+
+class InBackward(Own):
+    """Steps in the backward pass."""
+
+    def __init__(self, params: Any, hook: str) -> None:
+        super().__init__(params)
+        for parameter in (p for group in self.param_groups for p in group["params"]):
+            getattr(parameter, hook)(lambda *_: None)
+
+    def move(self, parameter: Tensor, state: dict[str, Any], group: dict[str, Any]) -> None: ...
+
+
+class ByAttribute(Own):
+    """By what the model's author has written on a weight."""
+
+    def move(self, parameter: Tensor, state: dict[str, Any], group: dict[str, Any]) -> None:
+        parameter.sub_(parameter.grad, alpha=group["lr"] * getattr(parameter, "scale", 1))
+
+
+class Raising(Own):
+    def move(self, parameter: Tensor, state: dict[str, Any], group: dict[str, Any]) -> None:
+        assert not group["lr"], "it wants another rate\nand more"
+
+
+class NoRate(Optimizer):
+    def __init__(self, params: Any) -> None:
+        super().__init__(params, {"size": 1.0})
+
+
 def of(kind: type[Optimizer], **settings: Any) -> Make:
     return lambda model: kind(parameter_groups(model), **settings)
 
@@ -221,8 +303,22 @@ def test_what_takes_each_element_by_itself_goes_with_every_strategy(name: str) -
         (of(Large), {*STEPPED} - {"zero1", "pipeline", "servers"}),
         (of(ByAll), {*STEPPED}),
         (of(Noisy), {*EVERY}),
+        (of(NumpyNoise), {*EVERY}),
+        (of(ByGroup), {"tensor", "pipeline", "expert"}),
     ],
-    ids=["norm", "adafactor", "muon", "muon of matrices alone", "rows", "late", "large", "all", "noise"],
+    ids=[
+        "norm",
+        "adafactor",
+        "muon",
+        "muon of matrices alone",
+        "rows",
+        "late",
+        "large",
+        "all",
+        "noise",
+        "numpy's noise",
+        "group",
+    ],
 )
 def test_what_compares_elements_is_refused_where_it_would_get_parts(make: Make, refused: set[str]) -> None:
     said = {strategy: refusal(make, strategy) for strategy in ["", *EVERY]}
@@ -235,23 +331,57 @@ def test_what_compares_elements_is_refused_where_it_would_get_parts(make: Make, 
     ("make", "why"),
     [
         (of(InItsGroup), "cannot go on from a checkpoint"),
-        (of(ByItself), "counts steps in its count"),
-        (of(Lookahead), "counts steps in 'counter' of group 0"),
+        (of(ByItself), "it keeps its count too"),
+        (of(Lookahead), "it keeps 'counter' of group 0 too"),
         (of(Remembering), "keeps a list as 'history'"),
         (lambda model: torch.optim.LBFGS(model.parameters()), "closure"),
         (of(torch.optim.SparseAdam), "cannot step here"),
+        *((of(Periodic, every=n, kept="group"), "it keeps 'counter' of group 0 too") for n in (2, 3, 4, 16)),
+        (of(Periodic), "it keeps its count too"),
+        (of(Periodic, kept="state"), "it keeps 'step' of its state too"),
+        (of(Raising), "Raising cannot step here: AssertionError: it wants another rate$"),
+        (of(NoRate), "NoRate has no 'lr' in its group 0, .* it has 'size'; call the rate lr"),
     ],
-    ids=["in its group", "by itself", "lookahead", "a list", "a closure", "sparse"],
+    ids=[
+        "in its group",
+        "by itself",
+        "lookahead",
+        "a list",
+        "a closure",
+        "sparse",
+        "every 2nd",
+        "every 3rd",
+        "every 4th",
+        "every 16th",
+        "in a list",
+        "in its state",
+        "an assertion",
+        "no rate",
+    ],
 )
 def test_what_cannot_be_resumed_or_stepped_is_refused(make: Make, why: str) -> None:
     with pytest.raises(ValueError, match=why):
         check_optimizer(make, {}, False)
 
 
+def test_what_comes_late_goes_on() -> None:
+    check_optimizer(of(Averaging), {}, False)
+
+
+@pytest.mark.parametrize("hook", ["register_post_accumulate_grad_hook", "register_hook"])
+def test_what_acts_in_the_backward_pass_is_for_one_backward_pass_a_step(hook: str) -> None:
+    """Of whatever hook, under whatever strategy."""
+    make = of(InBackward, hook=hook)
+    Plan((), 1).check_optimizer(make)
+    with pytest.raises(ValueError, match="InBackward acts in the backward pass"):
+        Plan((), 1).check_optimizer(make, micro_batches=2)
+    assert all("acts in the backward pass" in refusal(make, strategy) for strategy in EVERY)
+
+
 def test_trying_an_optimizer_draws_no_random_number() -> None:
-    before = torch.get_rng_state()
+    before, numpys = torch.get_rng_state(), numpy.random.get_state()[1].copy()
     check_optimizer(ELEMENTWISE["adamw"], {"rows": "FSDP"}, True)
-    assert torch.equal(torch.get_rng_state(), before)
+    assert torch.equal(torch.get_rng_state(), before) and (numpy.random.get_state()[1] == numpys).all()
 
 
 def _trained(folder: str, name: str, size: int, save: bool, resume: bool, make: Make) -> Outcome:
@@ -259,7 +389,7 @@ def _trained(folder: str, name: str, size: int, save: bool, resume: bool, make: 
     settings = Settings(4, global_batch_size=ROWS, warmup_steps=0)
     run = Trainer(task, plan_of(Case("", name), size).connect(), make, settings)
     if resume:
-        run.load(partial(load, find(folder, Path(folder), Path(folder), fallback=False, note=print)))
+        run.load(partial(load, find(folder, Path(folder), Path(folder), fallback=False, note=print), late=True))
         run.next_step = 2
     outcome = Outcome()
     for step in run.steps():
@@ -279,6 +409,52 @@ def test_numbers_of_pythons_are_saved_and_restored(world, tmp_path: Path) -> Non
     for name, size in (("fsdp", 2), ("zero1", 2)):
         for ours in world(2).run(_trained, str(tmp_path), name, size, False, True, counting):
             assert ours.losses == pytest.approx(whole.losses[2:], rel=1e-12)
+
+
+def averaging(model: nn.Module) -> Optimizer:
+    return Averaging(model.parameters(), begins=2)
+
+
+def test_states_that_come_late_are_saved_and_restored(world, tmp_path: Path) -> None:
+    """No first step makes them: they are made as the checkpoint has them, whole or sharded."""
+    whole = world(2).run(_trained, str(tmp_path), "fsdp", 2, True, False, averaging)[0]
+    for name in ("fsdp", "zero1"):
+        for ours in world(2).run(_trained, str(tmp_path), name, 2, False, True, averaging):
+            assert ours.losses == pytest.approx(whole.losses[2:], rel=1e-12)
+
+
+class Written(Tokens):
+    """On some weights of its model something is written."""
+
+    def __init__(self, **model: Any) -> None:
+        super().__init__(**model)
+        made = self.models["model"]
+
+        def factory() -> nn.Module:
+            model = made()
+            for place, (_, parameter) in enumerate(sorted(model.named_parameters())):
+                if place % 2:
+                    parameter.scale = 5.0
+            return model
+
+        self.models = {"model": factory}
+
+
+def by_attribute(model: nn.Module) -> Optimizer:
+    return ByAttribute(parameter_groups(model), lr=0.05)
+
+
+def _written(strategy: str, size: int) -> Outcome:
+    task = Written(d_model=12, n_layers=2, n_heads=2)
+    settings = Settings(3, global_batch_size=ROWS, warmup_steps=0)
+    return finish(Trainer(task, plan_of(Case("", strategy), size).connect(), by_attribute, settings))
+
+
+@pytest.mark.parametrize("strategy", ["fsdp", "replicate", "tensor", "1f1b", "ddp"])
+def test_what_is_written_on_weights_stays_on_them(strategy: str, world) -> None:
+    expected = world(2).run(_written, "single", 1)[0]
+    for each in world(2).run(_written, strategy, 2):
+        assert each.losses == pytest.approx(expected.losses, rel=1e-12)
 
 
 def adafactor(model: nn.Module) -> Optimizer:

@@ -33,6 +33,7 @@ from dtrain.batch import Models
 from dtrain.cost import Message
 from dtrain.engine import check_fp16, check_zero, fresh, imported, sequences
 from dtrain.footprint import Footprint
+from dtrain.layout import written
 from dtrain.presence import reached, refuse_unused
 from dtrain.stepping import FLAT
 from dtrain.strategy.base import REST, Executor, Strategy
@@ -122,6 +123,7 @@ class DeepSpeed(Strategy):
 
     def optimizer(self, optimizer: Optimizer, model: nn.Module, plan: Plan) -> Optimizer:
         """DeepSpeed's compiled AdamW for states in host memory, where it can be built; else torch's."""
+        self.refuse_written(optimizer, model)
         device = (self.zero.get("offload_optimizer") or {}).get("device", "none")
         if device == "none" or not isinstance(optimizer, torch.optim.AdamW):
             return optimizer
@@ -137,6 +139,16 @@ class DeepSpeed(Strategy):
             logging.getLogger("dtrain").warning("DeepSpeed's CPU Adam cannot be built, torch's steps: %s", reason)
             self.settings = self.settings | {"zero_force_ds_cpu_optimizer": False}
             return optimizer
+
+    def refuse_written(self, optimizer: Optimizer, model: nn.Module) -> None:
+        """Refuse what an author's optimizer may read on parameters: it would get flat slices of many of them."""
+        if type(optimizer).__module__.split(".")[0] == "torch":
+            return
+        for name, attributes in written(model).items() if self.stage else ():
+            for key in (k for k in attributes if not k.startswith(("ds_", "_hf_", "_is_hf_"))):
+                raise ValueError(f"{name}.{key} is written on a parameter, and {type(optimizer).__name__} may read it: "
+                                 f"strategy {self.called} gives it flat slices; "
+                                 f"use strategy=fsdp or zero1")  # fmt: skip
 
     def executor(self, models: Models, optimizers: Mapping[str, Optimizer], plan: Plan, micro_batches: int) -> Executor:
         deepspeed = imported()

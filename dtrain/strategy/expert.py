@@ -29,7 +29,7 @@ from dtrain.cost import Message, all_reduce_each, message
 from dtrain.footprint import Footprint, Piece
 from dtrain.layout import divisors, experts_of
 from dtrain.rehearsal import Rehearsal, spread
-from dtrain.stepping import ROWS
+from dtrain.stepping import REGROUPED, ROWS
 from dtrain.strategy.base import Strategy, average, local
 
 if TYPE_CHECKING:
@@ -51,7 +51,7 @@ class Expert(Strategy):
     """
 
     axis = "ep"
-    stepped = (ROWS,)
+    stepped = (ROWS, REGROUPED)
 
     def check_model(self, model: nn.Module, plan: Plan) -> None:
         numbers = {p.shape[0] for _, experts in experts_of(model) for p in experts.parameters()}

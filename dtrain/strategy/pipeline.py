@@ -37,7 +37,7 @@ from dtrain.layout import Absent, layout_of, shared_names
 from dtrain.rehearsal import Rehearsal, refuse_foreign, twin
 from dtrain.schedule import passes_of_stages
 from dtrain.stages import Flow, keep_name, split_evenly, sum_ends
-from dtrain.stepping import APART
+from dtrain.stepping import APART, REGROUPED
 from dtrain.strategy.base import REST, Executor, Strategy
 
 if TYPE_CHECKING:
@@ -79,7 +79,7 @@ class Pipeline(Strategy):
     """
 
     axis = "pp"
-    stepped = (APART,)
+    stepped = (APART, REGROUPED)
     splits = ""
 
     def __init__(

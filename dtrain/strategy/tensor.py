@@ -58,7 +58,7 @@ from dtrain.split import (
     split_parameter,
     summed,
 )  # fmt: skip
-from dtrain.stepping import COLUMNS, ROWS
+from dtrain.stepping import COLUMNS, REGROUPED, ROWS
 from dtrain.strategy.base import REST, Strategy, add_up, local
 from dtrain.strategy.expert import with_local_weights
 
@@ -77,7 +77,7 @@ class TensorParallel(Strategy):
     """
 
     axis = "tp"
-    stepped = (ROWS, COLUMNS)
+    stepped = (ROWS, COLUMNS, REGROUPED)
     splits = ""
 
     def __init__(self, degree: int = REST, *, sequence_parallel: bool = False, loss_parallel: bool = True) -> None:
