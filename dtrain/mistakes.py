@@ -6,6 +6,7 @@ import difflib
 import re
 import sys
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -154,7 +155,9 @@ def _range(match: re.Match[str], *_: object) -> str:
 def _file(error: OSError, name: str) -> str:
     """What is wrong with a file or folder, and the setting that asked for it."""
     place = Path(name)
-    stands = next((each for each in (place, *place.parents) if each.is_file()), None)
+    stands = None
+    with suppress(OSError):  # of a name that is too long, say
+        stands = next((each for each in (place, *place.parents) if each.is_file()), None)
     why = f"{name}: {error.strerror}"
     if stands and isinstance(error, FileExistsError | NotADirectoryError):
         why = f"{stands} is a file, and no folder"

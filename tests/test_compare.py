@@ -184,11 +184,16 @@ def test_names_steer_neither_a_page_nor_a_figure_nor_a_document() -> None:
     told = markdown.document(found)
     assert not {"<img", "<script", "\x1b", "\u202e"} & {w for w in ("<img", "<script", "\x1b", "\u202e") if w in told}
     assert "\n# Title" not in told and "](javascript" not in told.replace("\\[x]", "")
-    for chart in charts.charts(found):
+    for chart in (
+        charts.tradeoff(found),
+        charts.losses(found),
+        charts.pace(found),
+        charts.throughput(found),
+        charts.steps(found),
+    ):
         figure = json.dumps([{k: v for k, v in t.items() if k != "customdata"} for t in chart.figure.to_dict()["data"]])
         assert "<img" not in figure and "\\u001b" not in figure and "\\u202e" not in figure, chart.name
         assert not figure.replace("<br>", "").replace("<b>", "").replace("</b>", "").count("<"), chart.name
-    assert "<img" not in page.document(found, {}, str)
 
 
 def test_what_another_model_trains_is_not_judged_even_without_a_baseline() -> None:
@@ -341,6 +346,8 @@ def test_strategies_stand_side_by_side_and_one_that_fails_stops_no_other(ran) ->
                            "single lr=1e30", "ddp lr=1e30", "single n_experts=4", "expert n_experts=4"]  # fmt: skip
     assert process.returncode == 1 and "failed: single lr=1e30, ddp lr=1e30" in process.stderr.splitlines()[-1]
     assert "Traceback" not in process.stderr
+    data = json.loads((folder / "runs" / "ddp" / "0" / "summary.json").read_text())["data"]
+    assert read(folder).facts["data digest"] == data["digest"]
     diverged = found["ddp lr=1e30"]
     assert diverged.failed and "gradient norm" in diverged.reason and "try a lower optimizer.lr" in diverged.reason
     impossible = found["pipeline schedule=zbv"]
@@ -469,6 +476,17 @@ def test_two_results_are_compared_and_a_condition_decides_the_status(ran, tmp_pa
     assert seen.returncode == 2 and "nowhere has no results.json" in seen.stderr
     with pytest.raises(ValueError, match="give two folders"):
         show_difference([str(folder), str(folder), "steps=3"])
+
+
+def test_figures_of_other_data_are_marked(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for name, digest in (("one", "a1"), ("two", "b2")):
+        found = results(row("ddp"))
+        found.facts |= {"data digest": digest}
+        found.environment |= {"packages": {}}
+        (tmp_path / name).mkdir()
+        found.write(tmp_path / name)
+    show_difference([str(tmp_path / "one"), str(tmp_path / "two")])
+    assert "not alike: data digest a1, then b2" in capsys.readouterr().out
 
 
 def test_what_can_be_known_before_is_refused_before(ran, call) -> None:  # noqa: F811

@@ -23,6 +23,8 @@ from dtrain import claim
 from dtrain.config import CONFIGS, register
 from dtrain.launch import World
 from dtrain.lock import NAME, Lock
+from dtrain.report.base import Run
+from dtrain.report.files import Files
 
 Call = Callable[..., tuple[int, str, str]]
 QUICK = ["model=tiny", "eval.every=0", "global_batch_size=4", "seq_len=16", "measure.peak_flops=1e12",
@@ -172,3 +174,22 @@ def test_default_folders_differ_also_in_one_second() -> None:
             assert hydra.run.dir == hydra.run.dir  # once drawn it stays
             found.append((hydra.run.dir.rpartition("-")[2], hydra.sweep.dir.rpartition("-")[2]))
     assert len({run for run, _ in found}) == len({sweep for _, sweep in found}) == 5
+
+
+@pytest.mark.parametrize("name", ["a" * 300, "/".join(["b" * 200] * 25)], ids=["a name", "a path"])
+def test_a_folder_whose_name_is_too_long_is_a_line(name: str, call: Call, tmp_path: Path) -> None:  # noqa: F811
+    status, _, err = call(*QUICK, "steps=1", f"hydra.run.dir={name}")
+    assert status == 2 and err.startswith("dtrain: ") and "File name too long" in err and err.count("\n") == 1
+
+
+def test_a_folder_that_is_removed_while_the_run_goes_on_ends_it(tmp_path: Path) -> None:
+    """Its figures would be written to a file that nobody finds."""
+    run = Run("single", {}, 1, 0, 3, tmp_path / "mine", (), {})
+    run.folder.mkdir()
+    files = Files()
+    files.start(run)
+    files.step({"step": 1})
+    shutil.rmtree(run.folder)
+    with pytest.raises(OSError, match="mine/metrics.jsonl was removed while the run went on"):
+        files.step({"step": 2})
+    files.close()

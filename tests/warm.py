@@ -236,7 +236,7 @@ class Nursery:
             streams: files or their numbers: the standard ones, and more for `-c`, which is called with their numbers.
         """
         asked = socket.socket(socket.AF_UNIX)
-        deadline = time.monotonic() + 60
+        deadline = time.monotonic() + 300
         while asked.connect_ex(str(self.address)):  # it still imports
             assert time.monotonic() < deadline, "the server of warm processes does not answer"
             time.sleep(0.01)

@@ -34,7 +34,7 @@ def document(results: Results) -> str:
         f"{facts}.",
         f"{where}; {results.made}.",
         "",
-        *(f"* **{v.title}**: {in_markdown(v.strategy)}, {v.figure} ({v.note})" for v in verdicts(results)),
+        *(f"* **{v.title}**: {in_markdown(v.strategy)}, {v.figure} ({in_markdown(v.note)})" for v in verdicts(results)),
         "",
         sheet(results, in_markdown).markdown(),
         LEGEND,

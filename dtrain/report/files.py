@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from contextlib import suppress
 from typing import Any, TextIO
@@ -35,6 +36,8 @@ class Files(Logger):
 
     def step(self, figures: dict[str, Any]) -> None:
         assert self._metrics is not None
+        if not os.fstat(self._metrics.fileno()).st_nlink:
+            raise OSError(f"{self._metrics.name} was removed while the run went on: what it would write is lost")
         try:
             self._metrics.write(records.dumps(figures) + "\n")
             self._metrics.flush()  # other programs follow the file
