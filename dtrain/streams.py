@@ -28,7 +28,7 @@ def in_html(text: str) -> str:
 
 def in_markdown(text: str) -> str:
     """The same for a line of Markdown."""
-    return re.sub(r"([\\`*_\[])", r"\\\1", " ".join(in_html(text).split()))
+    return re.sub(r"([\\`\[])", r"\\\1", " ".join(in_html(text).split()))
 
 
 def keep_open() -> None:
