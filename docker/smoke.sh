@@ -131,7 +131,7 @@ said 1 "start it by docker/train.sh" env -u RUN_AS "${compose[@]}" --file "$work
 echo "== a node that is stopped"
 ARGS="model=tiny steps=100000 eval.every=0" RUN=stopped "$work/docker/train.sh" >"$work/stopped" 2>&1 &
 going=$!
-for _ in {1..120}; do (($(wc -l <"$OUTPUTS/stopped/metrics.jsonl" 2>/dev/null || echo 0) > 20)) && break || sleep 1; done
+for _ in {1..120}; do (($(cat "$OUTPUTS/stopped/metrics.jsonl" 2>/dev/null | wc -l) > 20)) && break || sleep 1; done
 said 2 "RUN=stopped is being trained" env RUN=stopped "$work/docker/train.sh"
 began=$SECONDS
 docker stop --time 60 "$(docker ps --filter "ancestor=$IMAGE" --format '{{.Names}}' | grep node1)" >/dev/null
