@@ -91,8 +91,9 @@ def _tried(task: Task, plan: Plan, micro_batches: int, seed: int) -> tuple[str, 
             f"same when divided",
         )
     notes = tuple(_try(task, plan, tried, micro_batches, seed))
+    rows = min(ROWS, len(next(iter(task.batch(0).values()))))
     return (
-        f"probe: the model was tried on {ROWS} rows in {time.perf_counter() - begun:.2f} s",
+        f"probe: the model was tried on {rows} rows in {time.perf_counter() - begun:.2f} s",
         *notes,
     )
 
@@ -145,7 +146,9 @@ def _try(task: Task, plan: Plan, tried: list[str], micro_batches: int, seed: int
                     try_gradients_of_rows(run, tolerance)
                 before = buffers(run.model)
                 for strategy in rehearsed if hasattr(update, "inputs") else ():
-                    made = twin(untouched[update.trains]).train(training)
+                    made = twin(untouched[update.trains])
+                    if not training:  # else as its author left it
+                        made.eval()
                     for rehearsal in strategy.rehearsals(made, run.inputs, plan):
                         _compare(rehearsal, run, tolerance)
                         put_back(run.model, before)

@@ -55,26 +55,23 @@ class Run:
 
 def try_rows(run: Run, tolerance: float, again: bool) -> None:
     """Rows alone and together; and what a forward pass moves."""
-    model = run.model
+    model, name = run.model, type(run.model).__name__
     before = buffers(model)
-    if len(run.batch[next(iter(run.batch))]) > 1:
-        together = run(EVERYTHING)
-        moved = buffers(model)
-        put_back(model, before)
-        far = difference(run.alone(), together)
-        put_back(model, before)
-        name = type(model).__name__
-        if far > tolerance:
-            raise ValueError(
-                f"the rows of a batch are not computed apart in {name}: alone and together they differ by "
-                f"{far:.2g} of the largest output. Statistics of rows, as batch norm's, would be those of a "
-                f"part: use GroupNorm or LayerNorm, or one process without micro-batches"
-            )
-        run(EVERYTHING if again else slice(0, 1))
-        if again:
-            run(EVERYTHING)
-        other = buffers(model)
-        put_back(model, before)
+    together = run(EVERYTHING)
+    moved = buffers(model)
+    put_back(model, before)
+    far = difference(run.alone(), together)
+    if far > tolerance:
+        raise ValueError(
+            f"the rows of a batch are not computed apart in {name}: alone and together they differ by "
+            f"{far:.2g} of the largest output. Statistics of rows, as batch norm's, would be those of a "
+            f"part: use GroupNorm or LayerNorm, or one process without micro-batches"
+        )
+    run(EVERYTHING if again else slice(0, 1))
+    if again:
+        run(EVERYTHING)
+    other = buffers(model)
+    put_back(model, before)
     for key, weight in model.named_parameters():
         if difference(weight.detach(), run.weights[key]) > 0:
             raise ValueError(
@@ -112,11 +109,16 @@ def try_gradients_of_rows(run: Run, tolerance: float) -> None:
 
 
 def gradients(output: Tensor, parameters: list[nn.Parameter], rows: slice = EVERYTHING) -> list[Tensor]:
-    """Of a sum of the outputs, each with a factor of its own; zeros where there are none."""
+    """Of a sum of the outputs, each with a factor of its own; zeros where there are none.
+
+    Args:
+        rows: which of the batch's these outputs are.
+    """
     if not (output.requires_grad and parameters):
         return [torch.zeros_like(p) for p in parameters]
-    shape = (ROWS, *output.shape[1:]) if rows != EVERYTHING else output.shape
-    factors = torch.empty(shape, dtype=torch.float64).normal_(generator=generator(0, "probe", "factors"))[rows]
+    shape = (max(ROWS, len(output)), *output.shape[1:])  # drawn for fewer rows they would be others
+    factors = torch.empty(shape, dtype=torch.float64).normal_(generator=generator(0, "probe", "factors"))
+    factors = factors[rows][: len(output)]
     real = torch.view_as_real(output).sum(-1) if output.is_complex() else output
     total = (real * factors.to(real.dtype)).sum()
     with torch.enable_grad():

@@ -292,6 +292,19 @@ class Asleep(Plain):
         return self.last(self.drop(self.first(tokens, positions)))
 
 
+class Noise(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return x + torch.rand_like(x) if self.training else x
+
+
+class AsleepWithin(Good):
+    """A part of a block is: woken, it would draw."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.blocks[0].mlp = nn.Sequential(self.blocks[0].mlp, Noise().eval())
+
+
 class Rotating(Plain):
     """Tables of angles, complex and in fp32."""
 
@@ -552,6 +565,7 @@ MODELS: dict[str, Any] = (
             Branching,
             Noisy,
             Asleep,
+            AsleepWithin,
             Rotating,
             ByNumpy,
             ByChance,

@@ -16,7 +16,7 @@ import numpy
 import pytest
 import test_cli
 import torch
-from cases import CONTEXT, STRATEGIES, TASKS, VOCAB, Case, NextToken, assert_all_equal, train, trainer
+from cases import CONTEXT, ROWS, STRATEGIES, TASKS, VOCAB, Case, NextToken, assert_all_equal, train, trainer
 from omegaconf import OmegaConf
 from own_models import MODELS, OwnModel
 
@@ -34,11 +34,11 @@ ROOT = Path(__file__).parent.parent
 FP64 = 1e-12
 
 
-def tried(model: str, strategy: str = "single", *, micro_batches: int = 1, **settings: Any) -> str:
+def tried(model: str, strategy: str = "single", *, micro_batches: int = 1, rows: int = ROWS, **settings: Any) -> str:
     """What the probe says of a model under a plan of two ranks."""
     makers = STRATEGIES[strategy]
     plan = Plan.of([make() for make in makers], 2 if makers else 1, precision=Precision("fp64"), **settings)
-    task = OwnModel(MODELS[model])
+    task = OwnModel(MODELS[model], rows)
     try:
         plan.check_task(task)
         return "; ".join(probe(task, plan, micro_batches=micro_batches, seed=3))
@@ -109,6 +109,7 @@ ACCEPTED = [("Good", s) for s in ALL] + [
     ("Counted", "allreduce"),
     ("Rotating", "fsdp"),
     ("Asleep", "allreduce"),
+    ("AsleepWithin", "1f1b"),
     ("ByNumpy", "allreduce"),
     ("Scaled", "tensor"),
     *(("Names", strategy) for strategy in ("single", "fsdp", "allreduce")),
@@ -136,6 +137,15 @@ def test_what_would_be_something_else_when_divided_is_refused(model: str, strate
 @pytest.mark.parametrize("model, strategy", ACCEPTED)
 def test_what_is_the_same_is_not_refused(model: str, strategy: str) -> None:
     assert tried(model, strategy).startswith("probe: the model was tried on 4 rows in ")
+
+
+@pytest.mark.parametrize(("strategy", "rows", "settings"), [
+    ("allreduce", 2, {}), ("allreduce", 3, {}), ("1f1b", 1, {}), ("single", 1, {"recompute": True}),
+])  # fmt: skip
+def test_a_batch_of_fewer_rows_is_enough(strategy: str, rows: int, settings: dict[str, Any]) -> None:
+    assert tried("Good", strategy, rows=rows, **settings).startswith(f"probe: the model was tried on {rows} row")
+    if rows > 1:
+        assert "rows of a batch are not computed apart" in tried("BatchNormed", strategy, rows=rows)
 
 
 @pytest.mark.parametrize(
