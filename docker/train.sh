@@ -41,9 +41,9 @@ export OUTPUTS RUN_AS
 COMPOSE_PROJECT_NAME=dtrain-$(printf %s "$OUTPUTS/$RUN" | sha256sum | head -c 12)
 export COMPOSE_PROJECT_NAME
 dc() { "${compose[@]}" --file "$here/compose.yaml" "$@"; }
-of_run() { docker ps "$@" --quiet --filter "label=com.docker.compose.project=$COMPOSE_PROJECT_NAME"; }
-[[ ! $(of_run) ]] || refuse "RUN=$RUN is being trained: wait for it, stop it (docker stop -t 60 $(docker ps --format '{{.Names}}' \
-    --filter "label=com.docker.compose.project=$COMPOSE_PROJECT_NAME" | sort | head -n 1)), or name another RUN"
+one_of_run() { docker ps --format '{{.Names}}' --filter "label=com.docker.compose.project=$COMPOSE_PROJECT_NAME" | sort | head -n 1; }
+[[ ! $(one_of_run) ]] ||
+    refuse "RUN=$RUN is being trained: wait for it, stop it (docker stop -t 60 $(one_of_run)), or name another RUN"
 
 # Settings stand in one variable, each in quotes of the shell's.
 ((!$#)) || ARGS="${ARGS:-}$(printf ' %q' "$@")"
@@ -56,7 +56,7 @@ before=$(stat -c %y "$said" 2>/dev/null)
 
 end() { # told to: every rank writes its checkpoint, which takes as long as it takes
     echo "docker/train.sh: stopping the ranks of $RUN" >&2
-    docker stop --time 60 "$(of_run | head -n 1)" >/dev/null 2>&1
+    docker stop --time 60 "$(one_of_run)" >/dev/null 2>&1
 }
 docker image inspect "${IMAGE:-dtrain}" >/dev/null 2>&1 || dc build node0 || exit 1
 problem=$(dc up --detach --no-build "${names[@]}" 2>&1) || {

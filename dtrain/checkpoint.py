@@ -212,12 +212,12 @@ def load_weights(path: Path, states: list[dict[str, Tensor]], *, taken: list[str
 
 def _add_late(reader: Any, saved: dict[str, Any], ours: dict[str, Any], states: list[dict[str, Tensor]]) -> None:
     """Make room for states that come after some steps, of weights that have others: no first step has made them."""
-    metadata = reader.read_metadata().state_dict_metadata
-    for full in [n for n in saved if n.startswith(OPTIMIZER_STATE) and n not in ours]:
+    owners = {name.rpartition(".")[0] for name in ours}
+    late = [n for n in saved if n.startswith(OPTIMIZER_STATE) and n not in ours and n.rpartition(".")[0] in owners]
+    metadata = reader.read_metadata().state_dict_metadata if late else {}
+    for full in late:
         owner = full.rpartition(".")[0]
         weight = owner.removeprefix(OPTIMIZER_STATE)
-        if not any(n.rpartition(".")[0] == owner for n in ours):
-            continue
         for part in (p for p in states if any(n.rpartition(".")[0] == owner for n in p)):
             dtype, like = metadata[full].properties.dtype, part[weight]
             same = saved[full] == tuple(like.shape)

@@ -167,10 +167,11 @@ def _asked(config: DictConfig) -> Asked:
     """What may be written down. What Hydra leaves of a job in its folder the run does, once the folder is its own."""
     parts: dict[str, Any] = {"config": config, "hydra": HydraConfig.instance().cfg}
     parts = {name: masked(OmegaConf.to_container(part), by=MISSING) for name, part in parts.items()}
-    parts["overrides"], hydras = [masked_override(word) for word in _words()], parts["hydra"]["hydra"]
-    hydras["overrides"] = {kind: [*map(masked_override, words)] for kind, words in hydras["overrides"].items()}
-    for word in _words():
-        hydras["job"]["override_dirname"] = hydras["job"]["override_dirname"].replace(word, masked_override(word))
+    words, hydras = _words(), parts["hydra"]["hydra"]
+    parts["overrides"] = [*map(masked_override, words)]
+    hydras["overrides"] = {kind: [*map(masked_override, each)] for kind, each in hydras["overrides"].items()}
+    for word, told in zip(words, parts["overrides"], strict=True):
+        hydras["job"]["override_dirname"] = hydras["job"]["override_dirname"].replace(word, told)
     return Asked(written(config), {f"{name}.yaml": OmegaConf.to_yaml(part) for name, part in parts.items()})
 
 

@@ -160,10 +160,15 @@ def refuse_complex(model: nn.Module, where: str) -> None:
                              f"use strategy=ddp, or a real parameter and torch.view_as_complex")  # fmt: skip
 
 
+def hooked(parameter: nn.Parameter) -> bool:
+    """Does something act on its gradient as soon as there is one?"""
+    return bool(parameter._backward_hooks or getattr(parameter, "_post_accumulate_grad_hooks", None))
+
+
 def refuse_gradient_hooks(model: nn.Module) -> None:
     """Raise ValueError for weights whose gradients a hook changes: it would see a part of them, or be lost."""
     for name, parameter in model.named_parameters():
-        if parameter._backward_hooks or getattr(parameter, "_post_accumulate_grad_hooks", None):
+        if hooked(parameter):
             raise ValueError(f"{name} of {type(model).__name__} has a hook on its gradient, which would get a part of "
                              f"it: change what flows back in `forward` instead (torch.autograd.Function), or use one "
                              f"process without micro-batches")  # fmt: skip

@@ -70,6 +70,12 @@ def read(file: Path) -> dict[str, Any]:
     return value
 
 
+def figures(file: Path) -> dict[str, Any]:
+    """The object of a file that `dumps` has written; raises as `read`."""
+    found: dict[str, Any] = numbered(read(file))
+    return found
+
+
 def check_regular(file: Path) -> None:
     """Refuse what would be waited for, such as a pipe.
 

@@ -23,7 +23,7 @@ def finished(job: Job, folder: Path, world: World) -> dict[str, Any] | None:
         file = folder / "summary.json"
         if newest and saved.steps_of(newest) >= job.config.steps and file.exists():
             job.logger.note(f"{newest} has done all {job.config.steps} steps: nothing is left to do")
-            return dict(records.numbered(records.read(file)))
+            return records.figures(file)
         return None
 
     return agree(look)

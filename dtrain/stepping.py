@@ -20,6 +20,7 @@ from torch.optim import Optimizer
 
 from dtrain.besides import Kept, besides
 from dtrain.draw import Again, seed_everything
+from dtrain.layout import hooked
 from dtrain.optimizer import fill_state, named_tensors, put_back
 
 # What a strategy's optimizers have of the weights.
@@ -114,11 +115,11 @@ def _refuse_hooks(make: Make, start: list[Tensor], gradients: list[Tensor], name
     """Refuse what steps, or changes gradients, in the backward pass: before ranks and micro-batches have met."""
     model = Weights(start)
     _kept = make(model)  # for as long as its hooks are looked for
-    hooked = any(p._backward_hooks or getattr(p, "_post_accumulate_grad_hooks", None) for p in model.all)
+    found = any(map(hooked, model.all))
     torch.autograd.backward(list(model.all), [gradient.clone() for gradient in gradients])
     moved = any(not torch.equal(p, before) for p, before in zip(model.all, start, strict=True))
     left = all(p.grad is not None and torch.equal(p.grad, given) for p, given in zip(model.all, gradients, strict=True))
-    if hooked or moved or not left:
+    if found or moved or not left:
         raise ValueError(f"optimizer {name} acts in the backward pass, by hooks on its parameters, where a gradient is "
                          f"one rank's or one micro-batch's: use another, such as AdamW, or one process without "
                          f"micro-batches")  # fmt: skip

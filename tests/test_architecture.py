@@ -43,7 +43,7 @@ BELOW = {
     "accumulate": {"batch", "footprint", "measure", "strategy.base"},
     "optimizer": set(),
     "presence": {"batch", "optimizer"},
-    "stepping": {"besides", "draw", "optimizer"},
+    "stepping": {"besides", "draw", "layout", "optimizer"},
     "besides": set(),
     "units": {"batch", "layout"},
     "checkpoint": {"durable", "launch", "optimizer", "saved"},

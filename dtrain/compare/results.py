@@ -242,7 +242,7 @@ def read(folder: Path) -> Results:
     """
     file = folder / FILE if folder.is_dir() else folder
     try:
-        found = _shown(records.numbered(records.read(file)))
+        found = _shown(records.figures(file))
     except OSError:
         raise ValueError(f"{folder} has no {FILE}: give a folder that scripts/compare.py has written") from None
     if found.get("schema") != SCHEMA:
