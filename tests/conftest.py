@@ -50,6 +50,8 @@ def pytest_configure(config: pytest.Config) -> None:
         folder = tempfile.mkdtemp(prefix="dtrain-tests-")
         os.environ["DTRAIN_CACHE"] = f"{folder}/cache"
         config.add_cleanup(partial(shutil.rmtree, folder, ignore_errors=True))
+        if config.getoption("numprocesses", None):  # and one server of warm processes
+            os.environ["DTRAIN_NURSERY"] = str(warm.nursery().address)
 
 
 def pytest_report_header(config: pytest.Config) -> str:

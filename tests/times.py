@@ -12,13 +12,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import warm
 
 BEGIN, END = "<!-- times -->", "<!-- /times -->"
 TICKS = os.sysconf("SC_CLK_TCK")
 
 
 def cpu_seconds() -> float:
-    """Of this process, of its descendants, and of those that these have waited for."""
+    """Of this process, of its descendants and warm processes, and of those that these have waited for."""
     ticks: dict[int, int] = {}
     parents: dict[int, int] = {}
     for pid in (int(name) for name in os.listdir("/proc") if name.isdigit()):
@@ -27,14 +28,14 @@ def cpu_seconds() -> float:
         except (FileNotFoundError, ProcessLookupError):
             continue
         parents[pid], ticks[pid] = int(fields[1]), sum(map(int, fields[11:15]))
-    ours = {os.getpid()}
+    ours = {os.getpid(), *warm.ALIVE}
     for pid in parents:
         line = [pid]
         while line[-1] in parents and line[-1] not in ours:
             line.append(parents[line[-1]])
         if line[-1] in ours:
             ours.update(line)
-    return sum(ticks.get(pid, 0) for pid in ours) / TICKS
+    return sum(ticks.get(pid, 0) for pid in ours) / TICKS + sum(warm.SPENT)
 
 
 class Times:

@@ -95,14 +95,15 @@ def serve(address: str, *, binds: bool) -> None:
 def _reap(askers: dict[int, socket.socket]) -> None:
     while True:
         try:
-            pid, status = os.waitpid(-1, os.WNOHANG)
+            pid, status, used = os.wait4(-1, os.WNOHANG)
         except ChildProcessError:
             return
         if not pid:
             return
         if asker := askers.pop(pid, None):
             with suppress(BrokenPipeError):
-                asker.sendall(f"{os.waitstatus_to_exitcode(status)}\n".encode())
+                spent = used.ru_utime + used.ru_stime
+                asker.sendall(f"{os.waitstatus_to_exitcode(status)} {spent}\n".encode())
             asker.close()
 
 
@@ -249,6 +250,8 @@ class Nursery:
 
 
 Ended = subprocess.CompletedProcess[str]
+ALIVE: set[int] = set()  # processes that this one has had started
+SPENT: list[float] = []  # CPU seconds of those that have ended, with theirs
 
 
 class Process:
@@ -260,6 +263,7 @@ class Process:
         self.returncode: int | None = None
         self.output: tuple[Path, Path] | None = None  # where the standard streams go, if somebody wants to read them
         self.pid = int(self._line(None) or 0)
+        ALIVE.add(self.pid)
 
     def _line(self, timeout: float | None) -> str | None:
         deadline = None if timeout is None else time.monotonic() + timeout
@@ -269,7 +273,7 @@ class Process:
                 heard = self._asked.recv(100)
             except TimeoutError:
                 return None
-            self._heard += heard or b"-9\n"  # the server itself is gone
+            self._heard += heard or b"-9 0\n"  # the server itself is gone
         line, _, self._heard = self._heard.partition(b"\n")
         return line.decode()
 
@@ -279,8 +283,11 @@ class Process:
                 line = self._line(timeout)
                 if line is None:
                     raise subprocess.TimeoutExpired(self.args, timeout or 0)
-                self.returncode = int(line)
+                status, spent = line.split()
+                self.returncode = int(status)
                 self._asked.close()
+                ALIVE.discard(self.pid)
+                SPENT.append(float(spent))
         return self.returncode
 
     def poll(self) -> int | None:

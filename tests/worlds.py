@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-import multiprocessing
+import multiprocessing.connection
 import os
 import pickle
+import signal
 import subprocess
 import sys
 import tempfile
@@ -26,10 +27,14 @@ from dtrain import plan
 
 TIMEOUT_S = 300
 KEPT_CASES = 6  # as many cases use the groups of each other
+ENGINES = {"deepspeed", "accelerate"}  # which keep groups themselves
 
 
 class World:
-    """`size` processes in one process group; each runs what it is given and sends back what came of it."""
+    """`size` processes in one process group; each runs what it is given and sends back what came of it.
+
+    Between two cases they are stopped: each group has a thread that wakes a hundred times a second for nothing.
+    """
 
     def __init__(self, size: int, *preload: str) -> None:
         self.size, self.preload = size, preload
@@ -55,21 +60,27 @@ class World:
         After a failure the ranks may wait for each other: new ones take their places.
         """
         try:
+            self._signal(signal.SIGCONT)
             for pipe in self._pipes:
                 pipe.send_bytes(pickle.dumps((function, arguments)))
-            results = []
-            for rank, pipe in enumerate(self._pipes):
-                assert pipe.poll(TIMEOUT_S), f"rank {rank} of {self.size} has not answered in {TIMEOUT_S} s"
-                ok, result = _answer(pipe)
-                assert ok, f"rank {rank}:\n{result}"
-                results.append(result)
-            return results
+            results: dict[int, Any] = {}
+            while missing := [pipe for rank, pipe in enumerate(self._pipes) if rank not in results]:
+                answered = multiprocessing.connection.wait(missing, TIMEOUT_S)
+                assert answered, f"{len(missing)} of {self.size} ranks have not answered in {TIMEOUT_S} s"
+                for pipe in answered:
+                    ok, result = _answer(pipe)  # type: ignore[arg-type]
+                    rank = self._pipes.index(pipe)  # type: ignore[arg-type]
+                    assert ok, f"rank {rank}:\n{result}"
+                    results[rank] = result
+            self._signal(signal.SIGSTOP)
+            return [results[rank] for rank in range(self.size)]
         except BaseException:
             self._kill()
             self._start()
             raise
 
     def close(self) -> None:
+        self._signal(signal.SIGCONT)
         for pipe in self._pipes:
             pipe.send_bytes(pickle.dumps(None))
         for process in self._processes:
@@ -78,6 +89,10 @@ class World:
             except subprocess.TimeoutExpired:
                 break
         self._kill()
+
+    def _signal(self, number: int) -> None:
+        for process in self._processes:
+            process.send_signal(number)
 
     def _kill(self) -> None:
         for process in self._processes:
@@ -109,16 +124,13 @@ def serve(rank: str, size: str, store: str, file: int) -> None:
     torch.set_num_threads(1)
     shared, timeout = dist.FileStore(store, int(size)), timedelta(seconds=TIMEOUT_S)
     dist.init_process_group("gloo", store=shared, rank=int(rank), world_size=int(size), timeout=timeout)
-    # Every group has a thread that wakes a hundred times a second for nothing, and a hundred of these take a core: meshes
-    # that are equal are one, and groups do not stay for ever.
+    # A hundred groups' threads take a core: meshes that are equal are one, and groups do not stay for ever.
     plan.init_device_mesh = lru_cache(None)(plan.init_device_mesh)
     done = 0
     while (work := _next(pipe)) is not None:
         function, arguments = work
         done += 1
-        if done % KEPT_CASES == 0 and not {"deepspeed", "accelerate"} & set(
-            sys.modules
-        ):  # which keep groups themselves
+        if done % KEPT_CASES == 0 and not ENGINES & set(sys.modules):
             _leave_groups()
         try:
             answer = True, function(*arguments)
