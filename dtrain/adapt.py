@@ -14,6 +14,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
 from dtrain.layout import is_ours
 
@@ -34,10 +35,15 @@ def adapted(model: nn.Module) -> nn.Module:
     """The model itself, with hooks where it is not ours.
 
     Raises:
-        ValueError: it asks for targets in every call.
+        ValueError: it asks for targets in every call, or its first call would tell a weight's shape.
     """
     if is_ours(model):
         return model
+    if lazy := [name for name, each in (*model.named_parameters(), *model.named_buffers()) if is_lazy(each)]:
+        raise ValueError(
+            f"{lazy[0]} of {type(model).__name__} has no shape before the first call (nn.LazyLinear and its kin): "
+            f"give its sizes to the constructor"
+        )
     taken = [
         p for p in inspect.signature(model.forward).parameters.values() if p.kind not in (p.KEYWORD_ONLY, p.VAR_KEYWORD)
     ]

@@ -49,6 +49,22 @@ INTERRUPTED = 130
 GRACE_S = 3.0  # how long other ranks leave to rank 0 to say what is wrong, before torchrun stops it for their exit
 
 
+class Ended(SystemExit):
+    """The process ends with a status, and has said the line."""
+
+    def __init__(self, line: str, status: int) -> None:
+        super().__init__(status)
+        self.line, self.code = line, status
+
+
+class JobFailed(Exception):
+    """A job of a sweep ended with a status."""
+
+    def __init__(self, line: str, status: int) -> None:
+        super().__init__(line, status)
+        self.status = status
+
+
 def main(config_name: str, task: Callable[[DictConfig], Any]) -> None:
     """Run `task` with the configuration that the command line composes; exit with a line for each mistake."""
     quiet.over()
@@ -80,16 +96,17 @@ def main(config_name: str, task: Callable[[DictConfig], Any]) -> None:
     jobs: list[Told] = []
 
     def guarded(config: DictConfig) -> Any:
-        with _explaining(config_name):
+        with _told(jobs), _explaining(config_name):
             _check_hydra()
-            with _told(jobs):
-                return task(config)
+            return task(config)
 
     try:
         with _explaining(config_name):
             check_words(sys.argv[1:], WORDS.get(config_name, {}))
             refuse_code(config_name)
             hydra.main(version_base="1.3", config_path=str(CONFIGS), config_name=config_name)(guarded)()
+    except JobFailed as job:  # of a sweep, whose other jobs have run; it has said why
+        sys.exit(job.status)
     finally:
         show_sweep(jobs)
 
@@ -248,7 +265,7 @@ def strategy_name() -> str:
 
 @contextmanager
 def _told(jobs: list[Told]) -> Iterator[None]:
-    """In a sweep: say which of its jobs begins, and keep what came of it."""
+    """In a sweep: say which of its jobs begins, and keep what came of it. One that fails ends no other."""
     hydra_config = HydraConfig.get()
     if hydra_config.mode != RunMode.MULTIRUN:
         yield
@@ -257,7 +274,16 @@ def _told(jobs: list[Told]) -> Iterator[None]:
     job = Told(str(hydra_config.job.num), words, Path(hydra_config.runtime.output_dir))
     show_job(job)
     jobs.append(job)
-    yield
+    try:
+        yield
+    except Ended as ended:
+        if ended.code == INTERRUPTED:
+            raise
+        job.reason = ended.line
+        raise JobFailed(ended.line, ended.code) from None  # which Hydra keeps until the other jobs have run
+    except Exception as error:  # as it keeps any other
+        job.reason = f"{type(error).__name__}: {error}".splitlines()[0]
+        raise
 
 
 def _settings_of_a_plain_file() -> list[str]:
@@ -283,7 +309,7 @@ def _explaining(config_name: str) -> Iterator[None]:
         _exit(explain(error, config_name), FAILED if isinstance(error, BROKEN_OFF) else USAGE)
     except RanksFailed as error:
         if error.status > 0:  # the rank that failed has said why
-            sys.exit(error.status)
+            raise Ended(str(error), error.status) from None
         _exit(str(error), FAILED)
     except comparison.Failed as error:
         _exit(str(error), FAILED)
@@ -336,4 +362,4 @@ def _exit(line: str, status: int) -> NoReturn:
     if rank:
         time.sleep(GRACE_S)
     print(f"dtrain: {f'rank {rank}: ' if rank else ''}{line}", file=sys.stderr, flush=True)
-    sys.exit(status)
+    raise Ended(line, status) from None

@@ -64,13 +64,19 @@ def tensors_of(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
 
 
 def refuse_other_weights(digests: Mapping[str, int], model: str) -> None:
-    """Compare the values that each rank begins with, by name. A collective.
+    """Compare the values that each rank begins with, by name, and the order of the names. A collective.
 
     Raises:
         ValueError: on every rank alike, naming the first that the ranks do not have alike.
     """
     every = gathered(dict(digests))
     for rank, theirs in enumerate(every):
+        first = next(r for r in range(rank + 1) if every[r].keys() == theirs.keys())
+        if moved := [name for name, other in zip(theirs, every[first], strict=True) if name != other]:
+            raise ValueError(
+                f"{moved[0]} of {model} stands at another place on rank {rank} than on rank {first}: Python gives a "
+                f"set another order in each process; go through a list, or through sorted(…)"
+            )
         for name, value in theirs.items():
             other = next((r for r in range(rank) if every[r].get(name, value) != value), None)
             if other is not None:

@@ -26,7 +26,7 @@ def on_meta(factory: ModelFactory) -> nn.Module | None:
     """The model's shapes, without memory; None if it cannot be built so (it computes with values)."""
     try:
         with torch.device("meta"):
-            return adapted(factory().to("meta"))  # buffers may have been made with their values
+            return adapted(factory()).to("meta")  # buffers may have been made with their values
     except (NotImplementedError, RuntimeError, TypeError):  # of torch, or of numpy that is handed a meta tensor
         return None
 

@@ -1,7 +1,7 @@
 """Does a user's model compute the same when it is divided? Tried on a few rows, before training.
 
     rows alone, and together       batch norm and other statistics of rows, in outputs and gradients
-    twice, and once                counts, averages and weights that a forward pass moves
+    twice, and once                counts, averages and weights that a forward pass moves; what no checkpoint holds
     as another rank                what reads which rank it is on
     stage after stage, and whole   what stands in `forward` between the modules of the Layout
     tokens apart, and together     what mixes tokens outside attention
@@ -44,6 +44,7 @@ from dtrain.trial import (
     try_gradients_of_rows,
     try_rows,
 )
+from dtrain.unsaved import try_again
 
 if TYPE_CHECKING:
     from dtrain.plan import Plan
@@ -129,6 +130,7 @@ def _try(task: Task, plan: Plan, tried: list[str], micro_batches: int, seed: int
         run = Run(update, models, batch)
         if update.trains not in tried:
             continue
+        yield from try_again(run, tolerance)
         again = micro_batches > 1 or plan.recompute or plan.on("pp") is not None
         if not (again or plan.strategies):
             continue
@@ -169,7 +171,7 @@ def _running(task: Task, batch: Batch, seed: int, dtypes: tuple[torch.dtype, ...
             _refuse_made(models, there)
             # Made again: buffers may have moved.
             return {n: whole(factory, seed, dtype) for n, factory in task.models.items()}, dtype
-        except Late:
+        except Found:
             raise
         except Exception as error:  # of a user's model: it may fail in any way
             if dtype == dtypes[-1]:
@@ -183,14 +185,14 @@ def _running(task: Task, batch: Batch, seed: int, dtypes: tuple[torch.dtype, ...
     raise AssertionError
 
 
-class Late(ValueError):
-    """A parameter that the first forward pass makes."""
+class Found(ValueError):
+    """What is wrong, of a model that runs."""
 
 
 def _refuse_made(models: Models, there: dict[str, set[str]]) -> None:
     for name, model in models.items():
         if made := sorted(set(dict(model.named_parameters())) - there[name]):
-            raise Late(f"{made[0]} of {type(model).__name__} is made by its first forward pass: no optimizer would "
+            raise Found(f"{made[0]} of {type(model).__name__} is made by its first forward pass: no optimizer would "
                        f"train it, and ranks would draw others: make it in the constructor")  # fmt: skip
 
 

@@ -3,7 +3,7 @@
     python scripts/train.py --multirun hydra/launcher=torchrun hydra.launcher.nproc_per_node=2 strategy=ddp,fsdp
 
 Without it a sweep works too, with `launch.nproc` ranks that the script starts itself; with it the jobs are what a
-person would type, so torchrun's own options apply, and one that fails does not end the sweep.
+person would type, so torchrun's own options apply.
 It is here, and not in dtrain, because Hydra takes plugins from the namespace package hydra_plugins alone.
 Source: Hydra's launcher plugins (https://hydra.cc/docs/advanced/plugins/develop/).
 """
@@ -61,7 +61,8 @@ class TorchrunLauncher(Launcher):
             jobs.append(Told(str(index), tuple(given), place))
             show_job(jobs[-1])
             command = [*self.command, sys.argv[0], *_files(), *given, setting("hydra.run.dir", str(place))]
-            status = _run(command)
+            if status := _run(command):
+                jobs[-1].reason = f"torchrun ended with exit status {status}"
             returns.append(_outcome(place, status, given, sweep))
         show_sweep(jobs)
         return returns

@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from cases import CONTEXT, ROWS, VOCAB, NextToken
 from torch import Tensor, nn
@@ -540,6 +541,89 @@ class NormedOfOld(Good):
             nn.utils.weight_norm(self.blocks[0].mlp.up)
 
 
+class GoesOn(Plain):
+    """A number of Python's that grows, and moves the outputs, at the second call or later."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.warm = [0]
+
+    def forward(self, tokens: Tensor, positions: Tensor) -> Tensor:
+        self.warm[0] += 1
+        return super().forward(tokens, positions) * min(1.0, self.warm[0] / 100)
+
+
+class CallsCounted(Plain):
+    """A number that nothing follows."""
+
+    calls = 0
+
+    def forward(self, tokens: Tensor, positions: Tensor) -> Tensor:
+        self.calls += 1
+        return super().forward(tokens, positions)
+
+
+class OwnGenerator(Plain):
+    def __init__(self) -> None:
+        super().__init__()
+        self.draws = torch.Generator().manual_seed(1)
+
+    def forward(self, tokens: Tensor, positions: Tensor) -> Tensor:
+        x = self.first(tokens, positions)
+        return self.last(x * (1 + torch.rand(x.shape, generator=self.draws)))
+
+
+class NotSaved(Plain):
+    """A mean that goes on, of which a checkpoint holds nothing; a copy of it is saved, which moves nothing."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("mean", torch.zeros(WIDTH), persistent=False)
+
+    def forward(self, tokens: Tensor, positions: Tensor) -> Tensor:
+        x = self.first(tokens, positions)
+        if self.training:
+            self.mean.lerp_(x.detach().float().mean((0, 1)), 0.1)
+        return self.last(x)
+
+
+class Cached(Plain):
+    """Tables that the first call fills, in a buffer and an attribute."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("table", torch.zeros(CONTEXT), persistent=False)
+        self.mask, self.seen = None, {}
+
+    def forward(self, tokens: Tensor, positions: Tensor) -> Tensor:
+        self.table.copy_(torch.arange(CONTEXT))
+        self.mask = self.mask if self.mask is not None else torch.ones(CONTEXT)
+        self.seen["last"] = x = self.first(tokens, positions) * self.mask[None, :, None]
+        return self.last(x)
+
+
+class Lazy(Plain):
+    def __init__(self) -> None:
+        super().__init__()
+        self.extra = nn.LazyLinear(WIDTH)
+
+    def forward(self, tokens: Tensor, positions: Tensor) -> Tensor:
+        return self.last(self.extra(self.first(tokens, positions)))
+
+
+class BySet(Plain):
+    """Weights in another order in each process, as a set gives them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        names = ["one", "two"] if dist.is_initialized() and dist.get_rank() else ["two", "one"]
+        for name in names:
+            self.register_parameter(name, nn.Parameter(torch.ones(WIDTH)))
+
+    def forward(self, tokens: Tensor, positions: Tensor) -> Tensor:
+        return self.last(self.first(tokens, positions) * self.one + self.two)
+
+
 class OwnModel(NextToken):
     """The task of a user's model."""
 
@@ -582,6 +666,13 @@ MODELS: dict[str, Any] = (
             MadeLate,
             ByRank,
             NormedOfOld,
+            GoesOn,
+            CallsCounted,
+            OwnGenerator,
+            NotSaved,
+            Cached,
+            Lazy,
+            BySet,
             TiedInAList,
             Attribute,
             Names,

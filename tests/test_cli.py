@@ -211,6 +211,26 @@ def test_multirun_tries_each(call, tmp_path: Path) -> None:
     assert status == 0 and len(list((tmp_path / "sweep").glob("*/summary.json"))) == 2
 
 
+def test_a_job_that_fails_ends_no_other_and_says_why(call, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A mistake, and an error that nobody has foreseen; the status is that of the first."""
+    train = cli.run
+
+    def run(settings, *others):
+        if settings.seed == 7:
+            raise KeyError("nobody knows")
+        return train(settings, *others)
+
+    monkeypatch.setattr(cli, "run", run)
+    status, out, err = call("--multirun", *TINY, "micro_batch_size=3,1", "seed=1,7", "hydra.sweep.dir=sweep")
+    assert status == 2 and [p.parent.name for p in (tmp_path / "sweep").glob("*/summary.json")] == ["2"]
+    said = "global_batch_size=4 is not divisible by 1 data-parallel ranks x micro_batch_size=3"
+    assert err.count(f"dtrain: {said}") == 1 and "Traceback" not in err
+    assert [line.split(":", 1)[0] for line in out.splitlines() if " failed: " in line] == [
+        f"job {n} failed" for n in (0, 1, 3)
+    ]
+    assert f"job 0 failed: {said}" in out and out.count(" failed: KeyError: 'nobody knows'") == 2
+
+
 @pytest.fixture
 def own_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
     """A user's model, in a module outside the package: the `_target_` that names it."""

@@ -100,6 +100,13 @@ REFUSED = {
     ("MadeLate", "ddp"): "extra of MadeLate is made by its first forward pass",
     ("ByRank", "ddp"): "ByRank computes something else where RANK or LOCAL_RANK is another",
     ("NormedOfOld", "1f1b"): "NormedOfOld cannot be copied",
+    **{
+        ("GoesOn", strategy): "warm of GoesOn goes on with each forward pass, its outputs follow"
+        for strategy in ("single", "ddp")
+    },
+    ("OwnGenerator", "single"): "draws of OwnGenerator goes on with each forward pass, its outputs follow",
+    ("NotSaved", "single"): "mean of NotSaved goes on with each forward pass, and no checkpoint holds it",
+    ("Lazy", "single"): r"extra.weight of Lazy has no shape before the first call \(nn.LazyLinear",
     ("ADict", "1f1b"): "the layout of ADict is a dict: write Layout",
 }
 ACCEPTED = [("Good", s) for s in ALL] + [
@@ -125,6 +132,7 @@ ACCEPTED = [("Good", s) for s in ALL] + [
     ("Detached", "fsdp"),
     ("ScaledInEvaluation", "tensor"),
     ("NormedOfOld", "ddp"),
+    *(("Cached", strategy) for strategy in ("single", "ddp")),
 ]
 
 
@@ -209,6 +217,17 @@ def test_weights_that_no_seed_decides_are_refused_on_every_rank(world) -> None:
     assert said[0] == said[1] and said[0].startswith(
         "last.out.weight of ByChance begins with other values on rank 1 than on rank 0"
     )
+
+
+def test_what_no_checkpoint_holds_and_no_output_follows_is_said() -> None:
+    said = "probe: calls of CallsCounted changes with each forward pass, and no checkpoint holds it"
+    assert said in tried("CallsCounted")
+    assert not any("no checkpoint" in tried(model) for model in ("Plain", "Cached", "Asleep", "Rotating"))
+
+
+def test_weights_that_stand_in_another_order_are_refused_on_every_rank(world) -> None:
+    for said in world(2).run(refused_in_a_world, "BySet"):
+        assert said.startswith("one of BySet stands at another place on rank 1 than on rank 0"), said
 
 
 def test_tensors_that_no_seed_decides_are_refused_too(world) -> None:

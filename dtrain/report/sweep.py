@@ -11,15 +11,17 @@ from rich.markup import escape
 from rich.table import Table
 
 from dtrain import records
+from dtrain.streams import shown
 
 
-@dataclass(frozen=True)
+@dataclass
 class Told:
-    """A job: its number, its overrides, and its folder."""
+    """A job: its number, its overrides, its folder, and why it failed, if it did."""
 
     number: str
     overrides: tuple[str, ...]
     folder: Path
+    reason: str = ""
 
 
 def show_job(job: Told) -> None:
@@ -28,7 +30,7 @@ def show_job(job: Told) -> None:
 
 
 def show_sweep(jobs: Sequence[Told]) -> None:
-    """A line for each job, with what is its own and the losses that it has left; nothing without any."""
+    """A line for each job, with what is its own and the losses that it has left, or why not; nothing without any."""
     if not jobs:
         return
     alike = set.intersection(*(set(job.overrides) for job in jobs)) if len(jobs) > 1 else set()
@@ -45,7 +47,11 @@ def show_sweep(jobs: Sequence[Told]) -> None:
         figures = [_figure(loss, ".4f"), _figure(held_out, ".4f"), _figure(rate, ",.0f")]
         own = " ".join(each for each in job.overrides if each not in alike)
         made.add_row(job.number, escape(own), *figures, escape(str(job.folder)))
-    Console(highlight=False).print(made)
+    console = Console(highlight=False)
+    console.print(made)
+    for job in jobs:
+        if job.reason:
+            console.print(f"job {job.number} failed: {shown(job.reason)}", soft_wrap=True, markup=False)
 
 
 def _figure(value: float | None, form: str) -> str:
