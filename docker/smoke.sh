@@ -133,6 +133,13 @@ ARGS="model=tiny steps=100000 eval.every=0" RUN=stopped "$work/docker/train.sh" 
 going=$!
 for _ in {1..120}; do (($(cat "$OUTPUTS/stopped/metrics.jsonl" 2>/dev/null | wc -l) > 20)) && break || sleep 1; done
 said 2 "RUN=stopped is being trained" env RUN=stopped "$work/docker/train.sh"
+for node in 0 1; do # who listens there on all interfaces: torchrun's rendezvous on node 0, and nobody else
+    name=$(docker ps --filter "ancestor=$IMAGE" --format '{{.Names}}' | grep "node$node")
+    everywhere=$(docker exec "$name" sh -c 'cat /proc/net/tcp /proc/net/tcp6' | awk '$4 == "0A" && $2 ~ /^0+:/ { print $2 }')
+    ports=$(for each in $everywhere; do echo $((16#${each##*:})); done | sort -nu | tr '\n' ' ')
+    echo "node$node listens on all interfaces at: ${ports:-no port}"
+    [[ $ports == "$( ((node)) || echo '29400 ')" ]]
+done
 began=$SECONDS
 docker stop --time 60 "$(docker ps --filter "ancestor=$IMAGE" --format '{{.Names}}' | grep node1)" >/dev/null
 set +e

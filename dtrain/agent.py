@@ -13,6 +13,8 @@ from torch.distributed.elastic.rendezvous import RendezvousError
 from torch.distributed.run import parse_args
 from torch.distributed.run import run as torchrun
 
+from dtrain.launch import MemoryWatch
+
 FAILED = 1
 
 
@@ -22,6 +24,7 @@ def main() -> int:
     Of a rank that failed: 2 for a mistake of the user's, 1 for a run that broke off. 128 + N for signal N.
     """
     logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)  # who fails speaks for itself
+    memory = MemoryWatch()
     try:
         torchrun(parse_args(sys.argv[1:]))
     except ChildFailedError as error:
@@ -30,8 +33,9 @@ def main() -> int:
         first = min(failures or error.failures.values(), key=lambda failure: failure.timestamp)
         if first.exitcode > 0:
             return first.exitcode
+        why = str(memory) if first.exitcode == -signal.SIGKILL else ""
         return _failed(f"local rank {first.local_rank} of {socket.gethostname()} ended by "
-                       f"{signal.Signals(-first.exitcode).name}")  # fmt: skip
+                       f"{signal.Signals(-first.exitcode).name}{why}")  # fmt: skip
     except SignalException as error:
         return 128 + int(error.sigval)
     except RendezvousError as error:

@@ -31,7 +31,7 @@ from dtrain.info import info as count
 from dtrain.job import assemble, model_factories
 from dtrain.launch import RanksFailed, World, leave_words, spawn, tie
 from dtrain.launchers import understood
-from dtrain.mistakes import BROKEN_OFF, MISTAKES, check_words, explain, no_home
+from dtrain.mistakes import BROKEN_OFF, MISTAKES, check_words, explain, of_the_system
 from dtrain.outside import refuse_code
 from dtrain.precision import Precision
 from dtrain.report.console import show
@@ -231,7 +231,7 @@ def _rank(schema: type[Config], plain: str, folder: Path, name: str, asked: Aske
         except MISTAKES:
             raise
         except RuntimeError as error:
-            if no_home(error):
+            if of_the_system(error):
                 raise
             return _crashed(error)
         except KeyboardInterrupt:
@@ -308,7 +308,7 @@ def _explaining(config_name: str) -> Iterator[None]:
     except MISTAKES as error:
         _exit(explain(error, config_name), FAILED if isinstance(error, BROKEN_OFF) else USAGE)
     except RanksFailed as error:
-        if error.status > 0:  # the rank that failed has said why
+        if error.status > 0 and error.said:
             raise Ended(str(error), error.status) from None
         _exit(str(error), FAILED)
     except comparison.Failed as error:
@@ -316,7 +316,7 @@ def _explaining(config_name: str) -> Iterator[None]:
     except KeyboardInterrupt:
         _exit("interrupted", INTERRUPTED)
     except RuntimeError as error:
-        if not no_home(error):
+        if not of_the_system(error):
             raise
         _exit(explain(error, config_name), USAGE)
 

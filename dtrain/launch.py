@@ -12,6 +12,7 @@ import logging
 import multiprocessing
 import os
 import pickle
+import re
 import select
 import signal
 import socket
@@ -28,7 +29,7 @@ from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
-from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, Std, start_processes
+from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, PContext, Std, start_processes
 
 T = TypeVar("T")
 PRELOADED = ["dtrain.cli", "dtrain.forkserver"]  # by the server from which ranks are forked: what every run needs
@@ -44,12 +45,13 @@ class RanksFailed(RuntimeError):
 
     Attributes:
         status: the exit status of the rank that failed first; negative: the signal that ended it.
+        said: has it said why? If not, nobody has.
     """
 
-    def __init__(self, rank: int, status: int, said: str) -> None:
+    def __init__(self, rank: int, status: int, words: str, said: bool, why: str = "") -> None:
         ending = f"signal {-status}" if status < 0 else f"exit status {status}"
-        super().__init__(said or f"rank {rank} ended with {ending}")
-        self.status = status
+        super().__init__(words if said else f"rank {rank} ended with {ending}{f': {words}' if words else why}")
+        self.status, self.said = status, said
 
 
 def tie(starter: int) -> None:
@@ -87,24 +89,52 @@ def leave_words(line: str) -> None:
         Path(file).write_text(json.dumps({"message": words}))
 
 
-def _said(error_file: str) -> tuple[str, float | None]:
-    """The words that a rank has left, and when."""
+def _said(error_file: str) -> tuple[str, float | None, bool]:
+    """The words that a rank has left, when, and whether it has said them: torch keeps to itself what it finds."""
     try:
         words = json.loads(Path(error_file).read_text())["message"]
-        return str(words["message"]), float(words.get("when") or words["extraInfo"]["timestamp"])
+        return str(words["message"]), float(words.get("when") or words["extraInfo"]["timestamp"]), "when" in words
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
-        return "", None
+        return "", None, False
 
 
-def _first(failed: Mapping[int, int], error_files: Mapping[int, str]) -> RanksFailed:
+def _first(failed: Mapping[int, int], error_files: Mapping[int, str], why: str = "") -> RanksFailed:
     """What the rank says that failed before the others, by their exit statuses and where they have left their words.
 
     Those that were stopped for it are no reason; one without words has been killed, and the others have lost it.
+
+    Args:
+        why: the reason, where it was SIGKILL.
     """
     by_itself = {rank: status for rank, status in failed.items() if status != -signal.SIGTERM} or failed
     said = {rank: _said(error_files[rank]) for rank in by_itself}
     rank = min(by_itself, key=lambda rank: said[rank][1] or 0.0)
-    return RanksFailed(rank, by_itself[rank], said[rank][0])
+    words, _, printed = said[rank]
+    return RanksFailed(rank, by_itself[rank], words, printed, why if by_itself[rank] == -signal.SIGKILL else "")
+
+
+class MemoryWatch:
+    """Has the kernel ended a process of this machine for want of memory since this was made? It sends SIGKILL."""
+
+    def __init__(self) -> None:
+        self.before = self._killed()
+
+    @staticmethod
+    def _killed() -> int:
+        try:
+            found = re.search(r"^oom_kill (\d+)$", Path("/proc/vmstat").read_text(), re.M)
+        except OSError:  # no Linux
+            return 0
+        return int(found[1]) if found else 0
+
+    def __str__(self) -> str:
+        """For behind what has ended; empty if not."""
+        if self._killed() == self.before:
+            return ""
+        return (
+            ": the kernel has ended a process for want of memory (the machine's, or a container's or job's limit): "
+            "allow more, or let a rank hold less, by strategy=fsdp, micro_batch_size, activation_checkpointing=true"
+        )
 
 
 @dataclass(frozen=True)
@@ -222,13 +252,12 @@ def spawn(function: Callable[..., Any], *arguments: Any, nproc: int, output: Pat
     start_tracker()
     multiprocessing.set_forkserver_preload(PRELOADED)
     told: list[int] = []
+    memory = MemoryWatch()
     with tempfile.TemporaryDirectory(prefix="dtrain-") as place, _passing_on(told):
         logs = DefaultLogsSpecs(str(output), redirects=Std.ALL) if output else DefaultLogsSpecs(place)
-        ranks = start_processes(
-            "dtrain", tied, {rank: (os.getpid(), function, *arguments) for rank in range(nproc)},
-            {rank: _environment(rank, nproc, f"{place}/meeting") for rank in range(nproc)}, logs,
-            start_method="forkserver",
-        )  # fmt: skip
+        starts = {rank: (os.getpid(), function, *arguments) for rank in range(nproc)}
+        environments = {rank: _environment(rank, nproc, f"{place}/meeting") for rank in range(nproc)}
+        ranks = _started(starts, environments, logs)
         processes, ended, failed = ranks._pc.processes, None, {}  # type: ignore[attr-defined]
         try:
             while ended is None:  # whoever has failed before the others are stopped has done so by itself
@@ -241,8 +270,19 @@ def spawn(function: Callable[..., Any], *arguments: Any, nproc: int, output: Pat
             raise KeyboardInterrupt
         if ended.is_failed():
             noticed = {rank: failure.exitcode for rank, failure in ended.failures.items()}
-            raise _first(failed or noticed, ranks.error_files)
+            raise _first(failed or noticed, ranks.error_files, str(memory))
         return ended.return_values[0]
+
+
+def _started(
+    starts: dict[int, tuple[Any, ...]], environments: dict[int, dict[str, str]], logs: DefaultLogsSpecs
+) -> PContext:
+    try:
+        return start_processes("dtrain", tied, starts, environments, logs, start_method="forkserver")
+    except EOFError:  # of the server: it could not fork, and has said so in a traceback of its own
+        for rank in multiprocessing.active_children():
+            rank.kill()
+        raise BlockingIOError from None
 
 
 def _environment(rank: int, nproc: int, meeting: str) -> dict[str, str]:

@@ -26,6 +26,16 @@ from dtrain.train import NonFinite
 BROKEN_OFF = (NonFinite, Hang)  # no mistakes: a run that cannot go on
 MISTAKES = (ValueError, OSError, *BROKEN_OFF, HydraException, OmegaConfBaseException)
 NEAR = 0.6  # likeness of two names, of 1: below it a guess would be none
+NO_MORE_PROCESSES = (
+    "the system allows no more processes or threads (ulimit -u, a container's limit of pids): a rank takes some 15: "
+    "allow more, or use fewer ranks and launch.threads=1"
+)
+REFUSED_BY_THE_SYSTEM = {  # RuntimeErrors of pathlib, of threads and of gloo
+    "home directory": "a path begins with ~, and there is no such home folder: write it out, or set "
+    "DTRAIN_CACHE (data.cache)",
+    "can't start new thread": NO_MORE_PROCESSES,
+    "Resource temporarily unavailable": NO_MORE_PROCESSES,
+}
 FEW = 40  # names that are told in one line
 
 
@@ -73,15 +83,16 @@ def _a_group(word: str, group: str) -> str:
     return f"{word}: {group} is a group: choose {group}=NAME, of {', '.join(options(group))}{own}"
 
 
-def no_home(error: BaseException) -> bool:
-    """Is it what pathlib says of a `~` that leads nowhere?"""
-    return isinstance(error, RuntimeError) and "home directory" in str(error)
+def of_the_system(error: BaseException) -> str:
+    """What a RuntimeError means where it is the system that does not let us; or nothing."""
+    found = (said for text, said in REFUSED_BY_THE_SYSTEM.items() if text in str(error))
+    return next(found, "") if isinstance(error, RuntimeError) else ""
 
 
 def explain(error: BaseException, config_name: str) -> str:
     """One line: what is wrong, the value, and what would work."""
-    if no_home(error):
-        return "a path begins with ~, and there is no such home folder: write it out, or set DTRAIN_CACHE (data.cache)"
+    if said := of_the_system(error):
+        return said
     text = str(error)
     for pattern, told in PATTERNS.items():
         if match := re.search(pattern, text):
@@ -90,6 +101,8 @@ def explain(error: BaseException, config_name: str) -> str:
         return f"{error.full_key} has no value: set {error.full_key}=…"
     if isinstance(error, OmegaConfBaseException) and error.full_key:
         return f"{error.full_key}: {text.splitlines()[0]}"
+    if isinstance(error, BlockingIOError):
+        return NO_MORE_PROCESSES
     if isinstance(error, OSError) and error.filename:
         return _file(error, str(error.filename))
     lines = [line.strip() for line in text.splitlines() if line.strip()]

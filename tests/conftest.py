@@ -29,7 +29,7 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 pytest_plugins = ["times"]
 
 
-SLICES = 12  # of the deep tests
+SLICES = 24  # of the deep tests
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

@@ -29,7 +29,7 @@ from own_models import MODELS
 from torch import Tensor, nn
 
 import dtrain
-from dtrain import cli
+from dtrain import cli, launch
 from dtrain.batch import ModelFactory
 from dtrain.compare.command import Failed
 from dtrain.config import CONFIGS, Comparison, check_axes, checked, make, register
@@ -41,6 +41,7 @@ from dtrain.hang import Hang
 from dtrain.job import COMPILERS, assemble, optimizer_of
 from dtrain.launch import RanksFailed, World
 from dtrain.layout import Layout, refuse_batch_norm, sequence_length
+from dtrain.mistakes import NO_MORE_PROCESSES
 from dtrain.model.block import Core
 from dtrain.model.transformer import Transformer
 from dtrain.plan import Plan
@@ -1047,12 +1048,16 @@ ENDS: list[tuple[BaseException, int, str]] = [
     (NonFinite("step 3: loss nan"), 1, "step 3: loss nan"),
     (Hang("ranks wait"), 1, "ranks wait"),
     (Failed("failed: ddp"), 1, "failed: ddp"),
-    (RanksFailed(1, -9, ""), 1, "rank 1 ended with signal 9"),
-    (RanksFailed(1, 3, "said already"), 3, ""),
-    (RanksFailed(0, 2, "said already"), 2, ""),
+    (RanksFailed(1, -9, "", said=False), 1, "rank 1 ended with signal 9"),
+    (RanksFailed(1, 3, "said already", said=True), 3, ""),
+    (RanksFailed(0, 2, "said already", said=True), 2, ""),
+    (RanksFailed(1, 3, "", said=False), 1, "rank 1 ended with exit status 3"),  # a library's exit(3)
+    (RanksFailed(1, 4, "torch has seen it", said=False), 1, "rank 1 ended with exit status 4: torch has seen it"),
     (KeyboardInterrupt(), 130, "interrupted"),
+    (RuntimeError("can't start new thread"), 2, NO_MORE_PROCESSES),
+    (BlockingIOError(11, "Resource temporarily unavailable"), 2, NO_MORE_PROCESSES),
 ]
-IDS = [f"{type(error).__name__} {status}" for error, status, _ in ENDS]
+IDS = [f"{type(error).__name__} {status} {number}" for number, (error, status, _) in enumerate(ENDS)]
 
 
 @pytest.mark.parametrize(("error", "status", "line"), ENDS, ids=IDS)
@@ -1064,6 +1069,17 @@ def test_a_command_ends_with_the_status_of_what_went_wrong(
         raise error
     assert ended.value.code == status
     assert capsys.readouterr().err == (f"dtrain: {line}\n" if line else "")
+
+
+def test_a_rank_that_the_kernel_ends_for_want_of_memory_is_told_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    """By the kernel's own count; not where another signal, or nothing, has ended it."""
+    counts = iter((7, 7, 8))
+    monkeypatch.setattr(launch.MemoryWatch, "_killed", staticmethod(lambda: next(counts)))
+    watch = launch.MemoryWatch()
+    said = [str(watch), str(watch)]
+    assert said[0] == "" and "want of memory" in said[1]
+    for status, told in ((-9, said[1]), (-11, "")):
+        assert str(launch._first({1: status}, {1: "nowhere"}, said[1])) == f"rank 1 ended with signal {-status}{told}"
 
 
 def test_a_bug_is_not_told_as_a_mistake() -> None:

@@ -37,7 +37,7 @@ from dtrain.saved import verify, whole  # noqa: E402
 register()
 ALONE = ("--standalone", "--nproc-per-node", "2")
 STEPS, EVERY, TIMEOUT_S = 60, 5, 12
-LIMIT_S = 200  # for a run with a fault in it, whatever happens: its own timeout, torchrun's 30 s, a slow machine
+LIMIT_S = 400  # for a run with a fault in it, whatever happens: its own timeout, torchrun's 30 s, a slow machine
 STRATEGIES = ("ddp", "fsdp", "zero1", "zero2")
 COMPLETED, STOPPED = "completed", "stopped and resumed"
 CLOCK = """

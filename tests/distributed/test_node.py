@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 from runs import ENVIRONMENT, ROOT, TINY, curve, free_port, until
+from test_listening import beyond, descendants, listening
 
 RESUMABLE = 75
 STEPS = 300
@@ -33,7 +34,8 @@ def start(tmp_path: Path) -> Iterator[Callable[..., list[Node]]]:
             ]
             command = ["launch/node.sh", tmp_path, "--nnodes=2", "--nproc-per-node=1", "--rdzv-backend=c10d", *rendezvous,
                        "--local-addr=localhost", "scripts/train.py", *TINY, f"steps={STEPS}"]  # fmt: skip
-            nodes.append(subprocess.Popen(command, cwd=ROOT, env=ENVIRONMENT, start_new_session=True))
+            environment = ENVIRONMENT | {"GLOO_SOCKET_IFNAME": "lo"}  # the network of these machines
+            nodes.append(subprocess.Popen(command, cwd=ROOT, env=environment, start_new_session=True))
             started.append(nodes[-1])
         return nodes
 
@@ -101,6 +103,9 @@ def test_a_node_ends_as_the_rank_that_failed(words: list[str], status: int, said
 def test_one_node_that_is_told_stops_all_and_all_go_on(start, told: int, tmp_path: Path) -> None:
     nodes = start()
     until(lambda: len(curve(tmp_path)) >= 20)
+    found = {pid: addresses for node in nodes for pid, addresses in listening(descendants(node.pid)).items()}
+    agents = {pid for pid in found if b"dtrain.agent" in Path(f"/proc/{pid}/cmdline").read_bytes()}
+    assert len(agents) == 2 and set(beyond(found)) <= agents, found  # ranks on the network that was named
     nodes[told].send_signal(signal.SIGTERM)
     assert [node.wait(60) for node in nodes] == [RESUMABLE, RESUMABLE]
     assert len(curve(tmp_path)) < STEPS and (tmp_path / "resumable").exists()

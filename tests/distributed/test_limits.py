@@ -1,0 +1,70 @@
+"""A memory limit that lets the kernel kill a rank, and one on processes: by a control group of this test's own."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+from runs import printed, start, training
+
+GROUPS = Path("/sys/fs/cgroup")
+HUNGRY = """
+import os
+from dtrain.task.causal_lm import CausalLM
+kept = []
+class Hungry(CausalLM):
+    def batch(self, step):
+        while step > 1 and os.environ["RANK"] == "1":
+            kept.append(bytearray(b"x" * (1 << 24)))
+        return super().batch(step)
+"""
+
+
+@pytest.fixture
+def within() -> Iterator[Callable[[str, str, str], tuple[str, ...]]]:
+    """Words that put what follows into a group of its own with a limit: of a controller, by its older and newer file."""
+    made: list[Path] = []
+
+    def of(controller: str, file: str, value: str) -> tuple[str, ...]:
+        newer = (GROUPS / "cgroup.controllers").exists()
+        group = GROUPS / ("" if newer else controller) / f"dtrain-test-{os.getpid()}"
+        try:
+            group.mkdir()
+            made.append(group)
+            (group / (file.replace("limit_in_bytes", "max") if newer else file)).write_text(value)
+        except OSError as error:
+            pytest.skip(f"no control group can be made here: {error}")
+        return "sh", "-c", f'echo $$ >{group}/cgroup.procs && exec "$@"', "sh"
+
+    yield of
+    for group in made:
+        group.rmdir()
+
+
+def run(folder: Path, before: tuple[str, ...], *settings: str) -> int:
+    command = [sys.executable, *training("launch.nproc=2", "strategy=ddp", "steps=4", "hydra.run.dir=run", *settings)]
+    process = start(folder, *command, before=before, PYTHONPATH=str(folder))
+    return process.wait(300)
+
+
+@pytest.mark.deep
+def test_a_rank_that_is_killed_for_want_of_memory_is_told_so(tmp_path: Path, within, cache: Path) -> None:
+    (tmp_path / "hungry.py").write_text(HUNGRY)
+    status = run(tmp_path, within("memory", "memory.limit_in_bytes", "2000M"), "task._target_=hungry.Hungry")
+    said = printed(tmp_path).splitlines()[-1]
+    assert status == 1 and said.startswith(
+        "dtrain: rank 1 ended with signal 9: the kernel has ended a process for want of"
+    )
+
+
+@pytest.mark.deep
+@pytest.mark.parametrize("processes", [5, 8, 12, 16])
+def test_too_few_processes_are_said(processes: int, tmp_path: Path, within, cache: Path) -> None:
+    """Whoever meets the limit: the server that forks, a rank, its libraries or gloo."""
+    status = run(tmp_path, within("pids", "pids.max", str(processes)))
+    said = printed(tmp_path).splitlines()[-1]
+    assert status in (1, 2) and said.startswith("dtrain: ")
+    assert "no more processes" in said or "ended with exit status" in said
