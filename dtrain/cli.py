@@ -54,7 +54,7 @@ class Ended(SystemExit):
 
     def __init__(self, line: str, status: int) -> None:
         super().__init__(status)
-        self.line, self.code = line, status
+        self.line, self.status = line, status
 
 
 class JobFailed(Exception):
@@ -277,10 +277,10 @@ def _told(jobs: list[Told]) -> Iterator[None]:
     try:
         yield
     except Ended as ended:
-        if ended.code == INTERRUPTED:
+        if ended.status == INTERRUPTED:
             raise
         job.reason = ended.line
-        raise JobFailed(ended.line, ended.code) from None  # which Hydra keeps until the other jobs have run
+        raise JobFailed(ended.line, ended.status) from None  # which Hydra keeps until the other jobs have run
     except Exception as error:  # as it keeps any other
         job.reason = f"{type(error).__name__}: {error}".splitlines()[0]
         raise
