@@ -230,7 +230,7 @@ def _rank(schema: type[Config], plain: str, folder: Path, name: str, asked: Aske
             return run(checked(config), world, folder, name, asked)
         except MISTAKES:
             raise
-        except RuntimeError as error:
+        except (RuntimeError, MemoryError) as error:
             if of_the_system(error):
                 raise
             return _crashed(error)
@@ -315,7 +315,7 @@ def _explaining(config_name: str) -> Iterator[None]:
         _exit(str(error), FAILED)
     except KeyboardInterrupt:
         _exit("interrupted", INTERRUPTED)
-    except RuntimeError as error:
+    except (RuntimeError, MemoryError) as error:
         if not of_the_system(error):
             raise
         _exit(explain(error, config_name), USAGE)

@@ -36,6 +36,7 @@ REFUSED_BY_THE_SYSTEM = {  # RuntimeErrors of pathlib, of threads and of gloo
     "can't start new thread": NO_MORE_PROCESSES,
     "Resource temporarily unavailable": NO_MORE_PROCESSES,
 }
+NO_MORE_MEMORY = re.compile("can't allocate memory|CUDA out of memory|HIP out of memory|MPS backend out of memory")
 FEW = 40  # names that are told in one line
 
 
@@ -84,7 +85,14 @@ def _a_group(word: str, group: str) -> str:
 
 
 def of_the_system(error: BaseException) -> str:
-    """What a RuntimeError means where it is the system that does not let us; or nothing."""
+    """What a RuntimeError or MemoryError means where it is the system that does not let us; or nothing."""
+    if isinstance(error, MemoryError) or (isinstance(error, RuntimeError) and NO_MORE_MEMORY.search(str(error))):
+        asked = re.search(r"allocate ([\d.]+ \w+)", str(error))
+        much = f" ({asked[1]} at once)" if asked else ""
+        return (
+            f"there is not as much memory as is asked for{much}: a smaller model or vocabulary, or let a rank hold less, "
+            f"by strategy=fsdp, micro_batch_size, activation_checkpointing=true"
+        )
     found = (said for text, said in REFUSED_BY_THE_SYSTEM.items() if text in str(error))
     return next(found, "") if isinstance(error, RuntimeError) else ""
 

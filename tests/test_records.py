@@ -119,6 +119,15 @@ def test_only_files_are_read_and_none_that_is_larger_than_any_of_ours(tmp_path: 
         records.read(tmp_path / "large")
 
 
+def test_a_job_that_failed_has_no_figures_of_the_run_before_it(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "summary.json").write_text(json.dumps({"loss": 1.25, "val_loss": 2.5, "tokens_per_second": 77}))
+    show_sweep([Told("0", (), tmp_path), Told("1", (), tmp_path, "it holds a run")])
+    said = capsys.readouterr().out
+    assert said.count("1.25") == said.count("2.5000") == 1 and "job 1 failed: it holds a run" in said
+
+
 def test_a_pipe_for_figures_is_not_waited_for(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "metrics.jsonl")
     with pytest.raises(ValueError, match="metrics.jsonl is no regular file"):

@@ -1042,6 +1042,8 @@ def test_what_is_no_number_is_in_no_range(comparison: Any) -> None:
 # Exit statuses
 
 
+WANT = ("there is not as much memory as is asked for{}: a smaller model or vocabulary, or let a rank hold less, by "
+        "strategy=fsdp, micro_batch_size, activation_checkpointing=true")  # fmt: skip
 ENDS: list[tuple[BaseException, int, str]] = [
     (ValueError("steps=0 must be at least 1"), 2, "steps=0 must be at least 1"),
     (OSError("no room"), 2, "no room"),
@@ -1051,10 +1053,24 @@ ENDS: list[tuple[BaseException, int, str]] = [
     (RanksFailed(1, -9, "", said=False), 1, "rank 1 ended with signal 9"),
     (RanksFailed(1, 3, "said already", said=True), 3, ""),
     (RanksFailed(0, 2, "said already", said=True), 2, ""),
-    (RanksFailed(1, 3, "", said=False), 1, "rank 1 ended with exit status 3"),  # a library's exit(3)
+    (RanksFailed(1, 3, "", said=False), 1, "rank 1 ended with exit status 3"),  # by a library
     (RanksFailed(1, 4, "torch has seen it", said=False), 1, "rank 1 ended with exit status 4: torch has seen it"),
     (KeyboardInterrupt(), 130, "interrupted"),
     (RuntimeError("can't start new thread"), 2, NO_MORE_PROCESSES),
+    (MemoryError(), 2, WANT.format("")),
+    (
+        RuntimeError(
+            "[enforce fail at alloc_cpu.cpp:127] err == 0. DefaultCPUAllocator: can't allocate memory: you tried to "
+            "allocate 549755814144 bytes. Error code 12 (Cannot allocate memory)"
+        ),
+        2,
+        WANT.format(" (549755814144 bytes at once)"),
+    ),
+    (
+        torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.50 GiB. GPU 0 has a total capacity of 1 GiB"),
+        2,
+        WANT.format(" (2.50 GiB at once)"),
+    ),
     (BlockingIOError(11, "Resource temporarily unavailable"), 2, NO_MORE_PROCESSES),
 ]
 IDS = [f"{type(error).__name__} {status} {number}" for number, (error, status, _) in enumerate(ENDS)]

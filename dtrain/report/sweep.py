@@ -42,7 +42,7 @@ def show_sweep(jobs: Sequence[Told]) -> None:
     made.add_column("folder", overflow="fold")
     for job in jobs:
         file = job.folder / "summary.json"
-        summary = records.figures(file) if file.exists() else {}
+        summary = records.figures(file) if file.exists() and not job.reason else {}  # else another run's
         loss, held_out, rate = (summary.get(key) for key in ("loss", "val_loss", "tokens_per_second"))
         figures = [_figure(loss, ".4f"), _figure(held_out, ".4f"), _figure(rate, ",.0f")]
         own = " ".join(each for each in job.overrides if each not in alike)
