@@ -90,8 +90,8 @@ def of_the_system(error: BaseException) -> str:
         asked = re.search(r"allocate ([\d.]+ \w+)", str(error))
         much = f" ({asked[1]} at once)" if asked else ""
         return (
-            f"there is not as much memory as is asked for{much}: a smaller model or vocabulary, or let a rank hold less, "
-            f"by strategy=fsdp, micro_batch_size, activation_checkpointing=true"
+            f"there is not as much memory as is asked for{much}: a smaller model or vocabulary, or let a rank hold "
+            f"less, by strategy=fsdp, micro_batch_size, activation_checkpointing=true"
         )
     found = (said for text, said in REFUSED_BY_THE_SYSTEM.items() if text in str(error))
     return next(found, "") if isinstance(error, RuntimeError) else ""
