@@ -311,6 +311,28 @@ def test_what_cannot_be_built_is_said(caplog: pytest.LogCaptureFixture) -> None:
     assert "CPU Adam cannot be built, torch's steps: no ninja" in caplog.text
 
 
+def test_states_in_host_memory_are_stepped_as_they_would_be_elsewhere() -> None:
+    """By an optimizer of the same kind and settings: torch stands in for what takes minutes to compile."""
+
+    def compiled(groups: list[dict[str, Any]], adamw_mode: bool = True) -> torch.optim.Optimizer:
+        return (torch.optim.AdamW if adamw_mode else torch.optim.Adam)(groups)
+
+    weights, strategy = [], zero(2, **OFFLOAD)(2)
+    for offloaded in (False, True):
+        torch.manual_seed(0)
+        model = torch.nn.Linear(3, 2)
+        groups = [{"params": [model.weight], "weight_decay": 0.3}, {"params": [model.bias], "lr": 0.2}]
+        optimizer: Any = torch.optim.AdamW(groups, lr=0.1, betas=(0.5, 0.6), eps=1e-3)
+        if offloaded:
+            with mock.patch("deepspeed.ops.adam.DeepSpeedCPUAdam", compiled):
+                optimizer = strategy.optimizer(optimizer, model, Plan.of([strategy], 2))
+        for _ in range(2):
+            model(torch.ones(1, 3)).square().sum().backward()
+            optimizer.step()
+        weights.append(torch.cat([p.detach().flatten() for p in model.parameters()]))
+    assert type(optimizer) is torch.optim.AdamW and torch.equal(*weights)
+
+
 def test_nothing_of_deepspeed_is_imported_without_it() -> None:
     """Nor by the file of the strategy: only by a plan that has it."""
     code = ("import sys, dtrain.cli, dtrain.strategy.deepspeed\n"
