@@ -29,7 +29,7 @@ HERE = Path(__file__).parent
 ROOT = HERE.parent.parent
 KNOWN = HERE / "found.tsv"
 NEEDED = ("dtrain", "configs", "tests", "scripts", "hydra_plugins", "launch", "docs", "docker", "examples", "pyproject.toml",
-          "README.md", "CONTRIBUTING.md", "Makefile", "constraints.txt")  # fmt: skip
+          "README.md", "CONTRIBUTING.md", "SECURITY.md", "Makefile", "constraints.txt")  # fmt: skip
 # The tests that see a room's faults, those that are quick first.
 ROOMS = {
     "loop": "plain_loop loop_promises presence stepping precision plan refusals measure own_model model exact experts cost",
