@@ -242,8 +242,12 @@ def _rank(schema: type[Config], plain: str, folder: Path, name: str, asked: Aske
 
 def _crashed(error: Exception) -> NoReturn:
     traceback.print_exc()
-    leave_words(f"{type(error).__name__}: {error}".splitlines()[0])
+    leave_words(_in_a_line(error))
     sys.exit(FAILED)
+
+
+def _in_a_line(error: Exception) -> str:
+    return f"{type(error).__name__}: {error}".splitlines()[0]
 
 
 def info(config: DictConfig) -> None:
@@ -282,7 +286,7 @@ def _told(jobs: list[Told]) -> Iterator[None]:
         job.reason = ended.line
         raise JobFailed(ended.line, ended.status) from None  # which Hydra keeps until the other jobs have run
     except Exception as error:  # as it keeps any other
-        job.reason = f"{type(error).__name__}: {error}".splitlines()[0]
+        job.reason = _in_a_line(error)
         raise
 
 

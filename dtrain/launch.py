@@ -113,6 +113,9 @@ def _first(failed: Mapping[int, int], error_files: Mapping[int, str], why: str =
     return RanksFailed(rank, by_itself[rank], words, printed, why if by_itself[rank] == -signal.SIGKILL else "")
 
 
+HOLD_LESS = "let a rank hold less, by strategy=fsdp, micro_batch_size, activation_checkpointing=true"
+
+
 class MemoryWatch:
     """Has the kernel ended a process of this machine for want of memory since this was made? It sends SIGKILL."""
 
@@ -133,7 +136,7 @@ class MemoryWatch:
             return ""
         return (
             ": the kernel has ended a process for want of memory (the machine's, or a container's or job's limit): "
-            "allow more, or let a rank hold less, by strategy=fsdp, micro_batch_size, activation_checkpointing=true"
+            f"allow more, or {HOLD_LESS}"
         )
 
 

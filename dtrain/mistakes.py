@@ -20,6 +20,7 @@ from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 from dtrain.aliases import ours
 from dtrain.config import CONFIGS, options
 from dtrain.hang import Hang
+from dtrain.launch import HOLD_LESS
 from dtrain.override import read, typed, value_of
 from dtrain.train import NonFinite
 
@@ -89,10 +90,7 @@ def of_the_system(error: BaseException) -> str:
     if isinstance(error, MemoryError) or (isinstance(error, RuntimeError) and NO_MORE_MEMORY.search(str(error))):
         asked = re.search(r"allocate ([\d.]+ \w+)", str(error))
         much = f" ({asked[1]} at once)" if asked else ""
-        return (
-            f"there is not as much memory as is asked for{much}: a smaller model or vocabulary, or let a rank hold "
-            f"less, by strategy=fsdp, micro_batch_size, activation_checkpointing=true"
-        )
+        return f"there is not as much memory as is asked for{much}: a smaller model or vocabulary, or {HOLD_LESS}"
     found = (said for text, said in REFUSED_BY_THE_SYSTEM.items() if text in str(error))
     return next(found, "") if isinstance(error, RuntimeError) else ""
 

@@ -32,7 +32,6 @@ from dtrain.layout import StepAware, is_ours, offers, refuse_gradient_hooks
 from dtrain.rehearsal import Rehearsal, twin
 from dtrain.strategy.base import Strategy
 from dtrain.trial import (
-    EVERYTHING,
     LOOSER,
     ROWS,
     Run,
@@ -91,10 +90,10 @@ def _tried(task: Task, plan: Plan, micro_batches: int, seed: int) -> tuple[str, 
             f"probe: {too_large[0]} is too large to be tried whole: nothing says that it computes the "
             f"same when divided",
         )
-    notes = tuple(_try(task, plan, tried, micro_batches, seed))
-    rows = min(ROWS, len(next(iter(task.batch(0).values()))))
+    batch = {name: tensor[:ROWS].clone() for name, tensor in task.batch(0).items()}
+    notes = tuple(_try(task, plan, batch, tried, micro_batches, seed))
     return (
-        f"probe: the model was tried on {rows} rows in {time.perf_counter() - begun:.2f} s",
+        f"probe: the model was tried on {len(next(iter(batch.values())))} rows in {time.perf_counter() - begun:.2f} s",
         *notes,
     )
 
@@ -108,8 +107,7 @@ def _size(model: nn.Module | None) -> int:
     return sum(p.numel() for p in model.parameters()) if model is not None else 0
 
 
-def _try(task: Task, plan: Plan, tried: list[str], micro_batches: int, seed: int) -> Iterator[str]:
-    batch = {name: tensor[:ROWS].clone() for name, tensor in task.batch(0).items()}
+def _try(task: Task, plan: Plan, batch: Batch, tried: list[str], micro_batches: int, seed: int) -> Iterator[str]:
     try:
         models, dtype = _running(task, batch, seed, (torch.float64, torch.float32))
     except ValueError:
@@ -171,7 +169,7 @@ def _running(task: Task, batch: Batch, seed: int, dtypes: tuple[torch.dtype, ...
             _refuse_made(models, there)
             # Made again: buffers may have moved.
             return {n: whole(factory, seed, dtype) for n, factory in task.models.items()}, dtype
-        except Found:
+        except Late:
             raise
         except Exception as error:  # of a user's model: it may fail in any way
             if dtype == dtypes[-1]:
@@ -185,14 +183,14 @@ def _running(task: Task, batch: Batch, seed: int, dtypes: tuple[torch.dtype, ...
     raise AssertionError
 
 
-class Found(ValueError):
-    """What is wrong, of a model that runs."""
+class Late(ValueError):
+    """A parameter that the first forward pass makes."""
 
 
 def _refuse_made(models: Models, there: dict[str, set[str]]) -> None:
     for name, model in models.items():
         if made := sorted(set(dict(model.named_parameters())) - there[name]):
-            raise Found(f"{made[0]} of {type(model).__name__} is made by its first forward pass: no optimizer would "
+            raise Late(f"{made[0]} of {type(model).__name__} is made by its first forward pass: no optimizer would "
                        f"train it, and ranks would draw others: make it in the constructor")  # fmt: skip
 
 
@@ -235,12 +233,13 @@ def _try_original(task: Task, name: str, model: Any, batch: Batch, seed: int, to
 
 def _draws(run: Run, tolerance: float) -> bool:
     """Do its outputs depend on random numbers, dropout left out?"""
-    before, found = buffers(run.model), []
-    for seed in (0, 1):
-        seed_everything(seed)
-        found.append(run(EVERYTHING))
-        put_back(run.model, before)
-    return difference(*found) > tolerance
+    return difference(*run.under(*map(_seeded, (0, 1)))) > tolerance
+
+
+@contextmanager
+def _seeded(seed: int) -> Iterator[None]:
+    seed_everything(seed)
+    yield
 
 
 def _compare(rehearsal: Rehearsal, run: Run, tolerance: float) -> None:

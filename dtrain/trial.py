@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from contextlib import AbstractContextManager
 from typing import Any
 from unittest import mock
 
@@ -51,6 +52,15 @@ class Run:
             each.append(self(row))
             put_back(self.model, before)
         return torch.cat(each) if hasattr(self.update, "outputs") else torch.stack(each).sum(0)
+
+    def under(self, *contexts: AbstractContextManager[Any]) -> list[Tensor]:
+        """Of all rows in each of these contexts, every time with the buffers as they were."""
+        before, found = buffers(self.model), []
+        for context in contexts:
+            with context:
+                found.append(self(EVERYTHING))
+            put_back(self.model, before)
+        return found
 
 
 def try_rows(run: Run, tolerance: float, again: bool) -> None:
@@ -127,12 +137,10 @@ def gradients(output: Tensor, parameters: list[nn.Parameter], rows: slice = EVER
 
 
 def try_as_another_rank(run: Run, tolerance: float) -> None:
-    before, found = buffers(run.model), []
-    for rank in "01":
-        with mock.patch.dict(os.environ, RANK=rank, LOCAL_RANK=rank, WORLD_SIZE="2", LOCAL_WORLD_SIZE="2"):
-            found.append(run(EVERYTHING))
-        put_back(run.model, before)
-    if difference(*found) > tolerance:
+    ranks = (
+        mock.patch.dict(os.environ, RANK=rank, LOCAL_RANK=rank, WORLD_SIZE="2", LOCAL_WORLD_SIZE="2") for rank in "01"
+    )
+    if difference(*run.under(*ranks)) > tolerance:
         raise ValueError(
             f"{type(run.model).__name__} computes something else where RANK or LOCAL_RANK is another: ranks would "
             f"train different models"

@@ -574,7 +574,7 @@ class OwnGenerator(Plain):
 
 
 class NotSaved(Plain):
-    """A mean that goes on, of which a checkpoint holds nothing; a copy of it is saved, which moves nothing."""
+    """A mean that goes on, of which a checkpoint holds nothing."""
 
     def __init__(self) -> None:
         super().__init__()

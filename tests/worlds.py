@@ -63,17 +63,16 @@ class World:
             self._signal(signal.SIGCONT)
             for pipe in self._pipes:
                 pipe.send_bytes(pickle.dumps((function, arguments)))
-            results: dict[int, Any] = {}
-            while missing := [pipe for rank, pipe in enumerate(self._pipes) if rank not in results]:
-                answered = multiprocessing.connection.wait(missing, TIMEOUT_S)
-                assert answered, f"{len(missing)} of {self.size} ranks have not answered in {TIMEOUT_S} s"
+            results, waiting = [None] * self.size, {pipe: rank for rank, pipe in enumerate(self._pipes)}
+            while waiting:
+                answered: list[Any] = multiprocessing.connection.wait(waiting, TIMEOUT_S)
+                assert answered, f"ranks {[*waiting.values()]} of {self.size} have not answered in {TIMEOUT_S} s"
                 for pipe in answered:
-                    ok, result = _answer(pipe)  # type: ignore[arg-type]
-                    rank = self._pipes.index(pipe)  # type: ignore[arg-type]
+                    rank, (ok, result) = waiting.pop(pipe), _answer(pipe)
                     assert ok, f"rank {rank}:\n{result}"
                     results[rank] = result
             self._signal(signal.SIGSTOP)
-            return [results[rank] for rank in range(self.size)]
+            return results
         except BaseException:
             self._kill()
             self._start()
