@@ -20,8 +20,8 @@ from hydra import compose
 from hydra.core.config_store import ConfigStore
 from omegaconf import MISSING, DictConfig, OmegaConf
 
-from dtrain.constructor import REFUSED, imported, misfit, named
 from dtrain.constructor import arguments as given_by
+from dtrain.constructor import imported, misfit, named
 from dtrain.data.tokenizer import count_ids
 
 CONFIGS = Path(__file__).resolve().parent.parent / "configs"
@@ -266,7 +266,9 @@ def _built(node: Any, where: str, **more: Any) -> Any:
     try:
         made = partial(target, *positional, **given_by(within), **more)
         return made if node.get("_partial_") else made()
-    except REFUSED as error:
+    except (MemoryError, OSError):  # of the machine's
+        raise
+    except Exception as error:  # of a user's class: it may fail in any way
         raise named(error, node, where, [item.name for item in fields(Config)]) from error
 
 

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import importlib
+import os
 import re
+import sysconfig
+import traceback
 from collections.abc import Collection, Mapping
 from types import UnionType
 from typing import Any, Union, get_args, get_origin
 
+NOT_THEIRS = (os.path.dirname(__file__), *(sysconfig.get_path(name) for name in ("stdlib", "purelib", "platlib")))
 HYDRAS = ("_target_", "_args_", "_convert_", "_partial_", "_recursive_")  # keys of a node that are no arguments
 PLAIN = (str, bool, int, float, list, tuple, dict, Mapping)  # types of which a value of YAML can be
-REFUSED = (ValueError, TypeError, AssertionError, LookupError, ArithmeticError, RuntimeError)  # of values
 
 
 def arguments(node: Mapping[str, Any]) -> dict[str, Any]:
@@ -56,6 +59,14 @@ def misfit(value: Any, hint: Any) -> str:
     return " or ".join(names.get(kind, getattr(kind, "__name__", str(kind))) for kind in kinds)
 
 
+def in_words(error: Exception) -> str:
+    """An error of somebody else's code, and the line of theirs in which it was raised, if one of it is theirs."""
+    text = next((line.strip() for line in str(error).splitlines() if line.strip()), "")
+    frames = [f for f in traceback.extract_tb(error.__traceback__) if not f.filename.startswith(("<", *NOT_THEIRS))]
+    place = f" ({os.path.basename(frames[-1].filename)}, line {frames[-1].lineno})" if frames else ""
+    return f"{type(error).__name__}: {text}"[:200].rstrip(": ") + place
+
+
 def named(error: Exception, node: Any, where: str, keys: Collection[str]) -> Exception:
     """What a constructor refuses, told with the key of its node, and of the argument if its text names one.
 
@@ -70,7 +81,7 @@ def named(error: Exception, node: Any, where: str, keys: Collection[str]) -> Exc
     settings = " or ".join(f"{where}.{name}={given[name]}" for name in found) or where
     if isinstance(error, ValueError):
         return ValueError(f"{settings}: {text}")
-    return ValueError(f"{settings}: {type(error).__name__}: {text} (DTRAIN_TRACEBACK=1 shows where)")
+    return ValueError(f"{settings}: {in_words(error)} (DTRAIN_TRACEBACK=1 shows where)")
 
 
 def _numbers(value: Any) -> list[Any]:

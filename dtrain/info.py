@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from dtrain.batch import ModelFactory
+from dtrain.constructor import in_words
 from dtrain.initialize import on_meta
 from dtrain.layout import layout_of, sequence_length
 from dtrain.measure import flops
@@ -48,9 +49,8 @@ def info(factory: ModelFactory, precision: Precision, seq_len: int | None) -> In
     try:
         operations = flops.count(lambda: model(tokens, positions).sum())
     except Exception as error:  # of a user's model: it may fail in any way
-        said = next(iter(str(error).splitlines()), "")
         raise ValueError(
-            f"the model does not run on meta tensors, so its operations cannot be told: {type(error).__name__}: {said}"
+            f"the model does not run on meta tensors, so its operations cannot be told: {in_words(error)}"
         ) from error
     size = torch.finfo(precision.weights_dtype).bits // 8
     total = sum(p.numel() for p in model.parameters())

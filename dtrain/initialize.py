@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from typing import Any
+from weakref import WeakSet
 
 import torch
 from torch import Tensor, nn
@@ -21,13 +22,23 @@ from dtrain.batch import ModelFactory
 from dtrain.draw import generator, seed_everything
 from dtrain.layout import offers, write, written
 
+_WITH_VALUES: WeakSet[ModelFactory] = WeakSet()  # those that make no model without
+
 
 def on_meta(factory: ModelFactory) -> nn.Module | None:
-    """The model's shapes, without memory; None if it cannot be built so (it computes with values)."""
+    """The model's shapes, without memory; None if it cannot be built so (it computes with values).
+
+    Raises:
+        ValueError: it cannot be built at all.
+    """
     try:
         with torch.device("meta"):
             return adapted(factory()).to("meta")  # buffers may have been made with their values
-    except (NotImplementedError, RuntimeError, TypeError):  # of torch, or of numpy that is handed a meta tensor
+    except Exception:  # of a user's model: it may fail in any way
+        if factory not in _WITH_VALUES:
+            with torch.random.fork_rng(devices=[]):
+                factory()  # what is wrong anywhere says so
+            _WITH_VALUES.add(factory)
         return None
 
 

@@ -84,6 +84,16 @@ def check_layout(model: nn.Module) -> None:
             if next(modules_at(model, (path,)), None) is None:
                 known = ", ".join(each for each, _ in model.named_children())
                 raise ValueError(f"layout.{key} of {name} names {path!r}, and there is no such module: it has {known}")
+    if is_ours(model):
+        return
+    if layout.blocks and not isinstance(blocks := model.get_submodule(layout.blocks), nn.ModuleList | nn.Sequential):
+        raise ValueError(f"layout.blocks of {name} names {layout.blocks!r}, which is a {type(blocks).__name__}: name a "
+                         f"ModuleList, or a Sequential, of blocks")  # fmt: skip
+    for key in ("attention", "experts"):
+        path = getattr(layout, key)
+        if path and next(modules_at(model, (f"{layout.blocks}.*.{path}",)), None) is None:
+            known = ", ".join(each for block in blocks_of(model)[:1] for each, _ in block.named_children())
+            raise ValueError(f"layout.{key} of {name} names {path!r}, and no block has such a module: it has {known}")
 
 
 def is_ours(model: nn.Module) -> bool:

@@ -26,10 +26,11 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from dtrain.batch import Batch, Models, evaluating
+from dtrain.constructor import in_words
 from dtrain.draw import Again, generator, seed_everything
 from dtrain.initialize import cast, on_meta, whole
 from dtrain.layout import StepAware, is_ours, offers, refuse_gradient_hooks
-from dtrain.rehearsal import Rehearsal, twin
+from dtrain.rehearsal import Forward, Rehearsal, twin
 from dtrain.strategy.base import Strategy
 from dtrain.trial import (
     LOOSER,
@@ -41,6 +42,7 @@ from dtrain.trial import (
     put_back,
     try_as_another_rank,
     try_gradients_of_rows,
+    try_large_weights,
     try_rows,
 )
 from dtrain.unsaved import try_again
@@ -142,16 +144,15 @@ def _try(task: Task, plan: Plan, batch: Batch, tried: list[str], micro_batches: 
         for training in (True, False)[drawn:]:
             with nullcontext() if training else evaluating(models):
                 try_rows(run, tolerance, again and training)
+                try_large_weights(run)
                 if training and hasattr(update, "outputs"):
                     try_gradients_of_rows(run, tolerance)
-                before = buffers(run.model)
                 for strategy in rehearsed if hasattr(update, "inputs") else ():
                     made = twin(untouched[update.trains])
                     if not training:  # else as its author left it
                         made.eval()
                     for rehearsal in strategy.rehearsals(made, run.inputs, plan):
                         _compare(rehearsal, run, tolerance)
-                        put_back(run.model, before)
 
 
 def _running(task: Task, batch: Batch, seed: int, dtypes: tuple[torch.dtype, ...]) -> tuple[Models, torch.dtype]:
@@ -178,7 +179,7 @@ def _running(task: Task, batch: Batch, seed: int, dtypes: tuple[torch.dtype, ...
                 hint = ": use model.layout=null, with a strategy on dp or fsdp" if parts else ""
                 raise ValueError(
                     f"the model cannot be trained: called with ({names}) of "
-                    f"{len(batch[next(iter(batch))])} rows it ends in {_said(error)}{hint}"
+                    f"{len(batch[next(iter(batch))])} rows it ends in {in_words(error)}{hint}"
                 ) from error
     raise AssertionError
 
@@ -199,7 +200,7 @@ def _copy(model: nn.Module) -> nn.Module:
         return twin(model)
     except RuntimeError as error:
         raise ValueError(
-            f"{type(model).__name__} cannot be copied, to be tried in parts ({_said(error)}): a tensor among its "
+            f"{type(model).__name__} cannot be copied, to be tried in parts ({in_words(error)}): a tensor among its "
             f"attributes is computed, as by the old torch.nn.utils.weight_norm (that of parametrizations is not); or "
             f"use a strategy on dp"
         ) from error
@@ -220,7 +221,7 @@ def _try_original(task: Task, name: str, model: Any, batch: Batch, seed: int, to
             found = model(*inputs)
         except Exception as error:
             raise ValueError(
-                f"model.layout: {model.kind} does not run in parts ({_said(error)}): use model.layout=null, "
+                f"model.layout: {model.kind} does not run in parts ({in_words(error)}): use model.layout=null, "
                 f"with a strategy on dp or fsdp"
             ) from error
     if (far := difference(found, expected)) > tolerance:
@@ -244,28 +245,37 @@ def _seeded(seed: int) -> Iterator[None]:
 
 def _compare(rehearsal: Rehearsal, run: Run, tolerance: float) -> None:
     name, parameters = type(run.model).__name__, [p for p in run.model.parameters() if p.requires_grad]
-    with torch.enable_grad():
-        try:
-            found = rehearsal.divided(*run.inputs)  # first: what the whole leaves in attributes is not for its parts
-        except Exception as error:
-            raise ValueError(f"{name} does not run {rehearsal.what} ({_said(error)}): {rehearsal.hint}") from error
-        expected = rehearsal.whole(*run.inputs)
+    before = buffers(run.model)
+
+    def forward_and_backward(way: Forward) -> tuple[Any, Tensor | None]:
+        with torch.enable_grad():
+            output = way(*run.inputs)
+        graded = parameters and isinstance(output, Tensor) and output.requires_grad
+        slopes = torch.cat([g.flatten() for g in gradients(output, parameters)]) if graded else None
+        put_back(run.model, before)  # after the backward pass, which may read them
+        return output.detach() if isinstance(output, Tensor) else output, slopes
+
+    try:
+        # First: what the whole leaves in attributes is not for its parts.
+        found, found_slopes = forward_and_backward(rehearsal.divided)
+    except Exception as error:
+        raise ValueError(f"{name} does not run {rehearsal.what} ({in_words(error)}): {rehearsal.hint}") from error
+    expected, expected_slopes = forward_and_backward(rehearsal.whole)
     if not isinstance(found, Tensor) or found.shape != expected.shape:
         shape = tuple(found.shape) if isinstance(found, Tensor) else type(found).__name__
         raise ValueError(f"{name} {rehearsal.what} gives {shape}, whole {tuple(expected.shape)}: {rehearsal.hint}")
-    if (far := difference(found.detach(), expected.detach())) > tolerance:
+    if (far := difference(found, expected)) > tolerance:
         raise ValueError(
             f"{name} {rehearsal.what} computes something else than whole: outputs differ by {far:.2g} of the "
             f"largest. {rehearsal.hint}"
         )
-
-    if found.requires_grad and expected.requires_grad and parameters:
-        ways = (torch.cat([g.flatten() for g in gradients(each, parameters)]) for each in (found, expected))
-        if (far := difference(*ways)) > tolerance * LOOSER:
-            raise ValueError(
-                f"{name} {rehearsal.what} has other gradients than whole, by {far:.2g} of the largest: what its "
-                f"forward does between its modules to them alone (detach) is lost. {rehearsal.hint}"
-            )
+    if found_slopes is None or expected_slopes is None:
+        return
+    if (far := difference(found_slopes, expected_slopes)) > tolerance * LOOSER:
+        raise ValueError(
+            f"{name} {rehearsal.what} has other gradients than whole, by {far:.2g} of the largest: what its "
+            f"forward does between its modules to them alone (detach) is lost. {rehearsal.hint}"
+        )
 
 
 @torch.no_grad()
@@ -274,11 +284,6 @@ def _move(model: nn.Module) -> None:
         if parameter.is_floating_point():
             noise = torch.empty(parameter.shape).normal_(0, MOVED, generator=generator(0, "probe", name))
             parameter.add_(noise.to(parameter.dtype))
-
-
-def _said(error: Exception) -> str:
-    text = next((line.strip() for line in str(error).splitlines() if line.strip()), "")
-    return f"{type(error).__name__}: {text}"[:200]
 
 
 class _NoDropout(TorchFunctionMode):

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
+from dtrain.constructor import in_words
 from dtrain.layout import Layout, blocks_of, experts_of, holders, layout_of, modules_at
 
 Forward = Callable[..., Tensor]
@@ -182,6 +183,7 @@ def between(model: nn.Module, run: Callable[[], Tensor]) -> set[str]:
     """Parameters that act on what `column` layers give before `row` layers read it: each rank uses them on a slice.
 
     Raises:
+        DoesNotRun: the model fails.
         ValueError: one of them acts elsewhere too, so that its gradient is neither whole nor a sum of the ranks'; or
             the module that holds `column` layers gives its input to something else, or has weights before them: what
             they get there is a distributed tensor.
@@ -191,6 +193,8 @@ def between(model: nn.Module, run: Callable[[], Tensor]) -> set[str]:
     try:
         with torch.enable_grad():
             output = run()
+    except Exception as error:  # of a user's model: it may fail in any way
+        raise DoesNotRun(in_words(error)) from error
     finally:
         for hook in hooks:
             hook.remove()
@@ -202,6 +206,10 @@ def between(model: nn.Module, run: Callable[[], Tensor]) -> set[str]:
     early = sorted(names[i] for i in _leaves(seen.outside, seen.begun) if i in names)
     _refuse_mixed(type(model).__name__, seen, early, sorted(found & also))
     return found
+
+
+class DoesNotRun(Exception):
+    """A user's model that fails; its text is that of the error."""
 
 
 @dataclass

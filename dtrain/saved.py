@@ -21,13 +21,6 @@ CHECKPOINTS, MANIFEST, SHARD = "checkpoints", "checkpoint.json", ".safetensors"
 AUTO = "auto"  # resume from the run's newest, if it has any
 
 
-def find(
-    resume: str, run_folder: Path, outputs: Path, *, fallback: bool, note: Callable[[str], None], key: str = "resume"
-) -> Path:
-    """The checkpoint that `resume` names, whole and undamaged: the first of `named` that is."""
-    return first_whole(named(resume, run_folder, outputs, key=key), verify, fallback=fallback, note=note)
-
-
 def named(resume: str, run_folder: Path, outputs: Path, *, key: str = "resume") -> list[Path]:
     """The checkpoints that `resume` names, the newest first.
 

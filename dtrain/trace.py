@@ -16,6 +16,7 @@ from torch.optim import Optimizer
 from torch.utils.checkpoint import checkpoint
 
 from dtrain.batch import Batch, Models
+from dtrain.constructor import in_words
 from dtrain.footprint import Call, Footprint, Kept, Piece, Weight
 from dtrain.initialize import cast, on_meta
 from dtrain.layout import blocks_of, layout_of
@@ -49,8 +50,7 @@ def trace(
             for index, update in enumerate(task.updates):
                 recorder.run(index, partial(update.loss, models, batch))
     except Exception as error:  # of a user's model: it may fail in any way
-        said = next(iter(str(error).splitlines()), "")
-        raise ValueError(f"a model does not run on meta tensors: {type(error).__name__}: {said}") from error
+        raise ValueError(f"a model does not run on meta tensors: {in_words(error)}") from error
     finally:
         recorder.close()
     trained, narrow = Counter(update.trains for update in task.updates), activations.itemsize / dtype.itemsize

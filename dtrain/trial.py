@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, suppress
 from typing import Any
 from unittest import mock
 
@@ -16,6 +16,7 @@ from dtrain.layout import StepAware
 
 ROWS = 4
 LOOSER = 10  # for gradients
+LARGE = (1e3, -1e3)  # factors on weights
 EVERYTHING = slice(None)
 
 
@@ -82,18 +83,43 @@ def try_rows(run: Run, tolerance: float, again: bool) -> None:
         run(EVERYTHING)
     other = buffers(model)
     put_back(model, before)
-    for key, weight in model.named_parameters():
-        if difference(weight.detach(), run.weights[key]) > 0:
-            raise ValueError(
-                f"{key} of {name} is changed by its forward pass (max_norm, clamp_): ranks that hold a part, or a "
-                f"copy, would train another: change it in the optimizer's step, or use one process"
-            )
+    _refuse_changed(run, run.weights)
     for key, value in moved.items():
         if difference(other[key], value) > tolerance:
             why = "twice for a step" if again else "of a part of the rows"
             raise ValueError(
                 f"{key} of {name} is moved by each forward pass, and would be moved {why}: use one process "
                 f"without micro-batches and recomputation, or keep it still"
+            )
+
+
+@torch.no_grad()
+def try_large_weights(run: Run) -> None:
+    """Weights that training would make much larger, of either sign: some bounds are met by those alone."""
+    before = buffers(run.model)
+    try:
+        for factor in LARGE:
+            scaled = {name: weight * factor for name, weight in run.weights.items()}
+            _set(run.model, scaled)
+            with suppress(Exception):  # it may not like them
+                run(slice(0, 1))
+            _refuse_changed(run, scaled)
+    finally:
+        _set(run.model, run.weights)
+        put_back(run.model, before)
+
+
+def _set(model: nn.Module, weights: dict[str, Tensor]) -> None:
+    for name, parameter in model.named_parameters():
+        parameter.data.copy_(weights[name])
+
+
+def _refuse_changed(run: Run, weights: dict[str, Tensor]) -> None:
+    for key, weight in run.model.named_parameters():
+        if difference(weight.detach(), weights[key]) > 0:
+            raise ValueError(
+                f"{key} of {type(run.model).__name__} is changed by its forward pass (max_norm, clamp_): ranks that "
+                f"hold a part, or a copy, would train another: change it in the optimizer's step, or use one process"
             )
 
 

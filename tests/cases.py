@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, fields, replace
 from functools import lru_cache, partial
+from pathlib import Path
 from typing import Any
 from unittest import mock
 
@@ -14,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from dtrain import saved
 from dtrain.batch import Batch, Models, pieces
 from dtrain.clip import clip
 from dtrain.layout import Layout
@@ -21,6 +23,7 @@ from dtrain.model.transformer import Transformer
 from dtrain.optimizer import parameter_groups
 from dtrain.plan import Plan
 from dtrain.precision import Precision
+from dtrain.saved import verify
 from dtrain.strategy.allreduce import AllReduce
 from dtrain.strategy.base import Strategy, whole
 from dtrain.strategy.context import Context
@@ -127,6 +130,11 @@ class GAN(Task):
     def _as_weights(self, models: Models, batch: Batch) -> tuple[Tensor, Tensor]:
         dtype = next(models["generator"].parameters()).dtype
         return batch["real"].to(dtype), batch["noise"].to(dtype)
+
+
+def find(resume: str, run: Path, outputs: Path, *, fallback: bool, note: Callable[[str], object]) -> Path:
+    """The checkpoint that `resume` names, whole and undamaged."""
+    return saved.first_whole(saved.named(resume, run, outputs), verify, fallback=fallback, note=note)
 
 
 def _bce(logits: Tensor, real: float) -> Tensor:

@@ -457,6 +457,41 @@ class Normed(Good):
             nn.utils.parametrizations.weight_norm(block.mlp.up)
 
 
+class SpectrallyNormed(Good):
+    """Each forward pass of training moves the buffers of a weight's norm, alike on all ranks."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        for block in self.blocks:
+            nn.utils.parametrizations.spectral_norm(block.mlp.up)
+
+
+class Computing(Good):
+    """Its constructor reads values, and so does its forward: neither runs on meta tensors."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.rates = [rate.item() for rate in torch.linspace(0.5, 1, 2)]
+
+    def body(self, x: Tensor) -> Tensor:
+        for block, rate in zip(self.blocks, self.rates, strict=True):
+            x = rate * block(x)
+        return x if x.sum().item() > -1e9 else -x
+
+
+class Unblocked(Good):
+    layout = Layout(first="first", blocks="first.token", last="last")
+
+
+class Unattended(Good):
+    layout = Layout(first="first", blocks="blocks", last="last", attention="core")
+
+
+class Failing(Good):
+    def body(self, x: Tensor) -> Tensor:
+        return self.blcks[0](x)
+
+
 class Listed(Good):
     layout = Layout(first="first", blocks="blocks", last="last", column="blocks.*.mlp.up", row=("blocks.*.mlp.down",))  # type: ignore[arg-type]
 
@@ -481,6 +516,15 @@ class Clamped(Plain):
     def forward(self, tokens: Tensor, positions: Tensor) -> Tensor:
         with torch.no_grad():
             self.last.out.weight.clamp_(-0.01, 0.01)
+        return super().forward(tokens, positions)
+
+
+class Bounded(Plain):
+    """It changes a weight only where training has made it large."""
+
+    def forward(self, tokens: Tensor, positions: Tensor) -> Tensor:
+        with torch.no_grad():
+            self.last.out.weight.clamp_(min=-5)
         return super().forward(tokens, positions)
 
 
@@ -649,6 +693,12 @@ MODELS: dict[str, Any] = (
             Branching,
             Noisy,
             Asleep,
+            Bounded,
+            SpectrallyNormed,
+            Computing,
+            Unblocked,
+            Unattended,
+            Failing,
             AsleepWithin,
             Rotating,
             ByNumpy,

@@ -21,7 +21,7 @@ from typing import Any
 import pytest
 import torch
 import warm
-from cases import MOE, STRATEGIES, VARIANTS, Case, Outcome, assert_equal, refusal, trainer, whole
+from cases import MOE, STRATEGIES, VARIANTS, Case, Outcome, assert_equal, find, refusal, trainer, whole
 
 from dtrain import saved
 from dtrain.checkpoint import Checkpoints, load
@@ -30,7 +30,7 @@ from dtrain.job import Job
 from dtrain.launch import World
 from dtrain.report.base import Logger
 from dtrain.resume import identity, take_weights
-from dtrain.saved import about, find, run_of, verify
+from dtrain.saved import about, run_of, verify
 from dtrain.strategy.base import local
 
 STEPS, SAVED_AT = 6, 4

@@ -17,14 +17,14 @@ from unittest import mock
 import pytest
 import torch
 import torch.distributed as dist
-from cases import Case, trainer
+from cases import Case, find, trainer
 from hydra.core.global_hydra import GlobalHydra
 from worlds import World
 
 from dtrain import cli
 from dtrain.checkpoint import Checkpoints, load
 from dtrain.preempt import Preemption
-from dtrain.saved import MANIFEST, about, find, verify
+from dtrain.saved import MANIFEST, about, verify
 from dtrain.task.causal_lm import CausalLM
 
 RANKS = 2

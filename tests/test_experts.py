@@ -9,14 +9,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from cases import MLP, ROWS, TOLERANCE, MaskedToken, NextToken, Outcome, adamw, assert_equal, finish
+from cases import MLP, ROWS, TOLERANCE, MaskedToken, NextToken, Outcome, adamw, assert_equal, find, finish
 from torch import nn
 
 from dtrain.checkpoint import Checkpoints, load
 from dtrain.model.transformer import Transformer
 from dtrain.plan import Plan
 from dtrain.precision import Precision
-from dtrain.saved import find
 from dtrain.strategy.allreduce import AllReduce
 from dtrain.strategy.base import Strategy, local
 from dtrain.strategy.expert import Expert

@@ -40,7 +40,7 @@ from dtrain.notes import Note, Notes, missing, waiting
 from dtrain.profile import RECORDED, Profile
 from dtrain.report import gantt, instruments
 from dtrain.run import run
-from dtrain.schedule import bubble
+from dtrain.schedule import _work, bubble
 from dtrain.strategy.pipeline import SCHEDULES, Pipeline
 from dtrain.train import Trainer
 
@@ -76,6 +76,14 @@ def test_zero_bubble_schedules_leave_less_idle(schedule: str) -> None:
 
 def test_every_schedule_has_a_bubble() -> None:
     assert all(0 < bubble(Pipeline(2, schedule=schedule), 8) < 0.2 for schedule in SCHEDULES)
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES)
+def test_a_rank_works_as_long_whatever_parts_its_passes_are_cut_into(schedule: str) -> None:
+    """Three forward passes' time for each of its stages and micro-batches: a backward pass is as long as two."""
+    pipeline, m = Pipeline(2, schedule=schedule), 4
+    work = [sum(duration for _, duration in _work(pipeline, rank, m)) for rank in range(2)]
+    assert work == [3 * m * pipeline.stages_per_rank] * 2
 
 
 def _mlp_step(ledger: Ledger, rows: int, width: int) -> None:

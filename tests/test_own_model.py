@@ -92,6 +92,13 @@ REFUSED = {
     ("Misspelt", "1f1b"): "layout.blocks of Misspelt names 'layers', and there is no such module: it has first",
     ("Renormed", "ddp"): r"first.token.weight of Renormed is changed by its forward pass",
     ("Clamped", "fsdp"): r"last.out.weight of Clamped is changed by its forward pass",
+    ("Bounded", "fsdp"): r"last.out.weight of Bounded is changed by its forward pass",
+    ("Unblocked", "1f1b"): "layout.blocks of Unblocked names 'first.token', which is a Embedding: name a ModuleList",
+    ("Unattended", "ring"): "layout.attention of Unattended names 'core', and no block has such a module",
+    **{
+        ("Failing", strategy): r"AttributeError: 'Failing' object has no attribute 'blcks' \(own_models.py, line \d+\)"
+        for strategy in ("single", "tensor")
+    },
     ("CentredInEvaluation", "allreduce"): "rows of a batch are not computed apart in CentredInEvaluation",
     ("CountsInEvaluation", "ddp"): "rows of CountsInEvaluation is moved by each forward pass",
     ("ScaledInEvaluation", "1f1b"): "in 2 stages computes something else",
@@ -124,6 +131,8 @@ ACCEPTED = [("Good", s) for s in ALL] + [
     ("Hooked", "single"),
     ("Nothing", "ddp"),
     ("Normed", "fsdp"),
+    *(("SpectrallyNormed", strategy) for strategy in ("single", "fsdp", "ddp")),
+    *(("Computing", strategy) for strategy in ("tensor", "fsdp")),
     ("Shared", "fsdp"),
     ("TiedInAList", "allreduce"),
     ("TiedInAList", "fsdp"),
@@ -338,6 +347,20 @@ class Asking(Narrow):
     def __init__(self, vocab_size, block_size):
         super().__init__()
 
+class Computing(Narrow):
+    def __init__(self):
+        super().__init__(width=int(torch.tensor(8.0).sum().item()))
+
+class Misspelt(Narrow):
+    def __init__(self):
+        super().__init__()
+        self.embeding.weight.data.zero_()
+
+class Empty(Narrow):
+    def __init__(self):
+        super().__init__()
+        next(iter([]))
+
 class Last(Narrow):
     def forward(self, idx, targets=None):
         return super().forward(idx)[0][:, [-1]]
@@ -353,6 +376,9 @@ TYPED = [
     (["model._target_=users.Narrow", "model.n_layers=3"], 2, "model.n_layers: users.Narrow takes width"),
     (["model._target_=users.Narrow", "+model.widht=3"], 2, "widht"),
     (["model._target_=users.Asking"], 2, "model: users.Asking needs block_size: set +model.block_size=…"),
+    (["model._target_=users.Computing"], 0, "users.Computing is given nothing"),
+    (["model._target_=users.Misspelt"], 2, "model: AttributeError: 'Misspelt' object has no attribute 'embeding' (users.py, line "),
+    (["model._target_=users.Empty"], 2, "model: StopIteration (users.py, line "),
     (["model._target_=users.Last"], 2, "the model cannot be trained: called with (tokens, positions) of 4 rows"),
     (["~model"], 2, "task causal_lm trains one model, the configuration has none"),
 ]  # fmt: skip

@@ -12,14 +12,14 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from cases import STRATEGIES, Outcome, adamw, assert_all_equal, finish, plan_of, whole
+from cases import STRATEGIES, Outcome, adamw, assert_all_equal, find, finish, plan_of, whole
 from cases import Case as Told
 from torch import Tensor, nn
 
 from dtrain.batch import Batch
 from dtrain.checkpoint import Checkpoints, load
 from dtrain.layout import Layout
-from dtrain.saved import about, find
+from dtrain.saved import about
 from dtrain.strategy.local_sgd import LocalSGD
 from dtrain.task.base import Supervised, Task
 from dtrain.task.causal_lm import correct, cross_entropy, valid

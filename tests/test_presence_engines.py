@@ -8,13 +8,12 @@ from typing import Any
 from unittest import mock
 
 import pytest
-from cases import STRATEGIES, Outcome, assert_all_equal, finish
+from cases import STRATEGIES, Outcome, assert_all_equal, find, finish
 from test_deepspeed import KNOWN
 from test_presence import Rows, Settled, Ways, made, trained
 from torch import Tensor, nn
 
 from dtrain.checkpoint import Checkpoints, load
-from dtrain.saved import find
 from dtrain.strategy.accelerate import AccelerateDDP, AccelerateLocalSGD
 from dtrain.train import Trainer
 

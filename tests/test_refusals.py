@@ -329,7 +329,7 @@ def own(model: str, *strategies: Strategy) -> None:
 
 REFUSALS = {
     "tensor, a model that does not run": Refusal(
-        lost, "Lost", "does not run on two rows", "use a strategy on dp or fsdp"
+        lost, "Lost", "does not run on two rows", "let it run on one process first"
     ),
     # the mesh
     "an axis that there is not": Refusal(
@@ -886,6 +886,12 @@ REFUSALS = {
     ),
     "a name of nothing": Refusal(
         lambda: own("Misspelt"), "layout.blocks of Misspelt", "'layers'", "it has first"
+    ),
+    "blocks that are none": Refusal(
+        lambda: own("Unblocked"), "layout.blocks of Unblocked", "'first.token'", "name a ModuleList"
+    ),
+    "attention that is nowhere": Refusal(
+        lambda: own("Unattended"), "layout.attention of Unattended", "'core'", "it has n1, n2, attention, mlp"
     ),
     "complex weights": Refusal(
         lambda: own("Complex", Zero1()), "turn of Complex", "zero1", "use strategy=ddp"

@@ -52,6 +52,23 @@ def plan_of(computing: int, servers: int = 1, **options: Any) -> Plan:
     return Plan.of([strategy], size, precision=Precision("fp64"), clip_norm=clip_norm)
 
 
+def test_silence_ends_when_it_has_lasted_as_long_as_it_may() -> None:
+    """Of one who is there and says nothing, such as a stopped process."""
+    store, heard = dist.HashStore(), []
+
+    def listen() -> None:
+        try:
+            Link(store, "silent", 1, 1.0).hear()
+        except Gone as error:
+            heard.append(error)
+
+    listener = Thread(target=listen, daemon=True)
+    listener.start()
+    server = Link(store, "silent", 0, 1.0)
+    listener.join(60)
+    assert heard and server.counts["sent"] == 0
+
+
 # A server hears what is written here
 
 

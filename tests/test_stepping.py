@@ -10,7 +10,7 @@ from typing import Any
 import numpy
 import pytest
 import torch
-from cases import ROWS, Case, Outcome, finish, plan_of
+from cases import ROWS, Case, Outcome, find, finish, plan_of
 from cases import NextToken as Tokens
 from torch import Tensor, nn
 from torch.optim import Optimizer
@@ -18,7 +18,6 @@ from torch.optim import Optimizer
 from dtrain.checkpoint import Checkpoints, load
 from dtrain.optimizer import parameter_groups
 from dtrain.plan import Plan
-from dtrain.saved import find
 from dtrain.stepping import check_optimizer
 from dtrain.strategy.allreduce import AllReduce
 from dtrain.strategy.base import Strategy

@@ -245,9 +245,6 @@ class Alone(Accumulate):
         for name, tensor in self._live(model).items():
             if name in tensors:  # what is not is of a weight that no step had used: see `put_back`
                 tensor.copy_(tensors[name])
-        for parameter, state in self.states[model].items():
-            if START in state and not state[STEPS]:  # weights from elsewhere, with which all begins
-                local(state[START]).copy_(local(parameter))
 
     def _average(self, tensors: Iterable[Tensor]) -> None:
         """Over the ranks, in place, each in its own format; counts of whole numbers are alike everywhere."""

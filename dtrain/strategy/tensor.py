@@ -44,7 +44,7 @@ from dtrain.cost import Message, all_reduce_each, message
 from dtrain.footprint import Footprint, Piece, Shape
 from dtrain.initialize import on_meta, whole
 from dtrain.layout import divisors, experts_of, holders, is_ours, layout_of, modules_at, multiples, shared_names
-from dtrain.rehearsal import Rehearsal, between, split
+from dtrain.rehearsal import DoesNotRun, Rehearsal, between, split
 from dtrain.split import (
     cut,
     edges,
@@ -134,15 +134,17 @@ class TensorParallel(Strategy):
         for update in task.updates:
             name, models = update.trains, {n: m for n, m in outlines.items() if m is not None}
             try:
+                if len(models) < len(outlines):
+                    raise DoesNotRun
                 found = between(models[name], partial(update.loss, models, shapes))
-            except (KeyError, NotImplementedError, RuntimeError, TypeError):  # it computes with values
+            except DoesNotRun:  # it computes with values
                 models = {n: whole(factory, 0, torch.float32) for n, factory in task.models.items()}
                 try:
                     found = between(models[name], partial(update.loss, models, batch))
-                except (LookupError, NotImplementedError, RuntimeError, TypeError) as error:
+                except DoesNotRun as error:
                     raise ValueError(
                         f"{type(models[name]).__name__} does not run on two rows, so nothing tells what tp would "
-                        f"divide: {type(error).__name__}: {error}; use a strategy on dp or fsdp"
+                        f"divide: {error}; let it run on one process first"
                     ) from error
             everything = {n for n, _ in models[name].named_parameters()}
             self.between[name] = everything, found | self.between.get(name, (set(), set()))[1]

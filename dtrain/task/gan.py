@@ -21,6 +21,7 @@ from matplotlib.figure import Figure
 from torch import Tensor
 
 from dtrain.batch import Batch, ModelFactory, Models, Sums
+from dtrain.constructor import in_words
 from dtrain.data.images import Ring, Samples
 from dtrain.draw import generator, rows_of
 from dtrain.initialize import on_meta
@@ -107,10 +108,8 @@ class GAN(Task):
         try:
             made = generator_(torch.empty(2, noise, device="meta"), *given)
             scores = discriminator(torch.empty(2, *self.data.shape, device="meta"), *given)
-        except (RuntimeError, TypeError) as error:
-            raise ValueError(
-                f"the models do not take samples of {self.data.shape}: {str(error).splitlines()[0]}"
-            ) from None
+        except Exception as error:  # of a user's model: it may fail in any way
+            raise ValueError(f"the models do not take samples of {self.data.shape}: {in_words(error)}") from error
         if tuple(made.shape[1:]) != self.data.shape:
             raise ValueError(f"model.generator makes {tuple(made.shape[1:])}, the samples of {self.data.name} are "
                              f"{self.data.shape}")  # fmt: skip

@@ -101,10 +101,20 @@ def attempt(patch: Path, known: str, folder: Path) -> None:
         status, said = forked(lambda: pytest_in(folder, tests), folder / f"said-{number}")  # noqa: B023
         failed = re.search(r"^(?:FAILED|ERROR) (\S+\.py(?:::.*?)?)(?: - .*)?$", said, re.M)
         if status == 1 and failed:
+            if "Failed: Timeout" in said:
+                return outcome(BROKEN, f"no end in time: {failed[1]}")
+            if tests != [known] and not _passes_without(patch, failed[1], folder):
+                return outcome(BROKEN, f"fails without the fault too: {failed[1]}")
             return outcome(FOUND, failed[1])
         if status not in (0, 4, 5):  # 4 and 5: the test that found it is not there any more
             return outcome(BROKEN, f"status {status}: {' '.join(said.strip().splitlines()[-1:])}")
     outcome(MISSED, "")
+
+
+def _passes_without(patch: Path, test: str, folder: Path) -> bool:
+    """Does a test that has failed pass in the same place once the fault is taken out?"""
+    subprocess.run(["git", "apply", "--reverse", str(patch)], cwd=folder, check=True)
+    return forked(lambda: pytest_in(folder, [test]), folder / "said-without")[0] == 0
 
 
 def pytest_in(folder: Path, tests: list[str]) -> int:
