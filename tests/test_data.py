@@ -211,6 +211,20 @@ class FilesOfRows(Source):
             yield f"row {number}", {"file": f"{number // 10}.py", "text": f"text {number}", "label": str(number % 3)}
 
 
+@pytest.mark.parametrize("none", ["", None, float("nan")])
+def test_rows_without_a_group_are_each_by_itself(none: object, tmp_path: Path) -> None:
+    """Not one group, which would be on one side."""
+    lines = [{"text": f"row {number}", "author": none if number % 2 else f"a{number % 8}"} for number in range(80)]
+    (tmp_path / "a.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    data = Rows("x", Files(str(tmp_path / "a.jsonl")), Bytes(), group="author", validation_fraction=0.5)
+    data.prepare(lambda what, done: None)
+    nobodys = {side: [row["text"] for _, row in rows if not str(row["author"]).startswith("a")]
+               for side, rows in data.split.items()}  # fmt: skip
+    authors = [{row["author"] for _, row in rows if str(row["author"]).startswith("a")} for rows in data.split.values()]
+    assert all(nobodys.values()) and not authors[0] & authors[1]
+    assert data.left_out["rows without author, each a group of its own"] == 40
+
+
 @pytest.mark.parametrize(("name", "grouped"), [
     ("functions", True), ("docstrings", True), ("questions", True), ("squad", True), ("rows", False), ("hub_rows", False),
 ])  # fmt: skip

@@ -117,8 +117,43 @@ def test_a_cache_that_cannot_be_made_is_said(tmp_path: Path, corpus: Callable[[]
         prepare("x", Files(str(tmp_path / "a.txt")), Bytes(), "/proc/1/x")
 
 
+class Growing(Files):
+    """Somebody else appends to a file once its first row has been read."""
+
+    def rows(self) -> Iterator[tuple[str, dict[str, Any]]]:
+        for number, row in enumerate(super().rows()):
+            yield row
+            if not number:
+                with Path(str(self.path)).open("a") as file:
+                    file.write('{"text": "late"}\n')
+
+    def rows_with(self, fields: Any) -> Iterator[tuple[str, dict[str, Any]]]:
+        return self.rows()
+
+
+@pytest.mark.parametrize("cached", [True, False])
+@pytest.mark.parametrize("kind", ["corpus", "rows"])
+def test_a_file_that_changes_while_it_is_read_is_refused(kind: str, cached: bool, tmp_path: Path) -> None:
+    """Ranks that read it later would have other rows; and of the cache a name that tells of one state, and data of
+    another."""
+    file, cache = tmp_path / "a.jsonl", tmp_path / "cache"
+    file.write_text("".join(f'{{"text": "row {number}"}}\n' for number in range(40)))
+
+    def read(source: Files) -> object:
+        if kind == "corpus":
+            return prepare("x", source, Bytes(), cache)
+        made = Rows("x", source, Bytes(), cache=str(cache) if cached else None)
+        made.prepare(lambda what, done: None)
+        return made
+
+    with pytest.raises(ValueError, match=r"a.jsonl, of data x, changed while it was read: start again"):
+        read(Growing(str(file)))
+    assert not list(cache.glob("x-????????????????"))
+    assert read(Files(str(file)))
+
+
 def test_the_lock_of_another_user_serves_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    folder = kept(tmp_path, "x", {}, lambda folder: None)
+    folder = kept(tmp_path, "x", dict, lambda folder: None)
     lock, opened = tmp_path / f"{folder.name}.lock", os.open
     assert lock.exists()
     (folder / MANIFEST).unlink()
@@ -129,7 +164,7 @@ def test_the_lock_of_another_user_serves_too(tmp_path: Path, monkeypatch: pytest
         return opened(path, flags, *more, **named)
 
     monkeypatch.setattr(os, "open", refuse)
-    assert kept(tmp_path, "x", {}, lambda folder: None) == folder and caches.whole(folder)
+    assert kept(tmp_path, "x", dict, lambda folder: None) == folder and caches.whole(folder)
 
 
 def test_a_full_disk_is_said_and_leaves_nothing(tmp_path: Path, corpus: Callable[[], Corpus]) -> None:

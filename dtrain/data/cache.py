@@ -28,30 +28,37 @@ KEY = "data.cache"
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
-def kept(cache: str | Path, name: str, settings: Mapping[str, Any], make: Callable[[Path], None]) -> Path:
+def kept(cache: str | Path, name: str, settings: Callable[[], Mapping[str, Any]], make: Callable[[Path], None]) -> Path:
     """The folder of what `make` writes into the folder that it is given: as it is kept, or made now.
 
     Every process may call it at once. What is there is only read: also where nothing can be written.
 
     Args:
         name: for people.
-        settings: all that decides what is written.
+        settings: tells all that decides what is written, asked for before and after.
 
     Raises:
-        ValueError: the cache cannot be written, or its disk is full; it is left as it was.
+        ValueError: the cache cannot be written, its disk is full, or what is read changes meanwhile; it is left as it
+            was.
     """
     if "/" in name:
         raise ValueError(f"data.name={name} is a folder's name: it cannot hold a slash")
-    fingerprint = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:16]
+    asked = settings()
+    fingerprint = hashlib.sha256(json.dumps(asked, sort_keys=True).encode()).hexdigest()[:16]
     at = place(str(cache), f"{KEY} (DTRAIN_CACHE)")
     folder = at / f"{name}-{fingerprint}"
+
+    def made(partial: Path) -> None:
+        make(partial)
+        refuse_changed(name, asked, settings)
+
     try:
         if not whole(folder):
             at.mkdir(parents=True, exist_ok=True)
             (at / CACHE).exists() or (at / CACHE).write_text(SIGNATURE)
             with _locked(at / f"{folder.name}.lock"):
                 if not whole(folder):
-                    _make(folder, make)
+                    _make(folder, made)
     except OSError as error:
         if error.errno in FULL:
             raise ValueError(f"{KEY}={cache}: {error.strerror}, while {name} was prepared: {_elsewhere()}") from None
@@ -61,6 +68,19 @@ def kept(cache: str | Path, name: str, settings: Mapping[str, Any], make: Callab
         raise ValueError(f"{KEY}={cache}: {folder.name} is not there, or not whole, and cannot be made "
                          f"({error.strerror}: {where}): {_elsewhere()}") from None  # fmt: skip
     return folder
+
+
+def refuse_changed(name: str, before: Mapping[str, Any], now: Callable[[], Mapping[str, Any]]) -> None:
+    """Raise ValueError if the files of some data are others than before they were read."""
+    if (after := now()) != before:
+        changed = sorted(set(_files(before)) ^ set(_files(after)))
+        which = f"{changed[0][0]}, of data {name}," if changed else f"what data {name} is read from"
+        raise ValueError(f"{which} changed while it was read: start again when it is whole")
+
+
+def _files(settings: Mapping[str, Any]) -> list[tuple[str, int, int]]:
+    """The stamps among some settings, or among those of their source."""
+    return [tuple(each) for part in (settings, settings.get("source", {})) for each in part.get("files", ())]
 
 
 def whole(folder: Path) -> bool:

@@ -83,9 +83,9 @@ class Samples(Data):
             (folder / ABOUT).write_text(json.dumps(about) + "\n", encoding="utf-8")
             (folder / SAMPLES).write_bytes(save({"values": values, "labels": labels}))
 
-        if self.cache is None or (settings := self.settings()) is None:
+        if self.cache is None or self.settings() is None:
             return self.read(progress)
-        self._folder = kept(self.cache, self.name, {"version": VERSION} | settings, make)
+        self._folder = kept(self.cache, self.name, lambda: {"version": VERSION} | (self.settings() or {}), make)
         with reading(self._folder / ABOUT):
             about = records.read(self._folder / ABOUT)
             self.classes, self.skipped = list(about["classes"]), list(about["skipped"])

@@ -90,8 +90,8 @@ def prepare(
     """
     if not 0 < validation_fraction < 1:
         raise ValueError(f"data.validation_fraction={validation_fraction} must be more than 0 and less than 1")
-    settings = {"version": VERSION, "form": [each.name for each in fields(Corpus)], "source": source.describe(),
-                "tokenizer": tokenizer.describe(), "validation_fraction": validation_fraction}  # fmt: skip
+    of_ours = {"version": VERSION, "form": [each.name for each in fields(Corpus)]}
+    of_theirs = {"tokenizer": tokenizer.describe(), "validation_fraction": validation_fraction}
 
     def make(folder: Path) -> None:
         texts = _Texts(source, validation_fraction, progress, folder)
@@ -100,7 +100,7 @@ def prepare(
         (folder / "corpus.json").write_text(json.dumps(asdict(corpus), indent=2) + "\n", encoding="utf-8")
         texts.file.unlink()
 
-    folder = kept(cache, name, settings, make)
+    folder = kept(cache, name, lambda: of_ours | {"source": source.describe()} | of_theirs, make)
     tokenizer.load(folder)
     with reading(folder / "corpus.json"):
         return _told(folder)

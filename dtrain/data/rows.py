@@ -11,8 +11,8 @@ from typing import Any
 
 from dtrain import records
 from dtrain.data.base import Data, Progress
-from dtrain.data.cache import kept, reading
-from dtrain.data.sources import Source
+from dtrain.data.cache import kept, reading, refuse_changed
+from dtrain.data.sources import Source, missing
 from dtrain.data.tokenizer import BPE, KEPT, Tokenizer
 
 Row = tuple[str, dict[str, Any]]  # where it stands, for messages; its fields
@@ -28,7 +28,7 @@ class Rows(Data):
         name: for people.
         source, tokenizer: where the rows come from; how their texts become ids.
         validation_fraction: share of the rows (or groups) held out: by content, so that it does not change.
-        group: a field; rows that agree in it are on one side. None: each row by itself.
+        group: a field; rows that agree in it are on one side. None, and a row that has none: each by itself.
         cache: folder where the rows are kept for the next run, if JSON can hold them; None: nowhere.
 
     Raises:
@@ -73,7 +73,11 @@ class Rows(Data):
             row = {name: _without_controls(value, self._left_out) for name, value in raw.items()}
             if self.group and self.group not in row:
                 raise ValueError(f"{where} has no field {self.group!r}, only {', '.join(row)}: set data.group")
-            digest = hashlib.blake2b(repr(row[self.group] if self.group else row).encode(), digest_size=8).digest()
+            group = row[self.group] if self.group else None
+            if self.group and (alone := missing(group) or group == ""):
+                self._left_out[f"rows without {self.group}, each a group of its own"] += alone
+                group = None
+            digest = hashlib.blake2b(repr(row if group is None else group).encode(), digest_size=8).digest()
             held_out = int.from_bytes(digest, "big") < self.validation_fraction * 2**64
             self.split["validation" if held_out else "train"].append((where, row))
         for side, rows in self.split.items():
@@ -97,8 +101,10 @@ class Rows(Data):
                 lines = [json.dumps(self.source.left_out), *map(_line, read)]
                 (folder / FILE).write_text("\n".join(lines) + "\n", encoding="utf-8")
 
+        def settings() -> dict[str, Any]:
+            return {"version": VERSION, "source": self.source.describe()}
+
         if self.cache is not None:
-            settings = {"version": VERSION, "source": self.source.describe()}
             try:
                 self._folder = kept(self.cache, self.name, settings, make)
             except _NoJSON:
@@ -108,7 +114,9 @@ class Rows(Data):
                     self._left_out = Counter(dict(json.loads(next(lines, ""))))
                     return [(str(where), dict(row)) for where, row in map(json.loads, lines)]
         if not read:
+            before = settings()
             make(None)
+            refuse_changed(self.name, before, settings)
         self._left_out = Counter(self.source.left_out)
         return read
 
