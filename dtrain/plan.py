@@ -210,7 +210,14 @@ class Plan:
         alone = self.world_size == 1 and not self.strategies and micro_batches == 1
         stepped = {kind: strategy for strategy in self.strategies for kind in strategy.stepped}
         told = {kind: type(s).__name__ for kind, s in stepped.items()}
-        check_optimizer(optimizer, told, self.world_size > 1, alone=alone)
+        late = type(self.without_late_states).__name__ if self.without_late_states else ""
+        check_optimizer(optimizer, told, self.world_size > 1, alone=alone, late=late)
+
+    @property
+    def without_late_states(self) -> Strategy | None:
+        """The strategy that resumes no state which an optimizer begins to keep after its first step; None: there is
+        none."""
+        return next((s for s in self.strategies if s.engine or not s.synchronous), None)
 
     def _apply(self, axes: Sequence[str], model: nn.Module) -> nn.Module:
         for strategy in self.strategies:

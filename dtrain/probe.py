@@ -55,17 +55,9 @@ MOVED = 0.02  # standard deviation of what is added to each weight
 TOLERANCES = {torch.float64: 1e-7, torch.float32: 1e-3}  # relative; what is wrong is wrong by more
 LARGEST = 1_000_000_000  # parameters of a model that is otherwise never whole on a rank
 DROPS = {
-    F.dropout,
-    F.dropout1d,
-    F.dropout2d,
-    F.dropout3d,
-    F.alpha_dropout,
-    F.feature_alpha_dropout,
-    torch.dropout,
-    torch.alpha_dropout,
-    torch.feature_dropout,
-    torch.feature_alpha_dropout,
-}
+    F.dropout, F.dropout1d, F.dropout2d, F.dropout3d, F.alpha_dropout, F.feature_alpha_dropout,
+    torch.dropout, torch.alpha_dropout, torch.feature_dropout, torch.feature_alpha_dropout,
+}  # fmt: skip
 
 
 def probe(task: Task, plan: Plan, *, micro_batches: int, seed: int) -> tuple[str, ...]:

@@ -75,8 +75,7 @@ def _resume(trainer: Trainer, job: Job, resume: str, folder: Path) -> None:
         raise ValueError(
             f"resume: {found} has done {theirs['step']} steps already, steps={config.steps}: ask for more steps"
         )
-    late = all(strategy.synchronous and not strategy.engine for strategy in job.plan.strategies)
-    trainer.load(partial(checkpoint.load, found, late=late))
+    trainer.load(partial(checkpoint.load, found, late=job.plan.without_late_states is None))
     trainer.next_step, trainer.tokens = theirs["step"], theirs["tokens"]
     note(f"resumed from {found}, step {theirs['step']}")
     ours = {key: value for key, value in _curve(job).items() if key in theirs}

@@ -48,7 +48,9 @@ class Weights(nn.Module):
         self.all = nn.ParameterList(nn.Parameter(value.clone()) for value in values)
 
 
-def check_optimizer(make: Make, stepped: Mapping[str, str], several: bool, *, alone: bool = False) -> None:
+def check_optimizer(
+    make: Make, stepped: Mapping[str, str], several: bool, *, alone: bool = False, late: str = ""
+) -> None:
     """Refuse an optimizer that would not do what it does on one process, or could not be resumed.
 
     Args:
@@ -56,6 +58,7 @@ def check_optimizer(make: Make, stepped: Mapping[str, str], several: bool, *, al
         stepped: what its parameters are parts of, and the strategy that makes them so.
         several: are there other ranks, which must come to the same?
         alone: does one process train, by one backward pass a step?
+        late: the strategy that resumes no state which begins after the first step, if there is one.
 
     Raises:
         ValueError: names the optimizer, the reason and what would do.
@@ -68,7 +71,7 @@ def check_optimizer(make: Make, stepped: Mapping[str, str], several: bool, *, al
         if not all(weight.isfinite().all() for weight in expected):  # it diverges, of which the run will tell
             gradients = gradients[:FEW]
             expected = _whole(make, start, gradients, name, seed=0)
-        _check_resume(make, start, gradients, name, expected)
+        _check_resume(make, start, gradients, name, expected, late)
         if several:
             _compare(
                 expected,
@@ -138,7 +141,7 @@ def _whole(make: Make, start: list[Tensor], gradients: list[list[Tensor]], name:
 
 
 def _check_resume(
-    make: Make, start: list[Tensor], gradients: list[list[Tensor]], name: str, expected: list[Tensor]
+    make: Make, start: list[Tensor], gradients: list[list[Tensor]], name: str, expected: list[Tensor], late: str
 ) -> None:
     """Refuse what does not go on, from checkpoints after several steps, as if there had been none."""
     why = f"optimizer {name} cannot go on from a checkpoint, which has what it keeps of each weight: it keeps"
@@ -150,6 +153,10 @@ def _check_resume(
         _step(optimizer, model.all, each, seed=place)
         kept.append({key: tensor.clone() for key, tensor in named_tensors(model, optimizer).items()})
         others.append(besides(optimizer, TOLERANCE))
+    for after, names in enumerate(map(set, kept if late else ()), start=1):
+        if began := sorted({key.rpartition(".")[2] for key in names - kept[0].keys()}):
+            raise ValueError(f"optimizer {name} begins to keep {began[0]} in step {after}, and {late} resumes what it "
+                             f"keeps from the first step on: use another, such as AdamW, or strategy=ddp")  # fmt: skip
     for after in (n for n in RESUMED_AFTER if n < len(gradients)):
         try:
             found, after_a_step = _resumed(make, start, gradients, after, kept[after - 1])
@@ -218,10 +225,7 @@ def _in_parts(make: Make, start: list[Tensor], gradients: list[list[Tensor]], ki
         for index, (values, *own) in enumerate(zip(*cut, strict=True)):
             model = Weights(values if kind in (ROWS, COLUMNS) else start)
             optimizer, parts = make(model), list(model.all)
-            if kind in (
-                APART,
-                FLAT,
-            ):  # made of whole weights, and then given one, or a slice of one
+            if kind in (APART, FLAT):  # made of whole weights, and then given one, or a slice of one
                 whole = parts[index if kind == APART else index // PARTS]
                 parts = [whole if kind == APART else nn.Parameter(values[0].clone())]
                 for group in optimizer.param_groups:

@@ -7,7 +7,7 @@ import os
 import re
 import shutil
 from collections.abc import Callable
-from contextlib import ExitStack, nullcontext
+from contextlib import ExitStack, closing, nullcontext
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -190,6 +190,5 @@ def test_a_folder_that_is_removed_while_the_run_goes_on_ends_it(tmp_path: Path) 
     files.start(run)
     files.step({"step": 1})
     shutil.rmtree(run.folder)
-    with pytest.raises(OSError, match="mine/metrics.jsonl was removed while the run went on"):
+    with closing(files), pytest.raises(OSError, match="mine/metrics.jsonl was removed while the run went on"):
         files.step({"step": 2})
-    files.close()

@@ -8,6 +8,7 @@ from __future__ import annotations
 from functools import partial
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -133,7 +134,8 @@ def made(
     clip: float | None = 0.05,
     dtype: str = "fp64",
 ) -> Trainer:
-    plan = plan_of(Told("", strategy, dtype, clip_norm=clip), size).connect()
+    with mock.patch.dict(STRATEGIES, local_sgd=[partial(LocalSGD, every=1)]):
+        plan = plan_of(Told("", strategy, dtype, clip_norm=clip), size).connect()
     settings = Settings(steps, global_batch_size=ROWS, micro_batch_size=micro, warmup_steps=1)
     return Trainer(task or Rows(), plan, optimizer, settings)
 
@@ -246,9 +248,6 @@ def _looked(strategy: str) -> bool:
     ours, theirs = finish(looked), finish(plain)
     same = ours.weights.keys() == theirs.weights.keys() and ours.losses == theirs.losses
     return same and all(torch.equal(tensor, theirs.weights[name]) for name, tensor in ours.weights.items())
-
-
-STRATEGIES["local_sgd"] = [partial(LocalSGD, every=1)]
 
 
 def sgd(model: nn.Module) -> torch.optim.Optimizer:

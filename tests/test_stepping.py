@@ -24,6 +24,7 @@ from dtrain.strategy.base import Strategy
 from dtrain.strategy.deepspeed import DeepSpeed
 from dtrain.strategy.expert import Expert
 from dtrain.strategy.fsdp import FSDP
+from dtrain.strategy.local_sgd import LocalSGD
 from dtrain.strategy.parameter_server import ParameterServer
 from dtrain.strategy.pipeline import Pipeline
 from dtrain.strategy.replicate import Replicate
@@ -365,6 +366,25 @@ def test_what_cannot_be_resumed_or_stepped_is_refused(make: Make, why: str) -> N
 
 def test_what_comes_late_goes_on() -> None:
     check_optimizer(of(Averaging), {}, False)
+
+
+@pytest.mark.parametrize(
+    ("strategy", "name"),
+    [
+        (DeepSpeed, "DeepSpeed"),
+        (partial(LocalSGD, outer_momentum=0.9), "LocalSGD"),
+        (ParameterServer, "ParameterServer"),
+    ],
+    ids=["engine", "local", "server"],
+)
+def test_what_comes_late_is_refused_where_it_could_not_be_resumed(strategy: Callable[[], Strategy], name: str) -> None:
+    """Else a run would write checkpoints that it then takes for another optimizer's."""
+    plan = Plan((strategy(),), 2)
+    with pytest.raises(
+        ValueError, match=rf"Averaging begins to keep mean in step \d, and {name} resumes .*strategy=ddp"
+    ):
+        plan.check_optimizer(of(Averaging))
+    plan.check_optimizer(of(Counting))
 
 
 @pytest.mark.parametrize("hook", ["register_post_accumulate_grad_hook", "register_hook"])

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
+from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -11,19 +12,15 @@ Progress = Callable[[str, int], None]  # (what is being done, documents or sampl
 
 
 class Data(ABC):
-    """Training and held-out data."""
+    """Training and held-out data.
+
+    `left_out` says what a user's texts or files have that is not read, by kind, and `kept` in which folder what
+    `prepare` made is kept for the next run, if it is.
+    """
 
     name: str
-
-    @property
-    def left_out(self) -> Mapping[str, int]:
-        """What a user's texts or files have that is not read, by kind."""
-        return {}
-
-    @property
-    def kept(self) -> Path | None:
-        """The folder in which what `prepare` made is kept for the next run, if it is."""
-        return None
+    left_out: Counter[str] = Counter()
+    kept: Path | None = None
 
     @abstractmethod
     def prepare(self, progress: Progress) -> None:

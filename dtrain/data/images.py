@@ -6,7 +6,6 @@ import json
 import math
 from abc import abstractmethod
 from collections import Counter
-from collections.abc import Mapping
 from functools import cached_property
 from io import BytesIO
 from pathlib import Path
@@ -46,8 +45,7 @@ class Samples(Data):
             raise ValueError(f"data.validation_fraction={validation_fraction} must be more than 0 and less than 1")
         self.validation_fraction, self.cache = validation_fraction, cache
         self.skipped: list[str] = []  # files that are no images
-        self._left_out = Counter[str]()
-        self._folder: Path | None = None
+        self.left_out = Counter()
         self.split: dict[str, tuple[Tensor, Tensor]] = {}  # (N, ...) values, (N,) labels, zeros without classes
 
     @abstractmethod
@@ -57,14 +55,6 @@ class Samples(Data):
     def settings(self) -> dict[str, Any] | None:
         """What decides the samples, cheaply; None: they are made in no time, and not kept."""
         return None
-
-    @property
-    def left_out(self) -> Mapping[str, int]:
-        return self._left_out
-
-    @property
-    def kept(self) -> Path | None:
-        return self._folder
 
     def prepare(self, progress: Progress) -> None:
         values, labels = self._samples(progress)
@@ -79,19 +69,19 @@ class Samples(Data):
 
         def make(folder: Path) -> None:
             values, labels = self.read(progress)
-            about = {"classes": self.classes, "skipped": self.skipped, "left_out": self._left_out}
+            about = {"classes": self.classes, "skipped": self.skipped, "left_out": self.left_out}
             (folder / ABOUT).write_text(json.dumps(about) + "\n", encoding="utf-8")
             (folder / SAMPLES).write_bytes(save({"values": values, "labels": labels}))
 
         if self.cache is None or self.settings() is None:
             return self.read(progress)
-        self._folder = kept(self.cache, self.name, lambda: {"version": VERSION} | (self.settings() or {}), make)
-        with reading(self._folder / ABOUT):
-            about = records.read(self._folder / ABOUT)
+        self.kept = kept(self.cache, self.name, lambda: {"version": VERSION} | (self.settings() or {}), make)
+        with reading(self.kept / ABOUT):
+            about = records.read(self.kept / ABOUT)
             self.classes, self.skipped = list(about["classes"]), list(about["skipped"])
-            self._left_out = Counter(dict(about["left_out"]))
-        with reading(self._folder / SAMPLES, SafetensorError):
-            found = load((self._folder / SAMPLES).read_bytes())
+            self.left_out = Counter(dict(about["left_out"]))
+        with reading(self.kept / SAMPLES, SafetensorError):
+            found = load((self.kept / SAMPLES).read_bytes())
             return found["values"], found["labels"]
 
     @property
@@ -175,9 +165,9 @@ class Folder(Samples):
         return {"files": stamp(files_at(self.path, "data.path"))} | sizes
 
     def read(self, progress: Progress) -> tuple[Tensor, Tensor]:
-        self._left_out.clear()
+        self.left_out.clear()
         self.skipped.clear()
-        files, made, names = files_at(self.path, "data.path", self._left_out), [], []
+        files, made, names = files_at(self.path, "data.path", self.left_out), [], []
         for number, file in enumerate(files, start=1):
             try:
                 made.append(decoded(file, self.size, self.grey))
@@ -190,7 +180,7 @@ class Folder(Samples):
             some = ", ".join(self.skipped[:5]) + (", …" if len(self.skipped) > 5 else "")
             raise ValueError(f"{len(self.skipped)} of {len(files)} files in {self.path} are no readable images "
                              f"({some}): remove them, or set data.unreadable=skip")  # fmt: skip
-        self._left_out["files that are no images"] += len(self.skipped)
+        self.left_out["files that are no images"] += len(self.skipped)
         self.classes = sorted(set(names)) if len(set(names)) > 1 else []
         labels = [self.classes.index(name) if self.classes else 0 for name in names]
         return torch.stack(made), torch.tensor(labels)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -51,31 +51,22 @@ class Rows(Data):
             raise ValueError(f"data.validation_fraction={validation_fraction} must be more than 0 and less than 1")
         self.name, self.source, self.tokenizer = name, source, tokenizer
         self.validation_fraction, self.group, self.cache = validation_fraction, group, cache
-        self._left_out = Counter[str]()
-        self._folder: Path | None = None
+        self.left_out = Counter()
         self.split: dict[str, list[Row]] = {}
 
     @property
     def vocab_size(self) -> int:
         return self.tokenizer.vocab_size
 
-    @property
-    def left_out(self) -> Mapping[str, int]:
-        return self._left_out
-
-    @property
-    def kept(self) -> Path | None:
-        return self._folder
-
     def prepare(self, progress: Progress) -> None:
         self.split = {"train": [], "validation": []}
         for where, raw in self._rows(progress):
-            row = {name: _without_controls(value, self._left_out) for name, value in raw.items()}
+            row = {name: _without_controls(value, self.left_out) for name, value in raw.items()}
             if self.group and self.group not in row:
                 raise ValueError(f"{where} has no field {self.group!r}, only {', '.join(row)}: set data.group")
             group = row[self.group] if self.group else None
             if self.group and (alone := missing(group) or group == ""):
-                self._left_out[f"rows without {self.group}, each a group of its own"] += alone
+                self.left_out[f"rows without {self.group}, each a group of its own"] += alone
                 group = None
             digest = hashlib.blake2b(repr(row if group is None else group).encode(), digest_size=8).digest()
             held_out = int.from_bytes(digest, "big") < self.validation_fraction * 2**64
@@ -106,18 +97,18 @@ class Rows(Data):
 
         if self.cache is not None:
             try:
-                self._folder = kept(self.cache, self.name, settings, make)
+                self.kept = kept(self.cache, self.name, settings, make)
             except _NoJSON:
                 pass  # they are read each time
             else:
-                with reading(file := self._folder / FILE), file.open(encoding="utf-8") as lines:
-                    self._left_out = Counter(dict(json.loads(next(lines, ""))))
+                with reading(file := self.kept / FILE), file.open(encoding="utf-8") as lines:
+                    self.left_out = Counter(dict(json.loads(next(lines, ""))))
                     return [(str(where), dict(row)) for where, row in map(json.loads, lines)]
         if not read:
             before = settings()
             make(None)
             refuse_changed(self.name, before, settings)
-        self._left_out = Counter(self.source.left_out)
+        self.left_out = Counter(self.source.left_out)
         return read
 
     def describe(self) -> dict[str, Any]:

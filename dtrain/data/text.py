@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -32,14 +32,6 @@ class Text(Data):
         self.corpus: Corpus | None = None
 
     @property
-    def left_out(self) -> Mapping[str, int]:
-        return self.corpus.left_out if self.corpus else {}
-
-    @property
-    def kept(self) -> Path | None:
-        return Path(self.corpus.folder) if self.corpus else None
-
-    @property
     def vocab_size(self) -> int:
         return self.tokenizer.vocab_size
 
@@ -48,6 +40,7 @@ class Text(Data):
             self.name, self.source, self.tokenizer, self.cache,
             validation_fraction=self.validation_fraction, progress=progress,
         )  # fmt: skip
+        self.left_out, self.kept = Counter(self.corpus.left_out), Path(self.corpus.folder)
 
     def leave(self, folder: Path) -> None:
         self.tokenizer.save(folder)
