@@ -80,7 +80,7 @@ def copied(folder: Path) -> None:
     for each in NEEDED:
         source = ROOT / each
         if source.is_dir():
-            shutil.copytree(source, folder / each, ignore=shutil.ignore_patterns("__pycache__", "*.png"))
+            shutil.copytree(source, folder / each, ignore=shutil.ignore_patterns("__pycache__"))
         else:
             shutil.copy(source, folder / each)
 
