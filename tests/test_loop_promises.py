@@ -15,6 +15,7 @@ import torch
 from cases import CONTEXT, GAN, ROWS, VOCAB, Case, NextToken, plan_of
 from test_plain_loop import MadeUp, adamw, convnet, shades, sizes, transformer
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from dtrain.batch import Batch
 from dtrain.checkpoint import Checkpoints
@@ -88,6 +89,18 @@ def test_an_evaluation_drops_nothing(alone) -> None:
     """Twice gives the same figures, of every row."""
     made = trainer(NextToken(dropout=0.5))
     assert made.evaluate() == made.evaluate()
+
+
+def gathered(strategy: str) -> list[str]:
+    made = trainer(NextToken(), strategy, 2)
+    assert made.evaluate()
+    return [name for name, weight in made.models["model"].named_parameters() if not isinstance(weight, DTensor)]
+
+
+@pytest.mark.parametrize("strategy", ["zero2", "replicate"])
+def test_an_evaluation_leaves_no_gathered_weights_behind(strategy: str, world) -> None:
+    """Where they are kept from forward to backward, which no evaluation has: a whole model would stay on each rank."""
+    assert world(2).run(gathered, strategy) == [[], []]
 
 
 class Twins(NextToken):

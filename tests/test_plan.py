@@ -75,6 +75,20 @@ def test_rows_that_do_not_come_out_even_are_refused() -> None:
         plan.micro_batches(7, None)
 
 
+@given(st.integers(1, 64), st.integers(1, 5), st.integers(1, 9) | st.none())
+def test_micro_batches_have_as_many_rows_as_are_asked_for_or_are_refused(
+    rows: int, ranks: int, each: int | None
+) -> None:
+    plan = Plan.of([DDP(ranks)], ranks)
+    if rows % (ranks * (each or 1)):
+        with pytest.raises(
+            ValueError, match=f"global_batch_size={rows} is not divisible by {ranks} data-parallel ranks"
+        ):
+            plan.micro_batches(rows, each)
+    else:
+        assert plan.micro_batches(rows, each) * ranks * (each or rows // ranks) == rows
+
+
 def test_strategies_are_ordered_whatever_the_user_writes() -> None:
     plan = Plan.of([Replicate(2), FSDP(2)], 4)
     assert [s.axis for s in plan.strategies] == ["fsdp", "dp"]
