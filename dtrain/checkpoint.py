@@ -25,6 +25,7 @@ import torch.distributed.checkpoint as dcp
 from torch import Tensor
 from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader, HuggingFaceStorageWriter
 from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
+from torch.distributed.tensor import DTensor
 
 from dtrain.durable import remove, sync
 from dtrain.launch import agree, gathered, together
@@ -72,6 +73,7 @@ class Checkpoints:
             OSError: this or the last asynchronous save could not be written; earlier ones are whole.
         """
         self.wait()
+        tensors = _apart({name: _written(name, tensor, {}) for name, tensor in tensors.items()})
         if self.asynchronous:
             copies = self._stager.stage(tensors)
             self._thread = threading.Thread(target=self._write_guarded, args=(step, copies, about))
@@ -185,7 +187,7 @@ def load(path: Path, states: list[dict[str, Tensor]], *, late: bool = False) -> 
             raise ValueError(f"{path} is of another {kind}: {name} is {saved.get(name, 'absent')} there, "
                              f"{ours.get(name, 'absent')} here")  # fmt: skip
     for tensors in states:
-        dcp.load(tensors, storage_reader=reader)
+        dcp.load({name: _written(name, tensor, saved) for name, tensor in tensors.items()}, storage_reader=reader)
 
 
 def load_weights(path: Path, states: list[dict[str, Tensor]], *, taken: list[str], new: list[str]) -> None:
@@ -207,7 +209,8 @@ def load_weights(path: Path, states: list[dict[str, Tensor]], *, taken: list[str
         raise ValueError(f"init_from: nothing in {path} fits this model: {name} is {saved.get(name, 'absent')} there, "
                          f"{weights[name]} here")  # fmt: skip
     for tensors in states:
-        dcp.load({name: tensor for name, tensor in tensors.items() if name in taken}, storage_reader=reader)
+        known = {name: _written(name, tensor, saved) for name, tensor in tensors.items() if name in taken}
+        dcp.load(known, storage_reader=reader)
 
 
 def _add_late(reader: Any, saved: dict[str, Any], ours: dict[str, Any], states: list[dict[str, Tensor]]) -> None:
@@ -220,9 +223,32 @@ def _add_late(reader: Any, saved: dict[str, Any], ours: dict[str, Any], states: 
         weight = owner.removeprefix(OPTIMIZER_STATE)
         for part in (p for p in states if any(n.rpartition(".")[0] == owner for n in p)):
             dtype, like = metadata[full].properties.dtype, part[weight]
-            same = saved[full] == tuple(like.shape)
+            same = saved[full] == tuple(_written(full, like, saved).shape)
+            dtype = like.dtype if same and like.is_complex() else dtype
             part[full] = torch.empty_like(like, dtype=dtype) if same else torch.empty(saved[full], dtype=dtype)
         ours[full] = saved[full]
+
+
+def _apart(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors; copies of those that lie among the numbers of others, or not row by row: the format takes no such
+    views."""
+    found, end = dict(tensors), 0
+    here = {name: t.to_local() if isinstance(t, DTensor) else t for name, t in tensors.items()}
+    for name in sorted((n for n, t in here.items() if t.numel()), key=lambda n: here[n].data_ptr()):
+        tensor, begin = here[name], here[name].data_ptr()
+        last = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
+        if begin < end or not tensor.is_contiguous():
+            found[name] = tensors[name].clone().contiguous()
+        end = max(end, begin + (last + 1) * tensor.itemsize)
+    return found
+
+
+def _written(name: str, tensor: Tensor, saved: dict[str, Any]) -> Tensor:
+    """A tensor as the format takes it, in the same memory: complex numbers as their two parts, in a last dim.
+
+    Unless the checkpoint, whose shapes are `saved`, has them as they are.
+    """
+    return torch.view_as_real(tensor) if tensor.is_complex() and saved.get(name) != tuple(tensor.shape) else tensor
 
 
 def _shapes(path: Path, states: list[dict[str, Tensor]]) -> tuple[Any, dict[str, Any], dict[str, Any]]:
@@ -230,7 +256,7 @@ def _shapes(path: Path, states: list[dict[str, Tensor]]) -> tuple[Any, dict[str,
     reader = HuggingFaceStorageReader(str(path))
     saved = {n: tuple(getattr(m, "size", ())) for n, m in reader.read_metadata().state_dict_metadata.items()}
     ours: dict[str, tuple[int, ...]] = {}
-    for theirs in gathered({name: tuple(t.shape) for part in states for name, t in part.items()}):
+    for theirs in gathered({n: tuple(_written(n, t, saved).shape) for part in states for n, t in part.items()}):
         ours |= theirs
     return reader, saved, ours
 

@@ -52,9 +52,15 @@ def build(factory: ModelFactory, seed: int) -> nn.Module:
 
 
 def _contiguous(model: nn.Module) -> nn.Module:
-    """The model, its parameters laid out row by row: neither fully_shard nor a checkpoint takes a transposed view."""
+    """The model, its parameters laid out row by row: neither fully_shard nor a checkpoint takes a transposed view.
+
+    And each of a buffer's numbers in a place of its own: one that was expanded could not be restored.
+    """
     for parameter in model.parameters():
         parameter.data = parameter.data.contiguous()
+    for buffer in model.buffers():
+        if 0 in buffer.stride():
+            buffer.data = buffer.data.contiguous()
     return model
 
 

@@ -69,6 +69,9 @@ def offers(model: nn.Module | None, method: str) -> bool:
     return callable(getattr(type(model), method, None))
 
 
+CONTAINERS = (nn.ModuleList, nn.ModuleDict, nn.Sequential)
+
+
 def check_layout(model: nn.Module) -> None:
     """Raise ValueError for a Layout that is none, or names what is not there."""
     name, layout = type(model).__name__, getattr(model, "layout", None)
@@ -86,9 +89,9 @@ def check_layout(model: nn.Module) -> None:
                 raise ValueError(f"layout.{key} of {name} names {path!r}, and there is no such module: it has {known}")
     if is_ours(model):
         return
-    if layout.blocks and not isinstance(blocks := model.get_submodule(layout.blocks), nn.ModuleList | nn.Sequential):
+    if layout.blocks and not isinstance(blocks := model.get_submodule(layout.blocks), CONTAINERS):
         raise ValueError(f"layout.blocks of {name} names {layout.blocks!r}, which is a {type(blocks).__name__}: name a "
-                         f"ModuleList, or a Sequential, of blocks")  # fmt: skip
+                         f"ModuleList, ModuleDict or Sequential of blocks")  # fmt: skip
     for key in ("attention", "experts"):
         path = getattr(layout, key)
         if path and next(modules_at(model, (f"{layout.blocks}.*.{path}",)), None) is None:

@@ -479,6 +479,19 @@ class Computing(Good):
         return x if x.sum().item() > -1e9 else -x
 
 
+class Keyed(Good):
+    """Its blocks have names."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleDict({"below": self.blocks[0], "above": self.blocks[1]})
+
+    def body(self, x: Tensor) -> Tensor:
+        for block in self.blocks.values():
+            x = block(x)
+        return x
+
+
 class Unblocked(Good):
     layout = Layout(first="first", blocks="first.token", last="last")
 
@@ -696,6 +709,7 @@ MODELS: dict[str, Any] = (
             Bounded,
             SpectrallyNormed,
             Computing,
+            Keyed,
             Unblocked,
             Unattended,
             Failing,

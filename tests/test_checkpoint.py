@@ -10,13 +10,14 @@ import signal
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, replace
 from functools import partial
 from itertools import pairwise
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -24,7 +25,7 @@ import warm
 from cases import MOE, STRATEGIES, VARIANTS, Case, Outcome, assert_equal, find, refusal, trainer, whole
 
 from dtrain import saved
-from dtrain.checkpoint import Checkpoints, load
+from dtrain.checkpoint import Checkpoints, _apart, load, load_weights
 from dtrain.config import Config, Schedule
 from dtrain.job import Job
 from dtrain.launch import World
@@ -526,3 +527,43 @@ def test_a_resume_says_whatever_of_its_run_would_change_the_curve(resumed: Calla
     assert [said.split("had ")[1].split("=")[0] for said in resumed({"name": "ours"}, seed=1, clip_norm=2.0)] == [
         "data.digest", "seed", "clip_norm"
     ]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("dtype", "as_it_is"), [(torch.complex64, False), (torch.complex64, True), (torch.complex128, False)]
+)
+def test_complex_numbers_are_saved_and_restored(dtype: torch.dtype, as_it_is: bool, alone, tmp_path: Path) -> None:
+    """The format has none of 128 bits: of a run in fp64 no checkpoint could be written. Older ones have them as they
+    are."""
+    made = torch.randn(3, 2, dtype=dtype, generator=torch.Generator().manual_seed(0))
+    names = ("turn", "optimizer.turn.exp_avg")
+    kept = (
+        nullcontext() if not as_it_is else mock.patch("dtrain.checkpoint._written", lambda name, tensor, saved: tensor)
+    )
+    with kept:
+        Checkpoints(tmp_path, keep_last=1).save(1, {name: made.clone() for name in names}, {"tokens": 0})
+    path = find(str(tmp_path), tmp_path, tmp_path, fallback=False, note=print)
+    found = {name: torch.zeros_like(made) for name in names}
+    load(path, [found])
+    assert all(torch.equal(tensor, made) for tensor in found.values())
+    begun, taken, new = {"turn": torch.zeros_like(made)}, list[str](), list[str]()
+    load_weights(path, [begun], taken=taken, new=new)
+    assert (taken, new) == (["turn"], []) and torch.equal(begun["turn"], made)
+    late = {"turn": torch.zeros_like(made), "optimizer.turn.step": torch.zeros(())}
+    Checkpoints(tmp_path, keep_last=1).save(2, late | dict.fromkeys(names, made), {"tokens": 0})
+    load(find(str(tmp_path), tmp_path, tmp_path, fallback=False, note=print), [late], late=True)
+    assert torch.equal(late["optimizer.turn.exp_avg"], made)
+
+
+def test_views_of_one_tensor_are_saved_and_restored(alone, tmp_path: Path) -> None:
+    """As the cosines and sines of a table, or a mask and a part of it; parts that stand apart are not copied."""
+    table = torch.randn(4, 6, generator=torch.Generator().manual_seed(0))
+    made = {"cosine": table[:, ::2], "sine": table[:, 1::2], "part": table[1:3], "all": table, "turned": table.T,
+            "left": (halves := torch.arange(8.0))[:4], "right": halves[4:], "none": table[:0],
+            "by columns": torch.randn(3, 5).T}  # fmt: skip
+    Checkpoints(tmp_path, keep_last=1).save(1, made, {"tokens": 0})
+    found = {name: torch.zeros_like(tensor) for name, tensor in made.items()}
+    load(find(str(tmp_path), tmp_path, tmp_path, fallback=False, note=print), [found])
+    assert not [name for name, tensor in made.items() if not torch.equal(found[name], tensor)]
+    apart = _apart(made)
+    assert all(apart[name] is made[name] for name in ("left", "right"))

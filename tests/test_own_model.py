@@ -132,6 +132,7 @@ ACCEPTED = [("Good", s) for s in ALL] + [
     ("Nothing", "ddp"),
     ("Normed", "fsdp"),
     *(("SpectrallyNormed", strategy) for strategy in ("single", "fsdp", "ddp")),
+    *(("Keyed", strategy) for strategy in ("tensor", "fsdp", "1f1b")),
     *(("Computing", strategy) for strategy in ("tensor", "fsdp")),
     ("Shared", "fsdp"),
     ("TiedInAList", "allreduce"),
@@ -457,6 +458,19 @@ def test_what_two_modules_share_stays_one() -> None:
     model, host = Buffered(), torch.device("cpu")
     cast(model, torch.float64, host, host)
     assert model.first.state is model.second.state and model.turn.dtype == torch.complex128
+
+
+def test_a_buffer_that_was_expanded_has_a_place_for_each_number() -> None:
+    """Else nothing could be written into it from a checkpoint."""
+
+    def factory() -> torch.nn.Module:
+        model = torch.nn.Module()
+        model.register_buffer("mask", torch.ones(1).expand(3, 4))
+        return model
+
+    made = build(factory, 0).mask
+    made[1, 2] = 0
+    assert made.shape == (3, 4) and made.sum() == 11
 
 
 def test_batch_norm_that_its_author_keeps_still_is_not_refused() -> None:
