@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 
@@ -185,6 +186,22 @@ def refuse_gradient_hooks(model: nn.Module) -> None:
             raise ValueError(f"{name} of {type(model).__name__} has a hook on its gradient, which would get a part of "
                              f"it: change what flows back in `forward` instead (torch.autograd.Function), or use one "
                              f"process without micro-batches")  # fmt: skip
+
+
+def refuse_unsaved(model: nn.Module) -> None:
+    """Raise ValueError for what no checkpoint has room for: a run would end at its first one, or resume without it."""
+    name = type(model).__name__
+    for path, module in model.named_modules():
+        if type(module).get_extra_state is not nn.Module.get_extra_state:
+            raise ValueError(f"{path or 'the whole'} of {name} keeps an extra state (get_extra_state), and checkpoints "
+                             f"have weights and buffers alone: keep it in a buffer")  # fmt: skip
+        kept = {n: b for n, b in module._buffers.items() if n not in module._non_persistent_buffers_set}
+        for key, tensor in (module._parameters | kept).items():
+            if tensor is not None and (tensor.layout != torch.strided or tensor.is_nested or tensor.is_quantized):
+                place = f"{path}.{key}".strip(".")
+                kind = tensor.dtype if tensor.is_quantized else "nested" if tensor.is_nested else tensor.layout
+                raise ValueError(f"{place} of {name} is {str(kind).removeprefix('torch.')}, and checkpoints have "
+                                 f"plain tensors alone: make it a dense one, or persistent=False")  # fmt: skip
 
 
 def refuse_batch_norm(model: nn.Module) -> None:

@@ -34,6 +34,7 @@ from dtrain.layout import (
     is_ours,
     refuse_batch_norm,
     refuse_gradient_hooks,
+    refuse_unsaved,
     refuse_written_tensors,
     write,
     written,
@@ -194,6 +195,7 @@ class Plan:
         check_layout(model)
         for strategy in self.strategies:
             strategy.check_model(model, self)
+        refuse_unsaved(model)
         if self.parts > 1 or self.recompute or self.on("pp"):
             refuse_batch_norm(model)
         if self.strategies:

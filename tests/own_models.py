@@ -492,6 +492,28 @@ class Keyed(Good):
         return x
 
 
+class Sparse(Good):
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("graph", torch.eye(4).to_sparse())
+
+
+class Extra(Good):
+    """One of its modules keeps what is no tensor."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first.scale = Scale()
+
+
+class Scale(nn.Module):
+    def get_extra_state(self) -> dict[str, float]:
+        return {"scale": 2.0}
+
+    def set_extra_state(self, state: dict[str, float]) -> None:
+        pass
+
+
 class Unblocked(Good):
     layout = Layout(first="first", blocks="first.token", last="last")
 
@@ -710,6 +732,8 @@ MODELS: dict[str, Any] = (
             SpectrallyNormed,
             Computing,
             Keyed,
+            Sparse,
+            Extra,
             Unblocked,
             Unattended,
             Failing,

@@ -93,6 +93,14 @@ REFUSED = {
     ("Renormed", "ddp"): r"first.token.weight of Renormed is changed by its forward pass",
     ("Clamped", "fsdp"): r"last.out.weight of Clamped is changed by its forward pass",
     ("Bounded", "fsdp"): r"last.out.weight of Bounded is changed by its forward pass",
+    (
+        "Sparse",
+        "single",
+    ): "graph of Sparse is sparse_coo, and checkpoints have plain tensors alone: make it a dense one",
+    (
+        "Extra",
+        "ddp",
+    ): r"first.scale of Extra keeps an extra state \(get_extra_state\), and checkpoints have weights and",
     ("Unblocked", "1f1b"): "layout.blocks of Unblocked names 'first.token', which is a Embedding: name a ModuleList",
     ("Unattended", "ring"): "layout.attention of Unattended names 'core', and no block has such a module",
     **{

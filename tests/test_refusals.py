@@ -887,6 +887,12 @@ REFUSALS = {
     "a name of nothing": Refusal(
         lambda: own("Misspelt"), "layout.blocks of Misspelt", "'layers'", "it has first"
     ),
+    "what no checkpoint takes": Refusal(
+        lambda: own("Sparse"), "graph of Sparse", "sparse_coo", "persistent=False"
+    ),
+    "an extra state": Refusal(
+        lambda: own("Extra"), "first.scale of Extra", "get_extra_state", "keep it in a buffer"
+    ),
     "blocks that are none": Refusal(
         lambda: own("Unblocked"), "layout.blocks of Unblocked", "'first.token'", "name a ModuleList"
     ),
