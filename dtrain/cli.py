@@ -29,7 +29,7 @@ from dtrain.compare import command as comparison
 from dtrain.config import CONFIGS, Comparison, Config, check_axes, checked, refuse_unknown, register
 from dtrain.info import info as count
 from dtrain.job import assemble, model_factories
-from dtrain.launch import RanksFailed, World, leave_words, spawn, tie
+from dtrain.launch import TOLD, RanksFailed, World, leave_words, spawn, tie
 from dtrain.launchers import understood
 from dtrain.mistakes import BROKEN_OFF, MISTAKES, check_words, explain, of_the_system
 from dtrain.outside import refuse_code
@@ -85,6 +85,7 @@ def main(config_name: str, task: Callable[[DictConfig], Any]) -> None:
     world = _world()
     if "TORCHELASTIC_RUN_ID" in os.environ:
         tie(os.getppid())  # a kill -9 of torchrun would leave its ranks
+    TOLD.clear()
     if world and world.rank:
         _be_silent()
     if world and any(arg in ("-m", "--multirun") for arg in sys.argv[1:]):
@@ -165,6 +166,8 @@ def compare(config: DictConfig) -> None:
         return composed
 
     def run_one(config: DictConfig, place: Path, name: str) -> dict[str, Any]:
+        if TOLD:
+            raise KeyboardInterrupt
         summary = start(config, place, name, output=place / "printed")
         if RESUMABLE in summary:  # somebody wants all of it to end
             raise KeyboardInterrupt
@@ -274,6 +277,8 @@ def _told(jobs: list[Told]) -> Iterator[None]:
     if hydra_config.mode != RunMode.MULTIRUN:
         yield
         return
+    if TOLD:  # by a signal that came when the job before had done all its steps
+        _exit("interrupted", INTERRUPTED)
     words = tuple(map(masked_override, _words()))
     job = Told(str(hydra_config.job.num), words, Path(hydra_config.runtime.output_dir))
     show_job(job)

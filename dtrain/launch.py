@@ -37,6 +37,7 @@ ERROR_FILE = "TORCHELASTIC_ERROR_FILE"  # the variable that tells a rank where t
 MEETING = "DTRAIN_MEETING"  # the variable that tells ranks that we start ourselves in which file they meet
 VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "LOCAL_SIZE")  # the last one is DeepSpeed's
 POLL_S = 0.05  # how often the launcher looks after its ranks
+TOLD: list[int] = []  # signals that have asked this process to end: what comes after this run does not begin
 STOPS = (signal.SIGTERM, signal.SIGHUP, signal.SIGINT)  # ask for the end: a checkpoint, then no more steps
 
 
@@ -312,8 +313,13 @@ def stops_go_to(handler: Callable[[int, FrameType | None], None]) -> Iterator[No
 
     But not SIGTERM, which launch/node.sh has ignored until somebody listens.
     """
+
+    def hear(number: int, frame: FrameType | None) -> None:
+        TOLD.append(number)
+        handler(number, frame)
+
     heard = [number for number in STOPS if number == signal.SIGTERM or signal.getsignal(number) != signal.SIG_IGN]
-    before = {number: signal.signal(number, handler) for number in heard}
+    before = {number: signal.signal(number, hear) for number in heard}
     try:
         yield
     finally:

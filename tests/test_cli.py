@@ -20,6 +20,7 @@ from hydra.core.global_hydra import GlobalHydra
 
 from dtrain import cli
 from dtrain.claim import RESUMABLE
+from dtrain.launch import stops_go_to
 from dtrain.saved import about, verify
 from hydra_plugins.dtrain_torchrun import _outcome
 
@@ -398,6 +399,26 @@ def test_a_sweep_ends_where_one_of_its_jobs_was_told_to(call, monkeypatch: pytes
     monkeypatch.setattr(cli, "run", told)
     status, _, err = call("--multirun", *TINY, "optimizer.lr=1e-3,1e-2", "hydra.sweep.dir=sweep")
     assert (status, begun, err) == (130, [1e-3], "dtrain: interrupted\n")
+
+
+def test_a_sweep_ends_where_a_job_had_done_all_its_steps_when_it_was_told_to(
+    call, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The job ends well, whoever told it; the next does not begin."""
+    begun: list[float] = []
+
+    def told(settings, *_) -> dict[str, str]:
+        begun.append(settings.optimizer["lr"])
+        with stops_go_to(lambda number, frame: None):
+            os.kill(os.getpid(), signal.SIGTERM)
+        return {"val_loss": 1.0}
+
+    monkeypatch.setattr(cli, "run", told)
+    status, _, err = call("--multirun", *TINY, "optimizer.lr=1e-3,1e-2", "hydra.sweep.dir=sweep")
+    assert (status, begun, err) == (130, [1e-3], "dtrain: interrupted\n")
+    assert (
+        call("--multirun", *TINY, "optimizer.lr=1e-3", "hydra.sweep.dir=again")[0] == 0
+    )  # of this process's next command
 
 
 def test_a_sweeper_is_told_the_validation_loss(call, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
