@@ -157,8 +157,10 @@ def _running(task: Task, batch: Batch, seed: int, dtypes: tuple[torch.dtype, ...
                 for module in models[update.trains].modules():
                     if isinstance(module, StepAware):
                         module.before_step(torch.ones((), dtype=torch.float64))
-                with torch.enable_grad() if update.second_order else torch.no_grad():
-                    update.loss(models, batch)
+                with torch.enable_grad():
+                    loss = update.loss(models, batch)
+                    if loss.requires_grad:
+                        loss.sum().backward()
             _refuse_made(models, there)
             # Made again: buffers may have moved.
             return {n: whole(factory, seed, dtype) for n, factory in task.models.items()}, dtype

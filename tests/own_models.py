@@ -522,6 +522,15 @@ class Unattended(Good):
     layout = Layout(first="first", blocks="blocks", last="last", attention="core")
 
 
+class InPlace(Plain):
+    """It changes what its backward pass needs: forward alone, it runs."""
+
+    def forward(self, tokens: Tensor, positions: Tensor) -> Tensor:
+        x = self.first(tokens, positions).exp()
+        y = 2 * x
+        return self.last(y + x.add_(1))
+
+
 class Failing(Good):
     def body(self, x: Tensor) -> Tensor:
         return self.blcks[0](x)
@@ -737,6 +746,7 @@ MODELS: dict[str, Any] = (
             Unblocked,
             Unattended,
             Failing,
+            InPlace,
             AsleepWithin,
             Rotating,
             ByNumpy,

@@ -102,6 +102,10 @@ REFUSED = {
         "ddp",
     ): r"first.scale of Extra keeps an extra state \(get_extra_state\), and checkpoints have weights and",
     ("Unblocked", "1f1b"): "layout.blocks of Unblocked names 'first.token', which is a Embedding: name a ModuleList",
+    **{
+        ("InPlace", strategy): "the model cannot be trained: .*RuntimeError: one of the variables needed for gradient"
+        for strategy in ("single", "ddp")
+    },
     ("Unattended", "ring"): "layout.attention of Unattended names 'core', and no block has such a module",
     **{
         ("Failing", strategy): r"AttributeError: 'Failing' object has no attribute 'blcks' \(own_models.py, line \d+\)"
