@@ -100,16 +100,16 @@ def try_large_weights(run: Run) -> None:
     try:
         for factor in LARGE:
             scaled = {name: weight * factor for name, weight in run.weights.items()}
-            _set(run.model, scaled)
+            set_weights(run.model, scaled)
             with suppress(Exception):  # it may not like them
                 run(slice(0, 1))
             _refuse_changed(run, scaled)
     finally:
-        _set(run.model, run.weights)
+        set_weights(run.model, run.weights)
         put_back(run.model, before)
 
 
-def _set(model: nn.Module, weights: dict[str, Tensor]) -> None:
+def set_weights(model: nn.Module, weights: dict[str, Tensor]) -> None:
     for name, parameter in model.named_parameters():
         parameter.data.copy_(weights[name])
 

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from dtrain.besides import Kept
 from dtrain.draw import seed_everything
 from dtrain.layout import StepAware
-from dtrain.trial import EVERYTHING, Run, difference, put_back
+from dtrain.trial import EVERYTHING, Run, difference, put_back, set_weights
 
 
 def try_again(run: Run, tolerance: float) -> Iterator[str]:
@@ -26,8 +26,7 @@ def try_again(run: Run, tolerance: float) -> Iterator[str]:
     saved = {key: buffer.clone() for key, buffer in model.named_buffers() if key not in unsaved}
     for _ in range(2):
         put_back(model, saved)
-        for key, weight in model.named_parameters():
-            weight.data.copy_(run.weights[key])
+        set_weights(model, run.weights)
         seed_everything(0)
         found.append((run(EVERYTHING), _attributes(model, tolerance), {k: b.clone() for k, b in unsaved.items()}))
     (first, before, moved), (second, after, again) = found
