@@ -65,8 +65,8 @@ class Rows(Data):
             if self.group and self.group not in row:
                 raise ValueError(f"{where} has no field {self.group!r}, only {', '.join(row)}: set data.group")
             group = row[self.group] if self.group else None
-            if self.group and (alone := missing(group) or group == ""):
-                self.left_out[f"rows without {self.group}, each a group of its own"] += alone
+            if self.group and (missing(group) or group == ""):
+                self.left_out[f"rows without {self.group}, each a group of its own"] += 1
                 group = None
             digest = hashlib.blake2b(repr(row if group is None else group).encode(), digest_size=8).digest()
             held_out = int.from_bytes(digest, "big") < self.validation_fraction * 2**64
