@@ -107,13 +107,18 @@ def _first(failed: Mapping[int, int], error_files: Mapping[int, str], why: str =
     Args:
         why: the reason, where it was SIGKILL.
     """
+    whys = {-signal.SIGKILL: why, -signal.SIGABRT: ABORTED}
     by_itself = {rank: status for rank, status in failed.items() if status != -signal.SIGTERM} or failed
     said = {rank: _said(error_files[rank]) for rank in by_itself}
     rank = min(by_itself, key=lambda rank: said[rank][1] or 0.0)
     words, _, printed = said[rank]
-    return RanksFailed(rank, by_itself[rank], words, printed, why if by_itself[rank] == -signal.SIGKILL else "")
+    return RanksFailed(rank, by_itself[rank], words, printed, whys.get(by_itself[rank], ""))
 
 
+ABORTED = (  # by gloo, whose C++ has no other way out of a thread that cannot begin
+    ": a library has aborted it, for what it says above; where a resource is unavailable, allow more processes "
+    "(ulimit -u, a container's limit of pids)"
+)
 HOLD_LESS = "let a rank hold less, by strategy=fsdp, micro_batch_size, activation_checkpointing=true"
 
 

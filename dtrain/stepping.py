@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from dtrain.besides import Kept, besides
+from dtrain.constructor import in_words
 from dtrain.draw import Again, seed_everything
 from dtrain.layout import hooked
 from dtrain.optimizer import fill_state, named_tensors, put_back
@@ -135,8 +136,7 @@ def _whole(make: Make, start: list[Tensor], gradients: list[list[Tensor]], name:
         for place, each in enumerate(gradients):
             _step(optimizer, model.all, each, seed=place + seed)
     except Exception as error:  # an author's step may raise anything: it wants a closure, or sparse gradients
-        said = (str(error).strip() or "nothing is said").splitlines()[0]
-        raise ValueError(f"optimizer {name} cannot step here: {type(error).__name__}: {said}") from None
+        raise ValueError(f"optimizer {name} cannot step here: {in_words(error)}") from None
     return [p.detach() for p in model.all]
 
 

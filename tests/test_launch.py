@@ -21,7 +21,7 @@ import torch.distributed as dist
 from dtrain import fingerprint, launch
 from dtrain.config import Straggler
 from dtrain.fingerprint import refuse_differences
-from dtrain.launch import RanksFailed, World, leave_words, spawn
+from dtrain.launch import ABORTED, RanksFailed, World, leave_words, spawn
 from dtrain.rendezvous import connected
 from dtrain.straggler import slowed
 
@@ -71,6 +71,7 @@ ENDS: dict[str, tuple[Failures, int, str]] = {
     "another than rank 0": ([(103, 1, OTHERS), (100, 3, "mine")], 3, "mine"),
     "in the middle": ([(104, 1, OTHERS), (101, 2, "mine"), (109, 1, OTHERS)], 2, "mine"),
     "a signal": ([(103, 1, OTHERS), (100, -9, "")], -9, "rank 1 ended with signal 9"),
+    "aborted": ([(103, 1, OTHERS), (100, -6, "")], -6, f"rank 1 ended with signal 6{ABORTED}"),
     "no words": ([(103, 1, OTHERS), (100, 7, "")], 7, "rank 1 ended with exit status 7"),
     "in the same second": ([(100.7, 1, OTHERS), (100.2, 2, "mine"), (100.9, 1, OTHERS)], 2, "mine"),
     "a signal in the same second": ([(100.7, 1, OTHERS), (100.5, -9, "")], -9, "rank 1 ended with signal 9"),

@@ -339,7 +339,10 @@ def test_what_compares_elements_is_refused_where_it_would_get_parts(make: Make, 
         *((of(Periodic, every=n, kept="group"), "it keeps 'counter' of group 0 too") for n in (2, 3, 4, 16)),
         (of(Periodic), "it keeps its count too"),
         (of(Periodic, kept="state"), "it keeps 'step' of its state too"),
-        (of(Raising), "Raising cannot step here: AssertionError: it wants another rate$"),
+        (
+            of(Raising),
+            "Raising cannot step here: AssertionError: it wants another rate \\(test_stepping.py, line \\d+\\)$",
+        ),
         (of(NoRate), "NoRate has no 'lr' in its group 0, .* it has 'size'; call the rate lr"),
     ],
     ids=[

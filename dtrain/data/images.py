@@ -18,6 +18,7 @@ from safetensors.torch import load, save
 from torch import Tensor
 
 from dtrain import records
+from dtrain.constructor import in_words
 from dtrain.data.base import Data, Progress
 from dtrain.data.cache import kept, reading
 from dtrain.data.features import Features
@@ -284,7 +285,7 @@ def decoded(file: Any, size: int, grey: bool) -> Tensor:
         with Image.open(file, formats=FORMATS) as image:
             return to_tensor(image, size, grey)
     except Exception as error:
-        raise ValueError(f"{type(error).__name__}: {error}".splitlines()[0]) from error
+        raise ValueError(in_words(error)) from error
 
 
 def to_tensor(image: Any, size: int, grey: bool) -> Tensor:
