@@ -101,8 +101,14 @@ def check_layout(model: nn.Module) -> None:
 
 
 def is_ours(model: nn.Module) -> bool:
-    """Is it a class of dtrain itself, which its tests have tried?"""
-    return type(model).__module__.split(".")[0] == "dtrain"
+    """Is it a class of dtrain itself, which its tests have tried, or one that `fully_shard` has derived from it?"""
+    kinds = (each.__module__ for each in type(model).__mro__)
+    return next(each for each in kinds if not each.startswith("torch.distributed.")).split(".")[0] == "dtrain"
+
+
+def of_others(model: nn.Module) -> bool:
+    """Does somebody else's code compute it, a class of theirs or one of `transformers`?"""
+    return not is_ours(model) or hasattr(model, "original")
 
 
 class Absent(nn.Module):

@@ -31,7 +31,7 @@ from dtrain.initialize import build, materialize, on_meta
 from dtrain.layout import (
     blocks_of,
     check_layout,
-    is_ours,
+    of_others,
     refuse_batch_norm,
     refuse_gradient_hooks,
     refuse_unsaved,
@@ -147,7 +147,7 @@ class Plan:
         """Build the model this rank trains. A collective."""
         model = build(factory, seed)
         self.check_model(model)
-        compared = self.world_size > 1 and not is_ours(model)
+        compared = self.world_size > 1 and of_others(model)
         digests = {name: digest(tensor) for name, tensor in (tensors_of(model) if compared else ())}
         name, parts, attributes = type(model).__name__, [model], written(model)
         for strategy in self.strategies:
@@ -168,7 +168,7 @@ class Plan:
             if self.compile:
                 block.compile()
         model = self._apply(("fsdp",), model)
-        told = None if is_ours(model) else lambda name, values: digests.update({name: digest(values)})
+        told = None if not of_others(model) else lambda name, values: digests.update({name: digest(values)})
         materialize(model, seed, self.storage, self.device, self.precision.weights_dtype, told)
         model = self._apply(AFTER_VALUES, model)
         for strategy in self.strategies:

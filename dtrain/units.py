@@ -4,14 +4,15 @@
 
 A unit's weights are gathered when it runs, and its gradients are reduced when its backward pass
 ends, whatever other ranks do. Messages of two sizes that meet end a process in gloo, or hang; of
-one size they are taken for each other's. So in the first updates ranks call what they run next
-through the store, before its messages; after that, and in evaluations, they compare how often each
-block has run before anything is done with what came of it (`presence`).
+one size they are taken for each other's. So where somebody else's code decides what runs, ranks call
+what they run next through the store, before its messages; and of every model they compare how often
+each block has run before anything is done with what came of it (`presence`).
 """
 
 from __future__ import annotations
 
 import time
+from collections import Counter
 from typing import Any
 
 import torch
@@ -20,24 +21,31 @@ from torch import nn
 from torch.distributed.fsdp import FSDPModule
 
 from dtrain.batch import pieces
-from dtrain.layout import layout_of, shared_names
+from dtrain.layout import layout_of, of_others, shared_names
 
-CALLED = 2  # updates in which ranks call what they run next
-POLL_S, LIMIT_S = 0.001, 600.0
+AT_ONCE_S, POLL_S, LIMIT_S = 0.02, 0.001, 600.0
 
 
 class Roll:
     """What the ranks of one model say that they run next.
+
+    Each counts itself in at a place of the update, under the name of what it runs there; who waits for long writes
+    where it is, so that those who wait for each other find it out. The names are the same in every update: the store
+    does not grow.
 
     Args:
         ranks: who must run the same.
     """
 
     def __init__(self, ranks: list[int]) -> None:
-        self.ranks, self.updates, self.place = len(ranks), 0, 0
+        self.ranks, self.updates, self.place = ranks, 0, 0
         self._store = dist.distributed_c10d._get_default_store()
         made = self._store.add(f"units/{dist.get_rank()}", 1)  # models of this process: as many as of the others
         self._key = f"units/{'-'.join(map(str, ranks))}/{made}"
+        self._times: Counter[str] = Counter()
+
+    def begin_update(self) -> None:
+        self.updates, self.place = self.updates + 1, 0
 
     def call(self, unit: str) -> None:
         """Say it, and wait for the others to say theirs.
@@ -45,18 +53,28 @@ class Roll:
         Raises:
             ValueError: some say another; on every rank.
         """
-        if self.ranks == 1 or self.updates > CALLED:
-            return
-        key, self.place = f"{self._key}/{self.place}", self.place + 1
-        self._store.add(f"{key}/{unit}", 1)
-        count, limit = self._store.add(key, 1), time.monotonic() + LIMIT_S
-        while count < self.ranks and time.monotonic() < limit:
-            time.sleep(POLL_S)
+        key, at, self.place = f"{self._key}/{self.place}/{unit}", f"{self.updates}/{self.place}", self.place + 1
+        self._times[key] += 1
+        expected, since = len(self.ranks) * self._times[key], time.monotonic()
+        count, waits = self._store.add(key, 1), False
+        while count < expected and (waited := time.monotonic() - since) < LIMIT_S:
+            if waited > AT_ONCE_S and not waits:
+                self._store.set(f"{self._key}/of/{dist.get_rank()}", f"{at}/{unit}")
+                waits = True
+            elif waits:
+                self._compare(at, unit)
+            time.sleep(POLL_S if waits else POLL_S / 10)
             count = self._store.add(key, 0)
-        alike = self._store.add(f"{key}/{unit}", 0)
-        if alike < count:
+
+    def _compare(self, at: str, unit: str) -> None:
+        """Raise ValueError if all ranks wait at this place, and not all for this unit."""
+        keys = [f"{self._key}/of/{rank}" for rank in self.ranks]
+        if not self._store.check(keys):
+            return
+        said = [each.decode() for each in self._store.multi_get(keys)]
+        if all(each.startswith(f"{at}/") for each in said) and (alike := said.count(f"{at}/{unit}")) < len(said):
             raise ValueError(
-                f"{alike} of {self.ranks} ranks go on to {unit}, and others to something else: fsdp and "
+                f"{alike} of {len(said)} ranks go on to {unit}, and others to something else: fsdp and "
                 f"replicate exchange a block when it runs, so all ranks must run it alike; use "
                 f"strategy=ddp, allreduce or zero1"
             )
@@ -65,7 +83,7 @@ class Roll:
 class Unit:
     """What `fully_shard` or `replicate` exchange together, watched: how often it ran, and which gradients it had."""
 
-    def __init__(self, group: Any, name: str, roll: Roll) -> None:
+    def __init__(self, group: Any, name: str, roll: Roll | None) -> None:
         self.group, self.name, self.roll, self.calls = group, name, roll, 0
         self.used: set[int] = set()  # its parameters that backward has reached in this update
         self.twice = False  # is a first backward pass part of the loss? It gives no weight a gradient
@@ -82,12 +100,12 @@ class Unit:
 
     def forward(self, *inputs: Any) -> Any:
         self.calls += 1
-        if self.name:
+        if self.name and self.roll:
             self.roll.call(self.name)
         return self._forward(*inputs)
 
     def backward(self, *options: Any) -> None:
-        if not self.name:
+        if self.roll and not self.name:
             self.roll.call("the backward pass")
         self._backward(*options)
 
@@ -113,7 +131,7 @@ class Unit:
 
 def watch(model: nn.Module, ranks: list[int]) -> None:
     """Have every unit of the model, or of a stage, watched from now on; `ranks` share them."""
-    roll, found = Roll(ranks), []
+    roll, found = Roll(ranks) if of_others(model) and len(ranks) > 1 else None, []
     for name, module in model.named_modules():
         if isinstance(module, FSDPModule):
             groups = module._get_fsdp_state()._fsdp_param_groups
@@ -126,8 +144,8 @@ def units(model: nn.Module) -> list[Unit]:
 
 
 def begin_update(model: nn.Module) -> None:
-    for roll in {unit.roll for unit in units(model)}:
-        roll.updates += 1
+    for roll in filter(None, {unit.roll for unit in units(model)}):
+        roll.begin_update()
     for unit in units(model):
         unit.calls = 0
         unit.used.clear()

@@ -10,6 +10,7 @@ from unittest import mock
 
 import pytest
 import torch
+import torch.distributed as dist
 from cases import CONTEXT, STRATEGIES, TASKS, VOCAB, Case, NextToken, Outcome, assert_equal, refusal, train, trainer
 from omegaconf import OmegaConf
 from test_accelerate import KNOWN as ACCELERATED
@@ -140,6 +141,26 @@ def test_a_model_made_beside_an_engine_is_whole(folders: dict[str, str], worlds_
         shapes_beside_zero3, case_of("accelerate_zero3", folders["gpt2"]), folders["gpt2"], 2
     ):
         assert (0,) not in shapes and len(shapes) > 3
+
+
+def of_a_rank(strategy: str, folders: list[str]) -> str:
+    """What comes of it where each rank has a folder of its own."""
+    try:
+        trained(case_of(strategy, folders[dist.get_rank()]), len(folders))
+    except ValueError as error:
+        return str(error)
+    return ""
+
+
+def test_machines_whose_folders_have_other_weights_are_told_apart(
+    folders: dict[str, str], tmp_path: Path, worlds_with_engines
+) -> None:
+    """Whose configurations are alike."""
+    other = GPT2LMHeadModel.from_pretrained(folders["gpt2"])
+    other.transformer.h[1].ln_2.weight.data[0] += 1
+    other.save_pretrained(tmp_path)
+    for said in worlds_with_engines(2).run(of_a_rank, "ddp", [folders["gpt2"], str(tmp_path)]):
+        assert "ln_2.weight of HuggingFace begins with other values on rank 1 than on rank 0" in said
 
 
 def test_random_weights_from_a_configuration_are_of_the_seed(folders: dict[str, str], tmp_path: Path) -> None:

@@ -171,7 +171,7 @@ def expected(alone) -> Outcome:
     return trained("single", 1, None)
 
 
-ALIKE = ("allreduce", "zero2", "ddp_small_buckets", "tensor_sequence", "zbv", "hsdp")  # beside another of their kind
+ALIKE = ("zero2", "ddp_small_buckets", "tensor_sequence", "zbv", "hsdp")  # beside another of their kind
 
 
 @pytest.mark.parametrize(
@@ -300,8 +300,15 @@ class Soon(Rows):
     WAYS = ([0, 1] * 6, [0] * 6 + [1] * 6)
 
 
-def _refused(strategy: str, task: Task) -> str:
-    run = made(strategy, 2, None, task=task, steps=4)
+class Later(Rows):
+    """In the fourth step one rank has rows of both ways, and the other of one: it runs a block less."""
+
+    WAYS = ([0, 1] * 6, [0, 1] * 6, [0, 1] * 6, [0, 1] * 3 + [1] * 6)
+
+
+def _refused(strategy: str, task: Task, *, ours: bool = False) -> str:
+    with mock.patch("dtrain.units.of_others", lambda _: not ours):
+        run = made(strategy, 2, None, task=task, steps=4)
     try:
         for _ in run.steps():
             pass
@@ -312,15 +319,26 @@ def _refused(strategy: str, task: Task) -> str:
 
 @pytest.mark.parametrize("strategy", ["fsdp", "replicate"])
 def test_blocks_that_ranks_do_not_run_alike_are_refused(strategy: str, world) -> None:
-    """Before a step with them: the messages of two blocks of one size would be taken for each other's."""
-    for said in world(2).run(_refused, strategy, Settled(Skipping)):
-        assert said.startswith("3: blocks.") and "use strategy=ddp, allreduce or zero1" in said
+    """Before their messages: of one size they would be taken for each other's."""
+    for rank, said in enumerate(world(2).run(_refused, strategy, Settled(Skipping))):
+        assert said.startswith(f"3: 1 of 2 ranks go on to blocks.{rank}") and "use strategy=ddp, allreduce" in said
 
 
 @pytest.mark.parametrize("strategy", ["fsdp", "replicate"])
-def test_blocks_of_two_sizes_are_refused_before_their_messages(strategy: str, world) -> None:
-    for rank, said in enumerate(world(2).run(_refused, strategy, Soon(Uneven))):
-        assert said.startswith(f"1: 1 of 2 ranks go on to blocks.{rank}") and "use strategy=ddp, allreduce" in said
+def test_how_often_each_block_has_run_is_compared_of_every_model(strategy: str, world) -> None:
+    """Also of those of ours, whose ranks do not call what they run next."""
+    for said in world(2).run(partial(_refused, ours=True), strategy, Settled(Skipping)):
+        assert said.startswith("3: blocks.") and "use strategy=ddp, allreduce or zero1" in said
+
+
+@pytest.mark.parametrize("task", [Soon, Settled, Later])
+@pytest.mark.parametrize("strategy", ["fsdp", "replicate"])
+def test_blocks_of_two_sizes_are_refused_before_their_messages(strategy: str, task: type[Task], world) -> None:
+    """In whatever step; and where one rank runs less than the other."""
+    number = len(task.WAYS) - 1
+    first, second = world(2).run(_refused, strategy, task(Uneven))
+    assert first.startswith(f"{number}: 1 of 2 ranks go on to blocks.0") and "use strategy=ddp, allreduce" in first
+    assert second.startswith(f"{number}: 1 of 2 ranks go on to blocks.1")
 
 
 def test_ranks_that_run_other_blocks_are_no_matter_to_ddp(world, alone) -> None:
@@ -342,9 +360,10 @@ class Frozen(Ways):
 
 
 @pytest.mark.parametrize(
-    ("strategy", "size"), [("1f1b", 2), ("gpipe", 2), ("interleaved_1f1b", 2), ("pipeline_fsdp", 4)]
-)
-def test_a_stage_in_which_nothing_trains(strategy: str, size: int, world, alone) -> None:
+    ("strategy", "size"),
+    [*((each, 2) for each in ("1f1b", "gpipe", "interleaved_1f1b", "ddp", "fsdp", "zero1", "tensor")), ("pipeline_fsdp", 4)],
+)  # fmt: skip
+def test_what_is_frozen_stays_as_it_is_also_a_whole_stage(strategy: str, size: int, world, alone) -> None:
     expected = trained("single", 1, None, task=Rows(Frozen))
     assert_all_equal(world(size).run(partial(trained, task=Rows(Frozen)), strategy, size, 2), expected, TOLERANCE)
 

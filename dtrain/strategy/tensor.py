@@ -43,7 +43,7 @@ from dtrain.batch import pieces
 from dtrain.cost import Message, all_reduce_each, message
 from dtrain.footprint import Footprint, Piece, Shape
 from dtrain.initialize import on_meta, whole
-from dtrain.layout import divisors, experts_of, holders, is_ours, layout_of, modules_at, multiples, shared_names
+from dtrain.layout import divisors, experts_of, holders, layout_of, modules_at, multiples, of_others, shared_names
 from dtrain.rehearsal import DoesNotRun, Rehearsal, between, split
 from dtrain.split import (
     cut,
@@ -129,7 +129,7 @@ class TensorParallel(Strategy):
         batch = {name: tensor[:2] for name, tensor in task.batch(0).items()}
         shapes = {name: tensor.to("meta") for name, tensor in batch.items()}
         outlines = {name: on_meta(factory) for name, factory in task.models.items()}
-        if all(model is not None and is_ours(model) and not hasattr(model, "original") for model in outlines.values()):
+        if all(model is not None and not of_others(model) for model in outlines.values()):
             return
         for update in task.updates:
             name, models = update.trains, {n: m for n, m in outlines.items() if m is not None}
