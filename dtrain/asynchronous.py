@@ -22,7 +22,9 @@ from torch.optim import Optimizer
 
 from dtrain.board import SYNC, Board, Once
 from dtrain.config import Config
+from dtrain.fingerprint import digest, refuse_other_weights, tensors_of
 from dtrain.launch import PRELOADED, World, gathered, tied
+from dtrain.layout import of_others
 from dtrain.plan import Plan
 from dtrain.rendezvous import address_of_first
 from dtrain.server import Server
@@ -44,6 +46,8 @@ class Asynchronous(Server):
         self.saving = list(range(strategy.servers))  # ranks that write checkpoints
         self._store, address = _shared_store()
         super().__init__(task, plan, optimizer, settings, config, world, address, dist.new_group(self.saving))
+        for model in filter(of_others, self.models.values()):  # which each rank has made, as its worker will
+            refuse_other_weights({name: digest(tensor) for name, tensor in tensors_of(model)}, type(model).__name__)
         self._begun = self._begun_version = 0  # steps and updates of earlier runs
         self._seconds = 0.0  # of this one's
 

@@ -15,6 +15,7 @@ from dtrain.board import SYNC
 from dtrain.clip import clip
 from dtrain.compression import Compression
 from dtrain.config import Config
+from dtrain.draw import seed_everything
 from dtrain.job import assemble
 from dtrain.launch import STOPS, World
 from dtrain.link import Link
@@ -118,7 +119,7 @@ class Worker:
             self._batch = step, self.task.batch(step)
         batch, update = self._batch[1], updates[index]
         scale = workers / update.count(batch).clamp(min=1).double()
-        torch.manual_seed(hash((self.config.seed, step, part, 0)) % 2**63)
+        seed_everything(hash((self.config.seed, step, part, 0)) % 2**63)
         model = self.models[update.trains]
         rows = {name: tensor.to(self.plan.device) for name, tensor in list(divide(batch, workers))[part].items()}
         with slowed(self.config.straggler, self.number + self.strategy.servers):

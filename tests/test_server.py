@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import random
 from collections.abc import Iterator, Sequence
 from threading import Thread
 from types import SimpleNamespace
@@ -13,6 +14,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from cases import ROWS, NextToken
+from own_models import MODELS, OwnModel, Plain
 from torch import Tensor, nn
 
 from dtrain import worker as workers
@@ -154,6 +156,57 @@ def test_a_gradients_rate_is_divided_by_its_staleness_if_asked_for(divides: bool
     second.serve(0, *said, (BYE,))
     second.assert_expected()
     assert second.server.staleness == {0: 2, 1: 1, 2: 1, 4: 1}
+
+
+# What a worker computes
+
+
+class Spare(Plain):
+    """With a weight that nothing uses, and noise by Python's generator in training."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.spare = nn.Linear(2, 2)
+
+    def forward(self, tokens: Tensor, positions: Tensor) -> Tensor:
+        return super().forward(tokens, positions) * random.choice((0.8, 1.2))
+
+
+def test_a_worker_draws_by_the_seed_and_says_what_its_rows_have_used(alone) -> None:
+    """It is a process of its own, whose Python draws anew in each life."""
+    job: Any = Job(CONFIG, None, OwnModel(Spare), plan_of(1), All())  # type: ignore[arg-type]
+    losses = []
+    for first in (1, 2):
+        with mock.patch.object(workers, "assemble", lambda *_: job):
+            worker = Worker(CONFIG, World(1, 2))
+        random.seed(first)
+        told = [worker._gradient(item) for item in (0, 1, 2, 3)]
+        losses.append([loss for _, _, _, loss, _ in told])
+    used = told[0][2]
+    assert losses[0] == losses[1] and len(set(losses[0])) == 4
+    names = {name for name, p in worker.models["model"].named_parameters() if id(p) not in used}
+    assert names == {"spare.weight", "spare.bias"}
+
+
+def refused(model: str) -> str:
+    plan = plan_of(1)
+    try:
+        Asynchronous(OwnModel(MODELS[model]), plan, sgd, SETTINGS, CONFIG, World(dist.get_rank(), plan.world_size))
+    except ValueError as error:
+        return str(error)
+    return ""
+
+
+def test_a_model_that_is_another_in_each_process_is_refused(world) -> None:
+    """By what no server sends: weights would be the server's."""
+    assert (
+        world(2).run(refused, "Attribute")
+        == [
+            "angles of Attribute begins with other values on rank 1 than on rank 0: draw it by torch's, numpy's "
+            "or Python's global generator, which the seed sets, or from a file that all ranks have"
+        ]
+        * 2
+    )
 
 
 # A whole run: servers are ranks of a world, the worker is a thread of the first
