@@ -45,15 +45,15 @@ def whole_tensors(engine: Any, owners: dict[str, int]) -> dict[str, Tensor]:
     """Weights, states and buffers by their full names, each whole on the rank that owns it. A collective."""
     states, kept, group = _states(engine), engine.module.state_dict().keys(), engine.optimizer.dp_process_group
     found = {name: buffer for name, buffer in engine.module.named_buffers() if name in kept}
-    for name, parameter in _trained(engine):
-        for key in (None, *_moments(states[0])):
+    for name, parameter in engine.module.named_parameters():
+        for key in (None, *(_moments(states[0]) if parameter.requires_grad else ())):
             whole = torch.zeros(elements(parameter), device=engine.device)
             start, part = _slice(engine, parameter, key)
             whole[start : start + part.numel()] = part
             dist.reduce(whole, group_dst=owners[name], group=group)  # to all others zeros, so exact
             if owners[name] == dist.get_rank(group):
                 found[_named(name, key)] = whole.view(getattr(parameter, "ds_shape", parameter.shape))
-        if owners[name] == dist.get_rank(group):
+        if owners[name] == dist.get_rank(group) and parameter.requires_grad:
             once = {key: value for key, value in states[0].items() if key not in _moments(states[0])}
             found |= {_named(name, key): torch.tensor(float(value)) for key, value in once.items()}
     return found
@@ -70,12 +70,15 @@ def put_back(engine: Any, owners: dict[str, int], tensors: dict[str, Tensor]) ->
         for flat in flats(engine):
             engine.optimizer.optimizer.state.pop(flat, None)
     states, group = _states(engine), engine.optimizer.dp_process_group
-    for name, parameter in _trained(engine):
-        for key in (None, *_moments(states[0])):
+    for name, parameter in engine.module.named_parameters():
+        for key in (None, *(_moments(states[0]) if parameter.requires_grad else ())):
             whole = torch.empty(elements(parameter), device=engine.device)
             if owners[name] == dist.get_rank(group):
                 whole.copy_(tensors[_named(name, key)].flatten())
             dist.broadcast(whole, group_src=owners[name], group=group)
+            if not hasattr(parameter, "ds_tensor") and not parameter.requires_grad:
+                parameter.copy_(whole.view_as(parameter))
+                continue
             start, part = _slice(engine, parameter, key)
             part.copy_(whole[start : start + part.numel()])
             _keep(parameter, key, part)
@@ -94,13 +97,19 @@ def put_back(engine: Any, owners: dict[str, int], tensors: dict[str, Tensor]) ->
 
 
 def _slice(engine: Any, parameter: Any, key: str | None) -> tuple[int, Tensor]:
-    """Where this rank's slice begins in the flattened parameter, and its values: of the weight, or of a state."""
-    zero = engine.optimizer
+    """Where this rank's slice begins in the flattened parameter, and its values: of the weight, or of a state.
+
+    What does not train is in no optimizer; at stages 0 to 2 every rank has it whole, and the first one gives it.
+    """
+    zero, trains = engine.optimizer, parameter.requires_grad
+    rank = dist.get_rank(zero.dp_process_group)
     if hasattr(parameter, "ds_tensor"):
-        value = zero.get_local_fp32_param(parameter, key)  # the last ones are filled up
-        start = value.numel() * dist.get_rank(zero.dp_process_group)
+        value = zero.get_local_fp32_param(parameter, key) if trains else parameter.ds_tensor
+        start = value.numel() * rank  # the last ones are filled up
         return start, value[: max(0, parameter.ds_numel - start)]
-    if parameter._hp_mapping is None:
+    if not trains and rank == 0:
+        return 0, parameter.data.flatten()
+    if not trains or parameter._hp_mapping is None:
         return 0, torch.empty(0, device=engine.device)
     mapping, where = parameter._hp_mapping, parameter._hp_mapping.hp_fragment_address
     flat = zero.single_partition_of_fp32_groups[mapping.param_group_index]
@@ -110,7 +119,7 @@ def _slice(engine: Any, parameter: Any, key: str | None) -> tuple[int, Tensor]:
 
 def _keep(parameter: Any, key: str | None, part: Tensor) -> None:
     """At stage 3 a slice may have been a copy, from elsewhere; and there is another of the weights, that travels."""
-    if hasattr(parameter, "ds_tensor"):
+    if hasattr(parameter, "ds_tensor") and parameter.requires_grad:
         padded = nn.functional.pad(part, (0, parameter.ds_tensor.numel() - part.numel()))
         parameter._z3_optimizer.set_local_hp_param(padded, parameter, key)
         if key is None:

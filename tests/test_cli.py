@@ -201,6 +201,9 @@ def test_info_tells_a_models_sizes(call) -> None:
     status, out, _ = call("model=llama_70b", "seq_len=1024", config="info")
     assert "70,553,706,496" in out  # and of Llama 3 70B
     assert "282.2 GB" in out  # four bytes each
+    status, out, _ = call("model=tiny", config="info")
+    told = re.findall(r"\d[\d.,]* (?:[GMk]?B|[GMk]?FLOP)\b", out)
+    assert len(told) == 5 and not [each for each in told if re.match(r"0[., ]", each)], told  # none of it is 0.000 GB
 
 
 def test_a_tracker_of_accelerate_takes_the_figures(call, tmp_path: Path) -> None:

@@ -9,12 +9,13 @@ from unittest import mock
 
 import pytest
 from cases import STRATEGIES, Outcome, assert_all_equal, find, finish
+from test_accelerate import KNOWN as ACCELERATED
 from test_deepspeed import KNOWN
 from test_presence import Rows, Settled, Ways, made, trained
 from torch import Tensor, nn
 
 from dtrain.checkpoint import Checkpoints, load
-from dtrain.strategy.accelerate import AccelerateDDP, AccelerateLocalSGD
+from dtrain.strategy.accelerate import AccelerateLocalSGD
 from dtrain.train import Trainer
 
 pytest.importorskip("deepspeed", reason="the extra dtrain[deepspeed] is not installed")
@@ -22,7 +23,7 @@ pytest.importorskip("accelerate", reason="the extra dtrain[accelerate] is not in
 
 ENGINES: dict[str, list[Any]] = {
     **KNOWN,
-    "accelerate_ddp": [AccelerateDDP],
+    **ACCELERATED,
     "accelerate_local_sgd": [partial(AccelerateLocalSGD, local_sgd_steps=2)],
 }
 TOLERANCE = 1e-5  # relative, in fp32
@@ -45,10 +46,18 @@ def _refused(strategy: str, size: int, micro: int | None) -> str:
 
 @pytest.mark.parametrize(
     "strategy",
-    ["deepspeed zero0", "deepspeed zero1", "deepspeed zero2", "deepspeed zero3", "pipeline"],
+    [
+        "deepspeed zero0",
+        "deepspeed zero1",
+        "deepspeed zero2",
+        "deepspeed zero3",
+        "pipeline",
+        "accelerate_zero2",
+        "autotp zero1",
+    ],
 )
 def test_what_some_rows_do_not_use_is_refused_by_name(strategy: str, world) -> None:
-    """Before a step with it, on every rank: DeepSpeed averages in the order in which gradients come."""
+    """In the first step, on every rank: DeepSpeed averages in the order in which gradients come."""
     for said in world(2).run(_refused, strategy, 2, 2):
         assert said.startswith("0: ") and "use strategy=ddp, zero1 or fsdp" in said
         assert ".b." in said or "spare" in said
@@ -115,6 +124,39 @@ class Late(Ways):
         for block in self.blocks:
             x = block(x, ways[:, 0])
         return self.last(x)
+
+
+class Frozen(Late):
+    """Every row takes both ways, and the embedding does not train."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first.requires_grad_(False)
+
+
+class Both(Rows):
+    WAYS = ([0, 1] * 6,)
+
+
+@pytest.mark.parametrize("strategy", ["deepspeed zero1", "deepspeed zero3", "accelerate_zero2"])
+def test_what_is_frozen_is_no_matter_to_engines(strategy: str, world, alone, tmp_path: Path) -> None:
+    """As they say themselves, who refuse what is not used. Their checkpoints have it too."""
+    expected = _gone_on("single", 1, str(tmp_path / "one"))
+    found = world(2).run(_gone_on, strategy, 2, str(tmp_path / "two"))
+    for each in found:
+        each.gradients = expected.gradients
+    assert_all_equal(found, expected, TOLERANCE)
+
+
+def _gone_on(strategy: str, size: int, folder: str) -> Outcome:
+    """Two steps, a checkpoint, and a third by a run that began with other weights."""
+    first, second = (of(strategy, size, None, task=Both(Frozen), steps=n, dtype="fp32", seed=n) for n in (2, 3))
+    for _ in first.steps():
+        pass
+    Checkpoints(Path(folder), keep_last=1).save(2, first.state(), {"tokens": 0})
+    second.load(partial(load, find(folder, Path(folder), Path(folder), fallback=False, note=print)))
+    second.next_step = 2
+    return finish(second)
 
 
 @pytest.mark.parametrize(("model", "why"), [(Ways, "spare"), (Late, "have been stepped 1 to 2 times")])

@@ -1,14 +1,19 @@
-"""Bytes in words: powers of a thousand, everywhere. (torch's `bucket_mb` alone counts in MiB.)"""
+"""Amounts in words: powers of a thousand, everywhere. (torch's `bucket_mb` alone counts in MiB.)"""
 
 from __future__ import annotations
 
-SIZES = ((1e9, "GB"), (1e6, "MB"), (1e3, "kB"), (1, "B"))
+PREFIXES = ((1e9, "G"), (1e6, "M"), (1e3, "k"))
 MB = 1e6  # bytes: the unit of columns that have one unit
 
 
+def amount(number: float, unit: str) -> str:
+    """In the largest power of a thousand of which there is one."""
+    for power, prefix in PREFIXES:
+        if number >= power:
+            return f"{number / power:,.1f} {prefix}{unit}"
+    return f"{number:.0f} {unit}"
+
+
 def size(number: float) -> str:
-    """Bytes in the largest unit of which there is one."""
-    for unit, name in SIZES:
-        if number >= unit:
-            return f"{number / unit:,.1f} {name}" if unit > 1 else f"{number:.0f} {name}"
-    return f"{number:.0f} B"
+    """Bytes."""
+    return amount(number, "B")

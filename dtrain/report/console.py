@@ -13,7 +13,7 @@ from rich.table import Table
 from dtrain.data.base import Data
 from dtrain.info import Info
 from dtrain.measure.timeline import Span
-from dtrain.measure.units import MB, size
+from dtrain.measure.units import MB, amount, size
 from dtrain.report import instruments
 from dtrain.report.base import Logger, Run
 from dtrain.streams import shown
@@ -123,7 +123,7 @@ def show(name: str, info: Info) -> None:
     for part, parameters in info.parameters.items():
         made.add_row(f"parameters, {part}", f"{parameters:,}")
     made.add_row("parameters", f"{info.total:,}", end_section=True)
-    made.add_row("forward and backward a token", f"{info.flops_per_token / 1e9:,.3f} GFLOP", end_section=True)
+    made.add_row("forward and backward a token", amount(info.flops_per_token, "FLOP"), end_section=True)
     kinds = {
         "weights": info.weight_bytes,
         "gradients": info.gradient_bytes,
