@@ -182,6 +182,17 @@ class Scaled(Good):
         return self.last(self.body(self.first(tokens, positions) * 3.0))
 
 
+class NormedThere(Good):
+    """Likewise, as in nanoGPT: weights of its own before the blocks and behind them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.places, self.norm = nn.Embedding(CONTEXT, WIDTH), nn.LayerNorm(WIDTH)
+
+    def forward(self, tokens: Tensor, positions: Tensor) -> Tensor:
+        return self.last(self.norm(self.body(self.first(tokens, positions) + self.places(positions))))
+
+
 class DroppedThere(Good):
     """Likewise, only in training: each stage would drop."""
 
@@ -727,6 +738,7 @@ MODELS: dict[str, Any] = (
             Good,
             Scaled,
             DroppedThere,
+            NormedThere,
             Convolved,
             Counting,
             Plain,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import random
 import re
 import sys
@@ -16,7 +17,7 @@ import numpy
 import pytest
 import test_cli
 import torch
-from cases import CONTEXT, ROWS, STRATEGIES, TASKS, VOCAB, Case, NextToken, assert_all_equal, train, trainer
+from cases import CONTEXT, ROWS, STRATEGIES, TASKS, VOCAB, Case, NextToken, assert_all_equal, plan_of, train, trainer
 from omegaconf import OmegaConf
 from own_models import MODELS, OwnModel
 
@@ -73,6 +74,7 @@ REFUSED = {
     ("Branching", "allreduce"): "rows of a batch are not computed apart",
     ("Outside", "single"): "the model cannot be trained: .*IndexError",
     ("Shared", "1f1b"): "in 2 stages computes something else",
+    ("NormedThere", "1f1b"): "in 2 stages computes something else",
     (
         "Reads",
         "fsdp",
@@ -301,11 +303,14 @@ def test_only_what_the_precision_means_is_cast(dtype: str) -> None:
     weights = {"bf16": torch.bfloat16, "fp32": torch.float32, "fp64": torch.float64}[dtype]
     model, host = MODELS["Rotating"](), torch.device("cpu")
     turn, cosine = model.turn.clone(), model.cosine.clone()
+    model.register_buffer("ids", torch.tensor([1 << 40]))
+    model.register_buffer("mask", torch.tensor([True]))
     cast(model, weights, host, host)
     assert all(p.dtype == weights for p in model.parameters())
     assert model.turn.dtype == (torch.complex128 if dtype == "fp64" else torch.complex64)
     assert model.cosine.dtype == (torch.float64 if dtype == "fp64" else torch.float32)
     assert torch.equal(model.turn.to(turn), turn) and torch.equal(model.cosine.to(cosine), cosine)
+    assert (model.ids.dtype, model.ids.item(), model.mask.dtype) == (torch.int64, 1 << 40, torch.bool)
 
 
 def test_a_model_may_give_a_tuple_and_take_targets() -> None:
@@ -364,6 +369,10 @@ class Computing(Narrow):
     def __init__(self):
         super().__init__(width=int(torch.tensor(8.0).sum().item()))
 
+class Reading(Narrow):
+    def forward(self, idx, targets=None):
+        return super().forward(idx) if int(idx.sum()) >= 0 else None
+
 class Misspelt(Narrow):
     def __init__(self):
         super().__init__()
@@ -408,6 +417,26 @@ def test_a_models_name_is_enough(typed: list[str], status: int, said: str, call,
     found, out, err = call(*typed, *SMALL)
     assert (found, said in (err if status else out)) == (status, True), (out, err)
     assert status == 0 or err.count("\n") == 1
+
+
+def test_the_probe_tells_its_time_and_is_off_by_an_option(call, tmp_path: Path, monkeypatch) -> None:
+    (tmp_path / "users.py").write_text(USERS)
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delitem(sys.modules, "users", raising=False)
+    for option, told in (([], 1), (["probe=false"], 0)):
+        status, out, _ = call("model._target_=users.Narrow", *SMALL, *option)
+        assert status == 0
+        assert len(re.findall(r"probe: the model was tried on 4 rows in \d+\.\d+ s", out)) == told
+        assert ("probe: " in out) == bool(told)
+
+
+def test_a_profile_of_what_does_not_run_on_meta_tensors_predicts_nothing(call, tmp_path: Path, monkeypatch) -> None:
+    (tmp_path / "users.py").write_text(USERS)
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delitem(sys.modules, "users", raising=False)
+    status, out, _ = call("model._target_=users.Reading", *SMALL, "steps=4", "profile=true", "hydra.run.dir=here")
+    assert status == 0 and "nothing is predicted: a model does not run on meta tensors: " in out
+    assert json.loads(Path("here/summary.json").read_text())["profile"]["ranks"][0]["traffic_predicted"] is None
 
 
 def test_the_example_goes_with_every_strategy(monkeypatch) -> None:
@@ -490,3 +519,19 @@ def test_batch_norm_that_its_author_keeps_still_is_not_refused() -> None:
     with pytest.raises(ValueError, match="batch norm"):
         Plan.of([], 1, recompute=True).check_model(torch.nn.Sequential(norm))
     refuse_batch_norm(torch.nn.Sequential(norm.eval()))
+
+
+@pytest.mark.parametrize("strategy", ["1f1b", "allreduce", "fsdp"])
+def test_batch_norm_in_a_model_with_a_layout_is_refused(strategy: str) -> None:
+    """A pipeline's stages see micro-batches, though each of them sees every row of the batch."""
+    model = MODELS["Good"]()
+    model.blocks[1].norm = torch.nn.BatchNorm1d(3)
+    with pytest.raises(ValueError, match="batch norm, whose statistics would be those of"):
+        plan_of(Case("own", strategy), 2).check_model(model)
+
+
+def test_batch_norm_takes_no_micro_batches(one_rank) -> None:
+    model, plan = torch.nn.Sequential(torch.nn.BatchNorm1d(3)), Plan.of([], 1)
+    plan.executor({"model": model}, {}, 1)
+    with pytest.raises(ValueError, match="batch norm, whose statistics would be those of"):
+        plan.executor({"model": model}, {}, 2)
