@@ -13,6 +13,10 @@ from typing import Any, Union, get_args, get_origin
 
 NOT_THEIRS = (os.path.dirname(__file__), *(sysconfig.get_path(name) for name in ("stdlib", "purelib", "platlib")))
 HYDRAS = ("_target_", "_args_", "_convert_", "_partial_", "_recursive_")  # keys of a node that are no arguments
+RANGES = {  # of torch's optimizers, whose words have the value alone
+    "lr": "0 or more", "eps": "0 or more", "weight_decay": "0 or more", "momentum": "0 or more",
+    "betas": "numbers from 0, and below 1",
+}  # fmt: skip
 PLAIN = (str, bool, int, float, list, tuple, dict, Mapping)  # types of which a value of YAML can be
 
 
@@ -80,7 +84,9 @@ def named(error: Exception, node: Any, where: str, keys: Collection[str]) -> Exc
     found = found or [name for name, value in given.items() if {*map(str, _numbers(value))} & {*words}]
     settings = " or ".join(f"{where}.{name}={given[name]}" for name in found) or where
     if isinstance(error, ValueError):
-        return ValueError(f"{settings}: {text}")
+        ranges = RANGES if str(node.get("_target_")).startswith("torch.optim.") else {}
+        takes = [f"{name} takes {ranges[name]}" for name in found if name in ranges]
+        return ValueError("; ".join([f"{settings}: {text}", *takes]))
     return ValueError(f"{settings}: {in_words(error)} (DTRAIN_TRACEBACK=1 shows where)")
 
 

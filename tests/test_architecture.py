@@ -78,7 +78,7 @@ BELOW = {
     "override": set(),
     "aliases": set(),
 }  # fmt: skip
-LARGEST_FILE, LARGEST_FUNCTION, PACKAGE_LINES = 400, 45, 21_100
+LARGEST_FILE, LARGEST_FUNCTION, PACKAGE_LINES = 400, 45, 21_600
 
 
 def name_of(file: Path) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import shlex
 import sys
+from inspect import signature
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -17,7 +18,7 @@ from hydra.core.global_hydra import GlobalHydra
 from omegaconf import OmegaConf
 from torch import nn
 
-from dtrain import cli
+from dtrain import cli, constructor
 from dtrain.aliases import ALIASES, ours
 from dtrain.compare.entries import Entry
 from dtrain.config import CONFIGS, make, options, register
@@ -59,6 +60,8 @@ def test_an_entry_of_a_comparison_may_hold_any_path() -> None:
 
 WORDS = [
     (["data.source.path=/x/a=b.txt"], "\"data.source.path='/x/a=b.txt'\""),
+    (["data.source.path=/x/a (1).txt"], "\"data.source.path='/x/a (1).txt'\""),
+    (["data.source.path=/x/日本語.txt"], "\"data.source.path='/x/日本語.txt'\""),
     (["data.source.path=a.txt", "b.txt"], "'b.txt' is no key=value: a pattern is quoted for the shell, \"data.source.path='…*'\", and several files are data.source.path=[a.txt,b.txt]"),
     (["strategies=single,ddp"], "a list is strategies=[single,ddp]"),
     (["optimizer.lr=1,2"], "a run for each takes --multirun"),
@@ -124,6 +127,8 @@ UNKNOWN = [
     ("+hydra.job.x=1", "unknown key 'hydra.job.x'"),
     ("data/tokenizer=file", "data.tokenizer.path has no value: set data.tokenizer.path=…"),
     ("data=files", "data.source.path has no value"),
+    ("learning_rate=0.1", "optimizer.lr"),
+    ("strategy=DDP", "did you mean 'ddp'?"),
     ("~steps", "steps has no value: set steps=…"),
     ("~eval", "eval.every has no value"),
     ("+steps=4", "steps is there already: write steps=… without the +"),
@@ -200,11 +205,14 @@ def test_no_word_of_ours_is_taken_for_anothers(known: set[str]) -> None:
 
 ADAMW = {"_target_": "torch.optim.AdamW", "lr": 1e-3, "betas": [0.9, 0.95], "eps": 1e-8, "weight_decay": 0.1}
 RANGES = [
-    ({"lr": -1}, "optimizer.lr=-1: Invalid learning rate: -1"),
-    ({"betas": [2, 0.9]}, "optimizer.betas=[2, 0.9]: Invalid beta parameter at index 0: 2"),
+    ({"lr": -1}, "optimizer.lr=-1: Invalid learning rate: -1; lr takes 0 or more"),
+    (
+        {"betas": [2, 0.9]},
+        "optimizer.betas=[2, 0.9]: Invalid beta parameter at index 0: 2; betas takes numbers from 0, and below 1",
+    ),
     ({"betas": [0.9]}, "optimizer.betas=[0.9] must be a list of 2"),
     ({"betas": 3}, "optimizer.betas=3 must be list, not int"),
-    ({"eps": -2.0}, "optimizer.eps=-2.0: Invalid epsilon value: -2.0"),
+    ({"eps": -2.0}, "optimizer.eps=-2.0: Invalid epsilon value: -2.0; eps takes 0 or more"),
     ({"weight_decay": -1}, "optimizer.weight_decay=-1: Invalid weight_decay value: -1"),
     ({"lr": -1, "eps": -1}, "optimizer.lr=-1 or optimizer.eps=-1: Invalid"),
     ({"_foo": 1}, "optimizer: got an unexpected keyword argument '_foo'"),
@@ -216,6 +224,18 @@ def test_a_constructors_refusal_names_the_key(given: dict[str, Any], told: str) 
     with pytest.raises(ValueError) as found:
         make(ADAMW | given, torch.optim.Optimizer, "optimizer", params=[nn.Parameter(torch.ones(1))])
     assert str(found.value).startswith(told)
+
+
+@pytest.mark.parametrize("name", ["AdamW", "Adam", "SGD", "RMSprop"])
+def test_the_ranges_are_torchs(name: str) -> None:
+    made = lambda **given: getattr(torch.optim, name)([nn.Parameter(torch.ones(1))], **given)  # noqa: E731
+    ends = {"lr": 0.0, "eps": 0.0, "weight_decay": 0.0, "momentum": 0.0, "betas": (0.0, 0.0)}
+    beyond = {**dict.fromkeys(ends, -1e-9), "betas": (0.9, 1.0)}
+    assert ends.keys() == constructor.RANGES.keys()
+    for key in ends.keys() & signature(getattr(torch.optim, name)).parameters.keys():
+        made(**{key: ends[key]})
+        with pytest.raises(ValueError, match="Invalid"):
+            made(**{key: beyond[key]})
 
 
 class Odd(nn.Module):

@@ -402,6 +402,8 @@ TYPED = [
     (["model._target_=users.Misspelt"], 2, "model: AttributeError: 'Misspelt' object has no attribute 'embeding' (users.py, line "),
     (["model._target_=users.Empty"], 2, "model: StopIteration (users.py, line "),
     (["model._target_=users.Last"], 2, "the model cannot be trained: called with (tokens, positions) of 4 rows"),
+    (["model._target_=nopackage.Model"], 2, "there is no module nopackage on the path of this Python: for one of your own set PYTHONPATH"),
+    (["model.dropout=2"], 2, "model.dropout=2: dropout"),
     (["~model"], 2, "task causal_lm trains one model, the configuration has none"),
 ]  # fmt: skip
 

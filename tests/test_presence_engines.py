@@ -11,7 +11,7 @@ import pytest
 from cases import STRATEGIES, Outcome, assert_all_equal, find, finish
 from test_accelerate import KNOWN as ACCELERATED
 from test_deepspeed import KNOWN
-from test_presence import Rows, Settled, Ways, made, trained
+from test_presence import Block, Rows, Settled, Ways, made, trained
 from torch import Tensor, nn
 
 from dtrain.checkpoint import Checkpoints, load
@@ -157,6 +157,36 @@ def _gone_on(strategy: str, size: int, folder: str) -> Outcome:
     second.load(partial(load, find(folder, Path(folder), Path(folder), fallback=False, note=print)))
     second.next_step = 2
     return finish(second)
+
+
+class Dropping(Block):
+    """Drops half of all, but for its author, who keeps it from that."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.spare = nn.Dropout(0.5).eval()
+
+    def forward(self, x: Tensor, kinds: Tensor) -> Tensor:
+        return self.spare(super().forward(x, kinds))
+
+
+class Asleep(Ways):
+    def __init__(self) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList(Dropping() for _ in range(2))
+
+
+def _asleep(strategy: str, size: int) -> Outcome:
+    return finish(of(strategy, size, 2, task=Both(Asleep), steps=2, dtype="fp32"))
+
+
+@pytest.mark.parametrize("strategy", ["pipeline", "deepspeed zero1"])
+def test_what_its_author_keeps_in_evaluation_no_engine_wakes(strategy: str, world, alone) -> None:
+    expected = _asleep("single", 1)
+    found = world(2).run(_asleep, strategy, 2)
+    for each in found:
+        each.gradients = expected.gradients
+    assert_all_equal(found, expected, TOLERANCE)
 
 
 @pytest.mark.parametrize(("model", "why"), [(Ways, "spare"), (Late, "have been stepped 1 to 2 times")])
