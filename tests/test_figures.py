@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import asdict
+from dataclasses import asdict, astuple
 from itertools import combinations
 from pathlib import Path
 from statistics import median
@@ -100,6 +100,31 @@ def test_shares_are_those_of_the_moments(computing: Intervals, talking: Interval
     ours, theirs = ({t for a, b in each for t in range(a, b)} for each in (computing, talking))
     expected = Shares(100, len(ours), len(theirs), len(theirs - ours), len(theirs & ours))
     assert shares(computing, talking) == expected
+
+
+def event(name: str, start: int, end: int, *, gpu: bool = True, annotation: bool = False) -> Any:
+    """One of the profiler's, as its interface has it."""
+    device = torch.autograd.DeviceType.CUDA if gpu else torch.autograd.DeviceType.CPU
+    told = dict(name=name, start_ns=start, end_ns=end, device_type=device, is_user_annotation=annotation,
+                is_async=False, start_thread_id=1)  # fmt: skip
+    return SimpleNamespace(**{key: lambda value=value: value for key, value in told.items()})
+
+
+def test_on_a_gpu_marks_compute_nothing_and_messages_count_as_they_run() -> None:
+    """The profiler shows a mark of the host's on the device too, as long as the kernels of its time."""
+    phase, message, reduce = "dtrain:phase:backward", "dtrain:message:all_reduce:dp", "nccl:all_reduce"
+    events = [
+        event(phase, 0, 100, gpu=False, annotation=True), event(phase, 5, 120, annotation=True),
+        event(message, 10, 11, gpu=False, annotation=True), event(message, 20, 60, annotation=True),
+        event(reduce, 10, 12, gpu=False), event(reduce, 20, 60, annotation=True),
+        event("ncclDevKernel_AllReduce_Sum_f32", 20, 60), event("gemm", 5, 30), event("Optimizer.step#AdamW.step", 61, 99, annotation=True),
+    ]  # fmt: skip
+    found = list(timeline._spans(events, "cuda"))
+    assert found == [Span(PHASE, "backward", 0, 100), Span(COMPUTE, "compute", 5, 30),
+                     Span(COMMUNICATION, "all_reduce", 20, 60, "dp")]  # fmt: skip
+    made = timeline.Timeline()
+    made.spans = found
+    assert astuple(made.shares()) == pytest.approx((100e-9, 25e-9, 40e-9, 30e-9, 10e-9))
 
 
 def test_a_send_counts_by_its_receiver() -> None:

@@ -134,7 +134,7 @@ def total(intervals: Iterable[Interval]) -> int:
 
 
 def _spans(events: list[Any], device: str) -> Iterator[Span]:
-    marks = [event for event in events if event.name().startswith(f"{MARK}:")]
+    marks = [event for event in events if event.name().startswith(f"{MARK}:") and not _on_a_gpu(event)]
     messages = []
     for event in marks:
         _, kind, *words = event.name().split(":")
@@ -152,8 +152,12 @@ def _spans(events: list[Any], device: str) -> Iterator[Span]:
 
 
 def _collectives(events: list[Any], device: str, messages: list[tuple[int, int, str, str]]) -> Iterator[Span]:
-    """Each with the axis of its message: the first one before it that has no other collective yet."""
-    seen = [e for e in events if e.name().startswith(("gloo:", "nccl:")) and (device == "cpu") == e.is_async()]
+    """Each with the axis of its message: the first one before it that has no other collective yet.
+
+    On a GPU they are there twice, as the host calls them and as they run.
+    """
+    named = [event for event in events if event.name().startswith(("gloo:", "nccl:"))]
+    seen = [event for event in named if (event.is_async() if device == "cpu" else _on_a_gpu(event))]
     for event in sorted(seen, key=lambda event: event.start_ns()):
         name, axis = event.name().split(":")[1], ""
         pair = name in ("send", "recv")
@@ -165,9 +169,14 @@ def _collectives(events: list[Any], device: str, messages: list[tuple[int, int, 
         yield Span(COMMUNICATION, name, event.start_ns(), event.end_ns(), axis)
 
 
+def _on_a_gpu(event: Any) -> bool:
+    return bool(event.device_type() == torch.autograd.DeviceType.CUDA)
+
+
 def _kernels(events: list[Any]) -> Iterator[Interval]:
-    for event in events:
-        if event.device_type() == torch.autograd.DeviceType.CUDA and "nccl" not in event.name().lower():
+    """What a GPU computes: not the marks of the host, ours or torch's, each of which spans the kernels of its time."""
+    for event in filter(_on_a_gpu, events):
+        if not event.is_user_annotation() and "nccl" not in event.name().lower():
             yield event.start_ns(), event.end_ns()
 
 
