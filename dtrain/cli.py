@@ -32,7 +32,7 @@ from dtrain.job import assemble, model_factories
 from dtrain.launch import TOLD, RanksFailed, World, leave_words, spawn, tie
 from dtrain.launchers import understood
 from dtrain.mistakes import BROKEN_OFF, MISTAKES, check_words, explain, of_the_system
-from dtrain.outside import refuse_code
+from dtrain.outside import refusing_code
 from dtrain.precision import Precision
 from dtrain.report.console import show
 from dtrain.report.sweep import Told, show_job, show_sweep
@@ -102,9 +102,8 @@ def main(config_name: str, task: Callable[[DictConfig], Any]) -> None:
             return task(config)
 
     try:
-        with _explaining(config_name):
+        with _explaining(config_name), refusing_code(config_name):
             check_words(sys.argv[1:], WORDS.get(config_name, {}))
-            refuse_code(config_name)
             hydra.main(version_base="1.3", config_path=str(CONFIGS), config_name=config_name)(guarded)()
     except JobFailed as job:  # of a sweep, whose other jobs have run; it has said why
         sys.exit(job.status)

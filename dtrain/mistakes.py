@@ -48,6 +48,9 @@ def check_words(arguments: Sequence[str], known: Collection[str] = ()) -> None:
         ValueError: names the word and what to type.
     """
     flags, unknown = get_args_parser().parse_known_args(list(arguments))
+    if file := flags.experimental_rerun:
+        raise ValueError(f"--experimental-rerun={file}: a pickle runs code, and is not read: a run is repeated by "
+                         f"--config-dir=RUN/.hydra --config-name=config")  # fmt: skip
     words = sorted([*flags.overrides, *unknown], key=lambda word: not word.startswith("--"))
     for before, word in zip(["", *words], words, strict=False):
         if word.startswith("--"):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -25,6 +26,7 @@ def files(folder: Path, text: str) -> None:
     """As an experiment, and as a configuration of its own."""
     (folder / "experiment").mkdir(parents=True)
     (folder / "experiment" / "theirs.yaml").write_text(f"# @package _global_\n{text}\n")
+    (folder / "experiment" / "ours.yaml").write_text("# @package _global_\nseed: 3\n")
     (folder / "alone.yaml").write_text(f"defaults: [train, _self_]\n{text}\n")
 
 
@@ -51,3 +53,52 @@ def test_what_is_typed_or_ours_or_allowed_is_not(call: Call, tmp_path: Path, mon
         status, _, err = call(*words)
         assert (status, err) == (0, "")
         assert "seed: 7" in (tmp_path / "mine" / ".hydra" / "config.yaml").read_text()
+
+
+SWEEPS = {  # by which the file is composed in other ways, and where Hydra's own first composition fails
+    "a word beside it": ["--config-dir=conf", "-m", "+experiment=theirs", "seed=1,2"],
+    "the file itself": ["--config-dir=conf", "-m", "+experiment=ours,theirs"],
+    "all files": ["--config-dir=conf", "-m", "+experiment=glob(*)"],
+    "asked for in a file": ["--config-dir=conf", "+experiment=theirs", "seed=1,2", "hydra.mode=MULTIRUN"],
+    "another folder": ["hydra.searchpath=[file://conf]", "+experiment=theirs"],
+    "another folder, swept": ["-m", "hydra.searchpath=[file://conf]", "+experiment=ours,theirs"],
+}
+
+
+@pytest.mark.parametrize("key", ["callbacks", "job_logging", "job.env_set"])
+@pytest.mark.parametrize("way", SWEEPS)
+def test_no_way_leads_round_it(key: str, way: str, call: Call, tmp_path: Path) -> None:  # noqa: F811
+    files(tmp_path / "conf", BAD[key])
+    options = [word for word in SWEEPS[way] if word.startswith("-")]
+    settings = [word for word in SWEEPS[way] if not word.startswith("-")]
+    status, _, err = call(*options, *settings, *QUICK, "hydra.sweep.dir=swept")
+    said = "several values" if "MULTIRUN" in settings[-1] else f"hydra.{key} is set by a file outside dtrain (conf)"
+    assert status == 2 and said in err and len(err.splitlines()) == 1
+    assert not (tmp_path / "PWNED").exists() and not (tmp_path / "mine").exists()
+    assert not (tmp_path / "swept" / "0").exists()
+
+
+def test_a_package_that_a_file_names_as_a_folder_is_not_imported(call: Call, tmp_path: Path) -> None:  # noqa: F811
+    files(tmp_path / "conf", "hydra: {searchpath: ['pkg://this']}")
+    sys.modules.pop("this", None)
+    status, _, err = call("--config-dir=conf", "--config-name=alone", *QUICK)
+    assert status == 2 and "hydra.searchpath is set by a file outside dtrain (conf)" in err
+    assert "this" not in sys.modules
+
+
+def test_a_strategy_from_outside_is_taken(call: Call, tmp_path: Path) -> None:  # noqa: F811
+    """Of a list each is composed by itself too, without what train.yaml says of Hydra's."""
+    (tmp_path / "conf" / "strategy").mkdir(parents=True)
+    (tmp_path / "conf" / "strategy" / "theirs.yaml").write_text("dp: {_target_: nothing.like.That}")
+    status, _, err = call("--config-dir=conf", "strategy=[tensor,theirs]", *QUICK)
+    assert status == 2 and err.startswith("dtrain: strategy.dp._target_=nothing.like.That cannot be imported")
+
+
+@pytest.mark.parametrize("word", ["--experimental-rerun=theirs.pickle", "--exp=theirs.pickle"])
+def test_a_pickled_run_is_not_read(word: str, call: Call, tmp_path: Path) -> None:  # noqa: F811
+    (tmp_path / "theirs.pickle").write_bytes(b"cpathlib\nPath\n(S'PWNED'\ntR.")
+    status, _, err = call(word)
+    assert status == 2 and err.splitlines() == [
+        "dtrain: --experimental-rerun=theirs.pickle: a pickle runs code, and is not read: a run is repeated by "
+        "--config-dir=RUN/.hydra --config-name=config"
+    ]
