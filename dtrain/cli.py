@@ -215,21 +215,17 @@ def start(
     settings = checked(config)
     nproc = settings.launch.nproc
     assemble(settings, World(0, nproc, 0, nproc))
-    plain = OmegaConf.to_yaml(config, resolve=True)
-    arguments = (type(settings), plain, folder, name, asked or Asked(written(config)))
-    return spawn(_rank, *arguments, nproc=nproc, output=output)
+    return spawn(_rank, settings, folder, name, asked or Asked(written(config)), nproc=nproc, output=output)
 
 
-def _rank(schema: type[Config], plain: str, folder: Path, name: str, asked: Asked) -> dict[str, Any]:
-    """What a rank that `start` has started does."""
+def _rank(settings: Config, folder: Path, name: str, asked: Asked) -> dict[str, Any]:
+    """What a rank that `start` has started does, with what was checked there."""
     keep_open()
     world = World.of_environment()
     assert world is not None
     with _explaining("train"):
-        config = OmegaConf.merge(OmegaConf.structured(schema), OmegaConf.create(plain))
-        assert isinstance(config, DictConfig)
         try:
-            return run(checked(config), world, folder, name, asked)
+            return run(settings, world, folder, name, asked)
         except MISTAKES:
             raise
         except (RuntimeError, MemoryError) as error:

@@ -6,7 +6,6 @@ Everything pluggable is a node with a `_target_`; the constructor of that class 
 from __future__ import annotations
 
 import math
-import sys
 from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field, fields, is_dataclass
@@ -318,9 +317,7 @@ def _check_target(node: Any, kinds: tuple[type, ...], where: str) -> type:
     if not isinstance(target, str):
         raise ValueError(f"{where} has no _target_: nothing says what to build")
     wanted = " or ".join(kind.__name__ for kind in kinds) or "part of it"
-    if target.partition(".")[0] in sys.stdlib_module_names:  # not even imported: some of these do things then
-        raise ValueError(f"{where}._target_={target} is not a {wanted}")
-    found = imported(target, f"{where}._target_={target}")
+    found = imported(target, f"{where}._target_={target}", wanted)
     if not (isinstance(found, type) and issubclass(found, kinds)):
         raise ValueError(f"{where}._target_={target} is not a {wanted}")
     return found

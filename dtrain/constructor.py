@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import os
 import re
+import sys
 import sysconfig
 import traceback
 from collections.abc import Collection, Mapping
@@ -25,12 +26,14 @@ def arguments(node: Mapping[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in node.items() if name not in HYDRAS}
 
 
-def imported(target: str, said: str) -> Any:
-    """What stands under a dotted name.
+def imported(target: str, said: str, wanted: str = "class of a configuration's") -> Any:
+    """What stands under a dotted name. All that configurations name is imported here.
 
     Raises:
-        ValueError: nothing does; `said` names the setting.
+        ValueError: nothing does, or Python's own, which is not `wanted`; `said` names the setting.
     """
+    if target.partition(".")[0] in sys.stdlib_module_names:  # not even imported: some of these do things then
+        raise ValueError(f"{said} is not a {wanted}")
     module, _, name = target.rpartition(".")
     if not module:
         raise ValueError(f"{said} names no class: write module.Class, such as dtrain.model.transformer.Transformer")

@@ -1,7 +1,7 @@
 """Configuration files from outside the project: what Hydra would run by them is refused, unless it is asked for.
 
-Classes that a configuration names are checked where they are built. Hydra's own keys name some that it calls earlier: so
-each configuration that it composes, of a run, a sweep or a job of one, is looked at before Hydra acts by it.
+Classes that a configuration names are checked where they are built. Hydra's own keys name some that it calls earlier:
+so each configuration that it composes, of a run, a sweep or a job of one, is looked at before Hydra acts by it.
 """
 
 from __future__ import annotations

@@ -11,12 +11,11 @@ from functools import cache
 from inspect import Parameter, signature
 from typing import Any
 
-from hydra.errors import HydraException
-from hydra.utils import get_object
 from omegaconf import OmegaConf
 from torch import nn
 
 from dtrain.config import CONFIGS, make
+from dtrain.constructor import imported
 
 SAID = (
     "vocab_size",
@@ -86,8 +85,8 @@ def _parameters(node: Mapping[str, Any]) -> Mapping[str, Parameter] | None:
     if not isinstance(target, str) or target.split(".")[0] == "dtrain":
         return None
     try:
-        return signature(get_object(target)).parameters
-    except (HydraException, ImportError, ValueError, TypeError):
+        return signature(imported(target, "model._target_")).parameters
+    except (ValueError, TypeError):
         return None
 
 

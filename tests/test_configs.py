@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
-from contextlib import ExitStack
+import pickle
+import sys
+from collections.abc import Callable
+from contextlib import ExitStack, suppress
 from functools import partial
 from importlib import import_module
 from pathlib import Path
@@ -16,7 +19,9 @@ from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 from torch import nn
 
+from dtrain import cli, own
 from dtrain.checkpoint import Checkpoints
+from dtrain.compare import command
 from dtrain.config import checked, make, register
 from dtrain.data.base import Data
 from dtrain.data.sources import Source
@@ -379,3 +384,38 @@ def test_what_was_checked_is_built_as_it_stands() -> None:
     made = make({"_target_": "test_configs.Kept", "text": "", "parts": [{**within, "_partial_": True}]}, nn.Module, "model",
                 parts=(nn.Module,))  # fmt: skip
     assert made.given[1][0]().out_features == 3
+
+
+ASKS: dict[str, Callable[[dict[str, Any]], Any]] = {
+    "build": lambda node: own.build(node, "model", 3),
+    "handed": own.handed,
+    "check_asked": lambda node: own.check_asked(node, ["model.depth=1"]),
+    "told": lambda node: list(own.told(node)),
+    "class_of": lambda node: command._class_of(node["_target_"]),
+    "make": lambda node: make(node, nn.Module, "model"),
+}
+
+
+@pytest.mark.parametrize("asks", ASKS)
+def test_what_is_no_place_for_a_class_is_never_imported(asks: str) -> None:
+    """`this` prints when it is imported; `antigravity` would open a browser."""
+    sys.modules.pop("this", None)
+    before = set(sys.modules)
+    with suppress(ValueError):
+        ASKS[asks]({"_target_": "this.Model"})
+    assert set(sys.modules) == before and "this" not in before
+
+
+def test_ranks_are_given_what_was_checked(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """An escaped interpolation is a text, on the ranks that `start` starts too."""
+    register()
+    monkeypatch.setenv("A_NAME", "a-value")
+    monkeypatch.setattr(cli, "assemble", lambda *_: None)
+    monkeypatch.setattr(cli, "spawn", lambda function, *arguments, **_: (function, pickle.dumps(arguments)))
+    monkeypatch.setattr(cli, "run", lambda config, *_: config)
+    with initialize_config_dir(str(CONFIGS), version_base="1.3"):
+        config = compose("train", overrides=["model=tiny", r"+model.a='\${oc.env:A_NAME}'", r"+model.b='\${foo}'"])
+    function, arguments = cli.start(config, tmp_path, "ddp")
+    monkeypatch.setattr(cli.World, "of_environment", lambda: cli.World())
+    got = function(*pickle.loads(arguments))
+    assert (got.model["a"], got.model["b"]) == ("${oc.env:A_NAME}", "${foo}") and got == checked(config)

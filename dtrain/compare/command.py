@@ -10,7 +10,6 @@ import shlex
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import UTC, datetime
-from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +25,7 @@ from dtrain.compare.entries import Case, cases_of
 from dtrain.compare.results import FILE, Results, Row, read
 from dtrain.compare.verdict import differences
 from dtrain.config import CONFIGS, Comparison
+from dtrain.constructor import imported
 from dtrain.durable import remove
 from dtrain.lock import Lock
 from dtrain.measure import environment
@@ -216,10 +216,9 @@ def _row(case: Case, config: DictConfig, own: list[str], settings: Comparison) -
 
 def _class_of(target: str) -> Any:
     """The class, or None: it is said where it is made."""
-    module, _, name = target.rpartition(".")
     try:
-        return getattr(import_module(module), name)
-    except (ImportError, AttributeError, ValueError):
+        return imported(target, "strategy")
+    except ValueError:
         return None
 
 
