@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ import torch
 import torch.distributed as dist
 from cases import CONTEXT, STRATEGIES, TASKS, VOCAB, Case, NextToken, Outcome, assert_equal, refusal, train, trainer
 from omegaconf import OmegaConf
+from safetensors.torch import load_file, save_file
 from test_accelerate import KNOWN as ACCELERATED
 from test_deepspeed import KNOWN as DEEPSPED
 from transformers import (
@@ -195,6 +197,22 @@ def test_mistakes_take_one_line(folders: dict[str, str], tmp_path: Path) -> None
     with pytest.raises(ValueError, match="model.name_or_path=") as error:
         HuggingFace(str(tmp_path / "nothing.json"))
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("pretrained", [None, True])
+def test_weights_in_pickles_are_not_read(pretrained: bool | None, folders: dict[str, str], tmp_path: Path) -> None:
+    """Nor is another model trained than the one in the folder: it is said what to do."""
+    folder = shutil.copytree(folders["gpt2"], tmp_path / "gpt2")
+    with mock.patch("torch.load", side_effect=AssertionError("a pickle is read")):
+        weights = load_file(folder / "model.safetensors")
+        (folder / "model.safetensors").unlink()
+        torch.save(weights, folder / "pytorch_model.bin")
+        with pytest.raises(ValueError, match=r"gpt2: its weights \(pytorch_model.bin\) are pickles") as error:
+            HuggingFace(str(folder), pretrained=pretrained)
+        assert "\n" not in str(error.value)
+        assert "drawn" in HuggingFace(str(folder), pretrained=False).origin
+        save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+        assert "weights of" in HuggingFace(str(folder), pretrained=pretrained).origin
 
 
 @pytest.mark.parametrize("causal", [False, True])

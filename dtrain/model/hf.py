@@ -27,7 +27,7 @@ CODE = {
     "code_revision",
     "custom_pipelines",
 }  # by which a folder's code would run
-WEIGHTS = ("*.safetensors", "*.bin")
+WEIGHTS, PICKLES = "*.safetensors", ("*.bin", "*.pt", "*.pth", "*.ckpt")
 
 
 class HuggingFace(nn.Module):
@@ -174,9 +174,14 @@ def _model(
     import transformers
 
     folder = Path(name_or_path)
-    there = folder.is_dir() and any(found for pattern in WEIGHTS for found in folder.glob(pattern))
+    there = folder.is_dir() and any(folder.glob(WEIGHTS))
+    pickles = [] if there or pretrained is False else [each.name for kind in PICKLES for each in folder.glob(kind)]
+    if pickles:
+        raise ValueError(f"model.name_or_path={name_or_path}: its weights ({min(pickles)}) are pickles, which can run "
+                         f"code, and are not read: set model.pretrained=false to draw new ones, or save them as "
+                         f"{WEIGHTS} if you trust them (save_pretrained)")  # fmt: skip
     if pretrained and not there and folder.exists():
-        raise ValueError(f"model.pretrained=true: {name_or_path} has no weights ({', '.join(WEIGHTS)})")
+        raise ValueError(f"model.pretrained=true: {name_or_path} has no weights ({WEIGHTS})")
     load = there if pretrained is None else pretrained
     if not causal and type(config) not in transformers.MODEL_FOR_MASKED_LM_MAPPING:
         raise ValueError(f"model.name_or_path={name_or_path} sees one side only: set model.causal=true")
@@ -190,6 +195,8 @@ def _model(
                 output_loading_info=True,
                 ignore_mismatched_sizes="TokenClassification" in kind,
                 trust_remote_code=False,
+                use_safetensors=True,
+                weights_only=True,  # of what an index of theirs may name besides
             )
             new = sorted({*told["missing_keys"], *(str(each[0]) for each in told["mismatched_keys"])})
             taken = len(model.state_dict()) - len(new)
