@@ -21,7 +21,7 @@ import hydra
 from hydra import compose
 from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
-from omegaconf import MISSING, DictConfig, OmegaConf
+from omegaconf import DictConfig, OmegaConf
 
 from dtrain import own, quiet
 from dtrain.claim import RESUMABLE
@@ -32,12 +32,12 @@ from dtrain.job import assemble, model_factories
 from dtrain.launch import TOLD, RanksFailed, World, leave_words, spawn, tie
 from dtrain.launchers import understood
 from dtrain.mistakes import BROKEN_OFF, MISTAKES, check_words, explain, of_the_system
-from dtrain.outside import refusing_code
+from dtrain.outside import looking_at
 from dtrain.precision import Precision
 from dtrain.report.console import show
 from dtrain.report.sweep import Told, show_job, show_sweep
 from dtrain.run import run
-from dtrain.secret import Asked, masked, masked_override, written
+from dtrain.secret import Asked, asked_again, masked_override, written
 from dtrain.streams import keep_open, shown
 
 # What a script does at a word, before there is a configuration: `python scripts/info.py capabilities`.
@@ -102,7 +102,7 @@ def main(config_name: str, task: Callable[[DictConfig], Any]) -> None:
             return task(config)
 
     try:
-        with _explaining(config_name), refusing_code(config_name):
+        with _explaining(config_name), looking_at(config_name):
             check_words(sys.argv[1:], WORDS.get(config_name, {}))
             hydra.main(version_base="1.3", config_path=str(CONFIGS), config_name=config_name)(guarded)()
     except JobFailed as job:  # of a sweep, whose other jobs have run; it has said why
@@ -184,13 +184,9 @@ def _words() -> list[str]:
 
 def _asked(config: DictConfig) -> Asked:
     """What may be written down. What Hydra leaves of a job in its folder the run does, once the folder is its own."""
-    parts: dict[str, Any] = {"config": config, "hydra": HydraConfig.instance().cfg}
-    parts = {name: masked(OmegaConf.to_container(part), by=MISSING) for name, part in parts.items()}
-    words, hydras = _words(), parts["hydra"]["hydra"]
-    parts["overrides"] = [*map(masked_override, words)]
-    hydras["overrides"] = {kind: [*map(masked_override, each)] for kind, each in hydras["overrides"].items()}
-    for word, told in zip(words, parts["overrides"], strict=True):
-        hydras["job"]["override_dirname"] = hydras["job"]["override_dirname"].replace(word, told)
+    hydras: Any = HydraConfig.instance().cfg
+    words = [*map(masked_override, _words())]
+    parts = {"config": asked_again(config), "hydra": asked_again(hydras), "overrides": words}
     return Asked(written(config), {f"{name}.yaml": OmegaConf.to_yaml(part) for name, part in parts.items()})
 
 
@@ -300,7 +296,7 @@ def _settings_of_a_plain_file() -> list[str]:
     if not file.is_file() or re.search("^defaults:", file.read_text(), re.M):
         return []
     ours: Any = OmegaConf.to_container(OmegaConf.load(CONFIGS / "train.yaml"))
-    return ["hydra/job_logging=none", "hydra/hydra_logging=none", "hydra.output_subdir=null",
+    return ["hydra/job_logging=none", "hydra/hydra_logging=none",
             *(f"hydra.{key}.dir={ours['hydra'][key]['dir']}" for key in ("run", "sweep"))]  # fmt: skip
 
 
@@ -352,7 +348,7 @@ def _be_silent() -> None:
     """On ranks but 0: Hydra makes no folder and writes no log, and what it prints is rank 0's to print."""
     kept = [argument for argument in sys.argv[1:] if not argument.startswith("hydra.run.dir=")]
     sys.argv[1:] = kept
-    _add_settings(["hydra.run.dir=.", "hydra.output_subdir=null"])
+    _add_settings(["hydra.run.dir=."])
     if any(a in ("-h", "--help", "--hydra-help", "--version", "--info", "-i", "-c", "--cfg") for a in sys.argv[1:]):
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115  until the process ends
 

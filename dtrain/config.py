@@ -22,6 +22,7 @@ from omegaconf import MISSING, DictConfig, OmegaConf
 from dtrain.constructor import arguments as given_by
 from dtrain.constructor import imported, misfit, named
 from dtrain.data.tokenizer import count_ids
+from dtrain.secret import told
 
 CONFIGS = Path(__file__).resolve().parent.parent / "configs"
 T = TypeVar("T")
@@ -300,7 +301,7 @@ def _check_arguments(target: type, given: dict[str, Any], more: dict[str, Any], 
         _check_number(value, f"{where}.{name}", target)
         if wanted := misfit(value, hints.get(name, object)):
             said = "" if isinstance(value, list) else f", not {type(value).__name__}"
-            raise ValueError(f"{where}.{name}={value} must be {wanted}{said}")
+            raise ValueError(f"{told(f'{where}.{name}', value)} must be {wanted}{said}")
 
 
 def _check_number(value: Any, name: str, target: type) -> None:

@@ -22,6 +22,7 @@ from dtrain.config import CONFIGS, options
 from dtrain.hang import Hang
 from dtrain.launch import HOLD_LESS
 from dtrain.override import read, typed, value_of
+from dtrain.secret import masked_override
 from dtrain.train import NonFinite
 
 BROKEN_OFF = (NonFinite, Hang)  # no mistakes: a run that cannot go on
@@ -54,12 +55,13 @@ def check_words(arguments: Sequence[str], known: Collection[str] = ()) -> None:
     words = sorted([*flags.overrides, *unknown], key=lambda word: not word.startswith("--"))
     for before, word in zip(["", *words], words, strict=False):
         if word.startswith("--"):
-            name = word.strip("-").split("=")[0]
-            raise ValueError(f"{word} is no option: settings are key=value without dashes: {ours(name) or name}")
+            name, said = word.strip("-").split("=")[0], masked_override(word)
+            raise ValueError(f"{said} is no option: settings are key=value without dashes: {ours(name) or name}")
         if "=" not in word and not word.startswith("~"):
             raise ValueError(_no_setting(word, before, known))
+        found, word = read(word), masked_override(word)
         key, _, value = word.partition("=")
-        found, name = read(word), key.lstrip("+~")
+        name = key.lstrip("+~")
         if not name:
             raise ValueError(f"{word} names no key: write key=value")
         if found is None:
@@ -70,7 +72,8 @@ def check_words(arguments: Sequence[str], known: Collection[str] = ()) -> None:
         if name in _groups() and value and not isinstance(value_of(found), str | list) and not flags.multirun:
             raise ValueError(_a_group(word, name))
     if unknown:
-        raise ValueError(f"{' '.join(unknown)}: settings stand together, before or after options such as --multirun")
+        said = " ".join(map(masked_override, unknown))
+        raise ValueError(f"{said}: settings stand together, before or after options such as --multirun")
 
 
 def _no_setting(word: str, before: str, known: Collection[str]) -> str:
@@ -160,7 +163,7 @@ def _near(name: str, known: Iterable[str]) -> str:
 
 
 def _merging(match: re.Match[str], error: BaseException, _: str) -> str:
-    return f"{match[1]}: {str(error.__cause__).splitlines()[0] if error.__cause__ else ''}"
+    return f"{masked_override(match[1])}: {str(error.__cause__).splitlines()[0] if error.__cause__ else ''}"
 
 
 def _interpolation(match: re.Match[str], error: BaseException, _: str) -> str:
@@ -186,7 +189,7 @@ def _file(error: OSError, name: str) -> str:
     for word in sys.argv[1:]:
         value = value_of(found) if (found := read(word)) else None
         if isinstance(value, str) and value and place.absolute().is_relative_to(Path(value).absolute()):
-            return f"{word}: {why}: choose another"
+            return f"{masked_override(word)}: {why}: choose another"
     return why
 
 

@@ -15,24 +15,29 @@ from typing import Any, NoReturn
 
 from hydra._internal.config_loader_impl import ConfigLoaderImpl
 from hydra._internal.utils import create_config_search_path
+from hydra.core.utils import JobReturn, JobStatus
 from hydra.errors import HydraException
 from hydra.types import RunMode
-from omegaconf import OmegaConf
+from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from dtrain.config import CONFIGS
+from dtrain.secret import asked_again
 
 ALLOWED = "allow_hydra_code=true"
 RUN = ("callbacks", "job_logging", "hydra_logging", "launcher", "sweeper", "job.env_set", "job.env_copy")
 FOLDERS = "hydra.searchpath"
 GIVEN = ("main", "command-line", FOLDERS)  # how Hydra calls folders that are not a package's own
+LEFT = ".hydra"
+LOAD = ConfigLoaderImpl.load_configuration
 
 
 @contextmanager
-def refusing_code(script: str) -> Iterator[None]:
+def looking_at(script: str) -> Iterator[None]:
     """While it lasts, refuse what files of other folders than ours set of Hydra's that runs code, or could.
 
-    `allow_hydra_code=true` on the command line allows it, and is taken away from there.
+    `allow_hydra_code=true` on the command line allows it, and is taken away from there. What Hydra writes of a
+    configuration by itself is left out, or masked.
 
     Args:
         script: the name of its configuration, by which what is typed is told from what a file sets.
@@ -40,40 +45,66 @@ def refusing_code(script: str) -> Iterator[None]:
     Raises:
         ValueError: where Hydra composes a configuration; names the first such key.
     """
-    if ALLOWED in sys.argv:
+    if allowed := ALLOWED in sys.argv:
         sys.argv.remove(ALLOWED)
-        yield
-        return
-    load = ConfigLoaderImpl.load_configuration
+    sweeps: list[DictConfig] = []
 
-    def looked_at(loader: ConfigLoaderImpl, config_name: str, overrides: list[str], **more: Any) -> Any:
-        first = loader.repository.load_config(config_name) if config_name else None
-        if first and _is_outside(first.provider, first.path) and OmegaConf.select(first.config, FOLDERS) is not None:
-            _refuse(FOLDERS, [first.path])  # packages among them would be imported
-        found = load(loader, config_name, overrides, **more)
-        sources = found.hydra.runtime.config_sources
-        if places := [each.path for each in sources if _is_outside(each.provider, each.path)]:
-            known = known_by(overrides)
-            for key in RUN:
-                value = OmegaConf.select(found.hydra, key)
-                if all(value != OmegaConf.select(each.hydra, key) for each in known):
-                    _refuse(f"hydra.{key}", places)
+    def looked_at(loader: ConfigLoaderImpl, config_name: str, overrides: list[str], **more: Any) -> DictConfig:
+        if not allowed:
+            _refuse_folders(loader, config_name)
+        found = LOAD(loader, config_name, overrides, **more)
+        if not allowed:
+            _refuse_code(found, script, overrides)
+        if (folder := found.hydra.output_subdir) not in (None, LEFT):
+            raise ValueError(
+                f"hydra.output_subdir={folder}: what a run was asked for is left in {LEFT}: leave it out"
+            )
+        found.hydra.output_subdir = None  # the run does it, masked
+        if more["run_mode"] is RunMode.MULTIRUN:
+            sweeps[:] = [found]
+        elif sweeps and sweeps[0].hydra.mode is RunMode.MULTIRUN:  # the sweeper has written it, and asks for its jobs
+            _mask(Path(sweeps[0].hydra.sweep.dir) / "multirun.yaml")
         return found
 
-    def known_by(overrides: list[str]) -> list[Any]:
-        """What Hydra's settings are by our files, or without any, and by what is typed."""
-        loader = ConfigLoaderImpl(create_config_search_path(str(CONFIGS)))
-        typed = [word for word in overrides if word.lstrip("+~").startswith("hydra") and not word.startswith(FOLDERS)]
-        try:
-            return [load(loader, name, typed, run_mode=RunMode.RUN) for name in (script, None)]
-        except (HydraException, OmegaConfBaseException, ValueError):  # by words that need what is outside
-            return [load(loader, name, [], run_mode=RunMode.RUN) for name in (script, None)]
-
-    ConfigLoaderImpl.load_configuration = looked_at  # type: ignore[assignment]
+    theirs = JobReturn.return_value
+    ConfigLoaderImpl.load_configuration = looked_at  # type: ignore[assignment, method-assign]
+    JobReturn.return_value = property(_came_of, theirs.fset)  # type: ignore[assignment, method-assign, attr-defined]
     try:
         yield
     finally:
-        ConfigLoaderImpl.load_configuration = load  # type: ignore[method-assign]
+        ConfigLoaderImpl.load_configuration = LOAD  # type: ignore[method-assign]
+        JobReturn.return_value = theirs  # type: ignore[method-assign]
+
+
+def _came_of(job: JobReturn) -> Any:
+    """What a job has returned. Hydra's own prints all words of the command line, where it was an error."""
+    if job.status is JobStatus.FAILED:
+        raise job._return_value
+    return job._return_value
+
+
+def _refuse_folders(loader: ConfigLoaderImpl, config_name: str | None) -> None:
+    """Refuse a search path before Hydra looks whether its folders are there: it imports the packages among them."""
+    first = loader.repository.load_config(config_name) if config_name else None
+    if first and _is_outside(first.provider, first.path) and OmegaConf.select(first.config, FOLDERS) is not None:
+        _refuse(FOLDERS, [first.path])
+
+
+def _refuse_code(found: DictConfig, script: str, overrides: list[str]) -> None:
+    """Refuse what is set neither by our files, nor by Hydra's alone, nor by what is typed."""
+    places = [each.path for each in found.hydra.runtime.config_sources if _is_outside(each.provider, each.path)]
+    if not places:
+        return
+    loader = ConfigLoaderImpl(create_config_search_path(str(CONFIGS)))
+    typed = [word for word in overrides if word.lstrip("+~").startswith("hydra") and not word.startswith(FOLDERS)]
+    try:
+        known = [LOAD(loader, name, typed, RunMode.RUN).hydra for name in (script, None)]
+    except (HydraException, OmegaConfBaseException, ValueError):  # by words that need what is outside
+        known = [LOAD(loader, name, [], RunMode.RUN).hydra for name in (script, None)]
+    for key in RUN:
+        value = OmegaConf.select(found.hydra, key)
+        if all(value != OmegaConf.select(each, key) for each in known):
+            _refuse(f"hydra.{key}", places)
 
 
 def _is_outside(provider: str, path: str) -> bool:
@@ -84,3 +115,10 @@ def _refuse(key: str, places: list[str]) -> NoReturn:
     named = (os.path.relpath(path) if os.path.exists(path) else path for path in (p.split("://")[-1] for p in places))
     raise ValueError(f"{key} is set by a file outside dtrain ({', '.join(named)}), and runs code, or can: read it, and "
                      f"add {ALLOWED} if you trust it")  # fmt: skip
+
+
+def _mask(file: Path) -> None:
+    if file.is_file():
+        config = OmegaConf.load(file)
+        assert isinstance(config, DictConfig)
+        file.write_text(OmegaConf.to_yaml(OmegaConf.create(asked_again(config))))

@@ -14,6 +14,7 @@ from typing import Any
 from omegaconf import OmegaConf
 from torch import nn
 
+from dtrain import secret
 from dtrain.config import CONFIGS, make
 from dtrain.constructor import imported
 
@@ -75,7 +76,7 @@ def check_asked(model: Mapping[str, Any], overrides: Sequence[str]) -> None:
 def told(model: Mapping[str, Any]) -> Iterator[str]:
     """For a person: what a model that is not ours is given."""
     if _parameters(model) is not None:
-        given = ", ".join(f"{key}={value}" for key, value in handed(model).items() if not key.startswith("_"))
+        given = ", ".join(secret.told(key, value) for key, value in handed(model).items() if not key.startswith("_"))
         yield f"{model['_target_']} is given {given or 'nothing'}"
 
 

@@ -26,6 +26,7 @@ from omegaconf import DictConfig, OmegaConf
 from dtrain import records
 from dtrain.override import setting
 from dtrain.report.sweep import Told, show_job, show_sweep
+from dtrain.secret import masked_override
 
 
 @dataclass
@@ -58,7 +59,7 @@ class TorchrunLauncher(Launcher):
             with_index = OmegaConf.merge(sweep, {"hydra": {"job": {"id": str(index), "num": index}}})
             place = (folder / str(with_index.hydra.sweep.subdir)).resolve()
             given = filter_overrides(overrides)
-            jobs.append(Told(str(index), tuple(given), place))
+            jobs.append(Told(str(index), tuple(map(masked_override, given)), place))
             show_job(jobs[-1])
             command = [*self.command, sys.argv[0], *_files(), *given, setting("hydra.run.dir", str(place))]
             if status := _run(command):
@@ -90,7 +91,8 @@ def _outcome(folder: Path, status: int, overrides: Sequence[str], config: DictCo
     result = JobReturn(overrides=list(overrides), cfg=config, working_dir=str(folder))
     if status:
         result.status = JobStatus.FAILED
-        result.return_value = HydraException(f"{' '.join(overrides)}: torchrun ended with exit status {status}")
+        words = " ".join(map(masked_override, overrides))
+        result.return_value = HydraException(f"{words}: torchrun ended with exit status {status}")
         return result
     summary: dict[str, Any] = records.loads((folder / "summary.json").read_text())
     result.status = JobStatus.COMPLETED

@@ -73,8 +73,8 @@ BELOW = {
     "secret": set(),
     "streams": set(),
     "claim": {"config", "durable", "launch", "lock", "saved"},
-    "config": {"constructor", "data.tokenizer"},
-    "constructor": set(),
+    "config": {"constructor", "data.tokenizer", "secret"},
+    "constructor": {"secret"},
     "override": set(),
     "aliases": set(),
 }  # fmt: skip

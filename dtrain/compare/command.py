@@ -62,7 +62,7 @@ def compare(
     first = _checked(cases, configs, condition)
     with _held(folder, settings.overwrite):
         results = Results(
-            command=shlex.join(["python", "scripts/compare.py", *own]),
+            command=shlex.join(["python", "scripts/compare.py", *map(masked_override, own)]),
             made=datetime.now(UTC).isoformat(timespec="seconds"),
             baseline=cases[0].label,
             scaling=settings.scaling,
@@ -210,7 +210,8 @@ def _row(case: Case, config: DictConfig, own: list[str], settings: Comparison) -
         command=f"{begin} scripts/train.py {shlex.join(said)}",
         about=" ".join(about(name) for name in case.entry.strategy.split("+")),
         cost=[text for each in classes if (text := _cost(each))],
-        files=[_shown(Path(inspect.getfile(each))) for each in classes], trained=list(case.entry.trained),
+        files=[_shown(Path(inspect.getfile(each))) for each in classes],
+        trained=[*map(masked_override, case.entry.trained)],
     )  # fmt: skip
 
 

@@ -9,6 +9,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 
 from dtrain.override import read, setting
+from dtrain.secret import masked_override
 
 RANKS, ROWS = "launch.nproc", "global_batch_size"
 OWN = ("strategy", "launch")  # settings that leave the model, the data and the steps as they are
@@ -44,7 +45,7 @@ class Entry:
     @property
     def label(self) -> str:
         """What it is called: the strategy, and the settings by the last part of their keys."""
-        shown = [setting.rpartition("=") for setting in self.settings if not setting.startswith(f"{RANKS}=")]
+        shown = [masked_override(each).rpartition("=") for each in self.settings if not each.startswith(f"{RANKS}=")]
         return " ".join([self.strategy, *(f"{key.lstrip('+').rsplit('.', 1)[-1]}={value}" for key, _, value in shown)])
 
     @property
@@ -121,7 +122,8 @@ def cases_of(strategies: list[str], baseline: str, world_sizes: list[int], rows:
     for entry, ranks in _placed(entries, world_sizes):
         own = entry.number(ROWS) or (rows * ranks if scaling == "weak" else rows)
         case = Case(entry, ranks, own, entry.label if ranks == _only(entry, world_sizes) else f"{entry.label} @{ranks}")
-        for label in (f"{entry.label} @{ranks}", f"{entry.strategy} {' '.join(entry.settings)} @{ranks}"):
+        whole = f"{entry.strategy} {' '.join(map(masked_override, entry.settings))} @{ranks}"
+        for label in (f"{entry.label} @{ranks}", whole, f"{whole} ({len(found)})"):
             if case.label in found and found[case.label] != case:  # unlike every other
                 case = replace(case, label=label)
         found[case.label] = case
