@@ -56,9 +56,7 @@ def looking_at(script: str) -> Iterator[None]:
         if not allowed:
             _refuse_code(found, script, overrides)
         if (folder := found.hydra.output_subdir) not in (None, LEFT):
-            raise ValueError(
-                f"hydra.output_subdir={folder}: what a run was asked for is left in {LEFT}: leave it out"
-            )
+            raise ValueError(f"hydra.output_subdir={folder}: what a run was asked for is left in {LEFT}: leave it out")
         found.hydra.output_subdir = None  # the run does it, masked
         if more["run_mode"] is RunMode.MULTIRUN:
             sweeps[:] = [found]

@@ -4,14 +4,19 @@ from __future__ import annotations
 
 import re
 import shlex
+import tomllib
 from pathlib import Path
 
 import pytest
 from hydra import compose, initialize_config_dir
+from packaging.requirements import Requirement
 
 from dtrain.cli import WORDS
 from dtrain.config import register
+from dtrain.outside import ALLOWED
 
+# Versions with a hole that a configuration or an image of somebody else's would reach, and the first without it.
+MENDED = {"hydra-core": ("1.3.7", "1.3.8"), "jinja2": ("3.1.5", "3.1.6"), "pillow": ("10.2.0", "10.3")}
 ROOT = Path(__file__).parent.parent
 TEXTS = [ROOT / "README.md", *ROOT.glob("docs/*.md"), ROOT / "CONTRIBUTING.md", *ROOT.glob("configs/**/*.yaml")]
 
@@ -48,3 +53,20 @@ def test_every_link_of_the_documents_is_there() -> None:
 def test_the_makefile_has_what_the_readme_names() -> None:
     targets = re.findall(r"^(\w+):", (ROOT / "Makefile").read_text(), re.M)
     assert {"demo", "test"} <= set(targets)
+
+
+def test_no_version_with_a_known_hole_is_installed() -> None:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    needed = {found.name: found.specifier for found in map(Requirement, project["dependencies"])}
+    taken = {name: [version in needed[name] for version in versions] for name, versions in MENDED.items()}
+    assert taken == {name: [False, True] for name in MENDED}
+
+
+def test_it_is_said_that_a_configuration_is_code_and_what_is_refused() -> None:
+    text = " ".join((ROOT / "README.md").read_text().split())
+    assert "**A configuration is code, like a Makefile: read one before you run it.**" in text
+    for word in ("callbacks", "logging", "launchers", "env_set", "--config-dir", "hydra.searchpath", ALLOWED):
+        assert word in text
+    assert (
+        "**A configuration is code**, like a Makefile: read one before you run it" in (ROOT / "SECURITY.md").read_text()
+    )
