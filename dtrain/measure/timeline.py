@@ -85,8 +85,10 @@ class Timeline:
         """How the time between the first phase's begin and the last one's end was spent."""
         phases = self._of(PHASE)
         begin, end = min(start for start, _ in phases), max(end for _, end in phases)
-        computing = self._of(COMPUTE)  # merged when they were read
-        talking = merged((s.start, s.end) for s in self.spans if s.kind == COMMUNICATION and s.name != "send")
+        step = [(begin, end)]  # what comes before or after it, such as this measurement's own, is no part of it
+        computing = common(self._of(COMPUTE), step)  # merged when they were read
+        messages = merged((s.start, s.end) for s in self.spans if s.kind == COMMUNICATION and s.name != "send")
+        talking = common(messages, step)
         overlapped = total(common(computing, talking))
         seconds = [x / 1e9 for x in (end - begin, total(computing), total(talking), overlapped)]
         return Shares(seconds[0], seconds[1], seconds[2], seconds[2] - seconds[3], seconds[3])
