@@ -12,7 +12,7 @@ from collections.abc import Collection, Mapping
 from types import UnionType
 from typing import Any, Union, get_args, get_origin
 
-from dtrain.secret import told, without
+from dtrain.secret import without
 
 NOT_THEIRS = (os.path.dirname(__file__), *(sysconfig.get_path(name) for name in ("stdlib", "purelib", "platlib")))
 HYDRAS = ("_target_", "_args_", "_convert_", "_partial_", "_recursive_")  # keys of a node that are no arguments
@@ -87,13 +87,11 @@ def named(error: Exception, node: Any, where: str, keys: Collection[str]) -> Exc
     given, words = arguments(node), re.findall(r"-?[\w.]*\w", text)
     found = [name for name in given if name in words]
     found = found or [name for name, value in given.items() if {*map(str, _numbers(value))} & {*words}]
-    settings = " or ".join(told(f"{where}.{name}", given[name]) for name in found) or where
-    if isinstance(error, ValueError):
-        ranges = RANGES if str(node.get("_target_")).startswith("torch.optim.") else {}
-        takes = [f"{name} takes {ranges[name]}" for name in found if name in ranges]
-        return ValueError("; ".join([without(f"{settings}: {text}", given, where), *takes]))
-    said = without(in_words(error), given, where)
-    return ValueError(f"{settings}: {said} (DTRAIN_TRACEBACK=1 shows where)")
+    settings = " or ".join(f"{where}.{name}={given[name]}" for name in found) or where
+    ranges = RANGES if str(node.get("_target_")).startswith("torch.optim.") else {}
+    takes = [f"{name} takes {ranges[name]}" for name in found if name in ranges]
+    said = text if isinstance(error, ValueError) else f"{in_words(error)} (DTRAIN_TRACEBACK=1 shows where)"
+    return ValueError(without("; ".join([f"{settings}: {said}", *takes]), given, where))
 
 
 def _numbers(value: Any) -> list[Any]:
