@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
@@ -11,15 +11,16 @@ from dtrain import saved
 from dtrain.config import Config
 from dtrain.durable import remove
 from dtrain.launch import World, agree
-from dtrain.lock import NAME, Lock
+from dtrain.lock import Lock, check_free
 
 OUTPUTS = Path("outputs")  # where Hydra puts runs by default
 RESUMABLE = "resumable"  # a file in the folder of a run that was told to stop
 HYDRA = ".hydra"  # a folder in it, as Hydra has it: what was asked for
 MADE = ("metrics.jsonl", "summary.json", f"checkpoints/step-*/{saved.MANIFEST}", "tensorboard/*")  # by a run
-FILES = ("metrics.jsonl", "summary.json", RESUMABLE)
-FOLDERS = ("checkpoints", "tensorboard", "logs", "pictures", "profile")
-LEFT = (*FILES, *FOLDERS)
+FILES = ("metrics.jsonl", "metrics.new", "summary.json", RESUMABLE)
+FOLDERS = ("tensorboard", "logs", "pictures", "profile")
+LEFT = (*FILES, saved.CHECKPOINTS, *FOLDERS)
+TOKENIZER = "tokenizer.json"  # which data leave beside it
 RESTARTED_S = 40.0  # torchrun gives a rank 30 seconds to end, before it starts another one
 
 
@@ -55,14 +56,16 @@ def _claim(folder: Path, world: World, config: Config, files: Mapping[str, str],
             folder.rmdir()  # made for this attempt
         folder = before
     folder.mkdir(parents=True, exist_ok=True)
-    _check(folder, (NAME,), (HYDRA,))  # or the lock would wait for a pipe
+    check_free(folder, (), (HYDRA,))
     restarted = bool(before) or os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0"
-    held.append(lock := Lock(folder, patience_s=RESTARTED_S if restarted else 0.0))
+    held.append(lock := Lock(folder, patience_s=(patience_s := RESTARTED_S if restarted else 0.0)))
     agents = lock.before.get("agents")
     again = bool(before) or (isinstance(agents, list) and any(agent in agents for agent in world.agents))
     if not (again or _goes_on(config, folder)):
         _make_room(folder, config)
-    _check(folder, FILES, FOLDERS)
+    check_free(folder, (*FILES, TOKENIZER), FOLDERS, (saved.CHECKPOINTS,))
+    if (checkpoints := folder / saved.CHECKPOINTS).is_symlink():
+        held.append(_elsewhere(checkpoints, patience_s))
     lock.leave(agents=sorted(world.agents))
     for name, text in files.items():
         (folder / HYDRA).mkdir(exist_ok=True)
@@ -71,13 +74,16 @@ def _claim(folder: Path, world: World, config: Config, files: Mapping[str, str],
     return folder.resolve()
 
 
-def _check(folder: Path, files: Iterable[str], folders: Iterable[str]) -> None:
-    """Refuse what is in the way of these files and folders of a run."""
-    for kind, names, right in (("file", files, Path.is_file), ("folder", folders, Path.is_dir)):
-        for path in (folder / name for name in names):
-            if os.path.lexists(path) and not right(path):
-                raise ValueError(f"hydra.run.dir={folder}: {path.name} is no {kind}, and the run's own would be in "
-                                 f"its place: move it away, or use another hydra.run.dir")  # fmt: skip
+def _elsewhere(checkpoints: Path, patience_s: float) -> Lock:
+    """Hold the folder, on another disk say, that a link leads to: another run may have the same link."""
+    there, own = checkpoints.resolve(), checkpoints.parent.resolve()
+    for at in (there, *there.parents):
+        if at != own and any(os.path.lexists(at / name) for name in (HYDRA, *FILES)):
+            raise ValueError(f"the link {checkpoints} leads into another run's folder, {at}: lead it to a folder of "
+                             f"its own, or use another hydra.run.dir")  # fmt: skip
+    lock = Lock(there, patience_s=patience_s, key=saved.CHECKPOINTS)
+    lock.leave()
+    return lock
 
 
 def _goes_on(config: Config, folder: Path) -> bool:
@@ -91,7 +97,7 @@ def _goes_on(config: Config, folder: Path) -> bool:
 
 def _make_room(folder: Path, config: Config) -> None:
     """Refuse a folder that holds a run; or remove what the run has left."""
-    found = [path for pattern in MADE for path in sorted(folder.glob(pattern)) if path.stat().st_size]
+    found = [path for pattern in MADE for path in sorted(folder.glob(pattern)) if path.lstat().st_size]
     if found and not config.overwrite:
         raise ValueError(f"hydra.run.dir={folder} holds a run ({found[0].relative_to(folder)}): resume=auto goes on "
                          f"with it, overwrite=true removes it, another hydra.run.dir leaves it alone")  # fmt: skip

@@ -8,6 +8,8 @@ import json
 import os
 import socket
 import time
+from collections.abc import Collection
+from itertools import chain
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -24,25 +26,28 @@ class Lock:
     Args:
         folder: that is there.
         patience_s: how long to wait for whoever holds it: another attempt at the same run may be about to end.
+        key: what the folder is given by.
 
     Attributes:
         before: what the last holder has left about itself; empty: there was none.
 
     Raises:
-        ValueError: somebody else holds it.
+        ValueError: somebody else holds it, or something is in the way.
         OSError: the folder cannot be written.
     """
 
-    def __init__(self, folder: Path, *, patience_s: float = 0.0) -> None:
-        self._file: TextIO = os.fdopen(os.open(folder / NAME, os.O_RDWR | os.O_CREAT, 0o666), "r+")
+    def __init__(self, folder: Path, *, patience_s: float = 0.0, key: str = "hydra.run.dir") -> None:
+        check_free(folder, (NAME,))  # or it would wait for a pipe
+        file = os.open(folder / NAME, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o666)
+        self._file: TextIO = os.fdopen(file, "r+")
         end = time.monotonic() + patience_s
         while not self._taken():
             if time.monotonic() >= end:
                 holder = self._read()
                 self._file.close()
                 who = f"process {holder.get('process', '?')} on {holder.get('host', '?')}"
-                raise ValueError(f"hydra.run.dir={folder} is the folder of a run that is going on ({who}): "
-                                 f"wait for its end, or use another hydra.run.dir")  # fmt: skip
+                raise ValueError(f"{key}={folder} is the folder of a run that is going on ({who}): "
+                                 f"wait for its end, or use another folder")  # fmt: skip
             time.sleep(POLL_S)
         self.before = self._read()
 
@@ -73,3 +78,21 @@ class Lock:
 
     def close(self) -> None:
         self._file.close()
+
+
+def check_free(
+    folder: Path, files: Collection[str], folders: Collection[str] = (), linked: Collection[str] = ()
+) -> None:  # fmt: skip
+    """Refuse what is in the way of a run's own, and links: what was written would go to whatever they lead to.
+
+    Args:
+        files, folders: of the run, with all that is in them; `linked`: folders that may be links.
+    """
+    for name in (*files, *folders, *linked):
+        kind, right = ("file", Path.is_file) if name in files else ("folder", Path.is_dir)
+        every = chain([folder / name], (folder / name).rglob("*")) if name not in linked else ()
+        link = next((path for path in every if path.is_symlink()), None)
+        if link or (os.path.lexists(folder / name) and not right(folder / name)):
+            what = f"{link.relative_to(folder)} is a link" if link else f"{name} is no {kind}"
+            raise ValueError(f"hydra.run.dir={folder}: {what}, and the run's own would be in its place: move it away, "
+                             f"or use another hydra.run.dir")  # fmt: skip

@@ -24,7 +24,7 @@ from hypothesis import strategies as st
 from test_cli import call  # noqa: F401
 
 from dtrain.compare import charts, costs, markdown, page, step
-from dtrain.compare.command import show_difference
+from dtrain.compare.command import _held, show_difference
 from dtrain.compare.condition import Condition
 from dtrain.compare.entries import Entry, cases_of
 from dtrain.compare.results import FIGURES, Results, Row, read
@@ -229,6 +229,19 @@ def test_one_repeat_cannot_tell_noise_and_strangers_cannot_be_compared() -> None
     assert (found.strategy, found.noise, found.ratio) == ("ddp", None, 0.5)
     with pytest.raises(ValueError, match="no strategy ran in both: ddp and fsdp"):
         differences(results(row("ddp")), results(row("fsdp")))
+
+
+@pytest.mark.parametrize("name", ["runs", "results.json", "results.csv", "report.md", "report.html"])
+def test_a_comparison_writes_and_removes_nothing_behind_a_link(name: str, tmp_path: Path) -> None:
+    """Whichever of its own is there already, it is another comparison's."""
+    theirs, folder = tmp_path / "theirs", tmp_path / "mine"
+    folder.mkdir()
+    (theirs / "single").mkdir(parents=True) if name == "runs" else theirs.write_text("theirs")  # noqa: B018
+    (folder / name).symlink_to(theirs)
+    with pytest.raises(ValueError, match=f"has {name} of another comparison: set overwrite=true"), _held(folder, False):
+        pass
+    with _held(folder, True):
+        assert not os.path.lexists(folder / name) and ((theirs / "single").is_dir() or theirs.read_text() == "theirs")
 
 
 def test_losses_are_compared_at_equal_time() -> None:
@@ -498,7 +511,7 @@ def test_what_can_be_known_before_is_refused_before(ran, call) -> None:  # noqa:
     folder = ran[0]
     for arguments, said in (
         (("strategies=[single,ddpp]",), "unknown strategy 'ddpp': did you mean 'ddp'?"),
-        ((f"hydra.run.dir={folder}",), "has the results of another comparison: set overwrite=true"),
+        ((f"hydra.run.dir={folder}",), "has results.json of another comparison: set overwrite=true"),
         (("fail_if=ddp.speed < 0.9 * baseline",), "speed is none of the figures"),
         (("steps=4",), "steps=4: the first 4 are not timed"),
         (("measure.warmup_steps=9",), "the first 9 are not timed"),

@@ -7,7 +7,7 @@ import os
 import re
 import shutil
 from collections.abc import Callable
-from contextlib import ExitStack, closing, nullcontext
+from contextlib import ExitStack, closing, nullcontext, suppress
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -141,9 +141,7 @@ def test_what_is_in_the_way_of_a_runs_own_is_refused(name: str, kind: str, tmp_p
     make[kind]()
     right = kind == ("folder" if folder else "file")
     for config in (_config(), _config(resume="auto")):
-        said = (
-            f"{re.escape(name)} is no {'folder' if folder else 'file'}, and the run's own would be in its place: move"
-        )
+        said = rf"{re.escape(name)} is (no {'folder' if folder else 'file'}|a link), and the run's own would be in its place"
         if kind == "folder" and config.resume is None:
             said += "|holds a run"  # as far as is looked at then
         with nullcontext() if right else pytest.raises(ValueError, match=said):
@@ -153,6 +151,88 @@ def test_what_is_in_the_way_of_a_runs_own_is_refused(name: str, kind: str, tmp_p
     if name in claim.LEFT:
         with claim.claimed(tmp_path, World(), _config(overwrite=True), {}):
             assert not os.path.lexists(place)
+
+
+LINKS = {
+    "file": [
+        NAME,
+        *claim.FILES,
+        claim.TOKENIZER,
+        f"{claim.HYDRA}/config.yaml",
+        "logs/rank1.log",
+        "profile/trace.json",
+        "pictures/a.png",
+    ],
+    "folder": [claim.HYDRA, "tensorboard", "logs", "pictures", "profile", "logs/more"],
+}
+
+
+@pytest.mark.usefixtures("alone")
+@pytest.mark.parametrize(("kind", "name"), [(kind, name) for kind, names in LINKS.items() for name in names])
+def test_nothing_is_written_through_a_link(kind: str, name: str, tmp_path: Path) -> None:
+    """A folder that somebody has handed in may lead to files of the user's."""
+    theirs, place = tmp_path / "theirs", tmp_path / "run" / name
+    (theirs if kind == "folder" else tmp_path).mkdir(exist_ok=True)
+    ((theirs / "config.yaml") if kind == "folder" else theirs).write_text("{}")
+    before = contents(tmp_path)
+    place.parent.mkdir(parents=True, exist_ok=True)
+    place.symlink_to(theirs)
+    with (
+        pytest.raises(
+            ValueError, match=f"run: {re.escape(name)} is a link, and the run's own would be in its place: move"
+        ),
+        claim.claimed(tmp_path / "run", World(), _config(resume="auto"), {"config.yaml": "mine"}),
+    ):
+        pass
+    place.unlink()
+    assert contents(tmp_path) | before == contents(tmp_path) and theirs.exists()
+
+
+def test_a_lock_is_no_link_also_where_one_is_made_after_all_was_looked_at(tmp_path: Path) -> None:
+    (tmp_path / "theirs").write_text("{}")
+    (tmp_path / NAME).symlink_to("theirs")
+    with mock.patch("dtrain.lock.check_free"), pytest.raises(OSError, match="symbolic links"):
+        Lock(tmp_path).leave()
+    assert (tmp_path / "theirs").read_text() == "{}"
+
+
+@pytest.mark.usefixtures("alone")
+@pytest.mark.parametrize("to", ["other/checkpoints", "other", "other/checkpoints/step-00000001"])
+@pytest.mark.parametrize("known_by", [claim.HYDRA, "metrics.jsonl", "summary.json"])
+def test_checkpoints_may_be_elsewhere_but_in_no_other_runs_folder(to: str, known_by: str, tmp_path: Path) -> None:
+    """This run's would be kept there in place of the other's."""
+    (tmp_path / "other" / "checkpoints" / "step-00000001").mkdir(parents=True)
+    (tmp_path / "other" / known_by).mkdir()
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "checkpoints").symlink_to(tmp_path / to)
+    with (
+        pytest.raises(ValueError, match=rf"checkpoints leads into another run's folder, {tmp_path}/other: lead it"),
+        claim.claimed(tmp_path / "mine", World(), _config(resume="auto"), {}),
+    ):
+        pass
+
+
+@pytest.mark.usefixtures("alone")
+def test_checkpoints_on_another_disk_are_one_runs_at_a_time(tmp_path: Path, held: Callable[[], None]) -> None:
+    """Two runs may have the same link; `held` is where it leads to."""
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "checkpoints").symlink_to(tmp_path)
+    for _ in range(2):  # what it leaves there is not taken for another run
+        with (
+            pytest.raises(ValueError, match=f"checkpoints={tmp_path} is the folder of a run that is going on"),
+            claim.claimed(tmp_path / "mine", World(), _config(resume="auto"), {}),
+        ):
+            pass
+    held()
+    for _ in range(2):
+        with claim.claimed(tmp_path / "mine", World(), _config(resume="auto"), {}) as folder:
+            assert folder == (tmp_path / "mine").resolve()
+            if not (child := os.fork()):  # a POSIX lock is its process's
+                with suppress(ValueError):
+                    Lock(tmp_path)
+                    os._exit(1)
+                os._exit(0)
+            assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
 
 
 @pytest.mark.usefixtures("alone")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import inspect
 import json
+import os
 import re
 import shlex
 from collections.abc import Callable, Iterator
@@ -33,6 +34,7 @@ from dtrain.profile import RECORDED
 from dtrain.secret import masked_override
 
 PROJECT = CONFIGS.parent
+LEFT = (FILE, "results.csv", "report.md", "report.html", "runs")  # in a comparison's folder
 KEYS = ("strategies", "baseline", "world_sizes", "scaling", "repeats", "overwrite", "fail_if", "strategy", "hydra")
 
 
@@ -169,13 +171,12 @@ def _held(folder: Path, overwrite: bool) -> Iterator[None]:
     lock = Lock(folder)
     try:
         lock.leave()
-        if (folder / FILE).exists():
-            if not overwrite:
+        for name in LEFT:
+            if os.path.lexists(folder / name) and not overwrite:
                 raise ValueError(
-                    f"{folder} has the results of another comparison: set overwrite=true, or another hydra.run.dir"
+                    f"{folder} has {name} of another comparison: set overwrite=true, or another hydra.run.dir"
                 )
-            for name in ("runs", FILE, "results.csv", "report.md", "report.html"):
-                remove(folder / name)
+            remove(folder / name)
         yield
     finally:
         lock.close()
