@@ -14,8 +14,12 @@ written() { stat -c %y "$folder/resumable" 2> /dev/null; }
 # in a file of its user's alone, not in a command that all users of a machine see.
 mkdir -p "$folder"
 drawn=$(umask 077; mktemp "$folder/.meeting-XXXXXX") && od -An -N16 -tx1 /dev/urandom | tr -d ' \n' > "$drawn" || exit
-ln "$drawn" "$folder/.meeting" 2> /dev/null  # of several machines one is the first
+ln -T "$drawn" "$folder/.meeting" 2> /dev/null  # of several machines one is the first
 rm "$drawn"
+if [ ! -f "$folder/.meeting" ] || [ ! -O "$folder/.meeting" ] || [ -L "$folder/.meeting" ]; then
+    echo "launch/node.sh: $folder/.meeting is not a file of yours: remove it, or use another folder" >&2
+    exit 2
+fi
 PET_RDZV_ID=$(cat "$folder/.meeting") || exit
 export PET_RDZV_ID
 

@@ -66,6 +66,28 @@ def test_nodes_meet_by_a_name_that_is_drawn_and_their_users_alone(tmp_path: Path
         assert kept.name == ".meeting" and stat.S_IMODE(kept.stat().st_mode) == 0o600
 
 
+@pytest.mark.parametrize("kind", ["link", "pipe", "folder", "another's"])
+def test_a_name_that_somebody_else_has_left_is_not_taken(kind: str, tmp_path: Path) -> None:
+    """Whoever gave the folder away would know it."""
+    place = tmp_path / "run" / ".meeting"
+    place.parent.mkdir()
+    (tmp_path / "theirs").write_text("known")
+    {"link": lambda: place.symlink_to(tmp_path / "theirs"), "pipe": lambda: os.mkfifo(place), "folder": place.mkdir,
+     "another's": lambda: place.write_text("known")}[kind]()  # fmt: skip
+    if kind == "another's":
+        if os.geteuid():
+            pytest.skip("needs root, to give a file away")
+        os.chown(place, 12345, -1)
+    (tmp_path / "python").write_text('#!/bin/sh\necho "began with $PET_RDZV_ID"\n')
+    (tmp_path / "python").chmod(0o755)
+    environment = ENVIRONMENT | {"PATH": f"{tmp_path}:{ENVIRONMENT['PATH']}"}
+    command = [ROOT / "launch/node.sh", tmp_path / "run", "train.py"]
+    ended = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=30)
+    said = f"launch/node.sh: {place} is not a file of yours: remove it, or use another folder\n"
+    assert (ended.returncode, ended.stdout, ended.stderr) == (2, "", said)
+    assert [path.name for path in place.parent.iterdir()] == [".meeting"] and not (kind == "folder" and any(place.iterdir()))
+
+
 @pytest.mark.parametrize(("given", "kept"), [
     ([], ["resume=auto"]), (["resume=latest"], ["resume=latest"]), (["overwrite=true", "steps=3"], ["overwrite=true", "steps=3"]),
     (["model.resume=x"], ["model.resume=x", "resume=auto"]),
