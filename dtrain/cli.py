@@ -108,7 +108,8 @@ def main(config_name: str, task: Callable[[DictConfig], Any]) -> None:
     except JobFailed as job:  # of a sweep, whose other jobs have run; it has said why
         sys.exit(job.status)
     finally:
-        show_sweep(jobs)
+        with _explaining(config_name):
+            show_sweep(jobs)
 
 
 def _check_hydra() -> None:

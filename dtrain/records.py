@@ -8,11 +8,11 @@ from __future__ import annotations
 import json
 import math
 import stat
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-DEEPEST, LARGEST = 64, 64 << 20  # levels; bytes
+DEEPEST, LARGEST, LINE = 64, 64 << 20, 1 << 20  # levels; bytes of a file, and of a line
 WORDS = {"NaN": math.nan, "Infinity": math.inf, "-Infinity": -math.inf}  # JavaScript's and Python's float() know them
 
 
@@ -87,7 +87,7 @@ def check_regular(file: Path) -> None:
         raise ValueError(f"{file} is no regular file")
 
 
-def lines(file: Path) -> list[dict[str, Any]]:
+def lines(file: Path) -> Iterator[dict[str, Any]]:
     """The objects of a file that has one in each line; what a kill or a full disk has left of a line is none.
 
     A last line without its end may still grow.
@@ -96,17 +96,18 @@ def lines(file: Path) -> list[dict[str, Any]]:
         ValueError: it is no regular file.
     """
     if not file.exists():
-        return []
+        return
     check_regular(file)
-    found = []
-    for line in file.read_bytes().split(b"\n")[:-1]:
-        try:
-            record = loads(line)
-        except ValueError:
-            continue
-        if isinstance(record, dict):
-            found.append(record)
-    return found
+    begins = True  # and is not what follows of one that is longer than any of ours
+    with file.open("rb") as stream:
+        while line := stream.readline(LINE):
+            whole, begins = begins and line.endswith(b"\n"), line.endswith(b"\n")
+            try:
+                record = loads(line) if whole else None
+            except ValueError:
+                continue
+            if isinstance(record, dict):
+                yield record
 
 
 def _worded(value: Any) -> Any:

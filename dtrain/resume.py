@@ -9,9 +9,10 @@ from pathlib import Path
 from typing import Any
 
 from dtrain import checkpoint, records, saved
-from dtrain.claim import OUTPUTS
+from dtrain.claim import OUTPUTS, RESUMABLE
 from dtrain.job import Job
 from dtrain.launch import World, agree
+from dtrain.report.files import SUMMARY, summary_in
 from dtrain.train import Trainer
 
 
@@ -20,10 +21,9 @@ def finished(job: Job, folder: Path, world: World) -> dict[str, Any] | None:
 
     def look() -> dict[str, Any] | None:
         newest = _newest(job, folder, world)
-        file = folder / "summary.json"
-        if newest and saved.steps_of(newest) >= job.config.steps and file.exists():
+        if newest and saved.steps_of(newest) >= job.config.steps and (folder / SUMMARY).exists():
             job.logger.note(f"{newest} has done all {job.config.steps} steps: nothing is left to do")
-            return records.figures(file)
+            return {key: value for key, value in summary_in(folder).items() if key != RESUMABLE}  # it was not stopped
         return None
 
     return agree(look)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 import stat
 from collections.abc import Callable, Iterable, Iterator
@@ -18,6 +19,7 @@ from dtrain import records
 from dtrain.durable import digest, sync
 
 CHECKPOINTS, MANIFEST, SHARD = "checkpoints", "checkpoint.json", ".safetensors"
+NO_HEADER = (ValueError, KeyError, TypeError, AttributeError, IndexError, OverflowError, RecursionError, RuntimeError)
 AUTO = "auto"  # resume from the run's newest, if it has any
 
 
@@ -56,7 +58,7 @@ def run_of(places: Iterable[Path], agents: frozenset[str]) -> Path | None:
     found = []
     for place in places if agents else ():
         for path in (path for folder in _below(place) for path in folder.glob("step-*")):
-            with suppress(ValueError, TypeError, OSError):  # damaged, or another run has just removed it
+            with suppress(ValueError, OSError):  # damaged, or another run has just removed it
                 if agents.intersection(about(path).get("agents", ())):
                     found.append((_written(path), path.parent.parent))
     return max(found, default=(None, None))[1]
@@ -140,9 +142,13 @@ def differs(path: Path, found: dict[str, dict[str, Any]]) -> str:
         if found[name] != expected:
             return f"{name} does not have its SHA-256"
     try:
-        HuggingFaceStorageReader(str(path)).read_metadata()
-    except (SafetensorError, ValueError, KeyError, TypeError, AttributeError) as error:
-        return str(error)
+        tensors: dict[str, Any] = HuggingFaceStorageReader(str(path)).read_metadata().state_dict_metadata
+    except (SafetensorError, *NO_HEADER) as error:
+        return f"the header of a shard is none of ours: {type(error).__name__}: {str(error)[:80]}"
+    for name, tensor in tensors.items():  # whoever reads it makes room for all of it
+        odd = any(len(part.offsets) != len(part.sizes) or min(part.offsets, default=0) < 0 for part in tensor.chunks)
+        if odd or sum(math.prod(part.sizes) for part in tensor.chunks) != math.prod(tensor.size):
+            return f"its parts of {name} do not make it up"
     return ""
 
 
@@ -154,14 +160,16 @@ def about(path: Path) -> dict[str, Any]:
         OSError: it cannot be read.
     """
     manifest = records.read(path / MANIFEST)
-    for key in ("step", "tokens"):
-        if type(manifest.get(key, 0)) is not int or manifest.get(key, 0) < 0:
-            raise ValueError(f"{MANIFEST} has {key}={str(manifest[key])[:40]}")
-    files = manifest.get("files")
-    if "step" not in manifest or not (isinstance(files, dict) and files):
-        raise ValueError(f"{MANIFEST} tells no {'step' if 'step' not in manifest else 'files'}")
+    if absent := [key for key in ("step", "tokens", "files") if manifest.get(key) in (None, {}, [])]:
+        raise ValueError(f"{MANIFEST} tells no {absent[0]}")
+    files, agents = manifest["files"], manifest.get("agents", [])
+    fits = {key: type(manifest[key]) is int and 0 <= manifest[key] < 1 << 63 for key in ("step", "tokens")}
+    fits["files"] = isinstance(files, dict)
+    fits["agents"] = isinstance(agents, list) and all(isinstance(agent, str) for agent in agents)
+    if wrong := [key for key, right in fits.items() if not right]:
+        raise ValueError(f"{MANIFEST} has {wrong[0]}={str(manifest[wrong[0]])[:40]}")
     for name, found in files.items():
-        if Path(name).name != name or not name.endswith(SHARD) or "\0" in name:
+        if Path(name).name != name or not name.endswith(SHARD) or not name.isprintable():
             raise ValueError(f"{MANIFEST} names the file {name[:80]!r}, which is none of a checkpoint's")
         if not (isinstance(found, dict) and type(found.get("bytes")) is int and isinstance(found.get("sha256"), str)):
             raise ValueError(f"{MANIFEST} does not tell bytes and SHA-256 of {name!r}")

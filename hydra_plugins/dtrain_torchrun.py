@@ -13,7 +13,6 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 from hydra._internal.utils import get_args_parser
 from hydra.core.config_store import ConfigStore
@@ -23,8 +22,8 @@ from hydra.plugins.launcher import Launcher
 from hydra.types import HydraContext, TaskFunction
 from omegaconf import DictConfig, OmegaConf
 
-from dtrain import records
 from dtrain.override import setting
+from dtrain.report.files import summary_in
 from dtrain.report.sweep import Told, show_job, show_sweep
 from dtrain.secret import masked_override
 
@@ -94,7 +93,7 @@ def _outcome(folder: Path, status: int, overrides: Sequence[str], config: DictCo
         words = " ".join(map(masked_override, overrides))
         result.return_value = HydraException(f"{words}: torchrun ended with exit status {status}")
         return result
-    summary: dict[str, Any] = records.loads((folder / "summary.json").read_text())
+    summary = summary_in(folder)
     result.status = JobStatus.COMPLETED
     result.return_value = summary["loss"] if summary["val_loss"] is None else summary["val_loss"]
     return result

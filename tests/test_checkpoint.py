@@ -7,6 +7,7 @@ import os
 import resource
 import shutil
 import signal
+import struct
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -272,6 +273,20 @@ def _raw(path: Path, text: str) -> None:
     (path / "checkpoint.json").write_text(text)
 
 
+def _header(path: Path, header: Any, length: int | None = None) -> None:
+    """A shard of two numbers with this header, which its manifest vouches for."""
+    text = (header if isinstance(header, str) else json.dumps(header)).encode()
+    _shard(path).write_bytes(struct.pack("<Q", len(text) if length is None else length) + text + bytes(8))
+    _told(path, files={_shard(path).name: saved.describe(_shard(path))})
+
+
+def _parts(path: Path, told: Any, shape: int = 2) -> None:
+    """The shard says this of where its part of a tensor lies."""
+    text = told if isinstance(told, str) else json.dumps(told)
+    _header(path, {"__metadata__": {"DCP_SHARDING_INFO": text},
+                   "weight": {"dtype": "F32", "shape": [shape], "data_offsets": [0, 8]}})  # fmt: skip
+
+
 HOSTILE: dict[str, tuple[Callable[[Path], Any], str]] = {
     "a file above": (lambda p: _told(p, files={"../x.safetensors": FILES["shard-1.safetensors"]}), "names the file '../x"),
     "a file of the system": (lambda p: _told(p, files={"/etc/passwd": FILES["shard-1.safetensors"]}), "names the file '/etc"),
@@ -279,7 +294,7 @@ HOSTILE: dict[str, tuple[Callable[[Path], Any], str]] = {
     "a file within": (lambda p: _told(p, files={"a/b.safetensors": FILES["shard-1.safetensors"]}), "names the file 'a/b"),
     "another kind": (lambda p: _told(p, files={"latest": FILES["shard-1.safetensors"]}), "names the file 'latest'"),
     "no files": (lambda p: _told(p, files={}), "tells no files"),
-    "files in a list": (lambda p: _told(p, files=["shard"]), "tells no files"),
+    "files in a list": (lambda p: _told(p, files=["shard"]), r"has files=\['shard'\]"),
     "a file without a size": (lambda p: _told(p, files={"shard-1.safetensors": {}}), "does not tell bytes"),
     "a file of nothing": (lambda p: _told(p, files={"shard-1.safetensors": None}), "does not tell bytes"),
     "a negative step": (lambda p: _told(p, step=-7), "step=-7"),
@@ -287,6 +302,31 @@ HOSTILE: dict[str, tuple[Callable[[Path], Any], str]] = {
     "a step of a kind": (lambda p: _told(p, step=True), "step=True"),
     "no step": (lambda p: _told(p, step="none"), "tells no step"),
     "tokens of no number": (lambda p: _told(p, tokens=[1]), r"tokens=\[1\]"),
+    "no tokens": (lambda p: _told(p, tokens="none"), "tells no tokens"),
+    "more tokens than there are": (lambda p: _told(p, tokens=10**400), "tokens=1000"),
+    "agents of no kind": (lambda p: _told(p, agents=3), "agents=3"),
+    "agents in lists": (lambda p: _told(p, agents=[["x"]]), "agents="),
+    "half a letter": (lambda p: _told(p, files={"\ud800.safetensors": FILES["shard-1.safetensors"]}), "names the file"),
+    "a deep header": (lambda p: _header(p, '{"weight":' * 200_000), "header"),
+    "a header of all memory": (lambda p: _header(p, "{}", 2**63), "header"),
+    "a header longer than its file": (lambda p: _header(p, "{}", 2**20), "header"),
+    "a header that is cut": (lambda p: _header(p, "{", 1), "header"),
+    "a tensor beyond its file": (
+        lambda p: _header(p, {"weight": {"dtype": "F32", "shape": [2], "data_offsets": [0, 2**40]}}), "header"),
+    "a tensor larger than its numbers": (
+        lambda p: _header(p, {"weight": {"dtype": "F32", "shape": [2**40], "data_offsets": [0, 8]}}), "header"),
+    "a tensor of no kind": (lambda p: _header(p, {"weight": {"dtype": "X", "shape": [2], "data_offsets": [0, 8]}}), "header"),
+    "deep parts": (lambda p: _parts(p, "[" * 200_000), "header"),
+    "parts in a list": (lambda p: _parts(p, []), "header"),
+    "parts of another": (lambda p: _parts(p, {"bias": {"saved_offsets": [0]}}), "header"),
+    "a part nowhere": (lambda p: _parts(p, {"weight": None}), "header"),
+    "a part in words": (lambda p: _parts(p, {"weight": {"saved_offsets": "0"}}), "header"),
+    "a part at a fraction": (lambda p: _parts(p, {"weight": {"saved_offsets": [0.5]}}), "header"),
+    "a part beyond numbers": (lambda p: _parts(p, {"weight": {"saved_offsets": [2**70]}}), "do not make it up"),
+    "a part of more memory than there is": (
+        lambda p: _parts(p, {"weight": {"saved_offsets": [2**50]}}), "its parts of weight do not make it up"),
+    "a part before the begin": (lambda p: _parts(p, {"weight": {"saved_offsets": [-1]}}), "do not make it up"),
+    "a part of more dims": (lambda p: _parts(p, {"weight": {"saved_offsets": [0, 0]}}), "do not make it up"),
     "a list": (lambda p: _raw(p, "[]"), "holds no JSON object"),
     "deep": (lambda p: _raw(p, '{"step": 3, "files": ' + '{"a":' * 500 + "1" + "}" * 501), "nested deeper"),
     "very deep": (lambda p: _raw(p, "[" * 200_000), "nested too deep"),
@@ -357,7 +397,7 @@ def _small(folder: Path, step: int) -> None:
     """A checkpoint, as far as is looked at to find it."""
     folder.mkdir(parents=True)
     files = {"a.safetensors": {"bytes": 1, "sha256": ""}}
-    (folder / saved.MANIFEST).write_text(json.dumps({"step": step, "files": files, "agents": ["agent"]}))
+    (folder / saved.MANIFEST).write_text(json.dumps({"step": step, "tokens": 0, "files": files, "agents": ["agent"]}))
 
 
 def test_a_restart_finds_the_run_of_its_own_launch(tmp_path: Path) -> None:
@@ -365,7 +405,7 @@ def test_a_restart_finds_the_run_of_its_own_launch(tmp_path: Path) -> None:
         checkpoint = tmp_path / name / "checkpoints" / f"step-{step:08d}"
         checkpoint.mkdir(parents=True)
         (checkpoint / "checkpoint.json").write_text(
-            json.dumps(saved.sealed({"step": step, "agents": agents, "files": FILES}))
+            json.dumps(saved.sealed({"step": step, "tokens": 0, "agents": agents, "files": FILES}))
         )
         os.utime(checkpoint / "checkpoint.json", ns=(step, step))
 

@@ -64,6 +64,25 @@ def test_a_second_run_in_a_folder_is_refused_unless_it_goes_on_or_overwrites(cal
     assert found["notes.txt"] == b"my own" and contents(tmp_path / "other").keys() == before.keys()
 
 
+def test_what_stands_in_a_finished_runs_summary_is_looked_at(call: Call, tmp_path: Path) -> None:  # noqa: F811
+    """By who begins it again. What only a run that was stopped says of itself is not believed."""
+    mine = [*QUICK, "hydra.run.dir=mine", "steps=1"]
+    assert call(*mine)[0] == 0
+    file = tmp_path / "mine" / "summary.json"
+    whole = json.loads(file.read_text())
+    for left, said in (
+        ({}, "loss=None"),
+        ({**whole, "loss": "low"}, "loss=low"),
+        ({**whole, "val_loss": [1]}, "val_loss=[1]"),
+    ):
+        file.write_text(json.dumps(left))
+        status, _, err = call(*mine, "resume=auto")
+        assert (status, err) == (2, f"dtrain: {file} has {said}: no run has left that\n")
+    file.write_text(json.dumps({**whole, "resumable": "how", "val_loss": None}))
+    status, out, err = call(*mine, "resume=auto")
+    assert (status, err) == (0, "") and "nothing is left to do" in out
+
+
 @pytest.fixture
 def alone() -> Any:
     """`agree` without a process group."""

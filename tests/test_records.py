@@ -6,8 +6,10 @@ import json
 import math
 import os
 from pathlib import Path
+from unittest import mock
 
 import pytest
+from omegaconf import OmegaConf
 
 from dtrain import records
 from dtrain.compare.results import Results, Row, read
@@ -15,6 +17,7 @@ from dtrain.report.base import Run
 from dtrain.report.files import Files
 from dtrain.report.sweep import Told, show_sweep
 from dtrain.streams import shown
+from hydra_plugins.dtrain_torchrun import _outcome
 
 VALUES = {
     "nan": math.nan,
@@ -131,7 +134,45 @@ def test_a_job_that_failed_has_no_figures_of_the_run_before_it(
 def test_a_pipe_for_figures_is_not_waited_for(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "metrics.jsonl")
     with pytest.raises(ValueError, match="metrics.jsonl is no regular file"):
-        records.lines(tmp_path / "metrics.jsonl")
+        list(records.lines(tmp_path / "metrics.jsonl"))
     os.mkfifo(tmp_path / "summary.json")
     with pytest.raises(ValueError, match="summary.json is no regular file"):
         show_sweep([Told("0", (), tmp_path)])
+
+
+@pytest.mark.parametrize(
+    "told", [{}, {"loss": "low"}, {"loss": 1, "val_loss": [2]}, {"loss": 1, "tokens_per_second": {}}]
+)
+def test_figures_that_a_job_has_left_are_numbers(told: dict[str, object], tmp_path: Path) -> None:
+    """For the table of a sweep, and for a sweeper under torchrun."""
+    (tmp_path / "summary.json").write_text(json.dumps(told))
+    for reader in (
+        lambda: show_sweep([Told("0", (), tmp_path)]),
+        lambda: _outcome(tmp_path, 0, [], OmegaConf.create()),
+    ):
+        with pytest.raises(ValueError, match=r"summary\.json has \w+=.*: no run has left that"):
+            reader()
+    (tmp_path / "summary.json").write_text("[" * 99_999)
+    with pytest.raises(ValueError, match="nested too deep"):
+        _outcome(tmp_path, 0, [], OmegaConf.create())
+
+
+def test_steps_that_are_no_numbers_are_no_steps(tmp_path: Path) -> None:
+    """Nor are those that the checkpoint has not done, of which a file may have as many as it likes."""
+    steps = [1, [1], {"a": 1}, None, "2", True, 2.0, -1, 0, 3, 10**400, 2]
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps({"step": step, "loss": 0.5}) + "\n" for step in steps))
+    files = Files(pictures=False)
+    files.start(_run(tmp_path, 2))
+    files.close()
+    assert [json.loads(line)["step"] for line in (tmp_path / "metrics.jsonl").read_text().splitlines()] == [1, 2]
+
+
+def test_lines_are_read_one_by_one_and_none_that_is_larger_than_any_of_ours(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whatever a file's size: no more of it is held than a line."""
+    monkeypatch.setattr(records, "LINE", 100)
+    file = tmp_path / "metrics.jsonl"
+    file.write_text('{"step": 1}\n' + "[" * 1000 + "\n" + " " * 95 + '{"step": 2}\n' + '{"step": 3}\n{"step": 4}')
+    with mock.patch.object(Path, "read_bytes", side_effect=AssertionError("all of it at once")):
+        assert list(records.lines(file)) == [{"step": 1}, {"step": 3}]

@@ -67,7 +67,7 @@ class Follower:
 
         def follow() -> None:
             while not done.wait(POLL_S):
-                if lines := records.lines(metrics):
+                if lines := list(records.lines(metrics)):
                     figures = f"loss {lines[-1]['loss']:.4f}  {lines[-1]['tokens_per_second']:,.0f} tokens/s"
                     self.bars.update(bar, completed=repeat * self.steps + lines[-1]["step"], figures=figures)
 
@@ -128,7 +128,7 @@ def run_all(
                         summary = start(case, place)
                     if digest := summary["data"].get("digest"):  # two machines' default data differ with their Python
                         results.facts["data digest"] = digest
-                    row.add(summary, records.lines(place / "metrics.jsonl"), first, time.monotonic() - before)
+                    row.add(summary, list(records.lines(place / "metrics.jsonl")), first, time.monotonic() - before)
                     row.compare(_reference(case, cases, rows))
                 except Exception as error:  # a strategy that fails stops no other
                     row.reason, row.failed = str(error) or type(error).__name__, not isinstance(error, ValueError)

@@ -5,12 +5,30 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 from contextlib import suppress
+from pathlib import Path
 from typing import Any, TextIO
 
 from dtrain import records
 from dtrain.measure.timeline import Span
 from dtrain.report import gantt
 from dtrain.report.base import Logger, Run
+
+SUMMARY = "summary.json"
+
+
+def summary_in(folder: Path) -> dict[str, Any]:
+    """What a run that has done all its steps has left.
+
+    Raises:
+        ValueError: no run has left that: its loss is no number.
+        OSError: it is not there, or cannot be read.
+    """
+    found = records.figures(file := folder / SUMMARY)
+    for key in ("loss", "val_loss", "tokens_per_second"):
+        value = found.get(key)
+        if not (isinstance(value, int | float) or (value is None and key != "loss")):
+            raise ValueError(f"{file} has {key}={str(value)[:40]}: no run has left that")
+    return found
 
 
 class Files(Logger):
@@ -27,8 +45,11 @@ class Files(Logger):
     def start(self, run: Run) -> None:
         self._folder = run.folder
         file = run.folder / "metrics.jsonl"
-        told = {line.get("step"): line for line in records.lines(file)} if run.first_step else {}
-        kept = [told[step] for step in range(1, run.first_step + 1) if step in told]
+        told = {}  # the last line of each step that was done
+        for line in records.lines(file) if run.first_step else ():
+            if type(step := line.get("step")) is int and 0 < step <= run.first_step:
+                told[step] = line
+        kept = [told[step] for step in sorted(told)]
         anew = file.with_suffix(".new")  # a kill leaves the old lines or the new ones
         anew.write_text("".join(f"{records.dumps(line)}\n" for line in kept))
         anew.replace(file)
@@ -48,7 +69,7 @@ class Files(Logger):
         gantt.write(self._folder / "profile", ranks, title, pictures=self._pictures)
 
     def finish(self, summary: dict[str, Any]) -> None:
-        (self._folder / "summary.json").write_text(records.dumps(summary, indent=2, default=str) + "\n")
+        (self._folder / SUMMARY).write_text(records.dumps(summary, indent=2, default=str) + "\n")
 
     def close(self) -> None:
         if self._metrics:

@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from dtrain import records
+from dtrain.report.files import SUMMARY, summary_in
 from dtrain.streams import shown
 
 
@@ -41,8 +41,8 @@ def show_sweep(jobs: Sequence[Told]) -> None:
         made.add_column(title, justify="right", no_wrap=True)
     made.add_column("folder", overflow="fold")
     for job in jobs:
-        file = job.folder / "summary.json"
-        summary = records.figures(file) if file.exists() and not job.reason else {}  # else another run's
+        left = (job.folder / SUMMARY).exists() and not job.reason  # else it is another run's
+        summary = summary_in(job.folder) if left else {}
         loss, held_out, rate = (summary.get(key) for key in ("loss", "val_loss", "tokens_per_second"))
         figures = [_figure(loss, ".4f"), _figure(held_out, ".4f"), _figure(rate, ",.0f")]
         own = " ".join(each for each in job.overrides if each not in alike)

@@ -85,7 +85,9 @@ def test_a_name_that_somebody_else_has_left_is_not_taken(kind: str, tmp_path: Pa
     ended = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=30)
     said = f"launch/node.sh: {place} is not a file of yours: remove it, or use another folder\n"
     assert (ended.returncode, ended.stdout, ended.stderr) == (2, "", said)
-    assert [path.name for path in place.parent.iterdir()] == [".meeting"] and not (kind == "folder" and any(place.iterdir()))
+    assert [path.name for path in place.parent.iterdir()] == [".meeting"] and not (
+        kind == "folder" and any(place.iterdir())
+    )
 
 
 @pytest.mark.parametrize(("given", "kept"), [
