@@ -11,8 +11,10 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import nullcontext, redirect_stdout, suppress
 from dataclasses import replace
 from html.parser import HTMLParser
+from io import StringIO
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -24,7 +26,7 @@ from hypothesis import strategies as st
 from test_cli import call  # noqa: F401
 
 from dtrain.compare import charts, costs, markdown, page, step
-from dtrain.compare.command import _held, show_difference
+from dtrain.compare.command import Failed, _held, show_difference
 from dtrain.compare.condition import Condition
 from dtrain.compare.entries import Entry, cases_of
 from dtrain.compare.results import FIGURES, Results, Row, read
@@ -323,12 +325,43 @@ def test_whatever_stands_in_results_is_read_or_refused_in_a_line(drawn: st.DataO
                 break
             node = node[key]
         (Path(folder) / "results.json").write_text(json.dumps(found))
-        try:
-            made = read(Path(folder))
-        except ValueError as error:
-            assert "\n" not in str(error) and "\x1b" not in str(error)
-        else:
-            assert "\x1b" not in str(vars(made)).replace("\\x1b", "")
+        good = Path(folder) / "[" / "x]"  # no markup of the table's
+        good.mkdir(parents=True)
+        results(row("single"), row("ddp")).write(good)
+        for pair in ([folder, str(good)], [str(good), folder]):
+            try:
+                made = read(Path(folder))
+                with redirect_stdout(StringIO()) as said, suppress(Failed):
+                    show_difference([*pair, f"fail_if=ddp.{drawn.draw(st.sampled_from(FIGURES))} < 0.9 * baseline"])
+            except ValueError as error:
+                assert "\n" not in str(error) and "\x1b" not in str(error)
+            else:
+                assert "\x1b" not in str(vars(made)).replace("\\x1b", "") + said.getvalue() and "[/x]" in "".join(
+                    said.getvalue().split()
+                )
+
+
+@pytest.mark.parametrize(("key", "value", "said"), [
+    ("environment", {}, ""), ("facts", [], "facts="), ("rows.0.repeats", [3], "repeats="), ("rows.0.repeats", [{}], "repeats="),
+    ("rows.0.repeats", [{"tokens_per_second": 0}], "repeats="), ("rows.0.repeats", [{"tokens_per_second": [1]}], "repeats="),
+    ("rows.0.repeats", [{"tokens_per_second": 10**400}], "repeats="), ("rows.0.strategy", [1], "strategy="),
+    ("rows.0.loss", {}, "loss="), ("rows.0.ranks", 10**400, "ranks="), ("rows.0.losses", 3, "losses="), ("rows.0.losses", ["x"], "losses="),
+])  # fmt: skip
+def test_a_figure_of_another_kind_is_named(key: str, value: Any, said: str, tmp_path: Path) -> None:
+    """What a comparison knows nothing of, such as where it ran, is told as such."""
+    results(row("single"), row("ddp")).write(tmp_path)
+    node = found = json.loads((tmp_path / "results.json").read_text())
+    *way, last = (int(part) if part.isdecimal() else part for part in key.split("."))
+    for part in way:
+        node = node[part]
+    node[last] = value
+    (tmp_path / "results.json").write_text(json.dumps(found))
+    with (
+        pytest.raises(ValueError, match=f"results.json.*: {said}.* is not what scripts/compare.py writes there")
+        if said
+        else nullcontext()
+    ):
+        show_difference([str(tmp_path)] * 2)
 
 
 @pytest.mark.parametrize(

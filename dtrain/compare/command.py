@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import ast
 import inspect
-import json
 import os
 import re
 import shlex
@@ -19,6 +18,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from dtrain import records
 from dtrain.about import about
 from dtrain.compare import runner
 from dtrain.compare.condition import Condition
@@ -32,6 +32,7 @@ from dtrain.lock import Lock
 from dtrain.measure import environment
 from dtrain.profile import RECORDED
 from dtrain.secret import masked_override
+from dtrain.streams import shown
 
 PROJECT = CONFIGS.parent
 LEFT = (FILE, "results.csv", "report.md", "report.html", "runs")  # in a comparison's folder
@@ -102,7 +103,7 @@ def traces(results: Results, folder: Path) -> dict[str, list[dict[str, Any]]]:
     for row in results.ran:
         file = folder / "runs" / Case.folder_of(row.strategy) / "0" / "profile" / "trace.json"
         if file.exists():
-            found[row.strategy] = json.loads(file.read_text())["traceEvents"]
+            found[row.strategy] = records.parse(file.read_bytes())["traceEvents"]
     return found
 
 
@@ -119,7 +120,7 @@ def show_difference(arguments: list[str]) -> None:
         raise ValueError(f"--from {' '.join(arguments)}: give two folders, and no other setting than fail_if=…")
     first, second = (read(Path(folder)) for folder in folders)
     condition = Condition(others[-1].removeprefix("fail_if=")) if others else None
-    console, made = Console(highlight=False), Table(title=f"{folders[1]} over {folders[0]}")
+    console, made = Console(highlight=False), Table(title=escape(shown(f"{folders[1]} over {folders[0]}")))
     made.add_column("strategy", no_wrap=True)
     for title in ("tokens/s", "spread", "", "tensor memory", "bytes sent"):
         made.add_column(title, justify="right")
@@ -137,10 +138,11 @@ def show_difference(arguments: list[str]) -> None:
         console.print(
             f"not alike: {name} {first.facts.get(name)}, then {second.facts[name]}", soft_wrap=True, markup=False
         )
-    for name in (key for key in ("commit", "cpu", "cores") if first.environment[key] != second.environment[key]):
-        console.print(
-            f"{name}: {first.environment[name]}, then {second.environment[name]}", soft_wrap=True, markup=False
-        )
+    for name in (
+        key for key in ("commit", "cpu", "cores") if first.environment.get(key) != second.environment.get(key)
+    ):
+        then, now = (each.environment.get(name, "not told") for each in (first, second))
+        console.print(f"{name}: {then}, then {now}", soft_wrap=True, markup=False)
     if condition and condition.holds(second, first):
         raise Failed(f"fail_if: {condition.text}")
 

@@ -7,10 +7,10 @@ from dataclasses import asdict, dataclass, field
 from itertools import accumulate
 from pathlib import Path
 from statistics import mean, median
-from typing import Any, get_type_hints
+from types import UnionType
+from typing import Any, Union, get_args, get_origin, get_type_hints
 
 from dtrain import records
-from dtrain.constructor import misfit
 from dtrain.cost import Message
 from dtrain.streams import shown
 
@@ -257,9 +257,23 @@ def read(folder: Path) -> Results:
 def _made(kind: Any, given: dict[str, Any], where: str) -> Any:
     hints = get_type_hints(kind)
     for key, value in given.items():
-        if wanted := misfit(value, hints.get(key, object)):
-            raise ValueError(f"{where}: {key}={str(value)[:40]} must be {wanted}")
+        rates = (
+            [each.get("tokens_per_second") for each in value] if key == "repeats" and _fits(value, list[dict]) else []
+        )
+        if not _fits(value, hints.get(key, Any)) or not all(_fits(rate, float) and rate > 0 for rate in rates):
+            raise ValueError(f"{where}: {key}={str(value)[:40]} is not what scripts/compare.py writes there")
     return kind(**{key: value for key, value in given.items() if key in hints})
+
+
+def _fits(value: Any, hint: Any) -> bool:
+    """Is it of a field's kind, and each part of a list too? Numbers are such as can be reckoned with."""
+    if get_origin(hint) in (Union, UnionType):
+        return any(_fits(value, each) for each in get_args(hint))
+    if get_origin(hint) is list:
+        return isinstance(value, list) and all(_fits(each, get_args(hint)[0]) for each in value)
+    if type(value) is int and abs(value) >= 1 << 63:
+        return False
+    return hint is Any or type(value) in (get_origin(hint) or hint, int if hint is float else hint)
 
 
 def _shown(value: Any) -> Any:

@@ -102,8 +102,8 @@ class Rows(Data):
                 pass  # they are read each time
             else:
                 with reading(file := self.kept / FILE), file.open(encoding="utf-8") as lines:
-                    self.left_out = Counter(dict(json.loads(next(lines, ""))))
-                    return [(str(where), dict(row)) for where, row in map(json.loads, lines)]
+                    self.left_out = Counter(dict(records.parse(next(lines, ""))))
+                    return [(str(where), dict(row)) for where, row in map(records.parse, lines)]
         if not read:
             before = settings()
             make(None)
