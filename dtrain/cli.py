@@ -81,7 +81,8 @@ def main(config_name: str, task: Callable[[DictConfig], Any]) -> None:
         with _explaining(config_name):
             return comparison.show_difference(sys.argv[2:])
     sys.argv[1:] = map(_quoted, sys.argv[1:])
-    _add_settings(_settings_of_a_plain_file())
+    with _explaining(config_name):
+        _add_settings(_settings_of_a_plain_file())
     world = _world()
     if "TORCHELASTIC_RUN_ID" in os.environ:
         tie(os.getppid())  # a kill -9 of torchrun would leave its ranks
@@ -294,7 +295,7 @@ def _settings_of_a_plain_file() -> list[str]:
     if not (found["dir"] and found["name"]):
         return []
     file = Path(found["dir"][1]) / f"{found['name'][1].removesuffix('.yaml')}.yaml"
-    if not file.is_file() or re.search("^defaults:", file.read_text(), re.M):
+    if not file.is_file() or re.search(b"^defaults:", file.read_bytes(), re.M):
         return []
     ours: Any = OmegaConf.to_container(OmegaConf.load(CONFIGS / "train.yaml"))
     return ["hydra/job_logging=none", "hydra/hydra_logging=none",

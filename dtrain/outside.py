@@ -14,12 +14,16 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from hydra._internal.config_loader_impl import ConfigLoaderImpl
+from hydra._internal.config_repository import ConfigRepository
 from hydra._internal.utils import create_config_search_path
+from hydra.core.object_type import ObjectType
 from hydra.core.utils import JobReturn, JobStatus
 from hydra.errors import HydraException
+from hydra.plugins.config_source import ConfigResult
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
+from yaml import YAMLError
 
 from dtrain.config import CONFIGS
 from dtrain.secret import asked_again
@@ -29,7 +33,7 @@ RUN = ("callbacks", "job_logging", "hydra_logging", "launcher", "sweeper", "job.
 FOLDERS = "hydra.searchpath"
 GIVEN = ("main", "command-line", FOLDERS)  # how Hydra calls folders that are not a package's own
 LEFT = ".hydra"
-LOAD = ConfigLoaderImpl.load_configuration
+LOAD, READ = ConfigLoaderImpl.load_configuration, ConfigRepository.load_config
 
 
 @contextmanager
@@ -66,12 +70,28 @@ def looking_at(script: str) -> Iterator[None]:
 
     theirs = JobReturn.return_value
     ConfigLoaderImpl.load_configuration = looked_at  # type: ignore[assignment, method-assign]
+    ConfigRepository.load_config = _named  # type: ignore[method-assign]
     JobReturn.return_value = property(_came_of, theirs.fset)  # type: ignore[assignment, method-assign, attr-defined]
     try:
         yield
     finally:
         ConfigLoaderImpl.load_configuration = LOAD  # type: ignore[method-assign]
+        ConfigRepository.load_config = READ  # type: ignore[method-assign]
         JobReturn.return_value = theirs  # type: ignore[method-assign]
+
+
+def _named(self: ConfigRepository, config_path: str) -> ConfigResult | None:
+    """A file that Hydra reads as a configuration; what it cannot read is named."""
+    try:
+        found = READ(self, config_path)
+        if found and not isinstance(found.config, DictConfig):
+            raise ValueError("it is a list")
+        return found
+    except (YAMLError, ValueError, RecursionError, OSError, OmegaConfBaseException) as error:
+        source = self._find_object_source(config_path, ObjectType.CONFIG)
+        file = Path(source.path if source else "", config_path)
+        said = " ".join(str(error).split())[:200] if not isinstance(error, RecursionError) else "it has no end"
+        raise ValueError(f"{file} is no configuration: {said}") from None
 
 
 def _came_of(job: JobReturn) -> Any:

@@ -102,3 +102,16 @@ def test_a_pickled_run_is_not_read(word: str, call: Call, tmp_path: Path) -> Non
         "dtrain: --experimental-rerun=theirs.pickle: a pickle runs code, and is not read: a run is repeated by "
         "--config-dir=RUN/.hydra --config-name=config"
     ]
+
+
+@pytest.mark.parametrize("way", ["--config-name=theirs", "+experiment=theirs"])
+@pytest.mark.parametrize("text", [
+    b"\xff\xfe", b"a: \xe9", b"\0", b"[" * 20_000, b"a: [", b"a: b: c", b"!!python/object/apply:os.getpid []", b"&a [*a]", b"- 1",
+    b"3", b"a: 1\na: 2",
+], ids=lambda text: repr(text[:20]))  # fmt: skip
+def test_a_file_that_is_no_configuration_is_told_by_its_name(text: bytes, way: str, call, tmp_path: Path) -> None:  # noqa: F811
+    file = tmp_path / "conf" / ("theirs.yaml" if "name" in way else "experiment/theirs.yaml")
+    file.parent.mkdir(parents=True)
+    file.write_bytes(text)
+    status, _, err = call("--config-dir=conf", way, "hydra.run.dir=run")
+    assert status == 2 and err.startswith("dtrain: ") and err.count("\n") == 1 and "theirs" in err, err
