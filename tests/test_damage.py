@@ -9,6 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
+from unittest import mock
 
 import pytest
 from hypothesis import given, settings
@@ -16,9 +17,10 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer as Library
 from tokenizers import models, normalizers
 
+from dtrain.data.images import HubImages
 from dtrain.data.prepare import prepare
 from dtrain.data.rows import Rows
-from dtrain.data.sources import Files, Squad
+from dtrain.data.sources import Files, HuggingFace, Squad
 from dtrain.data.tokenizer import BPE, Bytes, FromFile, count_ids
 
 LINES = "".join(json.dumps({"text": f"some words {n} " * 4, "label": n % 2}) + "\n" for n in range(40))
@@ -127,3 +129,60 @@ def test_a_manifest_that_vouches_for_nothing_is_made_anew(left: bytes, whole: Pa
     file.write_bytes(left)
     _corpus(folder)
     assert json.loads(file.read_text()).keys() == before.keys()
+
+
+DAMAGE = {
+    "state.json": DEEP,
+    "dataset_info.json": (
+        b"[" * 9999,
+        b"[]",
+        b"null",
+        b"",
+        b"\xff\xfe",
+        b'{"features": 3}',
+        b'{"features": {"text": {"_type": "Odd"}}}',
+    ),
+    "data-00000-of-00001.arrow": (b"", b"ARROW1", b"\xff\xfe" * 99),
+}
+
+
+@pytest.mark.parametrize("name", DAMAGE)
+def test_a_saved_data_set_that_is_damaged_is_told_by_its_name(name: str, tmp_path: Path) -> None:
+    """In a line, whatever its library makes of it; or its rows are there as they were."""
+    import datasets
+
+    datasets.Dataset.from_dict({"text": ["one", "two"]}).save_to_disk(str(tmp_path / "saved"))
+    refused = 0
+    for left in DAMAGE[name]:
+        (tmp_path / "saved" / name).write_bytes(left)
+        try:
+            assert [text for _, text in HuggingFace(str(tmp_path / "saved")).documents()] == ["one", "two"]
+        except ValueError as error:
+            refused += 1
+            assert "\n" not in str(error) and f"data.source.name={tmp_path}/saved cannot be" in str(error)
+    assert refused >= len(DAMAGE[name]) - 1
+
+
+def test_rows_of_a_saved_data_set_that_cannot_be_read_are_told_likewise(tmp_path: Path) -> None:
+    import datasets
+
+    datasets.Dataset.from_dict({"text": ["some words"] * 999}).save_to_disk(str(tmp_path / "saved"))
+    source = HuggingFace(str(tmp_path / "saved"))
+    known = source._load()
+    broken = mock.patch.object(type(known), "__iter__", side_effect=KeyError("a\nb"))
+    for read in (source.rows, source.documents):
+        with broken, pytest.raises(ValueError, match="saved cannot be read: KeyError") as found:
+            list(read())
+        assert "\n" not in str(found.value)
+
+
+def test_an_image_that_is_a_pipe_is_not_waited_for(tmp_path: Path) -> None:
+    """A data set says where its images are."""
+    os.mkfifo(tmp_path / "pipe")
+    row = {"image": {"bytes": None, "path": str(tmp_path / "pipe")}}
+    with (
+        mock.patch.object(HuggingFace, "rows", lambda *_, **__: [("row 0", row)]),
+        mock.patch("PIL.Image.open", side_effect=AssertionError("it is opened, which waits")),
+        pytest.raises(ValueError, match=r"row 0: 'image' is no readable image: .*pipe is no regular file"),
+    ):
+        HubImages("theirs", label=None, size=8).read(lambda *_: None)

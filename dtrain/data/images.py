@@ -282,6 +282,8 @@ def decoded(file: Any, size: int, grey: bool) -> Tensor:
     from PIL import Image
 
     try:
+        if not isinstance(file, BytesIO):
+            records.check_regular(Path(file))
         with Image.open(file, formats=FORMATS) as image:
             return to_tensor(image, size, grey)
     except Exception as error:

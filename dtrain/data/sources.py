@@ -7,10 +7,12 @@ import sysconfig
 from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from dtrain.constructor import in_words
 from dtrain.data.formats import format_of, parsed, rows_of, utf8
 from dtrain.data.paths import files_at, place, stamp
 
@@ -140,16 +142,12 @@ class HuggingFace(Source):
         except ImportError:
             raise ValueError("data=hub needs `datasets`: pip install 'dtrain[hub]'") from None
         if self._rows is None:
-            try:
-                folder = place(self.name, "data.source.name")
+            folder = place(self.name, "data.source.name")
+            with self._said("loaded"):
                 if any((folder / f"{kind}.json").exists() for kind in ("dataset_info", "state", "dataset_dict")):
                     self._rows = datasets.load_from_disk(str(folder))
                 else:
                     self._rows = datasets.load_dataset(self.name, self.subset, split=self.split, revision=self.revision)
-            except (OSError, datasets.exceptions.DatasetsError) as error:
-                raise ValueError(
-                    f"data.source.name={self.name} cannot be loaded: {str(error).splitlines()[0]}"
-                ) from error
             if isinstance(self._rows, dict):  # saved with all its splits
                 if self.split not in self._rows:
                     raise ValueError(f"data.source.split={self.split}: {self.name} has {', '.join(self._rows)}")
@@ -166,15 +164,26 @@ class HuggingFace(Source):
 
         if undecoded and isinstance(known.features.get(undecoded), datasets.Image):
             known = known.cast_column(undecoded, datasets.Image(decode=False))
-        for number, row in enumerate(known):
-            yield f"{self.name}, row {number}", row
+        yield from self._each(known)
 
     def rows_with(self, fields: Sequence[str]) -> Iterator[tuple[str, dict[str, Any]]]:
         self.left_out.clear()
         known = self._load()
         columns = [name for name in fields if name in known.column_names]
-        for number, row in enumerate(known.select_columns(columns) if columns else known):
-            yield f"{self.name}, row {number}", row
+        yield from self._each(known.select_columns(columns) if columns else known)
+
+    def _each(self, known: Any) -> Iterator[tuple[str, dict[str, Any]]]:
+        with self._said("read"):
+            for number, row in enumerate(known):
+                yield f"{self.name}, row {number}", row
+
+    @contextmanager
+    def _said(self, done: str) -> Iterator[None]:
+        """In a line, whatever the library, or one that it uses, makes of a file."""
+        try:
+            yield
+        except Exception as error:
+            raise ValueError(f"data.source.name={self.name} cannot be {done}: {in_words(error)}") from error
 
 
 class Squad(Source):
