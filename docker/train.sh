@@ -30,11 +30,12 @@ export NODES=${NODES:-2} PROCS=${PROCS:-2} RUN=${RUN:-$(date +%Y-%m-%d_%H-%M-%S)
 OUTPUTS=$(realpath -m "${OUTPUTS:-$here/outputs}")
 mkdir -p "$OUTPUTS" || refuse "OUTPUTS=$OUTPUTS cannot be made"
 RUN_AS=${RUN_AS:-$(id -u)}
-[[ $RUN_AS != 0 ]] || RUN_AS=$(stat -c %u "$OUTPUTS") # root trains for whoever owns the folder
-[[ $RUN_AS =~ ^[1-9][0-9]*$ ]] || refuse "nothing trains as root: give the folder to a user (chown 1000 $OUTPUTS), or name one (RUN_AS=1000)"
+[[ $RUN_AS =~ ^(0|[1-9][0-9]*)$ ]] || refuse "RUN_AS=$RUN_AS: use the number of a user, as id -u tells it"
 owner=$(stat -c %u "$OUTPUTS")
-[[ $owner == "$RUN_AS" || $(stat -c %A "$OUTPUTS") == *w? ]] ||
-    refuse "user $RUN_AS cannot write $OUTPUTS, which is user $owner's: RUN_AS=$owner, or another OUTPUTS"
+((RUN_AS)) || RUN_AS=$owner # root trains for whoever owns the folder
+((RUN_AS)) || refuse "nothing trains as root, and $OUTPUTS is root's: give it to a user (chown 1000 $OUTPUTS), who trains then"
+[[ $owner == "$RUN_AS" || $(stat -c %A "$OUTPUTS") == *w? ]] || refuse "user $RUN_AS cannot write $OUTPUTS, which is $(
+    ((owner)) && echo "user $owner's: RUN_AS=$owner" || echo "root's: chown $RUN_AS $OUTPUTS"), or another OUTPUTS"
 export OUTPUTS RUN_AS
 
 # One project for each run, of whichever clone: another one's containers are never touched.
@@ -42,6 +43,9 @@ COMPOSE_PROJECT_NAME=dtrain-$(printf %s "$OUTPUTS/$RUN" | sha256sum | head -c 12
 export COMPOSE_PROJECT_NAME
 dc() { "${compose[@]}" --file "$here/compose.yaml" "$@"; }
 one_of_run() { docker ps --format '{{.Names}}' --filter "label=com.docker.compose.project=$COMPOSE_PROJECT_NAME" | sort | head -n 1; }
+# One start at a time: between this question and `up`, by which others see the run, the image may have to be built.
+exec {starting}<"$OUTPUTS"
+flock --nonblock $starting || { echo "docker/train.sh: waiting for another start in $OUTPUTS" >&2 && flock $starting; }
 [[ ! $(one_of_run) ]] ||
     refuse "RUN=$RUN is being trained: wait for it, stop it (docker stop -t 60 $(one_of_run)), or name another RUN"
 
@@ -64,6 +68,7 @@ problem=$(dc up --detach --no-build "${names[@]}" 2>&1) || {
     dc down >/dev/null 2>&1
     exit 1
 }
+exec {starting}<&-
 mapfile -t containers < <(for name in "${names[@]}"; do dc ps --quiet "$name"; done)
 trap end INT TERM HUP
 setsid docker logs --follow "${containers[0]}" & # not of the terminal: Ctrl-C is for the ranks

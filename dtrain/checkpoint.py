@@ -55,16 +55,12 @@ class Checkpoints:
         self._stager = DefaultStager(StagingOptions(False, False, False, False))  # plain copies in host memory
         self._thread: threading.Thread | None = None
         self._error: BaseException | None = None
-        agree(self._clear)
+        agree(lambda: clear(self.folder))
 
     @property
     def newest(self) -> str | None:
         """The last one that was published; None: there is none."""
         return str(latest.resolve()) if (latest := self.folder / "latest").exists() else None
-
-    def _clear(self) -> None:
-        for left in self.folder.glob(f"{PARTIAL}*"):
-            remove(left)
 
     def save(self, step: int, tensors: dict[str, Tensor], about: dict[str, Any]) -> None:
         """Write the tensors and `about` (JSON) as the state before `step`.
@@ -136,6 +132,12 @@ class Checkpoints:
             gone = self.folder / f"{PARTIAL}{old.name}"
             old.rename(gone)  # at once: removing takes a while, and a kill would leave half of it
             remove(gone)
+
+
+def clear(folder: Path) -> None:
+    """Remove what a process that was killed has left half-written, or half-removed, among a run's checkpoints."""
+    for left in folder.glob(f"{PARTIAL}*"):
+        remove(left)
 
 
 def _written_in(folder: Path) -> list[str]:

@@ -12,7 +12,7 @@ import sys
 import time
 import traceback
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from importlib import import_module
 from pathlib import Path
 from typing import Any, NoReturn
@@ -24,6 +24,7 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 
 from dtrain import own, quiet
+from dtrain.checkpoint import clear
 from dtrain.claim import RESUMABLE
 from dtrain.compare import command as comparison
 from dtrain.config import CONFIGS, Comparison, Config, check_axes, checked, refuse_unknown, register
@@ -31,6 +32,7 @@ from dtrain.info import info as count
 from dtrain.job import assemble, model_factories
 from dtrain.launch import TOLD, RanksFailed, World, leave_words, spawn, tie
 from dtrain.launchers import understood
+from dtrain.lock import Lock
 from dtrain.mistakes import BROKEN_OFF, MISTAKES, check_words, explain, of_the_system
 from dtrain.outside import looking_at
 from dtrain.precision import Precision
@@ -38,7 +40,7 @@ from dtrain.report.console import show
 from dtrain.report.sweep import Told, show_job, show_sweep
 from dtrain.run import run
 from dtrain.secret import Asked, asked_again, masked_override, written
-from dtrain.streams import keep_open, shown
+from dtrain.streams import in_line, keep_open, shown
 
 # What a script does at a word, before there is a configuration: `python scripts/info.py capabilities`.
 WORDS = {"info": {"capabilities": ("dtrain.capabilities", "show"), "readme": ("dtrain.capabilities", "write")}}
@@ -213,7 +215,16 @@ def start(
     settings = checked(config)
     nproc = settings.launch.nproc
     assemble(settings, World(0, nproc, 0, nproc))
-    return spawn(_rank, settings, folder, name, asked or Asked(written(config)), nproc=nproc, output=output)
+    arguments = (settings, folder, name, asked or Asked(written(config)))
+    try:
+        return spawn(_rank, *arguments, nproc=nproc, output=output)
+    except KeyboardInterrupt:  # ranks that were told twice have been killed, perhaps while they saved
+        with suppress(ValueError, OSError):  # another run's folder
+            lock = Lock(folder) if (folder / "checkpoints").exists() else None
+            if lock:
+                clear(folder / "checkpoints")
+                lock.close()
+        raise
 
 
 def _rank(settings: Config, folder: Path, name: str, asked: Asked) -> dict[str, Any]:
@@ -237,13 +248,17 @@ def _rank(settings: Config, folder: Path, name: str, asked: Asked) -> dict[str, 
 
 
 def _crashed(error: Exception) -> NoReturn:
-    traceback.print_exc()
+    _show_traceback()
     leave_words(_in_a_line(error))
     sys.exit(FAILED)
 
 
+def _show_traceback() -> None:
+    print(shown(traceback.format_exc()), end="", file=sys.stderr, flush=True)
+
+
 def _in_a_line(error: Exception) -> str:
-    return f"{type(error).__name__}: {error}".splitlines()[0]
+    return in_line(f"{type(error).__name__}: {error}".splitlines()[0])
 
 
 def info(config: DictConfig) -> None:
@@ -359,8 +374,8 @@ def _exit(line: str, status: int) -> NoReturn:
     """Say the line once, and end: on rank 0, or on another that rank 0 does not end before."""
     rank = int(told) if (told := os.environ.get("RANK", "")).isdecimal() else 0
     if os.environ.get("DTRAIN_TRACEBACK"):
-        traceback.print_exc()
-    leave_words(line := shown(line))
+        _show_traceback()
+    leave_words(line := in_line(line))
     if rank:
         time.sleep(GRACE_S)
     print(f"dtrain: {f'rank {rank}: ' if rank else ''}{line}", file=sys.stderr, flush=True)

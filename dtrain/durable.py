@@ -23,6 +23,11 @@ def digest(file: Path) -> str:
         return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
+def write(file: Path, text: str) -> None:
+    """A text that may hold names of files which are not UTF-8: what cannot be written is written out."""
+    file.write_text(text, encoding="utf-8", errors="backslashreplace")
+
+
 def remove(place: Path) -> None:
     """Whatever is there, if anything is. A link goes, and what it leads to stays: it may be somebody else's."""
     if place.is_dir() and not place.is_symlink():

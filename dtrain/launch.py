@@ -32,7 +32,8 @@ import torch.distributed as dist
 from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, PContext, Std, start_processes
 
 T = TypeVar("T")
-PRELOADED = ["dtrain.cli", "dtrain.forkserver"]  # by the server from which ranks are forked: what every run needs
+# By the server from which ranks are forked: what every run needs, after what lets Ctrl-C end the import quietly.
+PRELOADED = ["dtrain.quiet", "dtrain.cli", "dtrain.forkserver"]
 ERROR_FILE = "TORCHELASTIC_ERROR_FILE"  # the variable that tells a rank where to leave its last words
 MEETING = "DTRAIN_MEETING"  # the variable that tells ranks that we start ourselves in which file they meet
 VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "LOCAL_SIZE")  # the last one is DeepSpeed's
@@ -62,9 +63,9 @@ def tie(starter: int) -> None:
 
 def tied(starter: int, function: Callable[..., Any], *arguments: Any) -> Any:
     """Call the function in a rank that ends when the process that has started the ranks is gone, however it ended."""
-    for number in (signal.SIGTERM, signal.SIGHUP):
-        if signal.getsignal(number) != signal.SIG_IGN:
-            signal.signal(number, signal.SIG_DFL)  # and no longer what the fork server does
+    for number in STOPS:
+        if signal.getsignal(number) != signal.SIG_IGN:  # no longer what the fork server does
+            signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
     tie(starter)
     return function(*arguments)
 

@@ -31,8 +31,8 @@ def confusion_matrix(counts: Tensor, classes: Sequence[str]) -> Figure:
             axes.text(
                 column, row, str(number), ha="center", va="center", color="white" if share > 0.5 else "black", size=8
             )
-    axes.set_xticks(range(len(classes)), classes, rotation=90)
-    axes.set_yticks(range(len(classes)), classes)
+    axes.set_xticks(range(len(classes)), classes, rotation=90, parse_math=False)  # names, and no formulas
+    axes.set_yticks(range(len(classes)), classes, parse_math=False)
     axes.set(xlabel="said", ylabel="true")
     return figure
 

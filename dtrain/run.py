@@ -20,6 +20,7 @@ from dtrain.checkpoint import Checkpoints
 from dtrain.claim import RESUMABLE, claimed
 from dtrain.config import Config
 from dtrain.cost import Cost, fold
+from dtrain.durable import write
 from dtrain.figures import facts, meter_of, summary_of
 from dtrain.fingerprint import refuse_differences
 from dtrain.hang import Hang, Watch
@@ -213,7 +214,7 @@ def _saves(config: Config, step: int) -> bool:
 def _resumable(job: Job, folder: Path, step: int) -> str:
     """Say how to go on with a run that was told to stop, here and in a file for whoever started it."""
     said = f"stopped after step {step} of {job.config.steps}, as it was told; resumable: {typed('resume', str(folder))}"
-    (folder / RESUMABLE).write_text(f"{said}\n")
+    write(folder / RESUMABLE, f"{said}\n")
     job.logger.note(said)
     return said
 

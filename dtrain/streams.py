@@ -11,6 +11,9 @@ import sys
 import unicodedata
 from typing import Any
 
+from rich.console import Console
+from rich.text import Text
+
 HIDDEN = ("Cc", "Cf", "Cs", "Co", "Cn", "Zl", "Zp")  # kinds of characters, as Unicode has them
 GONE = (errno.EPIPE, errno.EIO, errno.EBADF)  # a pipe (`| head`), a terminal, a file that its reader has closed
 
@@ -19,6 +22,21 @@ def shown(text: str) -> str:
     """A text for a terminal or a page: what would steer them (escape sequences, bells, other directions) is written
     out. It may be the name of somebody's file or column."""
     return "".join(c if c in "\n\t" or unicodedata.category(c) not in HIDDEN else ascii(c)[1:-1] for c in text)
+
+
+def in_line(text: str) -> str:
+    """The same in one line, which a name with line ends would end: these are written out too."""
+    return shown(text).replace("\n", r"\n")
+
+
+class Terminal(Console):
+    """rich's console; a text, a cell or a title is one line of text as it stands, and never markup."""
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(highlight=False, markup=False, emoji=False, **options)
+
+    def render_str(self, text: str, **options: Any) -> Text:
+        return super().render_str(in_line(text), **options)
 
 
 def in_html(text: str) -> str:

@@ -139,6 +139,16 @@ def test_each_strategy_has_its_file_its_yaml_and_its_picture() -> None:
         assert "    " in docstring and "Cost" in docstring and "Source" in docstring, f"{file.name} lacks its story"
 
 
+def test_what_is_shown_goes_through_one_door() -> None:
+    """`streams.Terminal`, which takes no name for a sequence or for markup."""
+    for file in FILES:
+        for node in ast.walk(ast.parse(file.read_text())):
+            if isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] == "rich":
+                names = {alias.name for alias in node.names}
+                assert name_of(file) == "streams" or not names & {"Console", "print"}, name_of(file)
+                assert not (names & {"escape"} or node.module == "rich.markup"), name_of(file)
+
+
 def test_files_and_functions_stay_small() -> None:
     total = 0
     for file in FILES:

@@ -25,10 +25,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 from test_cli import call  # noqa: F401
 
-from dtrain.compare import charts, costs, markdown, page, step
+from dtrain.compare import charts, costs, markdown, page, runner, step
+from dtrain.compare import command as comparison
 from dtrain.compare.command import Failed, _held, show_difference
 from dtrain.compare.condition import Condition
-from dtrain.compare.entries import Entry, cases_of
+from dtrain.compare.entries import Case, Entry, cases_of
 from dtrain.compare.results import FIGURES, Results, Row, read
 from dtrain.compare.runner import cells
 from dtrain.compare.style import FAMILIES, KINDS, Chart, family
@@ -201,6 +202,40 @@ def test_names_steer_neither_a_page_nor_a_figure_nor_a_document() -> None:
             chart.name
         )
         assert "&lt;img" in said or chart.name == "scaling", chart.name
+
+
+def test_names_that_are_not_utf8_end_no_comparison(tmp_path: Path) -> None:
+    """Of columns, in a reason; of files, in a strategy's settings and in the command."""
+    odd = "data.source.path=\udcff"
+    found = results(
+        Row("ddp", 2, reason="too few"), Row(f"ddp {odd}", 2, reason="no column \udcff\x1b[2J", failed=True)
+    )
+    found.command = f"python scripts/compare.py {odd}"
+    found.environment |= {
+        "memory_bytes": 1,
+        "gpu": None,
+        "python": "3",
+        "packages": {"torch": "2"},
+        "platform": "x",
+        "cpu": "y",
+    }
+    found.facts |= {"data": odd, "task": "t", "global_batch_size": 1, "dtype": "fp32", "seed": 0}
+    comparison.report(found, tmp_path)
+    for name in ("results.csv", "report.md", "report.html"):
+        text = (tmp_path / name).read_text(encoding="utf-8")
+        assert r"\udcff" in text and "\x1b" not in text, name
+
+
+def test_a_reason_is_kept_as_it_may_be_shown(tmp_path: Path) -> None:
+    """A run that fails for a name that steers a terminal: what is kept of it steers none."""
+    found = results(Row("ddp", 2))
+    found.asked = 1
+
+    def start(*_: object) -> dict[str, Any]:
+        raise ValueError("no column \udcff\x1b[2J\nof\tthese")
+
+    runner.run_all([Case(Entry("ddp"), 2, 4, "ddp")], found, tmp_path, 1, start, lambda: found.write(tmp_path))
+    assert found.rows[0].reason == r"no column \udcff\x1b[2J of these" in (tmp_path / "results.csv").read_text()
 
 
 def test_what_another_model_trains_is_not_judged_even_without_a_baseline() -> None:
@@ -538,6 +573,13 @@ def test_figures_of_other_data_are_marked(tmp_path: Path, capsys: pytest.Capture
         found.write(tmp_path / name)
     show_difference([str(tmp_path / "one"), str(tmp_path / "two")])
     assert "not alike: data digest a1, then b2" in capsys.readouterr().out
+    assert "data digest a1" in markdown.readme(read(tmp_path / "one"))
+    found.facts.pop("data digest")
+    del found.environment["cores"]
+    found.write(tmp_path / "two")  # an older one, or of data that have none
+    show_difference([str(tmp_path / "one"), str(tmp_path / "two")])
+    said = capsys.readouterr().out
+    assert "not alike: data digest a1, then None" in said and "cores: 2, then None" in said
 
 
 def test_what_can_be_known_before_is_refused_before(ran, call) -> None:  # noqa: F811

@@ -9,14 +9,17 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 from unittest import mock
 
 import pytest
 import torch
 import warm
-from runs import alive, ranks, until
+from runs import ROOT, alive, ranks, until
 from test_cli import PYTHON, call  # noqa: F401
 
+from dtrain.cli import start
+from dtrain.launch import PRELOADED, tied
 from dtrain.saved import about, verify
 from dtrain.streams import keep_open
 from dtrain.task.causal_lm import CausalLM
@@ -123,6 +126,54 @@ def test_ctrl_c_while_a_script_imports_shows_no_traceback() -> None:
     ):
         ended = subprocess.run([sys.executable, "-c", before + script], capture_output=True, text=True, timeout=240)
         assert (ended.returncode, ended.stdout, ended.stderr) == (status, out, "")
+
+
+def test_ctrl_c_while_the_fork_server_imports_shows_no_traceback() -> None:
+    """It imports for seconds before Python has it ignore SIGINT."""
+    script = (
+        "import importlib.abc, os, signal, sys\n"
+        "class Interrupting(importlib.abc.MetaPathFinder):\n"
+        "    def find_spec(self, name, *_):\n"
+        "        if name == 'dtrain.cli': os.kill(os.getpid(), signal.SIGINT)\n"
+        "sys.meta_path.insert(0, Interrupting())\n"
+        "from multiprocessing.forkserver import main\n"
+        f"main(0, 0, {PRELOADED})"
+    )
+    done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, timeout=240)
+    assert (done.returncode, done.stderr) == (-signal.SIGINT, "")
+
+
+def test_ctrl_c_is_pythons_own_again_in_a_rank_that_is_forked() -> None:
+    before = signal.signal(signal.SIGINT, signal.SIG_DFL)  # as the fork server, which has imported dtrain.quiet, had it
+    terms = [(number, signal.getsignal(number)) for number in (signal.SIGTERM, signal.SIGHUP)]
+    try:
+        with mock.patch("dtrain.launch.tie"):
+            assert tied(0, signal.getsignal, signal.SIGINT) == signal.default_int_handler
+    finally:
+        for number, handler in [*terms, (signal.SIGINT, before)]:
+            signal.signal(number, handler)
+
+
+def test_a_second_ctrl_c_while_ranks_save_leaves_nothing_behind(tmp_path: Path) -> None:
+    """They are killed, so whoever has started them removes what they have left; but not what another run writes."""
+    partial = tmp_path / "checkpoints" / ".partial-00000004"
+    partial.mkdir(parents=True)
+    config: Any = mock.Mock()
+    with mock.patch.multiple("dtrain.cli", spawn=mock.Mock(side_effect=KeyboardInterrupt), checked=mock.Mock(),
+                             assemble=mock.Mock(), OmegaConf=mock.Mock(), written=mock.Mock()):  # fmt: skip
+        script = "import sys, time; from pathlib import Path; from dtrain.lock import Lock; held = Lock(Path(sys.argv[1])); print(flush=True); time.sleep(60)"
+        other = subprocess.Popen([sys.executable, "-c", script, tmp_path], cwd=ROOT, stdout=subprocess.PIPE)
+        assert other.stdout and other.stdout.readline()
+        with pytest.raises(KeyboardInterrupt):
+            start(config, tmp_path, "ddp")
+        assert partial.exists()
+        other.kill()
+        other.communicate()
+        with pytest.raises(KeyboardInterrupt):
+            start(config, tmp_path, "ddp")
+        assert not partial.exists()
+        with pytest.raises(KeyboardInterrupt):
+            start(config, tmp_path / "never-begun", "ddp")
 
 
 def test_an_interrupted_save_leaves_nothing_behind(call, tmp_path: Path) -> None:  # noqa: F811

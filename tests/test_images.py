@@ -16,10 +16,12 @@ from sklearn.datasets import load_digits
 from torch import Tensor, nn
 
 from dtrain.data.augment import Crop, Cutout, Mixup
-from dtrain.data.images import Digits, Folder, Mnist, Samples
+from dtrain.data.images import Digits, Folder, Mnist, Ring, Samples
 from dtrain.draw import generator
+from dtrain.measure.timeline import PHASE, Span
 from dtrain.model.images import MLP, ConvGenerator, ConvNet
-from dtrain.pictures import confusion_matrix
+from dtrain.pictures import confusion_matrix, write
+from dtrain.report import gantt
 from dtrain.task.rows import confusion
 
 CLASSES, NOISE, SIZE = 3, 5, 8
@@ -162,12 +164,38 @@ def note(seen: list[Tensor], module: nn.Module, inputs: tuple[Tensor]) -> None:
     seen.append(inputs[0].detach())
 
 
+def test_other_images_have_another_digest(tmp_path: Path) -> None:
+    """However many they are, and whatever they are called; points that are drawn are told by their settings."""
+
+    def told(shade: int) -> dict[str, Any]:
+        for number in range(40):
+            (tmp_path / str(number % 2)).mkdir(exist_ok=True)
+            Image.new("L", (4, 4), 40 if number else shade).save(tmp_path / str(number % 2) / f"{number}.png")
+        data = Folder(str(tmp_path), size=4)
+        data.prepare(lambda what, done: None)
+        return data.describe()
+
+    one, again, other = told(40), told(40), told(41)
+    assert one == again != other == one | {"digest": other["digest"]} and len(one["digest"]) == 16
+    ring = Ring(points=100)
+    ring.prepare(lambda what, done: None)
+    assert "digest" not in ring.describe()
+
+
 # How they are drawn
 
 
 def names_at(axis: Any) -> dict[float, str]:
     places = axis.get_ticklocs(), axis.get_ticklabels()
     return {place: label.get_text() for place, label in zip(*places, strict=True)}
+
+
+def test_a_class_of_any_name_is_drawn_as_it_is_called(tmp_path: Path) -> None:
+    """Names of folders and columns are no formulas."""
+    write(tmp_path, 1, {"confusion": confusion_matrix(torch.eye(2), [r"$\frac$", "$5-$10"])})
+    assert (tmp_path / "confusion-000001.png").exists()
+    gantt.draw([[Span(PHASE, "optimizer", 0, 10)]], r"$\frac$ on 2 ranks", [tmp_path / "gantt.svg"])
+    assert (tmp_path / "gantt.svg").exists()
 
 
 def test_a_confusion_is_drawn_with_the_truth_at_its_side() -> None:

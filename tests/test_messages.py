@@ -42,6 +42,14 @@ def test_what_is_printed_can_be_typed(name: str) -> None:
     assert typed("resume", "/plain/name") == "resume=/plain/name"
 
 
+def test_a_stopped_run_says_how_to_go_on_also_where_its_folders_name_is_not_utf8(tmp_path: Path) -> None:
+    folder = tmp_path / "\udcff"
+    folder.mkdir()
+    job: Any = SimpleNamespace(config=SimpleNamespace(steps=3), logger=mock.Mock())
+    assert "stopped after step 2" in _resumable(job, folder, 2)
+    assert r"\udcff" in (folder / "resumable").read_text()
+
+
 def test_a_stopped_run_says_a_resume_that_can_be_typed(tmp_path: Path) -> None:
     """Also where its folder's name is none of Hydra's grammar."""
     folder = tmp_path / "a=b (1)"

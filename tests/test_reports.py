@@ -2,21 +2,33 @@
 
 from __future__ import annotations
 
+import contextlib
+import dataclasses
 import logging
 import os
 import sys
+import unicodedata
 import warnings
+from collections.abc import Callable
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import pytest
 
+from dtrain import cli, mistakes
+from dtrain.compare import runner
+from dtrain.compare.entries import Case, Entry
+from dtrain.compare.results import Results, Row
+from dtrain.info import Info
 from dtrain.report import ranklog
 from dtrain.report.base import Run
+from dtrain.report.console import Console, preparing, show
 from dtrain.report.sheet import Sheet, put_between
+from dtrain.report.sweep import Told, show_job, show_sweep
 from dtrain.report.tensorboard import TensorBoard
 from dtrain.report.tracker import Tracker
+from dtrain.streams import HIDDEN, Terminal
 
 STEPS = [{"step": 7, "loss": 2.5, "tokens": 64}, {"step": 8, "loss": 0.0, "tokens": 128, "val_loss": 1.5},
          {"step": 30, "loss": 1.25, "tokens": 192, "val_loss": None}]  # fmt: skip
@@ -193,3 +205,79 @@ def test_text_between_two_marks_is_replaced_and_nothing_else(tmp_path: Path) -> 
         with pytest.raises(ValueError, match="has no <!-- a --> and <!-- b --> to write between"):
             put_between(document, "<!-- a -->\n", "<!-- b -->", "new")
         assert document.read_text() == broken
+
+
+# Names that others chose
+
+
+HOSTILE = "a\x1b[2J[red]b[/x]:smile:\u202e\nforged\udcff"
+TOLD_AS = r"a\x1b[2J[red]b[/x]:smile:\u202e\nforged\udcff"
+
+
+def _sizes(folder: Path) -> None:
+    show(HOSTILE, Info({HOSTILE: 1}, 1, 1, 1, 1, 1))
+
+
+def _begin_and_end(folder: Path) -> None:
+    console = Console()
+    run = a_run(Path(HOSTILE))
+    console.start(dataclasses.replace(run, strategy=HOSTILE, facts=(HOSTILE,)))
+    console.note(HOSTILE)
+    console.finish({"loss": 1.0, "tokens_per_second": 1.0, "step_seconds_median": 1.0, "peak_memory_bytes": 1,
+                    "checkpoint": HOSTILE})  # fmt: skip
+
+
+def _prepare(folder: Path) -> None:
+    data: Any = SimpleNamespace(name=HOSTILE, kept=Path(HOSTILE))
+    with preparing(data, shown=True) as progress:
+        progress(HOSTILE, 20)
+
+
+def _sweep(folder: Path) -> None:
+    job = Told(HOSTILE, (f"data.source.path={HOSTILE}",), Path(HOSTILE), HOSTILE)
+    show_job(job)
+    show_sweep([job])
+
+
+def _compare(folder: Path) -> None:
+    rows = [Row(HOSTILE, 2, reason=HOSTILE), Row(f"{HOSTILE}2", 2, reason=HOSTILE, failed=True)]
+    found = Results("c", "m", HOSTILE, "strong", 2, 4, 1, {}, {}, rows)
+    follower = runner.Follower([Case(Entry(HOSTILE), 2, 4, HOSTILE)], 1, 4, Terminal())
+    follower.finish(rows[0], 0)
+    runner.show(found, Path(HOSTILE))
+
+
+def _mistake(folder: Path) -> None:
+    with contextlib.redirect_stderr(sys.stdout), pytest.raises(SystemExit):
+        cli._exit(mistakes.explain(FileNotFoundError(2, "No such file", HOSTILE), "train"), 2)
+
+
+@pytest.mark.parametrize("say", [
+    _begin_and_end, _prepare, _sizes, _sweep, _compare, _mistake,
+    lambda _: Sheet(HOSTILE, (HOSTILE, "b"), [(HOSTILE, HOSTILE)]).show(),
+], ids=["a run", "data", "sizes", "a sweep", "a comparison", "a mistake", "a sheet"])  # fmt: skip
+def test_names_steer_no_terminal(
+    say: Callable[[Path], None], tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Escape sequences, markup, directions and line ends in whatever is shown are text: each in a line of its own."""
+    monkeypatch.setenv("COLUMNS", "1000")
+    say(tmp_path)
+    said = capsys.readouterr().out
+    assert not [c for c in said if c != "\n" and unicodedata.category(c) in HIDDEN], said
+    assert TOLD_AS in said and not [line for line in said.splitlines() if line.startswith("forged")], said
+
+
+def test_a_traceback_steers_no_terminal(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        try:
+            raise RuntimeError(HOSTILE)
+        except RuntimeError as error:
+            cli._crashed(error)
+    said = capsys.readouterr().err
+    assert r"a\x1b[2J" in said and "\x1b" not in said
+
+
+def test_a_ranks_log_steers_no_terminal(tmp_path: Path) -> None:
+    with ranklog.writing(tmp_path, 0) as file:
+        logging.getLogger("dtrain").warning("%s", HOSTILE)
+    assert r"a\x1b[2J" in file.read_text() and "\x1b" not in file.read_text()

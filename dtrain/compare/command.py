@@ -14,8 +14,6 @@ from pathlib import Path
 from typing import Any
 
 from omegaconf import DictConfig
-from rich.console import Console
-from rich.markup import escape
 from rich.table import Table
 
 from dtrain import records
@@ -27,12 +25,12 @@ from dtrain.compare.results import FILE, Results, Row, read
 from dtrain.compare.verdict import differences
 from dtrain.config import CONFIGS, Comparison
 from dtrain.constructor import imported
-from dtrain.durable import remove
+from dtrain.durable import remove, write
 from dtrain.lock import Lock
 from dtrain.measure import environment
 from dtrain.profile import RECORDED
 from dtrain.secret import masked_override
-from dtrain.streams import shown
+from dtrain.streams import Terminal
 
 PROJECT = CONFIGS.parent
 LEFT = (FILE, "results.csv", "report.md", "report.html", "runs")  # in a comparison's folder
@@ -93,8 +91,8 @@ def report(results: Results, folder: Path) -> None:
     from dtrain.compare import markdown, page  # and with them Plotly, which no other command needs
 
     results.write(folder)
-    (folder / "report.md").write_text(markdown.document(results))
-    (folder / "report.html").write_text(page.document(results, traces(results, folder), _link(folder)))
+    write(folder / "report.md", markdown.document(results))
+    write(folder / "report.html", page.document(results, traces(results, folder), _link(folder)))
 
 
 def traces(results: Results, folder: Path) -> dict[str, list[dict[str, Any]]]:
@@ -120,7 +118,7 @@ def show_difference(arguments: list[str]) -> None:
         raise ValueError(f"--from {' '.join(arguments)}: give two folders, and no other setting than fail_if=…")
     first, second = (read(Path(folder)) for folder in folders)
     condition = Condition(others[-1].removeprefix("fail_if=")) if others else None
-    console, made = Console(highlight=False), Table(title=escape(shown(f"{folders[1]} over {folders[0]}")))
+    console, made = Terminal(), Table(title=f"{folders[1]} over {folders[0]}")
     made.add_column("strategy", no_wrap=True)
     for title in ("tokens/s", "spread", "", "tensor memory", "bytes sent"):
         made.add_column(title, justify="right")
@@ -128,21 +126,18 @@ def show_difference(arguments: list[str]) -> None:
         words = {True: "within noise", False: "faster" if each.ratio > 1 else "slower", None: "noise unknown"}
         sent = "–" if each.bytes_ratio is None else f"{each.bytes_ratio:.3f}"
         spread = f"{each.least:.3f} – {each.most:.3f}"
-        made.add_row(escape(each.strategy), f"{each.ratio:.3f}", spread, words[each.noise], f"{each.memory_ratio:.3f}",
+        made.add_row(each.strategy, f"{each.ratio:.3f}", spread, words[each.noise], f"{each.memory_ratio:.3f}",
                      sent)  # fmt: skip
     console.print(made)
     console.print(
         "spread: of any repeat over any other; within noise: 1 lies in it; unknown: one repeat each", soft_wrap=True
     )
-    for name in (key for key in second.facts if first.facts.get(key) != second.facts[key]):
-        console.print(
-            f"not alike: {name} {first.facts.get(name)}, then {second.facts[name]}", soft_wrap=True, markup=False
-        )
-    for name in (
-        key for key in ("commit", "cpu", "cores") if first.environment.get(key) != second.environment.get(key)
-    ):
+    for name in (key for key in first.facts | second.facts if first.facts.get(key) != second.facts.get(key)):
+        console.print(f"not alike: {name} {first.facts.get(name)}, then {second.facts.get(name)}", soft_wrap=True)
+    for name in ("commit", "cpu", "cores"):
         then, now = (each.environment.get(name, "not told") for each in (first, second))
-        console.print(f"{name}: {then}, then {now}", soft_wrap=True, markup=False)
+        if then != now:
+            console.print(f"{name}: {then}, then {now}", soft_wrap=True)
     if condition and condition.holds(second, first):
         raise Failed(f"fail_if: {condition.text}")
 

@@ -8,7 +8,7 @@ from dtrain.compare.results import Results
 from dtrain.compare.runner import cells
 from dtrain.compare.verdict import verdicts
 from dtrain.report.sheet import Sheet
-from dtrain.streams import in_markdown, shown
+from dtrain.streams import in_line, in_markdown, shown
 
 COLUMNS = ("strategy", "ranks", "loss", "Δloss", "tokens/s", "step ms", "tensor memory a rank", "sent a step",
            "exposed")  # fmt: skip
@@ -29,7 +29,7 @@ def document(results: Results) -> str:
     lines = [
         "# Strategies side by side",
         "",
-        f"`{results.command}`",
+        f"`{in_line(results.command)}`",
         "",
         f"{facts}.",
         f"{where}; {results.made}.",
@@ -49,11 +49,12 @@ def document(results: Results) -> str:
 
 def readme(results: Results) -> str:
     """The README's block: the table, and where it was read."""
-    at = results.environment
+    at, digest = results.environment, results.facts.get("data digest")
+    data = f"; data digest {digest}" if digest else ""
     return "\n".join([
         sheet(results).markdown().partition("\n\n")[2],
         f"(`{results.command}`, {results.made[:10]}, {at['cores']} cores of a shared {at['cpu']}; "
-        f"{results.steps} steps, medians of {results.asked} runs in turns.)", "", LEGEND, "",
+        f"{results.steps} steps, medians of {results.asked} runs in turns{data}.)", "", LEGEND, "",
     ])  # fmt: skip
 
 

@@ -18,6 +18,7 @@ from dtrain.compare.style import Chart, family
 from dtrain.compare.verdict import front, verdicts
 from dtrain.cost import Message, place
 from dtrain.measure.units import size
+from dtrain.streams import shown
 
 HOLDS = {  # what the coordinate i of n on an axis says of a rank
     "dp": "rows {i} of {n}", "fsdp": "rows and shard {i} of {n}", "tp": "slice {i} of {n} of each matrix",
@@ -51,6 +52,7 @@ def document(results: Results, traces: dict[str, list[dict[str, Any]]], link: Ca
         undefined=StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,
+        finalize=lambda value: shown(value) if type(value) is str else value,
     )
     drawn, best = charts(results) if results.ran else [], front(results.comparable) if results.ran else []
     steps = sum(sum(each["step_seconds"]) for row in results.ran for each in row.repeats)

@@ -227,11 +227,12 @@ class Results:
     def write(self, folder: Path) -> None:
         """`results.json`, all of it, and `results.csv`, a line a row."""
         (folder / FILE).write_text(records.dumps(asdict(self), indent=1) + "\n")
-        with (folder / "results.csv").open("w", newline="") as file:
+        with (folder / "results.csv").open("w", encoding="utf-8", newline="") as file:
             table = csv.writer(file)
             table.writerow(["strategy", *FIGURES, "reference", "reason"])
             for row in self.rows:
-                table.writerow([row.strategy, *(getattr(row, name) for name in FIGURES), row.reference, row.reason])
+                figures = (getattr(row, name) for name in FIGURES)
+                table.writerow([shown(row.strategy), *figures, shown(row.reference or ""), shown(row.reason)])
 
 
 def read(folder: Path) -> Results:

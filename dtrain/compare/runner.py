@@ -10,9 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from rich.box import SIMPLE_HEAD
-from rich.console import Console, Group
+from rich.console import Group
 from rich.live import Live
-from rich.markup import escape
 from rich.progress import (
     BarColumn,
     MofNCompleteColumn,
@@ -29,6 +28,7 @@ from dtrain.compare.entries import Case
 from dtrain.compare.results import Results, Row
 from dtrain.compare.verdict import verdicts
 from dtrain.measure.units import size
+from dtrain.streams import Terminal, in_line, shown
 
 POLL_S = 0.2
 WIDE = 106  # columns of a terminal that has room for all figures
@@ -39,14 +39,16 @@ Start = Callable[[Case, Path], dict[str, Any]]
 class Follower:
     """The runs' progress on the console: a bar for each case, and one for all with the time that is left."""
 
-    def __init__(self, cases: list[Case], repeats: int, steps: int, console: Console) -> None:
+    def __init__(self, cases: list[Case], repeats: int, steps: int, console: Terminal) -> None:
         name, figures = (TextColumn(f"{{task.{what}}}", markup=False) for what in ("description", "fields[figures]"))
         columns = (name, BarColumn(30), MofNCompleteColumn(), TimeElapsedColumn(), figures)
-        width = max(len(case.label) for case in cases)
+        width = max(len(in_line(case.label)) for case in cases)
         self.steps, self.console, self._plain = steps, console, not console.is_terminal
         self.bars = Progress(*columns, console=console)
         self._tasks = {
-            case.label: self.bars.add_task(f"{case.label:<{width}}", total=steps * repeats, start=False, figures="")
+            case.label: self.bars.add_task(
+                f"{in_line(case.label):<{width}}", total=steps * repeats, start=False, figures=""
+            )
             for case in cases
         }
         left = (*columns[:2], TimeElapsedColumn(), TextColumn("left"), TimeRemainingColumn())
@@ -98,7 +100,7 @@ class Follower:
         self.bars.stop_task(bar)
         self.say(bar, words)
         if self._plain:
-            self.console.print(f"{row.strategy}: {words}", soft_wrap=True, markup=False)
+            self.console.print(f"{row.strategy}: {words}", soft_wrap=True)
 
 
 def run_all(
@@ -114,7 +116,7 @@ def run_all(
         save: called whenever there are new figures.
     """
     begun, rows = time.monotonic(), {row.strategy: row for row in results.rows}
-    follower = Follower(cases, results.asked, results.steps, Console(highlight=False))
+    follower = Follower(cases, results.asked, results.steps, Terminal())
     with follower.shown():
         for repeat in range(results.asked):
             for case in cases:
@@ -132,7 +134,7 @@ def run_all(
                     row.compare(_reference(case, cases, rows))
                 except Exception as error:  # a strategy that fails stops no other
                     row.reason, row.failed = str(error) or type(error).__name__, not isinstance(error, ValueError)
-                    row.reason = " ".join(row.reason.split())
+                    row.reason = shown(" ".join(row.reason.split()))  # it may hold names of anybody's files and columns
                 results.seconds = time.monotonic() - begun
                 follower.finish(row, repeat)
                 save()
@@ -146,30 +148,30 @@ def _reference(case: Case, cases: list[Case], rows: dict[str, Row]) -> Row | Non
 
 def show(results: Results, folder: Path) -> None:
     """The verdict, the figures of what ran, and the reasons of what did not."""
-    console = Console(highlight=False)
+    console = Terminal()
     if not console.is_terminal:
         console.width = WIDE
     console.print(table(results, wide=console.width >= WIDE))
     for verdict in verdicts(results):
         line = f"{verdict.title}: {verdict.strategy}, {verdict.figure} ({verdict.note})"
-        console.print(line, soft_wrap=True, markup=False)
+        console.print(line, soft_wrap=True)
     for row in results.rows:
         if row.reason:
             how = "failed" if row.failed else "not possible here"
-            console.print(f"{row.strategy}: {how}: {row.reason}", soft_wrap=True, markup=False)
-    console.print(f"{results.seconds:.0f} s; report: {folder / 'report.html'}", soft_wrap=True, markup=False)
+            console.print(f"{row.strategy}: {how}: {row.reason}", soft_wrap=True)
+    console.print(f"{results.seconds:.0f} s; report: {folder / 'report.html'}", soft_wrap=True)
 
 
 def table(results: Results, *, wide: bool) -> Table:
     made = Table(box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
     titles = ("ranks", "loss", "Δloss", "tokens/s", "step ms", "tensor memory", "sent", "exposed")
-    shown = [title for title in titles if wide or title not in ("loss", "step ms", "exposed")]
+    kept = [title for title in titles if wide or title not in ("loss", "step ms", "exposed")]
     made.add_column("strategy", no_wrap=True)
-    for title in shown:
+    for title in kept:
         made.add_column(title, justify="right", no_wrap=True)
     for row in results.ran:
         words = dict(zip(titles, cells(row), strict=True))
-        made.add_row(escape(row.strategy), *(words[title] for title in shown))
+        made.add_row(row.strategy, *(words[title] for title in kept))
     return made
 
 

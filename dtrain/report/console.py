@@ -6,9 +6,9 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
-from rich.console import Console as Terminal
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
+from rich.text import Text
 
 from dtrain.data.base import Data
 from dtrain.info import Info
@@ -16,7 +16,7 @@ from dtrain.measure.timeline import Span
 from dtrain.measure.units import MB, amount, size
 from dtrain.report import instruments
 from dtrain.report.base import Logger, Run
-from dtrain.streams import shown
+from dtrain.streams import Terminal, in_line
 
 LINES = 10  # how many lines a run prints where there is no terminal
 
@@ -25,16 +25,16 @@ class Console(Logger):
     """Progress for a person; where output is not a terminal, some ten plain lines."""
 
     def __init__(self) -> None:
-        self._terminal = Terminal(highlight=False)
+        self._terminal = Terminal()
         self._progress: Progress | None = None
         self._every = 1
 
     def start(self, run: Run) -> None:
         mesh = " x ".join(f"{axis}={degree}" for axis, degree in run.mesh.items()) or "one process"
-        self._terminal.print(f"[bold]{run.strategy}[/bold] on {run.world_size} "
-                             f"{'rank' if run.world_size == 1 else 'ranks'} ({mesh})", soft_wrap=True)  # fmt: skip
+        rest = f" on {run.world_size} {'rank' if run.world_size == 1 else 'ranks'} ({mesh})"
+        self._terminal.print(Text.assemble((in_line(run.strategy), "bold"), rest), soft_wrap=True)
         for fact in (*run.facts, f"folder: {run.folder}"):
-            self._terminal.print(f"  {shown(fact)}", soft_wrap=True, markup=False)
+            self._terminal.print(f"  {fact}", soft_wrap=True)
         self._first, self._last = run.first_step + 1, run.steps
         self._every = max(1, (run.steps - run.first_step) // LINES)
         if self._terminal.is_terminal:
@@ -85,14 +85,13 @@ class Console(Logger):
             self._progress = None
 
     def _print(self, text: str) -> None:
-        (self._progress.console if self._progress else self._terminal).print(shown(text), soft_wrap=True, markup=False)
+        (self._progress.console if self._progress else self._terminal).print(text, soft_wrap=True)
 
 
 @contextmanager
 def preparing(data: Data, *, shown: bool) -> Iterator[Callable[[str, int], None]]:
     """Show that data are being prepared, once there is something to show, if it is to be `shown` at all."""
-    name = data.name
-    terminal = Terminal(highlight=False, quiet=not shown)
+    terminal = Terminal(quiet=not shown)
     status = terminal.status("")
     begun = False
 
@@ -103,14 +102,14 @@ def preparing(data: Data, *, shown: bool) -> Iterator[Callable[[str, int], None]
             if terminal.is_terminal:
                 status.start()
             else:
-                terminal.print(f"preparing the data {name}")
+                terminal.print(f"preparing the data {data.name}", soft_wrap=True)
         if documents % 20 == 0:
-            status.update(f"preparing the data {name}: {what}, {documents:,} documents")
+            status.update(Text(in_line(f"preparing the data {data.name}: {what}, {documents:,} documents")))
 
     try:
         yield progress
         if begun and data.kept:
-            terminal.print(f"the data {name} are kept in {data.kept}", soft_wrap=True, markup=False)
+            terminal.print(f"the data {data.name} are kept in {data.kept}", soft_wrap=True)
     finally:
         status.stop()
 
@@ -131,4 +130,4 @@ def show(name: str, info: Info) -> None:
     }
     for kind, number in (*kinds.items(), ("together", sum(kinds.values()))):
         made.add_row(f"tensor memory, {kind}", size(number))
-    Terminal(highlight=False).print(made)
+    Terminal().print(made)

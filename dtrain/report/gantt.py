@@ -85,7 +85,7 @@ def draw(ranks: Sequence[Sequence[Span]], title: str, files: Sequence[Path]) -> 
     axes.invert_yaxis()
     axes.set_xlim(0, (end - begin) / 1e6)
     axes.set_xlabel("milliseconds")
-    axes.set_title(title, loc="left", size=10)
+    axes.set_title(title, loc="left", size=10, parse_math=False)
     used = {span.name for spans in ranks for span in spans} & COLOURS.keys()
     axes.legend(handles=[Patch(color=COLOURS[name], label=name) for name in COLOURS if name in used],
                 loc="upper left", bbox_to_anchor=(1, 1), frameon=False, fontsize=8)  # fmt: skip

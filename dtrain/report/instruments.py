@@ -4,15 +4,15 @@ from __future__ import annotations
 
 from typing import Any
 
-from rich.console import Console
 from rich.table import Table
 
 from dtrain.measure.units import MB
+from dtrain.streams import Terminal
 
 
 def show(found: dict[str, Any]) -> None:
     """A profile's summary: the first rank's messages and memory, every rank's time, the pipeline's bubble."""
-    first, terminal = found["ranks"][0], Console(highlight=False)
+    first, terminal = found["ranks"][0], Terminal()
     terminal.print(_traffic(first["traffic"], first["traffic_predicted"]))
     if first["memory"]:
         terminal.print(_memory(first["memory"]))

@@ -9,6 +9,13 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
+from dtrain.streams import shown
+
+
+class _Shown(logging.Formatter):
+    def format(self, record: logging.LogRecord) -> str:
+        return shown(super().format(record))
+
 
 class _File(logging.FileHandler):
     """A full disk does not hide what the run has to say."""
@@ -27,7 +34,7 @@ def writing(folder: Path, rank: int) -> Iterator[Path]:
     file = folder / "logs" / f"rank{rank}.log"
     file.parent.mkdir(parents=True, exist_ok=True)
     handler = _File(file)
-    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
+    handler.setFormatter(_Shown("%(asctime)s %(levelname)s %(name)s: %(message)s"))
     root, level = logging.getLogger(), logging.getLogger().level
     root.addHandler(handler)
     root.setLevel(min(level, logging.INFO))

@@ -6,8 +6,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from rich.box import SIMPLE_HEAD
-from rich.console import Console as Terminal
 from rich.table import Table
+
+from dtrain.streams import Terminal
 
 
 @dataclass(frozen=True)
@@ -25,7 +26,7 @@ class Sheet:
             made.add_column(name, no_wrap=index == 0, overflow="fold")
         for row in self.rows:
             made.add_row(*row)
-        Terminal(highlight=False, markup=False).print(made)
+        Terminal().print(made)
 
     def markdown(self) -> str:
         """The same for a document."""

@@ -6,12 +6,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from rich.console import Console
-from rich.markup import escape
 from rich.table import Table
 
 from dtrain.report.files import SUMMARY, summary_in
-from dtrain.streams import shown
+from dtrain.streams import Terminal
 
 
 @dataclass
@@ -26,7 +24,7 @@ class Told:
 
 def show_job(job: Told) -> None:
     """Say that it begins."""
-    Console(highlight=False).print(f"job {job.number}: {' '.join(job.overrides)}", soft_wrap=True, markup=False)
+    Terminal().print(f"job {job.number}: {' '.join(job.overrides)}", soft_wrap=True)
 
 
 def show_sweep(jobs: Sequence[Told]) -> None:
@@ -46,12 +44,12 @@ def show_sweep(jobs: Sequence[Told]) -> None:
         loss, held_out, rate = (summary.get(key) for key in ("loss", "val_loss", "tokens_per_second"))
         figures = [_figure(loss, ".4f"), _figure(held_out, ".4f"), _figure(rate, ",.0f")]
         own = " ".join(each for each in job.overrides if each not in alike)
-        made.add_row(job.number, escape(own), *figures, escape(str(job.folder)))
-    console = Console(highlight=False)
+        made.add_row(job.number, own, *figures, str(job.folder))
+    console = Terminal()
     console.print(made)
     for job in jobs:
         if job.reason:
-            console.print(f"job {job.number} failed: {shown(job.reason)}", soft_wrap=True, markup=False)
+            console.print(f"job {job.number} failed: {job.reason}", soft_wrap=True)
 
 
 def _figure(value: float | None, form: str) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import socket
 import subprocess
@@ -164,12 +165,33 @@ def test_an_array_is_a_list_of_overrides(slurm, submit, tmp_path: Path) -> None:
 
 def test_a_job_that_fails_says_so_and_one_that_is_cancelled_stays_so(slurm, submit, tmp_path: Path) -> None:
     wrong = submit("model.n_heads=3")
-    assert slurm.ended(wrong) == ("FAILED", "1:0")
+    assert slurm.ended(wrong) == ("FAILED", "2:0")  # a mistake's, as launch/node.sh ends with the rank's own
     job = submit("steps=100000", run="cancelled")
     until(lambda: len(curve(tmp_path / "cancelled")) > 5)
     slurm("scancel", job)
     until(lambda: not slurm("squeue", "--noheader"))
     assert (tmp_path / "cancelled" / "resumable").exists() and slurm.ended(job)[0] == "CANCELLED"
+
+
+def test_a_port_is_drawn_and_the_jobs_number_does_not_tell_it(tmp_path: Path) -> None:
+    """Nor does any command hold the rendezvous' name: launch/node.sh draws that (tests/distributed/test_node.py)."""
+    for name, text in (("scontrol", "echo node-a; echo node-b"), ("srun", 'echo "$*"')):
+        (tmp_path / name).write_text(f"#!/bin/sh\n{text}\n")
+        (tmp_path / name).chmod(0o755)
+    told = {
+        "SLURM_JOB_ID": "4711",
+        "SLURM_JOB_NODELIST": "node-[a-b]",
+        "SLURM_JOB_NUM_NODES": "2",
+        "SLURM_CPUS_PER_TASK": "2",
+    }
+    environment = {"PATH": f"{tmp_path}:{os.environ['PATH']}", **told}
+    said = [
+        subprocess.run([ROOT / "launch/slurm.sbatch", "steps=3"], cwd=tmp_path, env=environment, capture_output=True, text=True, check=True).stdout
+        for _ in range(8)
+    ]  # fmt: skip
+    ports = [int(re.findall(r"--rdzv-endpoint=node-a:(\d+) ", line)[0]) for line in said]
+    assert all(20_000 <= port < 30_000 for port in ports) and len(set(ports)) > 4, ports
+    assert not any("rdzv-id" in line for line in said)
 
 
 def test_slurm_would_take_the_script(slurm) -> None:

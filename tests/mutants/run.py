@@ -40,9 +40,9 @@ ROOMS = {
     "data": "data files tokenizers kept preparation images loop_promises tasks",
     "task": "plain_loop loop_promises preparation images tasks data",
     "checkpoint": "durability agree folder checkpoint stepping presence distributed/manifests cli loop_promises",
-    "launch": "launch agree folder listening started watch ending durability refusals instruments cli distributed/faults",
+    "launch": "launch agree folder listening started watch ending durability refusals instruments cli distributed/docker distributed/faults",
     "cost": "figures measure instruments cost compare",
-    "report": "figures reports records at_once measure compare instruments data cli",
+    "report": "figures reports records images messages at_once measure compare instruments data cli",
     "config": "messages configs refusals data cli capabilities docs",
 }
 # What each copy would have to import anew, of others.
