@@ -6,6 +6,7 @@ ones had listened. So the ranks of an attempt agree on a name first, and write b
 
 from __future__ import annotations
 
+import hashlib
 import os
 import socket
 import time
@@ -124,6 +125,7 @@ def agents() -> frozenset[str]:
     own, agent = "", os.getppid()
     if "TORCHELASTIC_RUN_ID" in os.environ and MEETING not in os.environ:
         stat = Path(f"/proc/{agent}/stat")  # on Linux its time of start: numbers of processes come again
-        begun = stat.read_text().rsplit(")", 1)[1].split()[19] if stat.exists() else os.environ["TORCHELASTIC_RUN_ID"]
+        digest = hashlib.sha256(os.environ["TORCHELASTIC_RUN_ID"].encode()).hexdigest()
+        begun = stat.read_text().rsplit(")", 1)[1].split()[19] if stat.exists() else digest
         own = f"{socket.gethostname()}:{agent}:{begun}"
     return frozenset(filter(None, gathered(own)))

@@ -20,7 +20,7 @@ from test_cli import PYTHON, call  # noqa: F401
 
 from dtrain.cli import start
 from dtrain.launch import PRELOADED, tied
-from dtrain.saved import about, verify
+from dtrain.saved import MANIFEST, about, sealed, verify
 from dtrain.streams import keep_open
 from dtrain.task.causal_lm import CausalLM
 
@@ -115,6 +115,29 @@ def test_a_signal_before_the_first_step_ends_at_once(call, tmp_path: Path) -> No
     with mock.patch("dtrain.run.take_weights", told):
         assert call(*QUICK, "steps=9")[::2] == (130, "dtrain: interrupted\n")
     assert not steps(tmp_path)
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="looks at what a process has open")
+def test_sigterm_while_a_large_checkpoint_is_verified_ends_at_once(tmp_path: Path, cache: Path) -> None:
+    """Not after it has been read: then it would be found damaged, which ends in status 2."""
+    shard = tmp_path / "theirs" / "step-00000001" / "a.safetensors"
+    shard.parent.mkdir(parents=True)
+    with shard.open("wb") as file:
+        file.truncate(16 << 30)  # of which nothing is on the disk
+    files = {shard.name: {"bytes": 16 << 30, "sha256": ""}}
+    (shard.parent / MANIFEST).write_text(json.dumps(sealed({"step": 1, "tokens": 0, "files": files})))
+    environment = {**os.environ, "DTRAIN_CACHE": str(cache)}
+    process = warm.popen([*PYTHON, *QUICK, "steps=3", f"resume={shard.parent}"], cwd=tmp_path, env=environment)
+
+    def reads() -> bool:
+        assert process.poll() is None, process.communicate()
+        opened = Path(f"/proc/{process.pid}/fd")
+        return any(os.path.realpath(each) == str(shard) for each in opened.iterdir())
+
+    until(reads, 60)
+    process.send_signal(signal.SIGTERM)
+    assert (process.wait(60), process.communicate()[1]) == (-signal.SIGTERM, "")
+    assert not (tmp_path / "run" / "checkpoints" / "latest").exists() and not steps(tmp_path)
 
 
 def test_ctrl_c_while_a_script_imports_shows_no_traceback() -> None:

@@ -18,7 +18,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from dtrain import fingerprint, launch
+from dtrain import fingerprint, launch, rendezvous
 from dtrain.config import Straggler
 from dtrain.fingerprint import refuse_differences
 from dtrain.launch import ABORTED, RanksFailed, World, leave_words, spawn
@@ -269,3 +269,16 @@ def test_what_decides_the_result_is_compared_and_nothing_else(code: Path) -> Non
     assert [name for name in facts if facts[name] != changed[name]] == ["the code of dtrain/two.py"]
     digest = hashlib.sha256(b"# changed\n").hexdigest()
     assert digest.startswith(changed["the code of dtrain/two.py"]) and len(facts) == 4
+
+
+def test_an_agents_name_does_not_tell_the_rendezvous_secret(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is written into checkpoints; outside Linux nothing else tells one torchrun from the next of its number."""
+    monkeypatch.setattr(rendezvous, "gathered", lambda own: [own])
+    monkeypatch.delenv(rendezvous.MEETING, raising=False)
+    monkeypatch.setattr(Path, "exists", lambda _: False)  # no /proc
+    named = {}
+    for secret in ("0123456789abcdef", "another", "0123456789abcdef"):
+        monkeypatch.setenv("TORCHELASTIC_RUN_ID", secret)
+        (agent,) = rendezvous.agents()
+        assert secret not in agent and named.setdefault(secret, agent) == agent
+    assert len(set(named.values())) == 2
