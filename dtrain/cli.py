@@ -92,10 +92,7 @@ def main(config_name: str, task: Callable[[DictConfig], Any]) -> None:
     if world and world.rank:
         _be_silent()
     if world and any(arg in ("-m", "--multirun") for arg in sys.argv[1:]):
-        _exit(
-            "--multirun starts its own ranks: call it with `python` and launch.nproc, not under torchrun",
-            USAGE,
-        )
+        _exit("--multirun starts its own ranks: call it with `python` and launch.nproc, not under torchrun", USAGE)
 
     jobs: list[Told] = []
 
