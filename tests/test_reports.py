@@ -279,5 +279,5 @@ def test_a_traceback_steers_no_terminal(capsys: pytest.CaptureFixture[str]) -> N
 
 def test_a_ranks_log_steers_no_terminal(tmp_path: Path) -> None:
     with ranklog.writing(tmp_path, 0) as file:
-        logging.getLogger("dtrain").warning("%s", HOSTILE)
+        logging.getLogger("dtrain").warning("%s", HOSTILE[:-1])  # pytest sends it on, and takes UTF-8 alone
     assert r"a\x1b[2J" in file.read_text() and "\x1b" not in file.read_text()
