@@ -579,7 +579,7 @@ def test_figures_of_other_data_are_marked(tmp_path: Path, capsys: pytest.Capture
     found.write(tmp_path / "two")  # an older one, or of data that have none
     show_difference([str(tmp_path / "one"), str(tmp_path / "two")])
     said = capsys.readouterr().out
-    assert "not alike: data digest a1, then None" in said and "cores: 2, then None" in said
+    assert "not alike: data digest a1, then None" in said and "cores: 2, then not told" in said
 
 
 def test_what_can_be_known_before_is_refused_before(ran, call) -> None:  # noqa: F811
