@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import signal
@@ -209,6 +210,34 @@ def test_an_interrupted_save_leaves_nothing_behind(call, tmp_path: Path) -> None
     with mock.patch("dtrain.checkpoint.described", interrupted):
         assert call(*QUICK, "steps=1")[::2] == (130, "dtrain: interrupted\n")
     assert not list((tmp_path / "run" / "checkpoints").iterdir())
+
+
+@pytest.mark.parametrize(("name", "saved"), [
+    ("config.yaml", False), ("metrics.jsonl", False), ("summary.json", True),
+])  # fmt: skip
+def test_a_disk_that_is_full_ends_a_run_with_a_line_at_each_moment(
+    name: str,
+    saved: bool,
+    call,  # noqa: F811
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """What was saved before is whole."""
+    opened = io.open
+
+    def full(file: Any, mode: str = "r", *others: Any, **more: Any) -> Any:
+        written = isinstance(file, str | Path) and Path(file).name == name and {*mode} & {*"wa"}
+        return opened("/dev/full" if written else file, mode, *others, **more)
+
+    monkeypatch.setattr(io, "open", full)
+    monkeypatch.setattr("builtins.open", full)
+    status, _, err = call("model=tiny", "steps=1", "eval.every=0", "global_batch_size=4", "hydra.run.dir=run")
+    assert status and err.startswith("dtrain: ") and err.count("\n") == 1, err
+    assert "No space left on device" in err
+    step = tmp_path / "run" / "checkpoints" / "step-00000001"
+    assert step.exists() == saved
+    if saved:
+        assert not verify(step)
 
 
 @pytest.mark.parametrize("nproc", [1, 2])
