@@ -5,8 +5,9 @@
 A unit's weights are gathered when it runs, and its gradients are reduced when its backward pass
 ends, whatever other ranks do. Messages of two sizes that meet end a process in gloo, or hang; of
 one size they are taken for each other's. So where somebody else's code decides what runs, ranks call
-what they run next through the store, before its messages; and of every model they compare how often
-each block has run before anything is done with what came of it (`presence`).
+what they run next through the store, before its messages, until it is the same in each update; and of
+every model they compare how often each block has run before anything is done with what came of it
+(`presence`).
 """
 
 from __future__ import annotations
@@ -23,48 +24,66 @@ from torch.distributed.fsdp import FSDPModule
 from dtrain.batch import pieces
 from dtrain.layout import layout_of, of_others, shared_names
 
-AT_ONCE_S, POLL_S, LIMIT_S = 0.02, 0.001, 600.0
+ALIKE = 2  # updates in which the same units run in the same order: then ranks call no more
+AT_ONCE_S, POLL_S = 0.02, 0.001
 
 
 class Roll:
     """What the ranks of one model say that they run next.
 
     Each counts itself in at a place of the update, under the name of what it runs there; who waits for long writes
-    where it is, so that those who wait for each other find it out. The names are the same in every update: the store
-    does not grow.
+    where it is, so that those who wait for each other find it out. As long as a rank runs what all have run in the
+    updates before it calls nothing, and needs no messages. When it comes to run something else it calls again: so do
+    all, or they wait for it in the messages of a unit, which it does not send.
 
     Args:
         ranks: who must run the same.
     """
 
     def __init__(self, ranks: list[int]) -> None:
-        self.ranks, self.updates, self.place = ranks, 0, 0
+        self.ranks, self.updates, self.alike = ranks, 0, 0
+        self.before: list[str] = []  # what ran in the last update, in order
+        self.now: list[str] = []
+        self.same = True  # so far in this update
         self._store = dist.distributed_c10d._get_default_store()
         made = self._store.add(f"units/{dist.get_rank()}", 1)  # models of this process: as many as of the others
         self._key = f"units/{'-'.join(map(str, ranks))}/{made}"
         self._times: Counter[str] = Counter()
 
     def begin_update(self) -> None:
-        self.updates, self.place = self.updates + 1, 0
+        self.alike = self.alike + 1 if self.now == self.before else 0
+        self.before, self.now, self.same = self.now, [], True
+        self.updates += 1
 
     def call(self, unit: str) -> None:
-        """Say it, and wait for the others to say theirs.
+        """Say it, and wait for the others to say theirs, where this rank has not run the same in the updates before.
 
         Raises:
-            ValueError: some say another; on every rank.
+            ValueError: some say another, or say nothing for half of the collectives' timeout where they had called no
+                more; on every rank that waits.
+            dist.DistError: some do not come in that timeout.
         """
-        key, at, self.place = f"{self._key}/{self.place}/{unit}", f"{self.updates}/{self.place}", self.place + 1
+        place, settled = len(self.now), self.alike >= ALIKE
+        self.same = self.same and self.before[place : place + 1] == [unit]
+        self.now.append(unit)
+        if settled and self.same:
+            return
+        limit = dist.distributed_c10d.default_pg_timeout.total_seconds() * (0.5 if settled else 1.0)
+        key, at = f"{self._key}/{place}/{unit}", f"{self.updates}/{place}"
         self._times[key] += 1
-        expected, since = len(self.ranks) * self._times[key], time.monotonic()
-        count, waits = self._store.add(key, 1), False
-        while count < expected and (waited := time.monotonic() - since) < LIMIT_S:
-            if waited > AT_ONCE_S and not waits:
-                self._store.set(f"{self._key}/of/{dist.get_rank()}", f"{at}/{unit}")
-                waits = True
-            elif waits:
+        expected, since, said = len(self.ranks) * self._times[key], time.monotonic(), False
+        self._store.add(key, 1)
+        while int(self._store.get(key)) < expected:
+            if said:
                 self._compare(at, unit)
-            time.sleep(POLL_S if waits else POLL_S / 10)
-            count = self._store.add(key, 0)
+            elif time.monotonic() - since > AT_ONCE_S:
+                self._store.set(f"{self._key}/of/{dist.get_rank()}", f"{at}/{unit}")
+                said = True
+            if time.monotonic() - since > limit:
+                if settled:
+                    raise ValueError(_apart(f"rank {dist.get_rank()} goes", unit))
+                raise dist.DistError(f"not all ranks came to {unit} in {limit:g} s")
+            time.sleep(POLL_S)
 
     def _compare(self, at: str, unit: str) -> None:
         """Raise ValueError if all ranks wait at this place, and not all for this unit."""
@@ -73,11 +92,14 @@ class Roll:
             return
         said = [each.decode() for each in self._store.multi_get(keys)]
         if all(each.startswith(f"{at}/") for each in said) and (alike := said.count(f"{at}/{unit}")) < len(said):
-            raise ValueError(
-                f"{alike} of {len(said)} ranks go on to {unit}, and others to something else: fsdp and "
-                f"replicate exchange a block when it runs, so all ranks must run it alike; use "
-                f"strategy=ddp, allreduce or zero1"
-            )
+            raise ValueError(_apart(f"{alike} of {len(said)} ranks go", unit))
+
+
+def _apart(who: str, unit: str) -> str:
+    return (
+        f"{who} on to {unit}, and others to something else: fsdp and replicate exchange a block when it runs, so all "
+        f"ranks must run it alike; use strategy=ddp, allreduce or zero1"
+    )
 
 
 class Unit:

@@ -5,6 +5,7 @@ The oracle is one process, which has a gradient of what any row used and steps n
 
 from __future__ import annotations
 
+import os
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -13,8 +14,10 @@ from unittest import mock
 import pytest
 import torch
 import torch.nn.functional as F
+import warm
 from cases import STRATEGIES, Outcome, adamw, assert_all_equal, find, finish, plan_of, whole
 from cases import Case as Told
+from test_cli import PYTHON
 from torch import Tensor, nn
 
 from dtrain.batch import Batch
@@ -308,13 +311,13 @@ class Later(Rows):
 
 
 def _refused(strategy: str, task: Task, *, ours: bool = False) -> str:
-    with mock.patch("dtrain.units.of_others", lambda _: not ours):
+    with mock.patch("dtrain.units.of_others", lambda _: not ours), mock.patch("dtrain.units.ALIKE", 3):
         run = made(strategy, 2, None, task=task, steps=4)
-    try:
-        for _ in run.steps():
-            pass
-    except ValueError as error:
-        return f"{run.next_step}: {error}"
+        try:
+            for _ in run.steps():
+                pass
+        except ValueError as error:
+            return f"{run.next_step}: {error}"
     return "nothing"
 
 
@@ -340,6 +343,46 @@ def test_blocks_of_two_sizes_are_refused_before_their_messages(strategy: str, ta
     first, second = world(2).run(_refused, strategy, task(Uneven))
     assert first.startswith(f"{number}: 1 of 2 ranks go on to blocks.0") and "use strategy=ddp, allreduce" in first
     assert second.startswith(f"{number}: 1 of 2 ranks go on to blocks.1")
+
+
+LATE = """
+import os
+from torch import nn
+from dtrain.layout import Layout
+
+class Late(nn.Module):
+    layout = Layout(first="first", blocks="blocks", last="last")
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.last, self.calls = nn.Embedding(256, 8), nn.Linear(8, 256), 0
+        self.blocks = nn.ModuleList([nn.Linear(8, 8), nn.Sequential(nn.Linear(8, 16), nn.Linear(16, 8))])
+
+    def forward(self, tokens, positions):
+        self.calls += 1
+        x = self.blocks[0](self.first(tokens))
+        every = self.calls <= STEPS or self.calls % 2 if os.environ["RANK"] == "1" or ALIKE else True
+        return self.last(self.blocks[1](x) if every else x)
+"""
+
+
+@pytest.mark.parametrize("alike", [True, False])
+def test_a_block_that_a_rank_leaves_out_late_is_left_out_by_all_or_ends_the_run(
+    alike: bool, tmp_path: Path, cache: Path
+) -> None:
+    """When ranks call no more, since all have run the same for some updates."""
+    (tmp_path / "late.py").write_text(LATE.replace("STEPS", "5").replace("ALIKE", str(alike)))
+    command = [*PYTHON, "~model", "+model._target_=late.Late", "probe=false", "strategy=fsdp", "launch.nproc=2", "steps=9",
+               "launch.timeout_s=6", "eval.every=0", "seq_len=8", "global_batch_size=4", "launch.threads=1"]  # fmt: skip
+    environment = {**os.environ, "DTRAIN_CACHE": str(cache), "PYTHONPATH": str(tmp_path)}
+    process = warm.popen(command, cwd=tmp_path, env=environment)
+    out, err = process.communicate()
+    if alike:
+        assert (process.returncode, err) == (0, "") and "step      9" in out
+    else:
+        said = ("dtrain: rank 1: rank 1 goes on to the backward pass, and others to something else: fsdp and replicate "
+                "exchange a block when it runs, so all ranks must run it alike; use strategy=ddp, allreduce or zero1")  # fmt: skip
+        assert process.returncode == 2 and said in err.splitlines() and "Traceback" not in err
 
 
 def test_ranks_that_run_other_blocks_are_no_matter_to_ddp(world, alone) -> None:
