@@ -58,7 +58,8 @@ def _claim(folder: Path, world: World, config: Config, files: Mapping[str, str],
     folder.mkdir(parents=True, exist_ok=True)
     check_free(folder, (), (HYDRA,))
     restarted = bool(before) or os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0"
-    held.append(lock := Lock(folder, patience_s=(patience_s := RESTARTED_S if restarted else 0.0)))
+    patience_s = RESTARTED_S if restarted else 0.0
+    held.append(lock := Lock(folder, patience_s=patience_s))
     agents = lock.before.get("agents")
     again = bool(before) or (isinstance(agents, list) and any(agent in agents for agent in world.agents))
     if not (again or _goes_on(config, folder)):
@@ -77,7 +78,7 @@ def _claim(folder: Path, world: World, config: Config, files: Mapping[str, str],
 def _elsewhere(checkpoints: Path, patience_s: float) -> Lock:
     """Hold the folder, on another disk say, that a link leads to: another run may have the same link."""
     there, own = checkpoints.resolve(), checkpoints.parent.resolve()
-    for at in (there, *there.parents):
+    for at in (there, *there.parents[:2]):
         if at != own and any(os.path.lexists(at / name) for name in (HYDRA, *FILES)):
             raise ValueError(f"the link {checkpoints} leads into another run's folder, {at}: lead it to a folder of "
                              f"its own, or use another hydra.run.dir")  # fmt: skip

@@ -12,7 +12,7 @@ import sys
 import time
 import traceback
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import closing, contextmanager, suppress
 from importlib import import_module
 from pathlib import Path
 from typing import Any, NoReturn
@@ -39,6 +39,7 @@ from dtrain.precision import Precision
 from dtrain.report.console import show
 from dtrain.report.sweep import Told, show_job, show_sweep
 from dtrain.run import run
+from dtrain.saved import CHECKPOINTS
 from dtrain.secret import Asked, asked_again, masked_override, written
 from dtrain.streams import in_line, keep_open, shown
 
@@ -216,11 +217,11 @@ def start(
     try:
         return spawn(_rank, *arguments, nproc=nproc, output=output)
     except KeyboardInterrupt:  # ranks that were told twice have been killed, perhaps while they saved
-        with suppress(ValueError, OSError):  # another run's folder
-            lock = Lock(folder) if (folder / "checkpoints").exists() else None
-            if lock:
-                clear(folder / "checkpoints")
-                lock.close()
+        place = folder / CHECKPOINTS
+        with suppress(ValueError, OSError):  # it is another run's folder
+            if place.is_dir() and not place.is_symlink():
+                with closing(Lock(folder)):
+                    clear(place)
         raise
 
 
@@ -310,7 +311,7 @@ def _settings_of_a_plain_file() -> list[str]:
     if not file.is_file() or re.search(b"^defaults:", file.read_bytes(), re.M):
         return []
     ours: Any = OmegaConf.to_container(OmegaConf.load(CONFIGS / "train.yaml"))
-    return ["hydra/job_logging=none", "hydra/hydra_logging=none",
+    return ["hydra/job_logging=none", "hydra/hydra_logging=none", "hydra.output_subdir=null",
             *(f"hydra.{key}.dir={ours['hydra'][key]['dir']}" for key in ("run", "sweep"))]  # fmt: skip
 
 

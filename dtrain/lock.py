@@ -18,6 +18,7 @@ from dtrain import records
 NAME = ".lock"
 UNKNOWN = (errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS, errno.EINVAL)  # said by file systems that have no locks
 POLL_S = 0.1
+RUNS = "hydra.run.dir"
 
 
 class Lock:
@@ -36,8 +37,8 @@ class Lock:
         OSError: the folder cannot be written.
     """
 
-    def __init__(self, folder: Path, *, patience_s: float = 0.0, key: str = "hydra.run.dir") -> None:
-        check_free(folder, (NAME,))  # or it would wait for a pipe
+    def __init__(self, folder: Path, *, patience_s: float = 0.0, key: str = RUNS) -> None:
+        check_free(folder, (NAME,), key=key)  # or it would wait for a pipe
         file = os.open(folder / NAME, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o666)
         self._file: TextIO = os.fdopen(file, "r+")
         end = time.monotonic() + patience_s
@@ -81,12 +82,18 @@ class Lock:
 
 
 def check_free(
-    folder: Path, files: Collection[str], folders: Collection[str] = (), linked: Collection[str] = ()
-) -> None:  # fmt: skip
+    folder: Path,
+    files: Collection[str],
+    folders: Collection[str] = (),
+    linked: Collection[str] = (),
+    *,
+    key: str = RUNS,
+) -> None:
     """Refuse what is in the way of a run's own, and links: what was written would go to whatever they lead to.
 
     Args:
         files, folders: of the run, with all that is in them; `linked`: folders that may be links.
+        key: what the folder is given by.
     """
     for name in (*files, *folders, *linked):
         kind, right = ("file", Path.is_file) if name in files else ("folder", Path.is_dir)
@@ -94,5 +101,5 @@ def check_free(
         link = next((path for path in every if path.is_symlink()), None)
         if link or (os.path.lexists(folder / name) and not right(folder / name)):
             what = f"{link.relative_to(folder)} is a link" if link else f"{name} is no {kind}"
-            raise ValueError(f"hydra.run.dir={folder}: {what}, and the run's own would be in its place: move it away, "
-                             f"or use another hydra.run.dir")  # fmt: skip
+            raise ValueError(f"{key}={folder}: {what}, and the run's own would be in its place: move it away, "
+                             f"or use another {key}")  # fmt: skip

@@ -54,6 +54,9 @@ def looking_at(script: str) -> Iterator[None]:
     sweeps: list[DictConfig] = []
 
     def looked_at(loader: ConfigLoaderImpl, config_name: str, overrides: list[str], **more: Any) -> DictConfig:
+        if more["run_mode"] is RunMode.RUN and sweeps and sweeps[0].hydra.mode is RunMode.MULTIRUN:
+            # The sweeper has written it, and now asks for its first job.
+            _mask(Path(sweeps[0].hydra.sweep.dir) / "multirun.yaml")
         if not allowed:
             _refuse_folders(loader, config_name)
         found = LOAD(loader, config_name, overrides, **more)
@@ -64,8 +67,6 @@ def looking_at(script: str) -> Iterator[None]:
         found.hydra.output_subdir = None  # the run does it, masked
         if more["run_mode"] is RunMode.MULTIRUN:
             sweeps[:] = [found]
-        elif sweeps and sweeps[0].hydra.mode is RunMode.MULTIRUN:  # the sweeper has written it, and asks for its jobs
-            _mask(Path(sweeps[0].hydra.sweep.dir) / "multirun.yaml")
         return found
 
     theirs = JobReturn.return_value

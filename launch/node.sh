@@ -15,8 +15,9 @@ written() { stat -c %y "$folder/resumable" 2> /dev/null; }
 mkdir -p "$folder"
 drawn=$(umask 077; mktemp "$folder/.meeting-XXXXXX") && od -An -N16 -tx1 /dev/urandom | tr -d ' \n' > "$drawn" || exit
 ln -T "$drawn" "$folder/.meeting" 2> /dev/null  # of several machines one is the first
+owner=$(stat -c %u "$drawn")  # as this folder tells it: a server of files may give all of them to one user
 rm "$drawn"
-if [ ! -f "$folder/.meeting" ] || [ ! -O "$folder/.meeting" ] || [ -L "$folder/.meeting" ]; then
+if [ -L "$folder/.meeting" ] || [ ! -f "$folder/.meeting" ] || [ "$(stat -c %u "$folder/.meeting")" != "$owner" ]; then
     echo "launch/node.sh: $folder/.meeting is not a file of yours: remove it, or use another folder" >&2
     exit 2
 fi

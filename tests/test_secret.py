@@ -158,6 +158,14 @@ def test_what_a_sweep_leaves_and_says_hides_it_too(call: Call, tmp_path: Path) -
     assert status == 2 and "hydra.output_subdir=told: what a run was asked for is left in .hydra" in err
 
 
+@pytest.mark.parametrize("word", ["steps=abc,2", "model=nothing,tiny", "+nothing.here=1,2"])
+def test_a_sweep_whose_first_job_cannot_be_composed_hides_it_too(word: str, call: Call, tmp_path: Path) -> None:
+    """By then Hydra has written what was asked for."""
+    status, out, err = call("-m", word, *QUICK, f"+logger.service.api_key={PLAIN}", "hydra.sweep.dir=swept")
+    (file,) = (tmp_path / "swept").rglob("*.yaml")
+    assert status == 2 and PLAIN not in file.read_text() + out + err and HIDDEN in file.read_text()
+
+
 @pytest.mark.parametrize("word", [
     f"logger.service.api_key={PLAIN} b$c(", f"+steps.api_key={PLAIN}", f"+logger.service.api_key={PLAIN},x",
     f"hydra.run.dir=file/x logger.service.api_key={PLAIN}",
