@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 import multiprocessing
 import os
 import pickle
@@ -20,7 +21,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from multiprocessing import resource_tracker
 from pathlib import Path
@@ -37,6 +38,7 @@ PRELOADED = ["dtrain.quiet", "dtrain.cli", "dtrain.forkserver"]
 ERROR_FILE = "TORCHELASTIC_ERROR_FILE"  # the variable that tells a rank where to leave its last words
 MEETING = "DTRAIN_MEETING"  # the variable that tells ranks that we start ourselves in which file they meet
 VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "LOCAL_SIZE")  # the last one is DeepSpeed's
+A_RANK = 12  # processes and threads that a rank takes, at least
 POLL_S = 0.05  # how often the launcher looks after its ranks
 TOLD: list[int] = []  # signals that have asked this process to end: what comes after this run does not begin
 STOPS = (signal.SIGTERM, signal.SIGHUP, signal.SIGINT)  # ask for the end: a checkpoint, then no more steps
@@ -255,10 +257,13 @@ def spawn(function: Callable[..., Any], *arguments: Any, nproc: int, output: Pat
     Raises:
         RanksFailed: a rank ended with an error; the others were stopped.
         KeyboardInterrupt: this process was told to end, and so the ranks have; by SIGINT also where they ended well.
+        BlockingIOError: so many processes are not allowed.
     """
     for name in ("torch.distributed.elastic", "torch.multiprocessing"):  # a failing rank speaks for itself
         logging.getLogger(name).setLevel(logging.CRITICAL)
     os.environ["TORCHELASTIC_SIGNALS_TO_HANDLE"] = "SIGQUIT"  # others are ours
+    if processes_left() < nproc * A_RANK + 2:  # the tracker of resources, and the server that forks
+        raise BlockingIOError  # gloo would abort, or wait for a thread that never began
     start_tracker()
     multiprocessing.set_forkserver_preload(PRELOADED)
     told: list[int] = []
@@ -282,6 +287,27 @@ def spawn(function: Callable[..., Any], *arguments: Any, nproc: int, output: Pat
             noticed = {rank: failure.exitcode for rank, failure in ended.failures.items()}
             raise _first(failed or noticed, ranks.error_files, str(memory))
         return ended.return_values[0]
+
+
+def processes_left(system: Path = Path("/")) -> float:
+    """How many more processes and threads the control groups of this one allow; endless without a limit.
+
+    Args:
+        system: where /proc and /sys are.
+    """
+    left = math.inf
+    with suppress(OSError, ValueError):  # no Linux, or not to be read
+        for line in (system / "proc/self/cgroup").read_text().splitlines():
+            _, controllers, path = line.split(":", 2)
+            if controllers and "pids" not in controllers.split(","):
+                continue
+            root = system / "sys/fs/cgroup" / ("pids" if controllers else "")
+            for group in ((place := root / path.lstrip("/")), *place.parents):
+                if group.is_relative_to(root) and (group / "pids.max").exists():
+                    most = (group / "pids.max").read_text().strip()
+                    used = int((group / "pids.current").read_text())
+                    left = min(left, math.inf if most == "max" else int(most) - used)
+    return left
 
 
 def _started(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import math
 import multiprocessing
 import os
 import signal
@@ -21,7 +22,7 @@ import torch.distributed as dist
 from dtrain import fingerprint, launch, rendezvous
 from dtrain.config import Straggler
 from dtrain.fingerprint import refuse_differences
-from dtrain.launch import ABORTED, RanksFailed, World, leave_words, spawn
+from dtrain.launch import ABORTED, RanksFailed, World, leave_words, processes_left, spawn
 from dtrain.rendezvous import connected
 from dtrain.straggler import slowed
 
@@ -282,3 +283,38 @@ def test_an_agents_name_does_not_tell_the_rendezvous_secret(monkeypatch: pytest.
         (agent,) = rendezvous.agents()
         assert secret not in agent and named.setdefault(secret, agent) == agent
     assert len(set(named.values())) == 2
+
+
+# Limits
+
+
+@pytest.mark.parametrize(("groups", "files", "left"), [
+    ("0::/a/b\n", {"a/b": ("max", 3), "a": ("40", 30), "": ("max", 99)}, 10),
+    ("0::/\n", {"": ("100", 1)}, 99),
+    ("0::/gone\n", {}, math.inf),
+    ("5:cpu,pids:/x\n1:memory:/x\n0::/\n", {"pids/x": ("7", 2), "pids": ("max", 50), "memory/x": ("1", 1)}, 5),
+    ("3:pids:/x\n", {"pids/x": ("nonsense", 2)}, math.inf),
+    ("", {}, math.inf),
+], ids=["of a group above", "a container's", "not to be seen", "the older kind", "unknown", "none"])  # fmt: skip
+def test_what_control_groups_leave(groups: str, files: dict[str, Any], left: float, tmp_path: Path) -> None:
+    (tmp_path / "proc/self").mkdir(parents=True)
+    (tmp_path / "proc/self/cgroup").write_text(groups)
+    for place, (most, used) in files.items():
+        group = tmp_path / "sys/fs/cgroup" / place
+        group.mkdir(parents=True, exist_ok=True)
+        (group / "pids.max").write_text(f"{most}\n")
+        (group / "pids.current").write_text(f"{used}\n")
+    assert processes_left(tmp_path) == left
+
+
+@pytest.mark.parametrize(("left", "starts"), [(25, False), (26, True)])
+def test_no_rank_is_started_where_two_have_no_room(left: float, starts: bool) -> None:
+    """Gloo would abort one of them, or wait for a thread that could not begin."""
+    made = mock.Mock(side_effect=ZeroDivisionError)
+    with (
+        mock.patch("dtrain.launch.processes_left", lambda: left),
+        mock.patch("dtrain.launch.start_processes", made),
+        pytest.raises(ZeroDivisionError if starts else BlockingIOError),
+    ):
+        spawn(print, nproc=2)
+    assert made.called == starts
