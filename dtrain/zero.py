@@ -46,7 +46,7 @@ def whole_tensors(engine: Any, owners: dict[str, int]) -> dict[str, Tensor]:
     states, kept, group = _states(engine), engine.module.state_dict().keys(), engine.optimizer.dp_process_group
     found = {name: buffer for name, buffer in engine.module.named_buffers() if name in kept}
     for name, parameter in engine.module.named_parameters():
-        for key in (None, *(_moments(states[0]) if parameter.requires_grad else ())):
+        for key in _keys(parameter, states):
             whole = torch.zeros(elements(parameter), device=engine.device)
             start, part = _slice(engine, parameter, key)
             whole[start : start + part.numel()] = part
@@ -71,7 +71,7 @@ def put_back(engine: Any, owners: dict[str, int], tensors: dict[str, Tensor]) ->
             engine.optimizer.optimizer.state.pop(flat, None)
     states, group = _states(engine), engine.optimizer.dp_process_group
     for name, parameter in engine.module.named_parameters():
-        for key in (None, *(_moments(states[0]) if parameter.requires_grad else ())):
+        for key in _keys(parameter, states):
             whole = torch.empty(elements(parameter), device=engine.device)
             if owners[name] == dist.get_rank(group):
                 whole.copy_(tensors[_named(name, key)].flatten())
@@ -94,6 +94,11 @@ def put_back(engine: Any, owners: dict[str, int], tensors: dict[str, Tensor]) ->
         for state in states:
             _count(state, key, counts[0])
     _publish(engine.optimizer)
+
+
+def _keys(parameter: nn.Parameter, states: list[dict[str, Any]]) -> tuple[str | None, ...]:
+    """What there is of a parameter: itself (None), and its moments if it trains."""
+    return (None, *(_moments(states[0]) if parameter.requires_grad else ()))
 
 
 def _slice(engine: Any, parameter: Any, key: str | None) -> tuple[int, Tensor]:

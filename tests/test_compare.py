@@ -167,21 +167,20 @@ def test_a_page_without_figures_tells_the_reasons() -> None:
     assert Cells(text).missing == ["single", "ddp [x]"]
 
 
+MACHINE: dict[str, Any] = {
+    "memory_bytes": 1, "gpu": None, "python": "3", "packages": {"torch": "2"}, "platform": "x", "cpu": "y",
+}  # fmt: skip
+FACTS: dict[str, Any] = {"task": "t", "global_batch_size": 1, "dtype": "fp32", "seed": 0}
+
+
 def test_names_steer_neither_a_page_nor_a_figure_nor_a_document() -> None:
     """Markup, Markdown, escape sequences and other directions in a label are text, in whatever it is shown."""
     evil = "a<b>|<img src=x onerror=alert(1)>[x](javascript:y)`\x1b[31m\u202e"
     found = results(
         row("ddp", (100.0,)), row(evil, (90.0,)), Row("no\n# Title", 2, reason="b\n\n<script>|", failed=True)
     )
-    found.environment |= {
-        "memory_bytes": 1,
-        "gpu": None,
-        "python": "3",
-        "packages": {"torch": "2"},
-        "platform": "x",
-        "cpu": "y",
-    }
-    found.facts |= {"data": evil, "task": "t", "global_batch_size": 1, "dtype": "fp32", "seed": 0}
+    found.environment |= MACHINE
+    found.facts |= FACTS | {"data": evil}
     for each in found.ran:
         each.losses, each.seconds, each.wire_bytes = [2.0, 1.0], [0.1, 0.2], 3.0
     told = markdown.document(found)
@@ -211,15 +210,8 @@ def test_names_that_are_not_utf8_end_no_comparison(tmp_path: Path) -> None:
         Row("ddp", 2, reason="too few"), Row(f"ddp {odd}", 2, reason="no column \udcff\x1b[2J", failed=True)
     )
     found.command = f"python scripts/compare.py {odd}"
-    found.environment |= {
-        "memory_bytes": 1,
-        "gpu": None,
-        "python": "3",
-        "packages": {"torch": "2"},
-        "platform": "x",
-        "cpu": "y",
-    }
-    found.facts |= {"data": odd, "task": "t", "global_batch_size": 1, "dtype": "fp32", "seed": 0}
+    found.environment |= MACHINE
+    found.facts |= FACTS | {"data": odd}
     comparison.report(found, tmp_path)
     for name in ("results.csv", "report.md", "report.html"):
         text = (tmp_path / name).read_text(encoding="utf-8")
