@@ -9,7 +9,7 @@ from torch import Tensor
 
 from dtrain.batch import Batch, Models, Sums, divide
 from dtrain.footprint import BACKWARD, FORWARD
-from dtrain.measure.timeline import PHASE, mark
+from dtrain.spans import PHASE, mark
 from dtrain.strategy.base import Executor, whole
 
 if TYPE_CHECKING:

@@ -31,18 +31,19 @@ from dtrain.server import Server
 from dtrain.strategy.parameter_server import ParameterServer
 from dtrain.task.base import Task
 from dtrain.train import Settings, Step
-from dtrain.worker import OVER, work
+from dtrain.worker import OVER, Parts, work
 
 
 class Asynchronous(Server):
-    """The trainer of one rank. Making one is a collective; training is not. Arguments: see `Server`."""
+    """The trainer of one rank. Making one is a collective; training is not. Arguments: see `Server`, `work`."""
 
     def __init__(
         self, task: Task, plan: Plan, optimizer: Callable[[nn.Module], Optimizer], settings: Settings,
-        config: Config, world: World,
+        config: Config, world: World, parts: Parts,
     ) -> None:  # fmt: skip
         strategy = plan.on("dp")
         assert isinstance(strategy, ParameterServer)
+        self._parts = parts  # for each life of a worker
         self.saving = list(range(strategy.servers))  # ranks that write checkpoints
         self._store, address = _shared_store()
         super().__init__(task, plan, optimizer, settings, config, world, address, dist.new_group(self.saving))
@@ -134,7 +135,7 @@ class Asynchronous(Server):
         context = multiprocessing.get_context("forkserver")
         context.set_forkserver_preload(PRELOADED)
         for life in range(self.strategy.restarts + 1):
-            arguments = (os.getpid(), work, self.config, self.world, self.address, life)
+            arguments = (os.getpid(), work, self._parts, self.config, self.world, self.address, life)
             process = context.Process(target=tied, args=arguments)
             process.start()
             log.info("worker %d, process %d", worker, process.pid)

@@ -28,12 +28,13 @@ from dtrain.checkpoint import clear
 from dtrain.claim import RESUMABLE
 from dtrain.compare import command as comparison
 from dtrain.config import CONFIGS, Comparison, Config, check_axes, checked, refuse_unknown, register
+from dtrain.hang import Hang
 from dtrain.info import info as count
 from dtrain.job import assemble, model_factories
 from dtrain.launch import TOLD, RanksFailed, World, leave_words, spawn, tie
 from dtrain.launchers import understood
 from dtrain.lock import Lock
-from dtrain.mistakes import BROKEN_OFF, MISTAKES, check_words, explain, of_the_system
+from dtrain.mistakes import USER_ERRORS, check_words, explain, of_the_system
 from dtrain.outside import looking_at
 from dtrain.precision import Precision
 from dtrain.report.console import show
@@ -42,8 +43,10 @@ from dtrain.run import run
 from dtrain.saved import CHECKPOINTS
 from dtrain.secret import Asked, asked_again, masked_override, written
 from dtrain.streams import in_line, keep_open, shown
+from dtrain.train import NonFinite
 
 # What a script does at a word, before there is a configuration: `python scripts/info.py capabilities`.
+RUN_ERRORS = (NonFinite, Hang)  # no mistakes: a run that cannot go on
 WORDS = {"info": {"capabilities": ("dtrain.capabilities", "show"), "readme": ("dtrain.capabilities", "write")}}
 VALUED = ("--config-dir", "-cd", "--config-name", "-cn", "--config-path", "-cp", "--package", "-p", "--cfg", "-c")
 USAGE = 2  # exit status for a mistake of the user's
@@ -233,7 +236,7 @@ def _rank(settings: Config, folder: Path, name: str, asked: Asked) -> dict[str, 
     with _explaining("train"):
         try:
             return run(settings, world, folder, name, asked)
-        except MISTAKES:
+        except (*USER_ERRORS, *RUN_ERRORS):
             raise
         except (RuntimeError, MemoryError) as error:
             if of_the_system(error):
@@ -320,8 +323,8 @@ def _explaining(config_name: str) -> Iterator[None]:
     """End the process with one line for a mistake. Inside the job too: Hydra says more of an error than that."""
     try:
         yield
-    except MISTAKES as error:
-        _exit(explain(error, config_name), FAILED if isinstance(error, BROKEN_OFF) else USAGE)
+    except (*USER_ERRORS, *RUN_ERRORS) as error:
+        _exit(explain(error, config_name), FAILED if isinstance(error, RUN_ERRORS) else USAGE)
     except RanksFailed as error:
         if error.status > 0 and error.said:
             raise Ended(str(error), error.status) from None

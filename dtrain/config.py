@@ -21,7 +21,6 @@ from omegaconf import MISSING, DictConfig, OmegaConf
 
 from dtrain.constructor import arguments as given_by
 from dtrain.constructor import imported, misfit, named
-from dtrain.data.tokenizer import count_ids
 from dtrain.secret import told
 
 CONFIGS = Path(__file__).resolve().parent.parent / "configs"
@@ -147,18 +146,12 @@ class Comparison(Config):
 def register() -> None:
     """Make the schemas known to Hydra: the base of `configs/train.yaml`, and what `compare.yaml` adds.
 
-    And `${token:}`, by which the default folders of two runs differ, and `${ids_in:path}`: ids of a tokenizer's file.
+    And `${token:}`, by which the default folders of two runs differ.
     """
     store = ConfigStore.instance()
     store.store("schema", Config)
     store.store("compare_schema", Comparison)
     OmegaConf.register_new_resolver("token", lambda: uuid4().hex[:6], use_cache=True, replace=True)
-    OmegaConf.register_new_resolver("ids_in", _ids_in, replace=True)
-
-
-def _ids_in(key: str, *, _parent_: DictConfig) -> int:
-    """How many ids the tokenizer has whose path stands beside; 0 if it cannot be read, which its class says."""
-    return 0 if OmegaConf.is_missing(_parent_, key) else count_ids(str(_parent_[key]))
 
 
 def options(group: str) -> list[str]:

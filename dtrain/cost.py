@@ -4,16 +4,8 @@
     Footprint -> each strategy's `footprint`, in application order -> what one rank holds of it
     what it holds -> each strategy's `cost` -> messages
 
-Payload is the size of the one whole tensor that a call is about, as this rank hands it over or receives it:
-
-    all_reduce, broadcast   the tensor
-    all_gather              the gathered tensor, padding included: n times what each rank gives
-    reduce_scatter          the whole input, padding included: n times what each rank gets
-    all_to_all              the input, the rank's own part included
-    send                    the tensor; receiving is the other rank's send, and does not count
-
-What the loop itself sums (loss, gradient norm, loads of experts) is a few numbers and does not count. Nor does an
-axis of one rank: nothing travels. Bytes held: parameters, gradients and optimizer states, not buffers and activations.
+What the loop itself sums (loss, gradient norm, loads of experts) is a few numbers and does not count. Nor does an axis
+of one rank: nothing travels. Bytes held: parameters, gradients and optimizer states, not buffers and activations.
 
 The prediction is for a step after the first two, and exact, with three exceptions. Where routers send tokens to other
 ranks, what all ranks along `ep` send is exact, one rank's bytes are as if every expert had as many tokens; a capacity
@@ -31,43 +23,11 @@ from itertools import accumulate
 from math import prod
 from typing import TYPE_CHECKING
 
-from dtrain.footprint import Footprint, Kept, Weight
+from dtrain.footprint import Footprint, Kept
+from dtrain.messages import Message
 
 if TYPE_CHECKING:
     from dtrain.plan import Plan
-
-
-@dataclass(frozen=True)
-class Message:
-    """All calls of one collective over one axis in one optimizer step, by one rank; `bytes` is their payload."""
-
-    axis: str
-    operation: str
-    calls: int
-    bytes: int
-
-    def wire_bytes(self, ranks: int, backend: str = "ring") -> float:
-        """What leaves the rank where n ranks stand in a ring; of a broadcast, the mean over the ranks.
-
-        gloo does so too, but for a reduce-scatter: it sums whole tensors, as an all-reduce does (torch 2.13).
-        Source: Patarasu & Yuan 2009, "Bandwidth optimal all-reduce algorithms".
-        """
-        share = (ranks - 1) / ranks
-        passes = {"all_reduce": 2 * share, "send": float(ranks > 1)}
-        if backend == "gloo":
-            passes["reduce_scatter"] = 2 * share
-        return self.bytes * passes.get(self.operation, share)
-
-
-def message(axis: str, operation: str, elements: Iterable[int], itemsize: int, times: int = 1) -> Message:
-    """One call for each number of elements, `times` over."""
-    sizes = list(elements)
-    return Message(axis, operation, times * len(sizes), times * sum(sizes) * itemsize)
-
-
-def all_reduce_each(axis: str, weights: Iterable[Weight], itemsize: int) -> Message:
-    """One all-reduce for each gradient of which this rank has some, as `strategy.base.add_up` sends it."""
-    return message(axis, "all_reduce", [size for weight in weights if (size := prod(weight.held))], itemsize)
 
 
 @dataclass(frozen=True)

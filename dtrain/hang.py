@@ -16,7 +16,7 @@ import sys
 import threading
 import time
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
 from functools import partial
@@ -28,8 +28,6 @@ import torch.distributed as dist
 from torch._C import _distributed_c10d as c10d
 
 from dtrain.notes import Note, Notes, collective_failed, missing, ranks_in_words, waiting
-from dtrain.plan import Plan
-from dtrain.train import FIGURES
 
 T = TypeVar("T")
 PATIENCE = 0.5  # of the collectives' timeout: without anything new, until ranks hand in their notes
@@ -64,21 +62,20 @@ class Watch:
     """Looks on, in a thread of its own, while a rank trains. Every rank of the plan has one.
 
     Args:
-        plan: connected.
+        groups: of ranks, by name: the mesh's axis, and its ranks.
         timeout_s: of the collectives.
+        messages: do ranks send to each other without collectives? Of those gloo's notes tell nothing.
     """
 
-    def __init__(self, plan: Plan, timeout_s: float) -> None:
+    def __init__(
+        self, groups: Mapping[str, tuple[str, Sequence[int]]], timeout_s: float, *, messages: bool = False
+    ) -> None:
         self.rank, self.size, self.timeout_s = dist.get_rank(), dist.get_world_size(), timeout_s
         self._store, self._answer_s = dist.distributed_c10d._get_default_store(), min(ANSWER * timeout_s, ANSWER_S)
         world = dist.group.WORLD
         assert world is not None
-        self.groups: dict[str, tuple[str, Sequence[int]]] = {str(world.group_name): ("world", list(range(self.size)))}
-        for axis, degree in plan.degrees.items():
-            group = plan.mesh[axis].get_group()
-            if degree > 1:
-                self.groups[str(group.group_name)] = axis, dist.get_process_group_ranks(group)
-        self._messages = plan.degrees.get("pp", 1) > 1  # from one rank to another, of which gloo's notes tell nothing
+        self.groups = {str(world.group_name): ("world", list(range(self.size))), **groups}
+        self._messages = messages
         self._begun = [(0, time.time_ns())]  # steps, and when
         self._beat = time.monotonic()
         self._end, self._said = threading.Event(), threading.Lock()
@@ -130,12 +127,12 @@ class Watch:
         return found
 
     @contextmanager
-    def skipping(self, step: int, name: str) -> Iterator[None]:
-        """A fault to learn from: in this step the rank stays away from the collectives for figures, and all later ones.
+    def skipping(self, step: int) -> Iterator[None]:
+        """A fault to learn from: from this step on the rank stays away from the phase in which this is entered.
 
         Were it to go on, its next collective would meet another one of the others', and gloo ends a process in that.
         """
-        if name == FIGURES and self._begun[-1][0] == step:
+        if self._begun[-1][0] == step:
             threading.Event().wait()  # until the launcher ends this process
         yield
 

@@ -87,6 +87,12 @@ def assemble(config: Config, world: World) -> Job:
     return Job(config, data, task, plan, logger, tried, masked(asdict(config)))
 
 
+def task_and_plan(config: Config, world: World) -> tuple[Task, Plan]:
+    """Those of a configuration that is known to be good, for one more process of its run."""
+    job = assemble(config, world)
+    return job.task, job.plan
+
+
 def task_of(config: Config, *, shown: bool = True) -> tuple[Data, Task]:
     """The data, prepared here if they are not in the cache (`shown`: tell of it), and the task on them."""
     data = make(config.data, Data, "data", parts=(Source, Tokenizer))

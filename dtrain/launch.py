@@ -32,6 +32,8 @@ import torch
 import torch.distributed as dist
 from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, PContext, Std, start_processes
 
+from dtrain.mistakes import HOLD_LESS
+
 T = TypeVar("T")
 # By the server from which ranks are forked: what every run needs, after what lets Ctrl-C end the import quietly.
 PRELOADED = ["dtrain.quiet", "dtrain.cli", "dtrain.forkserver"]
@@ -122,7 +124,6 @@ ABORTED = (  # by gloo, whose C++ has no other way out of a thread that cannot b
     ": a library has aborted it, for what it says above; where a resource is unavailable, allow more processes "
     "(ulimit -u, a container's limit of pids)"
 )
-HOLD_LESS = "let a rank hold less, by strategy=fsdp, micro_batch_size, activation_checkpointing=true"
 
 
 class MemoryWatch:
@@ -183,6 +184,11 @@ class World:
         if not 0 <= world.rank < world.size:
             raise ValueError(f"RANK={world.rank} is not below WORLD_SIZE={world.size}")
         return world
+
+
+def cores() -> int:
+    """Cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def device_of(name: str, world: World) -> torch.device:

@@ -19,14 +19,11 @@ from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 
 from dtrain.aliases import ours
 from dtrain.config import CONFIGS, options
-from dtrain.hang import Hang
-from dtrain.launch import HOLD_LESS
 from dtrain.override import read, typed, value_of
 from dtrain.secret import masked_override
-from dtrain.train import NonFinite
 
-BROKEN_OFF = (NonFinite, Hang)  # no mistakes: a run that cannot go on
-MISTAKES = (ValueError, OSError, *BROKEN_OFF, HydraException, OmegaConfBaseException)
+USER_ERRORS = (ValueError, OSError, HydraException, OmegaConfBaseException)
+HOLD_LESS = "let a rank hold less, by strategy=fsdp, micro_batch_size, activation_checkpointing=true"
 NEAR = 0.6  # likeness of two names, of 1: below it a guess would be none
 NO_MORE_PROCESSES = (
     "the system allows no more processes or threads (ulimit -u, a container's limit of pids): a rank takes some 15: "
@@ -118,7 +115,7 @@ def explain(error: BaseException, config_name: str) -> str:
     if isinstance(error, OSError) and error.filename:
         return _file(error, str(error.filename))
     lines = [line.strip() for line in text.splitlines() if line.strip()]
-    if isinstance(error, (ValueError, *BROKEN_OFF)):
+    if isinstance(error, ValueError | ArithmeticError | RuntimeError):
         return "; ".join(lines)
     return lines[0] if lines else type(error).__name__
 

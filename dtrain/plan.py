@@ -102,6 +102,15 @@ class Plan:
         """Where parameters are kept: host memory if a strategy offloads them."""
         return torch.device("cpu") if any(s.offloads for s in self.strategies) else self.device
 
+    @property
+    def groups(self) -> dict[str, tuple[str, list[int]]]:
+        """The process groups along axes of several ranks, by name: the axis, and the ranks of this rank's group."""
+        found = {}
+        for axis in (axis for axis, degree in self.degrees.items() if degree > 1):
+            group = self.mesh[axis].get_group()
+            found[str(group.group_name)] = axis, dist.get_process_group_ranks(group)
+        return found
+
     def on(self, axis: str) -> Strategy | None:
         """The strategy of this axis, if any."""
         return next((s for s in self.strategies if s.axis == axis), None)

@@ -15,13 +15,15 @@ from typing import Any
 
 import torch.distributed as dist
 
-from dtrain.cost import Cost, Message
+from dtrain.cost import Cost
 from dtrain.launch import gathered
 from dtrain.measure.ledger import KINDS, Ledger
-from dtrain.measure.timeline import PHASE, STAGE, Span, Timeline, mark, total
+from dtrain.measure.timeline import Span, Timeline, total
 from dtrain.measure.traffic import Traffic
+from dtrain.messages import Message
 from dtrain.plan import Plan
-from dtrain.train import FIGURES, OPTIMIZER, Step, Trainer
+from dtrain.spans import FIGURES, OPTIMIZER, PHASE, STAGE, mark
+from dtrain.train import Step, Trainer
 
 FOLLOWED, RECORDED = 3, 4  # steps of a run: after DDP's new buckets and Adam's first states
 

@@ -20,8 +20,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from dtrain.launch import MEETING, World, gathered
-from dtrain.measure.environment import cores
+from dtrain.launch import MEETING, World, cores, gathered
 from dtrain.notes import collective_failed
 
 TIMEOUTS = ("default_pg_timeout", "default_pg_nccl_timeout")

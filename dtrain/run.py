@@ -24,7 +24,7 @@ from dtrain.durable import write
 from dtrain.figures import facts, meter_of, summary_of
 from dtrain.fingerprint import refuse_differences
 from dtrain.hang import Hang, Watch
-from dtrain.job import Job, assemble, optimizer_of
+from dtrain.job import Job, assemble, optimizer_of, task_and_plan
 from dtrain.launch import World, agree
 from dtrain.measure import memory
 from dtrain.notes import collective_failed
@@ -36,9 +36,10 @@ from dtrain.report import ranklog
 from dtrain.report.base import All, Run
 from dtrain.resume import finished, identity, take_weights
 from dtrain.secret import Asked
+from dtrain.spans import FIGURES, FORWARD_BACKWARD
 from dtrain.straggler import slowed
 from dtrain.trace import trace
-from dtrain.train import FORWARD_BACKWARD, Phase, Settings, Trainer
+from dtrain.train import Phase, Settings, Trainer
 
 
 def run(config: Config, world: World, folder: Path, strategy: str, asked: Asked | None = None) -> dict[str, Any]:
@@ -82,7 +83,7 @@ def _run(config: Config, world: World, folder: Path, strategy: str, asked: Asked
         stack.callback(job.logger.close)
         if summary := finished(job, folder, world):
             return summary
-        watch = Watch(job.plan, config.launch.timeout_s)
+        watch = Watch(job.plan.groups, config.launch.timeout_s, messages=job.plan.degrees.get("pp", 1) > 1)
         if not job.asynchronous:  # whose ranks may wait as long as they like
             stack.enter_context(watch)
         with watch.explaining():
@@ -172,8 +173,8 @@ def _instruments(
     @contextmanager
     def disturbed(name: str) -> Iterator[None]:
         with ExitStack() as within:
-            if fault.rank == rank:
-                within.enter_context(watch.skipping(fault.step, name))
+            if fault.rank == rank and name == FIGURES:
+                within.enter_context(watch.skipping(fault.step))
             within.enter_context(observed(name))
             if name == FORWARD_BACKWARD:
                 within.enter_context(slowed(straggler, rank))
@@ -187,7 +188,8 @@ def _trainer(
 ) -> Trainer:
     """A collective."""
     if job.asynchronous:
-        return Asynchronous(job.task, job.plan, optimizer, settings, job.config, world)
+        parts = partial(task_and_plan, job.config, world)
+        return Asynchronous(job.task, job.plan, optimizer, settings, job.config, world, parts)
     return Trainer(job.task, job.plan, optimizer, settings, phase)
 
 

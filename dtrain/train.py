@@ -23,9 +23,9 @@ from dtrain.layout import StepAware
 from dtrain.optimizer import OPTIMIZER_STATE, named_tensors, put_back, rate
 from dtrain.plan import Plan
 from dtrain.presence import Presence
+from dtrain.spans import EXCHANGE, FIGURES, FORWARD_BACKWARD, OPTIMIZER
 from dtrain.task.base import Task, Update
 
-FORWARD_BACKWARD, EXCHANGE, FIGURES, OPTIMIZER = "forward and backward", "exchange gradients", "figures", "optimizer"
 Phase = Callable[[str], AbstractContextManager]  # told what the loop does: by instruments
 
 

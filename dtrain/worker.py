@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import signal
 import time
+from collections.abc import Callable
 
 import torch
 import torch.distributed as dist
@@ -16,25 +17,25 @@ from dtrain.clip import clip
 from dtrain.compression import Compression
 from dtrain.config import Config
 from dtrain.draw import seed_everything
-from dtrain.job import assemble
-from dtrain.launch import STOPS, World
+from dtrain.launch import STOPS, World, cores
 from dtrain.link import Link
-from dtrain.measure.environment import cores
 from dtrain.plan import Plan
 from dtrain.straggler import slowed
 from dtrain.strategy.parameter_server import ParameterServer
 from dtrain.strategy.zero1 import shared_out
 from dtrain.task.base import Task
 
+Parts = Callable[[], tuple[Task, Plan]]  # that travels to another process
 OVER = "over"  # the key that the first server sets when there is no more work
 PULL, PUSH, BYE = 0, 1, 2  # what a worker says
 WORK, WAIT, STOP = 0, 1, 2  # and a server
 
 
-def work(config: Config, world: World, address: tuple[str, int], life: int) -> None:
+def work(parts: Parts, config: Config, world: World, address: tuple[str, int], life: int) -> None:
     """What the process does, in one of its lives, until the servers have no more work.
 
     Args:
+        parts: makes its task and plan.
         config, world: of the rank that looks after it.
         address: of the servers' store.
         life: how many of this worker there have been before.
@@ -42,7 +43,8 @@ def work(config: Config, world: World, address: tuple[str, int], life: int) -> N
     for number in STOPS:
         signal.signal(number, signal.SIG_IGN)  # its rank decides
     torch.set_num_threads(config.launch.threads or max(1, cores() // world.local_size))
-    worker = Worker(config, world)
+    logging.getLogger("dtrain").setLevel(logging.ERROR)  # its rank has said it all
+    worker = Worker(parts(), config, world)
     store = dist.TCPStore(*address, is_master=False)
     store.set(f"{worker.number}/{life}", "")
     while not store.check([f"{worker.number}/{life}/welcome"]):
@@ -59,15 +61,14 @@ def work(config: Config, world: World, address: tuple[str, int], life: int) -> N
 class Worker:
     """The model of one worker, and its part of every batch."""
 
-    def __init__(self, config: Config, world: World) -> None:
-        logging.getLogger("dtrain").setLevel(logging.ERROR)  # its rank has said it all
-        job = assemble(config, world)
-        strategy = job.plan.on("dp")
+    def __init__(self, parts: tuple[Task, Plan], config: Config, world: World) -> None:
+        self.task, plan = parts
+        strategy = plan.on("dp")
         assert isinstance(strategy, ParameterServer)
-        self.config, self.task, self.strategy = config, job.task, strategy
+        self.config, self.strategy = config, strategy
         self.number = world.rank - strategy.servers
-        self.plan = Plan((), 1, job.plan.precision, job.plan.device, job.plan.recompute, clip_norm=job.plan.clip_norm)
-        micro_batches = job.plan.micro_batches(config.global_batch_size, config.micro_batch_size)
+        self.plan = Plan((), 1, plan.precision, plan.device, plan.recompute, clip_norm=plan.clip_norm)
+        micro_batches = plan.micro_batches(config.global_batch_size, config.micro_batch_size)
         self.models = {name: self.plan.parallelize(make, config.seed) for name, make in self.task.models.items()}
         self.executor = self.plan.executor(self.models, {}, micro_batches)
         self.shares = shares_of(self.task, self.models, strategy.servers)

@@ -13,8 +13,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from dtrain.cost import Message, message
 from dtrain.footprint import Footprint, Piece, Weight
+from dtrain.messages import Message, message
 from dtrain.optimizer import OPTIMIZER_STATE
 
 ALL_REDUCED = 500_000_000  # elements of a message of stage 0

@@ -12,7 +12,8 @@ from typing import Any
 import pytest
 from cases import CONTEXT, GAN, ROWS, NextToken, adamw
 
-from dtrain.cost import Cost, Message, fold, place
+from dtrain.cost import Cost, fold, place
+from dtrain.messages import Message
 from dtrain.model.moe import MoE
 from dtrain.model.transformer import Transformer
 from dtrain.plan import Plan

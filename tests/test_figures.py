@@ -22,17 +22,19 @@ from worlds import World as Ranks
 
 from dtrain.compare.results import Row
 from dtrain.config import Config, Measure
-from dtrain.cost import Message, fold
+from dtrain.cost import fold
 from dtrain.figures import facts, meter_of, summary_of
 from dtrain.launch import World
 from dtrain.layout import Layout
 from dtrain.measure import memory, timeline
 from dtrain.measure.meter import Meter
-from dtrain.measure.timeline import COMMUNICATION, COMPUTE, PHASE, STAGE, Shares, Span
+from dtrain.measure.timeline import COMMUNICATION, COMPUTE, Shares, Span
+from dtrain.messages import Message
 from dtrain.plan import Plan
 from dtrain.profile import Profile
 from dtrain.report.console import Console
 from dtrain.report.instruments import _mb
+from dtrain.spans import PHASE, STAGE
 from dtrain.stages import split_evenly
 from dtrain.strategy.ddp import DDP
 from dtrain.strategy.pipeline import Pipeline

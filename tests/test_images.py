@@ -18,10 +18,11 @@ from torch import Tensor, nn
 from dtrain.data.augment import Crop, Cutout, Mixup
 from dtrain.data.images import Digits, Folder, Mnist, Ring, Samples
 from dtrain.draw import generator
-from dtrain.measure.timeline import PHASE, Span
+from dtrain.measure.timeline import Span
 from dtrain.model.images import MLP, ConvGenerator, ConvNet
 from dtrain.pictures import confusion_matrix, write
 from dtrain.report import gantt
+from dtrain.spans import PHASE
 from dtrain.task.rows import confusion
 
 CLASSES, NOISE, SIZE = 3, 5, 8

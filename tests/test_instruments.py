@@ -14,7 +14,6 @@ from functools import partial
 from pathlib import Path
 from statistics import median
 from types import SimpleNamespace
-from typing import Any
 from unittest import mock
 
 import pytest
@@ -30,17 +29,18 @@ from test_configs import composed
 from dtrain.compare import step
 from dtrain.compare.results import Row
 from dtrain.config import checked
-from dtrain.cost import Message
 from dtrain.hang import Hang, Watch, _read, within
 from dtrain.launch import World
 from dtrain.measure.ledger import Ledger
-from dtrain.measure.timeline import COMMUNICATION, PHASE, STAGE, Span, Timeline, common, mark, merged, total, without
+from dtrain.measure.timeline import COMMUNICATION, Span, Timeline, common, merged, total, without
 from dtrain.measure.traffic import Traffic
+from dtrain.messages import Message
 from dtrain.notes import Note, Notes, missing, waiting
 from dtrain.profile import RECORDED, Profile
 from dtrain.report import gantt, instruments
 from dtrain.run import run
 from dtrain.schedule import _work, bubble
+from dtrain.spans import PHASE, STAGE, mark
 from dtrain.strategy.pipeline import SCHEDULES, Pipeline
 from dtrain.train import Trainer
 
@@ -412,14 +412,12 @@ def _watches(size: int, timeout_s: float) -> list[Watch]:
     store, made = dist.HashStore(), []
     for rank in range(size):
         known = SimpleNamespace(
-            get_rank=lambda rank=rank: rank, get_world_size=lambda: size, get_process_group_ranks=lambda group: [0, 1],
+            get_rank=lambda rank=rank: rank, get_world_size=lambda: size,
             distributed_c10d=SimpleNamespace(_get_default_store=lambda: store),
             group=SimpleNamespace(WORLD=SimpleNamespace(group_name="w")),
         )  # fmt: skip
-        axis = SimpleNamespace(get_group=lambda: SimpleNamespace(group_name="g"))
-        plan: Any = SimpleNamespace(degrees={"tp": 2, "dp": 1}, mesh={"tp": axis, "dp": axis})
         with mock.patch("dtrain.hang.dist", known):
-            made.append(Watch(plan, timeout_s))
+            made.append(Watch({"g": ("tp", [0, 1])}, timeout_s))
     return made
 
 

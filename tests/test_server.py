@@ -17,15 +17,12 @@ from cases import ROWS, NextToken
 from own_models import MODELS, OwnModel, Plain
 from torch import Tensor, nn
 
-from dtrain import worker as workers
 from dtrain.asynchronous import Asynchronous
 from dtrain.config import Config, Launch, Straggler
-from dtrain.job import Job
 from dtrain.launch import World
 from dtrain.link import HEADER, Gone, Link
 from dtrain.plan import Plan
 from dtrain.precision import Precision
-from dtrain.report.base import All
 from dtrain.server import Server
 from dtrain.strategy.parameter_server import ParameterServer
 from dtrain.train import Settings, Trainer
@@ -174,11 +171,9 @@ class Spare(Plain):
 
 def test_a_worker_draws_by_the_seed_and_says_what_its_rows_have_used(alone) -> None:
     """It is a process of its own, whose Python draws anew in each life."""
-    job: Any = Job(CONFIG, None, OwnModel(Spare), plan_of(1), All())  # type: ignore[arg-type]
     losses = []
     for first in (1, 2):
-        with mock.patch.object(workers, "assemble", lambda *_: job):
-            worker = Worker(CONFIG, World(1, 2))
+        worker = Worker((OwnModel(Spare), plan_of(1)), CONFIG, World(1, 2))
         random.seed(first)
         told = [worker._gradient(item) for item in (0, 1, 2, 3)]
         losses.append([loss for _, _, _, loss, _ in told])
@@ -188,10 +183,17 @@ def test_a_worker_draws_by_the_seed_and_says_what_its_rows_have_used(alone) -> N
     assert names == {"spare.weight", "spare.bias"}
 
 
+def absent() -> Any:
+    """Parts for a worker process, where no rank looks after one."""
+    raise AssertionError
+
+
 def refused(model: str) -> str:
     plan = plan_of(1)
     try:
-        Asynchronous(OwnModel(MODELS[model]), plan, sgd, SETTINGS, CONFIG, World(dist.get_rank(), plan.world_size))
+        Asynchronous(
+            OwnModel(MODELS[model]), plan, sgd, SETTINGS, CONFIG, World(dist.get_rank(), plan.world_size), absent
+        )
     except ValueError as error:
         return str(error)
     return ""
@@ -215,14 +217,12 @@ def test_a_model_that_is_another_in_each_process_is_refused(world) -> None:
 def served(servers: int, **options: Any) -> Found:
     """The losses of a run with one worker, and the weights that this rank would save."""
     rank, plan = dist.get_rank(), plan_of(1, servers, clip_norm=MOST, **options)
-    job: Any = Job(CONFIG, None, NextToken(), plan, All())  # type: ignore[arg-type]
-    made = Asynchronous(job.task, plan, sgd, SETTINGS, CONFIG, World(rank, plan.world_size))
+    made = Asynchronous(NextToken(), plan, sgd, SETTINGS, CONFIG, World(rank, plan.world_size), absent)
 
     def compute() -> None:
         store = dist.TCPStore(*made.address, is_master=False)
         try:
-            with mock.patch.object(workers, "assemble", lambda *_: job):
-                own = Worker(CONFIG, World(servers, plan.world_size))
+            own = Worker((NextToken(), plan), CONFIG, World(servers, plan.world_size))
             store.set("0/0", "")
             own.run([Link(store, f"0/0/{server}", 1, TIMEOUT_S) for server in range(servers)])
         except BaseException:
@@ -295,7 +295,7 @@ def keeper(alone) -> Iterator[Any]:
 
     def of(restarts: int) -> Asynchronous:
         plan = plan_of(1, restarts=restarts)
-        made = Asynchronous(NextToken(), plan, sgd, SETTINGS, CONFIG, World(1, 2))
+        made = Asynchronous(NextToken(), plan, sgd, SETTINGS, CONFIG, World(1, 2), absent)
         made._store.set(OVER, "")
         return made
 

@@ -16,8 +16,9 @@ from dtrain.compare.runner import cells
 from dtrain.compare.step import gantt
 from dtrain.compare.style import Chart, family
 from dtrain.compare.verdict import front, verdicts
-from dtrain.cost import Message, place
+from dtrain.cost import place
 from dtrain.measure.units import size
+from dtrain.messages import Message
 from dtrain.streams import shown
 
 HOLDS = {  # what the coordinate i of n on an axis says of a rank

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from omegaconf import DictConfig, OmegaConf
 
 from dtrain import records
 from dtrain.data.library_file import first_line, one_by_one, opened
@@ -295,6 +296,14 @@ def count_ids(path: str) -> int:
         return _count_ids(path, file.stat().st_mtime_ns)
     except (OSError, ValueError, RuntimeError):
         return 0
+
+
+def _ids_in(key: str, *, _parent_: DictConfig) -> int:
+    """`${ids_in:KEY}`: how many ids the tokenizer has whose path that key tells; 0 if its class will refuse it."""
+    return 0 if OmegaConf.is_missing(_parent_, key) else count_ids(str(_parent_[key]))
+
+
+OmegaConf.register_new_resolver("ids_in", _ids_in, replace=True)
 
 
 @lru_cache

@@ -11,6 +11,8 @@ from typing import Any
 
 import torch
 
+from dtrain.launch import cores
+
 PACKAGES = (
     "dtrain",
     "torch",
@@ -36,11 +38,6 @@ def describe() -> dict[str, Any]:
         "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
         "commit": _commit(),
     }
-
-
-def cores() -> int:
-    """Cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _version(package: str) -> str | None:

@@ -18,10 +18,10 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch.profiler import ProfilerActivity, profile, record_function
+from torch.profiler import ProfilerActivity, profile
 
-MARK = "dtrain"
-PHASE, STAGE, MESSAGE = "phase", "stage", "message"  # kinds of marks
+from dtrain.spans import MARK, MESSAGE, PHASE, STAGE
+
 COMPUTE, COMMUNICATION = "compute", "communication"
 OPERATIONS = ("aten::", "fsdp::", "cpp_fused", "triton_")  # names of what computes on a CPU
 WAITS = ("c10d::", "_c10d_functional::", "gloo:")  # and of what may wait within it
@@ -58,11 +58,6 @@ class Shares:
     communication: float
     exposed: float
     overlapped: float
-
-
-def mark(kind: str, *words: object) -> record_function:
-    """A context that the timeline finds again; costs microseconds, and nothing is kept without a profiler."""
-    return record_function(":".join((MARK, kind, *map(str, words))))
 
 
 class Timeline:

@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from dtrain.footprint import BACKWARD, FORWARD, WEIGHTS
-from dtrain.measure.timeline import COMMUNICATION, COMPUTE, PHASE, STAGE, Span
-from dtrain.train import EXCHANGE, FIGURES, OPTIMIZER
+from dtrain.measure.timeline import COMMUNICATION, COMPUTE, Span
+from dtrain.spans import EXCHANGE, FIGURES, OPTIMIZER, PHASE, STAGE
 
 ROWS = (PHASE, STAGE, COMPUTE, COMMUNICATION)  # of a rank, from top to bottom
 COLOURS = {  # of a pipeline's passes, the loop's phases, and collectives; a phase that holds others has none

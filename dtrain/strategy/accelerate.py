@@ -28,10 +28,10 @@ from torch.optim import Optimizer
 
 from dtrain.accelerator import ByAccelerator, ByLocalSGD, accelerator_of, check_installed, checked, prepared
 from dtrain.batch import Models
-from dtrain.cost import Message, message
 from dtrain.engine import fresh, imported
 from dtrain.footprint import Footprint
 from dtrain.layout import blocks_of
+from dtrain.messages import Message, message
 from dtrain.strategy.base import REST, Executor, local
 from dtrain.strategy.ddp import DDP
 from dtrain.strategy.deepspeed import ByEngine, DeepSpeed

@@ -14,8 +14,8 @@ from typing import TYPE_CHECKING
 
 from torch import nn
 
-from dtrain.cost import Message, all_reduce_each
 from dtrain.footprint import Footprint
+from dtrain.messages import Message, all_reduce_each
 from dtrain.strategy.base import Strategy, average, gradients
 
 if TYPE_CHECKING:

@@ -17,8 +17,8 @@ from torch import Size, Tensor, nn
 from torch.optim import Optimizer
 
 from dtrain.batch import Batch, Models, Sums, divide
-from dtrain.cost import Message
 from dtrain.footprint import Footprint
+from dtrain.messages import Message
 from dtrain.optimizer import fill_state
 from dtrain.rehearsal import Rehearsal
 

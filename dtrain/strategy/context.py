@@ -25,10 +25,10 @@ import torch
 from torch import Tensor, nn
 
 from dtrain.batch import Batch
-from dtrain.cost import Message, all_reduce_each, message
 from dtrain.exchange import Ring, Ulysses, is_plain, plain
 from dtrain.footprint import Footprint, Piece
 from dtrain.layout import blocks_of, divisors, is_ours, layout_of, modules_at, multiples
+from dtrain.messages import Message, all_reduce_each, message
 from dtrain.rehearsal import Rehearsal, Unmixed, twin
 from dtrain.strategy.base import REST, Strategy, average, gradients
 

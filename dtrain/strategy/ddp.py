@@ -16,8 +16,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from dtrain.cost import Message, message
 from dtrain.footprint import Footprint, Piece
+from dtrain.messages import Message, message
 from dtrain.strategy.base import REST, Strategy
 
 if TYPE_CHECKING:

@@ -30,10 +30,10 @@ from torch.optim import Optimizer
 
 from dtrain.accumulate import Accumulate
 from dtrain.batch import Models
-from dtrain.cost import Message
 from dtrain.engine import check_fp16, check_zero, fresh, imported, sequences
 from dtrain.footprint import Footprint
 from dtrain.layout import written
+from dtrain.messages import Message
 from dtrain.presence import reached, refuse_unused
 from dtrain.stepping import FLAT
 from dtrain.strategy.base import REST, Executor, Strategy

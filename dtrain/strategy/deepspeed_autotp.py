@@ -19,9 +19,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from dtrain.cost import Message
 from dtrain.footprint import Footprint
 from dtrain.layout import divisors, layout_of, modules_at
+from dtrain.messages import Message
 from dtrain.optimizer import OPTIMIZER_STATE
 from dtrain.rehearsal import Rehearsal, split
 from dtrain.stepping import COLUMNS, ROWS

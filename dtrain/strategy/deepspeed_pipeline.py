@@ -22,9 +22,9 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from dtrain.batch import Batch, Models, divide
-from dtrain.cost import Message
 from dtrain.engine import fresh, imported
 from dtrain.footprint import Footprint
+from dtrain.messages import Message
 from dtrain.optimizer import OPTIMIZER_STATE
 from dtrain.presence import refuse_unused
 from dtrain.stages import Flow, split_evenly

@@ -13,10 +13,10 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 
-from dtrain.cost import Message
 from dtrain.engine import imported
 from dtrain.footprint import Footprint
 from dtrain.layout import blocks_of, divisors, layout_of
+from dtrain.messages import Message
 from dtrain.strategy.base import REST
 from dtrain.strategy.context import Context, _cores
 

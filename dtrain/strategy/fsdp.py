@@ -22,9 +22,9 @@ from torch.distributed.fsdp import CPUOffloadPolicy, fully_shard
 from torch.distributed.tensor import DTensor, Shard
 from torch.distributed.tensor.placement_types import _StridedShard
 
-from dtrain.cost import Message, message
 from dtrain.footprint import FORWARD, FREE, Footprint
 from dtrain.layout import blocks_of, refuse_complex
+from dtrain.messages import Message, message
 from dtrain.rehearsal import Rehearsal, unit_by_unit
 from dtrain.stepping import ROWS
 from dtrain.strategy.base import REST, Strategy, local

@@ -32,8 +32,8 @@ from torch.optim import Optimizer
 
 from dtrain.accumulate import Accumulate
 from dtrain.batch import Batch, Models, Sums
-from dtrain.cost import Message, message
 from dtrain.footprint import Footprint
+from dtrain.messages import Message, message
 from dtrain.optimizer import OPTIMIZER_STATE, named_tensors
 from dtrain.presence import completed
 from dtrain.strategy.base import REST, Executor, Strategy, average, check_options, local

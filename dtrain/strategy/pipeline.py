@@ -31,9 +31,9 @@ from torch.distributed.pipelining import schedules
 from torch.optim import Optimizer
 
 from dtrain.batch import Models, pieces
-from dtrain.cost import Message, message
 from dtrain.footprint import Footprint, Kept
 from dtrain.layout import Absent, layout_of, shared_names
+from dtrain.messages import Message, message
 from dtrain.rehearsal import Rehearsal, refuse_foreign, twin
 from dtrain.schedule import passes_of_stages
 from dtrain.stages import Flow, keep_name, split_evenly, sum_ends

@@ -20,9 +20,9 @@ from torch.distributed._composable.replicate_with_fsdp import replicate
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
-from dtrain.cost import Message, message
 from dtrain.footprint import Footprint
 from dtrain.layout import blocks_of
+from dtrain.messages import Message, message
 from dtrain.strategy.base import Strategy
 from dtrain.units import begin_update, refuse_sharing, twice, unit_calls, unused, watch
 

@@ -23,9 +23,9 @@ import torch.distributed as dist
 from torch import nn
 from torch.optim import Optimizer
 
-from dtrain.cost import Message, message
 from dtrain.footprint import Footprint, Weight
 from dtrain.layout import refuse_complex
+from dtrain.messages import Message, message
 from dtrain.stepping import APART
 from dtrain.strategy.allreduce import AllReduce
 from dtrain.strategy.base import local
