@@ -30,7 +30,7 @@ from dtrain.compare import command as comparison
 from dtrain.config import CONFIGS, Comparison, Config, check_axes, checked, refuse_unknown, register
 from dtrain.hang import Hang
 from dtrain.info import info as count
-from dtrain.job import assemble, model_factories
+from dtrain.job import assemble, model_factories, strategies_of
 from dtrain.launch import TOLD, RanksFailed, World, leave_words, spawn, tie
 from dtrain.launchers import understood
 from dtrain.lock import Lock
@@ -134,7 +134,7 @@ def train(config: DictConfig) -> float:
     if name:
         check_axes(name.split("+"))
     else:  # a configuration without groups: by the files of its strategies
-        name = "+".join(str(node["_target_"]).split(".")[-2] for node in settings.strategy.values()) or "single"
+        name = "+".join(each.name or type(each).__name__ for each in strategies_of(settings)) or "single"
     world = World.of_environment()
     if world is None and settings.launch.nproc > 1:
         summary = start(config, folder, name, _asked(config))

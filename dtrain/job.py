@@ -61,7 +61,7 @@ def assemble(config: Config, world: World) -> Job:
         ValueError: for every mistake of the configuration's that can be known here.
     """
     precision = Precision.of(config.dtype, config.precision)
-    strategies = [make(node, Strategy, f"strategy.{axis}") for axis, node in config.strategy.items()]
+    strategies = strategies_of(config)
     plan = Plan.of(
         strategies, world.size, precision=precision, device=launch.device_of(config.device, world),
         recompute=config.activation_checkpointing, compile=config.compile, clip_norm=config.clip_norm,
@@ -85,6 +85,11 @@ def assemble(config: Config, world: World) -> Job:
     plan.check_optimizer(partial(optimizer_of, config.optimizer), micro_batches)
     tried = probe(task, plan, micro_batches=micro_batches, seed=config.seed) if config.probe else ()
     return Job(config, data, task, plan, logger, tried, masked(asdict(config)))
+
+
+def strategies_of(config: Config) -> list[Strategy]:
+    """The configured ones."""
+    return [make(node, Strategy, f"strategy.{axis}") for axis, node in config.strategy.items()]
 
 
 def task_and_plan(config: Config, world: World) -> tuple[Task, Plan]:

@@ -52,6 +52,8 @@ class AccelerateDDP(DDP):
         ddp: further settings of Accelerate's `DistributedDataParallelKwargs`.
     """
 
+    name = "accelerate_ddp"
+
     def __init__(self, degree: int = REST, bucket_mb: float = 25.0, ddp: dict[str, Any] | None = None) -> None:
         super().__init__(degree, bucket_mb)
         if bucket_mb == 25.0:  # torch's default, which Accelerate does not pass on: then the first is of 1 MiB
@@ -106,6 +108,7 @@ class AccelerateLocalSGD(AccelerateDDP):
         local_sgd_steps: optimizer steps from one average to the next.
     """
 
+    name = "accelerate_local_sgd"
     synchronous = False
 
     def __init__(self, degree: int = REST, local_sgd_steps: int = 8) -> None:
@@ -141,6 +144,8 @@ class AccelerateFSDP(FSDP):
         plugin: further settings of Accelerate's `FullyShardedDataParallelPlugin`.
         parallelism: settings of its `ParallelismConfig`, for meshes of two dimensions (`dp_replicate_size`, ...).
     """
+
+    name = "accelerate_fsdp"
 
     def __init__(
         self, degree: int = REST, *, reshard_after_forward: bool = True, plugin: dict[str, Any] | None = None,
@@ -197,8 +202,8 @@ class AccelerateDeepSpeed(DeepSpeed):
         degree, deepspeed: as DeepSpeed's.
     """
 
+    name = "accelerate_deepspeed"
     engine = "accelerate"
-    called = "accelerate_deepspeed"
 
     def check(self, plan: Plan) -> None:
         check_installed()

@@ -29,6 +29,7 @@ class AllReduce(Strategy):
         degree: ranks along `dp`; -1: the rest of the world.
     """
 
+    name = "allreduce"
     axis = "dp"
 
     def reduce_gradients(self, model: nn.Module, plan: Plan) -> None:

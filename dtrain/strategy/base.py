@@ -79,6 +79,7 @@ class Strategy:
     `plan.mesh[self.axis]`.
     """
 
+    name: ClassVar[str] = ""  # what it is called where a run is told
     axis: ClassVar[str]  # the mesh axis it owns
     casts: bool = False  # does it cast weights and inputs to the format of products itself?
     engine: ClassVar[str] = ""  # the library whose engine trains, if one does

@@ -55,6 +55,7 @@ class Context(Strategy):
         balanced: in a ring each rank takes an early and a late chunk; false: one chunk.
     """
 
+    name = "context"
     axis = "cp"
     splits = "tokens"
 

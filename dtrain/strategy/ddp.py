@@ -32,6 +32,7 @@ class DDP(Strategy):
         bucket_mb: gradients are sent together in buckets of this size, in MiB.
     """
 
+    name = "ddp"
     axis = "dp"
 
     def __init__(self, degree: int = REST, bucket_mb: float = 25.0) -> None:

@@ -63,9 +63,9 @@ class DeepSpeed(Strategy):
         deepspeed: DeepSpeed's configuration (https://www.deepspeed.ai/docs/config-json/), as nested keys.
     """
 
+    name = "deepspeed"
     axis = "dp"
     engine = "deepspeed"
-    called = "deepspeed"  # in a refusal
 
     def __init__(self, degree: int = REST, deepspeed: dict[str, Any] | None = None) -> None:
         super().__init__(degree)
@@ -88,19 +88,19 @@ class DeepSpeed(Strategy):
     def check(self, plan: Plan) -> None:
         if others := [s.axis for s in plan.strategies if s is not self and s.engine != self.engine]:
             beside = ", ".join(others)
-            raise ValueError(f"strategy {self.called} stands alone, not beside {beside}: use fsdp or zero1 there")
+            raise ValueError(f"strategy {self.name} stands alone, not beside {beside}: use fsdp or zero1 there")
         if find_spec("deepspeed") is None:
-            raise ValueError(f"strategy {self.called} needs the package deepspeed: pip install 'dtrain[deepspeed]'")
+            raise ValueError(f"strategy {self.name} needs the package deepspeed: pip install 'dtrain[deepspeed]'")
         self.casts = plan.precision.mixed
         if plan.precision.weights_dtype != torch.float32:
-            raise ValueError(f"strategy {self.called} keeps its weights in fp32, dtype={plan.precision.compute} does "
+            raise ValueError(f"strategy {self.name} keeps its weights in fp32, dtype={plan.precision.compute} does "
                              f"not: use fp32 or bf16")  # fmt: skip
         if _autotp(plan) and not self.stage:
             raise ValueError("strategy deepspeed_autotp is for stages 1, 2 and 3: use strategy=tensor for stage 0")
         if self.casts and not self.stage:
             raise ValueError("DeepSpeed's stage 0 keeps no weights in fp32 beside dtype=bf16: use stage 1, 2 or 3")
         if plan.precision.reduce:
-            raise ValueError(f"precision.reduce={plan.precision.reduce} is not for strategy {self.called}: set "
+            raise ValueError(f"precision.reduce={plan.precision.reduce} is not for strategy {self.name}: set "
                              f"strategy.dp.deepspeed.communication_data_type")  # fmt: skip
         if plan.compile:
             raise ValueError("compile=true compiles blocks before DeepSpeed hooks into them: use compile=false")
@@ -147,7 +147,7 @@ class DeepSpeed(Strategy):
         for name, attributes in written(model).items() if self.stage else ():
             for key in (k for k in attributes if not k.startswith(("ds_", "_hf_", "_is_hf_"))):
                 raise ValueError(f"{name}.{key} is written on a parameter, and {type(optimizer).__name__} may read it: "
-                                 f"strategy {self.called} gives it flat slices; "
+                                 f"strategy {self.name} gives it flat slices; "
                                  f"use strategy=fsdp or zero1")  # fmt: skip
 
     def executor(self, models: Models, optimizers: Mapping[str, Optimizer], plan: Plan, micro_batches: int) -> Executor:

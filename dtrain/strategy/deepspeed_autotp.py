@@ -39,6 +39,7 @@ class AutoTP(Strategy):
         degree: ranks along `tp`; -1: the rest of the world.
     """
 
+    name = "deepspeed_autotp"
     axis = "tp"
     stepped = (ROWS, COLUMNS)
     engine = "deepspeed"

@@ -44,6 +44,7 @@ class DeepSpeedPipeline(Pipeline):
         degree, micro_batches, split: as Pipeline's.
     """
 
+    name = "deepspeed_pipeline"
     engine = "deepspeed"
 
     def __init__(self, degree: int = REST, *, micro_batches: int | None = None, split: list[int] | None = None) -> None:

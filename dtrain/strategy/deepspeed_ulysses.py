@@ -31,6 +31,7 @@ class DeepSpeedUlysses(Context):
         degree: ranks along `cp`; -1: the rest of the world.
     """
 
+    name = "deepspeed_ulysses"
     engine = "deepspeed"
 
     def __init__(self, degree: int = REST) -> None:

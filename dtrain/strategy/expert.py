@@ -50,6 +50,7 @@ class Expert(Strategy):
         degree: ranks along `ep`; -1: the rest of the world.
     """
 
+    name = "expert"
     axis = "ep"
     stepped = (ROWS, REGROUPED)
 

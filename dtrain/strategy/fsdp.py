@@ -48,6 +48,7 @@ class FSDP(Strategy):
         cpu_offload: keep shards, gradients and moments in host memory and step there (for GPUs).
     """
 
+    name = "fsdp"
     axis = "fsdp"
     stepped = (ROWS,)
     casts = True

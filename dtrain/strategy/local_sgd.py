@@ -58,6 +58,7 @@ class LocalSGD(Strategy):
         mixing: share of a rank's own weights that it keeps when a delayed message has come.
     """
 
+    name = "local_sgd"
     axis = "dp"
     synchronous = False
 

@@ -48,6 +48,7 @@ class ParameterServer(Strategy):
         restarts: how often a worker that dies is started again.
     """
 
+    name = "parameter_server"
     axis = "dp"
     engine = "parameter_server"
     asynchronous = True

@@ -78,6 +78,7 @@ class Pipeline(Strategy):
         split: blocks of each stage; None: so that the largest stage costs least.
     """
 
+    name = "pipeline"
     axis = "pp"
     stepped = (APART, REGROUPED)
     splits = ""

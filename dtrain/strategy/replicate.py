@@ -37,6 +37,7 @@ class Replicate(Strategy):
         degree: ranks along `dp`; -1: the rest of the world.
     """
 
+    name = "replicate"
     axis = "dp"
     casts = True
 

@@ -76,6 +76,7 @@ class TensorParallel(Strategy):
         loss_parallel: keep the logits cut by vocabulary; false: gather them.
     """
 
+    name = "tensor"
     axis = "tp"
     stepped = (ROWS, COLUMNS, REGROUPED)
     splits = ""

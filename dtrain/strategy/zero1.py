@@ -43,6 +43,7 @@ class Zero1(AllReduce):
         degree: ranks along `dp`; -1: the rest of the world.
     """
 
+    name = "zero1"
     stepped = (APART,)
 
     def check_model(self, model: nn.Module, plan: Plan) -> None:
