@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 
 from torch import Tensor, nn
 
 Batch = dict[str, Tensor]  # every tensor has one row per sample: rows are dim 0, tokens dim 1
 Models = dict[str, nn.Module]
-ModelFactory = Callable[[], nn.Module]
 Sums = dict[str, Tensor]  # sums over a batch's items, by name
 
 

@@ -9,9 +9,9 @@ from pathlib import Path
 
 from dtrain import saved
 from dtrain.config import Config
-from dtrain.durable import remove
+from dtrain.files.durable import remove
+from dtrain.files.lock import Lock, check_free
 from dtrain.launch import World, agree
-from dtrain.lock import Lock, check_free
 
 OUTPUTS = Path("outputs")  # where Hydra puts runs by default
 RESUMABLE = "resumable"  # a file in the folder of a run that was told to stop

@@ -28,12 +28,12 @@ from dtrain.checkpoint import clear
 from dtrain.claim import RESUMABLE
 from dtrain.compare import command as comparison
 from dtrain.config import CONFIGS, Comparison, Config, check_axes, checked, refuse_unknown, register
+from dtrain.files.lock import Lock
 from dtrain.hang import Hang
 from dtrain.info import info as count
 from dtrain.job import assemble, model_factories, strategies_of
 from dtrain.launch import TOLD, RanksFailed, World, leave_words, spawn, tie
 from dtrain.launchers import understood
-from dtrain.lock import Lock
 from dtrain.mistakes import USER_ERRORS, check_words, explain, of_the_system
 from dtrain.outside import looking_at
 from dtrain.precision import Precision

@@ -14,8 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from dtrain.files.records import flat
 from dtrain.launch import gathered
-from dtrain.records import flat
 from dtrain.secret import HIDDEN
 
 ROOT = Path(__file__).parent

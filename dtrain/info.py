@@ -8,10 +8,9 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from dtrain.batch import ModelFactory
 from dtrain.constructor import in_words
 from dtrain.initialize import on_meta
-from dtrain.layout import layout_of, sequence_length
+from dtrain.layout import ModelFactory, layout_of, sequence_length
 from dtrain.measure import flops
 from dtrain.precision import Precision
 

@@ -13,13 +13,13 @@ from torch.optim import Optimizer
 
 from dtrain import launch, own
 from dtrain.accelerator import refuse_contradictions
-from dtrain.batch import ModelFactory
 from dtrain.config import Config, make
 from dtrain.data.augment import ImageChange, Mixup, TextChange
 from dtrain.data.base import Data
 from dtrain.data.sources import Source
 from dtrain.data.tokenizer import Tokenizer
 from dtrain.launch import World
+from dtrain.layout import ModelFactory
 from dtrain.optimizer import parameter_groups
 from dtrain.plan import Plan
 from dtrain.precision import Precision

@@ -14,6 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+ModelFactory = Callable[[], nn.Module]
+
 
 @dataclass(frozen=True)
 class Layout:

@@ -23,12 +23,13 @@ from torch.optim import Optimizer
 from torch.utils.checkpoint import checkpoint
 
 from dtrain.accumulate import Accumulate
-from dtrain.batch import Batch, ModelFactory, Models, Stages, pieces
+from dtrain.batch import Batch, Models, Stages, pieces
 from dtrain.degrees import AFTER_VALUES, MESH_ORDER, laid_out, rows_of_a_rank
 from dtrain.draw import Again
 from dtrain.fingerprint import digest, refuse_other_weights, tensors_of
 from dtrain.initialize import build, materialize, on_meta
 from dtrain.layout import (
+    ModelFactory,
     blocks_of,
     check_layout,
     of_others,

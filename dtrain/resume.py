@@ -8,8 +8,9 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from dtrain import checkpoint, records, saved
+from dtrain import checkpoint, saved
 from dtrain.claim import OUTPUTS, RESUMABLE
+from dtrain.files import records
 from dtrain.job import Job
 from dtrain.launch import World, agree
 from dtrain.report.files import SUMMARY, summary_in

@@ -20,8 +20,8 @@ from dtrain.checkpoint import Checkpoints
 from dtrain.claim import RESUMABLE, claimed
 from dtrain.config import Config
 from dtrain.cost import Cost, fold
-from dtrain.durable import write
 from dtrain.figures import facts, meter_of, summary_of
+from dtrain.files.durable import write
 from dtrain.fingerprint import refuse_differences
 from dtrain.hang import Hang, Watch
 from dtrain.job import Job, assemble, optimizer_of, task_and_plan

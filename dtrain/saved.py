@@ -15,8 +15,8 @@ from typing import Any
 from safetensors import SafetensorError
 from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader
 
-from dtrain import records
-from dtrain.durable import digest, sync
+from dtrain.files import records
+from dtrain.files.durable import digest, sync
 
 CHECKPOINTS, MANIFEST, SHARD = "checkpoints", "checkpoint.json", ".safetensors"
 NO_HEADER = (ValueError, KeyError, TypeError, AttributeError, IndexError, OverflowError, RecursionError, RuntimeError)

@@ -185,7 +185,7 @@ def test_a_second_ctrl_c_while_ranks_save_leaves_nothing_behind(tmp_path: Path) 
     config: Any = mock.Mock()
     with mock.patch.multiple("dtrain.cli", spawn=mock.Mock(side_effect=KeyboardInterrupt), checked=mock.Mock(),
                              assemble=mock.Mock(), OmegaConf=mock.Mock(), written=mock.Mock()):  # fmt: skip
-        script = "import sys, time; from pathlib import Path; from dtrain.lock import Lock; held = Lock(Path(sys.argv[1])); print(flush=True); time.sleep(60)"
+        script = "import sys, time; from pathlib import Path; from dtrain.files.lock import Lock; held = Lock(Path(sys.argv[1])); print(flush=True); time.sleep(60)"
         other = subprocess.Popen([sys.executable, "-c", script, tmp_path], cwd=ROOT, stdout=subprocess.PIPE)
         assert other.stdout and other.stdout.readline()
         with pytest.raises(KeyboardInterrupt):

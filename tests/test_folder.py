@@ -21,8 +21,8 @@ from test_cli import call  # noqa: F401
 
 from dtrain import claim
 from dtrain.config import CONFIGS, register
+from dtrain.files.lock import NAME, Lock
 from dtrain.launch import World
-from dtrain.lock import NAME, Lock
 from dtrain.report.base import Run
 from dtrain.report.files import Files
 
@@ -139,7 +139,7 @@ def test_a_restart_waits_for_the_attempt_before_and_needs_no_setting(
     """torchrun starts ranks again whose dead ones have left figures and no checkpoint; `overwrite` removes nothing."""
     (tmp_path / "metrics.jsonl").write_text('{"step": 1}\n')
     monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
-    monkeypatch.setattr("dtrain.lock.time.sleep", lambda _: held())
+    monkeypatch.setattr("dtrain.files.lock.time.sleep", lambda _: held())
     world = World(agents=frozenset({"agent", "another"}))
     with ExitStack() as stack:
         stack.enter_context(claim.claimed(tmp_path, world, _config(overwrite=True), {}))
@@ -210,7 +210,7 @@ def test_nothing_is_written_through_a_link(kind: str, name: str, tmp_path: Path)
 def test_a_lock_is_no_link_also_where_one_is_made_after_all_was_looked_at(tmp_path: Path) -> None:
     (tmp_path / "theirs").write_text("{}")
     (tmp_path / NAME).symlink_to("theirs")
-    with mock.patch("dtrain.lock.check_free"), pytest.raises(OSError, match="symbolic links"):
+    with mock.patch("dtrain.files.lock.check_free"), pytest.raises(OSError, match="symbolic links"):
         Lock(tmp_path).leave()
     assert (tmp_path / "theirs").read_text() == "{}"
 

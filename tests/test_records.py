@@ -11,8 +11,8 @@ from unittest import mock
 import pytest
 from omegaconf import OmegaConf
 
-from dtrain import records
 from dtrain.compare.results import Results, Row, read
+from dtrain.files import records
 from dtrain.report.base import Run
 from dtrain.report.files import Files
 from dtrain.report.sweep import Told, show_sweep

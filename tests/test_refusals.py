@@ -30,7 +30,6 @@ from torch import Tensor, nn
 
 import dtrain
 from dtrain import cli, launch
-from dtrain.batch import ModelFactory
 from dtrain.compare.command import Failed
 from dtrain.config import CONFIGS, Comparison, check_axes, checked, make, register
 from dtrain.data.base import Data
@@ -40,7 +39,7 @@ from dtrain.data.tokenizer import Bytes, Tokenizer
 from dtrain.hang import Hang
 from dtrain.job import COMPILERS, assemble, optimizer_of
 from dtrain.launch import RanksFailed, World
-from dtrain.layout import Layout, refuse_batch_norm, sequence_length
+from dtrain.layout import Layout, ModelFactory, refuse_batch_norm, sequence_length
 from dtrain.mistakes import NO_MORE_PROCESSES
 from dtrain.model.block import Core
 from dtrain.model.transformer import Transformer

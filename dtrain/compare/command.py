@@ -16,7 +16,6 @@ from typing import Any
 from omegaconf import DictConfig
 from rich.table import Table
 
-from dtrain import records
 from dtrain.about import about
 from dtrain.compare import runner
 from dtrain.compare.condition import Condition
@@ -25,8 +24,9 @@ from dtrain.compare.results import FILE, Results, Row, read
 from dtrain.compare.verdict import differences
 from dtrain.config import CONFIGS, Comparison
 from dtrain.constructor import imported
-from dtrain.durable import remove, write
-from dtrain.lock import Lock
+from dtrain.files import records
+from dtrain.files.durable import remove, write
+from dtrain.files.lock import Lock
 from dtrain.measure import environment
 from dtrain.profile import RECORDED
 from dtrain.secret import masked_override

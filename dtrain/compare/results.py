@@ -10,7 +10,7 @@ from statistics import mean, median
 from types import UnionType
 from typing import Any, Union, get_args, get_origin, get_type_hints
 
-from dtrain import records
+from dtrain.files import records
 from dtrain.messages import Message
 from dtrain.streams import shown
 

@@ -23,10 +23,10 @@ from rich.progress import (
 )
 from rich.table import Table
 
-from dtrain import records
 from dtrain.compare.entries import Case
 from dtrain.compare.results import Results, Row
 from dtrain.compare.verdict import verdicts
+from dtrain.files import records
 from dtrain.measure.units import size
 from dtrain.streams import Terminal, in_line, shown
 

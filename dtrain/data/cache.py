@@ -19,9 +19,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from dtrain import records
 from dtrain.data.paths import CACHE, SIGNATURE, place
-from dtrain.durable import digest, sync
+from dtrain.files import records
+from dtrain.files.durable import digest, sync
 
 MANIFEST = "kept.json"  # by name: the size and the digest of each file
 KEY = "data.cache"

@@ -18,13 +18,13 @@ from safetensors import SafetensorError
 from safetensors.torch import load, save
 from torch import Tensor
 
-from dtrain import records
 from dtrain.constructor import in_words
 from dtrain.data.base import Data, Progress
 from dtrain.data.cache import kept, reading
 from dtrain.data.features import Features
 from dtrain.data.paths import files_at, stamp
 from dtrain.draw import generator
+from dtrain.files import records
 
 UNREADABLE = ("refuse", "skip")
 FORMATS = ("BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")  # as Pillow calls them

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from dtrain import records
+from dtrain.files import records
 
 PLACES = ("continuing_subword_prefix", "end_of_word_suffix")
 # Normalizers that do with a character what they do with it alone.

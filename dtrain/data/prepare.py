@@ -18,12 +18,12 @@ from typing import Any
 
 import numpy as np
 
-from dtrain import records
 from dtrain.data.base import Progress
 from dtrain.data.cache import kept, reading
 from dtrain.data.paths import in_words
 from dtrain.data.sources import Source
 from dtrain.data.tokenizer import Tokenizer
+from dtrain.files import records
 
 VERSION = 3  # of reading, cleaning and of the files' form: part of the fingerprint
 SPLITS = ("train", "validation")

@@ -9,11 +9,11 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from dtrain import records
 from dtrain.data.base import Data, Progress
 from dtrain.data.cache import kept, reading, refuse_changed
 from dtrain.data.sources import Source, missing
 from dtrain.data.tokenizer import BPE, KEPT, Tokenizer
+from dtrain.files import records
 
 Row = tuple[str, dict[str, Any]]  # where it stands, for messages; its fields
 VERSION = 2  # of how rows are read and kept: part of the fingerprint

@@ -19,9 +19,9 @@ from typing import Any
 import numpy as np
 from omegaconf import DictConfig, OmegaConf
 
-from dtrain import records
 from dtrain.data.library_file import first_line, one_by_one, opened
 from dtrain.data.paths import place
+from dtrain.files import records
 
 KEPT = 9  # ids for marks
 DROPPED = "characters that the tokenizer drops"

@@ -14,7 +14,8 @@ from typing import TYPE_CHECKING, Protocol
 import torch
 from torch import Tensor, nn
 
-from dtrain.batch import Batch, ModelFactory, Models, Sums
+from dtrain.batch import Batch, Models, Sums
+from dtrain.layout import ModelFactory
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

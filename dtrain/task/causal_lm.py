@@ -9,13 +9,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from dtrain.batch import Batch, ModelFactory, Sums
+from dtrain.batch import Batch, Sums
 from dtrain.data.augment import TextChange, changes
 from dtrain.data.rows import Rows
 from dtrain.data.text import Text
 from dtrain.draw import generator
 from dtrain.initialize import on_meta
-from dtrain.layout import sequence_length
+from dtrain.layout import ModelFactory, sequence_length
 from dtrain.task.base import Sizes, Supervised, Task, positions, the_model, wide
 
 IGNORE = -100  # a target that does not count

@@ -20,11 +20,12 @@ import torch.nn.functional as F
 from matplotlib.figure import Figure
 from torch import Tensor
 
-from dtrain.batch import Batch, ModelFactory, Models, Sums
+from dtrain.batch import Batch, Models, Sums
 from dtrain.constructor import in_words
 from dtrain.data.images import Ring, Samples
 from dtrain.draw import generator, rows_of
 from dtrain.initialize import on_meta
+from dtrain.layout import ModelFactory
 from dtrain.measure.likeness import frechet_distance, precision_recall
 from dtrain.pictures import image_grid, points
 from dtrain.task.base import LossUpdate, Sizes, Task, as_weights, wide

@@ -8,11 +8,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from dtrain.batch import Batch, ModelFactory, Sums
+from dtrain.batch import Batch, Sums
 from dtrain.data.augment import ImageChange, Mixup, changes
 from dtrain.data.images import Samples
 from dtrain.draw import generator, rows_of, some
 from dtrain.initialize import on_meta
+from dtrain.layout import ModelFactory
 from dtrain.task.base import Sizes, Supervised, the_model, wide
 from dtrain.task.rows import Classifier, check_examples, confusion
 

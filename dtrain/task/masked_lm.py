@@ -15,12 +15,13 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from dtrain.batch import Batch, ModelFactory, Sums
+from dtrain.batch import Batch, Sums
 from dtrain.data.prepare import SPLITS
 from dtrain.data.text import Text
 from dtrain.data.tokenizer import KEPT
 from dtrain.draw import generator
 from dtrain.initialize import on_meta
+from dtrain.layout import ModelFactory
 from dtrain.task.base import Sizes, Supervised, Task, positions, the_model
 from dtrain.task.causal_lm import IGNORE, correct, cross_entropy, filled_up, fitting, valid
 

@@ -15,11 +15,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from dtrain.batch import Batch, ModelFactory, Sums
+from dtrain.batch import Batch, Sums
 from dtrain.data.rows import Rows
 from dtrain.data.sources import text_of
 from dtrain.draw import generator
 from dtrain.initialize import on_meta
+from dtrain.layout import ModelFactory
 from dtrain.task.base import Sizes, Supervised, the_model, wide
 from dtrain.task.causal_lm import IGNORE, fitting
 from dtrain.task.rows import OfRows
