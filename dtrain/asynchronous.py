@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from dtrain.board import SYNC, Board, Once
-from dtrain.config import Config
+from dtrain.config.schema import Config
 from dtrain.fingerprint import digest, refuse_other_weights, tensors_of
 from dtrain.launch import PRELOADED, World, gathered, tied
 from dtrain.layout import of_others

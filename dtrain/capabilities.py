@@ -5,8 +5,8 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
-from dtrain.about import about
-from dtrain.config import CONFIGS
+from dtrain.config.about import about
+from dtrain.config.schema import CONFIGS
 from dtrain.report.sheet import Sheet, put_between
 from dtrain.survey import ITSELF, PARTLY, REFUSED, SAME_AXIS, Trial, survey
 

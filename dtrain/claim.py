@@ -8,7 +8,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from dtrain import saved
-from dtrain.config import Config
+from dtrain.config.schema import Config
 from dtrain.files.durable import remove
 from dtrain.files.lock import Lock, check_free
 from dtrain.launch import World, agree

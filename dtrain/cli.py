@@ -27,21 +27,21 @@ from dtrain import own, quiet
 from dtrain.checkpoint import clear
 from dtrain.claim import RESUMABLE
 from dtrain.compare import command as comparison
-from dtrain.config import CONFIGS, Comparison, Config, check_axes, checked, refuse_unknown, register
+from dtrain.config.errors import USER_ERRORS, check_words, explain, of_the_system
+from dtrain.config.outside import looking_at
+from dtrain.config.schema import CONFIGS, Comparison, Config, check_axes, checked, refuse_unknown, register
+from dtrain.config.secret import Asked, asked_again, masked_override, written
 from dtrain.files.lock import Lock
 from dtrain.hang import Hang
 from dtrain.info import info as count
 from dtrain.job import assemble, model_factories, strategies_of
 from dtrain.launch import TOLD, RanksFailed, World, leave_words, spawn, tie
 from dtrain.launchers import understood
-from dtrain.mistakes import USER_ERRORS, check_words, explain, of_the_system
-from dtrain.outside import looking_at
 from dtrain.precision import Precision
 from dtrain.report.console import show
 from dtrain.report.sweep import Told, show_job, show_sweep
 from dtrain.run import run
 from dtrain.saved import CHECKPOINTS
-from dtrain.secret import Asked, asked_again, masked_override, written
 from dtrain.streams import in_line, keep_open, shown
 from dtrain.train import NonFinite
 

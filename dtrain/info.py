@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from dtrain.constructor import in_words
+from dtrain.config.constructor import in_words
 from dtrain.initialize import on_meta
 from dtrain.layout import ModelFactory, layout_of, sequence_length
 from dtrain.measure import flops

@@ -13,7 +13,8 @@ from torch.optim import Optimizer
 
 from dtrain import launch, own
 from dtrain.accelerator import refuse_contradictions
-from dtrain.config import Config, make
+from dtrain.config.schema import Config, make
+from dtrain.config.secret import masked
 from dtrain.data.augment import ImageChange, Mixup, TextChange
 from dtrain.data.base import Data
 from dtrain.data.sources import Source
@@ -27,7 +28,6 @@ from dtrain.probe import probe
 from dtrain.profile import RECORDED
 from dtrain.report.base import All, Logger
 from dtrain.report.console import preparing
-from dtrain.secret import masked
 from dtrain.strategy.base import Strategy
 from dtrain.strategy.parameter_server import ParameterServer
 from dtrain.task.base import Sizes, Task

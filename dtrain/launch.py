@@ -32,7 +32,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, PContext, Std, start_processes
 
-from dtrain.mistakes import HOLD_LESS
+from dtrain.config.errors import HOLD_LESS
 
 T = TypeVar("T")
 # By the server from which ranks are forked: what every run needs, after what lets Ctrl-C end the import quietly.

@@ -14,9 +14,9 @@ from typing import Any
 from omegaconf import OmegaConf
 from torch import nn
 
-from dtrain import secret
-from dtrain.config import CONFIGS, make
-from dtrain.constructor import imported
+from dtrain.config import secret
+from dtrain.config.constructor import imported
+from dtrain.config.schema import CONFIGS, make
 
 SAID = (
     "vocab_size",

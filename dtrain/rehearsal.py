@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from dtrain.constructor import in_words
+from dtrain.config.constructor import in_words
 from dtrain.layout import Layout, blocks_of, experts_of, holders, layout_of, modules_at
 
 Forward = Callable[..., Tensor]

@@ -18,7 +18,9 @@ from dtrain.asynchronous import Asynchronous
 from dtrain.batch import Sums
 from dtrain.checkpoint import Checkpoints
 from dtrain.claim import RESUMABLE, claimed
-from dtrain.config import Config
+from dtrain.config.override import typed
+from dtrain.config.schema import Config
+from dtrain.config.secret import Asked
 from dtrain.cost import Cost, fold
 from dtrain.figures import facts, meter_of, summary_of
 from dtrain.files.durable import write
@@ -28,14 +30,12 @@ from dtrain.job import Job, assemble, optimizer_of, task_and_plan
 from dtrain.launch import World, agree
 from dtrain.measure import memory
 from dtrain.notes import collective_failed
-from dtrain.override import typed
 from dtrain.preempt import Preemption
 from dtrain.profile import RECORDED, Profile
 from dtrain.rendezvous import agents, connected
 from dtrain.report import ranklog
 from dtrain.report.base import All, Run
 from dtrain.resume import finished, identity, take_weights
-from dtrain.secret import Asked
 from dtrain.spans import FIGURES, FORWARD_BACKWARD
 from dtrain.straggler import slowed
 from dtrain.trace import trace

@@ -19,7 +19,7 @@ from torch.optim import Optimizer
 
 from dtrain.board import SYNC, Board, Once
 from dtrain.clip import shrinking
-from dtrain.config import Config
+from dtrain.config.schema import Config
 from dtrain.launch import World
 from dtrain.link import Gone, Link
 from dtrain.plan import Plan

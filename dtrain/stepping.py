@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from dtrain.besides import Kept, besides
-from dtrain.constructor import in_words
+from dtrain.config.constructor import in_words
 from dtrain.draw import Again, seed_everything
 from dtrain.layout import hooked
 from dtrain.optimizer import fill_state, named_tensors, put_back

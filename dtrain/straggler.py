@@ -8,7 +8,7 @@ from contextlib import contextmanager
 
 import torch
 
-from dtrain.config import Straggler
+from dtrain.config.schema import Straggler
 
 
 @contextmanager

@@ -15,7 +15,7 @@ from hydra import compose, initialize_config_dir
 from omegaconf import DictConfig, OmegaConf
 from torch import nn
 
-from dtrain.config import CONFIGS, Config, checked, make, options
+from dtrain.config.schema import CONFIGS, Config, checked, make, options
 from dtrain.degrees import MESH_ORDER
 from dtrain.initialize import on_meta
 from dtrain.job import task_of

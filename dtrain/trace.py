@@ -16,7 +16,7 @@ from torch.optim import Optimizer
 from torch.utils.checkpoint import checkpoint
 
 from dtrain.batch import Batch, Models
-from dtrain.constructor import in_words
+from dtrain.config.constructor import in_words
 from dtrain.footprint import Call, Footprint, Kept, Piece, Weight
 from dtrain.initialize import cast, on_meta
 from dtrain.layout import blocks_of, layout_of

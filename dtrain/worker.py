@@ -15,7 +15,7 @@ from dtrain.batch import Batch, Models, divide
 from dtrain.board import SYNC
 from dtrain.clip import clip
 from dtrain.compression import Compression
-from dtrain.config import Config
+from dtrain.config.schema import Config
 from dtrain.draw import seed_everything
 from dtrain.launch import STOPS, World, cores
 from dtrain.link import Link

@@ -22,10 +22,10 @@ from hydra.plugins.launcher import Launcher
 from hydra.types import HydraContext, TaskFunction
 from omegaconf import DictConfig, OmegaConf
 
-from dtrain.override import setting
+from dtrain.config.override import setting
+from dtrain.config.secret import masked_override
 from dtrain.report.files import summary_in
 from dtrain.report.sweep import Told, show_job, show_sweep
-from dtrain.secret import masked_override
 
 
 @dataclass

@@ -9,7 +9,7 @@ from statistics import median
 import torch.distributed as dist
 from hydra import compose, initialize_config_dir
 
-from dtrain.config import CONFIGS, checked, register
+from dtrain.config.schema import CONFIGS, checked, register
 from dtrain.job import assemble
 from dtrain.launch import World, spawn
 from dtrain.profile import Profile

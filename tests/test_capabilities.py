@@ -13,7 +13,7 @@ from hydra import compose, initialize_config_dir
 
 from dtrain import capabilities, cli
 from dtrain.capabilities import reasons
-from dtrain.config import CONFIGS, checked, options, register
+from dtrain.config.schema import CONFIGS, checked, options, register
 from dtrain.job import assemble
 from dtrain.launch import World
 from dtrain.run import optimizer_of

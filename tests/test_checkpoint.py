@@ -27,7 +27,7 @@ from cases import MOE, STRATEGIES, VARIANTS, Case, Outcome, assert_equal, find, 
 
 from dtrain import saved
 from dtrain.checkpoint import Checkpoints, _apart, load, load_weights
-from dtrain.config import Config, Schedule
+from dtrain.config.schema import Config, Schedule
 from dtrain.job import Job
 from dtrain.launch import World
 from dtrain.report.base import Logger

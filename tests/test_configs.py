@@ -22,7 +22,7 @@ from torch import nn
 from dtrain import cli, own
 from dtrain.checkpoint import Checkpoints
 from dtrain.compare import command
-from dtrain.config import checked, make, register
+from dtrain.config.schema import checked, make, register
 from dtrain.data.base import Data
 from dtrain.data.sources import Source
 from dtrain.data.tokenizer import Tokenizer

@@ -15,7 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_configs import NEEDED, composed
 
-from dtrain.config import make
+from dtrain.config.schema import make
 from dtrain.data.features import Features
 from dtrain.data.prepare import clean, prepare
 from dtrain.data.rows import Rows

@@ -12,8 +12,8 @@ from hydra import compose, initialize_config_dir
 from packaging.requirements import Requirement
 
 from dtrain.cli import WORDS
-from dtrain.config import register
-from dtrain.outside import ALLOWED
+from dtrain.config.outside import ALLOWED
+from dtrain.config.schema import register
 
 # Versions with a hole that a configuration or an image of somebody else's would reach, and the first without it.
 MENDED = {"hydra-core": ("1.3.7", "1.3.8"), "jinja2": ("3.1.5", "3.1.6"), "pillow": ("10.2.0", "10.3")}

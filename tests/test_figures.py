@@ -21,7 +21,7 @@ from torch import nn
 from worlds import World as Ranks
 
 from dtrain.compare.results import Row
-from dtrain.config import Config, Measure
+from dtrain.config.schema import Config, Measure
 from dtrain.cost import fold
 from dtrain.figures import facts, meter_of, summary_of
 from dtrain.launch import World

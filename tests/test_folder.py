@@ -20,7 +20,7 @@ from hydra.core.global_hydra import GlobalHydra
 from test_cli import call  # noqa: F401
 
 from dtrain import claim
-from dtrain.config import CONFIGS, register
+from dtrain.config.schema import CONFIGS, register
 from dtrain.files.lock import NAME, Lock
 from dtrain.launch import World
 from dtrain.report.base import Run

@@ -28,7 +28,7 @@ from test_configs import composed
 
 from dtrain.compare import step
 from dtrain.compare.results import Row
-from dtrain.config import checked
+from dtrain.config.schema import checked
 from dtrain.hang import Hang, Watch, _read, within
 from dtrain.launch import World
 from dtrain.measure.ledger import Ledger

@@ -20,7 +20,7 @@ import torch
 import torch.distributed as dist
 
 from dtrain import fingerprint, launch, rendezvous
-from dtrain.config import Straggler
+from dtrain.config.schema import Straggler
 from dtrain.fingerprint import refuse_differences
 from dtrain.launch import ABORTED, RanksFailed, World, leave_words, processes_left, spawn
 from dtrain.rendezvous import connected

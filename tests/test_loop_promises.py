@@ -19,7 +19,7 @@ from torch.distributed.tensor import DTensor
 
 from dtrain.batch import Batch
 from dtrain.checkpoint import Checkpoints
-from dtrain.config import Config
+from dtrain.config.schema import Config
 from dtrain.data.augment import Crop, ImageChange, Mixup, SpanMask, TextChange, TokenDrop
 from dtrain.data.images import Ring
 from dtrain.data.rows import Rows

@@ -18,12 +18,13 @@ from hydra.core.global_hydra import GlobalHydra
 from omegaconf import OmegaConf
 from torch import nn
 
-from dtrain import cli, constructor
-from dtrain.aliases import ALIASES, ours
+from dtrain import cli
 from dtrain.compare.entries import Entry
-from dtrain.config import CONFIGS, make, options, register
-from dtrain.mistakes import check_words
-from dtrain.override import read, setting, typed, value_of
+from dtrain.config import constructor
+from dtrain.config.aliases import ALIASES, ours
+from dtrain.config.errors import check_words
+from dtrain.config.override import read, setting, typed, value_of
+from dtrain.config.schema import CONFIGS, make, options, register
 from dtrain.run import _resumable
 
 NAMES = ["/x/a=b.txt", "/x/a (1).txt", "/x/日本語.txt", "it's.txt", "a,b.txt", "[a].txt", "{a}", " a", "a  b", "", "null",

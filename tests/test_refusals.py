@@ -31,7 +31,8 @@ from torch import Tensor, nn
 import dtrain
 from dtrain import cli, launch
 from dtrain.compare.command import Failed
-from dtrain.config import CONFIGS, Comparison, check_axes, checked, make, register
+from dtrain.config.errors import NO_MORE_PROCESSES
+from dtrain.config.schema import CONFIGS, Comparison, check_axes, checked, make, register
 from dtrain.data.base import Data
 from dtrain.data.rows import Rows
 from dtrain.data.sources import Source, StandardLibrary
@@ -40,7 +41,6 @@ from dtrain.hang import Hang
 from dtrain.job import COMPILERS, assemble, optimizer_of
 from dtrain.launch import RanksFailed, World
 from dtrain.layout import Layout, ModelFactory, refuse_batch_norm, sequence_length
-from dtrain.mistakes import NO_MORE_PROCESSES
 from dtrain.model.block import Core
 from dtrain.model.transformer import Transformer
 from dtrain.plan import Plan

@@ -16,10 +16,11 @@ from typing import Any
 
 import pytest
 
-from dtrain import cli, mistakes
+from dtrain import cli
 from dtrain.compare import runner
 from dtrain.compare.entries import Case, Entry
 from dtrain.compare.results import Results, Row
+from dtrain.config import errors
 from dtrain.info import Info
 from dtrain.report import ranklog
 from dtrain.report.base import Run
@@ -249,7 +250,7 @@ def _compare(folder: Path) -> None:
 
 def _mistake(folder: Path) -> None:
     with contextlib.redirect_stderr(sys.stdout), pytest.raises(SystemExit):
-        cli._exit(mistakes.explain(FileNotFoundError(2, "No such file", HOSTILE), "train"), 2)
+        cli._exit(errors.explain(FileNotFoundError(2, "No such file", HOSTILE), "train"), 2)
 
 
 @pytest.mark.parametrize("say", [

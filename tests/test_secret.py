@@ -18,10 +18,10 @@ from omegaconf import OmegaConf
 
 from dtrain import own
 from dtrain.compare import command
-from dtrain.config import make
-from dtrain.constructor import named
+from dtrain.config.constructor import named
+from dtrain.config.schema import make
+from dtrain.config.secret import HIDDEN, is_secret, masked, masked_override, written
 from dtrain.report.base import Logger, Run
-from dtrain.secret import HIDDEN, is_secret, masked, masked_override, written
 from hydra_plugins import dtrain_torchrun
 
 call = test_cli.call  # a fixture

@@ -18,7 +18,7 @@ from own_models import MODELS, OwnModel, Plain
 from torch import Tensor, nn
 
 from dtrain.asynchronous import Asynchronous
-from dtrain.config import Config, Launch, Straggler
+from dtrain.config.schema import Config, Launch, Straggler
 from dtrain.launch import World
 from dtrain.link import HEADER, Gone, Link
 from dtrain.plan import Plan

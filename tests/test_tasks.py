@@ -28,7 +28,7 @@ from sklearn.metrics import accuracy_score, f1_score
 from torch import Tensor
 
 from dtrain.checkpoint import Checkpoints, load
-from dtrain.config import CONFIGS, checked, register
+from dtrain.config.schema import CONFIGS, checked, register
 from dtrain.data.augment import Crop, Cutout, Flip, Mixup, SpanMask, TextCrop, TokenDrop
 from dtrain.data.images import Folder, HubImages, Ring, Samples, to_tensor
 from dtrain.data.library import Docstrings, Functions, Questions

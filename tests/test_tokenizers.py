@@ -19,7 +19,7 @@ from test_configs import composed
 from tokenizers import Tokenizer as Library
 from tokenizers import decoders, models, normalizers, pre_tokenizers
 
-from dtrain.config import checked, make
+from dtrain.config.schema import checked, make
 from dtrain.data.base import Data
 from dtrain.data.prepare import clean, prepare
 from dtrain.data.rows import Rows

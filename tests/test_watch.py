@@ -15,7 +15,7 @@ import pytest
 import torch.distributed as dist
 
 from dtrain import hang
-from dtrain.config import Fault, Straggler
+from dtrain.config.schema import Fault, Straggler
 from dtrain.hang import Hang, Watch
 from dtrain.run import _instruments
 from dtrain.spans import EXCHANGE, FIGURES, FORWARD_BACKWARD

@@ -16,20 +16,20 @@ from typing import Any
 from omegaconf import DictConfig
 from rich.table import Table
 
-from dtrain.about import about
 from dtrain.compare import runner
 from dtrain.compare.condition import Condition
 from dtrain.compare.entries import Case, cases_of
 from dtrain.compare.results import FILE, Results, Row, read
 from dtrain.compare.verdict import differences
-from dtrain.config import CONFIGS, Comparison
-from dtrain.constructor import imported
+from dtrain.config.about import about
+from dtrain.config.constructor import imported
+from dtrain.config.schema import CONFIGS, Comparison
+from dtrain.config.secret import masked_override
 from dtrain.files import records
 from dtrain.files.durable import remove, write
 from dtrain.files.lock import Lock
 from dtrain.measure import environment
 from dtrain.profile import RECORDED
-from dtrain.secret import masked_override
 from dtrain.streams import Terminal
 
 PROJECT = CONFIGS.parent

@@ -8,8 +8,8 @@ import shlex
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 
-from dtrain.override import read, setting
-from dtrain.secret import masked_override
+from dtrain.config.override import read, setting
+from dtrain.config.secret import masked_override
 
 RANKS, ROWS = "launch.nproc", "global_batch_size"
 OWN = ("strategy", "launch")  # settings that leave the model, the data and the steps as they are

@@ -18,7 +18,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load, save
 from torch import Tensor
 
-from dtrain.constructor import in_words
+from dtrain.config.constructor import in_words
 from dtrain.data.base import Data, Progress
 from dtrain.data.cache import kept, reading
 from dtrain.data.features import Features

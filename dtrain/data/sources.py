@@ -12,7 +12,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from dtrain.constructor import in_words
+from dtrain.config.constructor import in_words
 from dtrain.data.formats import format_of, parsed, rows_of, utf8
 from dtrain.data.paths import files_at, place, stamp
 

@@ -21,7 +21,7 @@ from matplotlib.figure import Figure
 from torch import Tensor
 
 from dtrain.batch import Batch, Models, Sums
-from dtrain.constructor import in_words
+from dtrain.config.constructor import in_words
 from dtrain.data.images import Ring, Samples
 from dtrain.draw import generator, rows_of
 from dtrain.initialize import on_meta

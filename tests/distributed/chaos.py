@@ -30,7 +30,7 @@ from hydra import compose, initialize_config_dir  # noqa: E402
 from runs import TORCHRUN, alive, curve, free_port, printed, ranks, start, training, two_nodes  # noqa: E402
 
 from dtrain.cli import start as launch  # noqa: E402
-from dtrain.config import CONFIGS, register  # noqa: E402
+from dtrain.config.schema import CONFIGS, register  # noqa: E402
 from dtrain.launch import RanksFailed  # noqa: E402
 from dtrain.saved import verify, whole  # noqa: E402
 

@@ -9,7 +9,7 @@ import pytest
 from hydra import compose, initialize_config_dir
 from runs import ROOT
 
-from dtrain.config import register
+from dtrain.config.schema import register
 
 TEXTS = [ROOT / "docs" / "clusters.md", *(ROOT / "launch").rglob("*.*")]
 LINES = [

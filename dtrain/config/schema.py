@@ -19,11 +19,11 @@ from hydra import compose
 from hydra.core.config_store import ConfigStore
 from omegaconf import MISSING, DictConfig, OmegaConf
 
-from dtrain.constructor import arguments as given_by
-from dtrain.constructor import imported, misfit, named
-from dtrain.secret import told
+from dtrain.config.constructor import arguments as given_by
+from dtrain.config.constructor import imported, misfit, named
+from dtrain.config.secret import told
 
-CONFIGS = Path(__file__).resolve().parent.parent / "configs"
+CONFIGS = Path(__file__).resolve().parents[2] / "configs"
 T = TypeVar("T")
 LARGEST = 10**12  # a whole number of a class's
 

@@ -25,8 +25,8 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
-from dtrain.config import CONFIGS
-from dtrain.secret import asked_again
+from dtrain.config.schema import CONFIGS
+from dtrain.config.secret import asked_again
 
 ALLOWED = "allow_hydra_code=true"
 RUN = ("callbacks", "job_logging", "hydra_logging", "launcher", "sweeper", "job.env_set", "job.env_copy")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 
-from dtrain.config import CONFIGS
+from dtrain.config.schema import CONFIGS
 
 
 def about(strategy: str) -> str:

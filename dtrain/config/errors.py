@@ -17,10 +17,10 @@ from hydra.errors import HydraException
 from omegaconf import OmegaConf
 from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 
-from dtrain.aliases import ours
-from dtrain.config import CONFIGS, options
-from dtrain.override import read, typed, value_of
-from dtrain.secret import masked_override
+from dtrain.config.aliases import ours
+from dtrain.config.override import read, typed, value_of
+from dtrain.config.schema import CONFIGS, options
+from dtrain.config.secret import masked_override
 
 USER_ERRORS = (ValueError, OSError, HydraException, OmegaConfBaseException)
 HOLD_LESS = "let a rank hold less, by strategy=fsdp, micro_batch_size, activation_checkpointing=true"

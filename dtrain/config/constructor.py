@@ -12,9 +12,12 @@ from collections.abc import Collection, Mapping
 from types import UnionType
 from typing import Any, Union, get_args, get_origin
 
-from dtrain.secret import without
+from dtrain.config.secret import without
 
-NOT_THEIRS = (os.path.dirname(__file__), *(sysconfig.get_path(name) for name in ("stdlib", "purelib", "platlib")))
+NOT_THEIRS = (
+    os.path.dirname(os.path.dirname(__file__)),
+    *(sysconfig.get_path(name) for name in ("stdlib", "purelib", "platlib")),
+)
 HYDRAS = ("_target_", "_args_", "_convert_", "_partial_", "_recursive_")  # keys of a node that are no arguments
 RANGES = {  # of torch's optimizers, whose words have the value alone
     "lr": "0 or more", "eps": "0 or more", "weight_decay": "0 or more", "momentum": "0 or more",
