@@ -24,8 +24,8 @@ from torch.utils.checkpoint import checkpoint
 
 from dtrain.accumulate import Accumulate
 from dtrain.batch import Batch, Models, Stages, pieces
+from dtrain.data.seeded import Again
 from dtrain.degrees import AFTER_VALUES, MESH_ORDER, laid_out, rows_of_a_rank
-from dtrain.draw import Again
 from dtrain.fingerprint import digest, refuse_other_weights, tensors_of
 from dtrain.initialize import build, materialize, on_meta
 from dtrain.layout import (

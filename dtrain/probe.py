@@ -27,7 +27,7 @@ from torch.overrides import TorchFunctionMode
 
 from dtrain.batch import Batch, Models, evaluating
 from dtrain.config.constructor import in_words
-from dtrain.draw import Again, generator, seed_everything
+from dtrain.data.seeded import Again, generator, seed_everything
 from dtrain.initialize import cast, on_meta, whole
 from dtrain.layout import StepAware, is_ours, offers, refuse_gradient_hooks
 from dtrain.rehearsal import Forward, Rehearsal, twin

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from dtrain.batch import Batch, Models
-from dtrain.draw import generator
+from dtrain.data.seeded import generator
 from dtrain.layout import StepAware
 
 ROWS = 4

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from torch import Tensor, nn
 
 from dtrain.besides import Kept
-from dtrain.draw import seed_everything
+from dtrain.data.seeded import seed_everything
 from dtrain.layout import StepAware
 from dtrain.trial import EVERYTHING, Run, difference, put_back, set_weights
 

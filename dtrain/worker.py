@@ -16,7 +16,7 @@ from dtrain.board import SYNC
 from dtrain.clip import clip
 from dtrain.compression import Compression
 from dtrain.config.schema import Config
-from dtrain.draw import seed_everything
+from dtrain.data.seeded import seed_everything
 from dtrain.launch import STOPS, World, cores
 from dtrain.link import Link
 from dtrain.plan import Plan

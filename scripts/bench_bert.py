@@ -16,8 +16,8 @@ from sklearn.feature_extraction.text import TfidfVectorizer
 from sklearn.linear_model import LogisticRegression
 from sklearn.pipeline import make_pipeline
 
-from dtrain.data.library import Functions
 from dtrain.data.rows import Rows
+from dtrain.data.stdlib_rows import Functions
 from dtrain.data.tokenizer import Bytes
 from dtrain.task.rows import drawn
 

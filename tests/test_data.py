@@ -19,10 +19,10 @@ from dtrain.config.schema import make
 from dtrain.data.features import Features
 from dtrain.data.prepare import clean, prepare
 from dtrain.data.rows import Rows
+from dtrain.data.seeded import generator
 from dtrain.data.sources import Files, HuggingFace, Source, Squad, StandardLibrary
 from dtrain.data.tokenizer import BPE, Bytes, FromFile, Tokenizer
 from dtrain.data.windows import Windows
-from dtrain.draw import generator
 
 
 def corpus(tmp_path: Path, path: Path | str, tokenizer=None, cache: str = "cache", **options):

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from dtrain.data.augment import Crop, Cutout, Mixup
 from dtrain.data.images import Digits, Folder, Mnist, Ring, Samples
-from dtrain.draw import generator
+from dtrain.data.seeded import generator
 from dtrain.measure.timeline import Span
 from dtrain.model.images import MLP, ConvGenerator, ConvNet
 from dtrain.pictures import confusion_matrix, write

@@ -18,11 +18,11 @@ from dtrain.batch import Models
 from dtrain.data import cache as caches
 from dtrain.data.cache import MANIFEST, kept
 from dtrain.data.images import Digits, Folder, HubImages, Samples
-from dtrain.data.library import Functions
 from dtrain.data.paths import CACHE, files_at
 from dtrain.data.prepare import Corpus, prepare
 from dtrain.data.rows import Rows
 from dtrain.data.sources import Files, Source
+from dtrain.data.stdlib_rows import Functions
 from dtrain.data.tokenizer import BPE, Bytes
 from dtrain.report.console import preparing
 from dtrain.task.base import Sizes

@@ -31,12 +31,12 @@ from dtrain.checkpoint import Checkpoints, load
 from dtrain.config.schema import CONFIGS, checked, register
 from dtrain.data.augment import Crop, Cutout, Flip, Mixup, SpanMask, TextCrop, TokenDrop
 from dtrain.data.images import Folder, HubImages, Ring, Samples, to_tensor
-from dtrain.data.library import Docstrings, Functions, Questions
 from dtrain.data.rows import Rows
+from dtrain.data.seeded import generator
 from dtrain.data.sources import Files, Source, Squad
+from dtrain.data.stdlib_rows import Docstrings, Functions, Questions
 from dtrain.data.text import Text
 from dtrain.data.tokenizer import KEPT, Bytes, FromFile
-from dtrain.draw import generator
 from dtrain.job import task_of
 from dtrain.measure.likeness import frechet_distance, precision_recall
 from dtrain.model.images import MLP, ConvGenerator, ConvNet, SpectralLinear

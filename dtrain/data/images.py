@@ -23,7 +23,7 @@ from dtrain.data.base import Data, Progress
 from dtrain.data.cache import kept, reading
 from dtrain.data.features import Features
 from dtrain.data.paths import files_at, stamp
-from dtrain.draw import generator
+from dtrain.data.seeded import generator
 from dtrain.files import records
 
 UNREADABLE = ("refuse", "skip")

@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from dtrain.batch import Batch, Sums
 from dtrain.data.augment import TextChange, changes
 from dtrain.data.rows import Rows
+from dtrain.data.seeded import generator
 from dtrain.data.text import Text
-from dtrain.draw import generator
 from dtrain.initialize import on_meta
 from dtrain.layout import ModelFactory, sequence_length
 from dtrain.task.base import Sizes, Supervised, Task, positions, the_model, wide

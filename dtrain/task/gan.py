@@ -23,7 +23,7 @@ from torch import Tensor
 from dtrain.batch import Batch, Models, Sums
 from dtrain.config.constructor import in_words
 from dtrain.data.images import Ring, Samples
-from dtrain.draw import generator, rows_of
+from dtrain.data.seeded import generator, rows_of
 from dtrain.initialize import on_meta
 from dtrain.layout import ModelFactory
 from dtrain.measure.likeness import frechet_distance, precision_recall

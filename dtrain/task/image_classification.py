@@ -11,7 +11,7 @@ from torch import Tensor
 from dtrain.batch import Batch, Sums
 from dtrain.data.augment import ImageChange, Mixup, changes
 from dtrain.data.images import Samples
-from dtrain.draw import generator, rows_of, some
+from dtrain.data.seeded import generator, rows_of, some
 from dtrain.initialize import on_meta
 from dtrain.layout import ModelFactory
 from dtrain.task.base import Sizes, Supervised, the_model, wide

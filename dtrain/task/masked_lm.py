@@ -17,9 +17,9 @@ from torch import Tensor
 
 from dtrain.batch import Batch, Sums
 from dtrain.data.prepare import SPLITS
+from dtrain.data.seeded import generator
 from dtrain.data.text import Text
 from dtrain.data.tokenizer import KEPT
-from dtrain.draw import generator
 from dtrain.initialize import on_meta
 from dtrain.layout import ModelFactory
 from dtrain.task.base import Sizes, Supervised, Task, positions, the_model

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from dtrain.batch import Batch, Sums
 from dtrain.data.rows import Row, Rows
-from dtrain.draw import generator, rows_of, some
+from dtrain.data.seeded import generator, rows_of, some
 from dtrain.pictures import confusion_matrix
 from dtrain.task.base import Sizes, Task
 from dtrain.task.causal_lm import IGNORE, filled_up

@@ -17,8 +17,8 @@ from torch import Tensor
 
 from dtrain.batch import Batch, Sums
 from dtrain.data.rows import Rows
+from dtrain.data.seeded import generator
 from dtrain.data.sources import text_of
-from dtrain.draw import generator
 from dtrain.initialize import on_meta
 from dtrain.layout import ModelFactory
 from dtrain.task.base import Sizes, Supervised, the_model, wide
