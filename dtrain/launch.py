@@ -20,7 +20,7 @@ import socket
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from multiprocessing import resource_tracker
@@ -42,6 +42,7 @@ MEETING = "DTRAIN_MEETING"  # the variable that tells ranks that we start oursel
 VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "LOCAL_SIZE")  # the last one is DeepSpeed's
 A_RANK = 12  # processes and threads that a rank takes, at least
 POLL_S = 0.05  # how often the launcher looks after its ranks
+ENDING_S = 10.0  # how long it waits for the end of a rank that has said why it ends
 TOLD: list[int] = []  # signals that have asked this process to end: what comes after this run does not begin
 STOPS = (signal.SIGTERM, signal.SIGHUP, signal.SIGINT)  # ask for the end: a checkpoint, then no more steps
 
@@ -102,6 +103,13 @@ def _said(error_file: str) -> tuple[str, float | None, bool]:
         return str(words["message"]), float(words.get("when") or words["extraInfo"]["timestamp"]), "when" in words
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return "", None, False
+
+
+def _speaks(alive: Iterable[int], failed: Iterable[int], error_files: Mapping[int, str]) -> bool:
+    """Is a rank about to end that has failed before all those which have ended? They have lost it, perhaps."""
+    times = {rank: _said(error_files[rank])[1] for rank in (*alive, *failed)}
+    first = min((times[rank] or 0.0 for rank in failed), default=0.0)  # one without words has been killed
+    return any((at := times[rank]) is not None and at < first for rank in alive)
 
 
 def _first(failed: Mapping[int, int], error_files: Mapping[int, str], why: str = "") -> RanksFailed:
@@ -279,12 +287,8 @@ def spawn(function: Callable[..., Any], *arguments: Any, nproc: int, output: Pat
         starts = {rank: (os.getpid(), function, *arguments) for rank in range(nproc)}
         environments = {rank: _environment(rank, nproc, f"{place}/meeting") for rank in range(nproc)}
         ranks = _started(starts, environments, logs)
-        processes, ended, failed = ranks._pc.processes, None, {}  # type: ignore[attr-defined]
         try:
-            while ended is None:  # whoever has failed before the others are stopped has done so by itself
-                time.sleep(POLL_S)
-                failed = {rank: each.exitcode for rank, each in enumerate(processes) if each.exitcode}
-                ended = ranks.wait(0)
+            failed, ended = _awaited(ranks)
         finally:
             ranks.close(signal.SIGTERM)
         if signal.SIGINT in told or (told and ended.is_failed()):
@@ -314,6 +318,20 @@ def processes_left(system: Path = Path("/")) -> float:
                     used = int((group / "pids.current").read_text())
                     left = min(left, math.inf if most == "max" else int(most) - used)
     return left
+
+
+def _awaited(ranks: PContext) -> tuple[dict[int, int], Any]:
+    """Wait for the end of all ranks, or of one that fails; exit statuses of those that have failed by themselves."""
+    processes, patience, failed, ended = ranks._pc.processes, ENDING_S, {}, None  # type: ignore[attr-defined]
+    while ended is None:  # whoever has failed before the others are stopped has done so by itself
+        time.sleep(POLL_S)
+        failed = {rank: each.exitcode for rank, each in enumerate(processes) if each.exitcode}
+        alive = [rank for rank, each in enumerate(processes) if each.exitcode is None]
+        patience -= POLL_S if failed else 0.0
+        if patience > 0 and _speaks(alive, failed, ranks.error_files):
+            continue  # to end all now would end it before it has said why
+        ended = ranks.wait(0)
+    return failed, ended
 
 
 def _started(

@@ -100,7 +100,7 @@ HOME = {'accelerator': 'strategy',
  'unsaved': 'parallel',
  'worker': 'strategy',
  'zero': 'strategy'}  # fmt: skip
-LARGEST_FILE, LARGEST_FUNCTION, PACKAGE_LINES = 400, 45, 21_600
+LARGEST_FILE, LARGEST_FUNCTION, PACKAGE_LINES = 400, 45, 21_700
 
 
 def name_of(file: Path) -> str:

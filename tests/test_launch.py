@@ -95,6 +95,34 @@ def test_the_reason_is_what_the_first_rank_to_fail_said(case: str, tmp_path: Pat
     assert (str(said.value), said.value.status) == (words, status) and made.closed
 
 
+class Late:
+    """A process that ends with status 3 at this look at it."""
+
+    def __init__(self, looks: int) -> None:
+        self.looks = looks
+
+    @property
+    def exitcode(self) -> int | None:
+        self.looks -= 1
+        return 3 if self.looks <= 0 else None
+
+
+@pytest.mark.parametrize(
+    ("at", "looks", "said"), [(100, 7, (3, "mine")), (104, 10**9, (1, OTHERS)), (100, 10**9, (1, OTHERS))]
+)
+def test_a_rank_that_failed_first_may_end_late(at: float, looks: int, said: tuple[int, str], tmp_path: Path) -> None:
+    """It leaves to rank 0 to say it, and is slow; but nobody waits for the end of one that failed later, or never ends."""
+    made = Ranks([1, 3], {0: _words(0, 103, OTHERS, tmp_path), 1: _words(1, at, "mine", tmp_path)})
+    made._pc.processes[1] = Late(looks)
+    with (
+        mock.patch("dtrain.launch.start_processes", lambda *_, **__: made),
+        mock.patch("dtrain.launch.time.sleep"),
+        pytest.raises(RanksFailed) as failed,
+    ):
+        spawn(print, nproc=2)
+    assert (failed.value.status, str(failed.value)) == said and made.closed
+
+
 # SIGTERM to whoever has started the ranks
 
 
