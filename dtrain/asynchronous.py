@@ -21,9 +21,10 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from dtrain.board import SYNC, Board, Once
+from dtrain.collectives import gathered
 from dtrain.config.schema import Config
 from dtrain.fingerprint import digest, refuse_other_weights, tensors_of
-from dtrain.launch import PRELOADED, World, gathered, tied
+from dtrain.launch import PRELOADED, tied
 from dtrain.layout import of_others
 from dtrain.plan import Plan
 from dtrain.rendezvous import address_of_first
@@ -32,6 +33,7 @@ from dtrain.strategy.parameter_server import ParameterServer
 from dtrain.task.base import Task
 from dtrain.train import Settings, Step
 from dtrain.worker import OVER, Parts, work
+from dtrain.world import World
 
 
 class Asynchronous(Server):

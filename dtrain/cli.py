@@ -35,7 +35,7 @@ from dtrain.files.lock import Lock
 from dtrain.hang import Hang
 from dtrain.info import info as count
 from dtrain.job import assemble, model_factories, strategies_of
-from dtrain.launch import TOLD, RanksFailed, World, leave_words, spawn, tie
+from dtrain.launch import TOLD, RanksFailed, leave_words, spawn, tie
 from dtrain.launchers import understood
 from dtrain.precision import Precision
 from dtrain.report.console import show
@@ -44,6 +44,7 @@ from dtrain.run import run
 from dtrain.saved import CHECKPOINTS
 from dtrain.streams import in_line, keep_open, shown
 from dtrain.train import NonFinite
+from dtrain.world import World
 
 # What a script does at a word, before there is a configuration: `python scripts/info.py capabilities`.
 RUN_ERRORS = (NonFinite, Hang)  # no mistakes: a run that cannot go on

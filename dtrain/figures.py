@@ -11,13 +11,14 @@ import torch
 import torch.distributed as dist
 
 from dtrain import own
+from dtrain.collectives import gathered
 from dtrain.data.paths import in_words
 from dtrain.initialize import on_meta
 from dtrain.job import Job
-from dtrain.launch import World, gathered
 from dtrain.measure import environment, flops, memory
 from dtrain.measure.meter import Meter
 from dtrain.task.base import Task
+from dtrain.world import World
 
 
 def meter_of(job: Job, world: World) -> tuple[Meter, str]:

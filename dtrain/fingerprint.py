@@ -14,9 +14,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from dtrain.collectives import gathered
 from dtrain.config.secret import HIDDEN
 from dtrain.files.records import flat
-from dtrain.launch import gathered
 
 ROOT = Path(__file__).parent
 

@@ -11,7 +11,7 @@ from typing import Any
 from torch import nn
 from torch.optim import Optimizer
 
-from dtrain import launch, own
+from dtrain import own
 from dtrain.accelerator import refuse_contradictions
 from dtrain.config.schema import Config, make
 from dtrain.config.secret import masked
@@ -19,7 +19,6 @@ from dtrain.data.augment import ImageChange, Mixup, TextChange
 from dtrain.data.base import Data
 from dtrain.data.sources import Source
 from dtrain.data.tokenizer import Tokenizer
-from dtrain.launch import World
 from dtrain.layout import ModelFactory
 from dtrain.optimizer import parameter_groups
 from dtrain.plan import Plan
@@ -31,6 +30,7 @@ from dtrain.report.console import preparing
 from dtrain.strategy.base import Strategy
 from dtrain.strategy.parameter_server import ParameterServer
 from dtrain.task.base import Sizes, Task
+from dtrain.world import World, device_of
 
 AUGMENT = (TextChange, ImageChange, Mixup)
 COMPILERS = tuple(filter(None, (os.environ.get("CXX"), "g++", "clang++")))  # what torch.compile uses on a CPU
@@ -63,7 +63,7 @@ def assemble(config: Config, world: World) -> Job:
     precision = Precision.of(config.dtype, config.precision)
     strategies = strategies_of(config)
     plan = Plan.of(
-        strategies, world.size, precision=precision, device=launch.device_of(config.device, world),
+        strategies, world.size, precision=precision, device=device_of(config.device, world),
         recompute=config.activation_checkpointing, compile=config.compile, clip_norm=config.clip_norm,
     )  # fmt: skip
     if config.compile and plan.device.type == "cpu" and not any(map(shutil.which, COMPILERS)):

@@ -12,7 +12,6 @@ import logging
 import math
 import multiprocessing
 import os
-import pickle
 import re
 import select
 import signal
@@ -22,24 +21,20 @@ import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
 from multiprocessing import resource_tracker
 from pathlib import Path
 from types import FrameType
-from typing import Any, TypeVar
+from typing import Any
 
-import torch
-import torch.distributed as dist
 from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, PContext, Std, start_processes
 
 from dtrain.config.errors import HOLD_LESS
+from dtrain.world import VARIABLES
 
-T = TypeVar("T")
 # By the server from which ranks are forked: what every run needs, after what lets Ctrl-C end the import quietly.
 PRELOADED = ["dtrain.quiet", "dtrain.cli", "dtrain.forkserver"]
 ERROR_FILE = "TORCHELASTIC_ERROR_FILE"  # the variable that tells a rank where to leave its last words
 MEETING = "DTRAIN_MEETING"  # the variable that tells ranks that we start ourselves in which file they meet
-VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "LOCAL_SIZE")  # the last one is DeepSpeed's
 A_RANK = 12  # processes and threads that a rank takes, at least
 POLL_S = 0.05  # how often the launcher looks after its ranks
 ENDING_S = 10.0  # how long it waits for the end of a rank that has said why it ends
@@ -156,106 +151,6 @@ class MemoryWatch:
             ": the kernel has ended a process for want of memory (the machine's, or a container's or job's limit): "
             f"allow more, or {HOLD_LESS}"
         )
-
-
-@dataclass(frozen=True)
-class World:
-    """This rank's place in the job and on its machine.
-
-    `agents`: once connected, those that have started the job's ranks and may start them again: torchrun's, by names
-    that nothing else has.
-    """
-
-    rank: int = 0
-    size: int = 1
-    local_rank: int = 0
-    local_size: int = 1
-    agents: frozenset[str] = frozenset()
-
-    @classmethod
-    def of_environment(cls) -> World | None:
-        """As the launcher says, or None if there was none.
-
-        Raises:
-            ValueError: variables that contradict each other.
-        """
-        told = {name: os.environ[name] for name in VARIABLES if name in os.environ}
-        if wrong := [f"{name}={value}" for name, value in told.items() if not value.isdecimal()]:
-            raise ValueError(f"{wrong[0]} is no number: a launcher sets it")
-        env = {name: int(value) for name, value in told.items()}
-        if "RANK" not in env and "WORLD_SIZE" not in env:
-            return None
-        if missing := [name for name in VARIABLES[:2] if name not in env]:
-            raise ValueError(f"{told} without {missing[0]}: a launcher sets both; unset them for one process")
-        local_size = env.get("LOCAL_WORLD_SIZE", env.get("LOCAL_SIZE", env["WORLD_SIZE"]))
-        world = cls(env["RANK"], env["WORLD_SIZE"], env.get("LOCAL_RANK", env["RANK"]), local_size)
-        if not 0 <= world.rank < world.size:
-            raise ValueError(f"RANK={world.rank} is not below WORLD_SIZE={world.size}")
-        return world
-
-
-def cores() -> int:
-    """Cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
-def device_of(name: str, world: World) -> torch.device:
-    """The device of this rank: `auto` is a GPU where there is one for every local rank.
-
-    Raises:
-        ValueError: a GPU is asked for and there is none for this rank.
-    """
-    gpus = torch.cuda.device_count()
-    if not gpus:  # DeepSpeed, which transformers imports too, would look for one and print a line about it
-        os.environ.setdefault("DS_ACCELERATOR", "cpu")
-    if name == "cpu" or (name == "auto" and gpus < world.local_size):
-        return torch.device("cpu")
-    if gpus < world.local_size:
-        raise ValueError(
-            f"device=cuda: every rank needs a GPU, {world.local_size} on this machine, and torch sees {gpus}: "
-            f"use device=cpu or fewer ranks"
-        )
-    return torch.device("cuda", world.local_rank)
-
-
-def gathered(own: T) -> list[T]:
-    """What each rank gives, by rank. A collective."""
-    every: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(every, own)
-    return every
-
-
-def agree(function: Callable[[], T], group: dist.ProcessGroup | None = None) -> T:
-    """Run `function` on rank 0; every rank returns its result or raises its error, whatever it is. A collective."""
-    outcome: list[Any] = [None, None]
-    if dist.get_rank() == 0:
-        outcome = list(_outcome(function))
-    dist.broadcast_object_list(outcome, src=0, group=group)
-    if outcome[1] is not None:
-        raise outcome[1]
-    return outcome[0]
-
-
-def together(function: Callable[[], T], group: dist.ProcessGroup | None = None) -> list[T]:
-    """Run `function` on every rank; each returns all results by rank, or raises the first error. A collective."""
-    every: list[Any] = [None] * dist.get_world_size(group)
-    dist.all_gather_object(every, _outcome(function), group=group)
-    for _, error in every:
-        if error is not None:
-            raise error
-    return [result for result, _ in every]
-
-
-def _outcome(function: Callable[[], T]) -> tuple[T | None, Exception | None]:
-    """A result, or an error that can be sent: a rank that raised alone would leave the others waiting for it."""
-    try:
-        return function(), None
-    except Exception as error:
-        try:
-            pickle.loads(pickle.dumps(error))
-        except Exception:  # its class cannot be made again elsewhere
-            return None, RuntimeError(f"{type(error).__name__}: {error}")
-        return None, error
 
 
 def spawn(function: Callable[..., Any], *arguments: Any, nproc: int, output: Path | None = None) -> Any:

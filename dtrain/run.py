@@ -18,6 +18,7 @@ from dtrain.asynchronous import Asynchronous
 from dtrain.batch import Sums
 from dtrain.checkpoint import Checkpoints
 from dtrain.claim import RESUMABLE, claimed
+from dtrain.collectives import agree
 from dtrain.config.override import typed
 from dtrain.config.schema import Config
 from dtrain.config.secret import Asked
@@ -27,7 +28,6 @@ from dtrain.files.durable import write
 from dtrain.fingerprint import refuse_differences
 from dtrain.hang import Hang, Watch
 from dtrain.job import Job, assemble, optimizer_of, task_and_plan
-from dtrain.launch import World, agree
 from dtrain.measure import memory
 from dtrain.notes import collective_failed
 from dtrain.preempt import Preemption
@@ -40,6 +40,7 @@ from dtrain.spans import FIGURES, FORWARD_BACKWARD
 from dtrain.straggler import slowed
 from dtrain.trace import trace
 from dtrain.train import Phase, Settings, Trainer
+from dtrain.world import World
 
 
 def run(config: Config, world: World, folder: Path, strategy: str, asked: Asked | None = None) -> dict[str, Any]:

@@ -13,7 +13,7 @@ import torch.distributed as dist
 from worlds import World
 
 from dtrain import checkpoint, saved
-from dtrain.launch import agree, together
+from dtrain.collectives import agree, together
 
 
 class Odd(Exception):

@@ -30,7 +30,6 @@ from dtrain.compare import step
 from dtrain.compare.results import Row
 from dtrain.config.schema import checked
 from dtrain.hang import Hang, Watch, _read, within
-from dtrain.launch import World
 from dtrain.measure.ledger import Ledger
 from dtrain.measure.timeline import COMMUNICATION, Span, Timeline, common, merged, total, without
 from dtrain.measure.traffic import Traffic
@@ -43,6 +42,7 @@ from dtrain.schedule import _work, bubble
 from dtrain.spans import PHASE, STAGE, mark
 from dtrain.strategy.pipeline import SCHEDULES, Pipeline
 from dtrain.train import Trainer
+from dtrain.world import World
 
 ROOT = Path(__file__).parent.parent
 INTERVALS = st.lists(st.tuples(st.integers(0, 60), st.integers(0, 60)).map(lambda pair: (min(pair), max(pair))))

@@ -22,9 +22,10 @@ import torch.distributed as dist
 from dtrain import fingerprint, launch, rendezvous
 from dtrain.config.schema import Straggler
 from dtrain.fingerprint import refuse_differences
-from dtrain.launch import ABORTED, RanksFailed, World, leave_words, processes_left, spawn
+from dtrain.launch import ABORTED, RanksFailed, leave_words, processes_left, spawn
 from dtrain.rendezvous import connected
 from dtrain.straggler import slowed
+from dtrain.world import World
 
 CPU = torch.device("cpu")
 STOPPED = -signal.SIGTERM  # by torchrun, since another has failed

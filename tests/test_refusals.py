@@ -39,7 +39,7 @@ from dtrain.data.sources import Source, StandardLibrary
 from dtrain.data.tokenizer import Bytes, Tokenizer
 from dtrain.hang import Hang
 from dtrain.job import COMPILERS, assemble, optimizer_of
-from dtrain.launch import RanksFailed, World
+from dtrain.launch import RanksFailed
 from dtrain.layout import Layout, ModelFactory, refuse_batch_norm, sequence_length
 from dtrain.model.block import Core
 from dtrain.model.transformer import Transformer
@@ -69,6 +69,7 @@ from dtrain.strategy.tensor import TensorParallel
 from dtrain.strategy.zero1 import Zero1
 from dtrain.task.base import Sizes, Task
 from dtrain.train import NonFinite
+from dtrain.world import World
 
 SOURCE = Path(dtrain.__file__).parent
 ROOMS = ("strategy/**/*.py", "plan.py", "degrees.py", "config.py", "constructor.py", "layout.py", "job.py")

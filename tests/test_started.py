@@ -18,9 +18,10 @@ from runs import free_port
 from test_cli import PYTHON, call  # noqa: F401
 
 from dtrain import launch
-from dtrain.launch import World, spawn
+from dtrain.launch import spawn
 from dtrain.launchers import understood
 from dtrain.rendezvous import connected
+from dtrain.world import World
 
 Call = Callable[..., tuple[int, str, str]]
 QUICK = ["model=tiny", "steps=2", "eval.every=0", "global_batch_size=4", "seq_len=16", "measure.peak_flops=1e12",

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from dtrain.launch import cores
+from dtrain.world import cores
 
 PACKAGES = (
     "dtrain",
