@@ -15,7 +15,7 @@ from torch.optim import Optimizer
 
 from dtrain.accumulate import Accumulate
 from dtrain.batch import Batch, Models, Sums
-from dtrain.layout import write, written
+from dtrain.model.layout import write, written
 from dtrain.optimizer import named_tensors
 from dtrain.presence import completed
 

@@ -25,7 +25,7 @@ from dtrain.collectives import gathered
 from dtrain.config.schema import Config
 from dtrain.fingerprint import digest, refuse_other_weights, tensors_of
 from dtrain.launch import PRELOADED, tied
-from dtrain.layout import of_others
+from dtrain.model.layout import of_others
 from dtrain.plan import Plan
 from dtrain.rendezvous import address_of_first
 from dtrain.server import Server

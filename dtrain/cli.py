@@ -23,7 +23,7 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 
-from dtrain import own, quiet
+from dtrain import quiet
 from dtrain.checkpoint import clear
 from dtrain.claim import RESUMABLE
 from dtrain.compare import command as comparison
@@ -37,6 +37,7 @@ from dtrain.info import info as count
 from dtrain.job import assemble, model_factories, strategies_of
 from dtrain.launch import TOLD, RanksFailed, leave_words, spawn, tie
 from dtrain.launchers import understood
+from dtrain.model import own
 from dtrain.precision import Precision
 from dtrain.report.console import show
 from dtrain.report.sweep import Told, show_job, show_sweep

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from math import prod
 
-from dtrain.layout import divisors, multiples
+from dtrain.model.layout import divisors, multiples
 from dtrain.strategy.base import REST, Strategy
 
 MESH_ORDER = ("pp", "dp", "fsdp", "cp", "ep", "tp")

@@ -10,13 +10,13 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from dtrain import own
 from dtrain.collectives import gathered
 from dtrain.data.paths import in_words
-from dtrain.initialize import on_meta
 from dtrain.job import Job
 from dtrain.measure import environment, flops, memory
 from dtrain.measure.meter import Meter
+from dtrain.model import own
+from dtrain.model.initialize import on_meta
 from dtrain.task.base import Task
 from dtrain.world import World
 

@@ -17,7 +17,7 @@ from math import prod
 
 from torch import nn
 
-from dtrain.layout import Layout, layout_of, modules_at
+from dtrain.model.layout import Layout, layout_of, modules_at
 
 Shape = tuple[int, ...]
 FORWARD, BACKWARD, GATHER, FREE = "forward", "backward", "gather", "free"  # what happens to a unit's weights

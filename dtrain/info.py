@@ -9,9 +9,9 @@ import torch
 from torch import nn
 
 from dtrain.config.constructor import in_words
-from dtrain.initialize import on_meta
-from dtrain.layout import ModelFactory, layout_of, sequence_length
 from dtrain.measure import flops
+from dtrain.model.initialize import on_meta
+from dtrain.model.layout import ModelFactory, layout_of, sequence_length
 from dtrain.precision import Precision
 
 MOMENTS = 2  # Adam keeps two numbers for each weight

@@ -11,7 +11,6 @@ from typing import Any
 from torch import nn
 from torch.optim import Optimizer
 
-from dtrain import own
 from dtrain.accelerator import refuse_contradictions
 from dtrain.config.schema import Config, make
 from dtrain.config.secret import masked
@@ -19,7 +18,8 @@ from dtrain.data.augment import ImageChange, Mixup, TextChange
 from dtrain.data.base import Data
 from dtrain.data.sources import Source
 from dtrain.data.tokenizer import Tokenizer
-from dtrain.layout import ModelFactory
+from dtrain.model import own
+from dtrain.model.layout import ModelFactory
 from dtrain.optimizer import parameter_groups
 from dtrain.plan import Plan
 from dtrain.precision import Precision

@@ -27,8 +27,8 @@ from dtrain.batch import Batch, Models, Stages, pieces
 from dtrain.data.seeded import Again
 from dtrain.degrees import AFTER_VALUES, MESH_ORDER, laid_out, rows_of_a_rank
 from dtrain.fingerprint import digest, refuse_other_weights, tensors_of
-from dtrain.initialize import build, materialize, on_meta
-from dtrain.layout import (
+from dtrain.model.initialize import build, materialize, on_meta
+from dtrain.model.layout import (
     ModelFactory,
     blocks_of,
     check_layout,
@@ -215,7 +215,7 @@ class Plan:
         if (self.recompute or self.compile) and not blocks_of(model):
             asked, name = "activation_checkpointing" if self.recompute else "compile", type(model).__name__
             raise ValueError(f"{asked}=true acts on a model's blocks, and {name} names none in a Layout: "
-                             f"use {asked}=false, or name them (dtrain/layout.py)")  # fmt: skip
+                             f"use {asked}=false, or name them (dtrain/model/layout.py)")  # fmt: skip
 
     def check_optimizer(self, optimizer: Callable[[nn.Module], Optimizer], micro_batches: int = 1) -> None:
         """Refuse an optimizer that would step parts of weights to other values, or could not be resumed."""

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from dtrain.config.constructor import in_words
-from dtrain.layout import Layout, blocks_of, experts_of, holders, layout_of, modules_at
+from dtrain.model.layout import Layout, blocks_of, experts_of, holders, layout_of, modules_at
 
 Forward = Callable[..., Tensor]
 SPLIT = (

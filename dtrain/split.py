@@ -15,7 +15,7 @@ from torch.distributed.tensor.placement_types import _StridedShard
 
 from dtrain.footprint import Call, Kept, Piece, Shape
 from dtrain.footprint import cut as chunk
-from dtrain.layout import experts_of, holders, layout_of, modules_at, multiples, shared_names
+from dtrain.model.layout import experts_of, holders, layout_of, modules_at, multiples, shared_names
 
 
 def split_parameter(module: nn.Module, name: str, dim: int, mesh: DeviceMesh) -> None:

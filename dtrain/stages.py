@@ -15,7 +15,7 @@ from torch.distributed.pipelining.schedules import PipelineScheduleSingle
 
 from dtrain.batch import Batch, Sums, divide
 from dtrain.footprint import BACKWARD, FORWARD, WEIGHTS
-from dtrain.layout import blocks_of, layout_of
+from dtrain.model.layout import blocks_of, layout_of
 from dtrain.spans import STAGE, mark
 from dtrain.strategy.base import Executor, local, whole
 

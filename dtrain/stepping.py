@@ -21,7 +21,7 @@ from torch.optim import Optimizer
 from dtrain.besides import Kept, besides
 from dtrain.config.constructor import in_words
 from dtrain.data.seeded import Again, seed_everything
-from dtrain.layout import hooked
+from dtrain.model.layout import hooked
 from dtrain.optimizer import fill_state, named_tensors, put_back
 
 # What a strategy's optimizers have of the weights.

@@ -17,8 +17,8 @@ from torch import nn
 
 from dtrain.config.schema import CONFIGS, Config, checked, make, options
 from dtrain.degrees import MESH_ORDER
-from dtrain.initialize import on_meta
 from dtrain.job import task_of
+from dtrain.model.initialize import on_meta
 from dtrain.plan import Plan
 from dtrain.strategy.base import Strategy
 from dtrain.task.base import Task

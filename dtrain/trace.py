@@ -18,9 +18,9 @@ from torch.utils.checkpoint import checkpoint
 from dtrain.batch import Batch, Models
 from dtrain.config.constructor import in_words
 from dtrain.footprint import Call, Footprint, Kept, Piece, Weight
-from dtrain.initialize import cast, on_meta
-from dtrain.layout import blocks_of, layout_of
 from dtrain.measure.ledger import Ledger
+from dtrain.model.initialize import cast, on_meta
+from dtrain.model.layout import blocks_of, layout_of
 
 if TYPE_CHECKING:
     from dtrain.plan import Plan

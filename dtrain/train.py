@@ -19,7 +19,7 @@ from torch.optim import Optimizer
 from dtrain.batch import evaluating, pieces
 from dtrain.clip import clip
 from dtrain.data.seeded import seed_everything
-from dtrain.layout import StepAware
+from dtrain.model.layout import StepAware
 from dtrain.optimizer import OPTIMIZER_STATE, named_tensors, put_back, rate
 from dtrain.plan import Plan
 from dtrain.presence import Presence

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from dtrain.batch import Batch, Models
 from dtrain.data.seeded import generator
-from dtrain.layout import StepAware
+from dtrain.model.layout import StepAware
 
 ROWS = 4
 LOOSER = 10  # for gradients

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from dtrain.besides import Kept
 from dtrain.data.seeded import seed_everything
-from dtrain.layout import StepAware
+from dtrain.model.layout import StepAware
 from dtrain.trial import EVERYTHING, Run, difference, put_back, set_weights
 
 

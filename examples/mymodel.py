@@ -16,7 +16,7 @@ from __future__ import annotations
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from dtrain.layout import Layout
+from dtrain.model.layout import Layout
 
 
 class Attend(nn.Module):

@@ -16,7 +16,7 @@ import torch
 from dtrain.batch import Batch
 from dtrain.data.base import Data
 from dtrain.data.seeded import generator
-from dtrain.layout import ModelFactory
+from dtrain.model.layout import ModelFactory
 from dtrain.task.base import Sizes, Supervised, Task, positions
 from dtrain.task.causal_lm import IGNORE, correct, cross_entropy, valid
 

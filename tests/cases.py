@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from dtrain import saved
 from dtrain.batch import Batch, Models, pieces
 from dtrain.clip import clip
-from dtrain.layout import Layout
+from dtrain.model.layout import Layout
 from dtrain.model.transformer import Transformer
 from dtrain.optimizer import parameter_groups
 from dtrain.plan import Plan

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from cases import CONTEXT, ROWS, VOCAB, NextToken
 from torch import Tensor, nn
 
-from dtrain.layout import Layout
+from dtrain.model.layout import Layout
 
 WIDTH, HEAD = 16, 4
 

@@ -19,13 +19,14 @@ from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 from torch import nn
 
-from dtrain import cli, own
+from dtrain import cli
 from dtrain.checkpoint import Checkpoints
 from dtrain.compare import command
 from dtrain.config.schema import checked, make, register
 from dtrain.data.base import Data
 from dtrain.data.sources import Source
 from dtrain.data.tokenizer import Tokenizer
+from dtrain.model import own
 from dtrain.plan import Plan
 from dtrain.precision import Precision
 from dtrain.report.base import Logger

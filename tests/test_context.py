@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from dtrain.batch import Batch
 from dtrain.job import COMPILERS
-from dtrain.layout import Layout
+from dtrain.model.layout import Layout
 from dtrain.model.transformer import Transformer
 from dtrain.plan import Plan
 from dtrain.strategy.allreduce import AllReduce

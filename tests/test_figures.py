@@ -24,11 +24,11 @@ from dtrain.compare.results import Row
 from dtrain.config.schema import Config, Measure
 from dtrain.cost import fold
 from dtrain.figures import facts, meter_of, summary_of
-from dtrain.layout import Layout
 from dtrain.measure import memory, timeline
 from dtrain.measure.meter import Meter
 from dtrain.measure.timeline import COMMUNICATION, COMPUTE, Shares, Span
 from dtrain.messages import Message
+from dtrain.model.layout import Layout
 from dtrain.plan import Plan
 from dtrain.profile import Profile
 from dtrain.report.console import Console

@@ -25,9 +25,9 @@ from dtrain.data.images import Ring
 from dtrain.data.rows import Rows
 from dtrain.data.sources import Source
 from dtrain.data.tokenizer import Bytes
-from dtrain.initialize import materialize
 from dtrain.job import Job, optimizer_of
 from dtrain.model.images import MLP
+from dtrain.model.initialize import materialize
 from dtrain.model.transformer import Transformer
 from dtrain.optimizer import rate
 from dtrain.report.base import All

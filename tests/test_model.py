@@ -19,8 +19,8 @@ from transformers import (
     MixtralForCausalLM,
 )
 
-from dtrain.initialize import materialize
-from dtrain.layout import blocks_of
+from dtrain.model.initialize import materialize
+from dtrain.model.layout import blocks_of
 from dtrain.model.transformer import Transformer
 
 TOLERANCE = 1e-5  # fp32, a few layers

@@ -11,9 +11,9 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from dtrain.info import info
-from dtrain.initialize import materialize
-from dtrain.layout import StepAware
 from dtrain.model.block import FeedForward
+from dtrain.model.initialize import materialize
+from dtrain.model.layout import StepAware
 from dtrain.model.moe import MoE
 from dtrain.model.transformer import Transformer
 from dtrain.precision import Precision

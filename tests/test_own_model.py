@@ -21,10 +21,10 @@ from cases import CONTEXT, ROWS, STRATEGIES, TASKS, VOCAB, Case, NextToken, asse
 from omegaconf import OmegaConf
 from own_models import MODELS, OwnModel
 
-from dtrain.adapt import adapted
 from dtrain.info import info
-from dtrain.initialize import build, cast, whole
-from dtrain.layout import refuse_batch_norm
+from dtrain.model.adapt import adapted
+from dtrain.model.initialize import build, cast, whole
+from dtrain.model.layout import refuse_batch_norm
 from dtrain.plan import Plan
 from dtrain.precision import Precision
 from dtrain.probe import probe

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from dtrain.batch import Batch
 from dtrain.checkpoint import Checkpoints, load
-from dtrain.layout import Layout
+from dtrain.model.layout import Layout
 from dtrain.saved import about
 from dtrain.strategy.local_sgd import LocalSGD
 from dtrain.task.base import Supervised, Task
@@ -348,7 +348,7 @@ def test_blocks_of_two_sizes_are_refused_before_their_messages(strategy: str, ta
 LATE = """
 import os
 from torch import nn
-from dtrain.layout import Layout
+from dtrain.model.layout import Layout
 
 class Late(nn.Module):
     layout = Layout(first="first", blocks="blocks", last="last")

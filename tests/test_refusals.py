@@ -40,8 +40,8 @@ from dtrain.data.tokenizer import Bytes, Tokenizer
 from dtrain.hang import Hang
 from dtrain.job import COMPILERS, assemble, optimizer_of
 from dtrain.launch import RanksFailed
-from dtrain.layout import Layout, ModelFactory, refuse_batch_norm, sequence_length
 from dtrain.model.block import Core
+from dtrain.model.layout import Layout, ModelFactory, refuse_batch_norm, sequence_length
 from dtrain.model.transformer import Transformer
 from dtrain.plan import Plan
 from dtrain.precision import Precision

@@ -16,11 +16,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 from omegaconf import OmegaConf
 
-from dtrain import own
 from dtrain.compare import command
 from dtrain.config.constructor import named
 from dtrain.config.schema import make
 from dtrain.config.secret import HIDDEN, is_secret, masked, masked_override, written
+from dtrain.model import own
 from dtrain.report.base import Logger, Run
 from hydra_plugins import dtrain_torchrun
 

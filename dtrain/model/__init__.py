@@ -1,1 +1,1 @@
-"""Models. They import torch and `dtrain.layout`, and know nothing of distribution."""
+"""Models. They import torch and `dtrain.model.layout`, and know nothing of distribution."""

@@ -14,8 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from dtrain.layout import Layout
 from dtrain.model.block import Core
+from dtrain.model.layout import Layout
 from dtrain.model.transformer import Head
 
 ATTENTION = "dtrain"  # our name among transformers' attention functions

@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from dtrain.layout import Layout, StepAware
+from dtrain.model.layout import Layout, StepAware
 
 GROUPS = 8  # of channels that are normalised together
 

@@ -22,8 +22,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import BackwardCFunction, Function, FunctionCtx
 
-from dtrain.layout import StepAware
 from dtrain.model.block import ACTIVATIONS, INITIAL_STD
+from dtrain.model.layout import StepAware
 
 BALANCES = ("none", "loss", "bias")
 

@@ -17,8 +17,8 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from dtrain.layout import Layout, divisors
 from dtrain.model.block import ACTIVATIONS, INITIAL_STD, Attention, Block, Core, FeedForward
+from dtrain.model.layout import Layout, divisors
 from dtrain.model.moe import MoE
 from dtrain.model.rotary import rotary_table
 

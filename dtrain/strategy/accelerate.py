@@ -30,8 +30,8 @@ from dtrain.accelerator import ByAccelerator, ByLocalSGD, accelerator_of, check_
 from dtrain.batch import Models
 from dtrain.engine import fresh, imported
 from dtrain.footprint import Footprint
-from dtrain.layout import blocks_of
 from dtrain.messages import Message, message
+from dtrain.model.layout import blocks_of
 from dtrain.strategy.base import REST, Executor, local
 from dtrain.strategy.ddp import DDP
 from dtrain.strategy.deepspeed import ByEngine, DeepSpeed

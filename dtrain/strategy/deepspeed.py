@@ -32,8 +32,8 @@ from dtrain.accumulate import Accumulate
 from dtrain.batch import Models
 from dtrain.engine import check_fp16, check_zero, fresh, imported, sequences
 from dtrain.footprint import Footprint
-from dtrain.layout import written
 from dtrain.messages import Message
+from dtrain.model.layout import written
 from dtrain.presence import reached, refuse_unused
 from dtrain.stepping import FLAT
 from dtrain.strategy.base import REST, Executor, Strategy

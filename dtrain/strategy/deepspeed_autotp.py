@@ -20,8 +20,8 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from dtrain.footprint import Footprint
-from dtrain.layout import divisors, layout_of, modules_at
 from dtrain.messages import Message
+from dtrain.model.layout import divisors, layout_of, modules_at
 from dtrain.optimizer import OPTIMIZER_STATE
 from dtrain.rehearsal import Rehearsal, split
 from dtrain.stepping import COLUMNS, ROWS

@@ -15,8 +15,8 @@ from torch import Tensor, nn
 
 from dtrain.engine import imported
 from dtrain.footprint import Footprint
-from dtrain.layout import blocks_of, divisors, layout_of
 from dtrain.messages import Message
+from dtrain.model.layout import blocks_of, divisors, layout_of
 from dtrain.strategy.base import REST
 from dtrain.strategy.context import Context, _cores
 

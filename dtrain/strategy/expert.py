@@ -26,8 +26,8 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, Shard
 
 from dtrain.footprint import Footprint, Piece
-from dtrain.layout import divisors, experts_of
 from dtrain.messages import Message, all_reduce_each, message
+from dtrain.model.layout import divisors, experts_of
 from dtrain.rehearsal import Rehearsal, spread
 from dtrain.stepping import REGROUPED, ROWS
 from dtrain.strategy.base import Strategy, average, local

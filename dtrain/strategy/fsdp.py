@@ -23,8 +23,8 @@ from torch.distributed.tensor import DTensor, Shard
 from torch.distributed.tensor.placement_types import _StridedShard
 
 from dtrain.footprint import FORWARD, FREE, Footprint
-from dtrain.layout import blocks_of, refuse_complex
 from dtrain.messages import Message, message
+from dtrain.model.layout import blocks_of, refuse_complex
 from dtrain.rehearsal import Rehearsal, unit_by_unit
 from dtrain.stepping import ROWS
 from dtrain.strategy.base import REST, Strategy, local

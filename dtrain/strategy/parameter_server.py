@@ -25,7 +25,7 @@ from torch import nn
 
 from dtrain.board import ASYNC, MODES, SYNC
 from dtrain.compression import METHODS
-from dtrain.layout import StepAware
+from dtrain.model.layout import StepAware
 from dtrain.stepping import APART
 from dtrain.strategy.base import REST, Strategy, check_options
 

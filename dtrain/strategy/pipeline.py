@@ -32,8 +32,8 @@ from torch.optim import Optimizer
 
 from dtrain.batch import Models, pieces
 from dtrain.footprint import Footprint, Kept
-from dtrain.layout import Absent, layout_of, shared_names
 from dtrain.messages import Message, message
+from dtrain.model.layout import Absent, layout_of, shared_names
 from dtrain.rehearsal import Rehearsal, refuse_foreign, twin
 from dtrain.schedule import passes_of_stages
 from dtrain.stages import Flow, keep_name, split_evenly, sum_ends

@@ -21,8 +21,8 @@ from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
 from dtrain.footprint import Footprint
-from dtrain.layout import blocks_of
 from dtrain.messages import Message, message
+from dtrain.model.layout import blocks_of
 from dtrain.strategy.base import Strategy
 from dtrain.units import begin_update, refuse_sharing, twice, unit_calls, unused, watch
 

@@ -41,9 +41,9 @@ from torch.nn.utils.parametrize import is_parametrized
 
 from dtrain.batch import pieces
 from dtrain.footprint import Footprint, Piece, Shape
-from dtrain.initialize import on_meta, whole
-from dtrain.layout import divisors, experts_of, holders, layout_of, modules_at, multiples, of_others, shared_names
 from dtrain.messages import Message, all_reduce_each, message
+from dtrain.model.initialize import on_meta, whole
+from dtrain.model.layout import divisors, experts_of, holders, layout_of, modules_at, multiples, of_others, shared_names
 from dtrain.rehearsal import DoesNotRun, Rehearsal, between, split
 from dtrain.split import (
     cut,

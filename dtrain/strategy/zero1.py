@@ -24,8 +24,8 @@ from torch import nn
 from torch.optim import Optimizer
 
 from dtrain.footprint import Footprint, Weight
-from dtrain.layout import refuse_complex
 from dtrain.messages import Message, message
+from dtrain.model.layout import refuse_complex
 from dtrain.stepping import APART
 from dtrain.strategy.allreduce import AllReduce
 from dtrain.strategy.base import local

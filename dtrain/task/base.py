@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from dtrain.batch import Batch, Models, Sums
-from dtrain.layout import ModelFactory
+from dtrain.model.layout import ModelFactory
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

@@ -14,8 +14,8 @@ from dtrain.data.augment import TextChange, changes
 from dtrain.data.rows import Rows
 from dtrain.data.seeded import generator
 from dtrain.data.text import Text
-from dtrain.initialize import on_meta
-from dtrain.layout import ModelFactory, sequence_length
+from dtrain.model.initialize import on_meta
+from dtrain.model.layout import ModelFactory, sequence_length
 from dtrain.task.base import Sizes, Supervised, Task, positions, the_model, wide
 
 IGNORE = -100  # a target that does not count

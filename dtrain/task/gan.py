@@ -24,9 +24,9 @@ from dtrain.batch import Batch, Models, Sums
 from dtrain.config.constructor import in_words
 from dtrain.data.images import Ring, Samples
 from dtrain.data.seeded import generator, rows_of
-from dtrain.initialize import on_meta
-from dtrain.layout import ModelFactory
 from dtrain.measure.likeness import frechet_distance, precision_recall
+from dtrain.model.initialize import on_meta
+from dtrain.model.layout import ModelFactory
 from dtrain.pictures import image_grid, points
 from dtrain.task.base import LossUpdate, Sizes, Task, as_weights, wide
 

@@ -12,8 +12,8 @@ from dtrain.batch import Batch, Sums
 from dtrain.data.augment import ImageChange, Mixup, changes
 from dtrain.data.images import Samples
 from dtrain.data.seeded import generator, rows_of, some
-from dtrain.initialize import on_meta
-from dtrain.layout import ModelFactory
+from dtrain.model.initialize import on_meta
+from dtrain.model.layout import ModelFactory
 from dtrain.task.base import Sizes, Supervised, the_model, wide
 from dtrain.task.rows import Classifier, check_examples, confusion
 

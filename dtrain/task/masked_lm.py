@@ -20,8 +20,8 @@ from dtrain.data.prepare import SPLITS
 from dtrain.data.seeded import generator
 from dtrain.data.text import Text
 from dtrain.data.tokenizer import KEPT
-from dtrain.initialize import on_meta
-from dtrain.layout import ModelFactory
+from dtrain.model.initialize import on_meta
+from dtrain.model.layout import ModelFactory
 from dtrain.task.base import Sizes, Supervised, Task, positions, the_model
 from dtrain.task.causal_lm import IGNORE, correct, cross_entropy, filled_up, fitting, valid
 

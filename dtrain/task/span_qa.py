@@ -19,8 +19,8 @@ from dtrain.batch import Batch, Sums
 from dtrain.data.rows import Rows
 from dtrain.data.seeded import generator
 from dtrain.data.sources import text_of
-from dtrain.initialize import on_meta
-from dtrain.layout import ModelFactory
+from dtrain.model.initialize import on_meta
+from dtrain.model.layout import ModelFactory
 from dtrain.task.base import Sizes, Supervised, the_model, wide
 from dtrain.task.causal_lm import IGNORE, fitting
 from dtrain.task.rows import OfRows

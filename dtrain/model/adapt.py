@@ -16,7 +16,7 @@ from typing import Any
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
-from dtrain.layout import is_ours
+from dtrain.model.layout import is_ours
 
 OTHERS = {
     "target",

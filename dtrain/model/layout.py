@@ -79,7 +79,7 @@ def check_layout(model: nn.Module) -> None:
     """Raise ValueError for a Layout that is none, or names what is not there."""
     name, layout = type(model).__name__, getattr(model, "layout", None)
     if isinstance(layout, Mapping):
-        raise ValueError(f"the layout of {name} is a {type(layout).__name__}: write Layout(…), of dtrain.layout")
+        raise ValueError(f"the layout of {name} is a {type(layout).__name__}: write Layout(…), of dtrain.model.layout")
     layout = layout_of(model)
     singles = {key: (path,) for key in ("first", "blocks", "last") if (path := getattr(layout, key))}
     several = {key: getattr(layout, key) for key in ("column", "row", "vocabulary")}

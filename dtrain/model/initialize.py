@@ -17,9 +17,9 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
-from dtrain.adapt import adapted
 from dtrain.data.seeded import generator, seed_everything
-from dtrain.layout import ModelFactory, offers, write, written
+from dtrain.model.adapt import adapted
+from dtrain.model.layout import ModelFactory, offers, write, written
 
 _WITH_VALUES: WeakSet[ModelFactory] = WeakSet()  # those that make no model without
 
