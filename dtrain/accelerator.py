@@ -14,10 +14,10 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from dtrain.accumulate import Accumulate
-from dtrain.batch import Batch, Models, Sums
 from dtrain.model.layout import write, written
 from dtrain.optimizer import named_tensors
 from dtrain.presence import completed
+from dtrain.task.batch import Batch, Models, Sums
 
 if TYPE_CHECKING:
     from dtrain.plan import Plan

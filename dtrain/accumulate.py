@@ -7,10 +7,10 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from dtrain.batch import Batch, Models, Sums, divide
 from dtrain.footprint import BACKWARD, FORWARD
 from dtrain.spans import PHASE, mark
 from dtrain.strategy.base import Executor, whole
+from dtrain.task.batch import Batch, Models, Sums, divide
 
 if TYPE_CHECKING:
     from dtrain.plan import Plan

@@ -23,7 +23,6 @@ from torch.optim import Optimizer
 from torch.utils.checkpoint import checkpoint
 
 from dtrain.accumulate import Accumulate
-from dtrain.batch import Batch, Models, Stages, pieces
 from dtrain.data.seeded import Again
 from dtrain.degrees import AFTER_VALUES, MESH_ORDER, laid_out, rows_of_a_rank
 from dtrain.fingerprint import digest, refuse_other_weights, tensors_of
@@ -43,6 +42,7 @@ from dtrain.model.layout import (
 from dtrain.precision import Precision
 from dtrain.stepping import COLUMNS, ROWS, check_optimizer
 from dtrain.strategy.base import Executor, Strategy
+from dtrain.task.batch import Batch, Models, Stages, pieces
 
 if TYPE_CHECKING:
     from dtrain.task.base import Task

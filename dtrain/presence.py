@@ -17,8 +17,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from dtrain.batch import pieces
 from dtrain.optimizer import OPTIMIZER_STATE
+from dtrain.task.batch import pieces
 
 if TYPE_CHECKING:
     from dtrain.plan import Plan

@@ -25,13 +25,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from dtrain.batch import Batch, Models, evaluating
 from dtrain.config.constructor import in_words
 from dtrain.data.seeded import Again, generator, seed_everything
 from dtrain.model.initialize import cast, on_meta, whole
 from dtrain.model.layout import StepAware, is_ours, offers, refuse_gradient_hooks
 from dtrain.rehearsal import Forward, Rehearsal, twin
 from dtrain.strategy.base import Strategy
+from dtrain.task.batch import Batch, Models, evaluating
 from dtrain.trial import (
     LOOSER,
     ROWS,

@@ -13,9 +13,7 @@ import torch.distributed as dist
 from torch import nn
 from torch.optim import Optimizer
 
-from dtrain import pictures
 from dtrain.asynchronous import Asynchronous
-from dtrain.batch import Sums
 from dtrain.checkpoint import Checkpoints
 from dtrain.claim import RESUMABLE, claimed
 from dtrain.collectives import agree
@@ -38,6 +36,8 @@ from dtrain.report.base import All, Run
 from dtrain.resume import finished, identity, take_weights
 from dtrain.spans import FIGURES, FORWARD_BACKWARD
 from dtrain.straggler import slowed
+from dtrain.task import pictures
+from dtrain.task.batch import Sums
 from dtrain.trace import trace
 from dtrain.train import Phase, Settings, Trainer
 from dtrain.world import World

@@ -13,11 +13,11 @@ from torch import Tensor, nn
 from torch.distributed.pipelining import PipelineStage
 from torch.distributed.pipelining.schedules import PipelineScheduleSingle
 
-from dtrain.batch import Batch, Sums, divide
 from dtrain.footprint import BACKWARD, FORWARD, WEIGHTS
 from dtrain.model.layout import blocks_of, layout_of
 from dtrain.spans import STAGE, mark
 from dtrain.strategy.base import Executor, local, whole
+from dtrain.task.batch import Batch, Sums, divide
 
 if TYPE_CHECKING:
     from dtrain.plan import Plan

@@ -15,12 +15,12 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.utils.checkpoint import checkpoint
 
-from dtrain.batch import Batch, Models
 from dtrain.config.constructor import in_words
 from dtrain.footprint import Call, Footprint, Kept, Piece, Weight
 from dtrain.measure.ledger import Ledger
 from dtrain.model.initialize import cast, on_meta
 from dtrain.model.layout import blocks_of, layout_of
+from dtrain.task.batch import Batch, Models
 
 if TYPE_CHECKING:
     from dtrain.plan import Plan

@@ -16,7 +16,6 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from dtrain.batch import evaluating, pieces
 from dtrain.clip import clip
 from dtrain.data.seeded import seed_everything
 from dtrain.model.layout import StepAware
@@ -25,6 +24,7 @@ from dtrain.plan import Plan
 from dtrain.presence import Presence
 from dtrain.spans import EXCHANGE, FIGURES, FORWARD_BACKWARD, OPTIMIZER
 from dtrain.task.base import Task, Update
+from dtrain.task.batch import evaluating, pieces
 
 Phase = Callable[[str], AbstractContextManager]  # told what the loop does: by instruments
 

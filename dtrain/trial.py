@@ -10,9 +10,9 @@ from unittest import mock
 import torch
 from torch import Tensor, nn
 
-from dtrain.batch import Batch, Models
 from dtrain.data.seeded import generator
 from dtrain.model.layout import StepAware
+from dtrain.task.batch import Batch, Models
 
 ROWS = 4
 LOOSER = 10  # for gradients

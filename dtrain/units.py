@@ -21,8 +21,8 @@ import torch.distributed as dist
 from torch import nn
 from torch.distributed.fsdp import FSDPModule
 
-from dtrain.batch import pieces
 from dtrain.model.layout import layout_of, of_others, shared_names
+from dtrain.task.batch import pieces
 
 ALIKE = 2  # updates in which the same units run in the same order: then ranks call no more
 AT_ONCE_S, POLL_S = 0.02, 0.001

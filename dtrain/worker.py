@@ -11,7 +11,6 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from dtrain.batch import Batch, Models, divide
 from dtrain.board import SYNC
 from dtrain.clip import clip
 from dtrain.compression import Compression
@@ -24,6 +23,7 @@ from dtrain.straggler import slowed
 from dtrain.strategy.parameter_server import ParameterServer
 from dtrain.strategy.zero1 import shared_out
 from dtrain.task.base import Task
+from dtrain.task.batch import Batch, Models, divide
 from dtrain.world import World, cores
 
 Parts = Callable[[], tuple[Task, Plan]]  # that travels to another process

@@ -13,11 +13,11 @@ from typing import Any
 
 import torch
 
-from dtrain.batch import Batch
 from dtrain.data.base import Data
 from dtrain.data.seeded import generator
 from dtrain.model.layout import ModelFactory
 from dtrain.task.base import Sizes, Supervised, Task, positions
+from dtrain.task.batch import Batch
 from dtrain.task.causal_lm import IGNORE, correct, cross_entropy, valid
 
 LETTERS = range(97, 123)

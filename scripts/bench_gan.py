@@ -9,7 +9,7 @@ import torch
 from sklearn.mixture import GaussianMixture
 
 from dtrain.data.images import Digits
-from dtrain.measure.likeness import frechet_distance, precision_recall
+from dtrain.task.sample_quality import frechet_distance, precision_recall
 
 SAMPLES = 1024
 

@@ -16,7 +16,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dtrain import saved
-from dtrain.batch import Batch, Models, pieces
 from dtrain.clip import clip
 from dtrain.model.layout import Layout
 from dtrain.model.transformer import Transformer
@@ -35,6 +34,7 @@ from dtrain.strategy.replicate import Replicate
 from dtrain.strategy.tensor import TensorParallel
 from dtrain.strategy.zero1 import Zero1
 from dtrain.task.base import LossUpdate, Supervised, Task
+from dtrain.task.batch import Batch, Models, pieces
 from dtrain.task.causal_lm import IGNORE, correct, cross_entropy, valid
 from dtrain.train import Settings, Trainer
 

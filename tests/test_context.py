@@ -17,7 +17,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from dtrain.batch import Batch
 from dtrain.job import COMPILERS
 from dtrain.model.layout import Layout
 from dtrain.model.transformer import Transformer
@@ -28,6 +27,7 @@ from dtrain.strategy.context import Context, Ring
 from dtrain.strategy.fsdp import FSDP
 from dtrain.strategy.replicate import Replicate
 from dtrain.strategy.tensor import TensorParallel
+from dtrain.task.batch import Batch
 
 BF16_TOLERANCE = 0.02  # bf16 keeps 8 bits: inputs and results are rounded to 2^-9, a few times over
 RING = partial(Context)

@@ -12,7 +12,6 @@ import pytest
 import torch
 from cases import NextToken, adamw
 
-from dtrain.batch import Batch
 from dtrain.cost import fold
 from dtrain.data.tokenizer import Bytes
 from dtrain.model.transformer import Transformer
@@ -24,6 +23,7 @@ from dtrain.strategy.local_sgd import LocalSGD
 from dtrain.strategy.pipeline import Pipeline
 from dtrain.strategy.tensor import TensorParallel
 from dtrain.strategy.zero1 import Zero1
+from dtrain.task.batch import Batch
 from dtrain.trace import trace
 
 PAGE = Path(__file__).parent.parent / "docs" / "how-to-choose.md"

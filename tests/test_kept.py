@@ -14,7 +14,6 @@ import pytest
 import torch
 from torch import nn
 
-from dtrain.batch import Models
 from dtrain.data import cache as caches
 from dtrain.data.cache import MANIFEST, kept
 from dtrain.data.images import Digits, Folder, HubImages, Samples
@@ -26,6 +25,7 @@ from dtrain.data.stdlib_rows import Functions
 from dtrain.data.tokenizer import BPE, Bytes
 from dtrain.report.console import preparing
 from dtrain.task.base import Sizes
+from dtrain.task.batch import Models
 from dtrain.task.gan import GAN
 from dtrain.task.image_classification import ImageClassification
 

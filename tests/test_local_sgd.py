@@ -15,7 +15,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_checkpoint import _train
 
-from dtrain.batch import divide
 from dtrain.profile import Profile
 from dtrain.strategy.base import whole
 from dtrain.strategy.ddp import DDP
@@ -23,6 +22,7 @@ from dtrain.strategy.fsdp import FSDP
 from dtrain.strategy.local_sgd import LocalSGD
 from dtrain.strategy.pipeline import Pipeline
 from dtrain.strategy.tensor import TensorParallel
+from dtrain.task.batch import divide
 from dtrain.train import Settings, Trainer
 
 TOLERANCE = 1e-12

@@ -17,7 +17,6 @@ from test_plain_loop import MadeUp, adamw, convnet, shades, sizes, transformer
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from dtrain.batch import Batch
 from dtrain.checkpoint import Checkpoints
 from dtrain.config.schema import Config
 from dtrain.data.augment import Crop, ImageChange, Mixup, SpanMask, TextChange, TokenDrop
@@ -34,6 +33,7 @@ from dtrain.report.base import All
 from dtrain.resume import identity, take_weights
 from dtrain.strategy.base import local
 from dtrain.task.base import Task
+from dtrain.task.batch import Batch
 from dtrain.task.causal_lm import CausalLM
 from dtrain.task.classification import Classification
 from dtrain.task.gan import GAN as RealGAN

@@ -22,12 +22,13 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from dtrain.figures import flops_per_token
 from dtrain.info import info
-from dtrain.measure import environment, flops, likeness, memory
+from dtrain.measure import environment, flops, memory
 from dtrain.measure.environment import cores, describe
 from dtrain.measure.meter import Meter
 from dtrain.model.transformer import Transformer
 from dtrain.optimizer import parameter_groups, rate
 from dtrain.precision import Precision
+from dtrain.task import sample_quality
 
 
 @settings(max_examples=8)
@@ -225,11 +226,11 @@ def test_precision_and_recall_reach_to_a_samples_third_neighbour() -> None:
             return sum(near) / len(near)
 
         expected = (inside(made, real), inside(real, made))
-        assert likeness.precision_recall(real, made) == pytest.approx(expected, rel=1e-12)
+        assert sample_quality.precision_recall(real, made) == pytest.approx(expected, rel=1e-12)
         assert rows < 10 or 0 < min(expected) < max(expected) < 1
     line = torch.tensor([[0.0], [1.0], [2.0], [4.0], [8.0]])  # reaches: 4, 3, 2, 4, 7
     made = torch.tensor([[-4.0], [-4.1], [15.0], [15.1]])
-    assert likeness.precision_recall(line, made)[0] == 0.5
+    assert sample_quality.precision_recall(line, made)[0] == 0.5
 
 
 PARTS = [(dict(n_kv_heads=None), True, True), (dict(n_kv_heads=2, norm="rmsnorm", position="rotary", activation="swiglu"),

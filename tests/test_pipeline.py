@@ -7,9 +7,9 @@ from itertools import accumulate
 import pytest
 from cases import NextToken
 
-from dtrain.batch import pieces
 from dtrain.plan import Plan
 from dtrain.strategy.pipeline import Pipeline
+from dtrain.task.batch import pieces
 
 LAYERS = 7
 

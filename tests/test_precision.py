@@ -10,13 +10,13 @@ import torch
 from cases import Case, NextToken, Outcome, keeping_gradients, plan_of
 from torch import Tensor, nn
 
-from dtrain.batch import Batch
 from dtrain.plan import Plan
 from dtrain.precision import Precision
 from dtrain.strategy.base import Strategy
 from dtrain.strategy.fsdp import FSDP
 from dtrain.strategy.replicate import Replicate
 from dtrain.task.base import Supervised, Task
+from dtrain.task.batch import Batch
 from dtrain.train import Settings, Trainer
 
 NARROW, WIDE = torch.bfloat16, torch.float32

@@ -20,12 +20,12 @@ from cases import Case as Told
 from test_cli import PYTHON
 from torch import Tensor, nn
 
-from dtrain.batch import Batch
 from dtrain.checkpoint import Checkpoints, load
 from dtrain.model.layout import Layout
 from dtrain.saved import about
 from dtrain.strategy.local_sgd import LocalSGD
 from dtrain.task.base import Supervised, Task
+from dtrain.task.batch import Batch
 from dtrain.task.causal_lm import correct, cross_entropy, valid
 from dtrain.train import Settings, Trainer
 

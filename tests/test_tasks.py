@@ -38,7 +38,6 @@ from dtrain.data.stdlib_rows import Docstrings, Functions, Questions
 from dtrain.data.text import Text
 from dtrain.data.tokenizer import KEPT, Bytes, FromFile
 from dtrain.job import task_of
-from dtrain.measure.likeness import frechet_distance, precision_recall
 from dtrain.model.images import MLP, ConvGenerator, ConvNet, SpectralLinear
 from dtrain.model.transformer import Transformer
 from dtrain.plan import Plan
@@ -49,6 +48,7 @@ from dtrain.task.gan import GAN, follow
 from dtrain.task.image_classification import ImageClassification
 from dtrain.task.masked_lm import MaskedLM
 from dtrain.task.rows import confusion, scores
+from dtrain.task.sample_quality import frechet_distance, precision_recall
 from dtrain.task.span_qa import SpanQA
 from dtrain.task.token_classification import TokenClassification
 from dtrain.train import Settings, Trainer

@@ -27,7 +27,6 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
 from dtrain.accelerator import ByAccelerator, ByLocalSGD, accelerator_of, check_installed, checked, prepared
-from dtrain.batch import Models
 from dtrain.engine import fresh, imported
 from dtrain.footprint import Footprint
 from dtrain.messages import Message, message
@@ -36,6 +35,7 @@ from dtrain.strategy.base import REST, Executor, local
 from dtrain.strategy.ddp import DDP
 from dtrain.strategy.deepspeed import ByEngine, DeepSpeed
 from dtrain.strategy.fsdp import FSDP
+from dtrain.task.batch import Models
 from dtrain.units import watch
 
 if TYPE_CHECKING:

@@ -16,11 +16,11 @@ import torch.distributed as dist
 from torch import Size, Tensor, nn
 from torch.optim import Optimizer
 
-from dtrain.batch import Batch, Models, Sums, divide
 from dtrain.footprint import Footprint
 from dtrain.messages import Message
 from dtrain.optimizer import fill_state
 from dtrain.rehearsal import Rehearsal
+from dtrain.task.batch import Batch, Models, Sums, divide
 
 if TYPE_CHECKING:
     from dtrain.plan import Plan

@@ -29,7 +29,6 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from dtrain.accumulate import Accumulate
-from dtrain.batch import Models
 from dtrain.engine import check_fp16, check_zero, fresh, imported, sequences
 from dtrain.footprint import Footprint
 from dtrain.messages import Message
@@ -39,6 +38,7 @@ from dtrain.stepping import FLAT
 from dtrain.strategy.base import REST, Executor, Strategy
 from dtrain.strategy.deepspeed_autotp import AutoTP
 from dtrain.strategy.zero1 import shared_out
+from dtrain.task.batch import Models
 from dtrain.zero import elements, flats, held, kinds, make_states, messages, put_back, whole_tensors
 
 if TYPE_CHECKING:

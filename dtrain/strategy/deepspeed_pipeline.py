@@ -21,7 +21,6 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from dtrain.batch import Batch, Models, divide
 from dtrain.engine import fresh, imported
 from dtrain.footprint import Footprint
 from dtrain.messages import Message
@@ -31,6 +30,7 @@ from dtrain.stages import Flow, split_evenly
 from dtrain.strategy.base import REST, Executor, whole
 from dtrain.strategy.deepspeed import DeepSpeed, owners
 from dtrain.strategy.pipeline import Pipeline
+from dtrain.task.batch import Batch, Models, divide
 from dtrain.zero import kinds, make_states, put_back, whole_tensors
 
 if TYPE_CHECKING:

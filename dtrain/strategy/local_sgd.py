@@ -31,12 +31,12 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from dtrain.accumulate import Accumulate
-from dtrain.batch import Batch, Models, Sums
 from dtrain.footprint import Footprint
 from dtrain.messages import Message, message
 from dtrain.optimizer import OPTIMIZER_STATE, named_tensors
 from dtrain.presence import completed
 from dtrain.strategy.base import REST, Executor, Strategy, average, check_options, local
+from dtrain.task.batch import Batch, Models, Sums
 
 if TYPE_CHECKING:
     from dtrain.plan import Plan

@@ -30,7 +30,6 @@ from torch import Size, Tensor, nn
 from torch.distributed.pipelining import schedules
 from torch.optim import Optimizer
 
-from dtrain.batch import Models, pieces
 from dtrain.footprint import Footprint, Kept
 from dtrain.messages import Message, message
 from dtrain.model.layout import Absent, layout_of, shared_names
@@ -39,6 +38,7 @@ from dtrain.schedule import passes_of_stages
 from dtrain.stages import Flow, keep_name, split_evenly, sum_ends
 from dtrain.stepping import APART, REGROUPED
 from dtrain.strategy.base import REST, Executor, Strategy
+from dtrain.task.batch import Models, pieces
 
 if TYPE_CHECKING:
     from dtrain.plan import Plan

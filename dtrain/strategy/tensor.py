@@ -39,7 +39,6 @@ from torch.distributed.tensor.parallel import (
 )
 from torch.nn.utils.parametrize import is_parametrized
 
-from dtrain.batch import pieces
 from dtrain.footprint import Footprint, Piece, Shape
 from dtrain.messages import Message, all_reduce_each, message
 from dtrain.model.initialize import on_meta, whole
@@ -61,6 +60,7 @@ from dtrain.split import (
 from dtrain.stepping import COLUMNS, REGROUPED, ROWS
 from dtrain.strategy.base import REST, Strategy, add_up, local
 from dtrain.strategy.expert import with_local_weights
+from dtrain.task.batch import pieces
 
 if TYPE_CHECKING:
     from dtrain.plan import Plan

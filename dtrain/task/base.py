@@ -14,8 +14,8 @@ from typing import TYPE_CHECKING, Protocol
 import torch
 from torch import Tensor, nn
 
-from dtrain.batch import Batch, Models, Sums
 from dtrain.model.layout import ModelFactory
+from dtrain.task.batch import Batch, Models, Sums
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

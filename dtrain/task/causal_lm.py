@@ -9,7 +9,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from dtrain.batch import Batch, Sums
 from dtrain.data.augment import TextChange, changes
 from dtrain.data.rows import Rows
 from dtrain.data.seeded import generator
@@ -17,6 +16,7 @@ from dtrain.data.text import Text
 from dtrain.model.initialize import on_meta
 from dtrain.model.layout import ModelFactory, sequence_length
 from dtrain.task.base import Sizes, Supervised, Task, positions, the_model, wide
+from dtrain.task.batch import Batch, Sums
 
 IGNORE = -100  # a target that does not count
 FILL = -1  # in the place of what a change of the row has left out

@@ -20,15 +20,15 @@ import torch.nn.functional as F
 from matplotlib.figure import Figure
 from torch import Tensor
 
-from dtrain.batch import Batch, Models, Sums
 from dtrain.config.constructor import in_words
 from dtrain.data.images import Ring, Samples
 from dtrain.data.seeded import generator, rows_of
-from dtrain.measure.likeness import frechet_distance, precision_recall
 from dtrain.model.initialize import on_meta
 from dtrain.model.layout import ModelFactory
-from dtrain.pictures import image_grid, points
 from dtrain.task.base import LossUpdate, Sizes, Task, as_weights, wide
+from dtrain.task.batch import Batch, Models, Sums
+from dtrain.task.pictures import image_grid, points
+from dtrain.task.sample_quality import frechet_distance, precision_recall
 
 # By name: the loss of scores that should be high (real), and of those that should be low. Both are summed.
 LOSSES: dict[str, tuple[Callable[[Tensor], Tensor], Callable[[Tensor], Tensor]]] = {

@@ -8,13 +8,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from dtrain.batch import Batch, Sums
 from dtrain.data.augment import ImageChange, Mixup, changes
 from dtrain.data.images import Samples
 from dtrain.data.seeded import generator, rows_of, some
 from dtrain.model.initialize import on_meta
 from dtrain.model.layout import ModelFactory
 from dtrain.task.base import Sizes, Supervised, the_model, wide
+from dtrain.task.batch import Batch, Sums
 from dtrain.task.rows import Classifier, check_examples, confusion
 
 

@@ -15,7 +15,6 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from dtrain.batch import Batch, Sums
 from dtrain.data.prepare import SPLITS
 from dtrain.data.seeded import generator
 from dtrain.data.text import Text
@@ -23,6 +22,7 @@ from dtrain.data.tokenizer import KEPT
 from dtrain.model.initialize import on_meta
 from dtrain.model.layout import ModelFactory
 from dtrain.task.base import Sizes, Supervised, Task, positions, the_model
+from dtrain.task.batch import Batch, Sums
 from dtrain.task.causal_lm import IGNORE, correct, cross_entropy, filled_up, fitting, valid
 
 PAIRS = (None, "next_sentence", "sentence_order")

@@ -10,12 +10,12 @@ import torch
 from matplotlib.figure import Figure
 from torch import Tensor
 
-from dtrain.batch import Batch, Sums
 from dtrain.data.rows import Row, Rows
 from dtrain.data.seeded import generator, rows_of, some
-from dtrain.pictures import confusion_matrix
 from dtrain.task.base import Sizes, Task
+from dtrain.task.batch import Batch, Sums
 from dtrain.task.causal_lm import IGNORE, filled_up
+from dtrain.task.pictures import confusion_matrix
 
 LOOKED_AT = 500  # rows, to say how much of their texts is cut
 

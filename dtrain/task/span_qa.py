@@ -15,13 +15,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from dtrain.batch import Batch, Sums
 from dtrain.data.rows import Rows
 from dtrain.data.seeded import generator
 from dtrain.data.sources import text_of
 from dtrain.model.initialize import on_meta
 from dtrain.model.layout import ModelFactory
 from dtrain.task.base import Sizes, Supervised, the_model, wide
+from dtrain.task.batch import Batch, Sums
 from dtrain.task.causal_lm import IGNORE, fitting
 from dtrain.task.rows import OfRows
 

@@ -6,12 +6,12 @@ from typing import Any
 
 import torch
 
-from dtrain.batch import Batch
 from dtrain.data.rows import Rows
 from dtrain.data.sources import missing
 from dtrain.model.initialize import on_meta
 from dtrain.model.layout import ModelFactory
 from dtrain.task.base import Sizes, Supervised, the_model
+from dtrain.task.batch import Batch
 from dtrain.task.causal_lm import IGNORE, cross_entropy, fitting, valid
 from dtrain.task.rows import Classifier, OfRows, confused, several
 
