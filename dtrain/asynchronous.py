@@ -21,19 +21,19 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from dtrain.board import SYNC, Board, Once
-from dtrain.collectives import gathered
 from dtrain.config.schema import Config
-from dtrain.fingerprint import digest, refuse_other_weights, tensors_of
-from dtrain.launch import PRELOADED, tied
+from dtrain.launch.collectives import gathered
+from dtrain.launch.consistency import digest, refuse_other_weights, tensors_of
+from dtrain.launch.rank_processes import PRELOADED, tied
+from dtrain.launch.rendezvous import address_of_first
+from dtrain.launch.world import World
 from dtrain.model.layout import of_others
 from dtrain.plan import Plan
-from dtrain.rendezvous import address_of_first
 from dtrain.server import Server
 from dtrain.strategy.parameter_server import ParameterServer
 from dtrain.task.base import Task
 from dtrain.train import Settings, Step
 from dtrain.worker import OVER, Parts, work
-from dtrain.world import World
 
 
 class Asynchronous(Server):

@@ -27,8 +27,8 @@ from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader, Hu
 from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
 from torch.distributed.tensor import DTensor
 
-from dtrain.collectives import agree, gathered, together
 from dtrain.files.durable import remove, sync
+from dtrain.launch.collectives import agree, gathered, together
 from dtrain.optimizer import OPTIMIZER_STATE
 from dtrain.saved import MANIFEST, about, describe, differs, files_of, outline, sealed, whole
 

@@ -8,11 +8,11 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from dtrain import saved
-from dtrain.collectives import agree
 from dtrain.config.schema import Config
 from dtrain.files.durable import remove
 from dtrain.files.lock import Lock, check_free
-from dtrain.world import World
+from dtrain.launch.collectives import agree
+from dtrain.launch.world import World
 
 OUTPUTS = Path("outputs")  # where Hydra puts runs by default
 RESUMABLE = "resumable"  # a file in the folder of a run that was told to stop

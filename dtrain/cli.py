@@ -23,7 +23,6 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 
-from dtrain import quiet
 from dtrain.checkpoint import clear
 from dtrain.claim import RESUMABLE
 from dtrain.compare import command as comparison
@@ -32,11 +31,13 @@ from dtrain.config.outside import looking_at
 from dtrain.config.schema import CONFIGS, Comparison, Config, check_axes, checked, refuse_unknown, register
 from dtrain.config.secret import Asked, asked_again, masked_override, written
 from dtrain.files.lock import Lock
-from dtrain.hang import Hang
 from dtrain.info import info as count
 from dtrain.job import assemble, model_factories, strategies_of
-from dtrain.launch import TOLD, RanksFailed, leave_words, spawn, tie
-from dtrain.launchers import understood
+from dtrain.launch import quiet
+from dtrain.launch.hang_detector import Hang
+from dtrain.launch.launchers import understood
+from dtrain.launch.rank_processes import TOLD, RanksFailed, leave_words, spawn, tie
+from dtrain.launch.world import World
 from dtrain.model import own
 from dtrain.precision import Precision
 from dtrain.report.console import show
@@ -45,7 +46,6 @@ from dtrain.run import run
 from dtrain.saved import CHECKPOINTS
 from dtrain.streams import in_line, keep_open, shown
 from dtrain.train import NonFinite
-from dtrain.world import World
 
 # What a script does at a word, before there is a configuration: `python scripts/info.py capabilities`.
 RUN_ERRORS = (NonFinite, Hang)  # no mistakes: a run that cannot go on

@@ -10,15 +10,15 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from dtrain.collectives import gathered
 from dtrain.data.paths import in_words
 from dtrain.job import Job
+from dtrain.launch.collectives import gathered
+from dtrain.launch.world import World
 from dtrain.measure import environment, flops, memory
 from dtrain.measure.meter import Meter
 from dtrain.model import own
 from dtrain.model.initialize import on_meta
 from dtrain.task.base import Task
-from dtrain.world import World
 
 
 def meter_of(job: Job, world: World) -> tuple[Meter, str]:

@@ -18,6 +18,7 @@ from dtrain.data.augment import ImageChange, Mixup, TextChange
 from dtrain.data.base import Data
 from dtrain.data.sources import Source
 from dtrain.data.tokenizer import Tokenizer
+from dtrain.launch.world import World, device_of
 from dtrain.model import own
 from dtrain.model.layout import ModelFactory
 from dtrain.optimizer import parameter_groups
@@ -30,7 +31,6 @@ from dtrain.report.console import preparing
 from dtrain.strategy.base import Strategy
 from dtrain.strategy.parameter_server import ParameterServer
 from dtrain.task.base import Sizes, Task
-from dtrain.world import World, device_of
 
 AUGMENT = (TextChange, ImageChange, Mixup)
 COMPILERS = tuple(filter(None, (os.environ.get("CXX"), "g++", "clang++")))  # what torch.compile uses on a CPU

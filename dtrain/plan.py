@@ -25,7 +25,7 @@ from torch.utils.checkpoint import checkpoint
 from dtrain.accumulate import Accumulate
 from dtrain.data.seeded import Again
 from dtrain.degrees import AFTER_VALUES, MESH_ORDER, laid_out, rows_of_a_rank
-from dtrain.fingerprint import digest, refuse_other_weights, tensors_of
+from dtrain.launch.consistency import digest, refuse_other_weights, tensors_of
 from dtrain.model.initialize import build, materialize, on_meta
 from dtrain.model.layout import (
     ModelFactory,

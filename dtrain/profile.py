@@ -15,8 +15,8 @@ from typing import Any
 
 import torch.distributed as dist
 
-from dtrain.collectives import gathered
 from dtrain.cost import Cost
+from dtrain.launch.collectives import gathered
 from dtrain.measure.ledger import KINDS, Ledger
 from dtrain.measure.timeline import Span, Timeline, total
 from dtrain.measure.traffic import Traffic

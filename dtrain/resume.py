@@ -10,12 +10,12 @@ from typing import Any
 
 from dtrain import checkpoint, saved
 from dtrain.claim import OUTPUTS, RESUMABLE
-from dtrain.collectives import agree
 from dtrain.files import records
 from dtrain.job import Job
+from dtrain.launch.collectives import agree
+from dtrain.launch.world import World
 from dtrain.report.files import SUMMARY, summary_in
 from dtrain.train import Trainer
-from dtrain.world import World
 
 
 def finished(job: Job, folder: Path, world: World) -> dict[str, Any] | None:

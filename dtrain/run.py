@@ -16,31 +16,31 @@ from torch.optim import Optimizer
 from dtrain.asynchronous import Asynchronous
 from dtrain.checkpoint import Checkpoints
 from dtrain.claim import RESUMABLE, claimed
-from dtrain.collectives import agree
 from dtrain.config.override import typed
 from dtrain.config.schema import Config
 from dtrain.config.secret import Asked
 from dtrain.cost import Cost, fold
 from dtrain.figures import facts, meter_of, summary_of
 from dtrain.files.durable import write
-from dtrain.fingerprint import refuse_differences
-from dtrain.hang import Hang, Watch
 from dtrain.job import Job, assemble, optimizer_of, task_and_plan
+from dtrain.launch.collectives import agree
+from dtrain.launch.consistency import refuse_differences
+from dtrain.launch.fault_injection import slowed
+from dtrain.launch.flight_recorder import collective_failed
+from dtrain.launch.hang_detector import Hang, Watch
+from dtrain.launch.preemption import Preemption
+from dtrain.launch.rendezvous import agents, connected
+from dtrain.launch.world import World
 from dtrain.measure import memory
-from dtrain.notes import collective_failed
-from dtrain.preempt import Preemption
 from dtrain.profile import RECORDED, Profile
-from dtrain.rendezvous import agents, connected
 from dtrain.report import ranklog
 from dtrain.report.base import All, Run
 from dtrain.resume import finished, identity, take_weights
 from dtrain.spans import FIGURES, FORWARD_BACKWARD
-from dtrain.straggler import slowed
 from dtrain.task import pictures
 from dtrain.task.batch import Sums
 from dtrain.trace import trace
 from dtrain.train import Phase, Settings, Trainer
-from dtrain.world import World
 
 
 def run(config: Config, world: World, folder: Path, strategy: str, asked: Asked | None = None) -> dict[str, Any]:

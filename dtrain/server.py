@@ -20,13 +20,13 @@ from torch.optim import Optimizer
 from dtrain.board import SYNC, Board, Once
 from dtrain.clip import shrinking
 from dtrain.config.schema import Config
+from dtrain.launch.world import World
 from dtrain.link import Gone, Link
 from dtrain.plan import Plan
 from dtrain.strategy.parameter_server import ParameterServer
 from dtrain.task.base import Task
 from dtrain.train import NonFinite, Settings, Trainer
 from dtrain.worker import BYE, OVER, PULL, PUSH, STOP, WAIT, WORK, compression, of_model, shares_of
-from dtrain.world import World
 
 POLL_S, PATIENCE_S = 0.05, 0.5  # how often a server looks for a worker; how long a worker that must wait is left alone
 TURN_S = 0.002  # how often it looks whether it is the turn of one that waits

@@ -16,15 +16,15 @@ from dtrain.clip import clip
 from dtrain.compression import Compression
 from dtrain.config.schema import Config
 from dtrain.data.seeded import seed_everything
-from dtrain.launch import STOPS
+from dtrain.launch.fault_injection import slowed
+from dtrain.launch.rank_processes import STOPS
+from dtrain.launch.world import World, cores
 from dtrain.link import Link
 from dtrain.plan import Plan
-from dtrain.straggler import slowed
 from dtrain.strategy.parameter_server import ParameterServer
 from dtrain.strategy.zero1 import shared_out
 from dtrain.task.base import Task
 from dtrain.task.batch import Batch, Models, divide
-from dtrain.world import World, cores
 
 Parts = Callable[[], tuple[Task, Plan]]  # that travels to another process
 OVER = "over"  # the key that the first server sets when there is no more work

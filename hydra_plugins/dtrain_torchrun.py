@@ -46,7 +46,7 @@ class TorchrunLauncher(Launcher):
     """Runs the jobs of a sweep one after the other, each by torchrun in a folder of its own."""
 
     def __init__(self, nproc_per_node: int, options: list[str]) -> None:
-        self.command = [sys.executable, "-m", "dtrain.agent", *options, f"--nproc-per-node={nproc_per_node}"]
+        self.command = [sys.executable, "-m", "dtrain.launch.agent", *options, f"--nproc-per-node={nproc_per_node}"]
 
     def setup(self, *, hydra_context: HydraContext, task_function: TaskFunction, config: DictConfig) -> None:
         self.context, self.config = hydra_context, config

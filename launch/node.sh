@@ -30,7 +30,7 @@ case " $* " in  # it goes on with what is in its folder, unless it is told other
     *" resume="* | *" overwrite="*) ;;
     *) set -- "$@" resume=auto ;;
 esac
-python -m dtrain.agent --signals-to-handle=SIGINT "$@" hydra.run.dir="$folder" &
+python -m dtrain.launch.agent --signals-to-handle=SIGINT "$@" hydra.run.dir="$folder" &
 torchrun=$!
 told= without=0
 trap 'told=yes' TERM

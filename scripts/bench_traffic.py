@@ -11,12 +11,12 @@ from hydra import compose, initialize_config_dir
 
 from dtrain.config.schema import CONFIGS, checked, register
 from dtrain.job import assemble
-from dtrain.launch import spawn
+from dtrain.launch.rank_processes import spawn
+from dtrain.launch.rendezvous import connected
+from dtrain.launch.world import World
 from dtrain.profile import Profile
-from dtrain.rendezvous import connected
 from dtrain.run import optimizer_of
 from dtrain.train import Settings, Trainer
-from dtrain.world import World
 
 STRATEGIES, PAIRS = ("ddp", "fsdp", "tensor", "pipeline", "context"), 40
 

@@ -13,7 +13,7 @@ import torch.distributed as dist
 from worlds import World
 
 from dtrain import checkpoint, saved
-from dtrain.collectives import agree, together
+from dtrain.launch.collectives import agree, together
 
 
 class Odd(Exception):

@@ -12,8 +12,8 @@ from cases import ROWS, NextToken
 from test_cli import call  # noqa: F401
 from test_server import CONFIG, SETTINGS, plan_of, sgd
 
+from dtrain.launch.world import World
 from dtrain.server import Server
-from dtrain.world import World
 
 WORKERS = 4
 

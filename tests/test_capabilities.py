@@ -15,12 +15,12 @@ from dtrain import capabilities, cli
 from dtrain.capabilities import reasons
 from dtrain.config.schema import CONFIGS, checked, options, register
 from dtrain.job import assemble
+from dtrain.launch.world import World
 from dtrain.run import optimizer_of
 from dtrain.strategy.fsdp import FSDP
 from dtrain.strategy.pipeline import Pipeline
 from dtrain.survey import PARTLY, RANKS, REFUSED, SAME_AXIS, WORKS, Trial, survey
 from dtrain.train import Settings, Trainer
-from dtrain.world import World
 
 README = Path(__file__).parent.parent / "README.md"
 

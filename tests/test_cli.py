@@ -20,7 +20,7 @@ from hydra.core.global_hydra import GlobalHydra
 
 from dtrain import cli
 from dtrain.claim import RESUMABLE
-from dtrain.launch import stops_go_to
+from dtrain.launch.rank_processes import stops_go_to
 from dtrain.saved import about, verify
 from hydra_plugins.dtrain_torchrun import _outcome
 

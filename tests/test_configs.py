@@ -26,6 +26,7 @@ from dtrain.config.schema import checked, make, register
 from dtrain.data.base import Data
 from dtrain.data.sources import Source
 from dtrain.data.tokenizer import Tokenizer
+from dtrain.launch.world import World
 from dtrain.model import own
 from dtrain.plan import Plan
 from dtrain.precision import Precision
@@ -48,7 +49,6 @@ from dtrain.strategy.pipeline import Pipeline
 from dtrain.strategy.replicate import Replicate
 from dtrain.strategy.tensor import TensorParallel
 from dtrain.strategy.zero1 import Zero1
-from dtrain.world import World
 
 CONFIGS = Path(__file__).parent.parent / "configs"
 NEEDED = {

@@ -23,7 +23,7 @@ from worlds import World
 
 from dtrain import cli
 from dtrain.checkpoint import Checkpoints, load
-from dtrain.preempt import Preemption
+from dtrain.launch.preemption import Preemption
 from dtrain.saved import MANIFEST, about, verify
 from dtrain.task.causal_lm import CausalLM
 

@@ -20,7 +20,7 @@ from runs import ROOT, alive, ranks, until
 from test_cli import PYTHON, call  # noqa: F401
 
 from dtrain.cli import start
-from dtrain.launch import PRELOADED, tied
+from dtrain.launch.rank_processes import PRELOADED, tied
 from dtrain.saved import MANIFEST, about, sealed, verify
 from dtrain.streams import keep_open
 from dtrain.task.causal_lm import CausalLM
@@ -143,7 +143,7 @@ def test_sigterm_while_a_large_checkpoint_is_verified_ends_at_once(tmp_path: Pat
 
 def test_ctrl_c_while_a_script_imports_shows_no_traceback() -> None:
     """It ends by the signal; where SIGINT is ignored, as in a shell's background, it stays so."""
-    script = "import dtrain.quiet, os, signal; os.kill(os.getpid(), signal.SIGINT); print('goes on')"
+    script = "import dtrain.launch.quiet, os, signal; os.kill(os.getpid(), signal.SIGINT); print('goes on')"
     for before, status, out in (
         ("", -signal.SIGINT, ""),
         ("import signal; signal.signal(2, signal.SIG_IGN); ", 0, "goes on\n"),
@@ -168,10 +168,12 @@ def test_ctrl_c_while_the_fork_server_imports_shows_no_traceback() -> None:
 
 
 def test_ctrl_c_is_pythons_own_again_in_a_rank_that_is_forked() -> None:
-    before = signal.signal(signal.SIGINT, signal.SIG_DFL)  # as the fork server, which has imported dtrain.quiet, had it
+    before = signal.signal(
+        signal.SIGINT, signal.SIG_DFL
+    )  # as the fork server, which has imported dtrain.launch.quiet, had it
     terms = [(number, signal.getsignal(number)) for number in (signal.SIGTERM, signal.SIGHUP)]
     try:
-        with mock.patch("dtrain.launch.tie"):
+        with mock.patch("dtrain.launch.rank_processes.tie"):
             assert tied(0, signal.getsignal, signal.SIGINT) == signal.default_int_handler
     finally:
         for number, handler in [*terms, (signal.SIGINT, before)]:

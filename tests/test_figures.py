@@ -24,6 +24,7 @@ from dtrain.compare.results import Row
 from dtrain.config.schema import Config, Measure
 from dtrain.cost import fold
 from dtrain.figures import facts, meter_of, summary_of
+from dtrain.launch.world import World
 from dtrain.measure import memory, timeline
 from dtrain.measure.meter import Meter
 from dtrain.measure.timeline import COMMUNICATION, COMPUTE, Shares, Span
@@ -38,7 +39,6 @@ from dtrain.stages import split_evenly
 from dtrain.strategy.ddp import DDP
 from dtrain.strategy.pipeline import Pipeline
 from dtrain.trace import trace
-from dtrain.world import World
 
 CPU = torch.device("cpu")
 FP32 = 4  # bytes

@@ -29,12 +29,13 @@ from test_configs import composed
 from dtrain.compare import step
 from dtrain.compare.results import Row
 from dtrain.config.schema import checked
-from dtrain.hang import Hang, Watch, _read, within
+from dtrain.launch.flight_recorder import Note, Notes, missing, waiting
+from dtrain.launch.hang_detector import Hang, Watch, _read, within
+from dtrain.launch.world import World
 from dtrain.measure.ledger import Ledger
 from dtrain.measure.timeline import COMMUNICATION, Span, Timeline, common, merged, total, without
 from dtrain.measure.traffic import Traffic
 from dtrain.messages import Message
-from dtrain.notes import Note, Notes, missing, waiting
 from dtrain.profile import RECORDED, Profile
 from dtrain.report import gantt, instruments
 from dtrain.run import run
@@ -42,7 +43,6 @@ from dtrain.schedule import _work, bubble
 from dtrain.spans import PHASE, STAGE, mark
 from dtrain.strategy.pipeline import SCHEDULES, Pipeline
 from dtrain.train import Trainer
-from dtrain.world import World
 
 ROOT = Path(__file__).parent.parent
 INTERVALS = st.lists(st.tuples(st.integers(0, 60), st.integers(0, 60)).map(lambda pair: (min(pair), max(pair))))
@@ -416,7 +416,7 @@ def _watches(size: int, timeout_s: float) -> list[Watch]:
             distributed_c10d=SimpleNamespace(_get_default_store=lambda: store),
             group=SimpleNamespace(WORLD=SimpleNamespace(group_name="w")),
         )  # fmt: skip
-        with mock.patch("dtrain.hang.dist", known):
+        with mock.patch("dtrain.launch.hang_detector.dist", known):
             made.append(Watch({"g": ("tp", [0, 1])}, timeout_s))
     return made
 
@@ -433,7 +433,7 @@ def test_a_rank_notes_the_step_in_which_a_collective_began() -> None:
              "input_dtypes": ["Float", "Float"], "record_id": number}
             for number, (at, group, one_to_one, retired) in enumerate(entries, 1)]  # fmt: skip
     what = "all_reduce of 3x4, 1 float"
-    with mock.patch("dtrain.hang._recorded", lambda: [told[:3], told[3:]]):  # gloo's and NCCL's
+    with mock.patch("dtrain.launch.hang_detector._recorded", lambda: [told[:3], told[3:]]):  # gloo's and NCCL's
         notes = watch._notes()
     assert notes == Notes(
         6, {"g": [Note(1, what, 0), Note(2, what, 5), Note(6, what, 6, True)], "w": [Note(3, what, 5)]}

@@ -19,13 +19,13 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from dtrain import fingerprint, launch, rendezvous
 from dtrain.config.schema import Straggler
-from dtrain.fingerprint import refuse_differences
-from dtrain.launch import ABORTED, RanksFailed, leave_words, processes_left, spawn
-from dtrain.rendezvous import connected
-from dtrain.straggler import slowed
-from dtrain.world import World
+from dtrain.launch import consistency, rank_processes, rendezvous
+from dtrain.launch.consistency import refuse_differences
+from dtrain.launch.fault_injection import slowed
+from dtrain.launch.rank_processes import ABORTED, RanksFailed, leave_words, processes_left, spawn
+from dtrain.launch.rendezvous import connected
+from dtrain.launch.world import World
 
 CPU = torch.device("cpu")
 STOPPED = -signal.SIGTERM  # by torchrun, since another has failed
@@ -37,7 +37,10 @@ STOPPED = -signal.SIGTERM  # by torchrun, since another has failed
 def _words(rank: int, at: float, words: str, folder: Path) -> str:
     """The file in which a rank has left its words at this second, if it has."""
     file = folder / f"{rank}.json"
-    with mock.patch.dict(os.environ, {launch.ERROR_FILE: str(file)}), mock.patch("dtrain.launch.time.time", lambda: at):
+    with (
+        mock.patch.dict(os.environ, {rank_processes.ERROR_FILE: str(file)}),
+        mock.patch("dtrain.launch.rank_processes.time.time", lambda: at),
+    ):
         if words:
             leave_words(words)
     return str(file)
@@ -91,7 +94,10 @@ def test_the_reason_is_what_the_first_rank_to_fail_said(case: str, tmp_path: Pat
     made = Ranks(
         statuses, files, stopped=[r for r, s in enumerate(statuses) if s == STOPPED and set(statuses) != {STOPPED}]
     )
-    with mock.patch("dtrain.launch.start_processes", lambda *_, **__: made), pytest.raises(RanksFailed) as said:
+    with (
+        mock.patch("dtrain.launch.rank_processes.start_processes", lambda *_, **__: made),
+        pytest.raises(RanksFailed) as said,
+    ):
         spawn(print, nproc=len(statuses))
     assert (str(said.value), said.value.status) == (words, status) and made.closed
 
@@ -116,8 +122,8 @@ def test_a_rank_that_failed_first_may_end_late(at: float, looks: int, said: tupl
     made = Ranks([1, 3], {0: _words(0, 103, OTHERS, tmp_path), 1: _words(1, at, "mine", tmp_path)})
     made._pc.processes[1] = Late(looks)
     with (
-        mock.patch("dtrain.launch.start_processes", lambda *_, **__: made),
-        mock.patch("dtrain.launch.time.sleep"),
+        mock.patch("dtrain.launch.rank_processes.start_processes", lambda *_, **__: made),
+        mock.patch("dtrain.launch.rank_processes.time.sleep"),
         pytest.raises(RanksFailed) as failed,
     ):
         spawn(print, nproc=2)
@@ -136,7 +142,7 @@ def _told(ranks: list[Any], times: int, end: Callable[[], Any]) -> Any:
         return end()
 
     with (
-        mock.patch("dtrain.launch.start_processes", start),
+        mock.patch("dtrain.launch.rank_processes.start_processes", start),
         mock.patch.object(multiprocessing, "active_children", lambda: ranks),
     ):
         return spawn(print, nproc=max(1, len(ranks)))
@@ -184,7 +190,7 @@ def test_ranks_that_fail_after_sigterm_were_told_to_end(ending: list[int], tmp_p
 def test_what_is_ignored_stays_so_but_sigterm_which_nodes_ignore_until_ranks_listen(number: int, heard: bool) -> None:
     before, told = signal.signal(number, signal.SIG_IGN), []
     try:
-        with launch.stops_go_to(lambda number, frame: told.append(number)):
+        with rank_processes.stops_go_to(lambda number, frame: told.append(number)):
             os.kill(os.getpid(), number)
         assert told == [number] * heard and signal.getsignal(number) == signal.SIG_IGN
     finally:
@@ -223,7 +229,7 @@ def test_a_straggler_takes_so_many_times_as_long(factor: float) -> None:
         now[0] += seconds
 
     clock = SimpleNamespace(perf_counter=lambda: now[0], sleep=sleep)
-    with mock.patch("dtrain.straggler.time", clock):
+    with mock.patch("dtrain.launch.fault_injection.time", clock):
         for rank, expected in ((1, 2 * factor), (0, 2.0), (-1, 2.0)):
             begun = now[0]
             with slowed(Straggler(rank=1, factor=factor), rank):
@@ -263,7 +269,7 @@ def _ranks(size: int) -> Iterator[Callable[[Callable[[int], None]], list[str]]]:
             thread.join(60)
         return said
 
-    with mock.patch.object(fingerprint, "gathered", gathered):
+    with mock.patch.object(consistency, "gathered", gathered):
         yield run
 
 
@@ -272,7 +278,7 @@ def code(tmp_path: Path) -> Iterator[Path]:
     """Two files in place of all of ours."""
     for name in ("one.py", "two.py"):
         (tmp_path / name).write_text(f"# {name}\n")
-    with mock.patch.object(fingerprint, "ROOT", tmp_path):
+    with mock.patch.object(consistency, "ROOT", tmp_path):
         yield tmp_path
 
 
@@ -293,9 +299,9 @@ def test_what_decides_the_result_is_compared_and_nothing_else(code: Path) -> Non
         assert run(lambda rank: refuse_differences(settings[rank], {"rows": 9})) == ["", ""]
         said = run(lambda rank: refuse_differences(settings[rank], {"rows": 9 + rank}))
         assert said[0].endswith(": the prepared data.rows is 10 there, 9 here")
-    facts = fingerprint._facts({}, {})
+    facts = consistency._facts({}, {})
     (code / "two.py").write_text("# changed\n")
-    changed = fingerprint._facts({}, {})
+    changed = consistency._facts({}, {})
     assert [name for name in facts if facts[name] != changed[name]] == ["the code of dtrain/two.py"]
     digest = hashlib.sha256(b"# changed\n").hexdigest()
     assert digest.startswith(changed["the code of dtrain/two.py"]) and len(facts) == 4
@@ -341,8 +347,8 @@ def test_no_rank_is_started_where_two_have_no_room(left: float, starts: bool) ->
     """Gloo would abort one of them, or wait for a thread that could not begin."""
     made = mock.Mock(side_effect=ZeroDivisionError)
     with (
-        mock.patch("dtrain.launch.processes_left", lambda: left),
-        mock.patch("dtrain.launch.start_processes", made),
+        mock.patch("dtrain.launch.rank_processes.processes_left", lambda: left),
+        mock.patch("dtrain.launch.rank_processes.start_processes", made),
         pytest.raises(ZeroDivisionError if starts else BlockingIOError),
     ):
         spawn(print, nproc=2)

@@ -16,8 +16,8 @@ import pytest
 import warm
 from runs import ROOT, TORCHRUN
 
-from dtrain import rendezvous
-from dtrain.launch import MEETING
+from dtrain.launch import rendezvous
+from dtrain.launch.rank_processes import MEETING
 
 TRAIN, COMPARE = ([sys.executable, str(ROOT / f"scripts/{name}.py")] for name in ("train", "compare"))
 LONG = ["model=tiny", "steps=100000", "global_batch_size=4", "eval.every=0", "launch.threads=1"]

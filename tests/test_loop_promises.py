@@ -25,6 +25,7 @@ from dtrain.data.rows import Rows
 from dtrain.data.sources import Source
 from dtrain.data.tokenizer import Bytes
 from dtrain.job import Job, optimizer_of
+from dtrain.launch.world import World
 from dtrain.model.images import MLP
 from dtrain.model.initialize import materialize
 from dtrain.model.transformer import Transformer
@@ -40,7 +41,6 @@ from dtrain.task.gan import GAN as RealGAN
 from dtrain.task.image_classification import ImageClassification
 from dtrain.task.masked_lm import MaskedLM
 from dtrain.train import NonFinite, Settings, Step, Trainer
-from dtrain.world import World
 
 # Rounding alone, of some ten sums in fp64.
 TOLERANCE = 1e-12

@@ -29,7 +29,7 @@ from own_models import MODELS
 from torch import Tensor, nn
 
 import dtrain
-from dtrain import cli, launch
+from dtrain import cli
 from dtrain.compare.command import Failed
 from dtrain.config.errors import NO_MORE_PROCESSES
 from dtrain.config.schema import CONFIGS, Comparison, check_axes, checked, make, register
@@ -37,9 +37,11 @@ from dtrain.data.base import Data
 from dtrain.data.rows import Rows
 from dtrain.data.sources import Source, StandardLibrary
 from dtrain.data.tokenizer import Bytes, Tokenizer
-from dtrain.hang import Hang
 from dtrain.job import COMPILERS, assemble, optimizer_of
-from dtrain.launch import RanksFailed
+from dtrain.launch import rank_processes
+from dtrain.launch.hang_detector import Hang
+from dtrain.launch.rank_processes import RanksFailed
+from dtrain.launch.world import World
 from dtrain.model.block import Core
 from dtrain.model.layout import Layout, ModelFactory, refuse_batch_norm, sequence_length
 from dtrain.model.transformer import Transformer
@@ -69,7 +71,6 @@ from dtrain.strategy.tensor import TensorParallel
 from dtrain.strategy.zero1 import Zero1
 from dtrain.task.base import Sizes, Task
 from dtrain.train import NonFinite
-from dtrain.world import World
 
 SOURCE = Path(dtrain.__file__).parent
 ROOMS = ("strategy/**/*.py", "plan.py", "degrees.py", "config.py", "constructor.py", "layout.py", "job.py")
@@ -1102,12 +1103,15 @@ def test_a_command_ends_with_the_status_of_what_went_wrong(
 def test_a_rank_that_the_kernel_ends_for_want_of_memory_is_told_so(monkeypatch: pytest.MonkeyPatch) -> None:
     """By the kernel's own count; not where another signal, or nothing, has ended it."""
     counts = iter((7, 7, 8))
-    monkeypatch.setattr(launch.MemoryWatch, "_killed", staticmethod(lambda: next(counts)))
-    watch = launch.MemoryWatch()
+    monkeypatch.setattr(rank_processes.MemoryWatch, "_killed", staticmethod(lambda: next(counts)))
+    watch = rank_processes.MemoryWatch()
     said = [str(watch), str(watch)]
     assert said[0] == "" and "want of memory" in said[1]
     for status, told in ((-9, said[1]), (-11, "")):
-        assert str(launch._first({1: status}, {1: "nowhere"}, said[1])) == f"rank 1 ended with signal {-status}{told}"
+        assert (
+            str(rank_processes._first({1: status}, {1: "nowhere"}, said[1]))
+            == f"rank 1 ended with signal {-status}{told}"
+        )
 
 
 def test_a_bug_is_not_told_as_a_mistake() -> None:

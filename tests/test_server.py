@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from dtrain.asynchronous import Asynchronous
 from dtrain.config.schema import Config, Launch, Straggler
+from dtrain.launch.world import World
 from dtrain.link import HEADER, Gone, Link
 from dtrain.plan import Plan
 from dtrain.precision import Precision
@@ -26,7 +27,6 @@ from dtrain.server import Server
 from dtrain.strategy.parameter_server import ParameterServer
 from dtrain.train import Settings, Trainer
 from dtrain.worker import BYE, OVER, PULL, PUSH, Worker, compression, of_model
-from dtrain.world import World
 
 TOLERANCE = 1e-12  # rounding alone, in fp64
 RATE, STEPS, MOST = 0.3, 5, 0.2  # the last is what norms are clipped to

@@ -17,11 +17,11 @@ import warm
 from runs import free_port
 from test_cli import PYTHON, call  # noqa: F401
 
-from dtrain import launch
-from dtrain.launch import spawn
-from dtrain.launchers import understood
-from dtrain.rendezvous import connected
-from dtrain.world import World
+from dtrain.launch import rank_processes
+from dtrain.launch.launchers import understood
+from dtrain.launch.rank_processes import spawn
+from dtrain.launch.rendezvous import connected
+from dtrain.launch.world import World
 
 Call = Callable[..., tuple[int, str, str]]
 QUICK = ["model=tiny", "steps=2", "eval.every=0", "global_batch_size=4", "seq_len=16", "measure.peak_flops=1e12",
@@ -87,7 +87,7 @@ def test_ranks_of_one_machine_meet_by_no_name() -> None:
         seen.extend(given[3].values())
         raise ValueError("started")
 
-    with mock.patch.object(launch, "start_processes", started), pytest.raises(ValueError, match="started"):
+    with mock.patch.object(rank_processes, "start_processes", started), pytest.raises(ValueError, match="started"):
         spawn(print, nproc=2)
     assert [each["RANK"] for each in seen] == ["0", "1"] and not any("MASTER_ADDR" in each for each in seen)
     assert all(each["GLOO_SOCKET_IFNAME"].startswith("lo") for each in seen)

@@ -14,9 +14,9 @@ from unittest import mock
 import pytest
 import torch.distributed as dist
 
-from dtrain import hang
 from dtrain.config.schema import Fault, Straggler
-from dtrain.hang import Hang, Watch
+from dtrain.launch import hang_detector
+from dtrain.launch.hang_detector import Hang, Watch
 from dtrain.run import _instruments
 from dtrain.spans import EXCHANGE, FIGURES, FORWARD_BACKWARD
 
@@ -41,7 +41,7 @@ class Ranks:
                 distributed_c10d=SimpleNamespace(_get_default_store=lambda: store),
                 group=SimpleNamespace(WORLD=SimpleNamespace(group_name="w")),
             )  # fmt: skip
-            with mock.patch("dtrain.hang.dist", known):
+            with mock.patch("dtrain.launch.hang_detector.dist", known):
                 self.watches.append(Watch({}, TIMEOUT_S))
             self.watches[rank]._thread.name = str(rank)
             self.watches[rank]._answer_s = 20.0  # the other's thread may be long in coming
@@ -71,7 +71,10 @@ def ranks() -> Iterator[Ranks]:
         except RuntimeError:
             return None
 
-    with mock.patch.object(hang, "_recorded", made.recorded), mock.patch.object(hang, "within", named):
+    with (
+        mock.patch.object(hang_detector, "_recorded", made.recorded),
+        mock.patch.object(hang_detector, "within", named),
+    ):
         for watch in made.watches:
             watch.__enter__()
         yield made
@@ -125,12 +128,18 @@ def test_the_notes_of_nccl_are_read_where_there_are_any(monkeypatch: pytest.Monk
     notes = {"_dump_fr_trace_json": [_entry(1, "gloo:barrier", 7)], "_dump_nccl_trace_json": []}
     for name, entries in notes.items():
         monkeypatch.setattr(
-            hang.c10d, name, lambda entries=entries: json.dumps({"entries": entries} if entries else {}), raising=False
+            hang_detector.c10d,
+            name,
+            lambda entries=entries: json.dumps({"entries": entries} if entries else {}),
+            raising=False,
         )
-    before = hang._newest()
+    before = hang_detector._newest()
     notes["_dump_nccl_trace_json"] += [_entry(1, "nccl:all_reduce", 0)]
-    assert hang._newest() > before
-    assert [hang._what(e) for each in hang._recorded() for e in each] == ["barrier of 2 float", "all_reduce of 2 float"]
+    assert hang_detector._newest() > before
+    assert [hang_detector._what(e) for each in hang_detector._recorded() for e in each] == [
+        "barrier of 2 float",
+        "all_reduce of 2 float",
+    ]
 
 
 def test_a_rank_may_be_slow_and_stay_away() -> None:

@@ -39,8 +39,8 @@ from unittest import mock
 import numpy
 from torch.distributed.run import main as torchrun
 
-from dtrain.launch import PRELOADED as PRELOADED_BY_OURS
-from dtrain.launch import start_tracker
+from dtrain.launch.rank_processes import PRELOADED as PRELOADED_BY_OURS
+from dtrain.launch.rank_processes import start_tracker
 
 PRELOADED = ("dtrain.cli", "dtrain.capabilities", "dtrain.report.files", "torch.distributed.run", "torch.distributed.tensor",
              "cases", "worlds", "pytest", "hypothesis.strategies", "sklearn.metrics", "scipy.linalg", "PIL.Image",

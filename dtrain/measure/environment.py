@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from dtrain.world import cores
+from dtrain.launch.world import cores
 
 PACKAGES = (
     "dtrain",

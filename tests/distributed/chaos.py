@@ -31,7 +31,7 @@ from runs import TORCHRUN, alive, curve, free_port, printed, ranks, start, train
 
 from dtrain.cli import start as launch  # noqa: E402
 from dtrain.config.schema import CONFIGS, register  # noqa: E402
-from dtrain.launch import RanksFailed
+from dtrain.launch.rank_processes import RanksFailed
 from dtrain.saved import verify, whole  # noqa: E402
 
 register()

@@ -22,9 +22,9 @@ from hypothesis import strategies as st
 from runs import ROOT, TORCHRUN, alive, curve, free_port, printed, ranks, start, training, two_nodes, until
 from torch.distributed.device_mesh import init_device_mesh
 
-from dtrain.preempt import Preemption
-from dtrain.rendezvous import connected, meet
-from dtrain.world import World
+from dtrain.launch.preemption import Preemption
+from dtrain.launch.rendezvous import connected, meet
+from dtrain.launch.world import World
 
 STANDALONE = [*TORCHRUN, "--standalone", "--nproc-per-node", "2"]
 SETTINGS = ["strategy=fsdp", "steps=60", "checkpoint.every=10", "launch.timeout_s=60"]

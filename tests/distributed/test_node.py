@@ -102,7 +102,7 @@ def test_a_run_goes_on_unless_it_is_told_otherwise(given: list[str], kept: list[
     said = subprocess.run(command, env=environment, stdout=subprocess.PIPE, text=True, timeout=60).stdout.split()
     assert said == [
         "-m",
-        "dtrain.agent",
+        "dtrain.launch.agent",
         "--signals-to-handle=SIGINT",
         "train.py",
         *kept,
@@ -128,7 +128,7 @@ def test_one_node_that_is_told_stops_all_and_all_go_on(start, told: int, tmp_pat
     nodes = start()
     until(lambda: len(curve(tmp_path)) >= 20)
     found = {pid: addresses for node in nodes for pid, addresses in listening(descendants(node.pid)).items()}
-    agents = {pid for pid in found if b"dtrain.agent" in Path(f"/proc/{pid}/cmdline").read_bytes()}
+    agents = {pid for pid in found if b"dtrain.launch.agent" in Path(f"/proc/{pid}/cmdline").read_bytes()}
     assert len(agents) == 2 and set(beyond(found)) <= agents, found  # ranks on the network that was named
     nodes[told].send_signal(signal.SIGTERM)
     assert [node.wait(60) for node in nodes] == [RESUMABLE, RESUMABLE]

@@ -29,10 +29,10 @@ from typing import Any
 from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, PContext, Std, start_processes
 
 from dtrain.config.errors import HOLD_LESS
-from dtrain.world import VARIABLES
+from dtrain.launch.world import VARIABLES
 
 # By the server from which ranks are forked: what every run needs, after what lets Ctrl-C end the import quietly.
-PRELOADED = ["dtrain.quiet", "dtrain.cli", "dtrain.forkserver"]
+PRELOADED = ["dtrain.launch.quiet", "dtrain.cli", "dtrain.launch.fork_server"]
 ERROR_FILE = "TORCHELASTIC_ERROR_FILE"  # the variable that tells a rank where to leave its last words
 MEETING = "DTRAIN_MEETING"  # the variable that tells ranks that we start ourselves in which file they meet
 A_RANK = 12  # processes and threads that a rank takes, at least

@@ -14,11 +14,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from dtrain.collectives import gathered
 from dtrain.config.secret import HIDDEN
 from dtrain.files.records import flat
+from dtrain.launch.collectives import gathered
 
-ROOT = Path(__file__).parent
+ROOT = Path(__file__).parent.parent
 
 
 def refuse_differences(

@@ -20,10 +20,10 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from dtrain.collectives import gathered
-from dtrain.launch import MEETING
-from dtrain.notes import collective_failed
-from dtrain.world import World, cores
+from dtrain.launch.collectives import gathered
+from dtrain.launch.flight_recorder import collective_failed
+from dtrain.launch.rank_processes import MEETING
+from dtrain.launch.world import World, cores
 
 TIMEOUTS = ("default_pg_timeout", "default_pg_nccl_timeout")
 NOTES = 4096  # collectives that torch's flight recorder remembers, for whoever asks why ranks wait

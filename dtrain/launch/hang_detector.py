@@ -27,7 +27,7 @@ from typing import Any, TypeVar
 import torch.distributed as dist
 from torch._C import _distributed_c10d as c10d
 
-from dtrain.notes import Note, Notes, collective_failed, missing, ranks_in_words, waiting
+from dtrain.launch.flight_recorder import Note, Notes, collective_failed, missing, ranks_in_words, waiting
 
 T = TypeVar("T")
 PATIENCE = 0.5  # of the collectives' timeout: without anything new, until ranks hand in their notes

@@ -14,8 +14,8 @@ from types import FrameType
 
 import torch.distributed as dist
 
-from dtrain.launch import stops_go_to
-from dtrain.notes import collective_failed
+from dtrain.launch.flight_recorder import collective_failed
+from dtrain.launch.rank_processes import stops_go_to
 
 TOLD, AFTER = "told", "after"
 

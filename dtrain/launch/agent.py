@@ -13,7 +13,7 @@ from torch.distributed.elastic.rendezvous import RendezvousError
 from torch.distributed.run import parse_args
 from torch.distributed.run import run as torchrun
 
-from dtrain.launch import MemoryWatch
+from dtrain.launch.rank_processes import MemoryWatch
 
 FAILED = 1
 
