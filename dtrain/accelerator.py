@@ -13,14 +13,14 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.optim import Optimizer
 
-from dtrain.accumulate import Accumulate
 from dtrain.model.layout import write, written
-from dtrain.optimizer import named_tensors
-from dtrain.presence import completed
+from dtrain.parallel.accumulate import Accumulate
+from dtrain.parallel.optimizer import named_tensors
+from dtrain.parallel.presence import completed
 from dtrain.task.batch import Batch, Models, Sums
 
 if TYPE_CHECKING:
-    from dtrain.plan import Plan
+    from dtrain.parallel.plan import Plan
     from dtrain.task.base import Update
 
 LAUNCHED = {  # what `accelerate launch` sets, and the strategy that it is

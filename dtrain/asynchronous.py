@@ -28,7 +28,7 @@ from dtrain.launch.rank_processes import PRELOADED, tied
 from dtrain.launch.rendezvous import address_of_first
 from dtrain.launch.world import World
 from dtrain.model.layout import of_others
-from dtrain.plan import Plan
+from dtrain.parallel.plan import Plan
 from dtrain.server import Server
 from dtrain.strategy.parameter_server import ParameterServer
 from dtrain.task.base import Task

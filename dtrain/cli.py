@@ -39,7 +39,7 @@ from dtrain.launch.launchers import understood
 from dtrain.launch.rank_processes import TOLD, RanksFailed, leave_words, spawn, tie
 from dtrain.launch.world import World
 from dtrain.model import own
-from dtrain.precision import Precision
+from dtrain.parallel.precision import Precision
 from dtrain.report.console import show
 from dtrain.report.sweep import Told, show_job, show_sweep
 from dtrain.run import run

@@ -23,11 +23,11 @@ from itertools import accumulate
 from math import prod
 from typing import TYPE_CHECKING
 
-from dtrain.footprint import Footprint, Kept
-from dtrain.messages import Message
+from dtrain.parallel.footprint import Footprint, Kept
+from dtrain.parallel.messages import Message
 
 if TYPE_CHECKING:
-    from dtrain.plan import Plan
+    from dtrain.parallel.plan import Plan
 
 
 @dataclass(frozen=True)

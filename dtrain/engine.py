@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 
 if TYPE_CHECKING:
-    from dtrain.plan import Plan
+    from dtrain.parallel.plan import Plan
 
 STALE_S = 900  # a lock on an extension that is being compiled is older than that if nobody compiles it
 

@@ -12,7 +12,7 @@ from dtrain.config.constructor import in_words
 from dtrain.measure import flops
 from dtrain.model.initialize import on_meta
 from dtrain.model.layout import ModelFactory, layout_of, sequence_length
-from dtrain.precision import Precision
+from dtrain.parallel.precision import Precision
 
 MOMENTS = 2  # Adam keeps two numbers for each weight
 

@@ -21,14 +21,14 @@ from dtrain.data.tokenizer import Tokenizer
 from dtrain.launch.world import World, device_of
 from dtrain.model import own
 from dtrain.model.layout import ModelFactory
-from dtrain.optimizer import parameter_groups
-from dtrain.plan import Plan
-from dtrain.precision import Precision
-from dtrain.probe import probe
+from dtrain.parallel.checks.probe import probe
+from dtrain.parallel.optimizer import parameter_groups
+from dtrain.parallel.plan import Plan
+from dtrain.parallel.precision import Precision
+from dtrain.parallel.strategy import Strategy
 from dtrain.profile import RECORDED
 from dtrain.report.base import All, Logger
 from dtrain.report.console import preparing
-from dtrain.strategy.base import Strategy
 from dtrain.strategy.parameter_server import ParameterServer
 from dtrain.task.base import Sizes, Task
 

@@ -20,9 +20,9 @@ from dtrain.launch.collectives import gathered
 from dtrain.measure.ledger import KINDS, Ledger
 from dtrain.measure.timeline import Span, Timeline, total
 from dtrain.measure.traffic import Traffic
-from dtrain.messages import Message
-from dtrain.plan import Plan
-from dtrain.spans import FIGURES, OPTIMIZER, PHASE, STAGE, mark
+from dtrain.parallel.messages import Message
+from dtrain.parallel.plan import Plan
+from dtrain.parallel.spans import FIGURES, OPTIMIZER, PHASE, STAGE, mark
 from dtrain.train import Step, Trainer
 
 FOLLOWED, RECORDED = 3, 4  # steps of a run: after DDP's new buckets and Adam's first states

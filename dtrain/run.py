@@ -32,11 +32,11 @@ from dtrain.launch.preemption import Preemption
 from dtrain.launch.rendezvous import agents, connected
 from dtrain.launch.world import World
 from dtrain.measure import memory
+from dtrain.parallel.spans import FIGURES, FORWARD_BACKWARD
 from dtrain.profile import RECORDED, Profile
 from dtrain.report import ranklog
 from dtrain.report.base import All, Run
 from dtrain.resume import finished, identity, take_weights
-from dtrain.spans import FIGURES, FORWARD_BACKWARD
 from dtrain.task import pictures
 from dtrain.task.batch import Sums
 from dtrain.trace import trace

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch.distributed.pipelining.schedules import PipelineScheduleSingle, _ComputationType
 
-from dtrain.footprint import BACKWARD, FORWARD, FREE, GATHER, WEIGHTS
+from dtrain.parallel.footprint import BACKWARD, FORWARD, FREE, GATHER, WEIGHTS
 
 if TYPE_CHECKING:
     from dtrain.strategy.pipeline import Pipeline

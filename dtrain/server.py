@@ -18,11 +18,11 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from dtrain.board import SYNC, Board, Once
-from dtrain.clip import shrinking
 from dtrain.config.schema import Config
 from dtrain.launch.world import World
 from dtrain.link import Gone, Link
-from dtrain.plan import Plan
+from dtrain.parallel.clip import shrinking
+from dtrain.parallel.plan import Plan
 from dtrain.strategy.parameter_server import ParameterServer
 from dtrain.task.base import Task
 from dtrain.train import NonFinite, Settings, Trainer

@@ -13,9 +13,9 @@ from torch.distributed.tensor import DTensor, Partial, Placement, Replicate, Sha
 from torch.distributed.tensor._utils import _compute_local_shape_and_global_offset
 from torch.distributed.tensor.placement_types import _StridedShard
 
-from dtrain.footprint import Call, Kept, Piece, Shape
-from dtrain.footprint import cut as chunk
 from dtrain.model.layout import experts_of, holders, layout_of, modules_at, multiples, shared_names
+from dtrain.parallel.footprint import Call, Kept, Piece, Shape
+from dtrain.parallel.footprint import cut as chunk
 
 
 def split_parameter(module: nn.Module, name: str, dim: int, mesh: DeviceMesh) -> None:

@@ -13,14 +13,14 @@ from torch import Tensor, nn
 from torch.distributed.pipelining import PipelineStage
 from torch.distributed.pipelining.schedules import PipelineScheduleSingle
 
-from dtrain.footprint import BACKWARD, FORWARD, WEIGHTS
 from dtrain.model.layout import blocks_of, layout_of
-from dtrain.spans import STAGE, mark
-from dtrain.strategy.base import Executor, local, whole
+from dtrain.parallel.footprint import BACKWARD, FORWARD, WEIGHTS
+from dtrain.parallel.spans import STAGE, mark
+from dtrain.parallel.strategy import Executor, local, whole
 from dtrain.task.batch import Batch, Sums, divide
 
 if TYPE_CHECKING:
-    from dtrain.plan import Plan
+    from dtrain.parallel.plan import Plan
     from dtrain.strategy.pipeline import Pipeline
 
 

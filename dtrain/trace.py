@@ -16,14 +16,14 @@ from torch.optim import Optimizer
 from torch.utils.checkpoint import checkpoint
 
 from dtrain.config.constructor import in_words
-from dtrain.footprint import Call, Footprint, Kept, Piece, Weight
 from dtrain.measure.ledger import Ledger
 from dtrain.model.initialize import cast, on_meta
 from dtrain.model.layout import blocks_of, layout_of
+from dtrain.parallel.footprint import Call, Footprint, Kept, Piece, Weight
 from dtrain.task.batch import Batch, Models
 
 if TYPE_CHECKING:
-    from dtrain.plan import Plan
+    from dtrain.parallel.plan import Plan
     from dtrain.task.base import Task
 
 META = torch.device("meta")

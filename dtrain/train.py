@@ -16,13 +16,13 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from dtrain.clip import clip
 from dtrain.data.seeded import seed_everything
 from dtrain.model.layout import StepAware
-from dtrain.optimizer import OPTIMIZER_STATE, named_tensors, put_back, rate
-from dtrain.plan import Plan
-from dtrain.presence import Presence
-from dtrain.spans import EXCHANGE, FIGURES, FORWARD_BACKWARD, OPTIMIZER
+from dtrain.parallel.clip import clip
+from dtrain.parallel.optimizer import OPTIMIZER_STATE, named_tensors, put_back, rate
+from dtrain.parallel.plan import Plan
+from dtrain.parallel.presence import Presence
+from dtrain.parallel.spans import EXCHANGE, FIGURES, FORWARD_BACKWARD, OPTIMIZER
 from dtrain.task.base import Task, Update
 from dtrain.task.batch import evaluating, pieces
 

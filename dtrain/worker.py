@@ -12,7 +12,6 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from dtrain.board import SYNC
-from dtrain.clip import clip
 from dtrain.compression import Compression
 from dtrain.config.schema import Config
 from dtrain.data.seeded import seed_everything
@@ -20,7 +19,8 @@ from dtrain.launch.fault_injection import slowed
 from dtrain.launch.rank_processes import STOPS
 from dtrain.launch.world import World, cores
 from dtrain.link import Link
-from dtrain.plan import Plan
+from dtrain.parallel.clip import clip
+from dtrain.parallel.plan import Plan
 from dtrain.strategy.parameter_server import ParameterServer
 from dtrain.strategy.zero1 import shared_out
 from dtrain.task.base import Task

@@ -13,9 +13,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from dtrain.footprint import Footprint, Piece, Weight
-from dtrain.messages import Message, message
-from dtrain.optimizer import OPTIMIZER_STATE
+from dtrain.parallel.footprint import Footprint, Piece, Weight
+from dtrain.parallel.messages import Message, message
+from dtrain.parallel.optimizer import OPTIMIZER_STATE
 
 ALL_REDUCED = 500_000_000  # elements of a message of stage 0
 ALIGNED = 2  # a flat tensor of stages 1 and 2 is filled up to so many times the ranks

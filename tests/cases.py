@@ -16,15 +16,15 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dtrain import saved
-from dtrain.clip import clip
 from dtrain.model.layout import Layout
 from dtrain.model.transformer import Transformer
-from dtrain.optimizer import parameter_groups
-from dtrain.plan import Plan
-from dtrain.precision import Precision
+from dtrain.parallel.clip import clip
+from dtrain.parallel.optimizer import parameter_groups
+from dtrain.parallel.plan import Plan
+from dtrain.parallel.precision import Precision
+from dtrain.parallel.strategy import Strategy, whole
 from dtrain.saved import verify
 from dtrain.strategy.allreduce import AllReduce
-from dtrain.strategy.base import Strategy, whole
 from dtrain.strategy.context import Context
 from dtrain.strategy.ddp import DDP
 from dtrain.strategy.expert import Expert

@@ -33,10 +33,10 @@ from test_cost import Other, measured, predicted
 from torch.distributed.tensor import DTensor
 
 from dtrain.accelerator import refuse_contradictions
-from dtrain.plan import Plan
-from dtrain.precision import Precision
+from dtrain.parallel.plan import Plan
+from dtrain.parallel.precision import Precision
+from dtrain.parallel.strategy import Strategy
 from dtrain.strategy.accelerate import AccelerateDDP, AccelerateDeepSpeed, AccelerateFSDP, AccelerateLocalSGD
-from dtrain.strategy.base import Strategy
 from dtrain.strategy.ddp import DDP
 from dtrain.train import Settings, Trainer
 

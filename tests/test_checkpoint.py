@@ -30,10 +30,10 @@ from dtrain.checkpoint import Checkpoints, _apart, load, load_weights
 from dtrain.config.schema import Config, Schedule
 from dtrain.job import Job
 from dtrain.launch.world import World
+from dtrain.parallel.strategy import local
 from dtrain.report.base import Logger
 from dtrain.resume import identity, take_weights
 from dtrain.saved import about, run_of, verify
-from dtrain.strategy.base import local
 
 STEPS, SAVED_AT = 6, 4
 EXACT, CROSS = 0.0, 1e-12  # the same strategy: bit for bit; another one: rounding in fp64

@@ -28,13 +28,13 @@ from dtrain.data.sources import Source
 from dtrain.data.tokenizer import Tokenizer
 from dtrain.launch.world import World
 from dtrain.model import own
-from dtrain.plan import Plan
-from dtrain.precision import Precision
+from dtrain.parallel.plan import Plan
+from dtrain.parallel.precision import Precision
+from dtrain.parallel.strategy import REST, Strategy
 from dtrain.report.base import Logger
 from dtrain.run import run
 from dtrain.strategy.accelerate import AccelerateDDP, AccelerateDeepSpeed, AccelerateFSDP, AccelerateLocalSGD
 from dtrain.strategy.allreduce import AllReduce
-from dtrain.strategy.base import REST, Strategy
 from dtrain.strategy.context import Context
 from dtrain.strategy.ddp import DDP
 from dtrain.strategy.deepspeed import DeepSpeed

@@ -20,9 +20,9 @@ from torch import Tensor, nn
 from dtrain.job import COMPILERS
 from dtrain.model.layout import Layout
 from dtrain.model.transformer import Transformer
-from dtrain.plan import Plan
+from dtrain.parallel.plan import Plan
+from dtrain.parallel.strategy import Strategy
 from dtrain.strategy.allreduce import AllReduce
-from dtrain.strategy.base import Strategy
 from dtrain.strategy.context import Context, Ring
 from dtrain.strategy.fsdp import FSDP
 from dtrain.strategy.replicate import Replicate

@@ -13,14 +13,14 @@ import pytest
 from cases import CONTEXT, GAN, ROWS, NextToken, adamw
 
 from dtrain.cost import Cost, fold, place
-from dtrain.messages import Message
 from dtrain.model.moe import MoE
 from dtrain.model.transformer import Transformer
-from dtrain.plan import Plan
-from dtrain.precision import Precision
+from dtrain.parallel.messages import Message
+from dtrain.parallel.plan import Plan
+from dtrain.parallel.precision import Precision
+from dtrain.parallel.strategy import Strategy
 from dtrain.profile import Profile
 from dtrain.strategy.allreduce import AllReduce
-from dtrain.strategy.base import Strategy
 from dtrain.strategy.context import Context
 from dtrain.strategy.ddp import DDP
 from dtrain.strategy.expert import Expert

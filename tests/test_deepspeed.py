@@ -22,8 +22,8 @@ from test_cost import Other, measured, predicted
 from torch.utils.cpp_extension import _get_build_directory
 
 from dtrain.engine import fresh
-from dtrain.plan import Plan
-from dtrain.precision import Precision
+from dtrain.parallel.plan import Plan
+from dtrain.parallel.precision import Precision
 from dtrain.strategy.deepspeed import DeepSpeed
 from dtrain.strategy.deepspeed_autotp import AutoTP
 from dtrain.strategy.deepspeed_pipeline import DeepSpeedPipeline

@@ -14,10 +14,10 @@ from torch import nn
 
 from dtrain.checkpoint import Checkpoints, load
 from dtrain.model.transformer import Transformer
-from dtrain.plan import Plan
-from dtrain.precision import Precision
+from dtrain.parallel.plan import Plan
+from dtrain.parallel.precision import Precision
+from dtrain.parallel.strategy import Strategy, local
 from dtrain.strategy.allreduce import AllReduce
-from dtrain.strategy.base import Strategy, local
 from dtrain.strategy.expert import Expert
 from dtrain.strategy.fsdp import FSDP
 from dtrain.strategy.replicate import Replicate

@@ -28,13 +28,13 @@ from dtrain.launch.world import World
 from dtrain.measure import memory, timeline
 from dtrain.measure.meter import Meter
 from dtrain.measure.timeline import COMMUNICATION, COMPUTE, Shares, Span
-from dtrain.messages import Message
 from dtrain.model.layout import Layout
-from dtrain.plan import Plan
+from dtrain.parallel.messages import Message
+from dtrain.parallel.plan import Plan
+from dtrain.parallel.spans import PHASE, STAGE
 from dtrain.profile import Profile
 from dtrain.report.console import Console
 from dtrain.report.instruments import _mb
-from dtrain.spans import PHASE, STAGE
 from dtrain.stages import split_evenly
 from dtrain.strategy.ddp import DDP
 from dtrain.strategy.pipeline import Pipeline

@@ -15,8 +15,8 @@ from cases import NextToken, adamw
 from dtrain.cost import fold
 from dtrain.data.tokenizer import Bytes
 from dtrain.model.transformer import Transformer
-from dtrain.plan import Plan
-from dtrain.strategy.base import Strategy
+from dtrain.parallel.plan import Plan
+from dtrain.parallel.strategy import Strategy
 from dtrain.strategy.ddp import DDP
 from dtrain.strategy.fsdp import FSDP
 from dtrain.strategy.local_sgd import LocalSGD

@@ -20,8 +20,8 @@ from dtrain.data.images import Digits, Folder, Mnist, Ring, Samples
 from dtrain.data.seeded import generator
 from dtrain.measure.timeline import Span
 from dtrain.model.images import MLP, ConvGenerator, ConvNet
+from dtrain.parallel.spans import PHASE
 from dtrain.report import gantt
-from dtrain.spans import PHASE
 from dtrain.task.pictures import confusion_matrix, write
 from dtrain.task.rows import confusion
 

@@ -35,12 +35,12 @@ from dtrain.launch.world import World
 from dtrain.measure.ledger import Ledger
 from dtrain.measure.timeline import COMMUNICATION, Span, Timeline, common, merged, total, without
 from dtrain.measure.traffic import Traffic
-from dtrain.messages import Message
+from dtrain.parallel.messages import Message
+from dtrain.parallel.spans import PHASE, STAGE, mark
 from dtrain.profile import RECORDED, Profile
 from dtrain.report import gantt, instruments
 from dtrain.run import run
 from dtrain.schedule import _work, bubble
-from dtrain.spans import PHASE, STAGE, mark
 from dtrain.strategy.pipeline import SCHEDULES, Pipeline
 from dtrain.train import Trainer
 

@@ -29,10 +29,10 @@ from dtrain.launch.world import World
 from dtrain.model.images import MLP
 from dtrain.model.initialize import materialize
 from dtrain.model.transformer import Transformer
-from dtrain.optimizer import rate
+from dtrain.parallel.optimizer import rate
+from dtrain.parallel.strategy import local
 from dtrain.report.base import All
 from dtrain.resume import identity, take_weights
-from dtrain.strategy.base import local
 from dtrain.task.base import Task
 from dtrain.task.batch import Batch
 from dtrain.task.causal_lm import CausalLM

@@ -26,8 +26,8 @@ from dtrain.measure import environment, flops, memory
 from dtrain.measure.environment import cores, describe
 from dtrain.measure.meter import Meter
 from dtrain.model.transformer import Transformer
-from dtrain.optimizer import parameter_groups, rate
-from dtrain.precision import Precision
+from dtrain.parallel.optimizer import parameter_groups, rate
+from dtrain.parallel.precision import Precision
 from dtrain.task import sample_quality
 
 

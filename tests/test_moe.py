@@ -16,7 +16,7 @@ from dtrain.model.initialize import materialize
 from dtrain.model.layout import StepAware
 from dtrain.model.moe import MoE
 from dtrain.model.transformer import Transformer
-from dtrain.precision import Precision
+from dtrain.parallel.precision import Precision
 
 ROUNDING = 1e-12  # fp64, sums in another order
 B, T, C, F, E = 5, 9, 8, 12, 4

@@ -25,9 +25,9 @@ from dtrain.info import info
 from dtrain.model.adapt import adapted
 from dtrain.model.initialize import build, cast, whole
 from dtrain.model.layout import refuse_batch_norm
-from dtrain.plan import Plan
-from dtrain.precision import Precision
-from dtrain.probe import probe
+from dtrain.parallel.checks.probe import probe
+from dtrain.parallel.plan import Plan
+from dtrain.parallel.precision import Precision
 from dtrain.trace import trace
 
 call = test_cli.call  # a fixture
@@ -210,7 +210,7 @@ def test_the_probe_leaves_the_random_numbers_of_the_process_alone() -> None:
 
 def test_models_of_dtrain_are_not_tried() -> None:
     task = NextToken()
-    with mock.patch("dtrain.probe.whole", side_effect=AssertionError):
+    with mock.patch("dtrain.parallel.checks.probe.whole", side_effect=AssertionError):
         assert probe(task, Plan.of([], 1), micro_batches=1, seed=0) == ()
 
 

@@ -7,7 +7,7 @@ from itertools import accumulate
 import pytest
 from cases import NextToken
 
-from dtrain.plan import Plan
+from dtrain.parallel.plan import Plan
 from dtrain.strategy.pipeline import Pipeline
 from dtrain.task.batch import pieces
 

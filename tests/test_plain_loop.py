@@ -26,8 +26,8 @@ from dtrain.data.tokenizer import Bytes
 from dtrain.data.windows import Windows
 from dtrain.model.images import ConvNet
 from dtrain.model.transformer import Transformer
-from dtrain.optimizer import parameter_groups
-from dtrain.strategy.base import whole
+from dtrain.parallel.optimizer import parameter_groups
+from dtrain.parallel.strategy import whole
 from dtrain.task.base import Sizes, Task
 from dtrain.task.causal_lm import CausalLM
 from dtrain.task.image_classification import ImageClassification

@@ -10,11 +10,11 @@ from cases import STRATEGIES, Case, refusal, trainer
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dtrain.degrees import fill
 from dtrain.model.transformer import Transformer
-from dtrain.plan import Plan
+from dtrain.parallel.mesh import fill
+from dtrain.parallel.plan import Plan
+from dtrain.parallel.strategy import Strategy
 from dtrain.split import refuse_lost_rows
-from dtrain.strategy.base import Strategy
 from dtrain.strategy.ddp import DDP
 from dtrain.strategy.fsdp import FSDP
 from dtrain.strategy.replicate import Replicate

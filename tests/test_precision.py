@@ -10,9 +10,9 @@ import torch
 from cases import Case, NextToken, Outcome, keeping_gradients, plan_of
 from torch import Tensor, nn
 
-from dtrain.plan import Plan
-from dtrain.precision import Precision
-from dtrain.strategy.base import Strategy
+from dtrain.parallel.plan import Plan
+from dtrain.parallel.precision import Precision
+from dtrain.parallel.strategy import Strategy
 from dtrain.strategy.fsdp import FSDP
 from dtrain.strategy.replicate import Replicate
 from dtrain.task.base import Supervised, Task

@@ -311,7 +311,10 @@ class Later(Rows):
 
 
 def _refused(strategy: str, task: Task, *, ours: bool = False) -> str:
-    with mock.patch("dtrain.units.of_others", lambda _: not ours), mock.patch("dtrain.units.ALIKE", 3):
+    with (
+        mock.patch("dtrain.parallel.units.of_others", lambda _: not ours),
+        mock.patch("dtrain.parallel.units.ALIKE", 3),
+    ):
         run = made(strategy, 2, None, task=task, steps=4)
         try:
             for _ in run.steps():

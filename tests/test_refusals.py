@@ -45,8 +45,9 @@ from dtrain.launch.world import World
 from dtrain.model.block import Core
 from dtrain.model.layout import Layout, ModelFactory, refuse_batch_norm, sequence_length
 from dtrain.model.transformer import Transformer
-from dtrain.plan import Plan
-from dtrain.precision import Precision
+from dtrain.parallel.plan import Plan
+from dtrain.parallel.precision import Precision
+from dtrain.parallel.strategy import Strategy
 from dtrain.strategy.accelerate import (
     AccelerateDDP,
     AccelerateDeepSpeed,
@@ -54,7 +55,6 @@ from dtrain.strategy.accelerate import (
     AccelerateLocalSGD,
 )
 from dtrain.strategy.allreduce import AllReduce
-from dtrain.strategy.base import Strategy
 from dtrain.strategy.context import Context
 from dtrain.strategy.ddp import DDP
 from dtrain.strategy.deepspeed import DeepSpeed

@@ -21,8 +21,8 @@ from dtrain.asynchronous import Asynchronous
 from dtrain.config.schema import Config, Launch, Straggler
 from dtrain.launch.world import World
 from dtrain.link import HEADER, Gone, Link
-from dtrain.plan import Plan
-from dtrain.precision import Precision
+from dtrain.parallel.plan import Plan
+from dtrain.parallel.precision import Precision
 from dtrain.server import Server
 from dtrain.strategy.parameter_server import ParameterServer
 from dtrain.train import Settings, Trainer

@@ -16,11 +16,11 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from dtrain.checkpoint import Checkpoints, load
-from dtrain.optimizer import parameter_groups
-from dtrain.plan import Plan
-from dtrain.stepping import check_optimizer
+from dtrain.parallel.checks.stepping import check_optimizer
+from dtrain.parallel.optimizer import parameter_groups
+from dtrain.parallel.plan import Plan
+from dtrain.parallel.strategy import Strategy
 from dtrain.strategy.allreduce import AllReduce
-from dtrain.strategy.base import Strategy
 from dtrain.strategy.deepspeed import DeepSpeed
 from dtrain.strategy.expert import Expert
 from dtrain.strategy.fsdp import FSDP

@@ -40,7 +40,7 @@ from dtrain.data.tokenizer import KEPT, Bytes, FromFile
 from dtrain.job import task_of
 from dtrain.model.images import MLP, ConvGenerator, ConvNet, SpectralLinear
 from dtrain.model.transformer import Transformer
-from dtrain.plan import Plan
+from dtrain.parallel.plan import Plan
 from dtrain.task.base import Sizes, Task
 from dtrain.task.causal_lm import IGNORE, CausalLM
 from dtrain.task.classification import Classification

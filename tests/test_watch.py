@@ -17,8 +17,8 @@ import torch.distributed as dist
 from dtrain.config.schema import Fault, Straggler
 from dtrain.launch import hang_detector
 from dtrain.launch.hang_detector import Hang, Watch
+from dtrain.parallel.spans import EXCHANGE, FIGURES, FORWARD_BACKWARD
 from dtrain.run import _instruments
-from dtrain.spans import EXCHANGE, FIGURES, FORWARD_BACKWARD
 
 TIMEOUT_S = 0.4
 

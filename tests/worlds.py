@@ -23,7 +23,7 @@ import torch.distributed as dist
 import torch.distributed.distributed_c10d as c10d
 from warm import Process, nursery
 
-from dtrain import plan
+from dtrain.parallel import plan
 
 TIMEOUT_S = 300
 KEPT_CASES = 6  # as many cases use the groups of each other

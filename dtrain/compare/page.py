@@ -18,7 +18,7 @@ from dtrain.compare.style import Chart, family
 from dtrain.compare.verdict import front, verdicts
 from dtrain.cost import place
 from dtrain.measure.units import size
-from dtrain.messages import Message
+from dtrain.parallel.messages import Message
 from dtrain.streams import shown
 
 HOLDS = {  # what the coordinate i of n on an axis says of a rank

@@ -11,7 +11,7 @@ from types import UnionType
 from typing import Any, Union, get_args, get_origin, get_type_hints
 
 from dtrain.files import records
-from dtrain.messages import Message
+from dtrain.parallel.messages import Message
 from dtrain.streams import shown
 
 SCHEMA = 1

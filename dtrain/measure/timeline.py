@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch.profiler import ProfilerActivity, profile
 
-from dtrain.spans import MARK, MESSAGE, PHASE, STAGE
+from dtrain.parallel.spans import MARK, MESSAGE, PHASE, STAGE
 
 COMPUTE, COMMUNICATION = "compute", "communication"
 OPERATIONS = ("aten::", "fsdp::", "cpp_fused", "triton_")  # names of what computes on a CPU

@@ -16,11 +16,11 @@ import torch.distributed as dist
 from torch import Tensor
 from torch._C import DispatchKey
 
-from dtrain.messages import Message
-from dtrain.spans import MESSAGE, mark
+from dtrain.parallel.messages import Message
+from dtrain.parallel.spans import MESSAGE, mark
 
 SELECT = "BackendSelect"  # comes before the kernels of all backends, and after those of autograd
-OPERATIONS = {  # of torch's: what we call it, which argument is the payload as `dtrain.messages` defines it
+OPERATIONS = {  # of torch's: what we call it, which argument is the payload as `dtrain.parallel.messages` defines it
     "allreduce_": ("all_reduce", 0), "allreduce_coalesced_": ("all_reduce", 0),
     "_allgather_base_": ("all_gather", 0), "allgather_into_tensor_coalesced_": ("all_gather", 0),
     "allgather_": ("all_gather", 0), "allgather_coalesced_": ("all_gather", 0),

@@ -7,9 +7,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from dtrain.footprint import BACKWARD, FORWARD, WEIGHTS
 from dtrain.measure.timeline import COMMUNICATION, COMPUTE, Span
-from dtrain.spans import EXCHANGE, FIGURES, OPTIMIZER, PHASE, STAGE
+from dtrain.parallel.footprint import BACKWARD, FORWARD, WEIGHTS
+from dtrain.parallel.spans import EXCHANGE, FIGURES, OPTIMIZER, PHASE, STAGE
 
 ROWS = (PHASE, STAGE, COMPUTE, COMMUNICATION)  # of a rank, from top to bottom
 COLOURS = {  # of a pipeline's passes, the loop's phases, and collectives; a phase that holds others has none

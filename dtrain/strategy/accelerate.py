@@ -28,18 +28,18 @@ from torch.optim import Optimizer
 
 from dtrain.accelerator import ByAccelerator, ByLocalSGD, accelerator_of, check_installed, checked, prepared
 from dtrain.engine import fresh, imported
-from dtrain.footprint import Footprint
-from dtrain.messages import Message, message
 from dtrain.model.layout import blocks_of
-from dtrain.strategy.base import REST, Executor, local
+from dtrain.parallel.footprint import Footprint
+from dtrain.parallel.messages import Message, message
+from dtrain.parallel.strategy import REST, Executor, local
+from dtrain.parallel.units import watch
 from dtrain.strategy.ddp import DDP
 from dtrain.strategy.deepspeed import ByEngine, DeepSpeed
 from dtrain.strategy.fsdp import FSDP
 from dtrain.task.batch import Models
-from dtrain.units import watch
 
 if TYPE_CHECKING:
-    from dtrain.plan import Plan
+    from dtrain.parallel.plan import Plan
     from dtrain.task.base import Task, Update
 
 

@@ -14,12 +14,12 @@ from typing import TYPE_CHECKING
 
 from torch import nn
 
-from dtrain.footprint import Footprint
-from dtrain.messages import Message, all_reduce_each
-from dtrain.strategy.base import Strategy, average, gradients
+from dtrain.parallel.footprint import Footprint
+from dtrain.parallel.messages import Message, all_reduce_each
+from dtrain.parallel.strategy import Strategy, average, gradients
 
 if TYPE_CHECKING:
-    from dtrain.plan import Plan
+    from dtrain.parallel.plan import Plan
 
 
 class AllReduce(Strategy):

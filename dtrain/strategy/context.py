@@ -25,15 +25,15 @@ import torch
 from torch import Tensor, nn
 
 from dtrain.exchange import Ring, Ulysses, is_plain, plain
-from dtrain.footprint import Footprint, Piece
-from dtrain.messages import Message, all_reduce_each, message
 from dtrain.model.layout import blocks_of, divisors, is_ours, layout_of, modules_at, multiples
-from dtrain.rehearsal import Rehearsal, Unmixed, twin
-from dtrain.strategy.base import REST, Strategy, average, gradients
+from dtrain.parallel.checks.rehearsal import Rehearsal, Unmixed, twin
+from dtrain.parallel.footprint import Footprint, Piece
+from dtrain.parallel.messages import Message, all_reduce_each, message
+from dtrain.parallel.strategy import REST, Strategy, average, gradients
 from dtrain.task.batch import Batch
 
 if TYPE_CHECKING:
-    from dtrain.plan import Plan
+    from dtrain.parallel.plan import Plan
     from dtrain.task.base import Task
 
 MIXED = (

@@ -16,12 +16,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from dtrain.footprint import Footprint, Piece
-from dtrain.messages import Message, message
-from dtrain.strategy.base import REST, Strategy
+from dtrain.parallel.footprint import Footprint, Piece
+from dtrain.parallel.messages import Message, message
+from dtrain.parallel.strategy import REST, Strategy
 
 if TYPE_CHECKING:
-    from dtrain.plan import Plan
+    from dtrain.parallel.plan import Plan
 
 
 class DDP(Strategy):

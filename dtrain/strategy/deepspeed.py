@@ -28,21 +28,21 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from dtrain.accumulate import Accumulate
 from dtrain.engine import check_fp16, check_zero, fresh, imported, sequences
-from dtrain.footprint import Footprint
-from dtrain.messages import Message
 from dtrain.model.layout import written
-from dtrain.presence import reached, refuse_unused
-from dtrain.stepping import FLAT
-from dtrain.strategy.base import REST, Executor, Strategy
+from dtrain.parallel.accumulate import Accumulate
+from dtrain.parallel.checks.stepping import FLAT
+from dtrain.parallel.footprint import Footprint
+from dtrain.parallel.messages import Message
+from dtrain.parallel.presence import reached, refuse_unused
+from dtrain.parallel.strategy import REST, Executor, Strategy
 from dtrain.strategy.deepspeed_autotp import AutoTP
 from dtrain.strategy.zero1 import shared_out
 from dtrain.task.batch import Models
 from dtrain.zero import elements, flats, held, kinds, make_states, messages, put_back, whole_tensors
 
 if TYPE_CHECKING:
-    from dtrain.plan import Plan
+    from dtrain.parallel.plan import Plan
     from dtrain.task.base import Task, Update
 
 FP16 = "strategy.dp.deepspeed.fp16.enabled=true"

@@ -19,16 +19,16 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from dtrain.footprint import Footprint
-from dtrain.messages import Message
 from dtrain.model.layout import divisors, layout_of, modules_at
-from dtrain.optimizer import OPTIMIZER_STATE
-from dtrain.rehearsal import Rehearsal, split
-from dtrain.stepping import COLUMNS, ROWS
-from dtrain.strategy.base import Strategy
+from dtrain.parallel.checks.rehearsal import Rehearsal, split
+from dtrain.parallel.checks.stepping import COLUMNS, ROWS
+from dtrain.parallel.footprint import Footprint
+from dtrain.parallel.messages import Message
+from dtrain.parallel.optimizer import OPTIMIZER_STATE
+from dtrain.parallel.strategy import Strategy
 
 if TYPE_CHECKING:
-    from dtrain.plan import Plan
+    from dtrain.parallel.plan import Plan
     from dtrain.task.base import Task
 
 

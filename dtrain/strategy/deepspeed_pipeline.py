@@ -22,19 +22,19 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from dtrain.engine import fresh, imported
-from dtrain.footprint import Footprint
-from dtrain.messages import Message
-from dtrain.optimizer import OPTIMIZER_STATE
-from dtrain.presence import refuse_unused
+from dtrain.parallel.footprint import Footprint
+from dtrain.parallel.messages import Message
+from dtrain.parallel.optimizer import OPTIMIZER_STATE
+from dtrain.parallel.presence import refuse_unused
+from dtrain.parallel.strategy import REST, Executor, whole
 from dtrain.stages import Flow, split_evenly
-from dtrain.strategy.base import REST, Executor, whole
 from dtrain.strategy.deepspeed import DeepSpeed, owners
 from dtrain.strategy.pipeline import Pipeline
 from dtrain.task.batch import Batch, Models, divide
 from dtrain.zero import kinds, make_states, put_back, whole_tensors
 
 if TYPE_CHECKING:
-    from dtrain.plan import Plan
+    from dtrain.parallel.plan import Plan
 
 
 class DeepSpeedPipeline(Pipeline):

@@ -14,14 +14,14 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor, nn
 
 from dtrain.engine import imported
-from dtrain.footprint import Footprint
-from dtrain.messages import Message
 from dtrain.model.layout import blocks_of, divisors, layout_of
-from dtrain.strategy.base import REST
+from dtrain.parallel.footprint import Footprint
+from dtrain.parallel.messages import Message
+from dtrain.parallel.strategy import REST
 from dtrain.strategy.context import Context, _cores
 
 if TYPE_CHECKING:
-    from dtrain.plan import Plan
+    from dtrain.parallel.plan import Plan
 
 
 class DeepSpeedUlysses(Context):

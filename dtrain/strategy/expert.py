@@ -25,15 +25,15 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, Shard
 
-from dtrain.footprint import Footprint, Piece
-from dtrain.messages import Message, all_reduce_each, message
 from dtrain.model.layout import divisors, experts_of
-from dtrain.rehearsal import Rehearsal, spread
-from dtrain.stepping import REGROUPED, ROWS
-from dtrain.strategy.base import Strategy, average, local
+from dtrain.parallel.checks.rehearsal import Rehearsal, spread
+from dtrain.parallel.checks.stepping import REGROUPED, ROWS
+from dtrain.parallel.footprint import Footprint, Piece
+from dtrain.parallel.messages import Message, all_reduce_each, message
+from dtrain.parallel.strategy import Strategy, average, local
 
 if TYPE_CHECKING:
-    from dtrain.plan import Plan
+    from dtrain.parallel.plan import Plan
 
 Forward = Callable[[Tensor, Tensor], Tensor]  # (N, C) rows sorted by expert, (E,) counts -> (N, C)
 

@@ -22,17 +22,17 @@ from torch.distributed.fsdp import CPUOffloadPolicy, fully_shard
 from torch.distributed.tensor import DTensor, Shard
 from torch.distributed.tensor.placement_types import _StridedShard
 
-from dtrain.footprint import FORWARD, FREE, Footprint
-from dtrain.messages import Message, message
 from dtrain.model.layout import blocks_of, refuse_complex
-from dtrain.rehearsal import Rehearsal, unit_by_unit
-from dtrain.stepping import ROWS
-from dtrain.strategy.base import REST, Strategy, local
+from dtrain.parallel.checks.rehearsal import Rehearsal, unit_by_unit
+from dtrain.parallel.checks.stepping import ROWS
+from dtrain.parallel.footprint import FORWARD, FREE, Footprint
+from dtrain.parallel.messages import Message, message
+from dtrain.parallel.strategy import REST, Strategy, local
+from dtrain.parallel.units import begin_update, refuse_sharing, unit_calls, unused, watch
 from dtrain.strategy.replicate import Replicate, fsdp_module, kept_gathered, reshard
-from dtrain.units import begin_update, refuse_sharing, unit_calls, unused, watch
 
 if TYPE_CHECKING:
-    from dtrain.plan import Plan
+    from dtrain.parallel.plan import Plan
 
 ELSEWHERE = "a block may use no weight of another one, of which a rank has a part then: use strategy=ddp or allreduce"
 

@@ -30,16 +30,16 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from dtrain.accumulate import Accumulate
-from dtrain.footprint import Footprint
-from dtrain.messages import Message, message
-from dtrain.optimizer import OPTIMIZER_STATE, named_tensors
-from dtrain.presence import completed
-from dtrain.strategy.base import REST, Executor, Strategy, average, check_options, local
+from dtrain.parallel.accumulate import Accumulate
+from dtrain.parallel.footprint import Footprint
+from dtrain.parallel.messages import Message, message
+from dtrain.parallel.optimizer import OPTIMIZER_STATE, named_tensors
+from dtrain.parallel.presence import completed
+from dtrain.parallel.strategy import REST, Executor, Strategy, average, check_options, local
 from dtrain.task.batch import Batch, Models, Sums
 
 if TYPE_CHECKING:
-    from dtrain.plan import Plan
+    from dtrain.parallel.plan import Plan
     from dtrain.task.base import Task, Update
 
 # States of a parameter: w0, v, inner steps done.

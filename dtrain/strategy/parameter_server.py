@@ -26,11 +26,11 @@ from torch import nn
 from dtrain.board import ASYNC, MODES, SYNC
 from dtrain.compression import METHODS
 from dtrain.model.layout import StepAware
-from dtrain.stepping import APART
-from dtrain.strategy.base import REST, Strategy, check_options
+from dtrain.parallel.checks.stepping import APART
+from dtrain.parallel.strategy import REST, Strategy, check_options
 
 if TYPE_CHECKING:
-    from dtrain.plan import Plan
+    from dtrain.parallel.plan import Plan
     from dtrain.task.base import Task
 
 

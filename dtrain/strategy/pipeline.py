@@ -30,18 +30,18 @@ from torch import Size, Tensor, nn
 from torch.distributed.pipelining import schedules
 from torch.optim import Optimizer
 
-from dtrain.footprint import Footprint, Kept
-from dtrain.messages import Message, message
 from dtrain.model.layout import Absent, layout_of, shared_names
-from dtrain.rehearsal import Rehearsal, refuse_foreign, twin
+from dtrain.parallel.checks.rehearsal import Rehearsal, refuse_foreign, twin
+from dtrain.parallel.checks.stepping import APART, REGROUPED
+from dtrain.parallel.footprint import Footprint, Kept
+from dtrain.parallel.messages import Message, message
+from dtrain.parallel.strategy import REST, Executor, Strategy
 from dtrain.schedule import passes_of_stages
 from dtrain.stages import Flow, keep_name, split_evenly, sum_ends
-from dtrain.stepping import APART, REGROUPED
-from dtrain.strategy.base import REST, Executor, Strategy
 from dtrain.task.batch import Models, pieces
 
 if TYPE_CHECKING:
-    from dtrain.plan import Plan
+    from dtrain.parallel.plan import Plan
     from dtrain.task.base import Task
 
 SCHEDULES = {

@@ -20,14 +20,14 @@ from torch.distributed._composable.replicate_with_fsdp import replicate
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
-from dtrain.footprint import Footprint
-from dtrain.messages import Message, message
 from dtrain.model.layout import blocks_of
-from dtrain.strategy.base import Strategy
-from dtrain.units import begin_update, refuse_sharing, twice, unit_calls, unused, watch
+from dtrain.parallel.footprint import Footprint
+from dtrain.parallel.messages import Message, message
+from dtrain.parallel.strategy import Strategy
+from dtrain.parallel.units import begin_update, refuse_sharing, twice, unit_calls, unused, watch
 
 if TYPE_CHECKING:
-    from dtrain.plan import Plan
+    from dtrain.parallel.plan import Plan
 
 
 class Replicate(Strategy):

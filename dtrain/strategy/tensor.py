@@ -39,11 +39,13 @@ from torch.distributed.tensor.parallel import (
 )
 from torch.nn.utils.parametrize import is_parametrized
 
-from dtrain.footprint import Footprint, Piece, Shape
-from dtrain.messages import Message, all_reduce_each, message
 from dtrain.model.initialize import on_meta, whole
 from dtrain.model.layout import divisors, experts_of, holders, layout_of, modules_at, multiples, of_others, shared_names
-from dtrain.rehearsal import DoesNotRun, Rehearsal, between, split
+from dtrain.parallel.checks.rehearsal import DoesNotRun, Rehearsal, between, split
+from dtrain.parallel.checks.stepping import COLUMNS, REGROUPED, ROWS
+from dtrain.parallel.footprint import Footprint, Piece, Shape
+from dtrain.parallel.messages import Message, all_reduce_each, message
+from dtrain.parallel.strategy import REST, Strategy, add_up, local
 from dtrain.split import (
     cut,
     edges,
@@ -57,13 +59,11 @@ from dtrain.split import (
     split_parameter,
     summed,
 )  # fmt: skip
-from dtrain.stepping import COLUMNS, REGROUPED, ROWS
-from dtrain.strategy.base import REST, Strategy, add_up, local
 from dtrain.strategy.expert import with_local_weights
 from dtrain.task.batch import pieces
 
 if TYPE_CHECKING:
-    from dtrain.plan import Plan
+    from dtrain.parallel.plan import Plan
     from dtrain.task.base import Task
 
 

@@ -23,15 +23,15 @@ import torch.distributed as dist
 from torch import nn
 from torch.optim import Optimizer
 
-from dtrain.footprint import Footprint, Weight
-from dtrain.messages import Message, message
 from dtrain.model.layout import refuse_complex
-from dtrain.stepping import APART
+from dtrain.parallel.checks.stepping import APART
+from dtrain.parallel.footprint import Footprint, Weight
+from dtrain.parallel.messages import Message, message
+from dtrain.parallel.strategy import local
 from dtrain.strategy.allreduce import AllReduce
-from dtrain.strategy.base import local
 
 if TYPE_CHECKING:
-    from dtrain.plan import Plan
+    from dtrain.parallel.plan import Plan
 
 P = TypeVar("P", nn.Parameter, Weight)
 

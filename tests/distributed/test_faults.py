@@ -199,7 +199,7 @@ def test_a_stopped_rank_is_named(strategy: str, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(("what", "said"), [
     ("setting", r"rank 1 on \S+ is to run something else than rank 0 on \S+: optimizer.lr is 0.\d+ there, 0.\d+ here$"),
-    pytest.param("code", r"rank 1 on \S+ is to run something else than rank 0 on \S+: the code of dtrain/clip.py is \w+ there, \w+ here$", marks=pytest.mark.deep),
+    pytest.param("code", r"rank 1 on \S+ is to run something else than rank 0 on \S+: the code of dtrain/parallel/clip.py is \w+ there, \w+ here$", marks=pytest.mark.deep),
 ], ids=["setting", "code"])  # fmt: skip
 def test_ranks_that_differ_are_refused(what: str, said: str, tmp_path: Path) -> None:
     """One node has another setting, or another version of a file."""

@@ -7,13 +7,13 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from dtrain.footprint import BACKWARD, FORWARD
-from dtrain.spans import PHASE, mark
-from dtrain.strategy.base import Executor, whole
+from dtrain.parallel.footprint import BACKWARD, FORWARD
+from dtrain.parallel.spans import PHASE, mark
+from dtrain.parallel.strategy import Executor, whole
 from dtrain.task.batch import Batch, Models, Sums, divide
 
 if TYPE_CHECKING:
-    from dtrain.plan import Plan
+    from dtrain.parallel.plan import Plan
     from dtrain.task.base import Update
 
 

@@ -6,7 +6,7 @@ from collections.abc import Iterable
 from math import prod
 
 from dtrain.model.layout import divisors, multiples
-from dtrain.strategy.base import REST, Strategy
+from dtrain.parallel.strategy import REST, Strategy
 
 MESH_ORDER = ("pp", "dp", "fsdp", "cp", "ep", "tp")
 BEFORE_VALUES = ("pp", "tp", "ep", "fsdp")

@@ -15,7 +15,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from math import prod
 
-from dtrain.footprint import Weight
+from dtrain.parallel.footprint import Weight
 
 
 @dataclass(frozen=True)

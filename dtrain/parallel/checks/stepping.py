@@ -18,11 +18,11 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from dtrain.besides import Kept, besides
 from dtrain.config.constructor import in_words
 from dtrain.data.seeded import Again, seed_everything
 from dtrain.model.layout import hooked
-from dtrain.optimizer import fill_state, named_tensors, put_back
+from dtrain.parallel.optimizer import fill_state, named_tensors, put_back
+from dtrain.parallel.optimizer_extras import Kept, besides
 
 # What a strategy's optimizers have of the weights.
 APART, ROWS, COLUMNS, FLAT, REGROUPED = "apart", "rows", "columns", "flat", "regrouped"

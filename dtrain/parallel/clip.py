@@ -13,8 +13,8 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from dtrain.plan import Plan
-from dtrain.strategy.base import local
+from dtrain.parallel.plan import Plan
+from dtrain.parallel.strategy import local
 
 
 def clip(model: nn.Module, plan: Plan) -> Tensor:

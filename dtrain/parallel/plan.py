@@ -22,9 +22,7 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.optim import Optimizer
 from torch.utils.checkpoint import checkpoint
 
-from dtrain.accumulate import Accumulate
 from dtrain.data.seeded import Again
-from dtrain.degrees import AFTER_VALUES, MESH_ORDER, laid_out, rows_of_a_rank
 from dtrain.launch.consistency import digest, refuse_other_weights, tensors_of
 from dtrain.model.initialize import build, materialize, on_meta
 from dtrain.model.layout import (
@@ -39,9 +37,11 @@ from dtrain.model.layout import (
     write,
     written,
 )
-from dtrain.precision import Precision
-from dtrain.stepping import COLUMNS, ROWS, check_optimizer
-from dtrain.strategy.base import Executor, Strategy
+from dtrain.parallel.accumulate import Accumulate
+from dtrain.parallel.checks.stepping import COLUMNS, ROWS, check_optimizer
+from dtrain.parallel.mesh import AFTER_VALUES, MESH_ORDER, laid_out, rows_of_a_rank
+from dtrain.parallel.precision import Precision
+from dtrain.parallel.strategy import Executor, Strategy
 from dtrain.task.batch import Batch, Models, Stages, pieces
 
 if TYPE_CHECKING:

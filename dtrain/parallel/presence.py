@@ -17,11 +17,11 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from dtrain.optimizer import OPTIMIZER_STATE
+from dtrain.parallel.optimizer import OPTIMIZER_STATE
 from dtrain.task.batch import pieces
 
 if TYPE_CHECKING:
-    from dtrain.plan import Plan
+    from dtrain.parallel.plan import Plan
 
 NEVER = 1 << 30  # runs of a unit that this rank does not have: neither the most nor the least
 

@@ -16,14 +16,14 @@ import torch.distributed as dist
 from torch import Size, Tensor, nn
 from torch.optim import Optimizer
 
-from dtrain.footprint import Footprint
-from dtrain.messages import Message
-from dtrain.optimizer import fill_state
-from dtrain.rehearsal import Rehearsal
+from dtrain.parallel.checks.rehearsal import Rehearsal
+from dtrain.parallel.footprint import Footprint
+from dtrain.parallel.messages import Message
+from dtrain.parallel.optimizer import fill_state
 from dtrain.task.batch import Batch, Models, Sums, divide
 
 if TYPE_CHECKING:
-    from dtrain.plan import Plan
+    from dtrain.parallel.plan import Plan
     from dtrain.task.base import Task, Update
 
 REST = -1  # a degree: all the ranks that the other axes leave

@@ -29,10 +29,8 @@ from dtrain.config.constructor import in_words
 from dtrain.data.seeded import Again, generator, seed_everything
 from dtrain.model.initialize import cast, on_meta, whole
 from dtrain.model.layout import StepAware, is_ours, offers, refuse_gradient_hooks
-from dtrain.rehearsal import Forward, Rehearsal, twin
-from dtrain.strategy.base import Strategy
-from dtrain.task.batch import Batch, Models, evaluating
-from dtrain.trial import (
+from dtrain.parallel.checks.rehearsal import Forward, Rehearsal, twin
+from dtrain.parallel.checks.trial import (
     LOOSER,
     ROWS,
     Run,
@@ -45,10 +43,12 @@ from dtrain.trial import (
     try_large_weights,
     try_rows,
 )
-from dtrain.unsaved import try_again
+from dtrain.parallel.checks.unsaved import try_again
+from dtrain.parallel.strategy import Strategy
+from dtrain.task.batch import Batch, Models, evaluating
 
 if TYPE_CHECKING:
-    from dtrain.plan import Plan
+    from dtrain.parallel.plan import Plan
     from dtrain.task.base import Task
 
 MOVED = 0.02  # standard deviation of what is added to each weight

@@ -6,10 +6,10 @@ from collections.abc import Iterator
 
 from torch import Tensor, nn
 
-from dtrain.besides import Kept
 from dtrain.data.seeded import seed_everything
 from dtrain.model.layout import StepAware
-from dtrain.trial import EVERYTHING, Run, difference, put_back, set_weights
+from dtrain.parallel.checks.trial import EVERYTHING, Run, difference, put_back, set_weights
+from dtrain.parallel.optimizer_extras import Kept
 
 
 def try_again(run: Run, tolerance: float) -> Iterator[str]:
