@@ -11,7 +11,6 @@ from typing import Any
 from torch import nn
 from torch.optim import Optimizer
 
-from dtrain.accelerator import refuse_contradictions
 from dtrain.config.schema import Config, make
 from dtrain.config.secret import masked
 from dtrain.data.augment import ImageChange, Mixup, TextChange
@@ -29,7 +28,8 @@ from dtrain.parallel.strategy import Strategy
 from dtrain.profile import RECORDED
 from dtrain.report.base import All, Logger
 from dtrain.report.console import preparing
-from dtrain.strategy.parameter_server import ParameterServer
+from dtrain.strategy.accelerate.library import refuse_contradictions
+from dtrain.strategy.parameter_server.strategy import ParameterServer
 from dtrain.task.base import Sizes, Task
 
 AUGMENT = (TextChange, ImageChange, Mixup)

@@ -144,8 +144,10 @@ class Profile:
         """The idle share of a pipeline's ranks, from its first work to its last, and what the schedule leaves idle."""
         if (pipeline := self.plan.on("pp")) is None:
             return None
-        from dtrain.schedule import bubble  # torch's pipelining takes a second, which only those wait who use it
-        from dtrain.strategy.pipeline import Pipeline
+        from dtrain.strategy.pipeline.schedule import (
+            bubble,  # torch's pipelining takes a second, which only those wait who use it
+        )
+        from dtrain.strategy.pipeline.strategy import Pipeline
 
         stages = [[span for span in spans if span.kind == STAGE] for spans in ranks]
         if not isinstance(pipeline, Pipeline) or not all(stages):

@@ -13,7 +13,6 @@ import torch.distributed as dist
 from torch import nn
 from torch.optim import Optimizer
 
-from dtrain.asynchronous import Asynchronous
 from dtrain.checkpoint import Checkpoints
 from dtrain.claim import RESUMABLE, claimed
 from dtrain.config.override import typed
@@ -37,6 +36,7 @@ from dtrain.profile import RECORDED, Profile
 from dtrain.report import ranklog
 from dtrain.report.base import All, Run
 from dtrain.resume import finished, identity, take_weights
+from dtrain.strategy.parameter_server.trainer import Asynchronous
 from dtrain.task import pictures
 from dtrain.task.batch import Sums
 from dtrain.trace import trace

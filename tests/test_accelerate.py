@@ -32,11 +32,11 @@ from test_cost import Case as Costed
 from test_cost import Other, measured, predicted
 from torch.distributed.tensor import DTensor
 
-from dtrain.accelerator import refuse_contradictions
 from dtrain.parallel.plan import Plan
 from dtrain.parallel.precision import Precision
 from dtrain.parallel.strategy import Strategy
-from dtrain.strategy.accelerate import AccelerateDDP, AccelerateDeepSpeed, AccelerateFSDP, AccelerateLocalSGD
+from dtrain.strategy.accelerate.library import refuse_contradictions
+from dtrain.strategy.accelerate.strategy import AccelerateDDP, AccelerateDeepSpeed, AccelerateFSDP, AccelerateLocalSGD
 from dtrain.strategy.ddp import DDP
 from dtrain.train import Settings, Trainer
 

@@ -29,20 +29,13 @@ ROOMS = (
     "cli",
 )
 # Files that have not moved in yet: where they belong.
-HOME = {'accelerator': 'strategy',
- 'asynchronous': 'strategy',
- 'board': 'strategy',
- 'capabilities': 'compare',
+HOME = {'capabilities': 'compare',
  'checkpoint': 'run',
  'claim': 'run',
- 'compression': 'strategy',
  'durable': 'files',
- 'engine': 'strategy',
- 'exchange': 'strategy',
  'figures': 'run',
  'info': 'cost',
  'job': 'run',
- 'link': 'strategy',
  'lock': 'files',
  'measure': 'cost',
  'measure.environment': 'cost',
@@ -57,15 +50,9 @@ HOME = {'accelerator': 'strategy',
  'records': 'files',
  'resume': 'run',
  'saved': 'run',
- 'schedule': 'strategy',
- 'server': 'strategy',
- 'split': 'strategy',
- 'stages': 'strategy',
  'streams': 'report',
  'survey': 'compare',
- 'trace': 'cost',
- 'worker': 'strategy',
- 'zero': 'strategy'}  # fmt: skip
+ 'trace': 'cost'}  # fmt: skip
 LARGEST_FUNCTION = 45
 LINES = {
     "files": 300, "config": 1_600, "data": 2_600, "model": 1_600, "task": 1_500, "launch": 1_350, "parallel": 3_050, "train": 300,

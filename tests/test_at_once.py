@@ -13,7 +13,7 @@ from test_cli import call  # noqa: F401
 from test_server import CONFIG, SETTINGS, plan_of, sgd
 
 from dtrain.launch.world import World
-from dtrain.server import Server
+from dtrain.strategy.parameter_server.server import Server
 
 WORKERS = 4
 

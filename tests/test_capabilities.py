@@ -18,7 +18,7 @@ from dtrain.job import assemble
 from dtrain.launch.world import World
 from dtrain.run import optimizer_of
 from dtrain.strategy.fsdp import FSDP
-from dtrain.strategy.pipeline import Pipeline
+from dtrain.strategy.pipeline.strategy import Pipeline
 from dtrain.survey import PARTLY, RANKS, REFUSED, SAME_AXIS, WORKS, Trial, survey
 from dtrain.train import Settings, Trainer
 

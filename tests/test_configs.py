@@ -33,21 +33,21 @@ from dtrain.parallel.precision import Precision
 from dtrain.parallel.strategy import REST, Strategy
 from dtrain.report.base import Logger
 from dtrain.run import run
-from dtrain.strategy.accelerate import AccelerateDDP, AccelerateDeepSpeed, AccelerateFSDP, AccelerateLocalSGD
+from dtrain.strategy.accelerate.strategy import AccelerateDDP, AccelerateDeepSpeed, AccelerateFSDP, AccelerateLocalSGD
 from dtrain.strategy.allreduce import AllReduce
-from dtrain.strategy.context import Context
+from dtrain.strategy.context.strategy import Context
 from dtrain.strategy.ddp import DDP
-from dtrain.strategy.deepspeed import DeepSpeed
-from dtrain.strategy.deepspeed_autotp import AutoTP
-from dtrain.strategy.deepspeed_pipeline import DeepSpeedPipeline
-from dtrain.strategy.deepspeed_ulysses import DeepSpeedUlysses
+from dtrain.strategy.deepspeed.autotp import AutoTP
+from dtrain.strategy.deepspeed.pipeline import DeepSpeedPipeline
+from dtrain.strategy.deepspeed.ulysses import DeepSpeedUlysses
+from dtrain.strategy.deepspeed.zero import DeepSpeed
 from dtrain.strategy.expert import Expert
 from dtrain.strategy.fsdp import FSDP
 from dtrain.strategy.local_sgd import LocalSGD
-from dtrain.strategy.parameter_server import ParameterServer
-from dtrain.strategy.pipeline import Pipeline
+from dtrain.strategy.parameter_server.strategy import ParameterServer
+from dtrain.strategy.pipeline.strategy import Pipeline
 from dtrain.strategy.replicate import Replicate
-from dtrain.strategy.tensor import TensorParallel
+from dtrain.strategy.tensor.strategy import TensorParallel
 from dtrain.strategy.zero1 import Zero1
 
 CONFIGS = Path(__file__).parent.parent / "configs"

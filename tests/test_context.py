@@ -23,10 +23,10 @@ from dtrain.model.transformer import Transformer
 from dtrain.parallel.plan import Plan
 from dtrain.parallel.strategy import Strategy
 from dtrain.strategy.allreduce import AllReduce
-from dtrain.strategy.context import Context, Ring
+from dtrain.strategy.context.strategy import Context, Ring
 from dtrain.strategy.fsdp import FSDP
 from dtrain.strategy.replicate import Replicate
-from dtrain.strategy.tensor import TensorParallel
+from dtrain.strategy.tensor.strategy import TensorParallel
 from dtrain.task.batch import Batch
 
 BF16_TOLERANCE = 0.02  # bf16 keeps 8 bits: inputs and results are rounded to 2^-9, a few times over
@@ -299,7 +299,7 @@ def test_attention_of_another_kind_is_not_quietly_replaced() -> None:
 def test_long_slices_are_taken_in_parts(monkeypatch: pytest.MonkeyPatch, alone) -> None:
     """Queries by fives: the same numbers, with fewer scores at a time."""
     expected = errors(RING, True, (2, 24, 4, 2, 4), torch.float64)
-    monkeypatch.setattr("dtrain.exchange.QUERIES", 5)
+    monkeypatch.setattr("dtrain.strategy.context.exchange.QUERIES", 5)
     assert max(errors(RING, True, (2, 24, 4, 2, 4), torch.float64)) <= 1e-12 and max(expected) <= 1e-12
 
 

@@ -21,13 +21,13 @@ from dtrain.parallel.precision import Precision
 from dtrain.parallel.strategy import Strategy
 from dtrain.profile import Profile
 from dtrain.strategy.allreduce import AllReduce
-from dtrain.strategy.context import Context
+from dtrain.strategy.context.strategy import Context
 from dtrain.strategy.ddp import DDP
 from dtrain.strategy.expert import Expert
 from dtrain.strategy.fsdp import FSDP
-from dtrain.strategy.pipeline import SCHEDULES, SPLIT_BACKWARD, Pipeline
+from dtrain.strategy.pipeline.strategy import SCHEDULES, SPLIT_BACKWARD, Pipeline
 from dtrain.strategy.replicate import Replicate
-from dtrain.strategy.tensor import TensorParallel
+from dtrain.strategy.tensor.strategy import TensorParallel
 from dtrain.strategy.zero1 import Zero1
 from dtrain.task.base import Task
 from dtrain.trace import trace

@@ -21,13 +21,13 @@ from test_cost import Case as Costed
 from test_cost import Other, measured, predicted
 from torch.utils.cpp_extension import _get_build_directory
 
-from dtrain.engine import fresh
 from dtrain.parallel.plan import Plan
 from dtrain.parallel.precision import Precision
-from dtrain.strategy.deepspeed import DeepSpeed
-from dtrain.strategy.deepspeed_autotp import AutoTP
-from dtrain.strategy.deepspeed_pipeline import DeepSpeedPipeline
-from dtrain.strategy.deepspeed_ulysses import DeepSpeedUlysses
+from dtrain.strategy.deepspeed.autotp import AutoTP
+from dtrain.strategy.deepspeed.library import fresh
+from dtrain.strategy.deepspeed.pipeline import DeepSpeedPipeline
+from dtrain.strategy.deepspeed.ulysses import DeepSpeedUlysses
+from dtrain.strategy.deepspeed.zero import DeepSpeed
 from dtrain.strategy.fsdp import FSDP
 
 pytest.importorskip("deepspeed", reason="the extra dtrain[deepspeed] is not installed")
@@ -68,7 +68,7 @@ KNOWN |= {f"autotp zero{stage}": [PLANS[f"zero{stage}"], partial(AutoTP, 2)] for
 @pytest.fixture(scope="session")
 def cpu_adam() -> None:
     """DeepSpeed's CPU Adam, compiled before ranks wait for it: that takes minutes of a core, once for a machine."""
-    code = ("from dtrain.engine import free_builds\nfree_builds()\n"
+    code = ("from dtrain.strategy.deepspeed.library import free_builds\nfree_builds()\n"
             "from deepspeed.ops.op_builder import CPUAdamBuilder\nCPUAdamBuilder().load()")  # fmt: skip
     environment = os.environ | {"DS_ACCELERATOR": "cpu"}
     subprocess.run([sys.executable, "-c", code], check=True, env=environment, stdout=subprocess.DEVNULL)
@@ -304,7 +304,7 @@ def test_contradictions_are_refused_in_one_line() -> None:
 
 def test_what_cannot_be_built_is_said(caplog: pytest.LogCaptureFixture) -> None:
     disks = {"zero_optimization": {"stage": 3, "offload_optimizer": {"device": "nvme", "nvme_path": "/tmp"}}}
-    with mock.patch("dtrain.engine.reaches_disks", return_value=False):
+    with mock.patch("dtrain.strategy.deepspeed.library.reaches_disks", return_value=False):
         assert "install libaio-dev" in _of(disks)
     model = torch.nn.Linear(2, 2)
     optimizer = torch.optim.AdamW(model.parameters())
@@ -338,7 +338,7 @@ def test_states_in_host_memory_are_stepped_as_they_would_be_elsewhere() -> None:
 
 def test_nothing_of_deepspeed_is_imported_without_it() -> None:
     """Nor by the file of the strategy: only by a plan that has it."""
-    code = ("import sys, dtrain.cli, dtrain.strategy.deepspeed\n"
+    code = ("import sys, dtrain.cli, dtrain.strategy.deepspeed.zero\n"
             "assert not {'deepspeed', 'accelerate', 'transformers'} & set(sys.modules)")  # fmt: skip
     subprocess.run([sys.executable, "-c", code], check=True, cwd=Path(__file__).parent.parent)
 

@@ -35,7 +35,7 @@ from hypothesis import strategies as st
 from worlds import World
 
 from dtrain.job import COMPILERS
-from dtrain.strategy.pipeline import SCHEDULES
+from dtrain.strategy.pipeline.strategy import SCHEDULES
 
 FEW, FEWER, PAIR_STEPS, DRAWN_STEPS = 8, 3, 2, 3
 DRAWN = 6  # models in a test

@@ -35,9 +35,9 @@ from dtrain.parallel.spans import PHASE, STAGE
 from dtrain.profile import Profile
 from dtrain.report.console import Console
 from dtrain.report.instruments import _mb
-from dtrain.stages import split_evenly
 from dtrain.strategy.ddp import DDP
-from dtrain.strategy.pipeline import Pipeline
+from dtrain.strategy.pipeline.stages import split_evenly
+from dtrain.strategy.pipeline.strategy import Pipeline
 from dtrain.trace import trace
 
 CPU = torch.device("cpu")

@@ -20,8 +20,8 @@ from dtrain.parallel.strategy import Strategy
 from dtrain.strategy.ddp import DDP
 from dtrain.strategy.fsdp import FSDP
 from dtrain.strategy.local_sgd import LocalSGD
-from dtrain.strategy.pipeline import Pipeline
-from dtrain.strategy.tensor import TensorParallel
+from dtrain.strategy.pipeline.strategy import Pipeline
+from dtrain.strategy.tensor.strategy import TensorParallel
 from dtrain.strategy.zero1 import Zero1
 from dtrain.task.batch import Batch
 from dtrain.trace import trace

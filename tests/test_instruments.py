@@ -40,8 +40,8 @@ from dtrain.parallel.spans import PHASE, STAGE, mark
 from dtrain.profile import RECORDED, Profile
 from dtrain.report import gantt, instruments
 from dtrain.run import run
-from dtrain.schedule import _work, bubble
-from dtrain.strategy.pipeline import SCHEDULES, Pipeline
+from dtrain.strategy.pipeline.schedule import _work, bubble
+from dtrain.strategy.pipeline.strategy import SCHEDULES, Pipeline
 from dtrain.train import Trainer
 
 ROOT = Path(__file__).parent.parent

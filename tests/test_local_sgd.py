@@ -20,8 +20,8 @@ from dtrain.profile import Profile
 from dtrain.strategy.ddp import DDP
 from dtrain.strategy.fsdp import FSDP
 from dtrain.strategy.local_sgd import LocalSGD
-from dtrain.strategy.pipeline import Pipeline
-from dtrain.strategy.tensor import TensorParallel
+from dtrain.strategy.pipeline.strategy import Pipeline
+from dtrain.strategy.tensor.strategy import TensorParallel
 from dtrain.task.batch import divide
 from dtrain.train import Settings, Trainer
 

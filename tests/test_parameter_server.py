@@ -19,11 +19,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 from runs import until
 
-from dtrain.board import ASYNC, BOUNDED, MODES, SYNC, Board, Once
-from dtrain.compression import METHODS, Compression
 from dtrain.saved import about
 from dtrain.strategy.fsdp import FSDP
-from dtrain.strategy.parameter_server import ParameterServer
+from dtrain.strategy.parameter_server.gradient_compression import METHODS, Compression
+from dtrain.strategy.parameter_server.strategy import ParameterServer
+from dtrain.strategy.parameter_server.work_queue import ASYNC, BOUNDED, MODES, SYNC, Board, Once
 
 ROOT = Path(__file__).parent.parent
 

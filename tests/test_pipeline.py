@@ -8,7 +8,7 @@ import pytest
 from cases import NextToken
 
 from dtrain.parallel.plan import Plan
-from dtrain.strategy.pipeline import Pipeline
+from dtrain.strategy.pipeline.strategy import Pipeline
 from dtrain.task.batch import pieces
 
 LAYERS = 7

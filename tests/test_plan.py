@@ -14,10 +14,10 @@ from dtrain.model.transformer import Transformer
 from dtrain.parallel.mesh import fill
 from dtrain.parallel.plan import Plan
 from dtrain.parallel.strategy import Strategy
-from dtrain.split import refuse_lost_rows
 from dtrain.strategy.ddp import DDP
 from dtrain.strategy.fsdp import FSDP
 from dtrain.strategy.replicate import Replicate
+from dtrain.strategy.tensor.layers import refuse_lost_rows
 
 
 @given(st.dictionaries(st.sampled_from(["pp", "dp", "fsdp", "tp"]), st.sampled_from([-1, 1, 2, 3, 4]), min_size=1),

@@ -17,16 +17,16 @@ from cases import ROWS, NextToken
 from own_models import MODELS, OwnModel, Plain
 from torch import Tensor, nn
 
-from dtrain.asynchronous import Asynchronous
 from dtrain.config.schema import Config, Launch, Straggler
 from dtrain.launch.world import World
-from dtrain.link import HEADER, Gone, Link
 from dtrain.parallel.plan import Plan
 from dtrain.parallel.precision import Precision
-from dtrain.server import Server
-from dtrain.strategy.parameter_server import ParameterServer
+from dtrain.strategy.parameter_server.connection import HEADER, Gone, Link
+from dtrain.strategy.parameter_server.server import Server
+from dtrain.strategy.parameter_server.strategy import ParameterServer
+from dtrain.strategy.parameter_server.trainer import Asynchronous
+from dtrain.strategy.parameter_server.worker import BYE, OVER, PULL, PUSH, Worker, compression, of_model
 from dtrain.train import Settings, Trainer
-from dtrain.worker import BYE, OVER, PULL, PUSH, Worker, compression, of_model
 
 TOLERANCE = 1e-12  # rounding alone, in fp64
 RATE, STEPS, MOST = 0.3, 5, 0.2  # the last is what norms are clipped to
@@ -307,7 +307,7 @@ def test_a_worker_is_started_again_as_often_as_asked_for(restarts: int, keeper) 
     """After the last time it is given up; one that ends well is not started again."""
     for statuses, lives in (((-9,), restarts + 1), ((0,), 1), ((*[1] * restarts, 0), restarts + 1)):
         made, found = keeper(restarts), Lives(*statuses)
-        with mock.patch("dtrain.asynchronous.multiprocessing.get_context", lambda _, of=found: of):
+        with mock.patch("dtrain.strategy.parameter_server.trainer.multiprocessing.get_context", lambda _, of=found: of):
             assert list(made.steps()) == []
         assert found.begun == lives
         assert made._store.check(["0/gone"]) == (statuses[-1] != 0)

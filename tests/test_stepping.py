@@ -21,14 +21,14 @@ from dtrain.parallel.optimizer import parameter_groups
 from dtrain.parallel.plan import Plan
 from dtrain.parallel.strategy import Strategy
 from dtrain.strategy.allreduce import AllReduce
-from dtrain.strategy.deepspeed import DeepSpeed
+from dtrain.strategy.deepspeed.zero import DeepSpeed
 from dtrain.strategy.expert import Expert
 from dtrain.strategy.fsdp import FSDP
 from dtrain.strategy.local_sgd import LocalSGD
-from dtrain.strategy.parameter_server import ParameterServer
-from dtrain.strategy.pipeline import Pipeline
+from dtrain.strategy.parameter_server.strategy import ParameterServer
+from dtrain.strategy.pipeline.strategy import Pipeline
 from dtrain.strategy.replicate import Replicate
-from dtrain.strategy.tensor import TensorParallel
+from dtrain.strategy.tensor.strategy import TensorParallel
 from dtrain.strategy.zero1 import Zero1
 from dtrain.train import Settings, Trainer
 

@@ -17,16 +17,27 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from dtrain.board import SYNC, Board, Once
 from dtrain.config.schema import Config
 from dtrain.launch.world import World
-from dtrain.link import Gone, Link
 from dtrain.parallel.clip import shrinking
 from dtrain.parallel.plan import Plan
-from dtrain.strategy.parameter_server import ParameterServer
+from dtrain.strategy.parameter_server.connection import Gone, Link
+from dtrain.strategy.parameter_server.strategy import ParameterServer
+from dtrain.strategy.parameter_server.work_queue import SYNC, Board, Once
+from dtrain.strategy.parameter_server.worker import (
+    BYE,
+    OVER,
+    PULL,
+    PUSH,
+    STOP,
+    WAIT,
+    WORK,
+    compression,
+    of_model,
+    shares_of,
+)
 from dtrain.task.base import Task
 from dtrain.train import NonFinite, Settings, Trainer
-from dtrain.worker import BYE, OVER, PULL, PUSH, STOP, WAIT, WORK, compression, of_model, shares_of
 
 POLL_S, PATIENCE_S = 0.05, 0.5  # how often a server looks for a worker; how long a worker that must wait is left alone
 TURN_S = 0.002  # how often it looks whether it is the turn of one that waits

@@ -23,11 +23,11 @@ from typing import TYPE_CHECKING
 import torch
 from torch import nn
 
-from dtrain.board import ASYNC, MODES, SYNC
-from dtrain.compression import METHODS
 from dtrain.model.layout import StepAware
 from dtrain.parallel.checks.stepping import APART
 from dtrain.parallel.strategy import REST, Strategy, check_options
+from dtrain.strategy.parameter_server.gradient_compression import METHODS
+from dtrain.strategy.parameter_server.work_queue import ASYNC, MODES, SYNC
 
 if TYPE_CHECKING:
     from dtrain.parallel.plan import Plan

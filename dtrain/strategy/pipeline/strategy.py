@@ -36,8 +36,8 @@ from dtrain.parallel.checks.stepping import APART, REGROUPED
 from dtrain.parallel.footprint import Footprint, Kept
 from dtrain.parallel.messages import Message, message
 from dtrain.parallel.strategy import REST, Executor, Strategy
-from dtrain.schedule import passes_of_stages
-from dtrain.stages import Flow, keep_name, split_evenly, sum_ends
+from dtrain.strategy.pipeline.schedule import passes_of_stages
+from dtrain.strategy.pipeline.stages import Flow, keep_name, split_evenly, sum_ends
 from dtrain.task.batch import Models, pieces
 
 if TYPE_CHECKING:

@@ -21,17 +21,17 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from dtrain.engine import fresh, imported
 from dtrain.parallel.footprint import Footprint
 from dtrain.parallel.messages import Message
 from dtrain.parallel.optimizer import OPTIMIZER_STATE
 from dtrain.parallel.presence import refuse_unused
 from dtrain.parallel.strategy import REST, Executor, whole
-from dtrain.stages import Flow, split_evenly
-from dtrain.strategy.deepspeed import DeepSpeed, owners
-from dtrain.strategy.pipeline import Pipeline
+from dtrain.strategy.deepspeed.engine_state import kinds, make_states, put_back, whole_tensors
+from dtrain.strategy.deepspeed.library import fresh, imported
+from dtrain.strategy.deepspeed.zero import DeepSpeed, owners
+from dtrain.strategy.pipeline.stages import Flow, split_evenly
+from dtrain.strategy.pipeline.strategy import Pipeline
 from dtrain.task.batch import Batch, Models, divide
-from dtrain.zero import kinds, make_states, put_back, whole_tensors
 
 if TYPE_CHECKING:
     from dtrain.parallel.plan import Plan

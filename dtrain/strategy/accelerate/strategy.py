@@ -5,7 +5,7 @@
     accelerate_fsdp       fully_shard, by its FSDP2 plugin; on GPUs alone: on a CPU it would quietly train DDP
     accelerate_deepspeed  DeepSpeed's engine, by its DeepSpeed plugin
 
-What `accelerate launch` and its configuration file say reaches a process by its environment (`dtrain/accelerator.py`).
+What `accelerate launch` and its configuration file say reaches a process by its environment (`library.py`).
 Costs a step are those of `ddp`, `fsdp` and `deepspeed`. Source: https://huggingface.co/docs/accelerate, release 1.15;
 local SGD: Stich 2019 (1805.09767).
 """
@@ -26,15 +26,22 @@ from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
-from dtrain.accelerator import ByAccelerator, ByLocalSGD, accelerator_of, check_installed, checked, prepared
-from dtrain.engine import fresh, imported
 from dtrain.model.layout import blocks_of
 from dtrain.parallel.footprint import Footprint
 from dtrain.parallel.messages import Message, message
 from dtrain.parallel.strategy import REST, Executor, local
 from dtrain.parallel.units import watch
+from dtrain.strategy.accelerate.library import (
+    ByAccelerator,
+    ByLocalSGD,
+    accelerator_of,
+    check_installed,
+    checked,
+    prepared,
+)
 from dtrain.strategy.ddp import DDP
-from dtrain.strategy.deepspeed import ByEngine, DeepSpeed
+from dtrain.strategy.deepspeed.library import fresh, imported
+from dtrain.strategy.deepspeed.zero import ByEngine, DeepSpeed
 from dtrain.strategy.fsdp import FSDP
 from dtrain.task.batch import Models
 

@@ -24,12 +24,12 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from dtrain.exchange import Ring, Ulysses, is_plain, plain
 from dtrain.model.layout import blocks_of, divisors, is_ours, layout_of, modules_at, multiples
 from dtrain.parallel.checks.rehearsal import Rehearsal, Unmixed, twin
 from dtrain.parallel.footprint import Footprint, Piece
 from dtrain.parallel.messages import Message, all_reduce_each, message
 from dtrain.parallel.strategy import REST, Strategy, average, gradients
+from dtrain.strategy.context.exchange import Ring, Ulysses, is_plain, plain
 from dtrain.task.batch import Batch
 
 if TYPE_CHECKING:

@@ -13,12 +13,12 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 
-from dtrain.engine import imported
 from dtrain.model.layout import blocks_of, divisors, layout_of
 from dtrain.parallel.footprint import Footprint
 from dtrain.parallel.messages import Message
 from dtrain.parallel.strategy import REST
-from dtrain.strategy.context import Context, _cores
+from dtrain.strategy.context.strategy import Context, _cores
+from dtrain.strategy.deepspeed.library import imported
 
 if TYPE_CHECKING:
     from dtrain.parallel.plan import Plan

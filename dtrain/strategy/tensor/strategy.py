@@ -46,7 +46,8 @@ from dtrain.parallel.checks.stepping import COLUMNS, REGROUPED, ROWS
 from dtrain.parallel.footprint import Footprint, Piece, Shape
 from dtrain.parallel.messages import Message, all_reduce_each, message
 from dtrain.parallel.strategy import REST, Strategy, add_up, local
-from dtrain.split import (
+from dtrain.strategy.expert import with_local_weights
+from dtrain.strategy.tensor.layers import (
     cut,
     edges,
     gather,
@@ -59,7 +60,6 @@ from dtrain.split import (
     split_parameter,
     summed,
 )  # fmt: skip
-from dtrain.strategy.expert import with_local_weights
 from dtrain.task.batch import pieces
 
 if TYPE_CHECKING:

@@ -21,7 +21,7 @@ from dtrain.task.batch import Batch, Sums, divide
 
 if TYPE_CHECKING:
     from dtrain.parallel.plan import Plan
-    from dtrain.strategy.pipeline import Pipeline
+    from dtrain.strategy.pipeline.strategy import Pipeline
 
 
 def keep_name(model: nn.Module, alias: str, name: str) -> None:

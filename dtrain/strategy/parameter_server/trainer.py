@@ -20,7 +20,6 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from dtrain.board import SYNC, Board, Once
 from dtrain.config.schema import Config
 from dtrain.launch.collectives import gathered
 from dtrain.launch.consistency import digest, refuse_other_weights, tensors_of
@@ -29,11 +28,12 @@ from dtrain.launch.rendezvous import address_of_first
 from dtrain.launch.world import World
 from dtrain.model.layout import of_others
 from dtrain.parallel.plan import Plan
-from dtrain.server import Server
-from dtrain.strategy.parameter_server import ParameterServer
+from dtrain.strategy.parameter_server.server import Server
+from dtrain.strategy.parameter_server.strategy import ParameterServer
+from dtrain.strategy.parameter_server.work_queue import SYNC, Board, Once
+from dtrain.strategy.parameter_server.worker import OVER, Parts, work
 from dtrain.task.base import Task
 from dtrain.train import Settings, Step
-from dtrain.worker import OVER, Parts, work
 
 
 class Asynchronous(Server):

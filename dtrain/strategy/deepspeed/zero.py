@@ -28,7 +28,6 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from dtrain.engine import check_fp16, check_zero, fresh, imported, sequences
 from dtrain.model.layout import written
 from dtrain.parallel.accumulate import Accumulate
 from dtrain.parallel.checks.stepping import FLAT
@@ -36,10 +35,20 @@ from dtrain.parallel.footprint import Footprint
 from dtrain.parallel.messages import Message
 from dtrain.parallel.presence import reached, refuse_unused
 from dtrain.parallel.strategy import REST, Executor, Strategy
-from dtrain.strategy.deepspeed_autotp import AutoTP
+from dtrain.strategy.deepspeed.autotp import AutoTP
+from dtrain.strategy.deepspeed.engine_state import (
+    elements,
+    flats,
+    held,
+    kinds,
+    make_states,
+    messages,
+    put_back,
+    whole_tensors,
+)
+from dtrain.strategy.deepspeed.library import check_fp16, check_zero, fresh, imported, sequences
 from dtrain.strategy.zero1 import shared_out
 from dtrain.task.batch import Models
-from dtrain.zero import elements, flats, held, kinds, make_states, messages, put_back, whole_tensors
 
 if TYPE_CHECKING:
     from dtrain.parallel.plan import Plan

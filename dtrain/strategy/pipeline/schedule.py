@@ -12,7 +12,7 @@ from torch.distributed.pipelining.schedules import PipelineScheduleSingle, _Comp
 from dtrain.parallel.footprint import BACKWARD, FORWARD, FREE, GATHER, WEIGHTS
 
 if TYPE_CHECKING:
-    from dtrain.strategy.pipeline import Pipeline
+    from dtrain.strategy.pipeline.strategy import Pipeline
 
 PASSES = {
     _ComputationType.FORWARD: FORWARD, _ComputationType.FULL_BACKWARD: BACKWARD,

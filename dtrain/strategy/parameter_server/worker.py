@@ -11,17 +11,17 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from dtrain.board import SYNC
-from dtrain.compression import Compression
 from dtrain.config.schema import Config
 from dtrain.data.seeded import seed_everything
 from dtrain.launch.fault_injection import slowed
 from dtrain.launch.rank_processes import STOPS
 from dtrain.launch.world import World, cores
-from dtrain.link import Link
 from dtrain.parallel.clip import clip
 from dtrain.parallel.plan import Plan
-from dtrain.strategy.parameter_server import ParameterServer
+from dtrain.strategy.parameter_server.connection import Link
+from dtrain.strategy.parameter_server.gradient_compression import Compression
+from dtrain.strategy.parameter_server.strategy import ParameterServer
+from dtrain.strategy.parameter_server.work_queue import SYNC
 from dtrain.strategy.zero1 import shared_out
 from dtrain.task.base import Task
 from dtrain.task.batch import Batch, Models, divide
