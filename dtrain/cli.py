@@ -30,8 +30,8 @@ from dtrain.config.errors import USER_ERRORS, check_words, explain, of_the_syste
 from dtrain.config.outside import looking_at
 from dtrain.config.schema import CONFIGS, Comparison, Config, check_axes, checked, refuse_unknown, register
 from dtrain.config.secret import Asked, asked_again, masked_override, written
+from dtrain.cost.model_size import info as count
 from dtrain.files.lock import Lock
-from dtrain.info import info as count
 from dtrain.job import assemble, model_factories, strategies_of
 from dtrain.launch import quiet
 from dtrain.launch.hang_detector import Hang

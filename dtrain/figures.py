@@ -10,12 +10,12 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from dtrain.cost import environment, flops, peak_memory
+from dtrain.cost.throughput import Meter
 from dtrain.data.paths import in_words
 from dtrain.job import Job
 from dtrain.launch.collectives import gathered
 from dtrain.launch.world import World
-from dtrain.measure import environment, flops, memory
-from dtrain.measure.meter import Meter
 from dtrain.model import own
 from dtrain.model.initialize import on_meta
 from dtrain.task.base import Task
@@ -80,7 +80,7 @@ def summary_of(
     job: Job, world: World, strategy: str, figures: dict[str, Any], meter: Meter, peak_source: str
 ) -> dict[str, Any]:
     """The whole of a run for `summary.json`. A collective."""
-    peaks = gathered(memory.peak_bytes(job.plan.device))
+    peaks = gathered(peak_memory.peak_bytes(job.plan.device))
     return {
         "strategy": strategy,
         "mesh": job.plan.degrees,

@@ -13,6 +13,7 @@ from torch.optim import Optimizer
 
 from dtrain.config.schema import Config, make
 from dtrain.config.secret import masked
+from dtrain.cost.profile import RECORDED
 from dtrain.data.augment import ImageChange, Mixup, TextChange
 from dtrain.data.base import Data
 from dtrain.data.sources import Source
@@ -25,7 +26,6 @@ from dtrain.parallel.optimizer import parameter_groups
 from dtrain.parallel.plan import Plan
 from dtrain.parallel.precision import Precision
 from dtrain.parallel.strategy import Strategy
-from dtrain.profile import RECORDED
 from dtrain.report.base import All, Logger
 from dtrain.report.console import preparing
 from dtrain.strategy.accelerate.library import refuse_contradictions

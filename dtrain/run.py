@@ -18,7 +18,10 @@ from dtrain.claim import RESUMABLE, claimed
 from dtrain.config.override import typed
 from dtrain.config.schema import Config
 from dtrain.config.secret import Asked
-from dtrain.cost import Cost, fold
+from dtrain.cost import peak_memory
+from dtrain.cost.predict import Cost, fold
+from dtrain.cost.profile import RECORDED, Profile
+from dtrain.cost.trace import trace
 from dtrain.figures import facts, meter_of, summary_of
 from dtrain.files.durable import write
 from dtrain.job import Job, assemble, optimizer_of, task_and_plan
@@ -30,16 +33,13 @@ from dtrain.launch.hang_detector import Hang, Watch
 from dtrain.launch.preemption import Preemption
 from dtrain.launch.rendezvous import agents, connected
 from dtrain.launch.world import World
-from dtrain.measure import memory
 from dtrain.parallel.spans import FIGURES, FORWARD_BACKWARD
-from dtrain.profile import RECORDED, Profile
 from dtrain.report import ranklog
 from dtrain.report.base import All, Run
 from dtrain.resume import finished, identity, take_weights
 from dtrain.strategy.parameter_server.trainer import Asynchronous
 from dtrain.task import pictures
 from dtrain.task.batch import Sums
-from dtrain.trace import trace
 from dtrain.train import Phase, Settings, Trainer
 
 
@@ -96,7 +96,7 @@ def _train(
 ) -> dict[str, Any]:  # fmt: skip
     config, plan = job.config, job.plan
     meter, peak_source = meter_of(job, world)
-    memory.reset_peak(plan.device)
+    peak_memory.reset_peak(plan.device)
     settings = Settings(
         config.steps, config.seed, config.global_batch_size, config.micro_batch_size,
         config.schedule.warmup_steps, config.schedule.final_ratio,

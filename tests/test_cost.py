@@ -12,14 +12,15 @@ from typing import Any
 import pytest
 from cases import CONTEXT, GAN, ROWS, NextToken, adamw
 
-from dtrain.cost import Cost, fold, place
+from dtrain.cost.predict import Cost, fold, place
+from dtrain.cost.profile import Profile
+from dtrain.cost.trace import trace
 from dtrain.model.moe import MoE
 from dtrain.model.transformer import Transformer
 from dtrain.parallel.messages import Message
 from dtrain.parallel.plan import Plan
 from dtrain.parallel.precision import Precision
 from dtrain.parallel.strategy import Strategy
-from dtrain.profile import Profile
 from dtrain.strategy.allreduce import AllReduce
 from dtrain.strategy.context.strategy import Context
 from dtrain.strategy.ddp import DDP
@@ -30,7 +31,6 @@ from dtrain.strategy.replicate import Replicate
 from dtrain.strategy.tensor.strategy import TensorParallel
 from dtrain.strategy.zero1 import Zero1
 from dtrain.task.base import Task
-from dtrain.trace import trace
 from dtrain.train import Settings, Trainer
 
 ACTIVATIONS = 0.1  # of what is predicted

@@ -294,7 +294,7 @@ def _run(folder: Path, cache: Path, *more: str, told_in: int = 0) -> None:
         mock.patch.dict(os.environ, DTRAIN_CACHE=str(cache)),
         mock.patch.object(sys, "argv", ["train.py", *arguments]),
         mock.patch.object(CausalLM, "batch", told),
-        mock.patch("dtrain.measure.environment._commit", return_value=None),  # git may be slow
+        mock.patch("dtrain.cost.environment._commit", return_value=None),  # git may be slow
     ):
         cli.main("train", cli.train)
 

@@ -22,23 +22,23 @@ from worlds import World as Ranks
 
 from dtrain.compare.results import Row
 from dtrain.config.schema import Config, Measure
-from dtrain.cost import fold
+from dtrain.cost import peak_memory, timeline
+from dtrain.cost.predict import fold
+from dtrain.cost.profile import Profile
+from dtrain.cost.throughput import Meter
+from dtrain.cost.timeline import COMMUNICATION, COMPUTE, Shares, Span
+from dtrain.cost.trace import trace
 from dtrain.figures import facts, meter_of, summary_of
 from dtrain.launch.world import World
-from dtrain.measure import memory, timeline
-from dtrain.measure.meter import Meter
-from dtrain.measure.timeline import COMMUNICATION, COMPUTE, Shares, Span
 from dtrain.model.layout import Layout
 from dtrain.parallel.messages import Message
 from dtrain.parallel.plan import Plan
 from dtrain.parallel.spans import PHASE, STAGE
-from dtrain.profile import Profile
 from dtrain.report.console import Console
 from dtrain.report.instruments import _mb
 from dtrain.strategy.ddp import DDP
 from dtrain.strategy.pipeline.stages import split_evenly
 from dtrain.strategy.pipeline.strategy import Pipeline
-from dtrain.trace import trace
 
 CPU = torch.device("cpu")
 FP32 = 4  # bytes
@@ -251,17 +251,17 @@ def test_peak_memory_is_what_was_held_at_most_though_it_is_gone() -> None:
     def present() -> int:
         return int(Path("/proc/self/statm").read_text().split()[1]) * 4096
 
-    memory.reset_peak(CPU)
-    before, here = memory.peak_bytes(CPU), present()
+    peak_memory.reset_peak(CPU)
+    before, here = peak_memory.peak_bytes(CPU), present()
     held = torch.ones(2**27 // FP32)
     size = held.nbytes
     assert present() - here >= SEEN * size
     del held
     assert present() - here <= (1 - RELEASED) * size
-    peak = memory.peak_bytes(CPU)
+    peak = peak_memory.peak_bytes(CPU)
     assert peak - before >= SEEN * size
-    memory.reset_peak(CPU)
-    assert memory.peak_bytes(CPU) <= peak - RELEASED * size
+    peak_memory.reset_peak(CPU)
+    assert peak_memory.peak_bytes(CPU) <= peak - RELEASED * size
 
 
 def test_what_one_block_keeps_for_its_backward_pass_is_the_textbooks() -> None:

@@ -12,7 +12,8 @@ import pytest
 import torch
 from cases import NextToken, adamw
 
-from dtrain.cost import fold
+from dtrain.cost.predict import fold
+from dtrain.cost.trace import trace
 from dtrain.data.tokenizer import Bytes
 from dtrain.model.transformer import Transformer
 from dtrain.parallel.plan import Plan
@@ -24,7 +25,6 @@ from dtrain.strategy.pipeline.strategy import Pipeline
 from dtrain.strategy.tensor.strategy import TensorParallel
 from dtrain.strategy.zero1 import Zero1
 from dtrain.task.batch import Batch
-from dtrain.trace import trace
 
 PAGE = Path(__file__).parent.parent / "docs" / "how-to-choose.md"
 B, T, C, L, V = 16, 128, 256, 4, Bytes().vocab_size  # what `python scripts/compare.py` trains: model=mini

@@ -15,10 +15,10 @@ from PIL import Image
 from sklearn.datasets import load_digits
 from torch import Tensor, nn
 
+from dtrain.cost.timeline import Span
 from dtrain.data.augment import Crop, Cutout, Mixup
 from dtrain.data.images import Digits, Folder, Mnist, Ring, Samples
 from dtrain.data.seeded import generator
-from dtrain.measure.timeline import Span
 from dtrain.model.images import MLP, ConvGenerator, ConvNet
 from dtrain.parallel.spans import PHASE
 from dtrain.report import gantt

@@ -29,15 +29,15 @@ from test_configs import composed
 from dtrain.compare import step
 from dtrain.compare.results import Row
 from dtrain.config.schema import checked
+from dtrain.cost.memory import Ledger
+from dtrain.cost.profile import RECORDED, Profile
+from dtrain.cost.timeline import COMMUNICATION, Span, Timeline, common, merged, total, without
+from dtrain.cost.traffic import Traffic
 from dtrain.launch.flight_recorder import Note, Notes, missing, waiting
 from dtrain.launch.hang_detector import Hang, Watch, _read, within
 from dtrain.launch.world import World
-from dtrain.measure.ledger import Ledger
-from dtrain.measure.timeline import COMMUNICATION, Span, Timeline, common, merged, total, without
-from dtrain.measure.traffic import Traffic
 from dtrain.parallel.messages import Message
 from dtrain.parallel.spans import PHASE, STAGE, mark
-from dtrain.profile import RECORDED, Profile
 from dtrain.report import gantt, instruments
 from dtrain.run import run
 from dtrain.strategy.pipeline.schedule import _work, bubble

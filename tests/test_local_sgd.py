@@ -15,8 +15,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_checkpoint import _train
 
+from dtrain.cost.profile import Profile
 from dtrain.parallel.strategy import whole
-from dtrain.profile import Profile
 from dtrain.strategy.ddp import DDP
 from dtrain.strategy.fsdp import FSDP
 from dtrain.strategy.local_sgd import LocalSGD

@@ -20,11 +20,11 @@ from hypothesis import strategies as st
 from sklearn.neighbors import NearestNeighbors
 from torch.utils.flop_counter import FlopCounterMode
 
+from dtrain.cost import environment, flops, peak_memory
+from dtrain.cost.environment import cores, describe
+from dtrain.cost.model_size import info
+from dtrain.cost.throughput import Meter
 from dtrain.figures import flops_per_token
-from dtrain.info import info
-from dtrain.measure import environment, flops, memory
-from dtrain.measure.environment import cores, describe
-from dtrain.measure.meter import Meter
 from dtrain.model.transformer import Transformer
 from dtrain.parallel.optimizer import parameter_groups, rate
 from dtrain.parallel.precision import Precision
@@ -54,9 +54,9 @@ def test_a_tasks_flops_are_its_models() -> None:
 
 def test_info_allocates_nothing_and_counts_bytes() -> None:
     gc.collect()
-    before = memory.peak_bytes(torch.device("cpu"))
+    before = peak_memory.peak_bytes(torch.device("cpu"))
     found = info(partial(Transformer, 50257, 1024, 12288, 4, 96), Precision("bf16"), None)
-    assert found.total > 7e9 and memory.peak_bytes(torch.device("cpu")) - before < 200e6
+    assert found.total > 7e9 and peak_memory.peak_bytes(torch.device("cpu")) - before < 200e6
     assert found.weight_bytes == found.gradient_bytes == 4 * found.total
     assert found.optimizer_bytes == 8 * found.total
 
@@ -81,10 +81,10 @@ def test_a_measured_peak_says_how() -> None:
 
 def test_peak_memory_sees_an_allocation() -> None:
     device = torch.device("cpu")
-    memory.reset_peak(device)
-    before = memory.peak_bytes(device)
+    peak_memory.reset_peak(device)
+    before = peak_memory.peak_bytes(device)
     held = torch.ones(50_000_000)
-    assert memory.peak_bytes(device) - before >= held.nbytes * 0.95
+    assert peak_memory.peak_bytes(device) - before >= held.nbytes * 0.95
 
 
 def test_the_environment_is_told() -> None:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from dtrain.info import info
+from dtrain.cost.model_size import info
 from dtrain.model.block import FeedForward
 from dtrain.model.initialize import materialize
 from dtrain.model.layout import StepAware

@@ -21,14 +21,14 @@ from cases import CONTEXT, ROWS, STRATEGIES, TASKS, VOCAB, Case, NextToken, asse
 from omegaconf import OmegaConf
 from own_models import MODELS, OwnModel
 
-from dtrain.info import info
+from dtrain.cost.model_size import info
+from dtrain.cost.trace import trace
 from dtrain.model.adapt import adapted
 from dtrain.model.initialize import build, cast, whole
 from dtrain.model.layout import refuse_batch_norm
 from dtrain.parallel.checks.probe import probe
 from dtrain.parallel.plan import Plan
 from dtrain.parallel.precision import Precision
-from dtrain.trace import trace
 
 call = test_cli.call  # a fixture
 ROOT = Path(__file__).parent.parent

@@ -21,7 +21,7 @@ from dtrain.compare import runner
 from dtrain.compare.entries import Case, Entry
 from dtrain.compare.results import Results, Row
 from dtrain.config import errors
-from dtrain.info import Info
+from dtrain.cost.model_size import Info
 from dtrain.report import ranklog
 from dtrain.report.base import Run
 from dtrain.report.console import Console, preparing, show

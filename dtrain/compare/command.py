@@ -25,11 +25,11 @@ from dtrain.config.about import about
 from dtrain.config.constructor import imported
 from dtrain.config.schema import CONFIGS, Comparison
 from dtrain.config.secret import masked_override
+from dtrain.cost import environment
+from dtrain.cost.profile import RECORDED
 from dtrain.files import records
 from dtrain.files.durable import remove, write
 from dtrain.files.lock import Lock
-from dtrain.measure import environment
-from dtrain.profile import RECORDED
 from dtrain.streams import Terminal
 
 PROJECT = CONFIGS.parent

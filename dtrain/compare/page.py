@@ -16,7 +16,7 @@ from dtrain.compare.runner import cells
 from dtrain.compare.step import gantt
 from dtrain.compare.style import Chart, family
 from dtrain.compare.verdict import front, verdicts
-from dtrain.cost import place
+from dtrain.cost.predict import place
 from dtrain.measure.units import size
 from dtrain.parallel.messages import Message
 from dtrain.streams import shown

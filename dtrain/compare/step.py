@@ -10,7 +10,7 @@ import plotly.graph_objects as go
 
 from dtrain.compare.results import Row
 from dtrain.compare.style import TRACE, Chart
-from dtrain.measure.timeline import COMMUNICATION, COMPUTE, Interval, merged, total, without
+from dtrain.cost.timeline import COMMUNICATION, COMPUTE, Interval, merged, total, without
 from dtrain.report.gantt import COLOURS
 
 EXPOSED = "#d62f2f"

@@ -1,4 +1,4 @@
-"""Marks around what a rank does, which a profiler's timeline finds again (`dtrain.measure.timeline`)."""
+"""Marks around what a rank does, which a profiler's timeline finds again (`dtrain.cost.timeline`)."""
 
 from __future__ import annotations
 

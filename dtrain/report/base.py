@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from dtrain.measure.timeline import Span
+from dtrain.cost.timeline import Span
 
 
 @dataclass(frozen=True)

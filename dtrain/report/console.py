@@ -10,9 +10,9 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 from rich.text import Text
 
+from dtrain.cost.model_size import Info
+from dtrain.cost.timeline import Span
 from dtrain.data.base import Data
-from dtrain.info import Info
-from dtrain.measure.timeline import Span
 from dtrain.measure.units import MB, amount, size
 from dtrain.report import instruments
 from dtrain.report.base import Logger, Run

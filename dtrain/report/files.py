@@ -8,8 +8,8 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any, TextIO
 
+from dtrain.cost.timeline import Span
 from dtrain.files import records
-from dtrain.measure.timeline import Span
 from dtrain.report import gantt
 from dtrain.report.base import Logger, Run
 

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from dtrain.measure.timeline import COMMUNICATION, COMPUTE, Span
+from dtrain.cost.timeline import COMMUNICATION, COMPUTE, Span
 from dtrain.parallel.footprint import BACKWARD, FORWARD, WEIGHTS
 from dtrain.parallel.spans import EXCHANGE, FIGURES, OPTIMIZER, PHASE, STAGE
 

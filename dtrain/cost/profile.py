@@ -15,11 +15,11 @@ from typing import Any
 
 import torch.distributed as dist
 
-from dtrain.cost import Cost
+from dtrain.cost.memory import KINDS, Ledger
+from dtrain.cost.predict import Cost
+from dtrain.cost.timeline import Span, Timeline, total
+from dtrain.cost.traffic import Traffic
 from dtrain.launch.collectives import gathered
-from dtrain.measure.ledger import KINDS, Ledger
-from dtrain.measure.timeline import Span, Timeline, total
-from dtrain.measure.traffic import Traffic
 from dtrain.parallel.messages import Message
 from dtrain.parallel.plan import Plan
 from dtrain.parallel.spans import FIGURES, OPTIMIZER, PHASE, STAGE, mark

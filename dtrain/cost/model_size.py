@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from dtrain.config.constructor import in_words
-from dtrain.measure import flops
+from dtrain.cost import flops
 from dtrain.model.initialize import on_meta
 from dtrain.model.layout import ModelFactory, layout_of, sequence_length
 from dtrain.parallel.precision import Precision

@@ -25,7 +25,7 @@ from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 
-from dtrain.cost import curve
+from dtrain.cost.predict import curve
 
 KINDS = ("parameters", "gradients", "optimizer", "activations", "communication", "other")
 

@@ -16,7 +16,7 @@ from torch.optim import Optimizer
 from torch.utils.checkpoint import checkpoint
 
 from dtrain.config.constructor import in_words
-from dtrain.measure.ledger import Ledger
+from dtrain.cost.memory import Ledger
 from dtrain.model.initialize import cast, on_meta
 from dtrain.model.layout import blocks_of, layout_of
 from dtrain.parallel.footprint import Call, Footprint, Kept, Piece, Weight
