@@ -7,7 +7,7 @@ from pathlib import Path
 
 from dtrain.config.about import about
 from dtrain.config.schema import CONFIGS
-from dtrain.report.sheet import Sheet, put_between
+from dtrain.report.tables import Sheet, put_between
 from dtrain.survey import ITSELF, PARTLY, REFUSED, SAME_AXIS, Trial, survey
 
 BEGIN, END = "<!-- capabilities -->\n", "<!-- /capabilities -->\n"

@@ -42,9 +42,9 @@ from dtrain.model import own
 from dtrain.parallel.precision import Precision
 from dtrain.report.console import show
 from dtrain.report.sweep import Told, show_job, show_sweep
+from dtrain.report.terminal import in_line, keep_open, shown
 from dtrain.run import run
 from dtrain.saved import CHECKPOINTS
-from dtrain.streams import in_line, keep_open, shown
 from dtrain.train import NonFinite
 
 # What a script does at a word, before there is a configuration: `python scripts/info.py capabilities`.

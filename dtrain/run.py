@@ -34,7 +34,7 @@ from dtrain.launch.preemption import Preemption
 from dtrain.launch.rendezvous import agents, connected
 from dtrain.launch.world import World
 from dtrain.parallel.spans import FIGURES, FORWARD_BACKWARD
-from dtrain.report import ranklog
+from dtrain.report import rank_log
 from dtrain.report.base import All, Run
 from dtrain.resume import finished, identity, take_weights
 from dtrain.strategy.parameter_server.trainer import Asynchronous
@@ -79,7 +79,7 @@ def _run(config: Config, world: World, folder: Path, strategy: str, asked: Asked
         refuse_differences(asdict(config), job.data.describe(), job.written)
         world = replace(world, agents=agents())
         folder = stack.enter_context(claimed(folder, world, config, asked.files))
-        stack.enter_context(ranklog.writing(folder, world.rank))
+        stack.enter_context(rank_log.writing(folder, world.rank))
         job = replace(job, plan=job.plan.connect(), logger=job.logger if world.rank == 0 else All())
         stack.callback(job.logger.close)
         if summary := finished(job, folder, world):

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from dtrain.compare.markdown import readme
 from dtrain.compare.results import read
-from dtrain.report.sheet import put_between
+from dtrain.report.tables import put_between
 
 ROOT = Path(__file__).parent.parent
 BEGIN, END = "<!-- comparison -->\n", "<!-- /comparison -->\n"

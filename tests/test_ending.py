@@ -21,8 +21,8 @@ from test_cli import PYTHON, call  # noqa: F401
 
 from dtrain.cli import start
 from dtrain.launch.rank_processes import PRELOADED, tied
+from dtrain.report.terminal import keep_open
 from dtrain.saved import MANIFEST, about, sealed, verify
-from dtrain.streams import keep_open
 from dtrain.task.causal_lm import CausalLM
 
 QUICK = ["model=tiny", "eval.every=0", "global_batch_size=4", "seq_len=16", "measure.peak_flops=1e12",
@@ -259,7 +259,7 @@ def test_an_output_that_nobody_reads_ends_nothing(nproc: int, tmp_path: Path, ca
 def test_standard_streams_that_are_closed_take_no_files_place() -> None:
     """What is opened next would get their numbers, and what is printed would go there."""
     script = (
-        "import os, sys; from dtrain.streams import keep_open; keep_open(); file = os.open('/dev/null', os.O_RDONLY);"
+        "import os, sys; from dtrain.report.terminal import keep_open; keep_open(); file = os.open('/dev/null', os.O_RDONLY);"
         "print('said'); sys.stdout.flush(); sys.exit(file < 3)"
     )
     if not (child := os.fork()):

@@ -21,7 +21,7 @@ from dtrain.data.images import Digits, Folder, Mnist, Ring, Samples
 from dtrain.data.seeded import generator
 from dtrain.model.images import MLP, ConvGenerator, ConvNet
 from dtrain.parallel.spans import PHASE
-from dtrain.report import gantt
+from dtrain.report import step_chart
 from dtrain.task.pictures import confusion_matrix, write
 from dtrain.task.rows import confusion
 
@@ -195,7 +195,7 @@ def test_a_class_of_any_name_is_drawn_as_it_is_called(tmp_path: Path) -> None:
     """Names of folders and columns are no formulas."""
     write(tmp_path, 1, {"confusion": confusion_matrix(torch.eye(2), [r"$\frac$", "$5-$10"])})
     assert (tmp_path / "confusion-000001.png").exists()
-    gantt.draw([[Span(PHASE, "optimizer", 0, 10)]], r"$\frac$ on 2 ranks", [tmp_path / "gantt.svg"])
+    step_chart.draw([[Span(PHASE, "optimizer", 0, 10)]], r"$\frac$ on 2 ranks", [tmp_path / "gantt.svg"])
     assert (tmp_path / "gantt.svg").exists()
 
 

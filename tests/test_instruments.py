@@ -38,7 +38,7 @@ from dtrain.launch.hang_detector import Hang, Watch, _read, within
 from dtrain.launch.world import World
 from dtrain.parallel.messages import Message
 from dtrain.parallel.spans import PHASE, STAGE, mark
-from dtrain.report import gantt, instruments
+from dtrain.report import instruments, step_chart
 from dtrain.run import run
 from dtrain.strategy.pipeline.schedule import _work, bubble
 from dtrain.strategy.pipeline.strategy import SCHEDULES, Pipeline
@@ -168,7 +168,7 @@ def test_what_two_cover_and_what_one_covers_alone_make_up_the_one(ours: list, th
 def test_a_trace_is_chromes(tmp_path: Path) -> None:
     one = [Span(PHASE, "optimizer", 1000, 9000), Span(COMMUNICATION, "all_reduce", 2000, 4000, "dp"),
            Span(COMMUNICATION, "all_reduce", 3000, 5000, "dp"), Span(STAGE, "forward", 1000, 2000, "", 0, 3)]  # fmt: skip
-    gantt.write(
+    step_chart.write(
         tmp_path, [one, [replace(span, start=span.start + 500, end=span.end + 500) for span in one]], "two ranks"
     )
     events = json.loads((tmp_path / "trace.json").read_text())["traceEvents"]
@@ -307,7 +307,7 @@ def test_a_trace_is_in_microseconds_from_the_first_span(tmp_path: Path) -> None:
     millisecond, begin = 10**6, 5 * 10**18
     spans = [Span(PHASE, "optimizer", begin, begin + 100 * millisecond),
              Span(COMMUNICATION, "all_reduce", begin + 7 * millisecond, begin + 7 * millisecond + 500, "dp")]  # fmt: skip
-    told = gantt.trace([spans])
+    told = step_chart.trace([spans])
     found = {event["name"]: (event["ts"], event["dur"]) for event in told["traceEvents"] if event["ph"] == "X"}
     assert found == {"optimizer": (0, 100_000), "all_reduce (dp)": (7_000, 0.5)}
     row = Row("ddp", 2)

@@ -16,7 +16,7 @@ from dtrain.files import records
 from dtrain.report.base import Run
 from dtrain.report.files import Files
 from dtrain.report.sweep import Told, show_sweep
-from dtrain.streams import shown
+from dtrain.report.terminal import shown
 from hydra_plugins.dtrain_torchrun import _outcome
 
 VALUES = {

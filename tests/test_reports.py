@@ -22,14 +22,14 @@ from dtrain.compare.entries import Case, Entry
 from dtrain.compare.results import Results, Row
 from dtrain.config import errors
 from dtrain.cost.model_size import Info
-from dtrain.report import ranklog
+from dtrain.report import rank_log
 from dtrain.report.base import Run
 from dtrain.report.console import Console, preparing, show
-from dtrain.report.sheet import Sheet, put_between
 from dtrain.report.sweep import Told, show_job, show_sweep
+from dtrain.report.tables import Sheet, put_between
 from dtrain.report.tensorboard import TensorBoard
+from dtrain.report.terminal import HIDDEN, Terminal
 from dtrain.report.tracker import Tracker
-from dtrain.streams import HIDDEN, Terminal
 
 STEPS = [{"step": 7, "loss": 2.5, "tokens": 64}, {"step": 8, "loss": 0.0, "tokens": 128, "val_loss": 1.5},
          {"step": 30, "loss": 1.25, "tokens": 192, "val_loss": None}]  # fmt: skip
@@ -139,7 +139,7 @@ def test_the_first_rank_speaks_here_and_the_others_in_their_logs(
         monkeypatch.setattr(sys, name, open(number, "w", closefd=False))  # noqa: SIM115  until the test ends
     said = {"from Python", "from a library", "an error"}
     for rank in range(3):
-        with ranklog.writing(tmp_path, rank) as file:
+        with rank_log.writing(tmp_path, rank) as file:
             _speak()
         log, out = file.read_text(), _heard(capfd)
         assert file == tmp_path / "logs" / f"rank{rank}.log" and f"rank {rank}, process {os.getpid()}" in log
@@ -156,7 +156,7 @@ def test_a_ranks_log_has_its_records_warnings_and_error(rank: int, tmp_path: Pat
     """And nothing of what comes after it; what others have set stays."""
     root = logging.getLogger()
     before = (root.level, list(root.handlers), warnings.showwarning)
-    with pytest.raises(ZeroDivisionError), ranklog.writing(tmp_path, rank), warnings.catch_warnings():
+    with pytest.raises(ZeroDivisionError), rank_log.writing(tmp_path, rank), warnings.catch_warnings():
         warnings.simplefilter("always")
         logging.getLogger("any").info("a record")
         logging.getLogger("any").debug("too small")
@@ -279,6 +279,6 @@ def test_a_traceback_steers_no_terminal(capsys: pytest.CaptureFixture[str]) -> N
 
 
 def test_a_ranks_log_steers_no_terminal(tmp_path: Path) -> None:
-    with ranklog.writing(tmp_path, 0) as file:
+    with rank_log.writing(tmp_path, 0) as file:
         logging.getLogger("dtrain").warning("%s", HOSTILE[:-1])  # pytest sends it on, and takes UTF-8 alone
     assert r"a\x1b[2J" in file.read_text() and "\x1b" not in file.read_text()

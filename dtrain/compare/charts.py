@@ -11,8 +11,8 @@ from dtrain.compare.costs import memory, messages
 from dtrain.compare.results import Results, Row
 from dtrain.compare.style import POINT, TRACE, Chart, family
 from dtrain.compare.verdict import efficiency, equal_time, front, kind_of_memory, loss_at, memory_of
-from dtrain.measure.units import size
-from dtrain.streams import in_html
+from dtrain.report.amounts import size
+from dtrain.report.terminal import in_html
 
 
 def charts(results: Results) -> list[Chart]:

@@ -30,7 +30,7 @@ from dtrain.cost.profile import RECORDED
 from dtrain.files import records
 from dtrain.files.durable import remove, write
 from dtrain.files.lock import Lock
-from dtrain.streams import Terminal
+from dtrain.report.terminal import Terminal
 
 PROJECT = CONFIGS.parent
 LEFT = (FILE, "results.csv", "report.md", "report.html", "runs")  # in a comparison's folder

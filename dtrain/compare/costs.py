@@ -8,7 +8,7 @@ import plotly.graph_objects as go
 
 from dtrain.compare.results import Results, Row
 from dtrain.compare.style import FAMILIES, KINDS, POINT, TICK, Chart
-from dtrain.streams import in_html
+from dtrain.report.terminal import in_html
 
 OPERATIONS = ("all_reduce", "all_gather", "reduce_scatter", "broadcast", "all_to_all", "send")
 

@@ -7,8 +7,8 @@ from collections.abc import Callable
 from dtrain.compare.results import Results
 from dtrain.compare.runner import cells
 from dtrain.compare.verdict import verdicts
-from dtrain.report.sheet import Sheet
-from dtrain.streams import in_line, in_markdown, shown
+from dtrain.report.tables import Sheet
+from dtrain.report.terminal import in_line, in_markdown, shown
 
 COLUMNS = ("strategy", "ranks", "loss", "Δloss", "tokens/s", "step ms", "tensor memory a rank", "sent a step",
            "exposed")  # fmt: skip

@@ -17,9 +17,9 @@ from dtrain.compare.step import gantt
 from dtrain.compare.style import Chart, family
 from dtrain.compare.verdict import front, verdicts
 from dtrain.cost.predict import place
-from dtrain.measure.units import size
 from dtrain.parallel.messages import Message
-from dtrain.streams import shown
+from dtrain.report.amounts import size
+from dtrain.report.terminal import shown
 
 HOLDS = {  # what the coordinate i of n on an axis says of a rank
     "dp": "rows {i} of {n}", "fsdp": "rows and shard {i} of {n}", "tp": "slice {i} of {n} of each matrix",

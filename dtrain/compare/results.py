@@ -12,7 +12,7 @@ from typing import Any, Union, get_args, get_origin, get_type_hints
 
 from dtrain.files import records
 from dtrain.parallel.messages import Message
-from dtrain.streams import shown
+from dtrain.report.terminal import shown
 
 SCHEMA = 1
 FILE = "results.json"

@@ -27,8 +27,8 @@ from dtrain.compare.entries import Case
 from dtrain.compare.results import Results, Row
 from dtrain.compare.verdict import verdicts
 from dtrain.files import records
-from dtrain.measure.units import size
-from dtrain.streams import Terminal, in_line, shown
+from dtrain.report.amounts import size
+from dtrain.report.terminal import Terminal, in_line, shown
 
 POLL_S = 0.2
 WIDE = 106  # columns of a terminal that has room for all figures

@@ -11,7 +11,7 @@ import plotly.graph_objects as go
 from dtrain.compare.results import Row
 from dtrain.compare.style import TRACE, Chart
 from dtrain.cost.timeline import COMMUNICATION, COMPUTE, Interval, merged, total, without
-from dtrain.report.gantt import COLOURS
+from dtrain.report.step_chart import COLOURS
 
 EXPOSED = "#d62f2f"
 

@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from dtrain.compare.results import Results, Row
-from dtrain.measure.units import size
+from dtrain.report.amounts import size
 
 
 @dataclass(frozen=True)

@@ -13,10 +13,10 @@ from rich.text import Text
 from dtrain.cost.model_size import Info
 from dtrain.cost.timeline import Span
 from dtrain.data.base import Data
-from dtrain.measure.units import MB, amount, size
 from dtrain.report import instruments
+from dtrain.report.amounts import MB, amount, size
 from dtrain.report.base import Logger, Run
-from dtrain.streams import Terminal, in_line
+from dtrain.report.terminal import Terminal, in_line
 
 LINES = 10  # how many lines a run prints where there is no terminal
 

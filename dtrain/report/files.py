@@ -10,7 +10,7 @@ from typing import Any, TextIO
 
 from dtrain.cost.timeline import Span
 from dtrain.files import records
-from dtrain.report import gantt
+from dtrain.report import step_chart
 from dtrain.report.base import Logger, Run
 
 SUMMARY = "summary.json"
@@ -66,7 +66,7 @@ class Files(Logger):
             raise OSError(f"{self._metrics.name} could not be written: {error.strerror}") from error
 
     def profile(self, found: dict[str, Any], ranks: Sequence[Sequence[Span]], title: str) -> None:
-        gantt.write(self._folder / "profile", ranks, title, pictures=self._pictures)
+        step_chart.write(self._folder / "profile", ranks, title, pictures=self._pictures)
 
     def finish(self, summary: dict[str, Any]) -> None:
         (self._folder / SUMMARY).write_text(records.dumps(summary, indent=2, default=str) + "\n")

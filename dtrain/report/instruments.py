@@ -6,8 +6,8 @@ from typing import Any
 
 from rich.table import Table
 
-from dtrain.measure.units import MB
-from dtrain.streams import Terminal
+from dtrain.report.amounts import MB
+from dtrain.report.terminal import Terminal
 
 
 def show(found: dict[str, Any]) -> None:

@@ -9,7 +9,7 @@ from pathlib import Path
 from rich.table import Table
 
 from dtrain.report.files import SUMMARY, summary_in
-from dtrain.streams import Terminal
+from dtrain.report.terminal import Terminal
 
 
 @dataclass

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from dtrain.streams import shown
+from dtrain.report.terminal import shown
 
 
 class _Shown(logging.Formatter):

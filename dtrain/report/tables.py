@@ -8,7 +8,7 @@ from pathlib import Path
 from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
-from dtrain.streams import Terminal
+from dtrain.report.terminal import Terminal
 
 
 @dataclass(frozen=True)

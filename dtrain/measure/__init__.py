@@ -1,1 +1,0 @@
-"""Instruments: throughput, floating-point operations, memory, and the environment they were read in."""
