@@ -23,8 +23,6 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 
-from dtrain.checkpoint import clear
-from dtrain.claim import RESUMABLE
 from dtrain.compare import command as comparison
 from dtrain.config.errors import USER_ERRORS, check_words, explain, of_the_system
 from dtrain.config.outside import looking_at
@@ -32,7 +30,6 @@ from dtrain.config.schema import CONFIGS, Comparison, Config, check_axes, checke
 from dtrain.config.secret import Asked, asked_again, masked_override, written
 from dtrain.cost.model_size import info as count
 from dtrain.files.lock import Lock
-from dtrain.job import assemble, model_factories, strategies_of
 from dtrain.launch import quiet
 from dtrain.launch.hang_detector import Hang
 from dtrain.launch.launchers import understood
@@ -43,8 +40,11 @@ from dtrain.parallel.precision import Precision
 from dtrain.report.console import show
 from dtrain.report.sweep import Told, show_job, show_sweep
 from dtrain.report.terminal import in_line, keep_open, shown
-from dtrain.run import run
-from dtrain.saved import CHECKPOINTS
+from dtrain.run.assemble import assemble, model_factories, strategies_of
+from dtrain.run.checkpoint import clear
+from dtrain.run.checkpoint_files import CHECKPOINTS
+from dtrain.run.claim import RESUMABLE
+from dtrain.run.run import run
 from dtrain.train import NonFinite
 
 # What a script does at a word, before there is a configuration: `python scripts/info.py capabilities`.

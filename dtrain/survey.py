@@ -16,11 +16,11 @@ from omegaconf import DictConfig, OmegaConf
 from torch import nn
 
 from dtrain.config.schema import CONFIGS, Config, checked, make, options
-from dtrain.job import task_of
 from dtrain.model.initialize import on_meta
 from dtrain.parallel.mesh import MESH_ORDER
 from dtrain.parallel.plan import Plan
 from dtrain.parallel.strategy import Strategy
+from dtrain.run.assemble import task_of
 from dtrain.task.base import Task
 
 RANKS = 2  # along each axis

@@ -11,11 +11,11 @@ from hydra import compose, initialize_config_dir
 
 from dtrain.config.schema import CONFIGS, checked, register
 from dtrain.cost.profile import Profile
-from dtrain.job import assemble
 from dtrain.launch.rank_processes import spawn
 from dtrain.launch.rendezvous import connected
 from dtrain.launch.world import World
-from dtrain.run import optimizer_of
+from dtrain.run.assemble import assemble
+from dtrain.run.run import optimizer_of
 from dtrain.train import Settings, Trainer
 
 STRATEGIES, PAIRS = ("ddp", "fsdp", "tensor", "pipeline", "context"), 40

@@ -15,7 +15,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from dtrain import saved
 from dtrain.model.layout import Layout
 from dtrain.model.transformer import Transformer
 from dtrain.parallel.clip import clip
@@ -23,7 +22,8 @@ from dtrain.parallel.optimizer import parameter_groups
 from dtrain.parallel.plan import Plan
 from dtrain.parallel.precision import Precision
 from dtrain.parallel.strategy import Strategy, whole
-from dtrain.saved import verify
+from dtrain.run import checkpoint_files
+from dtrain.run.checkpoint_files import verify
 from dtrain.strategy.allreduce import AllReduce
 from dtrain.strategy.context.strategy import Context
 from dtrain.strategy.ddp import DDP
@@ -134,7 +134,9 @@ class GAN(Task):
 
 def find(resume: str, run: Path, outputs: Path, *, fallback: bool, note: Callable[[str], object]) -> Path:
     """The checkpoint that `resume` names, whole and undamaged."""
-    return saved.first_whole(saved.named(resume, run, outputs), verify, fallback=fallback, note=note)
+    return checkpoint_files.first_whole(
+        checkpoint_files.named(resume, run, outputs), verify, fallback=fallback, note=note
+    )
 
 
 def _bce(logits: Tensor, real: float) -> Tensor:

@@ -12,8 +12,8 @@ import torch
 import torch.distributed as dist
 from worlds import World
 
-from dtrain import checkpoint, saved
 from dtrain.launch.collectives import agree, together
+from dtrain.run import checkpoint, checkpoint_files
 
 
 class Odd(Exception):
@@ -57,7 +57,7 @@ def _read_by(folder: str) -> tuple[list[str], list[str], str, str]:
     """The shards that this rank reads while a checkpoint is written, and while it is verified; what is found then, and
     when a byte has changed."""
     read: list[str] = []
-    describe = saved.describe
+    describe = checkpoint_files.describe
 
     def noted(file: Path) -> dict[str, object]:
         read.append(file.name)

@@ -14,9 +14,9 @@ from hydra import compose, initialize_config_dir
 from dtrain import capabilities, cli
 from dtrain.capabilities import reasons
 from dtrain.config.schema import CONFIGS, checked, options, register
-from dtrain.job import assemble
 from dtrain.launch.world import World
-from dtrain.run import optimizer_of
+from dtrain.run.assemble import assemble
+from dtrain.run.run import optimizer_of
 from dtrain.strategy.fsdp import FSDP
 from dtrain.strategy.pipeline.strategy import Pipeline
 from dtrain.survey import PARTLY, RANKS, REFUSED, SAME_AXIS, WORKS, Trial, survey

@@ -25,15 +25,15 @@ import torch
 import warm
 from cases import MOE, STRATEGIES, VARIANTS, Case, Outcome, assert_equal, find, refusal, trainer, whole
 
-from dtrain import saved
-from dtrain.checkpoint import Checkpoints, _apart, load, load_weights
 from dtrain.config.schema import Config, Schedule
-from dtrain.job import Job
 from dtrain.launch.world import World
 from dtrain.parallel.strategy import local
 from dtrain.report.base import Logger
-from dtrain.resume import identity, take_weights
-from dtrain.saved import about, run_of, verify
+from dtrain.run import checkpoint_files
+from dtrain.run.assemble import Job
+from dtrain.run.checkpoint import Checkpoints, _apart, load, load_weights
+from dtrain.run.checkpoint_files import about, run_of, verify
+from dtrain.run.resume import identity, take_weights
 
 STEPS, SAVED_AT = 6, 4
 EXACT, CROSS = 0.0, 1e-12  # the same strategy: bit for bit; another one: rounding in fp64
@@ -84,8 +84,8 @@ def _all_from(saver: str, plans: list[str], model: tuple, folder: str) -> int:
     cases = {plan: Case("next_token", plan, steps=3, model=model) for plan in ("single", saver, *plans)}
     expected = _train(cases["single"], 1, folder, False, False)
     resumed = replace(expected, losses=expected.losses[2:])
-    saved = _train(cases[saver], 4, f"{folder}/{saver}", True, False, at=2)
-    assert_equal(saved, expected, CROSS)
+    checkpoint_files = _train(cases[saver], 4, f"{folder}/{saver}", True, False, at=2)
+    assert_equal(checkpoint_files, expected, CROSS)
     for plan in plans:
         ours = _train(cases[plan], 4, f"{folder}/{saver}", False, True)
         try:
@@ -93,7 +93,7 @@ def _all_from(saver: str, plans: list[str], model: tuple, folder: str) -> int:
             if plan == saver:
                 # ddp puts its buckets in another order after a first step, and sums of four depend on theirs.
                 exact = CROSS if plan == "ddp" else EXACT
-                assert_equal(ours, replace(saved, losses=saved.losses[2:]), exact)
+                assert_equal(ours, replace(checkpoint_files, losses=checkpoint_files.losses[2:]), exact)
         except AssertionError as error:
             raise AssertionError(f"{plan} from {saver}: {error}") from None
     return len(plans)
@@ -187,7 +187,7 @@ def test_a_clock_that_was_set_back_makes_no_checkpoint_old(world, three: Path) -
         os.utime(manifest, ns=(later, later))
     world(2).run(_several, str(three), [4, 5], 2)
     assert sorted(p.name for p in three.glob("step-*")) == ["step-00000004", "step-00000005"]
-    assert (three / "latest").resolve().name == saved.whole(three)[-1].name == "step-00000005"
+    assert (three / "latest").resolve().name == checkpoint_files.whole(three)[-1].name == "step-00000005"
 
 
 def test_leftovers_of_a_killed_save_are_cleared(world, three: Path) -> None:
@@ -249,7 +249,9 @@ FILES = {"shard-1.safetensors": {"bytes": 1, "sha256": "0"}}
 def _told(path: Path, **told: Any) -> None:
     """Let the manifest say this, and have its SHA-256."""
     manifest = {**json.loads((path / "checkpoint.json").read_text()), **told}
-    (path / "checkpoint.json").write_text(json.dumps(saved.sealed({k: v for k, v in manifest.items() if v != "none"})))
+    (path / "checkpoint.json").write_text(
+        json.dumps(checkpoint_files.sealed({k: v for k, v in manifest.items() if v != "none"}))
+    )
 
 
 def _shard(path: Path) -> Path:
@@ -277,7 +279,7 @@ def _header(path: Path, header: Any, length: int | None = None) -> None:
     """A shard of two numbers with this header, which its manifest vouches for."""
     text = (header if isinstance(header, str) else json.dumps(header)).encode()
     _shard(path).write_bytes(struct.pack("<Q", len(text) if length is None else length) + text + bytes(8))
-    _told(path, files={_shard(path).name: saved.describe(_shard(path))})
+    _told(path, files={_shard(path).name: checkpoint_files.describe(_shard(path))})
 
 
 def _parts(path: Path, told: Any, shape: int = 2) -> None:
@@ -359,8 +361,8 @@ def test_what_somebody_else_has_made_is_refused_by_name_and_disturbs_no_other_ru
         find(str(three), three, three, fallback=False, note=print)
     assert "\n" not in str(found.value)
     assert find(str(three), three, three, fallback=True, note=lambda text: None).name == "step-00000002"
-    assert saved.steps_of(newest) in (0, 3) and run_of([three.parent], frozenset({"x"})) is None
-    assert saved.named("latest", tmp_path / "new", tmp_path)[0] == newest
+    assert checkpoint_files.steps_of(newest) in (0, 3) and run_of([three.parent], frozenset({"x"})) is None
+    assert checkpoint_files.named("latest", tmp_path / "new", tmp_path)[0] == newest
 
 
 def test_what_is_kept_last_is_of_this_run_alone(alone, tmp_path: Path) -> None:
@@ -390,14 +392,16 @@ def test_links_are_not_followed_to_runs(tmp_path: Path) -> None:
     for name in "xy":
         (tmp_path / "outputs" / name).symlink_to(".")
     assert run_of([tmp_path / "outputs"], frozenset({"agent"})) == mine
-    assert saved.named("latest", tmp_path / "new", tmp_path / "outputs") == [far / "step-00000001"]
+    assert checkpoint_files.named("latest", tmp_path / "new", tmp_path / "outputs") == [far / "step-00000001"]
 
 
 def _small(folder: Path, step: int) -> None:
     """A checkpoint, as far as is looked at to find it."""
     folder.mkdir(parents=True)
     files = {"a.safetensors": {"bytes": 1, "sha256": ""}}
-    (folder / saved.MANIFEST).write_text(json.dumps({"step": step, "tokens": 0, "files": files, "agents": ["agent"]}))
+    (folder / checkpoint_files.MANIFEST).write_text(
+        json.dumps({"step": step, "tokens": 0, "files": files, "agents": ["agent"]})
+    )
 
 
 def test_a_restart_finds_the_run_of_its_own_launch(tmp_path: Path) -> None:
@@ -405,7 +409,7 @@ def test_a_restart_finds_the_run_of_its_own_launch(tmp_path: Path) -> None:
         checkpoint = tmp_path / name / "checkpoints" / f"step-{step:08d}"
         checkpoint.mkdir(parents=True)
         (checkpoint / "checkpoint.json").write_text(
-            json.dumps(saved.sealed({"step": step, "tokens": 0, "agents": agents, "files": FILES}))
+            json.dumps(checkpoint_files.sealed({"step": step, "tokens": 0, "agents": agents, "files": FILES}))
         )
         os.utime(checkpoint / "checkpoint.json", ns=(step, step))
 
@@ -417,9 +421,9 @@ def test_a_restart_finds_the_run_of_its_own_launch(tmp_path: Path) -> None:
     assert found("x", "z") == "a"  # where the newest is
     assert found() is None and found("new") is None
     newest = tmp_path / "a" / "checkpoints" / "step-00000009"
-    assert saved.steps_of(newest) == 9
+    assert checkpoint_files.steps_of(newest) == 9
     damage_number(newest)
-    assert saved.steps_of(newest) == 0  # so that it is not passed over, but refused by its name
+    assert checkpoint_files.steps_of(newest) == 0  # so that it is not passed over, but refused by its name
 
 
 def test_no_checkpoint_is_said_with_the_place(tmp_path: Path) -> None:
@@ -496,7 +500,7 @@ def test_a_save_that_failed_is_told_once_and_no_other_is_lost(asynchronous: bool
             checkpoints.wait()
     checkpoints.save(4, tensors, {"tokens": 4})
     checkpoints.wait()
-    assert [(about(path)["step"], verify(path)) for path in saved.whole(tmp_path)] == [(1, ""), (4, "")]
+    assert [(about(path)["step"], verify(path)) for path in checkpoint_files.whole(tmp_path)] == [(1, ""), (4, "")]
 
 
 def test_latest_is_what_was_written_last_of_this_run_or_else_of_all(alone, tmp_path: Path) -> None:
@@ -578,7 +582,9 @@ def test_complex_numbers_are_saved_and_restored(dtype: torch.dtype, as_it_is: bo
     made = torch.randn(3, 2, dtype=dtype, generator=torch.Generator().manual_seed(0))
     names = ("turn", "optimizer.turn.exp_avg")
     kept = (
-        nullcontext() if not as_it_is else mock.patch("dtrain.checkpoint._written", lambda name, tensor, saved: tensor)
+        nullcontext()
+        if not as_it_is
+        else mock.patch("dtrain.run.checkpoint._written", lambda name, tensor, saved: tensor)
     )
     with kept:
         Checkpoints(tmp_path, keep_last=1).save(1, {name: made.clone() for name in names}, {"tokens": 0})

@@ -19,9 +19,9 @@ import warm
 from hydra.core.global_hydra import GlobalHydra
 
 from dtrain import cli
-from dtrain.claim import RESUMABLE
 from dtrain.launch.rank_processes import stops_go_to
-from dtrain.saved import about, verify
+from dtrain.run.checkpoint_files import about, verify
+from dtrain.run.claim import RESUMABLE
 from hydra_plugins.dtrain_torchrun import _outcome
 
 ROOT = Path(__file__).parent.parent

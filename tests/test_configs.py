@@ -20,7 +20,6 @@ from omegaconf import OmegaConf
 from torch import nn
 
 from dtrain import cli
-from dtrain.checkpoint import Checkpoints
 from dtrain.compare import command
 from dtrain.config.schema import checked, make, register
 from dtrain.data.base import Data
@@ -32,7 +31,8 @@ from dtrain.parallel.plan import Plan
 from dtrain.parallel.precision import Precision
 from dtrain.parallel.strategy import REST, Strategy
 from dtrain.report.base import Logger
-from dtrain.run import run
+from dtrain.run.checkpoint import Checkpoints
+from dtrain.run.run import run
 from dtrain.strategy.accelerate.strategy import AccelerateDDP, AccelerateDeepSpeed, AccelerateFSDP, AccelerateLocalSGD
 from dtrain.strategy.allreduce import AllReduce
 from dtrain.strategy.context.strategy import Context
@@ -308,8 +308,8 @@ def reached(folder: Path, overrides: list[str]) -> dict[str, Any]:
             return stack.enter_context(mock.patch(where, wrapped))
 
         names = ("Trainer", "Checkpoints", "Watch", "connected", "slowed", "take_weights")
-        trainer, checkpoints, watch, connected, slowed, taken = (seen(f"dtrain.run.{name}") for name in names)
-        meter = seen("dtrain.figures.Meter")
+        trainer, checkpoints, watch, connected, slowed, taken = (seen(f"dtrain.run.run.{name}") for name in names)
+        meter = seen("dtrain.run.summary.Meter")
         save = stack.enter_context(mock.patch.object(Checkpoints, "save"))
         run(checked(config), World(), folder / "run", "single")
     task, plan, _, settings, _ = trainer.call_args.args

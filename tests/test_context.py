@@ -17,11 +17,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from dtrain.job import COMPILERS
 from dtrain.model.layout import Layout
 from dtrain.model.transformer import Transformer
 from dtrain.parallel.plan import Plan
 from dtrain.parallel.strategy import Strategy
+from dtrain.run.assemble import COMPILERS
 from dtrain.strategy.allreduce import AllReduce
 from dtrain.strategy.context.strategy import Context, Ring
 from dtrain.strategy.fsdp import FSDP

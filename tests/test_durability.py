@@ -22,9 +22,9 @@ from hydra.core.global_hydra import GlobalHydra
 from worlds import World
 
 from dtrain import cli
-from dtrain.checkpoint import Checkpoints, load
 from dtrain.launch.preemption import Preemption
-from dtrain.saved import MANIFEST, about, verify
+from dtrain.run.checkpoint import Checkpoints, load
+from dtrain.run.checkpoint_files import MANIFEST, about, verify
 from dtrain.task.causal_lm import CausalLM
 
 RANKS = 2

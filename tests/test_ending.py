@@ -22,7 +22,7 @@ from test_cli import PYTHON, call  # noqa: F401
 from dtrain.cli import start
 from dtrain.launch.rank_processes import PRELOADED, tied
 from dtrain.report.terminal import keep_open
-from dtrain.saved import MANIFEST, about, sealed, verify
+from dtrain.run.checkpoint_files import MANIFEST, about, sealed, verify
 from dtrain.task.causal_lm import CausalLM
 
 QUICK = ["model=tiny", "eval.every=0", "global_batch_size=4", "seq_len=16", "measure.peak_flops=1e12",
@@ -113,7 +113,7 @@ def test_a_signal_before_the_first_step_ends_at_once(call, tmp_path: Path) -> No
     def told(*_: object) -> None:
         os.kill(os.getpid(), signal.SIGINT)
 
-    with mock.patch("dtrain.run.take_weights", told):
+    with mock.patch("dtrain.run.run.take_weights", told):
         assert call(*QUICK, "steps=9")[::2] == (130, "dtrain: interrupted\n")
     assert not steps(tmp_path)
 
@@ -209,7 +209,7 @@ def test_an_interrupted_save_leaves_nothing_behind(call, tmp_path: Path) -> None
         assert list((tmp_path / "run" / "checkpoints").glob(".partial-*"))
         raise KeyboardInterrupt
 
-    with mock.patch("dtrain.checkpoint.described", interrupted):
+    with mock.patch("dtrain.run.checkpoint.described", interrupted):
         assert call(*QUICK, "steps=1")[::2] == (130, "dtrain: interrupted\n")
     assert not list((tmp_path / "run" / "checkpoints").iterdir())
 

@@ -34,7 +34,7 @@ from hypothesis import HealthCheck, event, given, seed, settings
 from hypothesis import strategies as st
 from worlds import World
 
-from dtrain.job import COMPILERS
+from dtrain.run.assemble import COMPILERS
 from dtrain.strategy.pipeline.strategy import SCHEDULES
 
 FEW, FEWER, PAIR_STEPS, DRAWN_STEPS = 8, 3, 2, 3

@@ -12,11 +12,11 @@ import torch
 from cases import MLP, ROWS, TOLERANCE, MaskedToken, NextToken, Outcome, adamw, assert_equal, find, finish
 from torch import nn
 
-from dtrain.checkpoint import Checkpoints, load
 from dtrain.model.transformer import Transformer
 from dtrain.parallel.plan import Plan
 from dtrain.parallel.precision import Precision
 from dtrain.parallel.strategy import Strategy, local
+from dtrain.run.checkpoint import Checkpoints, load
 from dtrain.strategy.allreduce import AllReduce
 from dtrain.strategy.expert import Expert
 from dtrain.strategy.fsdp import FSDP

@@ -28,7 +28,6 @@ from dtrain.cost.profile import Profile
 from dtrain.cost.throughput import Meter
 from dtrain.cost.timeline import COMMUNICATION, COMPUTE, Shares, Span
 from dtrain.cost.trace import trace
-from dtrain.figures import facts, meter_of, summary_of
 from dtrain.launch.world import World
 from dtrain.model.layout import Layout
 from dtrain.parallel.messages import Message
@@ -36,6 +35,7 @@ from dtrain.parallel.plan import Plan
 from dtrain.parallel.spans import PHASE, STAGE
 from dtrain.report.console import Console
 from dtrain.report.instruments import _mb
+from dtrain.run.summary import facts, meter_of, summary_of
 from dtrain.strategy.ddp import DDP
 from dtrain.strategy.pipeline.stages import split_evenly
 from dtrain.strategy.pipeline.strategy import Pipeline
@@ -204,9 +204,9 @@ def _summary(stated: float | None) -> dict[str, Any]:
     rank, job = dist.get_rank(), _job(stated)
     world = World(rank, 2, rank, 2)
     with (
-        mock.patch("dtrain.figures.flops.peak", return_value=((1 + 2 * rank) * 1e12, "measured")),
-        mock.patch("dtrain.figures.memory.peak_bytes", return_value=10 + 20 * rank),
-        mock.patch("dtrain.figures.environment.describe", return_value={}),
+        mock.patch("dtrain.run.summary.flops.peak", return_value=((1 + 2 * rank) * 1e12, "measured")),
+        mock.patch("dtrain.run.summary.memory.peak_bytes", return_value=10 + 20 * rank),
+        mock.patch("dtrain.run.summary.environment.describe", return_value={}),
     ):
         meter, source = meter_of(job, world)
         meter.add(ROWS * CONTEXT, 2.0)

@@ -19,12 +19,12 @@ from hydra import compose, initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
 from test_cli import call  # noqa: F401
 
-from dtrain import claim
 from dtrain.config.schema import CONFIGS, register
 from dtrain.files.lock import NAME, Lock
 from dtrain.launch.world import World
 from dtrain.report.base import Run
 from dtrain.report.files import Files
+from dtrain.run import claim
 
 Call = Callable[..., tuple[int, str, str]]
 QUICK = ["model=tiny", "eval.every=0", "global_batch_size=4", "seq_len=16", "measure.peak_flops=1e12",

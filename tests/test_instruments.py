@@ -39,7 +39,7 @@ from dtrain.launch.world import World
 from dtrain.parallel.messages import Message
 from dtrain.parallel.spans import PHASE, STAGE, mark
 from dtrain.report import instruments, step_chart
-from dtrain.run import run
+from dtrain.run.run import run
 from dtrain.strategy.pipeline.schedule import _work, bubble
 from dtrain.strategy.pipeline.strategy import SCHEDULES, Pipeline
 from dtrain.train import Trainer

@@ -17,14 +17,12 @@ from test_plain_loop import MadeUp, adamw, convnet, shades, sizes, transformer
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from dtrain.checkpoint import Checkpoints
 from dtrain.config.schema import Config
 from dtrain.data.augment import Crop, ImageChange, Mixup, SpanMask, TextChange, TokenDrop
 from dtrain.data.images import Ring
 from dtrain.data.rows import Rows
 from dtrain.data.sources import Source
 from dtrain.data.tokenizer import Bytes
-from dtrain.job import Job, optimizer_of
 from dtrain.launch.world import World
 from dtrain.model.images import MLP
 from dtrain.model.initialize import materialize
@@ -32,7 +30,9 @@ from dtrain.model.transformer import Transformer
 from dtrain.parallel.optimizer import rate
 from dtrain.parallel.strategy import local
 from dtrain.report.base import All
-from dtrain.resume import identity, take_weights
+from dtrain.run.assemble import Job, optimizer_of
+from dtrain.run.checkpoint import Checkpoints
+from dtrain.run.resume import identity, take_weights
 from dtrain.task.base import Task
 from dtrain.task.batch import Batch
 from dtrain.task.causal_lm import CausalLM

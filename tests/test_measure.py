@@ -24,10 +24,10 @@ from dtrain.cost import environment, flops, peak_memory
 from dtrain.cost.environment import cores, describe
 from dtrain.cost.model_size import info
 from dtrain.cost.throughput import Meter
-from dtrain.figures import flops_per_token
 from dtrain.model.transformer import Transformer
 from dtrain.parallel.optimizer import parameter_groups, rate
 from dtrain.parallel.precision import Precision
+from dtrain.run.summary import flops_per_token
 from dtrain.task import sample_quality
 
 

@@ -25,7 +25,7 @@ from dtrain.config.aliases import ALIASES, ours
 from dtrain.config.errors import check_words
 from dtrain.config.override import read, setting, typed, value_of
 from dtrain.config.schema import CONFIGS, make, options, register
-from dtrain.run import _resumable
+from dtrain.run.run import _resumable
 
 NAMES = ["/x/a=b.txt", "/x/a (1).txt", "/x/日本語.txt", "it's.txt", "a,b.txt", "[a].txt", "{a}", " a", "a  b", "", "null",
          "1e3", "true", "a:b", "$x", 'say "hi"', "a\\b", "end\\", "a\\'b", "x!", "`ls`", "#1", "*.txt", "/plain/name"]  # fmt: skip

@@ -19,7 +19,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from runs import until
 
-from dtrain.saved import about
+from dtrain.run.checkpoint_files import about
 from dtrain.strategy.fsdp import FSDP
 from dtrain.strategy.parameter_server.gradient_compression import METHODS, Compression
 from dtrain.strategy.parameter_server.strategy import ParameterServer

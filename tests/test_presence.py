@@ -20,9 +20,9 @@ from cases import Case as Told
 from test_cli import PYTHON
 from torch import Tensor, nn
 
-from dtrain.checkpoint import Checkpoints, load
 from dtrain.model.layout import Layout
-from dtrain.saved import about
+from dtrain.run.checkpoint import Checkpoints, load
+from dtrain.run.checkpoint_files import about
 from dtrain.strategy.local_sgd import LocalSGD
 from dtrain.task.base import Supervised, Task
 from dtrain.task.batch import Batch

@@ -14,7 +14,7 @@ from test_deepspeed import KNOWN
 from test_presence import Block, Rows, Settled, Ways, made, trained
 from torch import Tensor, nn
 
-from dtrain.checkpoint import Checkpoints, load
+from dtrain.run.checkpoint import Checkpoints, load
 from dtrain.strategy.accelerate.strategy import AccelerateLocalSGD
 from dtrain.train import Trainer
 

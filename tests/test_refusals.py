@@ -37,7 +37,6 @@ from dtrain.data.base import Data
 from dtrain.data.rows import Rows
 from dtrain.data.sources import Source, StandardLibrary
 from dtrain.data.tokenizer import Bytes, Tokenizer
-from dtrain.job import COMPILERS, assemble, optimizer_of
 from dtrain.launch import rank_processes
 from dtrain.launch.hang_detector import Hang
 from dtrain.launch.rank_processes import RanksFailed
@@ -48,6 +47,7 @@ from dtrain.model.transformer import Transformer
 from dtrain.parallel.plan import Plan
 from dtrain.parallel.precision import Precision
 from dtrain.parallel.strategy import Strategy
+from dtrain.run.assemble import COMPILERS, assemble, optimizer_of
 from dtrain.strategy.accelerate.strategy import (
     AccelerateDDP,
     AccelerateDeepSpeed,

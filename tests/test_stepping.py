@@ -15,11 +15,11 @@ from cases import NextToken as Tokens
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from dtrain.checkpoint import Checkpoints, load
 from dtrain.parallel.checks.stepping import check_optimizer
 from dtrain.parallel.optimizer import parameter_groups
 from dtrain.parallel.plan import Plan
 from dtrain.parallel.strategy import Strategy
+from dtrain.run.checkpoint import Checkpoints, load
 from dtrain.strategy.allreduce import AllReduce
 from dtrain.strategy.deepspeed.zero import DeepSpeed
 from dtrain.strategy.expert import Expert

@@ -27,7 +27,6 @@ from scipy.linalg import sqrtm
 from sklearn.metrics import accuracy_score, f1_score
 from torch import Tensor
 
-from dtrain.checkpoint import Checkpoints, load
 from dtrain.config.schema import CONFIGS, checked, register
 from dtrain.data.augment import Crop, Cutout, Flip, Mixup, SpanMask, TextCrop, TokenDrop
 from dtrain.data.images import Folder, HubImages, Ring, Samples, to_tensor
@@ -37,10 +36,11 @@ from dtrain.data.sources import Files, Source, Squad
 from dtrain.data.stdlib_rows import Docstrings, Functions, Questions
 from dtrain.data.text import Text
 from dtrain.data.tokenizer import KEPT, Bytes, FromFile
-from dtrain.job import task_of
 from dtrain.model.images import MLP, ConvGenerator, ConvNet, SpectralLinear
 from dtrain.model.transformer import Transformer
 from dtrain.parallel.plan import Plan
+from dtrain.run.assemble import task_of
+from dtrain.run.checkpoint import Checkpoints, load
 from dtrain.task.base import Sizes, Task
 from dtrain.task.causal_lm import IGNORE, CausalLM
 from dtrain.task.classification import Classification

@@ -18,7 +18,7 @@ from dtrain.config.schema import Fault, Straggler
 from dtrain.launch import hang_detector
 from dtrain.launch.hang_detector import Hang, Watch
 from dtrain.parallel.spans import EXCHANGE, FIGURES, FORWARD_BACKWARD
-from dtrain.run import _instruments
+from dtrain.run.run import _instruments
 
 TIMEOUT_S = 0.4
 
@@ -154,8 +154,8 @@ def test_a_rank_may_be_slow_and_stay_away() -> None:
     config = SimpleNamespace(fault=Fault(rank=0, step=3), straggler=Straggler(rank=0, factor=2.0), profile=False)
     watch = SimpleNamespace(skipping=lambda step: noted(f"skipped in {step}"))
     with (
-        mock.patch("dtrain.run.dist.get_rank", lambda: 0),
-        mock.patch("dtrain.run.slowed", lambda straggler, rank: noted(f"slow by {straggler.factor:g}")),
+        mock.patch("dtrain.run.run.dist.get_rank", lambda: 0),
+        mock.patch("dtrain.run.run.slowed", lambda straggler, rank: noted(f"slow by {straggler.factor:g}")),
     ):
         _, phase = _instruments(SimpleNamespace(config=config, asynchronous=False), None, None, watch)  # type: ignore[arg-type]
         for name in (FORWARD_BACKWARD, EXCHANGE, FIGURES):

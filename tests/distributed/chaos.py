@@ -32,7 +32,7 @@ from runs import TORCHRUN, alive, curve, free_port, printed, ranks, start, train
 from dtrain.cli import start as launch  # noqa: E402
 from dtrain.config.schema import CONFIGS, register  # noqa: E402
 from dtrain.launch.rank_processes import RanksFailed
-from dtrain.saved import verify, whole  # noqa: E402
+from dtrain.run.checkpoint_files import verify, whole  # noqa: E402
 
 register()
 ALONE = ("--standalone", "--nproc-per-node", "2")
@@ -391,7 +391,7 @@ def check(case: Case, processes: list[subprocess.Popen[str]], want: dict[int, tu
     if not case.gone():
         raise Broken(f"processes are left: {case.processes()}")
     text, last = printed(case.folder), case.last()
-    if 'dtrain/train.py", line' in text or 'dtrain/run.py", line' in text:
+    if 'dtrain/train.py", line' in text or 'dtrain/run/run.py", line' in text:
         raise Broken("a traceback of ours is shown")
     outcome = COMPLETED if last == STEPS and (case.run / "summary.json").exists() else STOPPED
     if (

@@ -9,7 +9,7 @@ import pytest
 from hosts import DEVICE, Hosts
 from runs import TORCHRUN, alive, curve, printed, ranks, start, training, until
 
-from dtrain.saved import verify, whole
+from dtrain.run.checkpoint_files import verify, whole
 
 STEPS = 80
 

@@ -30,7 +30,7 @@ from torch.distributed.tensor import DTensor
 from dtrain.files.durable import remove, sync
 from dtrain.launch.collectives import agree, gathered, together
 from dtrain.parallel.optimizer import OPTIMIZER_STATE
-from dtrain.saved import MANIFEST, about, describe, differs, files_of, outline, sealed, whole
+from dtrain.run.checkpoint_files import MANIFEST, about, describe, differs, files_of, outline, sealed, whole
 
 PARTIAL = ".partial-"
 VERSION = 1

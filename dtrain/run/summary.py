@@ -13,11 +13,11 @@ import torch.distributed as dist
 from dtrain.cost import environment, flops, peak_memory
 from dtrain.cost.throughput import Meter
 from dtrain.data.paths import in_words
-from dtrain.job import Job
 from dtrain.launch.collectives import gathered
 from dtrain.launch.world import World
 from dtrain.model import own
 from dtrain.model.initialize import on_meta
+from dtrain.run.assemble import Job
 from dtrain.task.base import Task
 
 

@@ -13,8 +13,6 @@ import torch.distributed as dist
 from torch import nn
 from torch.optim import Optimizer
 
-from dtrain.checkpoint import Checkpoints
-from dtrain.claim import RESUMABLE, claimed
 from dtrain.config.override import typed
 from dtrain.config.schema import Config
 from dtrain.config.secret import Asked
@@ -22,9 +20,7 @@ from dtrain.cost import peak_memory
 from dtrain.cost.predict import Cost, fold
 from dtrain.cost.profile import RECORDED, Profile
 from dtrain.cost.trace import trace
-from dtrain.figures import facts, meter_of, summary_of
 from dtrain.files.durable import write
-from dtrain.job import Job, assemble, optimizer_of, task_and_plan
 from dtrain.launch.collectives import agree
 from dtrain.launch.consistency import refuse_differences
 from dtrain.launch.fault_injection import slowed
@@ -36,7 +32,11 @@ from dtrain.launch.world import World
 from dtrain.parallel.spans import FIGURES, FORWARD_BACKWARD
 from dtrain.report import rank_log
 from dtrain.report.base import All, Run
-from dtrain.resume import finished, identity, take_weights
+from dtrain.run.assemble import Job, assemble, optimizer_of, task_and_plan
+from dtrain.run.checkpoint import Checkpoints
+from dtrain.run.claim import RESUMABLE, claimed
+from dtrain.run.resume import finished, identity, take_weights
+from dtrain.run.summary import facts, meter_of, summary_of
 from dtrain.strategy.parameter_server.trainer import Asynchronous
 from dtrain.task import pictures
 from dtrain.task.batch import Sums

@@ -7,20 +7,20 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from dtrain import saved
 from dtrain.config.schema import Config
 from dtrain.files.durable import remove
 from dtrain.files.lock import Lock, check_free
 from dtrain.launch.collectives import agree
 from dtrain.launch.world import World
+from dtrain.run import checkpoint_files
 
 OUTPUTS = Path("outputs")  # where Hydra puts runs by default
 RESUMABLE = "resumable"  # a file in the folder of a run that was told to stop
 HYDRA = ".hydra"  # a folder in it, as Hydra has it: what was asked for
-MADE = ("metrics.jsonl", "summary.json", f"checkpoints/step-*/{saved.MANIFEST}", "tensorboard/*")  # by a run
+MADE = ("metrics.jsonl", "summary.json", f"checkpoints/step-*/{checkpoint_files.MANIFEST}", "tensorboard/*")  # by a run
 FILES = ("metrics.jsonl", "metrics.new", "summary.json", RESUMABLE)
 FOLDERS = ("tensorboard", "logs", "pictures", "profile")
-LEFT = (*FILES, saved.CHECKPOINTS, *FOLDERS)
+LEFT = (*FILES, checkpoint_files.CHECKPOINTS, *FOLDERS)
 TOKENIZER = "tokenizer.json"  # which data leave beside it
 RESTARTED_S = 40.0  # torchrun gives a rank 30 seconds to end, before it starts another one
 
@@ -51,7 +51,7 @@ def claimed(folder: Path, world: World, config: Config, files: Mapping[str, str]
 def _claim(folder: Path, world: World, config: Config, files: Mapping[str, str], held: list[Lock]) -> Path:
     if config.overwrite and config.resume is not None:
         raise ValueError(f"overwrite=true begins anew, resume={config.resume} goes on: leave one of them out")
-    before = saved.run_of((folder, OUTPUTS), world.agents)
+    before = checkpoint_files.run_of((folder, OUTPUTS), world.agents)
     if before and before.resolve() != folder.resolve():
         with suppress(OSError):
             folder.rmdir()  # made for this attempt
@@ -65,8 +65,8 @@ def _claim(folder: Path, world: World, config: Config, files: Mapping[str, str],
     again = bool(before) or (isinstance(agents, list) and any(agent in agents for agent in world.agents))
     if not (again or _goes_on(config, folder)):
         _make_room(folder, config)
-    check_free(folder, (*FILES, TOKENIZER), FOLDERS, (saved.CHECKPOINTS,))
-    if (checkpoints := folder / saved.CHECKPOINTS).is_symlink():
+    check_free(folder, (*FILES, TOKENIZER), FOLDERS, (checkpoint_files.CHECKPOINTS,))
+    if (checkpoints := folder / checkpoint_files.CHECKPOINTS).is_symlink():
         held.append(_elsewhere(checkpoints, patience_s))
     lock.leave(agents=sorted(world.agents))
     for name, text in files.items():
@@ -83,17 +83,17 @@ def _elsewhere(checkpoints: Path, patience_s: float) -> Lock:
         if at != own and any(os.path.lexists(at / name) for name in (HYDRA, *FILES)):
             raise ValueError(f"the link {checkpoints} leads into another run's folder, {at}: lead it to a folder of "
                              f"its own, or use another hydra.run.dir")  # fmt: skip
-    lock = Lock(there, patience_s=patience_s, key=saved.CHECKPOINTS)
+    lock = Lock(there, patience_s=patience_s, key=checkpoint_files.CHECKPOINTS)
     lock.leave()
     return lock
 
 
 def _goes_on(config: Config, folder: Path) -> bool:
     """Is the run that this folder holds, if there is one, resumed?"""
-    if config.resume in (None, saved.AUTO):
-        return config.resume == saved.AUTO
+    if config.resume in (None, checkpoint_files.AUTO):
+        return config.resume == checkpoint_files.AUTO
     if config.resume == "latest":
-        return bool(saved.whole(folder / "checkpoints"))
+        return bool(checkpoint_files.whole(folder / "checkpoints"))
     return Path(str(config.resume)).expanduser().resolve().is_relative_to(folder.resolve())
 
 

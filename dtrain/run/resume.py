@@ -8,13 +8,13 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from dtrain import checkpoint, saved
-from dtrain.claim import OUTPUTS, RESUMABLE
 from dtrain.files import records
-from dtrain.job import Job
 from dtrain.launch.collectives import agree
 from dtrain.launch.world import World
 from dtrain.report.files import SUMMARY, summary_in
+from dtrain.run import checkpoint, checkpoint_files
+from dtrain.run.assemble import Job
+from dtrain.run.claim import OUTPUTS, RESUMABLE
 from dtrain.train import Trainer
 
 
@@ -23,7 +23,7 @@ def finished(job: Job, folder: Path, world: World) -> dict[str, Any] | None:
 
     def look() -> dict[str, Any] | None:
         newest = _newest(job, folder, world)
-        if newest and saved.steps_of(newest) >= job.config.steps and (folder / SUMMARY).exists():
+        if newest and checkpoint_files.steps_of(newest) >= job.config.steps and (folder / SUMMARY).exists():
             job.logger.note(f"{newest} has done all {job.config.steps} steps: nothing is left to do")
             return {key: value for key, value in summary_in(folder).items() if key != RESUMABLE}  # it was not stopped
         return None
@@ -33,10 +33,12 @@ def finished(job: Job, folder: Path, world: World) -> dict[str, Any] | None:
 
 def _newest(job: Job, folder: Path, world: World, steps: float = math.inf) -> Path | None:
     """The run's newest checkpoint, of fewer steps if there is one, if it was restarted or goes on by itself."""
-    if job.config.resume != saved.AUTO and not saved.run_of((folder,), world.agents):
+    if job.config.resume != checkpoint_files.AUTO and not checkpoint_files.run_of((folder,), world.agents):
         return None
-    every = saved.whole(folder / "checkpoints")
-    return next((path for path in reversed(every) if saved.steps_of(path) < steps), every[-1] if every else None)
+    every = checkpoint_files.whole(folder / "checkpoints")
+    return next(
+        (path for path in reversed(every) if checkpoint_files.steps_of(path) < steps), every[-1] if every else None
+    )
 
 
 def take_weights(trainer: Trainer, job: Job, folder: Path, world: World) -> None:
@@ -45,7 +47,7 @@ def take_weights(trainer: Trainer, job: Job, folder: Path, world: World) -> None
         for origin in {str(module.origin) for module in model.modules() if hasattr(module, "origin")}:
             job.logger.note(origin)
     own = agree(lambda: _newest(job, folder, world, job.config.steps))
-    asked = None if job.config.resume == saved.AUTO else job.config.resume
+    asked = None if job.config.resume == checkpoint_files.AUTO else job.config.resume
     if own or asked:
         _resume(trainer, job, str(own or asked), folder)
     elif job.config.init_from:
@@ -59,8 +61,8 @@ def take_weights(trainer: Trainer, job: Job, folder: Path, world: World) -> None
 def _begin(trainer: Trainer, job: Job, path: str, folder: Path) -> None:
     """Take what fits of another run's weights; say what does not."""
     note = job.logger.note
-    newest_first = agree(lambda: saved.named(path, folder, OUTPUTS.resolve(), key="init_from"))
-    found = saved.first_whole(newest_first, checkpoint.verified, fallback=False, note=note)
+    newest_first = agree(lambda: checkpoint_files.named(path, folder, OUTPUTS.resolve(), key="init_from"))
+    found = checkpoint_files.first_whole(newest_first, checkpoint.verified, fallback=False, note=note)
     taken: list[str] = []
     new: list[str] = []
     trainer.begin(partial(checkpoint.load_weights, found, taken=taken, new=new))
@@ -69,10 +71,10 @@ def _begin(trainer: Trainer, job: Job, path: str, folder: Path) -> None:
 
 def _resume(trainer: Trainer, job: Job, resume: str, folder: Path) -> None:
     config, note = job.config, job.logger.note
-    newest_first = agree(lambda: saved.named(resume, folder, OUTPUTS.resolve()))
+    newest_first = agree(lambda: checkpoint_files.named(resume, folder, OUTPUTS.resolve()))
     fallback = config.checkpoint.fallback
-    found = saved.first_whole(newest_first, checkpoint.verified, fallback=fallback, note=note)
-    theirs = saved.about(found)
+    found = checkpoint_files.first_whole(newest_first, checkpoint.verified, fallback=fallback, note=note)
+    theirs = checkpoint_files.about(found)
     if theirs["step"] >= config.steps:
         raise ValueError(
             f"resume: {found} has done {theirs['step']} steps already, steps={config.steps}: ask for more steps"
