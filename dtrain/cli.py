@@ -49,7 +49,12 @@ from dtrain.train import NonFinite
 
 # What a script does at a word, before there is a configuration: `python scripts/info.py capabilities`.
 RUN_ERRORS = (NonFinite, Hang)  # no mistakes: a run that cannot go on
-WORDS = {"info": {"capabilities": ("dtrain.capabilities", "show"), "readme": ("dtrain.capabilities", "write")}}
+WORDS = {
+    "info": {
+        "capabilities": ("dtrain.compare.capabilities", "show"),
+        "readme": ("dtrain.compare.capabilities", "write"),
+    }
+}
 VALUED = ("--config-dir", "-cd", "--config-name", "-cn", "--config-path", "-cp", "--package", "-p", "--cfg", "-c")
 USAGE = 2  # exit status for a mistake of the user's
 FAILED = 1  # and for a run that broke off

@@ -28,8 +28,6 @@ ROOMS = (
     "compare",
     "cli",
 )
-HOME = {"job": "run", "figures": "run", "resume": "run", "checkpoint": "run", "saved": "run", "claim": "run", "survey": "compare",
-        "capabilities": "compare"}  # fmt: skip
 LARGEST_FUNCTION = 45
 LINES = {
     "files": 300, "config": 1_600, "data": 2_600, "model": 1_600, "task": 1_500, "launch": 1_350, "parallel": 3_050, "train": 300,
@@ -42,8 +40,7 @@ def name_of(file: Path) -> str:
 
 
 def room_of(module: str) -> str:
-    first = module.split(".")[0]
-    return HOME.get(first, first)
+    return module.split(".")[0]
 
 
 def imports(file: Path) -> set[str]:

@@ -11,15 +11,16 @@ import pytest
 import torch.distributed as dist
 from hydra import compose, initialize_config_dir
 
-from dtrain import capabilities, cli
-from dtrain.capabilities import reasons
+from dtrain import cli
+from dtrain.compare import capabilities
+from dtrain.compare.capabilities import reasons
+from dtrain.compare.survey import PARTLY, RANKS, REFUSED, SAME_AXIS, WORKS, Trial, survey
 from dtrain.config.schema import CONFIGS, checked, options, register
 from dtrain.launch.world import World
 from dtrain.run.assemble import assemble
 from dtrain.run.run import optimizer_of
 from dtrain.strategy.fsdp import FSDP
 from dtrain.strategy.pipeline.strategy import Pipeline
-from dtrain.survey import PARTLY, RANKS, REFUSED, SAME_AXIS, WORKS, Trial, survey
 from dtrain.train import Settings, Trainer
 
 README = Path(__file__).parent.parent / "README.md"

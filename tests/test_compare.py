@@ -25,14 +25,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 from test_cli import call  # noqa: F401
 
-from dtrain.compare import charts, costs, markdown, page, runner, step
 from dtrain.compare import command as comparison
+from dtrain.compare import markdown, runner
 from dtrain.compare.command import Failed, _held, show_difference
 from dtrain.compare.condition import Condition
 from dtrain.compare.entries import Case, Entry, cases_of
+from dtrain.compare.page import charts, costs, page, step
+from dtrain.compare.page.style import FAMILIES, KINDS, Chart, family
 from dtrain.compare.results import FIGURES, Results, Row, read
 from dtrain.compare.runner import cells
-from dtrain.compare.style import FAMILIES, KINDS, Chart, family
 from dtrain.compare.verdict import differences, efficiency, equal_time, front, loss_at, memory_of, size, verdicts
 
 ROOT = Path(__file__).parent.parent

@@ -26,7 +26,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from test_configs import composed
 
-from dtrain.compare import step
+from dtrain.compare.page import step
 from dtrain.compare.results import Row
 from dtrain.config.schema import checked
 from dtrain.cost.memory import Ledger

@@ -42,7 +42,7 @@ from torch.distributed.run import main as torchrun
 from dtrain.launch.rank_processes import PRELOADED as PRELOADED_BY_OURS
 from dtrain.launch.rank_processes import start_tracker
 
-PRELOADED = ("dtrain.cli", "dtrain.capabilities", "dtrain.report.files", "torch.distributed.run", "torch.distributed.tensor",
+PRELOADED = ("dtrain.cli", "dtrain.compare.capabilities", "dtrain.report.files", "torch.distributed.run", "torch.distributed.tensor",
              "cases", "worlds", "pytest", "hypothesis.strategies", "sklearn.metrics", "scipy.linalg", "PIL.Image",
              "matplotlib.figure")  # fmt: skip
 LARGEST = 1 << 20  # bytes of a request

@@ -88,7 +88,8 @@ def compare(
 
 def report(results: Results, folder: Path) -> None:
     """Everything that a person reads."""
-    from dtrain.compare import markdown, page  # and with them Plotly, which no other command needs
+    from dtrain.compare import markdown  # and with them Plotly, which no other command needs
+    from dtrain.compare.page import page
 
     results.write(folder)
     write(folder / "report.md", markdown.document(results))

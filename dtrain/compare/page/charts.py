@@ -7,9 +7,9 @@ from collections.abc import Callable, Sequence
 
 import plotly.graph_objects as go
 
-from dtrain.compare.costs import memory, messages
+from dtrain.compare.page.costs import memory, messages
+from dtrain.compare.page.style import POINT, TRACE, Chart, family
 from dtrain.compare.results import Results, Row
-from dtrain.compare.style import POINT, TRACE, Chart, family
 from dtrain.compare.verdict import efficiency, equal_time, front, kind_of_memory, loss_at, memory_of
 from dtrain.report.amounts import size
 from dtrain.report.terminal import in_html

@@ -10,11 +10,11 @@ from typing import Any
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from plotly.offline import get_plotlyjs
 
-from dtrain.compare.charts import charts
+from dtrain.compare.page.charts import charts
+from dtrain.compare.page.step import gantt
+from dtrain.compare.page.style import Chart, family
 from dtrain.compare.results import Results, Row
 from dtrain.compare.runner import cells
-from dtrain.compare.step import gantt
-from dtrain.compare.style import Chart, family
 from dtrain.compare.verdict import front, verdicts
 from dtrain.cost.predict import place
 from dtrain.parallel.messages import Message

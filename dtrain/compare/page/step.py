@@ -8,8 +8,8 @@ from typing import Any
 
 import plotly.graph_objects as go
 
+from dtrain.compare.page.style import TRACE, Chart
 from dtrain.compare.results import Row
-from dtrain.compare.style import TRACE, Chart
 from dtrain.cost.timeline import COMMUNICATION, COMPUTE, Interval, merged, total, without
 from dtrain.report.step_chart import COLOURS
 

@@ -6,8 +6,8 @@ from itertools import accumulate
 
 import plotly.graph_objects as go
 
+from dtrain.compare.page.style import FAMILIES, KINDS, POINT, TICK, Chart
 from dtrain.compare.results import Results, Row
-from dtrain.compare.style import FAMILIES, KINDS, POINT, TICK, Chart
 from dtrain.report.terminal import in_html
 
 OPERATIONS = ("all_reduce", "all_gather", "reduce_scatter", "broadcast", "all_to_all", "send")

@@ -5,10 +5,10 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
+from dtrain.compare.survey import ITSELF, PARTLY, REFUSED, SAME_AXIS, Trial, survey
 from dtrain.config.about import about
 from dtrain.config.schema import CONFIGS
 from dtrain.report.tables import Sheet, put_between
-from dtrain.survey import ITSELF, PARTLY, REFUSED, SAME_AXIS, Trial, survey
 
 BEGIN, END = "<!-- capabilities -->\n", "<!-- /capabilities -->\n"
 
