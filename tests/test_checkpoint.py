@@ -84,8 +84,8 @@ def _all_from(saver: str, plans: list[str], model: tuple, folder: str) -> int:
     cases = {plan: Case("next_token", plan, steps=3, model=model) for plan in ("single", saver, *plans)}
     expected = _train(cases["single"], 1, folder, False, False)
     resumed = replace(expected, losses=expected.losses[2:])
-    checkpoint_files = _train(cases[saver], 4, f"{folder}/{saver}", True, False, at=2)
-    assert_equal(checkpoint_files, expected, CROSS)
+    saved = _train(cases[saver], 4, f"{folder}/{saver}", True, False, at=2)
+    assert_equal(saved, expected, CROSS)
     for plan in plans:
         ours = _train(cases[plan], 4, f"{folder}/{saver}", False, True)
         try:
@@ -93,7 +93,7 @@ def _all_from(saver: str, plans: list[str], model: tuple, folder: str) -> int:
             if plan == saver:
                 # ddp puts its buckets in another order after a first step, and sums of four depend on theirs.
                 exact = CROSS if plan == "ddp" else EXACT
-                assert_equal(ours, replace(checkpoint_files, losses=checkpoint_files.losses[2:]), exact)
+                assert_equal(ours, replace(saved, losses=saved.losses[2:]), exact)
         except AssertionError as error:
             raise AssertionError(f"{plan} from {saver}: {error}") from None
     return len(plans)
