@@ -6,7 +6,7 @@ WORKERS ?= 4
 PYTEST ?=
 PIP := $(VENV)/bin/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
-.PHONY: demo test test-times mutants smoke lint readme readme-figures bench-bubble bench-traffic bench-bert bench-gan bench-augment bench-async chaos clean
+.PHONY: demo test test-times mutants smoke lint readme readme-figures rooms bench-bubble bench-traffic bench-bert bench-gan bench-augment bench-async chaos clean
 
 demo: $(VENV)/.run
 	$(VENV)/bin/python scripts/compare.py
@@ -27,6 +27,9 @@ lint: $(VENV)/.test
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/mypy
+
+rooms:
+	$(PYTHON) tests/rooms.py
 
 bench-bubble: $(VENV)/.run
 	$(VENV)/bin/python scripts/bench_bubble.py

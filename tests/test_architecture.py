@@ -8,50 +8,14 @@ from collections import Counter
 from pathlib import Path
 
 import pytest
+from rooms import PACKAGE, PICTURE, ROOMS, draw, imports_of, module_of, room_of
 
-PACKAGE = Path(__file__).parent.parent / "dtrain"
 FILES = sorted(PACKAGE.rglob("*.py"))
-# The rooms, from the ground up: each imports of those before it, and of itself.
-ROOMS = (
-    "files",
-    "config",
-    "data",
-    "model",
-    "task",
-    "launch",
-    "parallel",
-    "train",
-    "strategy",
-    "cost",
-    "report",
-    "run",
-    "compare",
-    "cli",
-)
 LARGEST_FUNCTION = 45
 LINES = {
     "files": 300, "config": 1_600, "data": 2_600, "model": 1_600, "task": 1_500, "launch": 1_350, "parallel": 3_050, "train": 300,
     "strategy": 5_200, "cost": 1_350, "report": 900, "run": 1_300, "compare": 2_100, "cli": 420,
 }  # fmt: skip
-
-
-def name_of(file: Path) -> str:
-    return ".".join(file.relative_to(PACKAGE).with_suffix("").parts)
-
-
-def room_of(module: str) -> str:
-    return module.split(".")[0]
-
-
-def imports(file: Path) -> set[str]:
-    """Modules of ours that a file imports, to run or for types."""
-    found = set()
-    for node in ast.walk(ast.parse(file.read_text())):
-        if isinstance(node, ast.ImportFrom) and node.module and node.module.split(".")[0] == "dtrain":
-            inner = node.module.removeprefix("dtrain").lstrip(".")
-            names = {f"{inner}.{alias.name}".lstrip(".") for alias in node.names}
-            found |= {name for name in names if name in MODULES} or {inner}
-    return found
 
 
 # Where strategies are, and what they are called.
@@ -60,18 +24,29 @@ STRATEGIES = {
     for file in (PACKAGE / "strategy").rglob("*.py")
     if (names := re.findall(r'^    name = "(\w+)"', file.read_text(), re.M))
 }
-MODULES = {name_of(file) for file in FILES}
 
 
 def test_every_room_has_its_place() -> None:
-    assert {room_of(name) for name in MODULES} - {"__init__"} == set(ROOMS)
+    assert {room_of(module_of(file)) for file in FILES} - {"__init__"} == set(ROOMS) == set(LINES)
 
 
-@pytest.mark.parametrize("file", FILES, ids=name_of)
+@pytest.mark.parametrize("file", FILES, ids=module_of)
 def test_dependencies_run_downwards(file: Path) -> None:
-    room = room_of(name_of(file))
+    """From room to room, types included."""
+    room = room_of(module_of(file))
     below = ROOMS[: ROOMS.index(room) + 1] if room in ROOMS else ()
-    assert {name for name in imports(file) if room_of(name) not in below} == set()
+    assert {name for name in imports_of(file) if room_of(name) not in below} == set()
+
+
+def test_the_picture_of_the_rooms_is_as_they_are() -> None:
+    """Otherwise: `make rooms`."""
+    assert PICTURE.read_text() == draw()
+
+
+def test_the_page_on_the_rooms_names_files_that_there_are() -> None:
+    page = (PACKAGE.parent / "docs" / "architecture.md").read_text()
+    for name in re.findall(r"(?<![\w./])((?:\w+/)*\w+\.(?:py|yaml|svg))\b", page):
+        assert any(PACKAGE.rglob(name)) or any((PACKAGE.parent / part / name).exists() for part in ("", "docs")), name
 
 
 def test_models_import_torch_and_their_layout_alone() -> None:
@@ -109,16 +84,16 @@ def test_what_is_shown_goes_through_one_door() -> None:
         for node in ast.walk(ast.parse(file.read_text())):
             if isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] == "rich":
                 names = {alias.name for alias in node.names}
-                assert name_of(file) == "report.terminal" or not names & {"Console", "print"}, name_of(file)
-                assert not (names & {"escape"} or node.module == "rich.markup"), name_of(file)
+                assert module_of(file) == "report.terminal" or not names & {"Console", "print"}, module_of(file)
+                assert not (names & {"escape"} or node.module == "rich.markup"), module_of(file)
 
 
 def test_rooms_and_functions_stay_small() -> None:
     total: Counter[str] = Counter()
     for file in FILES:
-        total[room_of(name_of(file))] += file.read_text().count("\n")
+        total[room_of(module_of(file))] += file.read_text().count("\n")
         for node in ast.walk(ast.parse(file.read_text())):
             if isinstance(node, ast.FunctionDef):
                 length = (node.end_lineno or 0) - node.lineno
-                assert length <= LARGEST_FUNCTION, f"{name_of(file)}.{node.name} has {length} lines"
+                assert length <= LARGEST_FUNCTION, f"{module_of(file)}.{node.name} has {length} lines"
     assert {room: lines for room, lines in total.items() if room in LINES and lines > LINES[room]} == {}

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import json
 import pickle
+import re
 import sys
 from collections.abc import Callable
 from contextlib import ExitStack, suppress
 from functools import partial
 from importlib import import_module
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -21,6 +23,7 @@ from torch import nn
 
 from dtrain import cli
 from dtrain.compare import command
+from dtrain.config import aliases, constructor
 from dtrain.config.schema import checked, make, register
 from dtrain.data.base import Data
 from dtrain.data.sources import Source
@@ -405,6 +408,26 @@ def test_what_is_no_place_for_a_class_is_never_imported(asks: str) -> None:
     with suppress(ValueError):
         ASKS[asks]({"_target_": "this.Model"})
     assert set(sys.modules) == before and "this" not in before
+
+
+@pytest.mark.parametrize("old", aliases.MOVED)
+def test_what_has_moved_is_told_and_is_there(old: str, tmp_path: Path, monkeypatch) -> None:
+    """In a configuration of an earlier version, and in code of a user's."""
+    new = aliases.MOVED[old]
+    before = f"{old}.Some"
+    if find_spec(new.rpartition(".")[0]).submodule_search_locations is None:  # type: ignore[union-attr]
+        before = old  # no module, but a name in one
+        assert constructor.imported(new, "it")
+    else:
+        assert import_module(new).__doc__
+    with pytest.raises(ValueError, match=f": it is {re.escape(new)} now$"):
+        constructor.imported(before, "it")
+    module, _, name = before.rpartition(".")
+    (tmp_path / "theirs.py").write_text(f"from {module} import {name}")
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delitem(sys.modules, "theirs", raising=False)
+    with pytest.raises(ValueError, match=f"^it cannot be imported: [^/]*: it is {re.escape(new)} now$"):
+        constructor.imported("theirs.Model", "it")
 
 
 def test_ranks_are_given_what_was_checked(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -69,6 +69,32 @@ ALIASES = {
     "accelerate": "strategy=accelerate_ddp, strategy=accelerate_fsdp or strategy=accelerate_deepspeed",
     "hybrid hybrid_shard": "strategy=hsdp",
 }  # fmt: skip
+# Where modules have gone that people name, in configurations and in code of their own.
+MOVED = {
+    "dtrain.layout": "dtrain.model.layout",
+    "dtrain.initialize": "dtrain.model.initialize",
+    "dtrain.batch": "dtrain.task.batch",
+    "dtrain.draw": "dtrain.data.seeded",
+    "dtrain.data.library": "dtrain.data.stdlib_rows",
+    "dtrain.plan": "dtrain.parallel.plan",
+    "dtrain.optimizer": "dtrain.parallel.optimizer",
+    "dtrain.accumulate": "dtrain.parallel.accumulate",
+    "dtrain.footprint": "dtrain.parallel.footprint",
+    "dtrain.cost.Message": "dtrain.parallel.messages.Message",
+    "dtrain.cost.message": "dtrain.parallel.messages.message",
+    "dtrain.cost.all_reduce_each": "dtrain.parallel.messages.all_reduce_each",
+    "dtrain.strategy.base": "dtrain.parallel.strategy",
+    "dtrain.strategy.deepspeed_autotp": "dtrain.strategy.deepspeed.autotp",
+    "dtrain.strategy.deepspeed_pipeline": "dtrain.strategy.deepspeed.pipeline",
+    "dtrain.strategy.deepspeed_ulysses": "dtrain.strategy.deepspeed.ulysses",
+    **{f"dtrain.strategy.{name}.{cls}": f"dtrain.strategy.{name}.{new}.{cls}" for name, new, cls in (
+        ("tensor", "strategy", "TensorParallel"), ("pipeline", "strategy", "Pipeline"),
+        ("context", "strategy", "Context"), ("parameter_server", "strategy", "ParameterServer"),
+        ("accelerate", "strategy", "AccelerateDDP"), ("accelerate", "strategy", "AccelerateFSDP"),
+        ("accelerate", "strategy", "AccelerateDeepSpeed"), ("accelerate", "strategy", "AccelerateLocalSGD"),
+        ("deepspeed", "zero", "DeepSpeed"),
+    )},
+}  # fmt: skip
 _BY_WORD = {word: ours for words, ours in ALIASES.items() for word in words.split()}
 
 
@@ -76,3 +102,8 @@ def ours(word: str) -> str:
     """What to type for another tool's word; empty: it is none that we know."""
     name = word.rpartition(".")[2].lower().replace("-", "_")
     return _BY_WORD.get(name, "").replace("{word}", name)
+
+
+def moved(name: str) -> str:
+    """For behind what says that there is no such module, or class: where it has gone; empty: nobody knows."""
+    return f": it is {MOVED[name]} now" if name in MOVED else ""

@@ -12,6 +12,7 @@ from collections.abc import Collection, Mapping
 from types import UnionType
 from typing import Any, Union, get_args, get_origin
 
+from dtrain.config.aliases import moved
 from dtrain.config.secret import without
 
 NOT_THEIRS = (
@@ -46,11 +47,17 @@ def imported(target: str, said: str, wanted: str = "class of a configuration's")
         return getattr(importlib.import_module(module), name)
     except ModuleNotFoundError as error:
         if not error.name or not f"{module}.".startswith(f"{error.name}."):  # one that it imports itself
-            raise ValueError(f"{said} cannot be imported: {error}") from error
+            raise ValueError(f"{said} cannot be imported: {error}{moved(error.name or '')}") from error
+        if gone := moved(error.name):
+            raise ValueError(f"{said} cannot be imported: there is no module {error.name}{gone}") from error
         raise ValueError(f"{said} cannot be imported: there is no module {error.name} on the path of this Python: for "
                          f"one of your own set PYTHONPATH to its folder") from error  # fmt: skip
     except AttributeError as error:
-        raise ValueError(f"{said} cannot be imported: module {module} has no {name}") from error
+        raise ValueError(f"{said} cannot be imported: module {module} has no {name}{moved(target)}") from error
+    except ImportError as error:  # of one name, by a module
+        found = re.search(r"name '(\w+)' from '([\w.]+)'", str(error))
+        gone = moved(f"{found[2]}.{found[1]}") if found else ""
+        raise ValueError(f"{said} cannot be imported: {str(error).partition(' (')[0]}{gone}") from error
     except Exception as error:  # an import may fail in any way; its own message is the best there is
         last_line = (str(error).strip() or type(error).__name__).splitlines()[-1]
         raise ValueError(f"{said} cannot be imported: {last_line}") from error

@@ -1,1 +1,1 @@
-"""What strategies are made of: the contract, the plan that folds them, and what is checked of models and optimizers."""
+"""What strategies are made of: the contract, the plan that folds them, checks of models and optimizers."""
