@@ -132,8 +132,7 @@ def test_sigterm_while_a_large_checkpoint_is_verified_ends_at_once(tmp_path: Pat
 
     def reads() -> bool:
         assert process.poll() is None, process.communicate()
-        opened = Path(f"/proc/{process.pid}/fd")
-        return any(os.path.realpath(each) == str(shard) for each in opened.iterdir())
+        return str(shard) in warm.opened_by(process.pid)
 
     until(reads, 60)
     process.send_signal(signal.SIGTERM)

@@ -205,7 +205,7 @@ def _summary(stated: float | None) -> dict[str, Any]:
     world = World(rank, 2, rank, 2)
     with (
         mock.patch("dtrain.run.summary.flops.peak", return_value=((1 + 2 * rank) * 1e12, "measured")),
-        mock.patch("dtrain.run.summary.memory.peak_bytes", return_value=10 + 20 * rank),
+        mock.patch("dtrain.run.summary.peak_memory.peak_bytes", return_value=10 + 20 * rank),
         mock.patch("dtrain.run.summary.environment.describe", return_value={}),
     ):
         meter, source = meter_of(job, world)

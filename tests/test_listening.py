@@ -49,8 +49,7 @@ def listening(pids: list[int]) -> dict[int, set[str]]:
     found = {}
     for pid in pids:
         with suppress(OSError):
-            links = [os.readlink(f"/proc/{pid}/fd/{fd}") for fd in os.listdir(f"/proc/{pid}/fd")]
-            found[pid] = {at[link] for link in links if link in at}
+            found[pid] = {at[link] for link in warm.opened_by(pid) if link in at}
     return found
 
 

@@ -73,7 +73,11 @@ from dtrain.task.base import Sizes, Task
 from dtrain.train import NonFinite
 
 SOURCE = Path(dtrain.__file__).parent
-ROOMS = ("strategy/**/*.py", "plan.py", "degrees.py", "config.py", "constructor.py", "layout.py", "job.py")
+ROOMS = (
+    "strategy/*.py", "strategy/*/strategy.py", *(f"strategy/deepspeed/{name}.py" for name in ("zero", "autotp", "pipeline", "ulysses")),
+    "parallel/plan.py", "parallel/mesh.py", "parallel/strategy.py", "config/schema.py", "config/constructor.py", "model/layout.py",
+    "run/assemble.py",
+)  # fmt: skip
 NOT_ASKED = ("cost",)  # functions that say only that a prediction is not known: nobody's mistake
 
 
@@ -664,7 +668,7 @@ REFUSALS = {
         "strategy accelerate_deepspeed", "task GAN trains 2 models", "use accelerate_ddp",
     ),
     "accelerate_deepspeed without transformers": Refusal(
-        lambda: missing("transformers", AccelerateDeepSpeed(), "accelerate"),
+        lambda: missing("transformers", AccelerateDeepSpeed(), "accelerate.strategy"),
         "DeepSpeed plugin", "the package transformers", "pip install transformers",
     ),
     "accelerate_deepspeed, stage 0": Refusal(
@@ -676,7 +680,7 @@ REFUSALS = {
         "strategy accelerate_deepspeed", "beside fsdp", "use fsdp or zero1 there",
     ),
     "accelerate_deepspeed without DeepSpeed": Refusal(
-        lambda: missing("deepspeed", accelerated(1), "deepspeed"),
+        lambda: missing("deepspeed", accelerated(1), "deepspeed.zero"),
         "strategy accelerate_deepspeed", "the package deepspeed", "pip install",
     ),
     "accelerate_deepspeed, weights": Refusal(
@@ -705,7 +709,7 @@ REFUSALS = {
         "strategy deepspeed", "beside fsdp", "use fsdp or zero1 there",
     ),
     "deepspeed without its package": Refusal(
-        lambda: missing("deepspeed", zero(1), "deepspeed"),
+        lambda: missing("deepspeed", zero(1), "deepspeed.zero"),
         "strategy deepspeed", "the package deepspeed", "pip install",
     ),
     "deepspeed, weights": Refusal(
@@ -832,6 +836,14 @@ REFUSALS = {
     "a module that lacks another": Refusal(
         lambda: lacking("import not_installed_here"),
         "strategy.dp._target_", "=lacking.Mine", "No module named 'not_installed_here'",
+    ),
+    "a module that has another name now": Refusal(
+        lambda: built("dtrain.strategy.base.Strategy"),
+        "strategy.dp._target_", "=dtrain.strategy.base.Strategy", "it is dtrain.parallel.strategy now",
+    ),
+    "a name that stands in another module now": Refusal(
+        lambda: lacking("from dtrain.strategy.tensor import TensorParallel"),
+        "strategy.dp._target_", "=lacking.Mine", "it is dtrain.strategy.tensor.strategy.TensorParallel now",
     ),
     "a module that breaks": Refusal(
         lambda: lacking("1 / 0"), "strategy.dp._target_", "=lacking.Mine", "division by zero"

@@ -254,6 +254,15 @@ ALIVE: set[int] = set()  # processes that this one has had started
 SPENT: list[float] = []  # CPU seconds of those that have ended, with theirs
 
 
+def opened_by(pid: int) -> list[str]:
+    """What the file descriptors of a process lead to, but for those that it closes meanwhile."""
+    found = []
+    for descriptor in os.listdir(f"/proc/{pid}/fd"):
+        with suppress(FileNotFoundError):
+            found.append(os.readlink(f"/proc/{pid}/fd/{descriptor}"))
+    return found
+
+
 class Process:
     """A command that was started so, with the methods of `subprocess.Popen` that are used."""
 

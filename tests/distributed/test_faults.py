@@ -17,6 +17,7 @@ from unittest import mock
 import pytest
 import torch
 import torch.distributed as dist
+import warm
 from hypothesis import given
 from hypothesis import strategies as st
 from runs import ROOT, TORCHRUN, alive, curve, free_port, printed, ranks, start, training, two_nodes, until
@@ -138,10 +139,7 @@ def test_a_lost_node_leaves_the_rest_to_another_number_of_ranks(
 def listens(agent: subprocess.Popen[str], port: int) -> bool:
     listening = {line.split()[9] for name in ("tcp", "tcp6") for line in Path(f"/proc/net/{name}").read_text().splitlines()[1:]
                  if line.split()[1].endswith(f":{port:04X}") and line.split()[3] == "0A"}  # fmt: skip
-    links = (
-        os.readlink(link) for link in Path(f"/proc/{agent.pid}/fd").iterdir() if link.exists() or link.is_symlink()
-    )
-    return any(link == f"socket:[{inode}]" for link in links for inode in listening)
+    return any(f"socket:[{inode}]" in warm.opened_by(agent.pid) for inode in listening)
 
 
 @pytest.mark.parametrize("whom", [pytest.param("a rank", marks=pytest.mark.deep), "the launcher"])
