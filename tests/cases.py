@@ -25,11 +25,11 @@ from dtrain.parallel.strategy import Strategy, whole
 from dtrain.run import checkpoint_files
 from dtrain.run.checkpoint_files import verify
 from dtrain.strategy.allreduce import AllReduce
-from dtrain.strategy.context.strategy import Context
+from dtrain.strategy.context.strategy import ContextParallel
 from dtrain.strategy.ddp import DDP
-from dtrain.strategy.expert import Expert
+from dtrain.strategy.expert import ExpertParallel
 from dtrain.strategy.fsdp import FSDP
-from dtrain.strategy.pipeline.strategy import SCHEDULES, Pipeline
+from dtrain.strategy.pipeline.strategy import SCHEDULES, PipelineParallel
 from dtrain.strategy.replicate import Replicate
 from dtrain.strategy.tensor.strategy import TensorParallel
 from dtrain.strategy.zero1 import Zero1
@@ -157,11 +157,11 @@ AXES: dict[str, partial[Strategy]] = {
     "zero2": partial(FSDP, reshard_after_forward=False),
     "tensor": partial(TensorParallel),
     "tensor_sequence": partial(TensorParallel, sequence_parallel=True),
-    "1f1b": partial(Pipeline),
-    "zbv": partial(Pipeline, schedule="zbv"),
-    "ring": partial(Context),
-    "ulysses": partial(Context, method="ulysses"),
-    "expert": partial(Expert),
+    "1f1b": partial(PipelineParallel),
+    "zbv": partial(PipelineParallel, schedule="zbv"),
+    "ring": partial(ContextParallel),
+    "ulysses": partial(ContextParallel, method="ulysses"),
+    "expert": partial(ExpertParallel),
 }
 
 STRATEGIES: dict[str, list[partial[Strategy]]] = {
@@ -171,24 +171,24 @@ STRATEGIES: dict[str, list[partial[Strategy]]] = {
     "fsdp_reduce_each": [partial(FSDP, reduce_each=True)],
     "fsdp_offload": [partial(FSDP, cpu_offload=True)],
     "tensor_gathered": [partial(TensorParallel, loss_parallel=False)],
-    "ring_unbalanced": [partial(Context, balanced=False)],
+    "ring_unbalanced": [partial(ContextParallel, balanced=False)],
     "hsdp": [partial(Replicate, 2), partial(FSDP)],
     "hsdp_reduce_each": [partial(Replicate, 2), partial(FSDP, reduce_each=True)],
     "hsdp_zero2": [partial(Replicate, 2), partial(FSDP, reshard_after_forward=False)],
-    **{s: [partial(Pipeline, schedule=s)] for s in SCHEDULES if s not in AXES},
-    "split": [partial(Pipeline, schedule="gpipe", split=[1, 3], micro_batches=1)],
+    **{s: [partial(PipelineParallel, schedule=s)] for s in SCHEDULES if s not in AXES},
+    "split": [partial(PipelineParallel, schedule="gpipe", split=[1, 3], micro_batches=1)],
     "fsdp_tensor": [partial(FSDP), partial(TensorParallel, 2)],
     "ddp_tensor": [partial(Replicate), partial(TensorParallel, 2)],
-    "fsdp_context": [partial(FSDP), partial(Context, 2)],
-    "pipeline_fsdp": [partial(Pipeline, 2), partial(FSDP)],
-    "pipeline_tensor": [partial(Pipeline, 2), partial(TensorParallel)],
-    "moe_fsdp": [partial(Expert, 2), partial(FSDP)],
+    "fsdp_context": [partial(FSDP), partial(ContextParallel, 2)],
+    "pipeline_fsdp": [partial(PipelineParallel, 2), partial(FSDP)],
+    "pipeline_tensor": [partial(PipelineParallel, 2), partial(TensorParallel)],
+    "moe_fsdp": [partial(ExpertParallel, 2), partial(FSDP)],
     "hsdp_tensor": [partial(Replicate, 2), partial(FSDP, 2), partial(TensorParallel, 2)],
-    "3d": [partial(Pipeline, 2), partial(FSDP), partial(TensorParallel, 2)],
-    "4d": [partial(Pipeline, 2), partial(FSDP), partial(Context, 2), partial(TensorParallel, 2)],
-    "pipeline_hsdp": [partial(Pipeline, 2), partial(Replicate, 2), partial(FSDP)],
+    "3d": [partial(PipelineParallel, 2), partial(FSDP), partial(TensorParallel, 2)],
+    "4d": [partial(PipelineParallel, 2), partial(FSDP), partial(ContextParallel, 2), partial(TensorParallel, 2)],
+    "pipeline_hsdp": [partial(PipelineParallel, 2), partial(Replicate, 2), partial(FSDP)],
     "zero1_zbv_sequence": [
-        partial(Pipeline, 2, schedule="zbv"),
+        partial(PipelineParallel, 2, schedule="zbv"),
         partial(Zero1, 2),
         partial(TensorParallel, 2, sequence_parallel=True),
     ],

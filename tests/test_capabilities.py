@@ -14,29 +14,29 @@ from hydra import compose, initialize_config_dir
 from dtrain import cli
 from dtrain.compare import capabilities
 from dtrain.compare.capabilities import reasons
-from dtrain.compare.survey import PARTLY, RANKS, REFUSED, SAME_AXIS, WORKS, Trial, survey
+from dtrain.compare.survey import PARTLY, RANKS, REFUSED, SAME_AXIS, WORKS, Combination, survey
 from dtrain.config.schema import CONFIGS, checked, options, register
 from dtrain.launch.world import World
 from dtrain.run.assemble import assemble
 from dtrain.run.run import optimizer_of
 from dtrain.strategy.fsdp import FSDP
-from dtrain.strategy.pipeline.strategy import Pipeline
+from dtrain.strategy.pipeline.strategy import PipelineParallel
 from dtrain.train import Settings, Trainer
 
 README = Path(__file__).parent.parent / "README.md"
 
 
 @pytest.fixture(scope="module")
-def trials() -> list[Trial]:
+def trials() -> list[Combination]:
     register()
     return survey()
 
 
-def pair(trials: list[Trial], one: str, other: str) -> Trial:
+def pair(trials: list[Combination], one: str, other: str) -> Combination:
     return next(trial for trial in trials if {part.name for part in trial.parts} == {one, other})
 
 
-def test_every_strategy_is_tried_with_every_task_and_every_other(trials: list[Trial]) -> None:
+def test_every_strategy_is_tried_with_every_task_and_every_other(trials: list[Combination]) -> None:
     named = [trial for trial in trials if not trial.parts]
     assert sorted(trial.name for trial in named) == options("strategy")
     assert all(list(trial.refusals) == options("task") for trial in trials)
@@ -46,7 +46,7 @@ def test_every_strategy_is_tried_with_every_task_and_every_other(trials: list[Tr
     )
 
 
-def test_one_process_trains_every_task(trials: list[Trial]) -> None:
+def test_one_process_trains_every_task(trials: list[Combination]) -> None:
     assert next(trial for trial in trials if trial.name == "single").tasks == "all"
 
 
@@ -65,7 +65,7 @@ def one_step(strategy: str, task: str, experts: bool, size: int) -> float:
 @pytest.mark.deep
 @pytest.mark.parametrize("task", options("task"))
 @pytest.mark.timeout(1500)
-def test_what_is_said_to_train_trains(task: str, trials: list[Trial], world) -> None:
+def test_what_is_said_to_train_trains(task: str, trials: list[Combination], world) -> None:
     """Each strategy that is said to train the task: its first loss is that of one process."""
     expected: dict[bool, float] = {}
     for trial in trials:
@@ -81,18 +81,18 @@ def test_what_is_said_to_train_trains(task: str, trials: list[Trial], world) -> 
     assert expected
 
 
-def test_every_composition_that_has_a_name_trains_a_task(trials: list[Trial]) -> None:
+def test_every_composition_that_has_a_name_trains_a_task(trials: list[Combination]) -> None:
     refused = {trial.name for trial in trials if not trial.parts and trial.tasks == "none"}
     assert refused == {"accelerate_fsdp"}  # on a CPU
 
 
 @pytest.mark.parametrize("names", ["replicate fsdp", "fsdp tensor", "pipeline tensor", "expert fsdp"])
-def test_what_composes_is_marked_so(trials: list[Trial], names: str) -> None:
+def test_what_composes_is_marked_so(trials: list[Combination], names: str) -> None:
     found = pair(trials, *names.split())
     assert found.mark == WORKS and not found.refusals["causal_lm"]
 
 
-def test_ddp_beside_anything_is_refused_with_its_reason(trials: list[Trial]) -> None:
+def test_ddp_beside_anything_is_refused_with_its_reason(trials: list[Combination]) -> None:
     beside = [trial for trial in trials if "ddp" in (part.name for part in trial.parts)]
     assert {trial.mark for trial in beside} == {REFUSED, SAME_AXIS}
     assert all(reason for trial in beside for reason in trial.refusals.values())
@@ -103,18 +103,20 @@ def test_ddp_beside_anything_is_refused_with_its_reason(trials: list[Trial]) -> 
 
 
 @pytest.mark.parametrize("names", ["allreduce replicate", "fsdp zero2", "tensor tensor_sequence"])
-def test_one_axis_is_for_one_strategy(trials: list[Trial], names: str) -> None:
+def test_one_axis_is_for_one_strategy(trials: list[Combination], names: str) -> None:
     found = pair(trials, *names.split())
     assert found.mark == SAME_AXIS and "both want the axis" in found.refusals["causal_lm"]
 
 
 def test_a_pair_is_not_blamed_for_what_its_parts_refuse() -> None:
-    pipeline = Trial("pipeline", [Pipeline(2)], {"lm": "", "masked": "", "gan": "task GAN has no pipeline split"})
-    fsdp = Trial("fsdp", [FSDP(2)], {"lm": "", "masked": "", "gan": ""})
+    pipeline = Combination(
+        "pipeline", [PipelineParallel(2)], {"lm": "", "masked": "", "gan": "task GAN has no pipeline split"}
+    )
+    fsdp = Combination("fsdp", [FSDP(2)], {"lm": "", "masked": "", "gan": ""})
 
-    def both(masked: str) -> Trial:
+    def both(masked: str) -> Combination:
         refusals = {"lm": "", "masked": masked, "gan": "task GAN has no pipeline split"}
-        return Trial("pipeline + fsdp", pipeline.strategies + fsdp.strategies, refusals, (pipeline, fsdp))
+        return Combination("pipeline + fsdp", pipeline.strategies + fsdp.strategies, refusals, (pipeline, fsdp))
 
     assert both("").mark == WORKS and both("pp x fsdp: no").mark == PARTLY
     assert reasons([fsdp, pipeline, both("pp x fsdp: no")]) == {
@@ -125,7 +127,7 @@ def test_a_pair_is_not_blamed_for_what_its_parts_refuse() -> None:
 
 
 def test_the_command_prints_it(
-    trials: list[Trial], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    trials: list[Combination], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(capabilities, "survey", lambda: trials)
     monkeypatch.setattr(sys, "argv", ["info.py", "capabilities"])
@@ -136,7 +138,7 @@ def test_the_command_prints_it(
     )
 
 
-def test_the_readme_says_the_same(trials: list[Trial], monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_the_readme_says_the_same(trials: list[Combination], monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(capabilities, "survey", lambda: trials)
     copy = tmp_path / "README.md"
     copy.write_text(README.read_text())

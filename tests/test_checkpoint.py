@@ -30,7 +30,7 @@ from dtrain.launch.world import World
 from dtrain.parallel.strategy import local
 from dtrain.report.base import Logger
 from dtrain.run import checkpoint_files
-from dtrain.run.assemble import Job
+from dtrain.run.assemble import Parts
 from dtrain.run.checkpoint import Checkpoints, _apart, load, load_weights
 from dtrain.run.checkpoint_files import about, run_of, verify
 from dtrain.run.resume import identity, take_weights
@@ -533,13 +533,13 @@ def resumed(alone, tmp_path_factory: pytest.TempPathFactory) -> Callable[..., li
         def note(self, text: str) -> None:
             notes.append(text)
 
-    def job(data: dict[str, Any], **settings: Any) -> Job:
+    def job(data: dict[str, Any], **settings: Any) -> Parts:
         config = Config(seed=0, steps=9, dtype="fp32", precision={}, clip_norm=1.0, global_batch_size=12, seq_len=24,
                         optimizer={"lr": 1e-3}, schedule=Schedule(10, 0.1), resume=str(folder), task={},
                         model={"d_model": 24, "dropout": 0.0})  # fmt: skip
         described: Any = SimpleNamespace(describe=lambda: data)
         told = replace(config, **settings)
-        return Job(told, described, made.task, made.plan, Notes(), written=asdict(told))
+        return Parts(told, described, made.task, made.plan, Notes(), written=asdict(told))
 
     next(made.steps())
     told = identity(job({"name": "ours", "digest": "1"}), made, World())

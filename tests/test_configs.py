@@ -38,17 +38,17 @@ from dtrain.run.checkpoint import Checkpoints
 from dtrain.run.run import run
 from dtrain.strategy.accelerate.strategy import AccelerateDDP, AccelerateDeepSpeed, AccelerateFSDP, AccelerateLocalSGD
 from dtrain.strategy.allreduce import AllReduce
-from dtrain.strategy.context.strategy import Context
+from dtrain.strategy.context.strategy import ContextParallel
 from dtrain.strategy.ddp import DDP
 from dtrain.strategy.deepspeed.autotp import AutoTP
 from dtrain.strategy.deepspeed.pipeline import DeepSpeedPipeline
 from dtrain.strategy.deepspeed.ulysses import DeepSpeedUlysses
 from dtrain.strategy.deepspeed.zero import DeepSpeed
-from dtrain.strategy.expert import Expert
+from dtrain.strategy.expert import ExpertParallel
 from dtrain.strategy.fsdp import FSDP
 from dtrain.strategy.local_sgd import LocalSGD
 from dtrain.strategy.parameter_server.strategy import ParameterServer
-from dtrain.strategy.pipeline.strategy import Pipeline
+from dtrain.strategy.pipeline.strategy import PipelineParallel
 from dtrain.strategy.replicate import Replicate
 from dtrain.strategy.tensor.strategy import TensorParallel
 from dtrain.strategy.zero1 import Zero1
@@ -162,10 +162,10 @@ def test_every_key_of_the_main_yaml_has_a_comment() -> None:
 # What a name promises
 
 
-PIPELINE = partial(Pipeline, schedule="1f1b", micro_batches=None, stages_per_rank=1, split=None)
+PIPELINE = partial(PipelineParallel, schedule="1f1b", micro_batches=None, stages_per_rank=1, split=None)
 SHARDED = partial(FSDP, reshard_after_forward=True, reduce_each=False, cpu_offload=False)
 SPLIT = partial(TensorParallel, sequence_parallel=False, loss_parallel=True)
-SLICED = partial(Context, method="ring", balanced=True)
+SLICED = partial(ContextParallel, method="ring", balanced=True)
 LOCAL = partial(LocalSGD, every=8, nesterov=True, fragments=1, delay=0, mixing=0.5)
 BUCKETS = {"reduce_bucket_size": 50_000_000}
 
@@ -181,12 +181,12 @@ STRATEGIES: dict[str, list[Strategy]] = {
     "zero2": [SHARDED(REST, reshard_after_forward=False)], "fsdp": [SHARDED(REST)],  # Rajbhandari et al. 2019: stages 2, 3
     "hsdp": [Replicate(REST), SHARDED(REST)],
     "tensor": [SPLIT(REST)], "tensor_sequence": [SPLIT(REST, sequence_parallel=True)],
-    "pipeline": [PIPELINE(REST)], "context": [SLICED(REST)], "expert": [Expert(REST)],
+    "pipeline": [PIPELINE(REST)], "context": [SLICED(REST)], "expert": [ExpertParallel(REST)],
     "ddp_tensor": [Replicate(REST), SPLIT(2)], "fsdp_tensor": [SHARDED(REST), SPLIT(2)],
     "fsdp_context": [SHARDED(REST), SLICED(2)], "hsdp_tensor": [Replicate(REST), SHARDED(REST), SPLIT(2)],
     "pipeline_fsdp": [PIPELINE(2), SHARDED(REST)], "pipeline_tensor": [PIPELINE(2), SPLIT(REST)],
     "3d": [PIPELINE(2), SHARDED(REST), SPLIT(2)], "4d": [PIPELINE(2), SHARDED(REST), SLICED(2), SPLIT(2)],
-    "moe_fsdp": [Expert(2), SHARDED(REST)],
+    "moe_fsdp": [ExpertParallel(2), SHARDED(REST)],
     "local_sgd": [LOCAL(REST, outer_lr=1.0, outer_momentum=0.0)],  # Stich 2018: a plain mean
     "diloco": [LOCAL(REST, outer_lr=0.7, outer_momentum=0.9)],  # Douillard et al. 2023, section 2
     "parameter_server": [ParameterServer(REST, mode="async", max_staleness=4, servers=1, divide_by_staleness=False,
@@ -310,9 +310,9 @@ def reached(folder: Path, overrides: list[str]) -> dict[str, Any]:
             wrapped = mock.Mock(wraps=getattr(import_module(module), name))
             return stack.enter_context(mock.patch(where, wrapped))
 
-        names = ("Trainer", "Checkpoints", "Watch", "connected", "slowed", "take_weights")
+        names = ("Trainer", "Checkpoints", "HangDetector", "connected", "slowed", "take_weights")
         trainer, checkpoints, watch, connected, slowed, taken = (seen(f"dtrain.run.run.{name}") for name in names)
-        meter = seen("dtrain.run.summary.Meter")
+        meter = seen("dtrain.run.summary.Throughput")
         save = stack.enter_context(mock.patch.object(Checkpoints, "save"))
         run(checked(config), World(), folder / "run", "single")
     task, plan, _, settings, _ = trainer.call_args.args

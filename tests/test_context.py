@@ -23,16 +23,16 @@ from dtrain.parallel.plan import Plan
 from dtrain.parallel.strategy import Strategy
 from dtrain.run.assemble import COMPILERS
 from dtrain.strategy.allreduce import AllReduce
-from dtrain.strategy.context.strategy import Context, Ring
+from dtrain.strategy.context.strategy import ContextParallel, Ring
 from dtrain.strategy.fsdp import FSDP
 from dtrain.strategy.replicate import Replicate
 from dtrain.strategy.tensor.strategy import TensorParallel
 from dtrain.task.batch import Batch
 
 BF16_TOLERANCE = 0.02  # bf16 keeps 8 bits: inputs and results are rounded to 2^-9, a few times over
-RING = partial(Context)
-UNBALANCED = partial(Context, balanced=False)
-ULYSSES = partial(Context, method="ulysses")
+RING = partial(ContextParallel)
+UNBALANCED = partial(ContextParallel, balanced=False)
+ULYSSES = partial(ContextParallel, method="ulysses")
 
 
 class Core(nn.Module):
@@ -56,7 +56,7 @@ class Attending(nn.Module):
         self.blocks = nn.ModuleList([nn.ModuleDict({"core": Core(causal)})])
 
 
-def errors(strategy: partial[Context], causal: bool, sizes: tuple[int, ...], dtype: torch.dtype) -> list[float]:
+def errors(strategy: partial[ContextParallel], causal: bool, sizes: tuple[int, ...], dtype: torch.dtype) -> list[float]:
     """Errors of y, dq, dk, dv on this rank, relative to their norms over the whole sequence, computed in fp64."""
     batch, tokens, heads, kv_heads, width = sizes
     plan = Plan.of([strategy()], dist.get_world_size()).connect()
@@ -88,7 +88,7 @@ SLICED = [pytest.param(strategy, causal, size, id=f"{name}-{'causal' if causal e
 @settings(max_examples=4, deadline=None, derandomize=True)
 @given(drawn=st.data())
 def test_sliced_attention_equals_whole_attention(
-    strategy: partial[Context], causal: bool, size: int, drawn: st.DataObject, world
+    strategy: partial[ContextParallel], causal: bool, size: int, drawn: st.DataObject, world
 ) -> None:
     draw = partial(drawn.draw, st.integers(1, 3))
     batch, chunk, kv_heads, group, width = draw(), draw(), draw(), draw(), draw() + 1
@@ -100,7 +100,7 @@ def test_sliced_attention_equals_whole_attention(
 
 
 @pytest.mark.parametrize("strategy", [RING, ULYSSES], ids=["ring", "ulysses"])
-def test_bf16_attention_is_as_good_as_bf16(strategy: partial[Context], world) -> None:
+def test_bf16_attention_is_as_good_as_bf16(strategy: partial[ContextParallel], world) -> None:
     for found in world(2).run(errors, strategy, True, (2, 16, 4, 2, 8), torch.bfloat16):
         assert max(found) <= BF16_TOLERANCE, f"y, dq, dk, dv: {found}"
 
@@ -158,13 +158,13 @@ RUNS: list[tuple[str, int, list[partial[Strategy]], dict[str, Any]]] = [
     ("next_token", 4, [ULYSSES], {"model": ROTARY}),
     ("masked_token", 4, [ULYSSES], {}),
     ("next_token", 3, [ULYSSES], {"model": (("n_heads", 6), ("n_kv_heads", 3))}),
-    ("next_token", 4, [partial(FSDP, 2), partial(Context, 2)], {"micro_batch_size": 3, "recompute": True}),
+    ("next_token", 4, [partial(FSDP, 2), partial(ContextParallel, 2)], {"micro_batch_size": 3, "recompute": True}),
     ("masked_token", 4, [partial(FSDP, 2), partial(ULYSSES, 2)], {"model": ROTARY}),
-    ("masked_token", 4, [partial(Replicate, 2), partial(Context, 2)], {"micro_batch_size": 3}),
+    ("masked_token", 4, [partial(Replicate, 2), partial(ContextParallel, 2)], {"micro_batch_size": 3}),
     ("next_token", 4, [partial(AllReduce, 2), partial(ULYSSES, 2)], {}),
-    ("next_token", 4, [partial(TensorParallel, 2), partial(Context, 2)], {"model": ROTARY}),
+    ("next_token", 4, [partial(TensorParallel, 2), partial(ContextParallel, 2)], {"model": ROTARY}),
     ("masked_token", 4, [partial(TensorParallel, 2), partial(ULYSSES, 2)], {"model": ROTARY}),
-    ("next_token", 4, [partial(TensorParallel, 2, sequence_parallel=True), partial(Context, 2)], {}),
+    ("next_token", 4, [partial(TensorParallel, 2, sequence_parallel=True), partial(ContextParallel, 2)], {}),
 ]  # fmt: skip
 
 
@@ -191,7 +191,7 @@ def test_sliced_sequences_train_as_whole_ones(
 @pytest.mark.deep
 @pytest.mark.skipif(not any(map(shutil.which, COMPILERS)), reason="torch.compile needs a C++ compiler: none here")
 @pytest.mark.parametrize("strategy", [RING, ULYSSES], ids=["ring", "ulysses"])
-def test_compiled_blocks_equal_one_plain_process(strategy: partial[Context], world, alone) -> None:
+def test_compiled_blocks_equal_one_plain_process(strategy: partial[ContextParallel], world, alone) -> None:
     case = Case("next_token", "context", dtype="fp32", compile=True, model=ROTARY)
     expected = reference(replace(case, strategy="single", compile=False))
     for ours in world(2).run(trained, case, [strategy], 2):
@@ -199,7 +199,7 @@ def test_compiled_blocks_equal_one_plain_process(strategy: partial[Context], wor
 
 
 def shards(balanced: bool) -> Batch:
-    plan = Plan.of([Context(balanced=balanced)], dist.get_world_size()).connect()
+    plan = Plan.of([ContextParallel(balanced=balanced)], dist.get_world_size()).connect()
     return plan.shard({"tokens": torch.arange(8).expand(2, 8), "weights": torch.ones(2)})
 
 
@@ -222,21 +222,21 @@ def of_tokens(*shapes: tuple[int, ...]) -> Any:
 @pytest.mark.parametrize(
     ("strategy", "tokens", "message"),
     [
-        (Context(4), 100, r"seq_len=100 is not divisible by 2 x cp=4 \(each rank takes two chunks of the balanced "
+        (ContextParallel(4), 100, r"seq_len=100 is not divisible by 2 x cp=4 \(each rank takes two chunks of the balanced "
                           r"ring\): use 96 or 104, or strategy.cp.balanced=false$"),
-        (Context(4), 99, r"use 96 or 104$"),
-        (Context(4), 3, r"use 8$"),
-        (Context(4, balanced=False), 10, r"seq_len=10 is not divisible by cp=4: use 8 or 12$"),
-        (Context(4, method="ulysses"), 10, r"seq_len=10 is not divisible by cp=4: use 8 or 12$"),
+        (ContextParallel(4), 99, r"use 96 or 104$"),
+        (ContextParallel(4), 3, r"use 8$"),
+        (ContextParallel(4, balanced=False), 10, r"seq_len=10 is not divisible by cp=4: use 8 or 12$"),
+        (ContextParallel(4, method="ulysses"), 10, r"seq_len=10 is not divisible by cp=4: use 8 or 12$"),
     ],
 )  # fmt: skip
-def test_sequences_that_do_not_divide_are_refused(strategy: Context, tokens: int, message: str) -> None:
+def test_sequences_that_do_not_divide_are_refused(strategy: ContextParallel, tokens: int, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         strategy.check_task(of_tokens((2, tokens)), Plan.of([strategy], 4))
 
 
 def test_a_value_a_row_is_refused() -> None:
-    plan = Plan.of([Context()], 2)
+    plan = Plan.of([ContextParallel()], 2)
     with pytest.raises(ValueError, match=r"`tensor1` of the batch is not one value a token: cp=2 cannot cut it"):
         plan.strategies[0].check_task(of_tokens((2, 8), (2,)), plan)
     for task in (NextToken(), MaskedToken()):
@@ -244,29 +244,29 @@ def test_a_value_a_row_is_refused() -> None:
 
 
 def test_later_batches_are_checked_too(alone) -> None:
-    plan = Plan.of([Context()], 1).connect()
+    plan = Plan.of([ContextParallel()], 1).connect()
     with pytest.raises(ValueError, match="seq_len=5 is not divisible by 2 x cp=1"):
         plan.shard({"tokens": torch.zeros(2, 5)})
 
 
 def test_attention_that_was_not_replaced_is_found() -> None:
-    plan = Plan.of([Context()], 2)
+    plan = Plan.of([ContextParallel()], 2)
     with pytest.raises(AssertionError, match="attention is Core, not ring"):
         plan.strategies[0].verify(Attending(causal=True), plan)
 
 
 def test_an_unknown_method_is_refused() -> None:
     with pytest.raises(ValueError, match=r"strategy.cp.method=x is unknown: use ring, ulysses"):
-        Plan.of([Context(method="x")], 2)
+        Plan.of([ContextParallel(method="x")], 2)
 
 
 @pytest.mark.parametrize(
     ("strategies", "model", "message"),
     [
-        ([Context()], {"dropout": 0.1}, r"ring attention cannot drop attention weights \(dropout=0.1\): use "
+        ([ContextParallel()], {"dropout": 0.1}, r"ring attention cannot drop attention weights \(dropout=0.1\): use "
                                         r"strategy.cp.method=ulysses or model.dropout=0"),
-        ([Context(method="ulysses")], {}, r"n_heads=6 is not divisible by cp=4: use 1, 2, 3, 6"),
-        ([Context(2, method="ulysses"), TensorParallel(2)], {}, r"n_heads=6 / tp=2 is not divisible by cp=2: use 1, 3"),
+        ([ContextParallel(method="ulysses")], {}, r"n_heads=6 is not divisible by cp=4: use 1, 2, 3, 6"),
+        ([ContextParallel(2, method="ulysses"), TensorParallel(2)], {}, r"n_heads=6 / tp=2 is not divisible by cp=2: use 1, 3"),
     ],
 )  # fmt: skip
 def test_models_that_do_not_fit_are_refused(strategies: list[Strategy], model: dict[str, Any], message: str) -> None:
@@ -275,9 +275,9 @@ def test_models_that_do_not_fit_are_refused(strategies: list[Strategy], model: d
 
 
 def test_ulysses_takes_dropout_and_a_model_without_attention_is_refused() -> None:
-    Plan.of([Context(method="ulysses")], 2).check_model(Transformer(16, 8, 12, 2, 6, dropout=0.1))
+    Plan.of([ContextParallel(method="ulysses")], 2).check_model(Transformer(16, 8, 12, 2, 6, dropout=0.1))
     with pytest.raises(ValueError, match="Linear names no `attention` in its Layout: nothing to exchange over cp"):
-        Plan.of([Context()], 2).check_model(nn.Linear(2, 2))
+        Plan.of([ContextParallel()], 2).check_model(nn.Linear(2, 2))
 
 
 class Windowed(Core):
@@ -290,10 +290,10 @@ class Windowed(Core):
 
 def test_attention_of_another_kind_is_not_quietly_replaced() -> None:
     model = Attending(causal=True)
-    assert not Plan.of([Context()], 2).check_model(model)
+    assert not Plan.of([ContextParallel()], 2).check_model(model)
     model.blocks[0].core = Windowed(causal=True)
     with pytest.raises(ValueError, match="is not softmax.*use strategy.cp.method=ulysses"):
-        Plan.of([Context()], 2).check_model(model)
+        Plan.of([ContextParallel()], 2).check_model(model)
 
 
 def test_long_slices_are_taken_in_parts(monkeypatch: pytest.MonkeyPatch, alone) -> None:
@@ -307,4 +307,4 @@ def test_a_task_without_positions_is_refused() -> None:
     task = NextToken()
     task.updates = (replace(task.updates[0], inputs=("tokens",)),)
     with pytest.raises(ValueError, match="NextToken tells its model no `positions`"):
-        Plan.of([Context()], 2).check_task(task)
+        Plan.of([ContextParallel()], 2).check_task(task)

@@ -22,11 +22,11 @@ from dtrain.parallel.plan import Plan
 from dtrain.parallel.precision import Precision
 from dtrain.parallel.strategy import Strategy
 from dtrain.strategy.allreduce import AllReduce
-from dtrain.strategy.context.strategy import Context
+from dtrain.strategy.context.strategy import ContextParallel
 from dtrain.strategy.ddp import DDP
-from dtrain.strategy.expert import Expert
+from dtrain.strategy.expert import ExpertParallel
 from dtrain.strategy.fsdp import FSDP
-from dtrain.strategy.pipeline.strategy import SCHEDULES, SPLIT_BACKWARD, Pipeline
+from dtrain.strategy.pipeline.strategy import SCHEDULES, SPLIT_BACKWARD, PipelineParallel
 from dtrain.strategy.replicate import Replicate
 from dtrain.strategy.tensor.strategy import TensorParallel
 from dtrain.strategy.zero1 import Zero1
@@ -39,7 +39,7 @@ ZERO2 = partial(FSDP, reshard_after_forward=False)
 EACH = partial(FSDP, reduce_each=True)
 SEQUENCE = partial(TensorParallel, sequence_parallel=True)
 GATHERED = partial(TensorParallel, loss_parallel=False)
-ULYSSES = partial(Context, method="ulysses")
+ULYSSES = partial(ContextParallel, method="ulysses")
 PLANS: dict[str, tuple[int, tuple[Callable[..., Strategy], ...]]] = {
     "single": (1, ()),
     "ddp": (3, (DDP,)),
@@ -55,21 +55,21 @@ PLANS: dict[str, tuple[int, tuple[Callable[..., Strategy], ...]]] = {
     "tensor": (3, (TensorParallel,)),
     "tensor_gathered_logits": (2, (GATHERED,)),
     "tensor_sequence": (2, (SEQUENCE,)),
-    "ring": (2, (Context,)),
-    "ring_unbalanced": (3, (partial(Context, balanced=False),)),
+    "ring": (2, (ContextParallel,)),
+    "ring_unbalanced": (3, (partial(ContextParallel, balanced=False),)),
     "ulysses": (2, (ULYSSES,)),
     "fsdp_tensor": (4, (FSDP, partial(TensorParallel, 2))),
     "fsdp_sequence": (4, (FSDP, partial(SEQUENCE, 2))),
     "ddp_tensor": (4, (Replicate, partial(TensorParallel, 2))),
     "zero1_tensor": (4, (Zero1, partial(TensorParallel, 2))),
-    "fsdp_context": (4, (FSDP, partial(Context, 2))),
+    "fsdp_context": (4, (FSDP, partial(ContextParallel, 2))),
     "ulysses_sequence": (4, (partial(ULYSSES, 2), partial(SEQUENCE, 2))),
 }
 EXPERTS: dict[str, tuple[int, tuple[Callable[..., Strategy], ...]]] = {
-    "expert": (2, (Expert,)),
-    "moe_fsdp": (4, (partial(Expert, 2), FSDP)),
+    "expert": (2, (ExpertParallel,)),
+    "moe_fsdp": (4, (partial(ExpertParallel, 2), FSDP)),
     "moe_sequence": (2, (SEQUENCE,)),
-    "expert_tensor": (4, (partial(Expert, 2), partial(TensorParallel, 2))),
+    "expert_tensor": (4, (partial(ExpertParallel, 2), partial(TensorParallel, 2))),
 }
 VARIANTS = (
     "ddp_small_buckets",
@@ -138,14 +138,14 @@ def cases() -> dict[str, Case]:
         found[name] = Case(*plan, partial(NextToken, n_experts=4))
         found[f"{name}, micro-batches"] = Case(*plan, partial(Other, n_experts=6, balance="loss"), several=True)
     for schedule in SCHEDULES:
-        pipeline = partial(Pipeline, 2, schedule=schedule)
+        pipeline = partial(PipelineParallel, 2, schedule=schedule)
         found[schedule] = Case(2, (pipeline,), partial(NextToken, n_layers=4))
         sharded = ZERO2 if schedule in SPLIT_BACKWARD else FSDP
         found[f"{schedule} fsdp"] = Case(4, (partial(pipeline, micro_batches=6), sharded), partial(Other, n_layers=5))
-    found["1f1b zero2"] = Case(4, (partial(Pipeline, 2, micro_batches=6), ZERO2))
-    found["1f1b sequence"] = Case(4, (partial(Pipeline, 2), partial(SEQUENCE, 2)))
-    found["zbv zero1"] = Case(4, (partial(Pipeline, 2, schedule="zbv"), Zero1), partial(NextToken, n_layers=4))
-    many = partial(Pipeline, 2, schedule="looped_bfs", stages_per_rank=4)  # of which torch keeps three gathered
+    found["1f1b zero2"] = Case(4, (partial(PipelineParallel, 2, micro_batches=6), ZERO2))
+    found["1f1b sequence"] = Case(4, (partial(PipelineParallel, 2), partial(SEQUENCE, 2)))
+    found["zbv zero1"] = Case(4, (partial(PipelineParallel, 2, schedule="zbv"), Zero1), partial(NextToken, n_layers=4))
+    many = partial(PipelineParallel, 2, schedule="looped_bfs", stages_per_rank=4)  # of which torch keeps three gathered
     found["looped_bfs fsdp, many stages"] = Case(4, (many, FSDP), partial(NextToken, n_layers=8))
     for name in ("ddp", "fsdp", "zero2", "tensor"):
         found[f"{name} gan"] = Case(*PLANS[name], GAN, several=True)
@@ -156,7 +156,7 @@ def cases() -> dict[str, Case]:
     for name in ("tensor", "tensor_sequence", "ring"):
         found[f"{name}, autocast"] = Case(*PLANS[name], precision=Precision("bf16"))
     found["expert, autocast"] = Case(*EXPERTS["expert"], partial(NextToken, n_experts=4), precision=Precision("bf16"))
-    found["1f1b, autocast"] = Case(2, (Pipeline,), precision=Precision("bf16"))
+    found["1f1b, autocast"] = Case(2, (PipelineParallel,), precision=Precision("bf16"))
     found["ring, pure bf16"] = Case(*PLANS["ring"], precision=Precision("bf16", weights="bf16"))
     return found
 
@@ -217,7 +217,7 @@ def compare(case: Case, costs: list[Cost]) -> None:
 
 
 @pytest.mark.deep
-@pytest.mark.parametrize("strategies", [(partial(Pipeline, 2), FSDP, partial(TensorParallel, 2)),
+@pytest.mark.parametrize("strategies", [(partial(PipelineParallel, 2), FSDP, partial(TensorParallel, 2)),
                                         (partial(Replicate, 2), FSDP, partial(TensorParallel, 2))], ids=["3d", "hsdp_tensor"])  # fmt: skip
 def test_predicted_is_measured_on_eight_ranks(strategies: tuple[Callable[..., Strategy], ...], world) -> None:
     case = Case(8, strategies, Other)

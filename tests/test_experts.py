@@ -18,7 +18,7 @@ from dtrain.parallel.precision import Precision
 from dtrain.parallel.strategy import Strategy, local
 from dtrain.run.checkpoint import Checkpoints, load
 from dtrain.strategy.allreduce import AllReduce
-from dtrain.strategy.expert import Expert
+from dtrain.strategy.expert import ExpertParallel
 from dtrain.strategy.fsdp import FSDP
 from dtrain.strategy.replicate import Replicate
 from dtrain.train import Settings, Trainer
@@ -29,12 +29,12 @@ DRIFT = 2e-2  # bf16 has 8 bits: relative 4e-3, carried on by twenty steps, and 
 TASKS = {"next_token": NextToken, "masked_token": MaskedToken}
 PLANS: dict[str, tuple[int, list[Callable[[], Strategy]]]] = {
     "single": (1, []),
-    "ep2": (2, [Expert]),
-    "ep4": (4, [Expert]),
-    "ep2_fsdp2": (4, [partial(Expert, 2), FSDP]),
-    "ep2_zero2": (4, [partial(Expert, 2), partial(FSDP, reshard_after_forward=False)]),
-    "ep2_replicate2": (4, [partial(Expert, 2), Replicate]),
-    "ep2_allreduce2": (4, [partial(Expert, 2), AllReduce]),
+    "ep2": (2, [ExpertParallel]),
+    "ep4": (4, [ExpertParallel]),
+    "ep2_fsdp2": (4, [partial(ExpertParallel, 2), FSDP]),
+    "ep2_zero2": (4, [partial(ExpertParallel, 2), partial(FSDP, reshard_after_forward=False)]),
+    "ep2_replicate2": (4, [partial(ExpertParallel, 2), Replicate]),
+    "ep2_allreduce2": (4, [partial(ExpertParallel, 2), AllReduce]),
 }
 
 
@@ -180,4 +180,4 @@ def test_what_cannot_be_spread_is_refused(factory: Callable[[], nn.Module], degr
     with torch.device("meta"):
         model = factory()
     with pytest.raises(ValueError, match=message):
-        Plan.of([Expert(degree)], degree).check_model(model)
+        Plan.of([ExpertParallel(degree)], degree).check_model(model)

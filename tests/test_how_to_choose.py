@@ -21,7 +21,7 @@ from dtrain.parallel.strategy import Strategy
 from dtrain.strategy.ddp import DDP
 from dtrain.strategy.fsdp import FSDP
 from dtrain.strategy.local_sgd import LocalSGD
-from dtrain.strategy.pipeline.strategy import Pipeline
+from dtrain.strategy.pipeline.strategy import PipelineParallel
 from dtrain.strategy.tensor.strategy import TensorParallel
 from dtrain.strategy.zero1 import Zero1
 from dtrain.task.batch import Batch
@@ -34,7 +34,7 @@ PADDING = 1e-3  # of what is divided: rows that ranks do not divide
 EVERY = 4  # of local_sgd, on the page
 STRATEGIES: dict[str, Callable[..., Strategy]] = {
     "ddp": DDP, "zero1": Zero1, "zero2": partial(FSDP, reshard_after_forward=False), "fsdp": FSDP,
-    "tensor": TensorParallel, "pipeline": Pipeline, "local_sgd": partial(LocalSGD, every=1),
+    "tensor": TensorParallel, "pipeline": PipelineParallel, "local_sgd": partial(LocalSGD, every=1),
 }  # fmt: skip
 
 

@@ -29,19 +29,19 @@ from test_configs import composed
 from dtrain.compare.page import step
 from dtrain.compare.results import Row
 from dtrain.config.schema import checked
-from dtrain.cost.memory import Ledger
+from dtrain.cost.memory import MemoryTracker
 from dtrain.cost.profile import RECORDED, Profile
 from dtrain.cost.timeline import COMMUNICATION, Span, Timeline, common, merged, total, without
-from dtrain.cost.traffic import Traffic
-from dtrain.launch.flight_recorder import Note, Notes, missing, waiting
-from dtrain.launch.hang_detector import Hang, Watch, _read, within
+from dtrain.cost.traffic import CommunicationCounter
+from dtrain.launch.flight_recorder import Collective, RankReport, missing, waiting
+from dtrain.launch.hang_detector import Hang, HangDetector, _read, within
 from dtrain.launch.world import World
 from dtrain.parallel.messages import Message
 from dtrain.parallel.spans import PHASE, STAGE, mark
 from dtrain.report import instruments, step_chart
 from dtrain.run.run import run
 from dtrain.strategy.pipeline.schedule import _work, bubble
-from dtrain.strategy.pipeline.strategy import SCHEDULES, Pipeline
+from dtrain.strategy.pipeline.strategy import SCHEDULES, PipelineParallel
 from dtrain.train import Trainer
 
 ROOT = Path(__file__).parent.parent
@@ -64,29 +64,33 @@ def test_intervals_cover_what_their_moments_do(ours: list, theirs: list) -> None
 @pytest.mark.parametrize(("ranks", "rounds"), [(2, 2), (2, 4), (3, 2), (4, 3), (8, 2)])
 def test_a_schedules_bubble_is_the_papers(schedule: str, ranks: int, rounds: int) -> None:
     """(p-1)/(v m+p-1): Huang et al. 2018; Narayanan et al. 2021."""
-    pipeline, m = Pipeline(ranks, schedule=schedule), rounds * ranks
+    pipeline, m = PipelineParallel(ranks, schedule=schedule), rounds * ranks
     assert bubble(pipeline, m) == pytest.approx((ranks - 1) / (pipeline.stages_per_rank * m + ranks - 1))
 
 
 @pytest.mark.parametrize("schedule", ["interleaved_zero_bubble", "zbv", "dualpipev"])
 def test_zero_bubble_schedules_leave_less_idle(schedule: str) -> None:
     for ranks, m in ((2, 8), (4, 16)):
-        assert 0 < bubble(Pipeline(ranks, schedule=schedule), m) < bubble(Pipeline(ranks, schedule="looped_bfs"), m) / 2
+        assert (
+            0
+            < bubble(PipelineParallel(ranks, schedule=schedule), m)
+            < bubble(PipelineParallel(ranks, schedule="looped_bfs"), m) / 2
+        )
 
 
 def test_every_schedule_has_a_bubble() -> None:
-    assert all(0 < bubble(Pipeline(2, schedule=schedule), 8) < 0.2 for schedule in SCHEDULES)
+    assert all(0 < bubble(PipelineParallel(2, schedule=schedule), 8) < 0.2 for schedule in SCHEDULES)
 
 
 @pytest.mark.parametrize("schedule", SCHEDULES)
 def test_a_rank_works_as_long_whatever_parts_its_passes_are_cut_into(schedule: str) -> None:
     """Three forward passes' time for each of its stages and micro-batches: a backward pass is as long as two."""
-    pipeline, m = Pipeline(2, schedule=schedule), 4
+    pipeline, m = PipelineParallel(2, schedule=schedule), 4
     work = [sum(duration for _, duration in _work(pipeline, rank, m)) for rank in range(2)]
     assert work == [3 * m * pipeline.stages_per_rank] * 2
 
 
-def _mlp_step(ledger: Ledger, rows: int, width: int) -> None:
+def _mlp_step(ledger: MemoryTracker, rows: int, width: int) -> None:
     model = torch.nn.Sequential(torch.nn.Linear(width, 3 * width), torch.nn.GELU(), torch.nn.Linear(3 * width, 1))
     x = torch.randn(rows, width)
     ledger.hold("parameters", model.parameters())
@@ -98,7 +102,7 @@ def _mlp_step(ledger: Ledger, rows: int, width: int) -> None:
 @given(st.integers(1, 40), st.integers(1, 20))
 def test_memory_by_kind_is_that_of_the_shapes(rows: int, width: int) -> None:
     """GELU keeps its input, the second layer its own: twice (rows, 3 width). Of the loss itself two numbers stay."""
-    ledger = Ledger()
+    ledger = MemoryTracker()
     _mlp_step(ledger, rows, width)
     weights = 4 * (width * 3 * width + 3 * width + 3 * width + 1)
     assert ledger.held == {"parameters": weights, "gradients": weights}
@@ -181,8 +185,8 @@ def test_a_trace_is_chromes(tmp_path: Path) -> None:
     assert (tmp_path / "gantt.svg").read_text().count("<path") > 4 and (tmp_path / "gantt.png").stat().st_size > 5000
 
 
-def _notes(*whats: str, step: int = 1) -> Notes:
-    return Notes(step, {"g": [Note(number, what, step) for number, what in enumerate(whats, 1)]})
+def _notes(*whats: str, step: int = 1) -> RankReport:
+    return RankReport(step, {"g": [Collective(number, what, step) for number, what in enumerate(whats, 1)]})
 
 
 GROUPS = {"g": ("dp", [0, 1, 2])}
@@ -203,9 +207,9 @@ def test_who_is_in_another_collective_is_missing() -> None:
 
 
 def test_of_two_the_one_that_differs_from_its_step_before_is_missing() -> None:
-    def steps(*later: str) -> Notes:
-        before = [Note(n, what, 1) for n, what in enumerate(("x", "loss", "norm"), 1)]
-        return Notes(2, {"g": before + [Note(n, what, 2) for n, what in enumerate(later, 4)]})
+    def steps(*later: str) -> RankReport:
+        before = [Collective(n, what, 1) for n, what in enumerate(("x", "loss", "norm"), 1)]
+        return RankReport(2, {"g": before + [Collective(n, what, 2) for n, what in enumerate(later, 4)]})
 
     said = missing({0: steps("x", "loss"), 1: steps("x", "norm")}, {"g": ("dp", [0, 1])})
     assert "collective 5, loss: rank 0 waits in it; rank 1 is missing: it is in norm" in said
@@ -213,8 +217,8 @@ def test_of_two_the_one_that_differs_from_its_step_before_is_missing() -> None:
 
 
 def test_what_ranks_wait_in_for_one_that_does_not_answer() -> None:
-    def notes(pending: int, step: int) -> Notes:
-        return Notes(step, {"g": [Note(n, "all_reduce", step, n == pending) for n in range(1, 5)]})
+    def notes(pending: int, step: int) -> RankReport:
+        return RankReport(step, {"g": [Collective(n, "all_reduce", step, n == pending) for n in range(1, 5)]})
 
     groups = {"g": ("dp", [0, 1, 2]), "h": ("tp", [0, 3])}
     said = waiting({0: notes(4, 7), 1: notes(4, 7)}, groups, [2])
@@ -335,7 +339,7 @@ def _talk() -> list[tuple[Message, ...]]:
     rank, alone = dist.get_rank(), dist.new_group([0])
     six, pair = torch.zeros(6), [torch.zeros(3), torch.zeros(3)]
     found = []
-    with Traffic({(0, 1): "dp"}) as traffic:
+    with CommunicationCounter({(0, 1): "dp"}) as traffic:
         for counting in (False, True):
             traffic.counting = counting
             dist.all_reduce(six)
@@ -376,7 +380,7 @@ def test_each_collective_is_counted_with_the_whole_tensor_that_it_is_about(world
 
 def test_memory_is_of_what_lives_at_one_moment() -> None:
     """A view is no memory of its own, and what has gone makes room; sizes in fp32."""
-    ledger, held = Ledger(), torch.zeros(10)
+    ledger, held = MemoryTracker(), torch.zeros(10)
     ledger.hold("parameters", [held, None])
     with ledger:
         early = torch.zeros(1000)
@@ -407,7 +411,7 @@ def test_a_store_that_does_not_answer_in_time_has_no_answer() -> None:
     never.set()
 
 
-def _watches(size: int, timeout_s: float) -> list[Watch]:
+def _watches(size: int, timeout_s: float) -> list[HangDetector]:
     """Of as many ranks that share a store, and have one axis besides."""
     store, made = dist.HashStore(), []
     for rank in range(size):
@@ -417,7 +421,7 @@ def _watches(size: int, timeout_s: float) -> list[Watch]:
             group=SimpleNamespace(WORLD=SimpleNamespace(group_name="w")),
         )  # fmt: skip
         with mock.patch("dtrain.launch.hang_detector.dist", known):
-            made.append(Watch({"g": ("tp", [0, 1])}, timeout_s))
+            made.append(HangDetector({"g": ("tp", [0, 1])}, timeout_s))
     return made
 
 
@@ -435,8 +439,12 @@ def test_a_rank_notes_the_step_in_which_a_collective_began() -> None:
     what = "all_reduce of 3x4, 1 float"
     with mock.patch("dtrain.launch.hang_detector._recorded", lambda: [told[:3], told[3:]]):  # gloo's and NCCL's
         notes = watch._notes()
-    assert notes == Notes(
-        6, {"g": [Note(1, what, 0), Note(2, what, 5), Note(6, what, 6, True)], "w": [Note(3, what, 5)]}
+    assert notes == RankReport(
+        6,
+        {
+            "g": [Collective(1, what, 0), Collective(2, what, 5), Collective(6, what, 6, True)],
+            "w": [Collective(3, what, 5)],
+        },
     )
     assert _read(json.dumps(asdict(notes)).encode()) == notes
 
@@ -458,9 +466,9 @@ def test_the_first_rank_that_answers_says_for_all_what_it_finds(
     watches = [each for each in _watches(3, 1.0) if each.rank in answering]
     for watch in watches:
         begun = _notes(*("a", "b")[: 1 if watch.rank == 1 else 2])
-        watch._notes = lambda found=begun: Notes(found.step, {"w": found.groups["g"]})  # type: ignore[method-assign]
+        watch._notes = lambda found=begun: RankReport(found.step, {"w": found.groups["g"]})  # type: ignore[method-assign]
     with ThreadPoolExecutor(3) as threads:
-        found = list(threads.map(Watch.explain, watches))
+        found = list(threads.map(HangDetector.explain, watches))
     assert dict(zip(answering, found, strict=True)) == {rank: said * (rank == speaker) for rank in answering}
     assert [watch.explain() for watch in watches] == found
     assert capfd.readouterr().err == f"dtrain: ranks wait for each other: {said}\n"
@@ -483,7 +491,7 @@ def test_a_failed_collective_is_told_with_its_reason_and_no_other_error() -> Non
 
 def test_what_a_recorder_has_forgotten_is_not_missing() -> None:
     """Its notes are the last ones alone: of two ranks that have done the same, one remembers less."""
-    notes = {0: _notes("a", "b", "c"), 1: Notes(1, {"g": _notes("a", "b", "c").groups["g"][2:]})}
+    notes = {0: _notes("a", "b", "c"), 1: RankReport(1, {"g": _notes("a", "b", "c").groups["g"][2:]})}
     assert missing(notes, {"g": ("dp", [0, 1])}) == ""
 
 
@@ -491,8 +499,8 @@ def test_of_several_groups_the_one_that_stopped_first_is_told() -> None:
     """By the step, for those that are missing and for those that wait."""
     groups = {"g": ("dp", [0, 1]), "h": ("tp", [2, 3])}
 
-    def at(name: str, step: int, *whats: str) -> Notes:
-        return Notes(step, {name: [Note(n, what, step, True) for n, what in enumerate(whats, 1)]})
+    def at(name: str, step: int, *whats: str) -> RankReport:
+        return RankReport(step, {name: [Collective(n, what, step, True) for n, what in enumerate(whats, 1)]})
 
     for first, (dp, tp) in (("axis dp", (3, 4)), ("axis tp", (4, 3))):
         told = {0: at("g", dp, "a", "b"), 1: at("g", dp, "a"), 2: at("h", tp, "a", "b"), 3: at("h", tp, "a")}

@@ -20,7 +20,7 @@ from dtrain.parallel.strategy import whole
 from dtrain.strategy.ddp import DDP
 from dtrain.strategy.fsdp import FSDP
 from dtrain.strategy.local_sgd import LocalSGD
-from dtrain.strategy.pipeline.strategy import Pipeline
+from dtrain.strategy.pipeline.strategy import PipelineParallel
 from dtrain.strategy.tensor.strategy import TensorParallel
 from dtrain.task.batch import divide
 from dtrain.train import Settings, Trainer
@@ -223,7 +223,7 @@ def test_impossible_options_are_refused(options: dict[str, Any], said: str) -> N
 
 def test_what_cannot_be_beside_it_is_refused() -> None:
     with mock.patch.dict(
-        STRATEGIES, {"both": [partial(LocalSGD, 2), partial(Pipeline, 2)], "local": [partial(LocalSGD, 2)]}
+        STRATEGIES, {"both": [partial(LocalSGD, 2), partial(PipelineParallel, 2)], "local": [partial(LocalSGD, 2)]}
     ):
         assert "has a step of its own" in refusal(Case("next_token", "both"), 4)
         assert refusal(Case("gan", "local"), 2) == ""

@@ -30,7 +30,7 @@ from dtrain.model.transformer import Transformer
 from dtrain.parallel.optimizer import rate
 from dtrain.parallel.strategy import local
 from dtrain.report.base import All
-from dtrain.run.assemble import Job, optimizer_of
+from dtrain.run.assemble import Parts, optimizer_of
 from dtrain.run.checkpoint import Checkpoints
 from dtrain.run.resume import identity, take_weights
 from dtrain.task.base import Task
@@ -416,7 +416,7 @@ def test_a_run_that_is_taken_up_goes_on_bit_for_bit(alone, tmp_path: Path) -> No
     world, task = World(), NextToken(dropout=0.2)
     config = Config(resume=str(tmp_path / "checkpoints" / "step-00000003"), steps=STEPS)
     whole, first, second = (trainer(task) for _ in range(3))
-    job = Job(config, shades(), task, first.plan, All(), written=asdict(config))
+    job = Parts(config, shades(), task, first.plan, All(), written=asdict(config))
     expected = [curve(step) for step in whole.steps()]
     found = []
     for step in first.steps():

@@ -23,7 +23,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from dtrain.cost import environment, flops, peak_memory
 from dtrain.cost.environment import cores, describe
 from dtrain.cost.model_size import info
-from dtrain.cost.throughput import Meter
+from dtrain.cost.throughput import Throughput
 from dtrain.model.transformer import Transformer
 from dtrain.parallel.optimizer import parameter_groups, rate
 from dtrain.parallel.precision import Precision
@@ -62,14 +62,14 @@ def test_info_allocates_nothing_and_counts_bytes() -> None:
 
 
 def test_warm_up_steps_do_not_count() -> None:
-    meter = Meter(warmup_steps=2, world_size=4, flops_per_token=10.0, peak_flops=1000.0)
+    meter = Throughput(warmup_steps=2, world_size=4, flops_per_token=10.0, peak_flops=1000.0)
     for seconds in (9.0, 9.0, 1.0, 2.0, 3.0):
         meter.add(100, seconds)
     summary = meter.summary()
     assert summary["tokens_per_second"] == 50 and summary["tokens_per_second_per_rank"] == 12.5
     assert summary["step_seconds_median"] == 2 and summary["step_seconds_p95"] == pytest.approx(2.9)
     assert summary["mfu"] == 50 * 10 / (4 * 1000) and summary["measured_steps"] == 3
-    short = Meter(warmup_steps=9, world_size=1, flops_per_token=None, peak_flops=None)
+    short = Throughput(warmup_steps=9, world_size=1, flops_per_token=None, peak_flops=None)
     short.add(10, 2.0)
     assert short.summary()["tokens_per_second"] == 5 and short.summary()["mfu"] is None
 

@@ -21,9 +21,9 @@ from runs import until
 
 from dtrain.run.checkpoint_files import about
 from dtrain.strategy.fsdp import FSDP
-from dtrain.strategy.parameter_server.gradient_compression import METHODS, Compression
+from dtrain.strategy.parameter_server.gradient_compression import METHODS, GradientCompression
 from dtrain.strategy.parameter_server.strategy import ParameterServer
-from dtrain.strategy.parameter_server.work_queue import ASYNC, BOUNDED, MODES, SYNC, Board, Once
+from dtrain.strategy.parameter_server.work_queue import ASYNC, BOUNDED, MODES, SYNC, SeenItems, WorkQueue
 
 ROOT = Path(__file__).parent.parent
 
@@ -37,7 +37,7 @@ def test_whatever_happens_each_item_is_finished_once_and_nobody_runs_ahead(
     mode: str, bound: int, workers: int, rounds: int, history: list[tuple[int, int]]
 ) -> None:
     """Workers that are fast, slow, dead and back, in any order; then all that are left finish the rest."""
-    board = Board(rounds * workers, workers, mode, bound)
+    board = WorkQueue(rounds * workers, workers, mode, bound)
     finished: list[int] = []
     for worker in range(workers):
         board.join(worker)
@@ -74,7 +74,7 @@ def test_whatever_happens_each_item_is_finished_once_and_nobody_runs_ahead(
 
 
 def test_async_never_waits_while_there_is_work() -> None:
-    board = Board(100, 2, ASYNC)
+    board = WorkQueue(100, 2, ASYNC)
     for worker in (0, 1):
         board.join(worker)
     assert board.take(1) == 0  # and never hands it in
@@ -88,7 +88,7 @@ def test_async_never_waits_while_there_is_work() -> None:
 
 @given(items=st.lists(st.integers(0, 30)))
 def test_a_server_takes_each_item_once(items: list[int]) -> None:
-    once = Once(begin=5)
+    once = SeenItems(begin=5)
     taken = [item for item in items if once.first(item)]
     assert sorted(taken) == sorted({item for item in items if item >= 5})
     assert once.begin == next(i for i in range(5, 32) if i not in items)
@@ -105,7 +105,9 @@ def test_a_message_has_the_size_that_both_ends_know(shapes: list[tuple[int, ...]
     generator = torch.Generator().manual_seed(seed)
     gradients = [torch.randn(shape, generator=generator) for shape in shapes]
     before = [g.clone() for g in gradients]
-    ours, theirs = (Compression(method, [g.shape for g in gradients], torch.float32, share=0.25) for _ in range(2))
+    ours, theirs = (
+        GradientCompression(method, [g.shape for g in gradients], torch.float32, share=0.25) for _ in range(2)
+    )
     message = ours.encode(gradients)
     assert message.dtype == torch.uint8 and message.numel() == theirs.size
     found = theirs.decode(message)
@@ -122,7 +124,7 @@ def test_a_message_has_the_size_that_both_ends_know(shapes: list[tuple[int, ...]
 def test_what_is_left_out_is_sent_later(method: str) -> None:
     """Error feedback: of a constant gradient the mean of what arrives goes to the gradient itself."""
     gradient = torch.randn(16, 24, generator=torch.Generator().manual_seed(0))
-    compression = Compression(method, [gradient.shape], torch.float32, share=0.1, rank=2)
+    compression = GradientCompression(method, [gradient.shape], torch.float32, share=0.1, rank=2)
     arrived = torch.zeros_like(gradient)
     errors = []
     for step in range(1, 61):
@@ -134,10 +136,10 @@ def test_what_is_left_out_is_sent_later(method: str) -> None:
 
 def test_top_k_sends_the_largest_and_power_sgd_is_exact_for_thin_matrices() -> None:
     gradient = torch.tensor([0.1, -5.0, 0.2, 3.0])
-    top = Compression("top_k", [gradient.shape], torch.float32, share=0.5)
+    top = GradientCompression("top_k", [gradient.shape], torch.float32, share=0.5)
     assert top.decode(top.encode([gradient]))[0].tolist() == [0, -5, 0, 3]
     thin = torch.randn(16, 2) @ torch.randn(2, 24)
-    power = Compression("power_sgd", [thin.shape], torch.float32, rank=2)
+    power = GradientCompression("power_sgd", [thin.shape], torch.float32, rank=2)
     torch.testing.assert_close(power.decode(power.encode([thin]))[0], thin, rtol=1e-4, atol=1e-4)
 
 
@@ -330,7 +332,7 @@ def test_a_rank_that_it_cannot_hold_up_is_refused(setting: str, tmp_path: Path, 
 @given(bound=st.integers(0, 3), turns=st.lists(st.integers(0, 3), min_size=20, max_size=60))
 def test_a_worker_that_comes_back_holds_up_nobody(bound: int, turns: list[int]) -> None:
     """Whoever may go on without it may do so with it, and it may go on itself."""
-    board = Board(1000, 4, BOUNDED, bound)
+    board = WorkQueue(1000, 4, BOUNDED, bound)
     for worker in range(4):
         board.join(worker)
     for worker in turns:
@@ -346,7 +348,7 @@ def test_a_worker_that_comes_back_holds_up_nobody(bound: int, turns: list[int]) 
 def test_it_is_called_synchronous_where_whole_gradients_are_awaited(mode: str, method: str) -> None:
     """A comparison holds such strategies to the losses of one process."""
     gradient = torch.linspace(-1, 1, 24 * 16, dtype=torch.float64).sin().view(24, 16)
-    message = Compression(method, [gradient.shape], gradient.dtype)
+    message = GradientCompression(method, [gradient.shape], gradient.dtype)
     whole = torch.equal(message.decode(message.encode([gradient]))[0], gradient)
     found = ParameterServer(3, mode=mode, compression=method).synchronous
     assert found == (mode == SYNC and whole)

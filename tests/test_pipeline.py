@@ -8,7 +8,7 @@ import pytest
 from cases import NextToken
 
 from dtrain.parallel.plan import Plan
-from dtrain.strategy.pipeline.strategy import Pipeline
+from dtrain.strategy.pipeline.strategy import PipelineParallel
 from dtrain.task.batch import pieces
 
 LAYERS = 7
@@ -17,7 +17,7 @@ LAYERS = 7
 def held(split: list[int], schedule: str, size: int) -> list[list[str]]:
     """The blocks of each piece on this rank."""
     make = NextToken(n_layers=LAYERS).models["model"]
-    plan = Plan.of([Pipeline(size, schedule=schedule, split=split)], size).connect()
+    plan = Plan.of([PipelineParallel(size, schedule=schedule, split=split)], size).connect()
     parts = pieces(plan.parallelize(make, 0))
     return [list(dict(part.get_submodule("blocks").named_children())) for part in parts]
 
@@ -42,7 +42,7 @@ def test_each_stage_has_the_blocks_that_the_split_gives_it(
 @pytest.mark.parametrize("ranks", [2, 3, 4])
 def test_by_itself_it_is_idle_for_less_than_a_third_of_a_step(ranks: int, schedule: str) -> None:
     """The fewest micro-batches, of two a rank or more, that divide the rows; or else a row each."""
-    pipeline = Pipeline(ranks, schedule=schedule)
+    pipeline = PipelineParallel(ranks, schedule=schedule)
     for rows in range(ranks, 41):
         found = pipeline.micro_batches(rows, None)
         enough = [number for number in range(2 * ranks, rows + 1) if rows % number == 0]
@@ -55,5 +55,5 @@ def test_by_itself_it_is_idle_for_less_than_a_third_of_a_step(ranks: int, schedu
 def test_what_is_asked_for_decides_the_micro_batches() -> None:
     """Their number, or how many rows they have."""
     for number in (2, 3, 6, 12):
-        assert Pipeline(2, micro_batches=number).micro_batches(12, None) == number
-        assert Pipeline(2).micro_batches(12, 12 // number) == number
+        assert PipelineParallel(2, micro_batches=number).micro_batches(12, None) == number
+        assert PipelineParallel(2).micro_batches(12, 12 // number) == number

@@ -55,17 +55,17 @@ from dtrain.strategy.accelerate.strategy import (
     AccelerateLocalSGD,
 )
 from dtrain.strategy.allreduce import AllReduce
-from dtrain.strategy.context.strategy import Context
+from dtrain.strategy.context.strategy import ContextParallel
 from dtrain.strategy.ddp import DDP
 from dtrain.strategy.deepspeed.autotp import AutoTP
 from dtrain.strategy.deepspeed.pipeline import DeepSpeedPipeline
 from dtrain.strategy.deepspeed.ulysses import DeepSpeedUlysses
 from dtrain.strategy.deepspeed.zero import DeepSpeed
-from dtrain.strategy.expert import Expert
+from dtrain.strategy.expert import ExpertParallel
 from dtrain.strategy.fsdp import FSDP
 from dtrain.strategy.local_sgd import LocalSGD
 from dtrain.strategy.parameter_server.strategy import ParameterServer
-from dtrain.strategy.pipeline.strategy import Pipeline
+from dtrain.strategy.pipeline.strategy import PipelineParallel
 from dtrain.strategy.replicate import Replicate
 from dtrain.strategy.tensor.strategy import TensorParallel
 from dtrain.strategy.zero1 import Zero1
@@ -409,11 +409,11 @@ REFUSALS = {
     ),
     # fsdp
     "fsdp, each micro-batch, beside a pipeline": Refusal(
-        lambda: Plan.of([FSDP(2, reduce_each=True), Pipeline(2)], 4),
+        lambda: Plan.of([FSDP(2, reduce_each=True), PipelineParallel(2)], 4),
         "strategy.fsdp.reduce_each", "=true", "use reduce_each=false",
     ),
     "fsdp, weights put away too early": Refusal(
-        lambda: Plan.of([FSDP(2), Pipeline(2, schedule="zbv")], 4),
+        lambda: Plan.of([FSDP(2), PipelineParallel(2, schedule="zbv")], 4),
         "strategy.fsdp.reshard_after_forward", "schedule zbv computes",
         "use strategy.fsdp.reshard_after_forward=false",
     ),
@@ -443,103 +443,103 @@ REFUSALS = {
     ),
     # context
     "context, a method": Refusal(
-        lambda: Plan.of([Context(method="spiral")], 2),
+        lambda: Plan.of([ContextParallel(method="spiral")], 2),
         "strategy.cp.method", "=spiral", "use ring, ulysses",
     ),
     "context, no attention": Refusal(
-        lambda: on_model(Context(), partial(MLP, 2, 2, 2), 2),
+        lambda: on_model(ContextParallel(), partial(MLP, 2, 2, 2), 2),
         "`attention`", "MLP", "use a strategy on dp or fsdp",
     ),
     "context, dropout": Refusal(
-        lambda: on_model(Context(), partial(GPT, dropout=0.3), 2),
+        lambda: on_model(ContextParallel(), partial(GPT, dropout=0.3), 2),
         "dropout", "=0.3", "use strategy.cp.method=ulysses or model.dropout=0",
     ),
     "context, another attention": Refusal(
-        lambda: Plan.of([Context()], 2).check_model(Bare(Doubled)),
+        lambda: Plan.of([ContextParallel()], 2).check_model(Bare(Doubled)),
         "attention", "Bare", "use strategy.cp.method=ulysses",
     ),
     "context, experts that count": Refusal(
-        lambda: on_model(Context(), partial(GPT, n_experts=4, capacity_factor=1.5), 2),
+        lambda: on_model(ContextParallel(), partial(GPT, n_experts=4, capacity_factor=1.5), 2),
         "cp=2", "experts of Transformer", "use model.capacity_factor=null and model.balance=bias",
     ),
     "context, unknown heads": Refusal(
-        lambda: on_model(Context(method="ulysses"), Bare, 2), "n_heads", "Bare", "use strategy.cp.method=ring"
+        lambda: on_model(ContextParallel(method="ulysses"), Bare, 2), "n_heads", "Bare", "use strategy.cp.method=ring"
     ),
     "context, heads": Refusal(
-        lambda: on_model(Context(method="ulysses"), GPT, 5),
+        lambda: on_model(ContextParallel(method="ulysses"), GPT, 5),
         "cp=5", "n_heads=12", "use 1, 2, 3, 4, 6, 12",
     ),
     "context, heads that tp has split": Refusal(
-        lambda: on_model(Context(3, method="ulysses"), GPT, 18, TensorParallel(6)),
+        lambda: on_model(ContextParallel(3, method="ulysses"), GPT, 18, TensorParallel(6)),
         "cp=3", "n_heads=12 / tp=6", "use 1, 2",
     ),
     "context, no positions": Refusal(
-        lambda: on_task(Context(), Unplaced(), 2),
+        lambda: on_task(ContextParallel(), Unplaced(), 2),
         "`positions`", "task Unplaced", "use strategy=ddp",
     ),
     "context, a value a row": Refusal(
-        lambda: on_task(Context(), ARow(), 2),
+        lambda: on_task(ContextParallel(), ARow(), 2),
         "cp=2", "`weight` of the batch", "use a strategy on another axis",
     ),
     "context, tokens": Refusal(
-        lambda: on_task(Context(), NextToken(), 5), "2 x cp=5", "seq_len=24", "use 20 or 30"
+        lambda: on_task(ContextParallel(), NextToken(), 5), "2 x cp=5", "seq_len=24", "use 20 or 30"
     ),
     "context, tokens of a ring": Refusal(
-        lambda: on_task(Context(), NextToken(), 8),
+        lambda: on_task(ContextParallel(), NextToken(), 8),
         "2 x cp=8 (each rank takes two chunks of the balanced ring)", "seq_len=24",
         "use 16 or 32, or strategy.cp.balanced=false",
     ),
     # experts
     "expert, none": Refusal(
-        lambda: on_model(Expert(), GPT, 2),
+        lambda: on_model(ExpertParallel(), GPT, 2),
         "Transformer has no experts (model.n_experts", "=0", "use model=moe",
     ),
     "expert, too many": Refusal(
-        lambda: on_model(Expert(), partial(GPT, n_experts=6), 4),
+        lambda: on_model(ExpertParallel(), partial(GPT, n_experts=6), 4),
         "ep=4", "n_experts=6", "use 1, 2, 3, 6 ranks along ep",
     ),
     # pipeline
     "pipeline, a schedule": Refusal(
-        lambda: Pipeline(2, schedule="2f2b"), "strategy.pp.schedule", "=2f2b", "use gpipe, 1f1b"
+        lambda: PipelineParallel(2, schedule="2f2b"), "strategy.pp.schedule", "=2f2b", "use gpipe, 1f1b"
     ),
     "pipeline, stages of a rank": Refusal(
-        lambda: Pipeline(2, stages_per_rank=3),
+        lambda: PipelineParallel(2, stages_per_rank=3),
         "strategy.pp.stages_per_rank", "=3", "schedule 1f1b holds 1 a rank",
     ),
     "pipeline, no stages": Refusal(
-        lambda: Pipeline(2, schedule="looped_bfs", stages_per_rank=0),
+        lambda: PipelineParallel(2, schedule="looped_bfs", stages_per_rank=0),
         "strategy.pp.stages_per_rank", "=0", "holds 2 or more a rank",
     ),
     "pipeline, a split in words": Refusal(
-        lambda: Pipeline(2, split=["a", 1]), "strategy.pp.split", "=['a', 1]", "such as [5,3]"
+        lambda: PipelineParallel(2, split=["a", 1]), "strategy.pp.split", "=['a', 1]", "such as [5,3]"
     ),
     "pipeline, no micro-batches": Refusal(
-        lambda: Pipeline(2, micro_batches=0), "strategy.pp.micro_batches", "=0", "at least 1"
+        lambda: PipelineParallel(2, micro_batches=0), "strategy.pp.micro_batches", "=0", "at least 1"
     ),
     "pipeline, compiled": Refusal(
-        lambda: Plan.of([Pipeline(2, schedule="zbv")], 2, compile=True),
+        lambda: Plan.of([PipelineParallel(2, schedule="zbv")], 2, compile=True),
         "schedule zbv", "compile=true", "use compile=false",
     ),
     "pipeline, no blocks": Refusal(
-        lambda: on_model(Pipeline(2), partial(MLP, 2, 2, 2), 2),
+        lambda: on_model(PipelineParallel(2), partial(MLP, 2, 2, 2), 2),
         "pipeline", "MLP", "use a strategy on dp or fsdp",
     ),
     "pipeline, too few blocks": Refusal(
-        lambda: on_model(Pipeline(3), GPT, 3),
+        lambda: on_model(PipelineParallel(3), GPT, 3),
         "pp=3 x 1 stages a rank are 3 stages", "the model has 2 blocks",
         "use at most pp=2, or more blocks",
     ),
     "pipeline, too few blocks for a round": Refusal(
-        lambda: on_model(Pipeline(2, schedule="looped_bfs", stages_per_rank=3), GPT, 2),
+        lambda: on_model(PipelineParallel(2, schedule="looped_bfs", stages_per_rank=3), GPT, 2),
         "pp=2 x 3 stages a rank", "the model has 2 blocks", "use schedule gpipe or 1f1b",
     ),
     "pipeline, a split that does not sum up": Refusal(
-        lambda: on_model(Pipeline(2, split=[2, 1]), GPT, 2),
+        lambda: on_model(PipelineParallel(2, split=[2, 1]), GPT, 2),
         "strategy.pp.split", "=[2, 1]",
         "must be 2 numbers of at least 1 that sum to the model's 2 blocks",
     ),
     "pipeline, shared weights": Refusal(
-        lambda: on_model(Pipeline(2), Sharing, 2),
+        lambda: on_model(PipelineParallel(2), Sharing, 2),
         "Sharing shares", "blocks.0.weight with blocks.1.weight",
         "only first and last module may share",
     ),
@@ -555,27 +555,27 @@ REFUSALS = {
         lambda: Plan.of([], 1).check_task(Frozen()), "nothing of Transformer trains", "requires_grad", "false of all"
     ),
     "pipeline, two models": Refusal(
-        lambda: on_task(Pipeline(2), GAN(), 2),
+        lambda: on_task(PipelineParallel(2), GAN(), 2),
         "pipeline", "task GAN", "use a strategy on dp or fsdp",
     ),
     "pipeline, two numbers of micro-batches": Refusal(
-        lambda: Plan.of([Pipeline(2, micro_batches=3)], 2).micro_batches(12, 2),
+        lambda: Plan.of([PipelineParallel(2, micro_batches=3)], 2).micro_batches(12, 2),
         "strategy.pp.micro_batches", "=3 x micro_batch_size=2 is not the 12 rows",
         "set one of them",
     ),
     "pipeline, too few rows": Refusal(
-        lambda: Plan.of([Pipeline(4)], 4).micro_batches(3, None),
+        lambda: Plan.of([PipelineParallel(4)], 4).micro_batches(3, None),
         "schedule 1f1b on pp=4 needs at least 4 micro-batches", "a rank has 3 rows",
         "use more rows (global_batch_size) or gpipe",
     ),
     "pipeline, uneven micro-batches": Refusal(
-        lambda: Plan.of([Pipeline(2, micro_batches=5)], 2).micro_batches(12, None),
+        lambda: Plan.of([PipelineParallel(2, micro_batches=5)], 2).micro_batches(12, None),
         "schedule 1f1b on pp=2", "12 rows in 5",
         "use strategy.pp.micro_batches=2 or 3 or 4 or 6 or 12",
     ),
     # local SGD
     "local_sgd beside a pipeline": Refusal(
-        lambda: Plan.of([LocalSGD(2), Pipeline(2)], 4),
+        lambda: Plan.of([LocalSGD(2), PipelineParallel(2)], 4),
         "strategy local_sgd", "pipeline", "use fsdp or tensor",
     ),
     "local_sgd, more fragments than weights": Refusal(

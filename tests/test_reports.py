@@ -21,7 +21,7 @@ from dtrain.compare import runner
 from dtrain.compare.entries import Case, Entry
 from dtrain.compare.results import Results, Row
 from dtrain.config import errors
-from dtrain.cost.model_size import Info
+from dtrain.cost.model_size import ModelSize
 from dtrain.report import rank_log
 from dtrain.report.base import Run
 from dtrain.report.console import Console, preparing, show
@@ -216,7 +216,7 @@ TOLD_AS = r"a\x1b[2J[red]b[/x]:smile:\u202e\nforged\udcff"
 
 
 def _sizes(folder: Path) -> None:
-    show(HOSTILE, Info({HOSTILE: 1}, 1, 1, 1, 1, 1))
+    show(HOSTILE, ModelSize({HOSTILE: 1}, 1, 1, 1, 1, 1))
 
 
 def _begin_and_end(folder: Path) -> None:

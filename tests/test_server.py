@@ -21,10 +21,10 @@ from dtrain.config.schema import Config, Launch, Straggler
 from dtrain.launch.world import World
 from dtrain.parallel.plan import Plan
 from dtrain.parallel.precision import Precision
-from dtrain.strategy.parameter_server.connection import HEADER, Gone, Link
+from dtrain.strategy.parameter_server.connection import HEADER, Connection, PeerLost
 from dtrain.strategy.parameter_server.server import Server
 from dtrain.strategy.parameter_server.strategy import ParameterServer
-from dtrain.strategy.parameter_server.trainer import Asynchronous
+from dtrain.strategy.parameter_server.trainer import ParameterServerTrainer
 from dtrain.strategy.parameter_server.worker import BYE, OVER, PULL, PUSH, Worker, compression, of_model
 from dtrain.train import Settings, Trainer
 
@@ -57,13 +57,13 @@ def test_silence_ends_when_it_has_lasted_as_long_as_it_may() -> None:
 
     def listen() -> None:
         try:
-            Link(store, "silent", 1, 1.0).hear()
-        except Gone as error:
+            Connection(store, "silent", 1, 1.0).hear()
+        except PeerLost as error:
             heard.append(error)
 
     listener = Thread(target=listen, daemon=True)
     listener.start()
-    server = Link(store, "silent", 0, 1.0)
+    server = Connection(store, "silent", 0, 1.0)
     listener.join(60)
     assert heard and server.counts["sent"] == 0
 
@@ -79,7 +79,7 @@ class Written:
 
     def hear(self) -> list[float]:
         if not self.left:
-            raise Gone("nobody there")
+            raise PeerLost("nobody there")
         numbers = self.left.pop(0)
         return [float(number) for number in (*numbers, *[0] * (HEADER - len(numbers)))]
 
@@ -132,7 +132,7 @@ def test_a_gradient_that_is_computed_again_counts_once(mode: str) -> None:
     """Its first worker died when one of two servers had it: that one keeps the first."""
     second = Second(3, mode=mode)
     first, other, again = second.gradient(1), second.gradient(1), second.gradient(0)
-    with pytest.raises(Gone):
+    with pytest.raises(PeerLost):
         second.serve(0, (PULL, 0, 0), *second.push(0, first))
     second.serve(1, *second.push(0, again), *second.push(1, other), (BYE,))
     second.assert_expected()
@@ -191,7 +191,7 @@ def absent() -> Any:
 def refused(model: str) -> str:
     plan = plan_of(1)
     try:
-        Asynchronous(
+        ParameterServerTrainer(
             OwnModel(MODELS[model]), plan, sgd, SETTINGS, CONFIG, World(dist.get_rank(), plan.world_size), absent
         )
     except ValueError as error:
@@ -217,14 +217,14 @@ def test_a_model_that_is_another_in_each_process_is_refused(world) -> None:
 def served(servers: int, **options: Any) -> Found:
     """The losses of a run with one worker, and the weights that this rank would save."""
     rank, plan = dist.get_rank(), plan_of(1, servers, clip_norm=MOST, **options)
-    made = Asynchronous(NextToken(), plan, sgd, SETTINGS, CONFIG, World(rank, plan.world_size), absent)
+    made = ParameterServerTrainer(NextToken(), plan, sgd, SETTINGS, CONFIG, World(rank, plan.world_size), absent)
 
     def compute() -> None:
         store = dist.TCPStore(*made.address, is_master=False)
         try:
             own = Worker((NextToken(), plan), CONFIG, World(servers, plan.world_size))
             store.set("0/0", "")
-            own.run([Link(store, f"0/0/{server}", 1, TIMEOUT_S) for server in range(servers)])
+            own.run([Connection(store, f"0/0/{server}", 1, TIMEOUT_S) for server in range(servers)])
         except BaseException:
             store.set("0/gone", "")  # so that nobody waits
             raise
@@ -293,9 +293,9 @@ class Lives:
 def keeper(alone) -> Iterator[Any]:
     """A rank that looks after a worker, when all else is over."""
 
-    def of(restarts: int) -> Asynchronous:
+    def of(restarts: int) -> ParameterServerTrainer:
         plan = plan_of(1, restarts=restarts)
-        made = Asynchronous(NextToken(), plan, sgd, SETTINGS, CONFIG, World(1, 2), absent)
+        made = ParameterServerTrainer(NextToken(), plan, sgd, SETTINGS, CONFIG, World(1, 2), absent)
         made._store.set(OVER, "")
         return made
 

@@ -22,11 +22,11 @@ from dtrain.parallel.strategy import Strategy
 from dtrain.run.checkpoint import Checkpoints, load
 from dtrain.strategy.allreduce import AllReduce
 from dtrain.strategy.deepspeed.zero import DeepSpeed
-from dtrain.strategy.expert import Expert
+from dtrain.strategy.expert import ExpertParallel
 from dtrain.strategy.fsdp import FSDP
 from dtrain.strategy.local_sgd import LocalSGD
 from dtrain.strategy.parameter_server.strategy import ParameterServer
-from dtrain.strategy.pipeline.strategy import Pipeline
+from dtrain.strategy.pipeline.strategy import PipelineParallel
 from dtrain.strategy.replicate import Replicate
 from dtrain.strategy.tensor.strategy import TensorParallel
 from dtrain.strategy.zero1 import Zero1
@@ -257,8 +257,8 @@ STEPPED: dict[str, Callable[[], Strategy]] = {
     "zero1": Zero1,
     "fsdp": FSDP,
     "tensor": TensorParallel,
-    "pipeline": Pipeline,
-    "expert": Expert,
+    "pipeline": PipelineParallel,
+    "expert": ExpertParallel,
     "deepspeed": lambda: DeepSpeed(2, {"zero_optimization": {"stage": 1}}),
     "servers": lambda: ParameterServer(3, servers=2),
 }

@@ -16,7 +16,7 @@ import torch.distributed as dist
 
 from dtrain.config.schema import Fault, Straggler
 from dtrain.launch import hang_detector
-from dtrain.launch.hang_detector import Hang, Watch
+from dtrain.launch.hang_detector import Hang, HangDetector
 from dtrain.parallel.spans import EXCHANGE, FIGURES, FORWARD_BACKWARD
 from dtrain.run.run import _instruments
 
@@ -42,7 +42,7 @@ class Ranks:
                 group=SimpleNamespace(WORLD=SimpleNamespace(group_name="w")),
             )  # fmt: skip
             with mock.patch("dtrain.launch.hang_detector.dist", known):
-                self.watches.append(Watch({}, TIMEOUT_S))
+                self.watches.append(HangDetector({}, TIMEOUT_S))
             self.watches[rank]._thread.name = str(rank)
             self.watches[rank]._answer_s = 20.0  # the other's thread may be long in coming
 

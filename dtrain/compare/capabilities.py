@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
-from dtrain.compare.survey import ITSELF, PARTLY, REFUSED, SAME_AXIS, Trial, survey
+from dtrain.compare.survey import ITSELF, PARTLY, REFUSED, SAME_AXIS, Combination, survey
 from dtrain.config.about import about
 from dtrain.config.schema import CONFIGS
 from dtrain.report.tables import Sheet, put_between
@@ -38,7 +38,7 @@ def sheets() -> list[Sheet]:
     ]  # fmt: skip
 
 
-def reasons(trials: list[Trial]) -> dict[str, list[str]]:
+def reasons(trials: list[Combination]) -> dict[str, list[str]]:
     """What each reason refuses; those that differ in the strategies' names alone are one, with … for the names."""
     found: dict[str, list[tuple[str, str]]] = {}
     for trial in trials:

@@ -30,13 +30,13 @@ Jobs = dict[str, list[tuple[Config, Task]]]  # a task's name -> the task, with e
 
 
 @dataclass(frozen=True)
-class Trial:
+class Combination:
     """Strategies tried together: for each task the reason why not, empty if they can train it."""
 
     name: str
     strategies: list[Strategy]
     refusals: dict[str, str]
-    parts: tuple[Trial, ...] = ()  # each of them alone, where that has been tried
+    parts: tuple[Combination, ...] = ()  # each of them alone, where that has been tried
 
     @property
     def axes(self) -> list[str]:
@@ -64,7 +64,7 @@ class Trial:
         return REFUSED if not any(works) else WORKS if all(works) else PARTLY
 
 
-def survey() -> list[Trial]:
+def survey() -> list[Combination]:
     """Try every strategy and composition that has a YAML, and every pair of those on one axis.
 
     Raises:
@@ -102,9 +102,9 @@ def _with_models(config: Config) -> list[Config]:
     return [config, *experts]
 
 
-def _try(name: str, strategies: list[Strategy], jobs: Jobs, *parts: Trial) -> Trial:
+def _try(name: str, strategies: list[Strategy], jobs: Jobs, *parts: Combination) -> Combination:
     refusals = {task: [_refusal(strategies, *job) for job in several] for task, several in jobs.items()}
-    return Trial(name, strategies, {task: "" if "" in r else r[-1] for task, r in refusals.items()}, parts)
+    return Combination(name, strategies, {task: "" if "" in r else r[-1] for task, r in refusals.items()}, parts)
 
 
 def _refusal(strategies: list[Strategy], config: Config, task: Task) -> str:

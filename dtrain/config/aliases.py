@@ -87,13 +87,16 @@ MOVED = {
     "dtrain.strategy.deepspeed_autotp": "dtrain.strategy.deepspeed.autotp",
     "dtrain.strategy.deepspeed_pipeline": "dtrain.strategy.deepspeed.pipeline",
     "dtrain.strategy.deepspeed_ulysses": "dtrain.strategy.deepspeed.ulysses",
-    **{f"dtrain.strategy.{name}.{cls}": f"dtrain.strategy.{name}.{new}.{cls}" for name, new, cls in (
-        ("tensor", "strategy", "TensorParallel"), ("pipeline", "strategy", "Pipeline"),
-        ("context", "strategy", "Context"), ("parameter_server", "strategy", "ParameterServer"),
-        ("accelerate", "strategy", "AccelerateDDP"), ("accelerate", "strategy", "AccelerateFSDP"),
-        ("accelerate", "strategy", "AccelerateDeepSpeed"), ("accelerate", "strategy", "AccelerateLocalSGD"),
-        ("deepspeed", "zero", "DeepSpeed"),
-    )},
+    "dtrain.strategy.tensor.TensorParallel": "dtrain.strategy.tensor.strategy.TensorParallel",
+    "dtrain.strategy.pipeline.Pipeline": "dtrain.strategy.pipeline.strategy.PipelineParallel",
+    "dtrain.strategy.context.Context": "dtrain.strategy.context.strategy.ContextParallel",
+    "dtrain.strategy.expert.Expert": "dtrain.strategy.expert.ExpertParallel",
+    "dtrain.strategy.parameter_server.ParameterServer": "dtrain.strategy.parameter_server.strategy.ParameterServer",
+    "dtrain.strategy.accelerate.AccelerateDDP": "dtrain.strategy.accelerate.strategy.AccelerateDDP",
+    "dtrain.strategy.accelerate.AccelerateFSDP": "dtrain.strategy.accelerate.strategy.AccelerateFSDP",
+    "dtrain.strategy.accelerate.AccelerateDeepSpeed": "dtrain.strategy.accelerate.strategy.AccelerateDeepSpeed",
+    "dtrain.strategy.accelerate.AccelerateLocalSGD": "dtrain.strategy.accelerate.strategy.AccelerateLocalSGD",
+    "dtrain.strategy.deepspeed.DeepSpeed": "dtrain.strategy.deepspeed.zero.DeepSpeed",
 }  # fmt: skip
 _BY_WORD = {word: ours for words, ours in ALIASES.items() for word in words.split()}
 

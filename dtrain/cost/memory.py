@@ -73,7 +73,7 @@ class Entry:
         return self.kind or ("activations" if self.survives else "communication" if self.travels else "other")
 
 
-class Ledger(TorchDispatchMode):
+class MemoryTracker(TorchDispatchMode):
     """Follows all storages while it is on.
 
     Args:
@@ -102,7 +102,7 @@ class Ledger(TorchDispatchMode):
         storage = _local(tensor).untyped_storage()
         return self._living.get(storage._cdata) or self._open(storage, Entry(tuple(tensor.shape)))
 
-    def __enter__(self) -> Ledger:
+    def __enter__(self) -> MemoryTracker:
         resize = self._resize = torch.UntypedStorage.resize_
 
         def resized(storage: torch.UntypedStorage, size: int) -> None:

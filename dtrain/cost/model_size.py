@@ -18,7 +18,7 @@ MOMENTS = 2  # Adam keeps two numbers for each weight
 
 
 @dataclass(frozen=True)
-class Info:
+class ModelSize:
     """Sizes of a model; bytes are those of one copy, on however many ranks."""
 
     parameters: dict[str, int]  # by part; a tied matrix counts once, where it is first used
@@ -33,7 +33,7 @@ class Info:
         return sum(self.parameters.values())
 
 
-def info(factory: ModelFactory, precision: Precision, seq_len: int | None) -> Info:
+def info(factory: ModelFactory, precision: Precision, seq_len: int | None) -> ModelSize:
     """Count a language model: (B, T) tokens in, logits out.
 
     Raises:
@@ -53,7 +53,7 @@ def info(factory: ModelFactory, precision: Precision, seq_len: int | None) -> In
         ) from error
     size = torch.finfo(precision.weights_dtype).bits // 8
     total = sum(p.numel() for p in model.parameters())
-    return Info(
+    return ModelSize(
         parameters=_by_part(model),
         seq_len=length,
         flops_per_token=operations / length,

@@ -23,7 +23,7 @@ from itertools import accumulate
 from math import prod
 from typing import TYPE_CHECKING
 
-from dtrain.parallel.footprint import Footprint, Kept
+from dtrain.parallel.footprint import Activation, Footprint
 from dtrain.parallel.messages import Message
 
 if TYPE_CHECKING:
@@ -96,7 +96,7 @@ def activations(footprint: Footprint) -> int:
     return again + max(map(sum, zip(*curves, strict=True)))
 
 
-def _peak(kept: Iterable[Kept]) -> int:
+def _peak(kept: Iterable[Activation]) -> int:
     return max(curve((each.born, each.died, each.bytes) for each in kept).values(), default=0)
 
 

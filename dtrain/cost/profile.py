@@ -15,10 +15,10 @@ from typing import Any
 
 import torch.distributed as dist
 
-from dtrain.cost.memory import KINDS, Ledger
+from dtrain.cost.memory import KINDS, MemoryTracker
 from dtrain.cost.predict import Cost
 from dtrain.cost.timeline import Span, Timeline, total
-from dtrain.cost.traffic import Traffic
+from dtrain.cost.traffic import CommunicationCounter
 from dtrain.launch.collectives import gathered
 from dtrain.parallel.messages import Message
 from dtrain.parallel.plan import Plan
@@ -40,11 +40,11 @@ class Profile:
         self.plan, self.predicted = plan, predicted
         axes = [axis for axis, degree in plan.degrees.items() if degree > 1]
         groups = {tuple(dist.get_process_group_ranks(plan.mesh[axis].get_group())): axis for axis in axes}
-        self._counter = Traffic(groups)
-        self._held: tuple[Ledger, Trainer] | None = None
+        self._counter = CommunicationCounter(groups)
+        self._held: tuple[MemoryTracker, Trainer] | None = None
         self.traffic: tuple[Message, ...] = ()  # of the last step
         self.disturbed = False  # did an instrument slow the last step down?
-        self.followed: Ledger | None = None  # the memory of one step
+        self.followed: MemoryTracker | None = None  # the memory of one step
         self.timeline = Timeline()
 
     def __enter__(self) -> Profile:
@@ -92,7 +92,7 @@ class Profile:
     @contextmanager
     def _following(self, trainer: Trainer) -> Iterator[None]:
         """Follow the memory of the step within."""
-        self.followed = ledger = Ledger()
+        self.followed = ledger = MemoryTracker()
         for kind in ("parameters", "optimizer"):
             ledger.hold(kind, trainer.held(kind))
         self._held = ledger, trainer
@@ -147,10 +147,10 @@ class Profile:
         from dtrain.strategy.pipeline.schedule import (
             bubble,  # torch's pipelining takes a second, which only those wait who use it
         )
-        from dtrain.strategy.pipeline.strategy import Pipeline
+        from dtrain.strategy.pipeline.strategy import PipelineParallel
 
         stages = [[span for span in spans if span.kind == STAGE] for spans in ranks]
-        if not isinstance(pipeline, Pipeline) or not all(stages):
+        if not isinstance(pipeline, PipelineParallel) or not all(stages):
             return None
         begin, end = min(s.start for spans in stages for s in spans), max(s.end for spans in stages for s in spans)
         busy = sum(total((s.start, s.end) for s in spans) for spans in stages)

@@ -6,7 +6,7 @@ from array import array
 from statistics import median, quantiles
 
 
-class Meter:
+class Throughput:
     """Collects steps and says what is typical of them.
 
     Args:

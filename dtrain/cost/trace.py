@@ -16,10 +16,10 @@ from torch.optim import Optimizer
 from torch.utils.checkpoint import checkpoint
 
 from dtrain.config.constructor import in_words
-from dtrain.cost.memory import Ledger
+from dtrain.cost.memory import MemoryTracker
 from dtrain.model.initialize import cast, on_meta
 from dtrain.model.layout import blocks_of, layout_of
-from dtrain.parallel.footprint import Call, Footprint, Kept, Piece, Weight
+from dtrain.parallel.footprint import Activation, Footprint, ModelPart, ModuleCall, Weight
 from dtrain.task.batch import Batch, Models
 
 if TYPE_CHECKING:
@@ -108,10 +108,10 @@ class _Recorder:
     def __init__(self, models: Models) -> None:
         self.models, self.update, self.again = models, 0, False
         self.within: list[tuple[str, str | None]] = []  # which modules compute: the last one
-        self.ledger = Ledger(lambda: self.within[-1])
+        self.ledger = MemoryTracker(lambda: self.within[-1])
         for model in models.values():
             self.ledger.hold("parameters", model.parameters())
-        self.calls: dict[str, list[Call]] = {name: [] for name in models}
+        self.calls: dict[str, list[ModuleCall]] = {name: [] for name in models}
         self.ready: dict[str, list[str]] = {name: [] for name in models}
         self.hooks: list[Any] = []
         for name, model in models.items():
@@ -129,7 +129,7 @@ class _Recorder:
         self.again, self.within = True, [(next(iter(self.models)), "")]  # checkpoint calls blocks' forward by itself
         total.backward()
 
-    def piece(self, name: str, trained: int, narrow: float) -> Piece:
+    def piece(self, name: str, trained: int, narrow: float) -> ModelPart:
         """What was seen of a model; `narrow` is a byte's share that is left of it where activations are narrow."""
         model, ready, blocks = self.models[name], self.ready[name], layout_of(self.models[name]).blocks
         units = (
@@ -143,16 +143,16 @@ class _Recorder:
                    places.get(key), reached=key in ready)
             for key, p in model.named_parameters()
         )  # fmt: skip
-        return Piece(name, model, tuple(weights), tuple(self.calls[name]), tuple(self._kept(name, narrow)), trained)
+        return ModelPart(name, model, tuple(weights), tuple(self.calls[name]), tuple(self._kept(name, narrow)), trained)
 
-    def _kept(self, name: str, narrow: float) -> Iterator[Kept]:
+    def _kept(self, name: str, narrow: float) -> Iterator[Activation]:
         """What is kept of a model's activations; those of the loss are the first model's."""
         for entry in self.ledger.entries:
             if entry.what != "activations":
                 continue
             model, path = entry.where
             if (model or next(iter(self.models))) == name:
-                yield Kept(path, entry.shape, round(entry.bytes * narrow), entry.born, entry.died or 0,
+                yield Activation(path, entry.shape, round(entry.bytes * narrow), entry.born, entry.died or 0,
                            frozenset(entry.feeds))  # fmt: skip
 
     def close(self) -> None:
@@ -165,7 +165,9 @@ class _Recorder:
             self.ledger.entry(x).feeds.add(path)
         self.within.append((name, path))
         returns = any(x.requires_grad for x in inputs) and not self.again
-        self.calls[name].append(Call(path, self.update, tuple(tuple(x.shape) for x in inputs), None, False, returns))
+        self.calls[name].append(
+            ModuleCall(path, self.update, tuple(tuple(x.shape) for x in inputs), None, False, returns)
+        )
 
     def _end(self, name: str, path: str, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         calls = self.calls[name]

@@ -1,8 +1,8 @@
 """What this rank really hands to `torch.distributed`, whoever calls it.
 
 Every collective, from DDP's C++ reducer to distributed tensors and DeepSpeed, ends as an operator of torch's
-`c10d` library, of which each backend has a kernel. While a `Traffic` is open, a kernel of ours stands before those:
-it notes the operation, the group and the size, and calls on. Closed, nothing is left of it.
+`c10d` library, of which each backend has a kernel. While a `CommunicationCounter` is open, a kernel of ours
+stands before those: it notes the operation, the group and the size, and calls on. Closed, nothing is left of it.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ OPERATIONS = {  # of torch's: what we call it, which argument is the payload as 
 }  # fmt: skip
 
 
-class Traffic:
+class CommunicationCounter:
     """Counts calls and payload bytes by axis and operation. One can be open in a process at a time.
 
     Args:
@@ -44,7 +44,7 @@ class Traffic:
         self._calls: Counter[tuple[str, str]] = Counter()
         self._bytes: Counter[tuple[str, str]] = Counter()
 
-    def __enter__(self) -> Traffic:
+    def __enter__(self) -> CommunicationCounter:
         self._library = torch.library.Library("c10d", "IMPL")
         for name, (operation, index) in OPERATIONS.items():
             self._library.impl(name, self._kernel(name, operation, index), SELECT, with_keyset=True)

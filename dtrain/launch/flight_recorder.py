@@ -15,7 +15,7 @@ def collective_failed(error: BaseException) -> bool:
 
 
 @dataclass(frozen=True)
-class Note:
+class Collective:
     """A collective that a rank has begun: its number in its group, what it is, the rank's step, and is it under way?"""
 
     number: int
@@ -25,14 +25,14 @@ class Note:
 
 
 @dataclass(frozen=True)
-class Notes:
+class RankReport:
     """What a rank hands in: its step, and its collectives by group."""
 
     step: int
-    groups: dict[str, list[Note]]
+    groups: dict[str, list[Collective]]
 
 
-def missing(notes: Mapping[int, Notes], groups: Mapping[str, tuple[str, Sequence[int]]]) -> str:
+def missing(notes: Mapping[int, RankReport], groups: Mapping[str, tuple[str, Sequence[int]]]) -> str:
     """The first collective in which the ranks of a group are not all together, in words; empty: there is none.
 
     Args:
@@ -55,7 +55,9 @@ def missing(notes: Mapping[int, Notes], groups: Mapping[str, tuple[str, Sequence
     return min(found)[1] if found else ""
 
 
-def waiting(notes: Mapping[int, Notes], groups: Mapping[str, tuple[str, Sequence[int]]], silent: Sequence[int]) -> str:
+def waiting(
+    notes: Mapping[int, RankReport], groups: Mapping[str, tuple[str, Sequence[int]]], silent: Sequence[int]
+) -> str:
     """The first collective under way in a group of which ranks do not answer, in words; empty: there is none."""
     found: dict[tuple[int, int, str, str], list[int]] = defaultdict(list)
     for name, (axis, ranks) in groups.items():
@@ -76,7 +78,9 @@ def ranks_in_words(numbers: Iterable[int], one_does: str, several_do: str) -> st
     return f"rank {each[0]} {one_does}" if len(each) == 1 else f"ranks {', '.join(map(str, each))} {several_do}"
 
 
-def _say(axis: str, number: int, told: dict[int, dict[int, Note]], here: dict[int, Note], kinds: Counter[str]) -> str:
+def _say(
+    axis: str, number: int, told: dict[int, dict[int, Collective]], here: dict[int, Collective], kinds: Counter[str]
+) -> str:
     best = max(kinds.values())
     usual = [kind for kind in kinds if kinds[kind] == best]
     if len(usual) > 1:  # as many do one thing as another: right is who did it at this place of the step before, too
@@ -95,7 +99,7 @@ def _say(axis: str, number: int, told: dict[int, dict[int, Note]], here: dict[in
     return f"{where}: {ranks_in_words(together, 'waits', 'wait')} in it; {'; '.join(absent)}"
 
 
-def _as_before(own: dict[int, Note], note: Note) -> bool:
+def _as_before(own: dict[int, Collective], note: Collective) -> bool:
     """Did the rank do the same at the same place of the step before?"""
 
     def sequence(step: int) -> list[int]:

@@ -27,7 +27,7 @@ from typing import Any, TypeVar
 import torch.distributed as dist
 from torch._C import _distributed_c10d as c10d
 
-from dtrain.launch.flight_recorder import Note, Notes, collective_failed, missing, ranks_in_words, waiting
+from dtrain.launch.flight_recorder import Collective, RankReport, collective_failed, missing, ranks_in_words, waiting
 
 T = TypeVar("T")
 PATIENCE = 0.5  # of the collectives' timeout: without anything new, until ranks hand in their notes
@@ -58,7 +58,7 @@ class Hang(RuntimeError):
     """A collective has failed: some rank did not take part, or took part in another one."""
 
 
-class Watch:
+class HangDetector:
     """Looks on, in a thread of its own, while a rank trains. Every rank of the plan has one.
 
     Args:
@@ -84,7 +84,7 @@ class Watch:
         self.finding = ""  # of that one
         self._thread = threading.Thread(target=self._look, name="hang", daemon=True)
 
-    def __enter__(self) -> Watch:
+    def __enter__(self) -> HangDetector:
         if self.size > 1:
             self._thread.start()
         return self
@@ -167,17 +167,17 @@ class Watch:
             self._asked_at = None
         return self.explain()
 
-    def _notes(self) -> Notes:
-        groups: dict[str, list[Note]] = defaultdict(list)
+    def _notes(self) -> RankReport:
+        groups: dict[str, list[Collective]] = defaultdict(list)
         for entry in chain.from_iterable(_recorded()):
             step = max((number for number, since in self._begun if since <= entry["time_created_ns"]), default=0)
             name = entry["process_group"][0]
             if name in self.groups and not entry["is_p2p"]:
-                groups[name].append(Note(entry["collective_seq_id"], _what(entry), step, not entry["retired"]))
-        return Notes(self._begun[-1][0], {name: notes[-200:] for name, notes in groups.items()})
+                groups[name].append(Collective(entry["collective_seq_id"], _what(entry), step, not entry["retired"]))
+        return RankReport(self._begun[-1][0], {name: notes[-200:] for name, notes in groups.items()})
 
     def _compare(self, key: str) -> str:
-        told: dict[int, Notes] = {}
+        told: dict[int, RankReport] = {}
         deadline = time.monotonic() + self._answer_s
         while len(told) < self.size and time.monotonic() < deadline:
             for rank in set(range(self.size)) - told.keys():
@@ -216,6 +216,8 @@ def _what(entry: dict[str, Any]) -> str:
     return f"{name} of {shapes} {'/'.join(sorted(set(map(str.lower, entry['input_dtypes']))))}"
 
 
-def _read(text: bytes) -> Notes:
+def _read(text: bytes) -> RankReport:
     told = json.loads(text)
-    return Notes(told["step"], {name: [Note(**note) for note in notes] for name, notes in told["groups"].items()})
+    return RankReport(
+        told["step"], {name: [Collective(**note) for note in notes] for name, notes in told["groups"].items()}
+    )

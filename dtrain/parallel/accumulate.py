@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from dtrain.task.base import Update
 
 
-class Accumulate(Executor):
+class GradientAccumulation(Executor):
     """Run a rank's rows in equal micro-batches; gradients are exchanged with the last one only."""
 
     def __init__(self, models: Models, micro_batches: int, plan: Plan) -> None:

@@ -66,7 +66,7 @@ class Weight:
 
 
 @dataclass(frozen=True)
-class Call:
+class ModuleCall:
     """One call of a module, for one micro-batch of a rank's rows and tokens; shapes are those of whole layers.
 
     Args:
@@ -83,14 +83,14 @@ class Call:
     graded: bool
     returns: bool
 
-    def cut(self, dim: int, parts: int, index: int) -> Call:
+    def cut(self, dim: int, parts: int, index: int) -> ModuleCall:
         """With this dim of what comes in and goes out cut."""
         inputs = tuple(cut(shape, dim, parts, index) for shape in self.inputs)
         return replace(self, inputs=inputs, output=self.output and cut(self.output, dim, parts, index))
 
 
 @dataclass(frozen=True)
-class Kept:
+class Activation:
     """What the forward pass of a micro-batch leaves for its backward pass: an activation.
 
     Args:
@@ -111,13 +111,13 @@ class Kept:
         """Is it computed in one of these modules?"""
         return self.path is not None and any(f"{self.path}.".startswith(f"{module}.") for module in modules)
 
-    def divide(self, parts: int) -> Kept:
+    def divide(self, parts: int) -> Activation:
         """With one of as many equal parts here."""
         return replace(self, bytes=-(-self.bytes // parts))
 
 
 @dataclass(frozen=True)
-class Piece:
+class ModelPart:
     """A model, or one stage of it.
 
     Args:
@@ -134,18 +134,18 @@ class Piece:
     model: str
     outline: nn.Module
     weights: tuple[Weight, ...]
-    calls: tuple[Call, ...]
-    kept: tuple[Kept, ...]
+    calls: tuple[ModuleCall, ...]
+    kept: tuple[Activation, ...]
     trained: int
     passes: tuple[str, ...] = ()
     flights: tuple[tuple[int, int], ...] = ()
     sent: int = 0
 
-    def map(self, change: Callable[[Weight], Weight]) -> Piece:
+    def map(self, change: Callable[[Weight], Weight]) -> ModelPart:
         """With every weight changed."""
         return replace(self, weights=tuple(map(change, self.weights)))
 
-    def keep(self, part: nn.Module, passes: tuple[str, ...], flights: tuple[tuple[int, int], ...]) -> Piece:
+    def keep(self, part: nn.Module, passes: tuple[str, ...], flights: tuple[tuple[int, int], ...]) -> ModelPart:
         """What is present in a part of the model, a stage of a pipeline."""
         names, whole = dict(part.named_parameters()), dict(self.outline.named_modules())
         paths = {path for path, module in part.named_modules() if type(module) is type(whole.get(path))}
@@ -155,7 +155,7 @@ class Piece:
         kept = tuple(kept for kept in self.kept if (last if kept.path is None else kept.path in paths))
         return replace(self, weights=weights, calls=calls, kept=kept, passes=passes, flights=flights)
 
-    def calls_at(self, patterns: tuple[str, ...]) -> list[Call]:
+    def calls_at(self, patterns: tuple[str, ...]) -> list[ModuleCall]:
         """Calls of the modules at these paths of the model's layout, in one micro-batch of each update."""
         paths = {path for path, _ in modules_at(self.outline, patterns)}
         return [call for call in self.calls if call.path in paths]
@@ -208,7 +208,7 @@ class Footprint:
         held: bytes of parameters, gradients and optimizer states, where an engine lays them out; None: as pieces tell.
     """
 
-    pieces: tuple[Piece, ...]
+    pieces: tuple[ModelPart, ...]
     micro_batches: int
     weight_bytes: int
     compute_bytes: int
@@ -218,11 +218,11 @@ class Footprint:
     place: Mapping[str, int] = field(default_factory=dict)
     held: tuple[int, int, int] | None = None
 
-    def calls_at(self, role: Callable[[Layout], tuple[str, ...]]) -> list[Call]:
+    def calls_at(self, role: Callable[[Layout], tuple[str, ...]]) -> list[ModuleCall]:
         """Calls of the modules at the paths that `role` picks from each model's layout."""
         return [call for piece in self.pieces for call in piece.calls_at(role(layout_of(piece.outline)))]
 
-    def map(self, change: Callable[[Piece], Piece]) -> Footprint:
+    def map(self, change: Callable[[ModelPart], ModelPart]) -> Footprint:
         """With every piece changed."""
         return replace(self, pieces=tuple(map(change, self.pieces)))
 

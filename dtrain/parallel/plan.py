@@ -37,7 +37,7 @@ from dtrain.model.layout import (
     write,
     written,
 )
-from dtrain.parallel.accumulate import Accumulate
+from dtrain.parallel.accumulate import GradientAccumulation
 from dtrain.parallel.checks.stepping import COLUMNS, ROWS, check_optimizer
 from dtrain.parallel.mesh import AFTER_VALUES, MESH_ORDER, laid_out, rows_of_a_rank
 from dtrain.parallel.precision import Precision
@@ -254,7 +254,7 @@ class Plan:
             for model in models.values():
                 refuse_batch_norm(model)
         made = (strategy.executor(models, optimizers, self, micro_batches) for strategy in self.strategies)
-        return next(filter(None, made), None) or Accumulate(models, micro_batches, self)
+        return next(filter(None, made), None) or GradientAccumulation(models, micro_batches, self)
 
     @property
     def casts(self) -> bool:

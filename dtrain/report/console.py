@@ -10,7 +10,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 from rich.text import Text
 
-from dtrain.cost.model_size import Info
+from dtrain.cost.model_size import ModelSize
 from dtrain.cost.timeline import Span
 from dtrain.data.base import Data
 from dtrain.report import instruments
@@ -114,7 +114,7 @@ def preparing(data: Data, *, shown: bool) -> Iterator[Callable[[str, int], None]
         status.stop()
 
 
-def show(name: str, info: Info) -> None:
+def show(name: str, info: ModelSize) -> None:
     """A model's sizes as a table."""
     made = Table(title=f"{name}, sequences of {info.seq_len:,} tokens")
     made.add_column("")

@@ -37,7 +37,7 @@ COMPILERS = tuple(filter(None, (os.environ.get("CXX"), "g++", "clang++")))  # wh
 
 
 @dataclass(frozen=True)
-class Job:
+class Parts:
     """Everything of a run that can be made, and found wrong, without other processes."""
 
     config: Config
@@ -54,7 +54,7 @@ class Job:
         return any(strategy.asynchronous for strategy in self.plan.strategies)
 
 
-def assemble(config: Config, world: World) -> Job:
+def assemble(config: Config, world: World) -> Parts:
     """Build the parts and check them against each other and the world.
 
     Raises:
@@ -84,7 +84,7 @@ def assemble(config: Config, world: World) -> Job:
     plan.check_task(task)
     plan.check_optimizer(partial(optimizer_of, config.optimizer), micro_batches)
     tried = probe(task, plan, micro_batches=micro_batches, seed=config.seed) if config.probe else ()
-    return Job(config, data, task, plan, logger, tried, masked(asdict(config)))
+    return Parts(config, data, task, plan, logger, tried, masked(asdict(config)))
 
 
 def strategies_of(config: Config) -> list[Strategy]:

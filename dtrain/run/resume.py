@@ -13,12 +13,12 @@ from dtrain.launch.collectives import agree
 from dtrain.launch.world import World
 from dtrain.report.files import SUMMARY, summary_in
 from dtrain.run import checkpoint, checkpoint_files
-from dtrain.run.assemble import Job
+from dtrain.run.assemble import Parts
 from dtrain.run.claim import OUTPUTS, RESUMABLE
 from dtrain.train import Trainer
 
 
-def finished(job: Job, folder: Path, world: World) -> dict[str, Any] | None:
+def finished(job: Parts, folder: Path, world: World) -> dict[str, Any] | None:
     """The summary that the run has left, if it is begun again and there is nothing left to do. A collective."""
 
     def look() -> dict[str, Any] | None:
@@ -31,7 +31,7 @@ def finished(job: Job, folder: Path, world: World) -> dict[str, Any] | None:
     return agree(look)
 
 
-def _newest(job: Job, folder: Path, world: World, steps: float = math.inf) -> Path | None:
+def _newest(job: Parts, folder: Path, world: World, steps: float = math.inf) -> Path | None:
     """The run's newest checkpoint, of fewer steps if there is one, if it was restarted or goes on by itself."""
     if job.config.resume != checkpoint_files.AUTO and not checkpoint_files.run_of((folder,), world.agents):
         return None
@@ -41,7 +41,7 @@ def _newest(job: Job, folder: Path, world: World, steps: float = math.inf) -> Pa
     )
 
 
-def take_weights(trainer: Trainer, job: Job, folder: Path, world: World) -> None:
+def take_weights(trainer: Trainer, job: Parts, folder: Path, world: World) -> None:
     """From a checkpoint to go on with, or to begin with; and say where a model's own come from. A collective."""
     for model in trainer.models.values():
         for origin in {str(module.origin) for module in model.modules() if hasattr(module, "origin")}:
@@ -58,7 +58,7 @@ def take_weights(trainer: Trainer, job: Job, folder: Path, world: World) -> None
         )
 
 
-def _begin(trainer: Trainer, job: Job, path: str, folder: Path) -> None:
+def _begin(trainer: Trainer, job: Parts, path: str, folder: Path) -> None:
     """Take what fits of another run's weights; say what does not."""
     note = job.logger.note
     newest_first = agree(lambda: checkpoint_files.named(path, folder, OUTPUTS.resolve(), key="init_from"))
@@ -69,7 +69,7 @@ def _begin(trainer: Trainer, job: Job, path: str, folder: Path) -> None:
     note(f"begun from {found}: {len(taken)} tensors; new: {', '.join(new) or 'none'}")
 
 
-def _resume(trainer: Trainer, job: Job, resume: str, folder: Path) -> None:
+def _resume(trainer: Trainer, job: Parts, resume: str, folder: Path) -> None:
     config, note = job.config, job.logger.note
     newest_first = agree(lambda: checkpoint_files.named(resume, folder, OUTPUTS.resolve()))
     fallback = config.checkpoint.fallback
@@ -89,14 +89,14 @@ def _resume(trainer: Trainer, job: Job, resume: str, folder: Path) -> None:
             note(f"the checkpoint's run had {key}={had}, this one has {has}: the curve may differ")
 
 
-def _curve(job: Job) -> dict[str, Any]:
+def _curve(job: Parts) -> dict[str, Any]:
     """What decides the loss curve besides the weights: kept in a checkpoint to compare."""
     keys = ("seed", "steps", "dtype", "precision", "global_batch_size", "seq_len", "clip_norm", "optimizer", "schedule",
             "model", "task")  # fmt: skip
     return {"data": job.data.describe()} | {key: job.written[key] for key in keys}
 
 
-def identity(job: Job, trainer: Trainer, world: World) -> dict[str, Any]:
+def identity(job: Parts, trainer: Trainer, world: World) -> dict[str, Any]:
     """What a checkpoint says of its run, besides the step."""
     agents = {"agents": sorted(world.agents)}
     return {"tokens": trainer.tokens, **_curve(job), "mesh": job.plan.degrees, **agents}

@@ -25,19 +25,19 @@ from dtrain.launch.collectives import agree
 from dtrain.launch.consistency import refuse_differences
 from dtrain.launch.fault_injection import slowed
 from dtrain.launch.flight_recorder import collective_failed
-from dtrain.launch.hang_detector import Hang, Watch
+from dtrain.launch.hang_detector import Hang, HangDetector
 from dtrain.launch.preemption import Preemption
 from dtrain.launch.rendezvous import agents, connected
 from dtrain.launch.world import World
 from dtrain.parallel.spans import FIGURES, FORWARD_BACKWARD
 from dtrain.report import rank_log
 from dtrain.report.base import All, Run
-from dtrain.run.assemble import Job, assemble, optimizer_of, task_and_plan
+from dtrain.run.assemble import Parts, assemble, optimizer_of, task_and_plan
 from dtrain.run.checkpoint import Checkpoints
 from dtrain.run.claim import RESUMABLE, claimed
 from dtrain.run.resume import finished, identity, take_weights
 from dtrain.run.summary import facts, meter_of, summary_of
-from dtrain.strategy.parameter_server.trainer import Asynchronous
+from dtrain.strategy.parameter_server.trainer import ParameterServerTrainer
 from dtrain.task import pictures
 from dtrain.task.batch import Sums
 from dtrain.train import Phase, Settings, Trainer
@@ -84,7 +84,7 @@ def _run(config: Config, world: World, folder: Path, strategy: str, asked: Asked
         stack.callback(job.logger.close)
         if summary := finished(job, folder, world):
             return summary
-        watch = Watch(job.plan.groups, config.launch.timeout_s, messages=job.plan.degrees.get("pp", 1) > 1)
+        watch = HangDetector(job.plan.groups, config.launch.timeout_s, messages=job.plan.degrees.get("pp", 1) > 1)
         if not job.asynchronous:  # whose ranks may wait as long as they like
             stack.enter_context(watch)
         with watch.explaining():
@@ -92,7 +92,7 @@ def _run(config: Config, world: World, folder: Path, strategy: str, asked: Asked
 
 
 def _train(
-    job: Job, world: World, folder: Path, strategy: str, stack: ExitStack, watch: Watch
+    job: Parts, world: World, folder: Path, strategy: str, stack: ExitStack, watch: HangDetector
 ) -> dict[str, Any]:  # fmt: skip
     config, plan = job.config, job.plan
     meter, peak_source = meter_of(job, world)
@@ -104,7 +104,7 @@ def _train(
     optimizer = partial(optimizer_of, config.optimizer)
     profile, phase = _instruments(job, optimizer, stack, watch)
     trainer = _trainer(job, world, optimizer, settings, phase)
-    apart = trainer if isinstance(trainer, Asynchronous) else None
+    apart = trainer if isinstance(trainer, ParameterServerTrainer) else None
     take_weights(trainer, job, folder, world)
     if profile and config.steps - trainer.next_step < RECORDED:
         raise ValueError(f"profile=true needs {RECORDED} steps, {config.steps - trainer.next_step} are left: use more")
@@ -139,7 +139,9 @@ def _train(
     return _told(job, summary, apart, profile)
 
 
-def _told(job: Job, summary: dict[str, Any], apart: Asynchronous | None, profile: Profile | None) -> dict[str, Any]:
+def _told(
+    job: Parts, summary: dict[str, Any], apart: ParameterServerTrainer | None, profile: Profile | None
+) -> dict[str, Any]:
     """The summary with what the instruments have found, once the loggers have it. A collective."""
     if apart:
         summary["profile"] = apart.report()
@@ -151,7 +153,7 @@ def _told(job: Job, summary: dict[str, Any], apart: Asynchronous | None, profile
     return summary
 
 
-def _checkpoints(config: Config, folder: Path, apart: Asynchronous | None, stack: ExitStack) -> Checkpoints:
+def _checkpoints(config: Config, folder: Path, apart: ParameterServerTrainer | None, stack: ExitStack) -> Checkpoints:
     """Where the run's go; also where none is asked for, since somebody may stop it. A collective."""
     options, ranks = config.checkpoint, apart.saving if apart else None
     made = Checkpoints(
@@ -162,7 +164,7 @@ def _checkpoints(config: Config, folder: Path, apart: Asynchronous | None, stack
 
 
 def _instruments(
-    job: Job, optimizer: Callable[[nn.Module], Optimizer], stack: ExitStack, watch: Watch
+    job: Parts, optimizer: Callable[[nn.Module], Optimizer], stack: ExitStack, watch: HangDetector
 ) -> tuple[Profile | None, Phase]:
     """The profile that is asked for, and what the trainer tells its phases."""
     fault, straggler, rank, profile = job.config.fault, job.config.straggler, dist.get_rank(), None
@@ -185,16 +187,16 @@ def _instruments(
 
 
 def _trainer(
-    job: Job, world: World, optimizer: Callable[[nn.Module], Optimizer], settings: Settings, phase: Phase
+    job: Parts, world: World, optimizer: Callable[[nn.Module], Optimizer], settings: Settings, phase: Phase
 ) -> Trainer:
     """A collective."""
     if job.asynchronous:
         parts = partial(task_and_plan, job.config, world)
-        return Asynchronous(job.task, job.plan, optimizer, settings, job.config, world, parts)
+        return ParameterServerTrainer(job.task, job.plan, optimizer, settings, job.config, world, parts)
     return Trainer(job.task, job.plan, optimizer, settings, phase)
 
 
-def _predicted(job: Job, optimizer: Callable[[nn.Module], Optimizer]) -> Cost | None:
+def _predicted(job: Parts, optimizer: Callable[[nn.Module], Optimizer]) -> Cost | None:
     """What this rank should cost; None, with a note, where a model cannot be told from shapes."""
     sizes = {"global_batch_size": job.config.global_batch_size, "micro_batch_size": job.config.micro_batch_size}
     try:
@@ -214,7 +216,7 @@ def _saves(config: Config, step: int) -> bool:
     return (every > 0 and step % every == 0) or (config.checkpoint.last and step == config.steps)
 
 
-def _resumable(job: Job, folder: Path, step: int) -> str:
+def _resumable(job: Parts, folder: Path, step: int) -> str:
     """Say how to go on with a run that was told to stop, here and in a file for whoever started it."""
     said = f"stopped after step {step} of {job.config.steps}, as it was told; resumable: {typed('resume', str(folder))}"
     write(folder / RESUMABLE, f"{said}\n")
@@ -222,7 +224,7 @@ def _resumable(job: Job, folder: Path, step: int) -> str:
     return said
 
 
-def _evaluated(job: Job, totals: Sums, folder: Path, step: int) -> dict[str, float]:
+def _evaluated(job: Parts, totals: Sums, folder: Path, step: int) -> dict[str, float]:
     """An evaluation's figures; the first rank keeps its pictures."""
     if dist.get_rank() == 0:
         pictures.write(folder / "pictures", step, job.task.pictures(totals))

@@ -11,24 +11,24 @@ import torch
 import torch.distributed as dist
 
 from dtrain.cost import environment, flops, peak_memory
-from dtrain.cost.throughput import Meter
+from dtrain.cost.throughput import Throughput
 from dtrain.data.paths import in_words
 from dtrain.launch.collectives import gathered
 from dtrain.launch.world import World
 from dtrain.model import own
 from dtrain.model.initialize import on_meta
-from dtrain.run.assemble import Job
+from dtrain.run.assemble import Parts
 from dtrain.task.base import Task
 
 
-def meter_of(job: Job, world: World) -> tuple[Meter, str]:
+def meter_of(job: Parts, world: World) -> tuple[Throughput, str]:
     """A meter that knows the model's operations a token and this rank's peak. A collective."""
     stated = job.config.measure.peak_flops
     dist.barrier()  # the ranks measure at the same time, as they will compute at the same time
     peak, source = (stated, "stated") if stated else flops.peak(job.plan.device, job.plan.precision.compute_dtype)
     total = torch.tensor(peak, dtype=torch.float64, device=job.plan.device)
     dist.all_reduce(total)
-    return Meter(
+    return Throughput(
         warmup_steps=job.config.measure.warmup_steps, world_size=world.size,
         flops_per_token=flops_per_token(job.task), peak_flops=total.item() / world.size,
     ), source  # fmt: skip
@@ -52,7 +52,7 @@ def flops_per_token(task: Task) -> float | None:
         return None
 
 
-def facts(job: Job, meter: Meter, peak_source: str) -> tuple[str, ...]:
+def facts(job: Parts, meter: Throughput, peak_source: str) -> tuple[str, ...]:
     """Lines for a person."""
     whole = [factory() if (model := on_meta(factory)) is None else model for factory in job.task.models.values()]
     parameters = sum(p.numel() for model in whole for p in model.parameters())  # an engine may have put them away
@@ -77,7 +77,7 @@ def facts(job: Job, meter: Meter, peak_source: str) -> tuple[str, ...]:
 
 
 def summary_of(
-    job: Job, world: World, strategy: str, figures: dict[str, Any], meter: Meter, peak_source: str
+    job: Parts, world: World, strategy: str, figures: dict[str, Any], meter: Throughput, peak_source: str
 ) -> dict[str, Any]:
     """The whole of a run for `summary.json`. A collective."""
     peaks = gathered(peak_memory.peak_bytes(job.plan.device))

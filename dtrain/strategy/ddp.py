@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from dtrain.parallel.footprint import Footprint, Piece
+from dtrain.parallel.footprint import Footprint, ModelPart
 from dtrain.parallel.messages import Message, message
 from dtrain.parallel.strategy import REST, Strategy
 
@@ -107,7 +107,7 @@ class DDP(Strategy):
         sizes = [n for piece in footprint.pieces for n in self._buckets(piece, footprint.weight_bytes)]
         return [message(self.axis, "all_reduce", sizes, footprint.weight_bytes)]
 
-    def _buckets(self, piece: Piece, itemsize: int) -> list[int]:
+    def _buckets(self, piece: ModelPart, itemsize: int) -> list[int]:
         """Elements of each bucket, in every update that reaches it: filled as backward completes gradients."""
         sizes = [0]
         for weight in sorted((w for w in piece.weights if w.ready is not None), key=lambda w: w.ready or 0):

@@ -28,7 +28,7 @@ from torch.distributed.tensor import DTensor, Shard
 from dtrain.model.layout import divisors, experts_of
 from dtrain.parallel.checks.rehearsal import Rehearsal, spread
 from dtrain.parallel.checks.stepping import REGROUPED, ROWS
-from dtrain.parallel.footprint import Footprint, Piece
+from dtrain.parallel.footprint import Footprint, ModelPart
 from dtrain.parallel.messages import Message, all_reduce_each, message
 from dtrain.parallel.strategy import Strategy, average, local
 
@@ -43,7 +43,7 @@ STACKED = (
 )
 
 
-class Expert(Strategy):
+class ExpertParallel(Strategy):
     """Spread the experts that the model's Layout names over `ep`.
 
     Args:
@@ -117,7 +117,7 @@ class Expert(Strategy):
     def footprint(self, footprint: Footprint, plan: Plan) -> Footprint:
         here = footprint.place[self.axis]
 
-        def spread(piece: Piece) -> Piece:
+        def spread(piece: ModelPart) -> ModelPart:
             experts = {f"{path}.{key}" for path, e in experts_of(piece.outline) for key, _ in e.named_parameters()}
             return piece.map(lambda w: w.split(self.axis, 0, self.degree, here) if w.name in experts else w)
 

@@ -30,7 +30,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from dtrain.parallel.accumulate import Accumulate
+from dtrain.parallel.accumulate import GradientAccumulation
 from dtrain.parallel.footprint import Footprint
 from dtrain.parallel.messages import Message, message
 from dtrain.parallel.optimizer import OPTIMIZER_STATE, named_tensors
@@ -105,7 +105,7 @@ class LocalSGD(Strategy):
         return (square / self.degree).sqrt()
 
     def executor(self, models: Models, optimizers: Mapping[str, Optimizer], plan: Plan, micro_batches: int) -> Executor:
-        return Alone(self, models, optimizers, micro_batches, plan)
+        return LocalSGDExecutor(self, models, optimizers, micro_batches, plan)
 
     def footprint(self, footprint: Footprint, plan: Plan) -> Footprint:
         each, once = footprint.state_bytes
@@ -121,7 +121,7 @@ class LocalSGD(Strategy):
 
 
 @dataclass
-class Underway:
+class PendingAllReduce:
     """A fragment's message: what comes of it is needed at the inner step `due`."""
 
     due: int
@@ -130,7 +130,7 @@ class Underway:
     work: dist.Work | None
 
 
-class Alone(Accumulate):
+class LocalSGDExecutor(GradientAccumulation):
     """Inner steps as everywhere, outer steps between the ranks of `dp`."""
 
     def __init__(
@@ -140,7 +140,7 @@ class Alone(Accumulate):
         self.strategy, self.optimizers = strategy, optimizers
         self.group = plan.mesh[strategy.axis].get_group()
         self.states: dict[str, dict[nn.Parameter, dict[str, Tensor]]] = {name: {} for name in optimizers}
-        self.underway: dict[str, list[Underway]] = {name: [] for name in optimizers}
+        self.underway: dict[str, list[PendingAllReduce]] = {name: [] for name in optimizers}
 
     @torch.no_grad()
     def step(self, model: str, optimizer: Optimizer) -> None:
@@ -167,9 +167,9 @@ class Alone(Accumulate):
         if self.strategy.remembers:  # whole weights do not travel in a narrower format: they would stay rounded
             flat = flat.to(self.plan.precision.reduce_dtype)
         work = dist.all_reduce(flat, group=self.group, async_op=self.strategy.delay > 0)
-        self.underway[model].append(Underway(done + self.strategy.delay, parameters, flat, work))
+        self.underway[model].append(PendingAllReduce(done + self.strategy.delay, parameters, flat, work))
 
-    def _receive(self, model: str, message: Underway) -> None:
+    def _receive(self, model: str, message: PendingAllReduce) -> None:
         """The outer step of a fragment."""
         if message.work:
             message.work.wait()

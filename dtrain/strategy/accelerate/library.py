@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from dtrain.model.layout import write, written
-from dtrain.parallel.accumulate import Accumulate
+from dtrain.parallel.accumulate import GradientAccumulation
 from dtrain.parallel.optimizer import named_tensors
 from dtrain.parallel.presence import completed
 from dtrain.task.batch import Batch, Models, Sums
@@ -31,7 +31,7 @@ LAUNCHED = {  # what `accelerate launch` sets, and the strategy that it is
 }
 
 
-class ByAccelerator(Accumulate):
+class AccelerateExecutor(GradientAccumulation):
     """Micro-batches through the models and optimizers that an Accelerator has prepared."""
 
     def __init__(
@@ -52,7 +52,7 @@ class ByAccelerator(Accumulate):
         self.optimizers[model].step()
 
 
-class ByLocalSGD(ByAccelerator):
+class ByLocalSGD(AccelerateExecutor):
     """Each rank by itself; see `AccelerateLocalSGD`."""
 
     def __init__(self, every: int, *parts: Any) -> None:

@@ -32,7 +32,7 @@ from dtrain.parallel.messages import Message, message
 from dtrain.parallel.strategy import REST, Executor, local
 from dtrain.parallel.units import watch
 from dtrain.strategy.accelerate.library import (
-    ByAccelerator,
+    AccelerateExecutor,
     ByLocalSGD,
     accelerator_of,
     check_installed,
@@ -41,7 +41,7 @@ from dtrain.strategy.accelerate.library import (
 )
 from dtrain.strategy.ddp import DDP
 from dtrain.strategy.deepspeed.library import fresh, imported
-from dtrain.strategy.deepspeed.zero import ByEngine, DeepSpeed
+from dtrain.strategy.deepspeed.zero import DeepSpeed, DeepSpeedExecutor
 from dtrain.strategy.fsdp import FSDP
 from dtrain.task.batch import Models
 
@@ -92,7 +92,7 @@ class AccelerateDDP(DDP):
         return self.by(accelerator, models | wrapped, steppers, micro_batches, plan)
 
     def by(self, *parts: Any) -> Executor:
-        return ByAccelerator(*parts)
+        return AccelerateExecutor(*parts)
 
     def sync_gradients(self, model: nn.Module, enabled: bool) -> None:
         if isinstance(model, DistributedDataParallel):  # a model that only follows another is not wrapped
@@ -196,7 +196,7 @@ class AccelerateFSDP(FSDP):
             assert isinstance(parameter, DTensor), f"{name} is not sharded"
             most = -(-parameter.shape[0] // shards)
             assert local(parameter).shape[0] <= most, f"{name}: {local(parameter).shape[0]} rows here, not {most}"
-        return ByAccelerator(accelerator, wrapped, steppers, micro_batches, plan)
+        return AccelerateExecutor(accelerator, wrapped, steppers, micro_batches, plan)
 
     def check_task(self, task: Task, plan: Plan) -> None:
         _one_model(task, "accelerate_fsdp")
@@ -242,10 +242,10 @@ class AccelerateDeepSpeed(DeepSpeed):
         plugin.dschf = None  # by which transformers would make its next models as slices of ZeRO 3
         for engine in engines.values():
             self.verify_engine(engine, self.degree)
-        return ByAcceleratedEngine(accelerator, self.stage, engines, micro_batches, plan, models)
+        return AccelerateDeepSpeedExecutor(accelerator, self.stage, engines, micro_batches, plan, models)
 
 
-class ByAcceleratedEngine(ByEngine):
+class AccelerateDeepSpeedExecutor(DeepSpeedExecutor):
     """A DeepSpeed engine that clips and steps at the end of the last micro-batch's backward pass."""
 
     def __init__(self, accelerator: Any, *parts: Any) -> None:

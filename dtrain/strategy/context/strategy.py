@@ -26,7 +26,7 @@ from torch import Tensor, nn
 
 from dtrain.model.layout import blocks_of, divisors, is_ours, layout_of, modules_at, multiples
 from dtrain.parallel.checks.rehearsal import Rehearsal, Unmixed, twin
-from dtrain.parallel.footprint import Footprint, Piece
+from dtrain.parallel.footprint import Footprint, ModelPart
 from dtrain.parallel.messages import Message, all_reduce_each, message
 from dtrain.parallel.strategy import REST, Strategy, average, gradients
 from dtrain.strategy.context.exchange import Ring, Ulysses, is_plain, plain
@@ -46,7 +46,7 @@ HEADS_DIFFER = "its attention treats heads differently: use strategy.cp.method=r
 METHODS: dict[str, Any] = {"ring": Ring, "ulysses": Ulysses}
 
 
-class Context(Strategy):
+class ContextParallel(Strategy):
     """Cut sequences over `cp`, and exchange within the module that the model's Layout names `attention`.
 
     Args:
@@ -173,7 +173,7 @@ class Context(Strategy):
         if self.method == "ring":
             return footprint
 
-        def swapped(piece: Piece) -> Piece:
+        def swapped(piece: ModelPart) -> ModelPart:
             """What attention gives is kept by its own backward, and again as rows of all heads."""
             layout = layout_of(piece.outline)
             cores = {call.path for call in piece.calls_at((f"{layout.blocks}.*.{layout.attention}",))}

@@ -13,7 +13,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from dtrain.parallel.footprint import Footprint, Piece, Weight
+from dtrain.parallel.footprint import Footprint, ModelPart, Weight
 from dtrain.parallel.messages import Message, message
 from dtrain.parallel.optimizer import OPTIMIZER_STATE
 
@@ -253,7 +253,7 @@ def _refuse_untold(zero: dict[str, Any], footprint: Footprint) -> None:
         raise ValueError("DeepSpeed cuts a gradient that is larger than reduce_bucket_size, and where is not told")
 
 
-def _groups(piece: Piece) -> list[list[Weight]]:
+def _groups(piece: ModelPart) -> list[list[Weight]]:
     """The optimizer's groups of `parameter_groups`: matrices, then vectors."""
     trained = [weight for weight in piece.weights if weight.ready is not None]
     halves = [w for w in trained if len(w.used) >= 2], [w for w in trained if len(w.used) < 2]
@@ -279,7 +279,7 @@ def _cut(weights: list[Weight], limit: int, *, after: bool = False) -> Iterator[
         yield bucket
 
 
-def _gathers(piece: Piece, filled: Callable[[list[Weight]], int]) -> list[int]:
+def _gathers(piece: ModelPart, filled: Callable[[list[Weight]], int]) -> list[int]:
     """Elements gathered for each module's passes in a micro-batch: it has no weights but in a pass."""
     by_id = {id(p): name for name, p in piece.outline.named_parameters()}
     weights = {weight.name: weight for weight in piece.weights}

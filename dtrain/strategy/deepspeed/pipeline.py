@@ -29,15 +29,15 @@ from dtrain.parallel.strategy import REST, Executor, whole
 from dtrain.strategy.deepspeed.engine_state import kinds, make_states, put_back, whole_tensors
 from dtrain.strategy.deepspeed.library import fresh, imported
 from dtrain.strategy.deepspeed.zero import DeepSpeed, owners
-from dtrain.strategy.pipeline.stages import Flow, split_evenly
-from dtrain.strategy.pipeline.strategy import Pipeline
+from dtrain.strategy.pipeline.stages import PipelineExecutor, split_evenly
+from dtrain.strategy.pipeline.strategy import PipelineParallel
 from dtrain.task.batch import Batch, Models, divide
 
 if TYPE_CHECKING:
     from dtrain.parallel.plan import Plan
 
 
-class DeepSpeedPipeline(Pipeline):
+class DeepSpeedPipeline(PipelineParallel):
     """Cut the model's blocks over `pp`, by DeepSpeed; beside its ZeRO on `dp`.
 
     Args:
@@ -79,7 +79,7 @@ class DeepSpeedPipeline(Pipeline):
         ((name, model),) = models.items()
         fresh(deepspeed, plan)
         ((stage, piece),) = self._by_stage(model, plan).items()
-        flow = ByPipeline(self, {stage: piece}, self.outline, plan, micro_batches)
+        flow = DeepSpeedPipelineExecutor(self, {stage: piece}, self.outline, plan, micro_batches)
         with redirect_stdout(io.StringIO()):  # a table of the stages
             module = deepspeed.pipe.PipelineModule(
                 [self._layer(each, flow.layer) for each in range(self.stages)], num_stages=self.stages,
@@ -123,7 +123,7 @@ class Layer(nn.Module):
         return self.piece(x, **next(self.others))
 
 
-class ByPipeline(Flow):
+class DeepSpeedPipelineExecutor(PipelineExecutor):
     """Micro-batches through DeepSpeed's pipeline engine, which clips and steps by itself."""
 
     leaves_gradients = False

@@ -17,14 +17,14 @@ from dtrain.model.layout import blocks_of, divisors, layout_of
 from dtrain.parallel.footprint import Footprint
 from dtrain.parallel.messages import Message
 from dtrain.parallel.strategy import REST
-from dtrain.strategy.context.strategy import Context, _cores
+from dtrain.strategy.context.strategy import ContextParallel, _cores
 from dtrain.strategy.deepspeed.library import imported
 
 if TYPE_CHECKING:
     from dtrain.parallel.plan import Plan
 
 
-class DeepSpeedUlysses(Context):
+class DeepSpeedUlysses(ContextParallel):
     """Cut sequences over `cp`, and swap heads for tokens by DeepSpeed; beside its ZeRO on `dp`.
 
     Args:

@@ -29,7 +29,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from dtrain.model.layout import written
-from dtrain.parallel.accumulate import Accumulate
+from dtrain.parallel.accumulate import GradientAccumulation
 from dtrain.parallel.checks.stepping import FLAT
 from dtrain.parallel.footprint import Footprint
 from dtrain.parallel.messages import Message
@@ -173,7 +173,7 @@ class DeepSpeed(Strategy):
             self.verify_engine(engines[name], self.degree * plan.degrees.get("cp", 1))
             if tensor:
                 tensor.verify_engine(model, shapes)
-        executor = ByEngine(self.stage, engines, micro_batches, plan, models)
+        executor = DeepSpeedExecutor(self.stage, engines, micro_batches, plan, models)
         executor.leaves_out = self.fp16
         return executor
 
@@ -214,7 +214,7 @@ class DeepSpeed(Strategy):
         return messages(footprint, self.axis, self.degree, self.zero)
 
 
-class ByEngine(Accumulate):
+class DeepSpeedExecutor(GradientAccumulation):
     """Micro-batches through DeepSpeed's engines, which exchange gradients, clip and step by themselves.
 
     What is not trained has no engine, and stays as it is in `models`.

@@ -18,7 +18,7 @@ from torch import Tensor
 HEADER = 8  # numbers
 
 
-class Gone(RuntimeError):
+class PeerLost(RuntimeError):
     """The other side of a link does not answer any more."""
 
 
@@ -28,10 +28,10 @@ def _telling() -> Iterator[None]:
     try:
         yield
     except (RuntimeError, dist.DistError) as error:
-        raise Gone(str(error).splitlines()[0]) from None
+        raise PeerLost(str(error).splitlines()[0]) from None
 
 
-class Link:
+class Connection:
     """Making one waits for the other side, which must use the same name.
 
     Args:

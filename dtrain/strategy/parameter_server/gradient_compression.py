@@ -21,7 +21,7 @@ METHODS = ("none", "fp16", "bf16", "top_k", "power_sgd")
 NARROW = {"fp16": torch.float16, "bf16": torch.bfloat16}
 
 
-class Compression:
+class GradientCompression:
     """How gradients of given shapes travel: as one tensor of bytes.
 
     Args:

@@ -21,9 +21,9 @@ from dtrain.config.schema import Config
 from dtrain.launch.world import World
 from dtrain.parallel.clip import shrinking
 from dtrain.parallel.plan import Plan
-from dtrain.strategy.parameter_server.connection import Gone, Link
+from dtrain.strategy.parameter_server.connection import Connection, PeerLost
 from dtrain.strategy.parameter_server.strategy import ParameterServer
-from dtrain.strategy.parameter_server.work_queue import SYNC, Board, Once
+from dtrain.strategy.parameter_server.work_queue import SYNC, SeenItems, WorkQueue
 from dtrain.strategy.parameter_server.worker import (
     BYE,
     OVER,
@@ -69,7 +69,7 @@ class Server(Trainer):
         self._own = {update.trains: of_model(self.models[update.trains], share) for update in task.updates}
         self.rounds = len(task.updates)  # of a step
         self.lock = threading.Condition()
-        self.board, self.once = Board(0, 1), Once()
+        self.board, self.once = WorkQueue(0, 1), SeenItems()
         self.applied = 0  # gradients, of this run and those before it
         self.version, self.staleness, self.lives = 0, Counter[int](), Counter[int]()
         self._gathering: dict[int, dict[int, tuple[list[Tensor], list[bool]]]] = defaultdict(dict)
@@ -98,9 +98,9 @@ class Server(Trainer):
                         continue
                     return
                 try:
-                    link = Link(store, f"{worker}/{life}/{self.rank}", 0, self.config.launch.timeout_s)
+                    link = Connection(store, f"{worker}/{life}/{self.rank}", 0, self.config.launch.timeout_s)
                     return self._serve(worker, link)
-                except Gone as error:
+                except PeerLost as error:
                     logging.getLogger("dtrain").warning("worker %d is gone: %s", worker, error)
                     store.set(f"{worker}/{life}/lost", "")
                     with self.lock:
@@ -131,7 +131,7 @@ class Server(Trainer):
             store.set(f"{worker}/{life}/welcome", "")
         return True
 
-    def _serve(self, worker: int, link: Link) -> None:
+    def _serve(self, worker: int, link: Connection) -> None:
         share = self.shares[self.rank]
         decoders = {name: compression(self.strategy, own) for name, own in self._own.items()}
         before, spent, pushed = self.traffic[worker], self.spent.get(worker, [0.0] * 3), 0  # in its earlier lives
@@ -161,7 +161,9 @@ class Server(Trainer):
             self._absent.discard(worker)
             self.board.join(worker)
 
-    def _answer(self, worker: int, link: Link, wanted: int, share: list[nn.Parameter], applied: Future[None]) -> None:
+    def _answer(
+        self, worker: int, link: Connection, wanted: int, share: list[nn.Parameter], applied: Future[None]
+    ) -> None:
         """The weights, and on the first server an item; or word to wait, or to stop.
 
         Whoever evaluates or saves keeps the lock, so nobody waits for it without a limit here: a worker that heard

@@ -30,13 +30,13 @@ from dtrain.model.layout import of_others
 from dtrain.parallel.plan import Plan
 from dtrain.strategy.parameter_server.server import Server
 from dtrain.strategy.parameter_server.strategy import ParameterServer
-from dtrain.strategy.parameter_server.work_queue import SYNC, Board, Once
+from dtrain.strategy.parameter_server.work_queue import SYNC, SeenItems, WorkQueue
 from dtrain.strategy.parameter_server.worker import OVER, Parts, work
 from dtrain.task.base import Task
 from dtrain.train import Settings, Step
 
 
-class Asynchronous(Server):
+class ParameterServerTrainer(Server):
     """The trainer of one rank. Making one is a collective; training is not. Arguments: see `Server`, `work`."""
 
     def __init__(
@@ -61,8 +61,8 @@ class Asynchronous(Server):
             return
         self._begun = self.next_step
         total, self.applied = self.settings.steps * self.of_a_step, self.next_step * self.of_a_step
-        self.board = Board(total, self.strategy.workers, self.strategy.mode, self.strategy.bound, self.applied)
-        self.once = Once(self.applied)
+        self.board = WorkQueue(total, self.strategy.workers, self.strategy.mode, self.strategy.bound, self.applied)
+        self.once = SeenItems(self.applied)
         self.version = self._begun_version = self.applied // (
             self.strategy.workers if self.strategy.mode == SYNC else 1
         )

@@ -22,7 +22,7 @@ MODES = (ASYNC, BOUNDED, SYNC)
 
 
 @dataclass
-class Board:
+class WorkQueue:
     """The items of a run and the workers' clocks. Not safe for threads: its user holds a lock.
 
     Args:
@@ -87,7 +87,7 @@ class Board:
 
 
 @dataclass
-class Once:
+class SeenItems:
     """Which items a server has taken: one that a worker computed again, when another had died, comes twice."""
 
     begin: int = 0  # all before it are taken

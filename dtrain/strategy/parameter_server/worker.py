@@ -18,8 +18,8 @@ from dtrain.launch.rank_processes import STOPS
 from dtrain.launch.world import World, cores
 from dtrain.parallel.clip import clip
 from dtrain.parallel.plan import Plan
-from dtrain.strategy.parameter_server.connection import Link
-from dtrain.strategy.parameter_server.gradient_compression import Compression
+from dtrain.strategy.parameter_server.connection import Connection
+from dtrain.strategy.parameter_server.gradient_compression import GradientCompression
 from dtrain.strategy.parameter_server.strategy import ParameterServer
 from dtrain.strategy.parameter_server.work_queue import SYNC
 from dtrain.strategy.zero1 import shared_out
@@ -53,7 +53,7 @@ def work(parts: Parts, config: Config, world: World, address: tuple[str, int], l
             return
         time.sleep(0.05)
     links = [
-        Link(store, f"{worker.number}/{life}/{server}", 1, config.launch.timeout_s)
+        Connection(store, f"{worker.number}/{life}/{server}", 1, config.launch.timeout_s)
         for server in range(worker.strategy.servers)
     ]
     worker.run(links)
@@ -79,7 +79,7 @@ class Worker:
         self._batch: tuple[int, Batch] = (-1, {})
         self.computed = self.waited = 0.0
 
-    def run(self, links: list[Link]) -> None:
+    def run(self, links: list[Connection]) -> None:
         """Pull, compute, push, until told to stop."""
         while (pulled := self._pull(links)) is not None:
             item, versions = pulled
@@ -95,7 +95,7 @@ class Worker:
         for link in links:
             link.say(BYE)
 
-    def _pull(self, links: list[Link]) -> tuple[int, list[int]] | None:
+    def _pull(self, links: list[Connection]) -> tuple[int, list[int]] | None:
         """The weights of all servers, an item, and the servers' versions; None: there is no more work."""
         begun, item, versions = time.perf_counter(), 0, []
         for link, share in zip(links, self.shares, strict=True):
@@ -146,7 +146,7 @@ def of_model(model: nn.Module, share: list[nn.Parameter]) -> list[nn.Parameter]:
     return [p for p in share if id(p) in own]
 
 
-def compression(strategy: ParameterServer, parameters: list[nn.Parameter]) -> Compression:
+def compression(strategy: ParameterServer, parameters: list[nn.Parameter]) -> GradientCompression:
     """How the gradients of these parameters travel."""
     shapes, dtype = [p.shape for p in parameters], parameters[0].dtype if parameters else torch.float32
-    return Compression(strategy.compression, shapes, dtype, share=strategy.keep, rank=strategy.rank)
+    return GradientCompression(strategy.compression, shapes, dtype, share=strategy.keep, rank=strategy.rank)

@@ -12,7 +12,7 @@ from torch.distributed.pipelining.schedules import PipelineScheduleSingle, _Comp
 from dtrain.parallel.footprint import BACKWARD, FORWARD, FREE, GATHER, WEIGHTS
 
 if TYPE_CHECKING:
-    from dtrain.strategy.pipeline.strategy import Pipeline
+    from dtrain.strategy.pipeline.strategy import PipelineParallel
 
 PASSES = {
     _ComputationType.FORWARD: FORWARD, _ComputationType.FULL_BACKWARD: BACKWARD,
@@ -26,7 +26,7 @@ DURATIONS = {  # a backward pass has twice the products of a forward pass, half 
 }  # fmt: skip
 
 
-def actions(pipeline: Pipeline, rank: int, micro_batches: int) -> list[Any]:
+def actions(pipeline: PipelineParallel, rank: int, micro_batches: int) -> list[Any]:
     """What one rank along `pp` does in a step."""
     stages = [stage for stage in range(pipeline.stages) if pipeline.owner(stage) == rank]
     of_all = {"num_stages": pipeline.stages, "group_size": pipeline.degree, "group_rank": rank, "submod": None}
@@ -38,7 +38,7 @@ def actions(pipeline: Pipeline, rank: int, micro_batches: int) -> list[Any]:
 
 
 def passes_of_stages(
-    pipeline: Pipeline, stages: list[int], rank: int, micro_batches: int
+    pipeline: PipelineParallel, stages: list[int], rank: int, micro_batches: int
 ) -> dict[int, tuple[tuple[str, ...], tuple[tuple[int, int], ...]]]:
     """What happens to the weights of each of a rank's stages in a step, in the schedule's order; no process group.
 
@@ -55,7 +55,7 @@ def passes_of_stages(
     return found
 
 
-def bubble(pipeline: Pipeline, micro_batches: int) -> float:
+def bubble(pipeline: PipelineParallel, micro_batches: int) -> float:
     """The idle share of the ranks' time, were every stage as costly, its backward twice its forward, and sending free.
 
     For gpipe and 1f1b that is (p-1)/(m+p-1), with v stages a rank and m a multiple of p (p-1)/(v m+p-1).
@@ -71,7 +71,7 @@ def bubble(pipeline: Pipeline, micro_batches: int) -> float:
     return 1 - sum(duration for todo in ranks for _, duration in todo) / (pipeline.degree * max(free))
 
 
-def _work(pipeline: Pipeline, rank: int, micro_batches: int) -> list[tuple[tuple[str, int, int], int]]:
+def _work(pipeline: PipelineParallel, rank: int, micro_batches: int) -> list[tuple[tuple[str, int, int], int]]:
     """What takes a rank time: (kind, stage, micro-batch), duration. Of each kind micro-batches come in order."""
     seen: Counter[tuple[str, int]] = Counter()
     found = []

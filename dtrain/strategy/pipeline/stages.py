@@ -21,7 +21,7 @@ from dtrain.task.batch import Batch, Sums, divide
 
 if TYPE_CHECKING:
     from dtrain.parallel.plan import Plan
-    from dtrain.strategy.pipeline.strategy import Pipeline
+    from dtrain.strategy.pipeline.strategy import PipelineParallel
 
 
 def keep_name(model: nn.Module, alias: str, name: str) -> None:
@@ -85,7 +85,7 @@ class MarkedStage(PipelineStage):
             return super().backward_weight_one_chunk(bwd_chunk_id, *args, **named)
 
 
-class Flow(Executor):
+class PipelineExecutor(Executor):
     """The executor of a pipeline: torch's schedule over this rank's stages. Its updates are `Supervised`.
 
     Args:
@@ -96,7 +96,12 @@ class Flow(Executor):
     """
 
     def __init__(
-        self, pipeline: Pipeline, stages: dict[int, nn.Module], outline: nn.Module, plan: Plan, micro_batches: int
+        self,
+        pipeline: PipelineParallel,
+        stages: dict[int, nn.Module],
+        outline: nn.Module,
+        plan: Plan,
+        micro_batches: int,
     ) -> None:
         self.pipeline, self.stages, self.outline = pipeline, stages, outline
         self.plan, self.micro_batches = plan, micro_batches

@@ -33,11 +33,11 @@ from torch.optim import Optimizer
 from dtrain.model.layout import Absent, layout_of, shared_names
 from dtrain.parallel.checks.rehearsal import Rehearsal, refuse_foreign, twin
 from dtrain.parallel.checks.stepping import APART, REGROUPED
-from dtrain.parallel.footprint import Footprint, Kept
+from dtrain.parallel.footprint import Activation, Footprint
 from dtrain.parallel.messages import Message, message
 from dtrain.parallel.strategy import REST, Executor, Strategy
 from dtrain.strategy.pipeline.schedule import passes_of_stages
-from dtrain.strategy.pipeline.stages import Flow, keep_name, split_evenly, sum_ends
+from dtrain.strategy.pipeline.stages import PipelineExecutor, keep_name, split_evenly, sum_ends
 from dtrain.task.batch import Models, pieces
 
 if TYPE_CHECKING:
@@ -66,7 +66,7 @@ ON_META = (
 )
 
 
-class Pipeline(Strategy):
+class PipelineParallel(Strategy):
     """Cut the model's blocks over `pp`; the first stage has the embedding, the last one the head.
 
     Args:
@@ -227,7 +227,9 @@ class Pipeline(Strategy):
             if stage == self.stages - 1:  # what a stage gives is kept until its backward: of this one, the logits
                 end = max((kept.died for kept in piece.kept), default=0)
                 shapes = [call.output for call in piece.calls_at((last,)) if call.output and call.graded]
-                logits = (Kept(None, x, prod(x) * footprint.activation_bytes, 0, end, frozenset()) for x in shapes)
+                logits = (
+                    Activation(None, x, prod(x) * footprint.activation_bytes, 0, end, frozenset()) for x in shapes
+                )
                 piece = replace(piece, kept=(*piece.kept, *logits))
             elif self.schedule not in ONE_STAGE and self.owner(stage + 1) != here:
                 piece = replace(piece, sent=output * footprint.activation_bytes)  # torch waits for them all at the end
@@ -252,7 +254,7 @@ class Pipeline(Strategy):
 
     def executor(self, models: Models, optimizers: Mapping[str, Optimizer], plan: Plan, micro_batches: int) -> Executor:
         (model,) = models.values()
-        return Flow(self, self._by_stage(model, plan), self.outline, plan, micro_batches)
+        return PipelineExecutor(self, self._by_stage(model, plan), self.outline, plan, micro_batches)
 
     def _by_stage(self, model: nn.Module, plan: Plan) -> dict[int, nn.Module]:
         return dict(zip(self.held(plan), pieces(model), strict=True))

@@ -14,7 +14,7 @@ from torch.distributed.tensor._utils import _compute_local_shape_and_global_offs
 from torch.distributed.tensor.placement_types import _StridedShard
 
 from dtrain.model.layout import experts_of, holders, layout_of, modules_at, multiples, shared_names
-from dtrain.parallel.footprint import Call, Kept, Piece, Shape
+from dtrain.parallel.footprint import Activation, ModelPart, ModuleCall, Shape
 from dtrain.parallel.footprint import cut as chunk
 
 
@@ -112,7 +112,7 @@ def _part(start: int, size: int, parts: int, index: int) -> tuple[int, int]:
     return start + min(size, index * -(-size // parts)), chunk((size,), 0, parts, index)[0]
 
 
-def edges(piece: Piece, sequence_parallel: bool) -> Iterator[tuple[str, int, bool]]:
+def edges(piece: ModelPart, sequence_parallel: bool) -> Iterator[tuple[str, int, bool]]:
     """What travels at the edges of a piece's split layers for one micro-batch.
 
     Yields the collective, its elements, and whether they come straight from products: in mixed precision those are
@@ -133,7 +133,7 @@ def edges(piece: Piece, sequence_parallel: bool) -> Iterator[tuple[str, int, boo
     yield from _outputs(at(experts), "all_reduce", "", products=True)
 
 
-def kept_by_rank(piece: Piece, parts: int, sequence_parallel: bool, loss_parallel: bool) -> Iterator[Kept]:
+def kept_by_rank(piece: ModelPart, parts: int, sequence_parallel: bool, loss_parallel: bool) -> Iterator[Activation]:
     """A piece's activations on one rank: cut within split layers; what goes into them is whole."""
     layout, model = layout_of(piece.outline), piece.outline
     splitters = holders(path for path, _ in modules_at(model, layout.column))
@@ -155,17 +155,17 @@ def kept_by_rank(piece: Piece, parts: int, sequence_parallel: bool, loss_paralle
         yield kept.divide(parts) if divided else kept
 
 
-def heads(piece: Piece) -> list[Shape]:
+def heads(piece: ModelPart) -> list[Shape]:
     """Shapes of the logits that a piece computes of one micro-batch."""
     return [call.output for call in piece.calls_at(_paths(piece, nn.Linear)) if call.output]
 
 
-def _paths(piece: Piece, kind: type[nn.Module]) -> tuple[str, ...]:
+def _paths(piece: ModelPart, kind: type[nn.Module]) -> tuple[str, ...]:
     layers = modules_at(piece.outline, layout_of(piece.outline).vocabulary)
     return tuple(path for path, layer in layers if isinstance(layer, kind))
 
 
-def _inputs(calls: Iterable[Call], forward: str, backward: str) -> Iterator[tuple[str, int, bool]]:
+def _inputs(calls: Iterable[ModuleCall], forward: str, backward: str) -> Iterator[tuple[str, int, bool]]:
     for call in calls:
         for operation in (forward, backward if call.returns else ""):
             if operation:
@@ -173,7 +173,7 @@ def _inputs(calls: Iterable[Call], forward: str, backward: str) -> Iterator[tupl
 
 
 def _outputs(
-    calls: Iterable[Call], forward: str, backward: str, *, products: bool = False
+    calls: Iterable[ModuleCall], forward: str, backward: str, *, products: bool = False
 ) -> Iterator[tuple[str, int, bool]]:
     for call in calls:
         for operation in (forward, backward if call.graded else ""):

@@ -43,7 +43,7 @@ from dtrain.model.initialize import on_meta, whole
 from dtrain.model.layout import divisors, experts_of, holders, layout_of, modules_at, multiples, of_others, shared_names
 from dtrain.parallel.checks.rehearsal import DoesNotRun, Rehearsal, between, split
 from dtrain.parallel.checks.stepping import COLUMNS, REGROUPED, ROWS
-from dtrain.parallel.footprint import Footprint, Piece, Shape
+from dtrain.parallel.footprint import Footprint, ModelPart, Shape
 from dtrain.parallel.messages import Message, all_reduce_each, message
 from dtrain.parallel.strategy import REST, Strategy, add_up, local
 from dtrain.strategy.expert import with_local_weights
@@ -228,7 +228,7 @@ class TensorParallel(Strategy):
     def footprint(self, footprint: Footprint, plan: Plan) -> Footprint:
         here = footprint.place[self.axis]
 
-        def split(piece: Piece) -> Piece:
+        def split(piece: ModelPart) -> ModelPart:
             dims, layout = split_dims(piece.outline), layout_of(piece.outline)
             cores = {call.path for call in piece.calls_at((f"{layout.blocks}.*.{layout.attention}",))}
             calls = (call.cut(1, self.degree, here) if call.path in cores else call for call in piece.calls)
