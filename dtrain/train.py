@@ -42,7 +42,7 @@ class Settings:
     global_batch_size: int = 8
     micro_batch_size: int | None = None
     warmup_steps: int = 0
-    final_ratio: float = 1.0
+    min_lr_ratio: float = 1.0
 
 
 @dataclass(frozen=True)
@@ -160,7 +160,7 @@ class Trainer:
 
     def _set_rate(self, step: int) -> None:
         s = self.settings
-        factor = rate(step, s.steps, warmup_steps=s.warmup_steps, final_ratio=s.final_ratio)
+        factor = rate(step, s.steps, warmup_steps=s.warmup_steps, min_lr_ratio=s.min_lr_ratio)
         for name, optimizer in self.optimizers.items():
             for group, base in zip(optimizer.param_groups, self._rates[name], strict=True):
                 group["lr"] = base * factor
@@ -175,7 +175,7 @@ class Trainer:
         return (
             f"step {step + 1}: loss {loss:g}, gradient norm {norm:g} of {update.trains!r} ({where}; batch {step} "
             f"of seed {self.settings.seed}): training stops before this update; try a lower "
-            f"optimizer.lr or more schedule.warmup_steps"
+            f"optimizer.lr or more lr_schedule.warmup_steps"
         )
 
     def evaluate(self) -> dict[str, float]:

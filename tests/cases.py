@@ -263,7 +263,7 @@ def refusal(case: Case, world_size: int) -> str:
 def trainer(case: Case, world_size: int) -> Trainer:
     task = TASKS[case.task](**dict(case.model))
     settings = Settings(case.steps, global_batch_size=ROWS, micro_batch_size=case.micro_batch_size,
-                        warmup_steps=3, final_ratio=0.1)  # fmt: skip
+                        warmup_steps=3, min_lr_ratio=0.1)  # fmt: skip
     return Trainer(task, plan_of(case, world_size).connect(), adamw, settings)
 
 

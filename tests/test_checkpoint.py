@@ -25,7 +25,7 @@ import torch
 import warm
 from cases import MOE, STRATEGIES, VARIANTS, Case, Outcome, assert_equal, find, refusal, trainer, whole
 
-from dtrain.config.schema import Config, Schedule
+from dtrain.config.schema import Config, LRSchedule
 from dtrain.launch.world import World
 from dtrain.parallel.strategy import local
 from dtrain.report.base import Logger
@@ -521,7 +521,7 @@ def test_latest_is_what_was_written_last_of_this_run_or_else_of_all(alone, tmp_p
 
 CURVE: dict[str, Any] = {"model": {"d_model": 24, "dropout": 0.5}, "task": {"augment": {"mask": {"rate": 0.1}}}, "seed": 7, "steps": 99, "dtype": "bf16", "precision": {"weights": "bf16"}, "clip_norm": None,
                          "global_batch_size": 24, "seq_len": 12, "optimizer": {"lr": 1e-4},
-                         "schedule": Schedule(5, 0.5)}  # fmt: skip
+                         "lr_schedule": LRSchedule(5, 0.5)}  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -535,7 +535,7 @@ def resumed(alone, tmp_path_factory: pytest.TempPathFactory) -> Callable[..., li
 
     def job(data: dict[str, Any], **settings: Any) -> Parts:
         config = Config(seed=0, steps=9, dtype="fp32", precision={}, clip_norm=1.0, global_batch_size=12, seq_len=24,
-                        optimizer={"lr": 1e-3}, schedule=Schedule(10, 0.1), resume=str(folder), task={},
+                        optimizer={"lr": 1e-3}, lr_schedule=LRSchedule(10, 0.1), resume=str(folder), task={},
                         model={"d_model": 24, "dropout": 0.0})  # fmt: skip
         described: Any = SimpleNamespace(describe=lambda: data)
         told = replace(config, **settings)
@@ -563,7 +563,7 @@ def test_a_resume_says_whatever_of_its_run_would_change_the_curve(resumed: Calla
     for name, value in CURVE.items():
         for said in (told := resumed(same, **{name: value})):
             assert said.startswith(f"the checkpoint's run had {name}") and said.endswith(": the curve may differ")
-        assert len(told) == (2 if name == "schedule" else 1), told
+        assert len(told) == (2 if name == "lr_schedule" else 1), told
     (said,) = resumed(same, model=CURVE["model"])
     assert "had model.dropout=0.0, this one has 0.5" in said
     (said,) = resumed(same, task=CURVE["task"])

@@ -68,7 +68,7 @@ def test_a_run_leaves_its_figures(call, tmp_path: Path) -> None:
 
 
 def test_resume_goes_on_where_the_run_stopped(call, tmp_path: Path) -> None:
-    options = ["model=tiny", "eval.every=0", "global_batch_size=4", "schedule.final_ratio=1", "model.dropout=0.1"]
+    options = ["model=tiny", "eval.every=0", "global_batch_size=4", "lr_schedule.min_lr_ratio=1", "model.dropout=0.1"]
     whole = call(*options, "steps=6", "hydra.run.dir=whole")
     first = call(*options, "steps=4", "checkpoint.every=2", "hydra.run.dir=part")
     rest = call(*options, "steps=6", "resume=latest", "checkpoint.last=false", "hydra.run.dir=part")
@@ -181,7 +181,7 @@ def test_a_mistake_gets_one_line(arguments: list[str], message: str, call, monke
 
 
 def test_a_diverging_run_stops_and_keeps_its_checkpoint(call, tmp_path: Path) -> None:
-    status, _, err = call("model=tiny", "steps=30", "optimizer.lr=1e30", "schedule.warmup_steps=0", "optimizer=sgd",
+    status, _, err = call("model=tiny", "steps=30", "optimizer.lr=1e30", "lr_schedule.warmup_steps=0", "optimizer=sgd",
                           "clip_norm=null", "checkpoint.every=1", "global_batch_size=4", "hydra.run.dir=here")  # fmt: skip
     assert status == 1 and re.match(r"dtrain: step \d+: loss \S+, gradient norm \S+ of 'model' \(", err)
     step = int(re.match(r"dtrain: step (\d+)", err)[1])  # type: ignore[index]

@@ -582,7 +582,7 @@ def test_what_can_be_known_before_is_refused_before(ran, call) -> None:  # noqa:
         ((f"hydra.run.dir={folder}",), "has results.json of another comparison: set overwrite=true"),
         (("fail_if=ddp.speed < 0.9 * baseline",), "speed is none of the figures"),
         (("steps=4",), "steps=4: the first 4 are not timed"),
-        (("measure.warmup_steps=9",), "the first 9 are not timed"),
+        (("measure.skip_steps=9",), "the first 9 are not timed"),
         (("fail_if=dpd.loss < 1",), "fail_if: 'dpd' is none of single, ddp"),
         (("world_sizes=[0]",), "world_sizes=[0] must be at least 1 each"),
         (("scaling=sideways",), "scaling=sideways is unknown: use strong, weak"),

@@ -60,7 +60,7 @@ def trainer(case: Case) -> Trainer:
     size, strategies = PLANS[case.plan]
     plan = Plan.of([make() for make in strategies], size, precision=Precision(case.dtype), recompute=case.recompute)
     settings = Settings(case.steps, global_batch_size=ROWS, micro_batch_size=case.micro_batch_size, warmup_steps=3,
-                        final_ratio=0.1)  # fmt: skip
+                        min_lr_ratio=0.1)  # fmt: skip
     made = Trainer(task, plan.connect(), adamw, settings)
     if case.crowded:
         for name, buffer in made.models["model"].named_buffers():

@@ -159,7 +159,7 @@ def test_a_measured_bubble_is_the_papers_where_the_schedule_is_kept() -> None:
 def test_medians_and_percentiles_are_of_the_steps_that_count() -> None:
     """An even number and an odd one; the two warm-up steps would move each figure."""
     for seconds in ([4.0, 1.0, 2.0, 8.0], [4.0, 1.0, 2.0], [3.0]):
-        meter = Throughput(warmup_steps=2, world_size=3, flops_per_token=7.0, peak_flops=11.0)
+        meter = Throughput(skip_steps=2, world_size=3, flops_per_token=7.0, peak_flops=11.0)
         for each in [100.0, 200.0, *seconds]:
             meter.add(16, each)
         found, rate = meter.summary(), median(16 / s for s in seconds)
@@ -176,7 +176,7 @@ def test_medians_and_percentiles_are_of_the_steps_that_count() -> None:
 )
 def test_one_step_in_twenty_takes_longer_than_the_percentile(seconds: Any, expected: float) -> None:
     """Between two of them it is on the line that joins them."""
-    meter = Throughput(warmup_steps=0, world_size=1, flops_per_token=None, peak_flops=None)
+    meter = Throughput(skip_steps=0, world_size=1, flops_per_token=None, peak_flops=None)
     for each in seconds:
         meter.add(1, each or 1e-9)
     assert meter.summary()["step_seconds_p95"] == pytest.approx(expected, rel=1e-6)
@@ -232,7 +232,7 @@ def test_mfu_is_what_the_model_needs_over_what_all_ranks_could_do(
 
 def test_a_person_is_told_a_ranks_peak_and_how_the_batch_is_divided() -> None:
     """In GFLOP/s; 12 rows over two ranks in micro-batches of three."""
-    meter = Throughput(warmup_steps=0, world_size=2, flops_per_token=1.0, peak_flops=2.5e12)
+    meter = Throughput(skip_steps=0, world_size=2, flops_per_token=1.0, peak_flops=2.5e12)
     told = facts(_job(2.5e12), meter, "stated")
     assert any(line.endswith("peak 2,500 GFLOP/s a rank (stated)") for line in told)
     assert "batch: 12 rows over 2 x 2 micro-batches" in told

@@ -322,7 +322,7 @@ def test_a_trace_is_in_microseconds_from_the_first_span(tmp_path: Path) -> None:
 def test_steps_that_an_instrument_slows_down_are_not_measured(tmp_path: Path) -> None:
     """The third, whose memory is followed, and the fourth, which is recorded; the lines of the file have them all."""
     config = composed("task=gan", "steps=7", "profile=true", "eval.every=0", "measure.peak_flops=1e9",
-                      "measure.warmup_steps=1", "launch.threads=1", "global_batch_size=8")  # fmt: skip
+                      "measure.skip_steps=1", "launch.threads=1", "global_batch_size=8")  # fmt: skip
     config.logger = {"files": {"_target_": "dtrain.report.files.Files", "pictures": False}}
     summary = run(checked(config), World(), tmp_path, "single")
     lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]

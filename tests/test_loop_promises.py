@@ -53,7 +53,7 @@ STAYS = 0.9  # of the averaged generator, at a step
 
 def trainer(task: Task, strategy: str = "single", size: int = 1, *, seed: int = 0) -> Trainer:
     settings = Settings(STEPS, seed, global_batch_size=ROWS, micro_batch_size=ROWS // size // 2,
-                        warmup_steps=WARMUP, final_ratio=0.1)  # fmt: skip
+                        warmup_steps=WARMUP, min_lr_ratio=0.1)  # fmt: skip
     return Trainer(task, plan_of(Case("", strategy), size).connect(), adamw, settings)
 
 
@@ -357,17 +357,17 @@ def test_the_average_is_the_sum_of_all_generators_by_age(alone) -> None:
 # Rates and optimizers.
 
 
-@pytest.mark.parametrize("final_ratio", [0.0, 0.1, 1.0])
-def test_rates_rise_in_steps_to_the_whole_and_fall_to_their_share(final_ratio: float) -> None:
+@pytest.mark.parametrize("min_lr_ratio", [0.0, 0.1, 1.0])
+def test_rates_rise_in_steps_to_the_whole_and_fall_to_their_share(min_lr_ratio: float) -> None:
     """Exactly, at the warm-up's first and last steps and at the end."""
-    factors = [rate(step, 30, warmup_steps=10, final_ratio=final_ratio) for step in range(32)]
+    factors = [rate(step, 30, warmup_steps=10, min_lr_ratio=min_lr_ratio) for step in range(32)]
     assert factors[:10] == [(step + 1) / 10 for step in range(10)]
     assert factors[10] == 1.0
-    assert factors[20] == pytest.approx((1 + final_ratio) / 2, rel=TOLERANCE)
-    assert factors[30:] == [final_ratio] * 2
-    assert rate(0, 30, warmup_steps=0, final_ratio=final_ratio) == 1.0
+    assert factors[20] == pytest.approx((1 + min_lr_ratio) / 2, rel=TOLERANCE)
+    assert factors[30:] == [min_lr_ratio] * 2
+    assert rate(0, 30, warmup_steps=0, min_lr_ratio=min_lr_ratio) == 1.0
     falls = [later < earlier for earlier, later in zip(factors[10:30], factors[11:31], strict=True)]
-    assert falls == [final_ratio < 1] * 20
+    assert falls == [min_lr_ratio < 1] * 20
 
 
 def test_a_step_tells_the_rate_that_its_update_had(alone) -> None:

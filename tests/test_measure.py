@@ -62,14 +62,14 @@ def test_info_allocates_nothing_and_counts_bytes() -> None:
 
 
 def test_warm_up_steps_do_not_count() -> None:
-    meter = Throughput(warmup_steps=2, world_size=4, flops_per_token=10.0, peak_flops=1000.0)
+    meter = Throughput(skip_steps=2, world_size=4, flops_per_token=10.0, peak_flops=1000.0)
     for seconds in (9.0, 9.0, 1.0, 2.0, 3.0):
         meter.add(100, seconds)
     summary = meter.summary()
     assert summary["tokens_per_second"] == 50 and summary["tokens_per_second_per_rank"] == 12.5
     assert summary["step_seconds_median"] == 2 and summary["step_seconds_p95"] == pytest.approx(2.9)
     assert summary["mfu"] == 50 * 10 / (4 * 1000) and summary["measured_steps"] == 3
-    short = Throughput(warmup_steps=9, world_size=1, flops_per_token=None, peak_flops=None)
+    short = Throughput(skip_steps=9, world_size=1, flops_per_token=None, peak_flops=None)
     short.add(10, 2.0)
     assert short.summary()["tokens_per_second"] == 5 and short.summary()["mfu"] is None
 
@@ -110,7 +110,7 @@ def test_matrices_decay_and_vectors_do_not() -> None:
 
 
 def test_the_rate_warms_up_and_falls_to_its_end() -> None:
-    rates = [rate(step, 100, warmup_steps=10, final_ratio=0.1) for step in range(101)]
+    rates = [rate(step, 100, warmup_steps=10, min_lr_ratio=0.1) for step in range(101)]
     assert rates[:3] == [0.1, 0.2, pytest.approx(0.3)] and rates[9] == rates[10] == 1.0
     assert all(a >= b for a, b in zip(rates[10:], rates[11:], strict=False)) and rates[100] == pytest.approx(0.1)
     assert rates[55] == pytest.approx(0.55)

@@ -37,7 +37,7 @@ Models, Batch = dict[str, nn.Module], dict[str, Tensor]
 
 # Rounding alone, in fp64: torch clips with a norm of norms, and steps each parameter by itself.
 TOLERANCE = 1e-12
-STEPS, WARMUP, FINAL_RATIO = 6, 3, 0.1
+STEPS, WARMUP, MIN_LR_RATIO = 6, 3, 0.1
 RATE, BETAS, EPS, DECAY = 1e-2, (0.8, 0.97), 1e-6, 0.3
 IGNORE = -100
 LENGTH = 12  # tokens of a row of real text
@@ -80,7 +80,7 @@ def plain_rate(step: int) -> float:
     if step < WARMUP:
         return RATE * (step + 1) / WARMUP
     cosine = math.cos(math.pi * (step - WARMUP) / (STEPS - WARMUP))
-    return RATE * (FINAL_RATIO + (1 - FINAL_RATIO) * (1 + cosine) / 2)
+    return RATE * (MIN_LR_RATIO + (1 - MIN_LR_RATIO) * (1 + cosine) / 2)
 
 
 def plain_loop(models: Models, book: Book, batches: list[Batch], clip_norm: float | None) -> Trace:
@@ -252,7 +252,7 @@ def trainer(case: Case, size: int) -> Trainer:
         global_batch_size=ROWS,
         micro_batch_size=case.micro_batch_size,
         warmup_steps=WARMUP,
-        final_ratio=FINAL_RATIO,
+        min_lr_ratio=MIN_LR_RATIO,
     )
     return Trainer(TASKS[case.task](), plan_of(case, size).connect(), adamw, settings)
 

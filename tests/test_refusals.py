@@ -879,7 +879,7 @@ REFUSALS = {
         lambda: run("global_batch_size=-5"), "global_batch_size", "=-5", "at least 1"
     ),
     "too much": Refusal(
-        lambda: run("schedule.final_ratio=1.5"), "schedule.final_ratio", "=1.5", "at most 1"
+        lambda: run("lr_schedule.min_lr_ratio=1.5"), "lr_schedule.min_lr_ratio", "=1.5", "at most 1"
     ),
     "a number that is none": Refusal(
         lambda: make({"_target_": "torch.optim.AdamW", "lr": math.inf}, torch.optim.Optimizer, "optimizer", params=[]),
@@ -1054,7 +1054,7 @@ def test_every_option_with_a_range_is_held_to_it(comparison: Any) -> None:
 
 def test_what_is_no_number_is_in_no_range(comparison: Any) -> None:
     for name, bound in {
-        "schedule.final_ratio": "a finite number",
+        "lr_schedule.min_lr_ratio": "a finite number",
         "clip_norm": "more than",
         "straggler.factor": "a finite number",
     }.items():

@@ -145,7 +145,7 @@ def show_difference(arguments: list[str]) -> None:
 
 def _checked(cases: list[Case], configs: dict[str, DictConfig], condition: Condition | None) -> int:
     """How many steps of each run come before those that are timed."""
-    first = max(RECORDED, *(config.measure.warmup_steps for config in configs.values()))
+    first = max(RECORDED, *(config.measure.skip_steps for config in configs.values()))
     for label, config in configs.items():
         if config.steps <= first:
             raise ValueError(f"{label}: steps={config.steps}: the first {first} are not timed, use more")

@@ -14,9 +14,10 @@ ALIASES = {
     "adam_epsilon adam_eps epsilon": "optimizer.eps",
     "momentum": "optimizer=sgd optimizer.momentum",
     "adam optim": "optimizer=adamw",
-    "scheduler lr_scheduler lr_scheduler_type lr_decay": "schedule.warmup_steps and schedule.final_ratio of a cosine",
-    "warmup warmup_iters num_warmup_steps warmup_ratio": "schedule.warmup_steps",
-    "min_lr lr_min": "schedule.final_ratio, over the highest learning rate",
+    "scheduler lr_scheduler lr_scheduler_type lr_decay":
+        "lr_schedule.warmup_steps and lr_schedule.min_lr_ratio of a cosine",
+    "warmup warmup_iters num_warmup_steps warmup_ratio": "lr_schedule.warmup_steps",
+    "min_lr lr_min": "lr_schedule.min_lr_ratio, over the highest learning rate",
     "grad_clip max_grad_norm gradient_clip_val gradient_clipping clip": "clip_norm",
     "batch_size bs train_batch_size": "global_batch_size (over all ranks) or micro_batch_size (a rank's)",
     "per_device_train_batch_size per_gpu_batch_size train_micro_batch_size_per_gpu mbs": "micro_batch_size (a rank's)",
@@ -69,6 +70,13 @@ ALIASES = {
     "accelerate": "strategy=accelerate_ddp, strategy=accelerate_fsdp or strategy=accelerate_deepspeed",
     "hybrid hybrid_shard": "strategy=hsdp",
 }  # fmt: skip
+# What settings of ours were called before, in full, and what they are called now; a group's choice is group=name.
+RENAMED = {
+    "schedule": "lr_schedule",
+    "schedule.warmup_steps": "lr_schedule.warmup_steps",
+    "schedule.final_ratio": "lr_schedule.min_lr_ratio",
+    "measure.warmup_steps": "measure.skip_steps",
+}
 # Where modules have gone that people name, in configurations and in code of their own.
 MOVED = {
     "dtrain.layout": "dtrain.model.layout",
@@ -102,7 +110,9 @@ _BY_WORD = {word: ours for words, ours in ALIASES.items() for word in words.spli
 
 
 def ours(word: str) -> str:
-    """What to type for another tool's word; empty: it is none that we know."""
+    """What to type for another tool's word, or an earlier one of ours; empty: it is none that we know."""
+    if word in RENAMED:
+        return RENAMED[word]
     name = word.rpartition(".")[2].lower().replace("-", "_")
     return _BY_WORD.get(name, "").replace("{word}", name)
 

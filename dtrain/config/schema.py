@@ -71,14 +71,14 @@ class Checkpoint:
 
 
 @dataclass
-class Schedule:
+class LRSchedule:
     warmup_steps: int = at_least(0)
-    final_ratio: float = between(0, 1)
+    min_lr_ratio: float = between(0, 1)
 
 
 @dataclass
 class Measure:
-    warmup_steps: int = at_least(0)
+    skip_steps: int = at_least(0)
     peak_flops: float | None = at_least(1)
 
 
@@ -125,7 +125,7 @@ class Config:
 
     eval: Eval = field(default_factory=Eval)
     checkpoint: Checkpoint = field(default_factory=Checkpoint)
-    schedule: Schedule = field(default_factory=Schedule)
+    lr_schedule: LRSchedule = field(default_factory=LRSchedule)
     measure: Measure = field(default_factory=Measure)
     fault: Fault = field(default_factory=Fault)
     straggler: Straggler = field(default_factory=Straggler)

@@ -10,16 +10,16 @@ class Throughput:
     """Collects steps and says what is typical of them.
 
     Args:
-        warmup_steps: first steps that do not count: they pay for allocation and first use.
+        skip_steps: first steps that do not count: they pay for allocation and first use.
         world_size: ranks, for the figures per rank.
         flops_per_token: of forward and backward, or None if unknown.
         peak_flops: a rank's peak, in floating-point operations a second, or None if unknown.
     """
 
     def __init__(
-        self, *, warmup_steps: int, world_size: int, flops_per_token: float | None, peak_flops: float | None
+        self, *, skip_steps: int, world_size: int, flops_per_token: float | None, peak_flops: float | None
     ) -> None:
-        self.warmup_steps, self.world_size = warmup_steps, world_size
+        self.skip_steps, self.world_size = skip_steps, world_size
         self.flops_per_token, self.peak_flops = flops_per_token, peak_flops
         self._seconds, self._tokens = array("d"), array("d")  # a long run has many
 
@@ -38,7 +38,7 @@ class Throughput:
         """Medians over the steps that count: all but the warm-up, and at least the last."""
         if not self._seconds:
             return {}
-        skipped = min(self.warmup_steps, len(self._seconds) - 1)
+        skipped = min(self.skip_steps, len(self._seconds) - 1)
         seconds, tokens = self._seconds[skipped:], self._tokens[skipped:]
         rate = median(t / s for t, s in zip(tokens, seconds, strict=True))
         return {

@@ -27,15 +27,15 @@ def parameter_groups(model: nn.Module) -> list[dict[str, Any]]:
     return [groups[key] for key in sorted(groups, reverse=True)] or [{"params": []}]
 
 
-def rate(step: int, steps: int, *, warmup_steps: int, final_ratio: float) -> float:
-    """The factor on the learning rate at a step from 0: linear warm-up, then half a cosine to `final_ratio`.
+def rate(step: int, steps: int, *, warmup_steps: int, min_lr_ratio: float) -> float:
+    """The factor on the learning rate at a step from 0: linear warm-up, then half a cosine to `min_lr_ratio`.
 
     Source: Loshchilov & Hutter 2016 (1608.03983).
     """
     if step < warmup_steps:
         return (step + 1) / warmup_steps
     progress = min(1.0, (step - warmup_steps) / max(1, steps - warmup_steps))
-    return final_ratio + (1 - final_ratio) * 0.5 * (1 + math.cos(math.pi * progress))
+    return min_lr_ratio + (1 - min_lr_ratio) * 0.5 * (1 + math.cos(math.pi * progress))
 
 
 @torch.no_grad()

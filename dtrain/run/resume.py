@@ -91,8 +91,8 @@ def _resume(trainer: Trainer, job: Parts, resume: str, folder: Path) -> None:
 
 def _curve(job: Parts) -> dict[str, Any]:
     """What decides the loss curve besides the weights: kept in a checkpoint to compare."""
-    keys = ("seed", "steps", "dtype", "precision", "global_batch_size", "seq_len", "clip_norm", "optimizer", "schedule",
-            "model", "task")  # fmt: skip
+    keys = ("seed", "steps", "dtype", "precision", "global_batch_size", "seq_len", "clip_norm", "optimizer",
+            "lr_schedule", "model", "task")  # fmt: skip
     return {"data": job.data.describe()} | {key: job.written[key] for key in keys}
 
 

@@ -99,7 +99,7 @@ def _train(
     peak_memory.reset_peak(plan.device)
     settings = Settings(
         config.steps, config.seed, config.global_batch_size, config.micro_batch_size,
-        config.schedule.warmup_steps, config.schedule.final_ratio,
+        config.lr_schedule.warmup_steps, config.lr_schedule.min_lr_ratio,
     )  # fmt: skip
     optimizer = partial(optimizer_of, config.optimizer)
     profile, phase = _instruments(job, optimizer, stack, watch)

@@ -29,7 +29,7 @@ def meter_of(job: Parts, world: World) -> tuple[Throughput, str]:
     total = torch.tensor(peak, dtype=torch.float64, device=job.plan.device)
     dist.all_reduce(total)
     return Throughput(
-        warmup_steps=job.config.measure.warmup_steps, world_size=world.size,
+        skip_steps=job.config.measure.skip_steps, world_size=world.size,
         flops_per_token=flops_per_token(job.task), peak_flops=total.item() / world.size,
     ), source  # fmt: skip
 
