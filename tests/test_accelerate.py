@@ -187,7 +187,7 @@ def local(
 
 def test_local_sgd_of_every_step_is_synchronous_sgd(world) -> None:
     expected, weights, _ = world(2).run(local, None, 1)[0]
-    for losses, found, sums in world(2).run(local, AccelerateLocalSGD(local_sgd_steps=1), 2):
+    for losses, found, sums in world(2).run(local, AccelerateLocalSGD(sync_every=1), 2):
         assert losses == pytest.approx(expected, rel=TOLERANCE)
         for name, tensor in weights.items():
             torch.testing.assert_close(found[name], tensor, rtol=TOLERANCE, atol=1e-7)
@@ -195,7 +195,7 @@ def test_local_sgd_of_every_step_is_synchronous_sgd(world) -> None:
 
 
 def test_local_sgd_averages_every_third_step_and_saves_the_average(world) -> None:
-    outcomes = world(2).run(local, AccelerateLocalSGD(local_sgd_steps=3), 2, 5)
+    outcomes = world(2).run(local, AccelerateLocalSGD(sync_every=3), 2, 5)
     for _, found, sums in outcomes:
         assert [a == b for a, b in sums] == [False, False, True, False, False]
         average = sum(t.double().sum().item() for t in found.values())
@@ -206,7 +206,7 @@ COSTS = {
     "accelerate_ddp": Costed(3, (AccelerateDDP,)),
     "accelerate_ddp, two buckets": Costed(2, (AccelerateDDP,), partial(Other, d_model=192)),
     "accelerate_ddp, micro-batches": Costed(2, (partial(AccelerateDDP, bucket_mb=0.005),), Other, several=True),
-    "accelerate_local_sgd": Costed(2, (partial(AccelerateLocalSGD, local_sgd_steps=1),)),
+    "accelerate_local_sgd": Costed(2, (partial(AccelerateLocalSGD, sync_every=1),)),
     **{f"accelerate_zero{stage}": Costed(2, (by_deepspeed(stage),), Other, several=True) for stage in (1, 2, 3)},
 }  # fmt: skip
 

@@ -166,7 +166,7 @@ PIPELINE = partial(PipelineParallel, schedule="1f1b", micro_batches=None, stages
 SHARDED = partial(FSDP, reshard_after_forward=True, reduce_each=False, cpu_offload=False)
 SPLIT = partial(TensorParallel, sequence_parallel=False, loss_parallel=True)
 SLICED = partial(ContextParallel, method="ring", balanced=True)
-LOCAL = partial(LocalSGD, every=8, nesterov=True, fragments=1, delay=0, mixing=0.5)
+LOCAL = partial(LocalSGD, sync_every=8, nesterov=True, num_fragments=1, sync_delay=0, keep_local=0.5)
 BUCKETS = {"reduce_bucket_size": 50_000_000}
 
 
@@ -190,7 +190,7 @@ STRATEGIES: dict[str, list[Strategy]] = {
     "local_sgd": [LOCAL(REST, outer_lr=1.0, outer_momentum=0.0)],  # Stich 2018: a plain mean
     "diloco": [LOCAL(REST, outer_lr=0.7, outer_momentum=0.9)],  # Douillard et al. 2023, section 2
     "parameter_server": [ParameterServer(REST, mode="async", max_staleness=4, servers=1, divide_by_staleness=False,
-                                         compression="none", keep=0.01, rank=2, restarts=3)],
+                                         compression="none", top_k_fraction=0.01, power_sgd_rank=2, restarts=3)],
     "accelerate_ddp": [AccelerateDDP(REST, 25.0, {})], "accelerate_local_sgd": [AccelerateLocalSGD(REST, 8)],
     "accelerate_fsdp": [AccelerateFSDP(REST, reshard_after_forward=True, plugin={}, parallelism={})],
     "accelerate_deepspeed": [AccelerateDeepSpeed(REST, zero(2, **BUCKETS).settings)],

@@ -54,13 +54,13 @@ def trained(strategies: list[Any], size: int, optimizer: Any = sgd, clip_norm: f
 def simulated(ranks: int, options: dict[str, Any], optimizer: Any = sgd, clip_norm: float | None = None) -> Found:
     """All ranks in this process, by loops; the outer step is torch.optim.SGD's on the mean difference."""
     o = {
-        "every": 8,
+        "sync_every": 8,
         "outer_lr": 1.0,
         "outer_momentum": 0.0,
         "nesterov": True,
-        "fragments": 1,
-        "delay": 0,
-        "mixing": 0.5,
+        "num_fragments": 1,
+        "sync_delay": 0,
+        "keep_local": 0.5,
     } | options
     trainer = made([], 1, optimizer)
     (update,), (start,) = trainer.task.updates, trainer.models.values()
@@ -83,12 +83,12 @@ def simulated(ranks: int, options: dict[str, Any], optimizer: Any = sgd, clip_no
             squares, parts = squares + norm.item() ** 2, [*parts, loss.item()]
         losses.append(sum(parts) / ranks)
         norms.append((squares / ranks) ** 0.5)
-        for fragment in range(o["fragments"]):
-            if (step + 1 + fragment * o["every"] // o["fragments"]) % o["every"] == 0:
-                which = range(fragment, len(outer), o["fragments"])
+        for fragment in range(o["num_fragments"]):
+            if (step + 1 + fragment * o["sync_every"] // o["num_fragments"]) % o["sync_every"] == 0:
+                which = range(fragment, len(outer), o["num_fragments"])
                 coming.append(
                     (
-                        step + o["delay"],
+                        step + o["sync_delay"],
                         {i: sum((outer[i] - each[i]).detach() for each in names) / ranks for i in which},
                     )
                 )
@@ -97,7 +97,7 @@ def simulated(ranks: int, options: dict[str, Any], optimizer: Any = sgd, clip_no
                 outer[index].grad = difference
                 steppers[index].step()
                 for each in names:
-                    keep = o["mixing"] if o["delay"] else 0.0
+                    keep = o["keep_local"] if o["sync_delay"] else 0.0
                     each[index].data = keep * each[index].data + (1 - keep) * outer[index].data
     mean = {f"model.{name}": sum(dict(model.named_parameters())[name] for model in replicas).detach() / ranks
             for name, _ in start.named_parameters()}  # fmt: skip
@@ -115,15 +115,22 @@ def assert_alike(found: Found, expected: Found) -> None:
 @pytest.mark.parametrize("size", [2, 3])
 def test_exchanging_every_step_is_ddp(size: int, world) -> None:
     expected = world(size).run(trained, [DDP], size)[0]
-    for losses, _, weights in world(size).run(trained, [partial(LocalSGD, every=1)], size):
+    for losses, _, weights in world(size).run(trained, [partial(LocalSGD, sync_every=1)], size):
         assert_alike((losses, expected[1], weights), expected)  # norms are of a rank's own gradient
 
 
 OPTIONS = {
-    "mean": {"every": 4},
-    "diloco": {"every": 3, "outer_lr": 0.7, "outer_momentum": 0.9},
-    "plain momentum": {"every": 2, "outer_lr": 0.5, "outer_momentum": 0.6, "nesterov": False},
-    "streaming": {"every": 4, "outer_lr": 0.7, "outer_momentum": 0.9, "fragments": 3, "delay": 2, "mixing": 0.3},
+    "mean": {"sync_every": 4},
+    "diloco": {"sync_every": 3, "outer_lr": 0.7, "outer_momentum": 0.9},
+    "plain momentum": {"sync_every": 2, "outer_lr": 0.5, "outer_momentum": 0.6, "nesterov": False},
+    "streaming": {
+        "sync_every": 4,
+        "outer_lr": 0.7,
+        "outer_momentum": 0.9,
+        "num_fragments": 3,
+        "sync_delay": 2,
+        "keep_local": 0.3,
+    },
 }
 
 
@@ -136,7 +143,7 @@ def test_it_is_what_the_simulation_says(name: str, world) -> None:
 
 
 drawn = st.integers(1, 6).flatmap(lambda every: st.fixed_dictionaries({
-    "every": st.just(every), "fragments": st.integers(1, every), "delay": st.integers(0, every - 1), "mixing": st.sampled_from([0.0, 0.5]),
+    "sync_every": st.just(every), "num_fragments": st.integers(1, every), "sync_delay": st.integers(0, every - 1), "keep_local": st.sampled_from([0.0, 0.5]),
     "outer_lr": st.sampled_from([1.0, 0.7]), "outer_momentum": st.sampled_from([0.0, 0.9]), "nesterov": st.booleans(),
 }))  # fmt: skip
 
@@ -168,17 +175,22 @@ def counted(strategies: list[Any], size: int, steps: int) -> dict[str, int]:
 
 
 @pytest.mark.parametrize(
-    "options", [{"every": 4}, {"every": 4, "outer_lr": 0.7, "outer_momentum": 0.9}, {"every": 4, "fragments": 2}]
+    "options",
+    [
+        {"sync_every": 4},
+        {"sync_every": 4, "outer_lr": 0.7, "outer_momentum": 0.9},
+        {"sync_every": 4, "num_fragments": 2},
+    ],
 )
 def test_bytes_fall_by_exactly_h(options: dict[str, Any], world) -> None:
     every = world(2).run(counted, [DDP], 2, 8)[0]
     here = world(2).run(counted, [partial(LocalSGD, **options)], 2, 8)[0]
     assert every["bytes"] == 4 * here["bytes"] > 0
-    assert (every["exchanges"], here["exchanges"]) == (8, 2 * options.get("fragments", 1))
+    assert (every["exchanges"], here["exchanges"]) == (8, 2 * options.get("num_fragments", 1))
 
 
 def test_between_exchanges_ranks_differ_and_after_them_they_agree(world) -> None:
-    for sums in world(2).run(apart, {"every": 3}, 2):
+    for sums in world(2).run(apart, {"sync_every": 3}, 2):
         assert [a == b for a, b in sums] == [False, False, True] * 3
 
 
@@ -197,7 +209,7 @@ def apart(options: dict[str, Any], size: int) -> list[list[float]]:
 
 def test_a_checkpoint_at_an_exchange_goes_on_with_the_same_weights(world, tmp_path) -> None:
     """The inner moments are the ranks' mean, so with momentum-free inner steps only would the curve be the same."""
-    known = {"diloco": [partial(LocalSGD, every=4, outer_lr=0.7, outer_momentum=0.9)]}
+    known = {"diloco": [partial(LocalSGD, sync_every=4, outer_lr=0.7, outer_momentum=0.9)]}
     case = Case("next_token", "diloco", steps=8)
     complete = world(2).run(kept, known, case, 2, str(tmp_path / "run"), True, False)[0]
     resumed = world(2).run(kept, known, case, 2, str(tmp_path / "run"), False, True)[0]
@@ -211,9 +223,9 @@ def kept(known: dict[str, Any], *arguments: Any) -> Any:
 
 
 @pytest.mark.parametrize(("options", "said"), [
-    ({"every": 0}, "every=0 must be at least 1"), ({"outer_lr": 0.0}, "outer_lr=0.0 must be above 0"),
-    ({"outer_momentum": 1.0}, "must be from 0 to below 1"), ({"fragments": 9}, "fragments=9 must be from 1 to every=8"),
-    ({"delay": 8}, "delay=8 must be from 0 to below every=8"), ({"mixing": 1.0}, "mixing=1.0 must be"),
+    ({"sync_every": 0}, "sync_every=0 must be at least 1"), ({"outer_lr": 0.0}, "outer_lr=0.0 must be above 0"),
+    ({"outer_momentum": 1.0}, "must be from 0 to below 1"), ({"num_fragments": 9}, "num_fragments=9 must be from 1 to sync_every=8"),
+    ({"sync_delay": 8}, "sync_delay=8 must be from 0 to below sync_every=8"), ({"keep_local": 1.0}, "keep_local=1.0 must be"),
 ])  # fmt: skip
 def test_impossible_options_are_refused(options: dict[str, Any], said: str) -> None:
     with pytest.raises(ValueError, match="strategy.dp.") as error:
@@ -231,7 +243,7 @@ def test_what_cannot_be_beside_it_is_refused() -> None:
 
 def judged(options: dict[str, Any], size: int) -> tuple[dict[str, float], ...]:
     """Metrics between exchanges; those of the ranks' mean, and of this rank's weights, alone."""
-    found = made([partial(LocalSGD, every=5, **options)], size, adamw)
+    found = made([partial(LocalSGD, sync_every=5, **options)], size, adamw)
     steps = found.steps()
     next(steps), next(steps), next(steps)
     own = [p.detach().clone() for p in found.models["model"].parameters()]

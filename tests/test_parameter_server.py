@@ -299,7 +299,7 @@ def test_a_killed_server_goes_on_from_its_checkpoint(tmp_path: Path, cache: Path
 
 @pytest.mark.parametrize(("options", "said"), [
     ({"mode": "later"}, "mode=later must be one of async, bounded, sync"), ({"compression": "zip"}, "compression=zip must be one of"),
-    ({"servers": 0}, "servers=0 must be at least 1"), ({"keep": 0.0}, "keep=0.0 must be above 0"),
+    ({"servers": 0}, "servers=0 must be at least 1"), ({"top_k_fraction": 0.0}, "top_k_fraction=0.0 must be above 0"),
 ])  # fmt: skip
 def test_impossible_options_are_refused(options: dict[str, Any], said: str) -> None:
     with pytest.raises(ValueError, match="strategy.dp.") as error:

@@ -24,7 +24,7 @@ pytest.importorskip("accelerate", reason="the extra dtrain[accelerate] is not in
 ENGINES: dict[str, list[Any]] = {
     **KNOWN,
     **ACCELERATED,
-    "accelerate_local_sgd": [partial(AccelerateLocalSGD, local_sgd_steps=2)],
+    "accelerate_local_sgd": [partial(AccelerateLocalSGD, sync_every=2)],
 }
 TOLERANCE = 1e-5  # relative, in fp32
 

@@ -579,8 +579,8 @@ REFUSALS = {
         "strategy local_sgd", "pipeline", "use fsdp or tensor",
     ),
     "local_sgd, more fragments than weights": Refusal(
-        lambda: on_model(LocalSGD(fragments=7), partial(MLP, 2, 2, 2), 2),
-        "strategy.dp.fragments", "=7", "more than the model's 4 weights",
+        lambda: on_model(LocalSGD(num_fragments=7), partial(MLP, 2, 2, 2), 2),
+        "strategy.dp.num_fragments", "=7", "more than the model's 4 weights",
     ),
     "local_sgd, a model that follows": Refusal(
         lambda: on_task(LocalSGD(), Following(), 2), "task Following", "follows another", "use ddp"
@@ -590,9 +590,9 @@ REFUSALS = {
             partial(LocalSGD, 2, **{name: value}), f"strategy.dp.{name}", f"={value}", remedy
         )
         for name, value, remedy in (
-            ("every", -2, "at least 1"), ("outer_lr", -0.5, "above 0"),
-            ("outer_momentum", 1.5, "from 0 to below 1"), ("fragments", 17, "from 1 to every=8"),
-            ("delay", 13, "from 0 to below every=8"), ("mixing", 1.25, "from 0 to below 1"),
+            ("sync_every", -2, "at least 1"), ("outer_lr", -0.5, "above 0"),
+            ("outer_momentum", 1.5, "from 0 to below 1"), ("num_fragments", 17, "from 1 to sync_every=8"),
+            ("sync_delay", 13, "from 0 to below sync_every=8"), ("keep_local", 1.25, "from 0 to below 1"),
         )
     },
     # the parameter server
@@ -637,7 +637,7 @@ REFUSALS = {
             ("mode", "later", "one of async, bounded, sync"), ("max_staleness", -7, "at least 0"),
             ("compression", "zip", "one of none, fp16"), ("servers", -7, "at least 1"),
             ("restarts", -7, "at least 0"),
-            ("keep", 1.75, "above 0, at most 1"), ("rank", -7, "at least 1"),
+            ("top_k_fraction", 1.75, "above 0, at most 1"), ("power_sgd_rank", -7, "at least 1"),
         )
     },
     # Accelerate
@@ -645,8 +645,8 @@ REFUSALS = {
         lambda: Plan.of([AccelerateDDP()], 1), "Accelerate", "on one rank", "use strategy=single"
     ),
     "accelerate_local_sgd, no steps": Refusal(
-        lambda: AccelerateLocalSGD(2, local_sgd_steps=0),
-        "strategy.dp.local_sgd_steps", "=0 must", "at least 1",
+        lambda: AccelerateLocalSGD(2, sync_every=0),
+        "strategy.dp.sync_every", "=0 must", "at least 1",
     ),
     "accelerate_local_sgd, a model that follows": Refusal(
         lambda: on_task(AccelerateLocalSGD(), Following(), 2),

@@ -76,6 +76,13 @@ RENAMED = {
     "schedule.warmup_steps": "lr_schedule.warmup_steps",
     "schedule.final_ratio": "lr_schedule.min_lr_ratio",
     "measure.warmup_steps": "measure.skip_steps",
+    "strategy.dp.every": "strategy.dp.sync_every",
+    "strategy.dp.local_sgd_steps": "strategy.dp.sync_every",
+    "strategy.dp.mixing": "strategy.dp.keep_local",
+    "strategy.dp.delay": "strategy.dp.sync_delay",
+    "strategy.dp.fragments": "strategy.dp.num_fragments",
+    "strategy.dp.keep": "strategy.dp.top_k_fraction",
+    "strategy.dp.rank": "strategy.dp.power_sgd_rank",
 }
 # Where modules have gone that people name, in configurations and in code of their own.
 MOVED = {

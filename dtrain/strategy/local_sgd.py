@@ -6,8 +6,9 @@
                      w_r <- w0
 
 With lr 1 and m 0 the new w0 is the mean of the weights: local SGD, and the averaging of federated runs. DiLoCo is inner
-AdamW, lr 0.7, m 0.9. `fragments` exchanges the weights in parts, at different steps; `delay` goes on training while a
-message is under way, and takes what has come, mixed with its own weights, so many steps later (streaming DiLoCo).
+AdamW, lr 0.7, m 0.9. `num_fragments` exchanges the weights in parts, at different steps; `sync_delay` goes on training
+while a message is under way, and takes what has come, mixed with its own weights, so many steps later (streaming
+DiLoCo).
 
 Not a synchronous strategy: its losses are not one process's. A figure told of a step is the mean over the ranks.
 Evaluations and checkpoints are of the ranks' mean; a run that resumes begins there, with the mean of their moments too,
@@ -51,11 +52,11 @@ class LocalSGD(Strategy):
 
     Args:
         degree: ranks along `dp`; -1: the rest of the world.
-        every: inner steps from one exchange of a weight to the next, H.
+        sync_every: inner steps from one exchange of a weight to the next, H.
         outer_lr, outer_momentum, nesterov: of the outer step; 1 and 0 take the mean.
-        fragments: parts of the weights, exchanged at steps of their own, evenly spread over H.
-        delay: steps that go on while a message is under way; below H.
-        mixing: share of a rank's own weights that it keeps when a delayed message has come.
+        num_fragments: parts of the weights, exchanged at steps of their own, evenly spread over H.
+        sync_delay: steps that go on while a message is under way; below H.
+        keep_local: share of a rank's own weights that it keeps when a delayed message has come.
     """
 
     name = "local_sgd"
@@ -63,25 +64,26 @@ class LocalSGD(Strategy):
     synchronous = False
 
     def __init__(
-        self, degree: int = REST, *, every: int = 8, outer_lr: float = 1.0, outer_momentum: float = 0.0,
-        nesterov: bool = True, fragments: int = 1, delay: int = 0, mixing: float = 0.5,
+        self, degree: int = REST, *, sync_every: int = 8, outer_lr: float = 1.0, outer_momentum: float = 0.0,
+        nesterov: bool = True, num_fragments: int = 1, sync_delay: int = 0, keep_local: float = 0.5,
     ) -> None:  # fmt: skip
         super().__init__(degree)
-        self.every, self.fragments, self.delay, self.mixing = every, fragments, delay, mixing
+        self.sync_every, self.num_fragments = sync_every, num_fragments
+        self.sync_delay, self.keep_local = sync_delay, keep_local
         self.outer_lr, self.outer_momentum, self.nesterov = outer_lr, outer_momentum, nesterov
         check_options(
             self.axis,
-            ("every", every, every >= 1, "at least 1"), ("outer_lr", outer_lr, outer_lr > 0, "above 0"),
+            ("sync_every", sync_every, sync_every >= 1, "at least 1"), ("outer_lr", outer_lr, outer_lr > 0, "above 0"),
             ("outer_momentum", outer_momentum, 0 <= outer_momentum < 1, "from 0 to below 1"),
-            ("fragments", fragments, 1 <= fragments <= every, f"from 1 to every={every}"),
-            ("delay", delay, 0 <= delay < every, f"from 0 to below every={every}"),
-            ("mixing", mixing, 0 <= mixing < 1, "from 0 to below 1"),
+            ("num_fragments", num_fragments, 1 <= num_fragments <= sync_every, f"from 1 to sync_every={sync_every}"),
+            ("sync_delay", sync_delay, 0 <= sync_delay < sync_every, f"from 0 to below sync_every={sync_every}"),
+            ("keep_local", keep_local, 0 <= keep_local < 1, "from 0 to below 1"),
         )  # fmt: skip
 
     @property
     def remembers(self) -> bool:
         """Does the outer step need more than the ranks' weights?"""
-        return self.outer_lr != 1 or self.outer_momentum > 0 or self.delay > 0
+        return self.outer_lr != 1 or self.outer_momentum > 0 or self.sync_delay > 0
 
     def check(self, plan: Plan) -> None:
         if plan.on("pp"):
@@ -90,8 +92,10 @@ class LocalSGD(Strategy):
             )
 
     def check_model(self, model: nn.Module, plan: Plan) -> None:
-        if self.fragments > (number := sum(p.requires_grad for p in model.parameters())):
-            raise ValueError(f"strategy.dp.fragments={self.fragments} are more than the model's {number} weights")
+        if self.num_fragments > (number := sum(p.requires_grad for p in model.parameters())):
+            raise ValueError(
+                f"strategy.dp.num_fragments={self.num_fragments} are more than the model's {number} weights"
+            )
 
     def check_task(self, task: Task, plan: Plan) -> None:
         if task.followers:
@@ -113,8 +117,8 @@ class LocalSGD(Strategy):
         return replace(footprint, state_bytes=(each + outer, once + torch.float32.itemsize))
 
     def cost(self, footprint: Footprint, plan: Plan) -> list[Message]:
-        if self.every > 1:
-            raise ValueError(f"local_sgd's messages are of each {self.every}th step, not of every step")
+        if self.sync_every > 1:
+            raise ValueError(f"local_sgd's messages are of each {self.sync_every}th step, not of every step")
         sizes = [[weight for weight in piece.weights if weight.ready is not None] for piece in footprint.pieces]
         elements = [sum(prod(weight.held) for weight in weights) for weights in sizes]
         return [message(self.axis, "all_reduce", elements, footprint.reduce_bytes)]
@@ -150,9 +154,9 @@ class LocalSGDExecutor(GradientAccumulation):
         for parameter in parameters:
             states[parameter][STEPS] += 1
         done = int(states[parameters[0]][STEPS])
-        for index in range(self.strategy.fragments):
-            if (done + index * self.strategy.every // self.strategy.fragments) % self.strategy.every == 0:
-                self._send(model, parameters[index :: self.strategy.fragments], done)
+        for index in range(self.strategy.num_fragments):
+            if (done + index * self.strategy.sync_every // self.strategy.num_fragments) % self.strategy.sync_every == 0:
+                self._send(model, parameters[index :: self.strategy.num_fragments], done)
         while self.underway[model] and self.underway[model][0].due <= done:
             self._receive(model, self.underway[model].pop(0))
 
@@ -166,8 +170,8 @@ class LocalSGDExecutor(GradientAccumulation):
         flat = torch.cat([value.flatten() for value in values])
         if self.strategy.remembers:  # whole weights do not travel in a narrower format: they would stay rounded
             flat = flat.to(self.plan.precision.reduce_dtype)
-        work = dist.all_reduce(flat, group=self.group, async_op=self.strategy.delay > 0)
-        self.underway[model].append(PendingAllReduce(done + self.strategy.delay, parameters, flat, work))
+        work = dist.all_reduce(flat, group=self.group, async_op=self.strategy.sync_delay > 0)
+        self.underway[model].append(PendingAllReduce(done + self.strategy.sync_delay, parameters, flat, work))
 
     def _receive(self, model: str, message: PendingAllReduce) -> None:
         """The outer step of a fragment."""
@@ -184,7 +188,7 @@ class LocalSGDExecutor(GradientAccumulation):
             velocity = local(state[VELOCITY]).mul_(s.outer_momentum).add_(mean)
             move = mean + s.outer_momentum * velocity if s.nesterov else velocity
             start = local(state[START]).sub_(move, alpha=s.outer_lr)
-            weight.copy_(start.lerp(weight, s.mixing) if s.delay else start)
+            weight.copy_(start.lerp(weight, s.keep_local) if s.sync_delay else start)
 
     def _parameters(self, model: str) -> list[nn.Parameter]:
         """In the order of the model, which is the same under every plan."""

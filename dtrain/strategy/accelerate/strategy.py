@@ -1,7 +1,7 @@
 """Hugging Face's Accelerate in the place of our own wrappers: its `Accelerator` prepares models and optimizers.
 
     accelerate_ddp        DistributedDataParallel, as it makes it
-    accelerate_local_sgd  no gradient travels; every `local_sgd_steps` steps the ranks' weights are averaged
+    accelerate_local_sgd  no gradient travels; every `sync_every` steps the ranks' weights are averaged
     accelerate_fsdp       fully_shard, by its FSDP2 plugin; on GPUs alone: on a CPU it would quietly train DDP
     accelerate_deepspeed  DeepSpeed's engine, by its DeepSpeed plugin
 
@@ -112,17 +112,17 @@ class AccelerateLocalSGD(AccelerateDDP):
 
     Args:
         degree, bucket_mb: as above.
-        local_sgd_steps: optimizer steps from one average to the next.
+        sync_every: optimizer steps from one average to the next.
     """
 
     name = "accelerate_local_sgd"
     synchronous = False
 
-    def __init__(self, degree: int = REST, local_sgd_steps: int = 8) -> None:
+    def __init__(self, degree: int = REST, sync_every: int = 8) -> None:
         super().__init__(degree)
-        self.every = local_sgd_steps
-        if local_sgd_steps < 1:
-            raise ValueError(f"strategy.dp.local_sgd_steps={local_sgd_steps} must be at least 1")
+        self.every = sync_every
+        if sync_every < 1:
+            raise ValueError(f"strategy.dp.sync_every={sync_every} must be at least 1")
 
     def by(self, *parts: Any) -> Executor:
         return ByLocalSGD(self.every, *parts)

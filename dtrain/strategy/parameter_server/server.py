@@ -249,7 +249,8 @@ class Server(Trainer):
         update = self.task.updates[index]
         if not all(bool(gradient.isfinite().all()) for gradient in gradients):
             raise NonFinite(f"step {self.next_step + 1}: a gradient of {update.trains!r} is not finite: training stops "
-                            f"before this update; try a lower optimizer.lr or more lr_schedule.warmup_steps")  # fmt: skip
+                            f"before this update; try a lower optimizer.lr or more "
+                            f"lr_schedule.warmup_steps")  # fmt: skip
         optimizer = self.optimizers[update.trains]
         self._set_rate(self.next_step)
         for group in optimizer.param_groups:

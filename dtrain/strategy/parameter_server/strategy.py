@@ -44,7 +44,7 @@ class ParameterServer(Strategy):
         servers: ranks that share the weights.
         divide_by_staleness: divide the learning rate of a gradient by its staleness, where that is above 1.
         compression: none, fp16, bf16, top_k or power_sgd, of gradients on their way to the server.
-        keep: share of the elements that top_k sends; rank: of power_sgd's matrices.
+        top_k_fraction: share of the elements that top_k sends; power_sgd_rank: of power_sgd's matrices.
         restarts: how often a worker that dies is started again.
     """
 
@@ -55,20 +55,22 @@ class ParameterServer(Strategy):
 
     def __init__(
         self, degree: int = REST, *, mode: str = ASYNC, max_staleness: int = 4, servers: int = 1,
-        divide_by_staleness: bool = False, compression: str = "none", keep: float = 0.01, rank: int = 2,
-        restarts: int = 3,
+        divide_by_staleness: bool = False, compression: str = "none", top_k_fraction: float = 0.01,
+        power_sgd_rank: int = 2, restarts: int = 3,
     ) -> None:  # fmt: skip
         super().__init__(degree)
         self.stepped = (APART,) if servers > 1 else ()
         self.mode, self.bound, self.servers, self.restarts = mode, max_staleness, servers, restarts
-        self.divides, self.compression, self.keep, self.rank = divide_by_staleness, compression, keep, rank
+        self.divides, self.compression = divide_by_staleness, compression
+        self.top_k_fraction, self.power_sgd_rank = top_k_fraction, power_sgd_rank
         check_options(
             self.axis,
             ("mode", mode, mode in MODES, f"one of {', '.join(MODES)}"),
             ("compression", compression, compression in METHODS, f"one of {', '.join(METHODS)}"),
             ("max_staleness", max_staleness, max_staleness >= 0, "at least 0"),
             ("servers", servers, servers >= 1, "at least 1"), ("restarts", restarts, restarts >= 0, "at least 0"),
-            ("keep", keep, 0 < keep <= 1, "above 0, at most 1"), ("rank", rank, rank >= 1, "at least 1"),
+            ("top_k_fraction", top_k_fraction, 0 < top_k_fraction <= 1, "above 0, at most 1"),
+            ("power_sgd_rank", power_sgd_rank, power_sgd_rank >= 1, "at least 1"),
         )  # fmt: skip
 
     @property

@@ -149,4 +149,6 @@ def of_model(model: nn.Module, share: list[nn.Parameter]) -> list[nn.Parameter]:
 def compression(strategy: ParameterServer, parameters: list[nn.Parameter]) -> GradientCompression:
     """How the gradients of these parameters travel."""
     shapes, dtype = [p.shape for p in parameters], parameters[0].dtype if parameters else torch.float32
-    return GradientCompression(strategy.compression, shapes, dtype, share=strategy.keep, rank=strategy.rank)
+    return GradientCompression(
+        strategy.compression, shapes, dtype, share=strategy.top_k_fraction, rank=strategy.power_sgd_rank
+    )
