@@ -13,7 +13,7 @@ from statistics import median
 
 from matplotlib.figure import Figure
 
-SLOW = ("straggler.rank=1", "straggler.factor=10")
+SLOW = ("inject.straggler.rank=1", "inject.straggler.factor=10")
 SERVER = ("strategy=parameter_server", "launch.nproc=3")
 TRIED = {
     "ddp": ("strategy=ddp", "launch.nproc=2"),

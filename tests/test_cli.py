@@ -98,7 +98,7 @@ MISTAKES = [
     (["model=smal"], "unknown model 'smal': did you mean 'small'?"),
     (["experiment=stdlib_small"], "group 'experiment' has no default to override: append to it with +experiment=…, of "),
     (["profile=true", "steps=2"], "profile=true looks at a run's first 4 steps, steps=2 are too few"),
-    (["fault.rank=3"], "fault.rank=3 is none of the 1 ranks of this run"),
+    (["inject.missed_collective.rank=3"], "inject.missed_collective.rank=3 is none of the 1 ranks of this run"),
     (["stepz=3"], "unknown key 'stepz': did you mean 'steps'?"),
     (["optimiser=adamw"], "unknown key 'optimiser': did you mean 'optimizer'?"),
     (["eval.evry=3"], "unknown key 'eval.evry': did you mean 'eval.every'?"),

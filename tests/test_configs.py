@@ -285,7 +285,7 @@ REACHES: dict[str, Any] = {
     "steps": 3, "seed": 11, "global_batch_size": 6, "micro_batch_size": 2, "seq_len": 12, "clip_norm": 0.125,
     "activation_checkpointing": True, "eval.every": 2, "eval.batches": 5, "checkpoint.every": 1, "checkpoint.keep_last": 9,
     "checkpoint.asynchronous": True, "lr_schedule.warmup_steps": 7, "lr_schedule.min_lr_ratio": 0.375, "measure.skip_steps": 4,
-    "measure.peak_flops": 8e9, "straggler.rank": 0, "straggler.factor": 1.0625, "launch.threads": 1, "launch.timeout_s": 77.0,
+    "measure.peak_flops": 8e9, "inject.straggler.rank": 0, "inject.straggler.factor": 1.0625, "launch.threads": 1, "launch.timeout_s": 77.0,
     "dtype": "bf16", "precision.weights": "bf16", "optimizer.lr": 0.03125, "optimizer.betas": [0.25, 0.5],
     "model.dropout": 0.4375, "data.validation_fraction": 0.1875,
 }  # fmt: skip
@@ -293,7 +293,7 @@ SEEN_BY = {  # what cannot be changed in a run of one process on a CPU, or ends 
     "device": "test_cli: device=cuda is refused without GPUs", "compile": "test_cli, test_exact",
     "profile": "test_instruments", "resume": "test_cli", "init_from": "test_tasks", "checkpoint.fallback": "test_cli",
     "probe": "test_own_model", "overwrite": "test_folder", "checkpoint.last": "test_folder",
-    "fault.rank": "test_instruments", "fault.step": "test_instruments", "launch.nproc": "test_cli",
+    "inject.missed_collective.rank": "test_instruments", "inject.missed_collective.step": "test_instruments", "launch.nproc": "test_cli",
 }  # fmt: skip
 
 
@@ -330,7 +330,7 @@ def reached(folder: Path, overrides: list[str]) -> dict[str, Any]:
         "lr_schedule.warmup_steps": settings.warmup_steps, "lr_schedule.min_lr_ratio": settings.min_lr_ratio,
         "measure.skip_steps": meter.call_args.kwargs["skip_steps"],
         "measure.peak_flops": meter.call_args.kwargs["peak_flops"],
-        "straggler.rank": straggler.rank, "straggler.factor": straggler.factor,
+        "inject.straggler.rank": straggler.rank, "inject.straggler.factor": straggler.factor,
         "launch.threads": connected.call_args.kwargs["threads"],
         "launch.timeout_s": (connected.call_args.kwargs["timeout_s"], watch.call_args.args[1]),
         "dtype": plan.precision.compute, "precision.weights": plan.precision.weights,

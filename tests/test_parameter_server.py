@@ -199,7 +199,7 @@ def test_a_slow_worker_is_ahead_of_nobody_and_holds_up_only_who_must_wait(
     mode: str, gap: int | None, tmp_path: Path, cache: Path
 ) -> None:
     found = run(tmp_path, cache, "strategy=parameter_server", f"strategy.dp.mode={mode}", "strategy.dp.max_staleness=2",
-                "steps=16", "straggler.rank=1", "straggler.factor=10")  # fmt: skip
+                "steps=16", "inject.straggler.rank=1", "inject.straggler.factor=10")  # fmt: skip
     told = found["profile"]["asynchronous"]
     slow, fast = (told["workers"][worker]["gradients"] for worker in ("0", "1"))
     assert slow + fast == 32
@@ -322,7 +322,7 @@ def test_what_it_cannot_train_is_refused_in_one_line(
     assert said in found and "\n" not in found
 
 
-@pytest.mark.parametrize("setting", ["fault.rank=1", "straggler.rank=0"])
+@pytest.mark.parametrize("setting", ["inject.missed_collective.rank=1", "inject.straggler.rank=0"])
 def test_a_rank_that_it_cannot_hold_up_is_refused(setting: str, tmp_path: Path, cache: Path) -> None:
     ended = warm.run(command("strategy=parameter_server", setting), cwd=tmp_path, env=os.environ | {"DTRAIN_CACHE": str(cache)})  # fmt: skip
     assert ended.returncode == 2 and f"{setting} does nothing under strategy parameter_server" in ended.stderr

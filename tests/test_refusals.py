@@ -944,18 +944,18 @@ REFUSALS = {
         lambda: run("profile=true", "steps=3"), "profile=true", "steps=3", "a run's first 4 steps"
     ),
     "a fault on no rank": Refusal(
-        lambda: run("fault.rank=7"), "fault.rank", "=7", "none of the 1 ranks"
+        lambda: run("inject.missed_collective.rank=7"), "inject.missed_collective.rank", "=7", "none of the 1 ranks"
     ),
     "a straggler on no rank": Refusal(
-        lambda: run("straggler.rank=7"), "straggler.rank", "=7", "none of the 1 ranks"
+        lambda: run("inject.straggler.rank=7"), "inject.straggler.rank", "=7", "none of the 1 ranks"
     ),
     "a fault that nobody waits for": Refusal(
-        lambda: run("strategy=parameter_server", "fault.rank=1", ranks=3),
-        "fault.rank", "=1", "straggler.rank=1 or above slows a worker",
+        lambda: run("strategy=parameter_server", "inject.missed_collective.rank=1", ranks=3),
+        "inject.missed_collective.rank", "=1", "inject.straggler.rank=1 or above slows a worker",
     ),
     "a server that is slow": Refusal(
-        lambda: run("strategy=parameter_server", "straggler.rank=0", ranks=3),
-        "straggler.rank", "=0", "straggler.rank=1 or above slows a worker",
+        lambda: run("strategy=parameter_server", "inject.straggler.rank=0", ranks=3),
+        "inject.straggler.rank", "=0", "inject.straggler.rank=1 or above slows a worker",
     ),
 }  # fmt: skip
 
@@ -1056,7 +1056,7 @@ def test_what_is_no_number_is_in_no_range(comparison: Any) -> None:
     for name, bound in {
         "lr_schedule.min_lr_ratio": "a finite number",
         "clip_norm": "more than",
-        "straggler.factor": "a finite number",
+        "inject.straggler.factor": "a finite number",
     }.items():
         config = deepcopy(comparison)
         OmegaConf.update(config, name, float("nan"))

@@ -17,7 +17,7 @@ from cases import ROWS, NextToken
 from own_models import MODELS, OwnModel, Plain
 from torch import Tensor, nn
 
-from dtrain.config.schema import Config, Launch, Straggler
+from dtrain.config.schema import Config, Inject, Launch, Straggler
 from dtrain.launch.world import World
 from dtrain.parallel.plan import Plan
 from dtrain.parallel.precision import Precision
@@ -33,7 +33,7 @@ RATE, STEPS, MOST = 0.3, 5, 0.2  # the last is what norms are clipped to
 SETTINGS = Settings(STEPS, global_batch_size=ROWS)
 TIMEOUT_S = 60
 CONFIG = Config(
-    launch=Launch(timeout_s=TIMEOUT_S), straggler=Straggler(rank=None), seed=0, steps=STEPS,
+    launch=Launch(timeout_s=TIMEOUT_S), inject=Inject(straggler=Straggler(rank=None)), seed=0, steps=STEPS,
     global_batch_size=ROWS, micro_batch_size=None,
 )  # fmt: skip
 Found = tuple[list[float], dict[str, Tensor]]

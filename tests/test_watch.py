@@ -14,7 +14,7 @@ from unittest import mock
 import pytest
 import torch.distributed as dist
 
-from dtrain.config.schema import Fault, Straggler
+from dtrain.config.schema import Inject, MissedCollective, Straggler
 from dtrain.launch import hang_detector
 from dtrain.launch.hang_detector import Hang, HangDetector
 from dtrain.parallel.spans import EXCHANGE, FIGURES, FORWARD_BACKWARD
@@ -151,7 +151,9 @@ def test_a_rank_may_be_slow_and_stay_away() -> None:
         done.append(words)
         yield
 
-    config = SimpleNamespace(fault=Fault(rank=0, step=3), straggler=Straggler(rank=0, factor=2.0), profile=False)
+    config = SimpleNamespace(
+        inject=Inject(MissedCollective(rank=0, step=3), Straggler(rank=0, factor=2.0)), profile=False
+    )
     watch = SimpleNamespace(skipping=lambda step: noted(f"skipped in {step}"))
     with (
         mock.patch("dtrain.run.run.dist.get_rank", lambda: 0),

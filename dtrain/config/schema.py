@@ -83,7 +83,7 @@ class Measure:
 
 
 @dataclass
-class Fault:
+class MissedCollective:
     rank: int | None = at_least(0)
     step: int = at_least(1)
 
@@ -92,6 +92,12 @@ class Fault:
 class Straggler:
     rank: int | None = at_least(0)
     factor: float = at_least(1)
+
+
+@dataclass
+class Inject:
+    missed_collective: MissedCollective = field(default_factory=MissedCollective)
+    straggler: Straggler = field(default_factory=Straggler)
 
 
 @dataclass
@@ -127,8 +133,7 @@ class Config:
     checkpoint: Checkpoint = field(default_factory=Checkpoint)
     lr_schedule: LRSchedule = field(default_factory=LRSchedule)
     measure: Measure = field(default_factory=Measure)
-    fault: Fault = field(default_factory=Fault)
-    straggler: Straggler = field(default_factory=Straggler)
+    inject: Inject = field(default_factory=Inject)
 
 
 @dataclass

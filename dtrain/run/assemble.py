@@ -72,13 +72,16 @@ def assemble(config: Config, world: World) -> Parts:
     refuse_contradictions(plan, micro_batches)
     if config.profile and config.steps < RECORDED:
         raise ValueError(f"profile=true looks at a run's first {RECORDED} steps, steps={config.steps} are too few")
-    for name, rank in (("fault", config.fault.rank), ("straggler", config.straggler.rank)):
+    inject = config.inject
+    for name, rank in (("missed_collective", inject.missed_collective.rank), ("straggler", inject.straggler.rank)):
         if rank is not None and rank >= world.size:
-            raise ValueError(f"{name}.rank={rank} is none of the {world.size} ranks of this run")
+            raise ValueError(f"inject.{name}.rank={rank} is none of the {world.size} ranks of this run")
         for server in (s for s in strategies if isinstance(s, ParameterServer)):
-            if rank is not None and (name == "fault" or rank < server.servers):
-                raise ValueError(f"{name}.rank={rank} does nothing under strategy parameter_server: its ranks meet in "
-                                 f"no collective; straggler.rank={server.servers} or above slows a worker")  # fmt: skip
+            if rank is not None and (name == "missed_collective" or rank < server.servers):
+                raise ValueError(
+                    f"inject.{name}.rank={rank} does nothing under strategy parameter_server: its ranks meet in no "
+                    f"collective; inject.straggler.rank={server.servers} or above slows a worker"
+                )
     logger = All([make(node, Logger, f"logger.{name}") for name, node in config.logger.items()])
     data, task = task_of(config, shown=world.rank == 0)
     plan.check_task(task)

@@ -167,7 +167,8 @@ def _instruments(
     job: Parts, optimizer: Callable[[nn.Module], Optimizer], stack: ExitStack, watch: HangDetector
 ) -> tuple[Profile | None, Phase]:
     """The profile that is asked for, and what the trainer tells its phases."""
-    fault, straggler, rank, profile = job.config.fault, job.config.straggler, dist.get_rank(), None
+    inject, rank, profile = job.config.inject, dist.get_rank(), None
+    fault, straggler = inject.missed_collective, inject.straggler
     observed: Phase = nullcontext
     if job.config.profile and not job.asynchronous:
         profile = stack.enter_context(Profile(job.plan, _predicted(job, optimizer)))

@@ -124,7 +124,7 @@ class Worker:
         seed_everything(hash((self.config.seed, step, part, 0)) % 2**63)
         model = self.models[update.trains]
         rows = {name: tensor.to(self.plan.device) for name, tensor in list(divide(batch, workers))[part].items()}
-        with slowed(self.config.straggler, self.number + self.strategy.servers):
+        with slowed(self.config.inject.straggler, self.number + self.strategy.servers):
             loss = self.executor.train(update, rows, scale)
         norm = clip(model, self.plan) if self.strategy.mode != SYNC else torch.zeros(())  # the server clips the whole
         used = {id(p) for p in model.parameters() if p.grad is not None}
