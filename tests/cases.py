@@ -178,7 +178,7 @@ STRATEGIES: dict[str, list[partial[Strategy]]] = {
     **{s: [partial(PipelineParallel, schedule=s)] for s in SCHEDULES if s not in AXES},
     "split": [partial(PipelineParallel, schedule="gpipe", split=[1, 3], micro_batches=1)],
     "fsdp_tensor": [partial(FSDP), partial(TensorParallel, 2)],
-    "ddp_tensor": [partial(Replicate), partial(TensorParallel, 2)],
+    "replicate_tensor": [partial(Replicate), partial(TensorParallel, 2)],
     "fsdp_context": [partial(FSDP), partial(ContextParallel, 2)],
     "pipeline_fsdp": [partial(PipelineParallel, 2), partial(FSDP)],
     "pipeline_tensor": [partial(PipelineParallel, 2), partial(TensorParallel)],

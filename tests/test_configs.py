@@ -67,9 +67,9 @@ NEEDED = {
     "hf_llama": ["model.name_or_path=x"],
 }
 # The published sizes, in parameters.
-PUBLISHED = {"gpt2": 124_439_808, "medium": 354_823_168, "large": 774_030_080, "xl": 1_557_611_200,
+PUBLISHED = {"gpt2": 124_439_808, "gpt2_medium": 354_823_168, "gpt2_large": 774_030_080, "gpt2_xl": 1_557_611_200,
              "llama_8b": 8_030_261_248, "llama_70b": 70_553_706_496, "mixtral_8x7b": 46_702_792_704}  # fmt: skip
-ABOUT = {"tiny": 0.12e6, "mini": 3.2e6, "small": 10.8e6, "gpt3_175b": 175e9, "moe": 9.55e6, "convnet": 4.06e4}
+ABOUT = {"tiny": 0.12e6, "toy_3m": 3.2e6, "toy_11m": 10.8e6, "gpt3_175b": 175e9, "moe": 9.55e6, "convnet": 4.06e4}
 
 
 def options(group: str) -> list[str]:
@@ -182,7 +182,7 @@ STRATEGIES: dict[str, list[Strategy]] = {
     "hsdp": [Replicate(REST), SHARDED(REST)],
     "tensor": [SPLIT(REST)], "tensor_sequence": [SPLIT(REST, sequence_parallel=True)],
     "pipeline": [PIPELINE(REST)], "context": [SLICED(REST)], "expert": [ExpertParallel(REST)],
-    "ddp_tensor": [Replicate(REST), SPLIT(2)], "fsdp_tensor": [SHARDED(REST), SPLIT(2)],
+    "replicate_tensor": [Replicate(REST), SPLIT(2)], "fsdp_tensor": [SHARDED(REST), SPLIT(2)],
     "fsdp_context": [SHARDED(REST), SLICED(2)], "hsdp_tensor": [Replicate(REST), SHARDED(REST), SPLIT(2)],
     "pipeline_fsdp": [PIPELINE(2), SHARDED(REST)], "pipeline_tensor": [PIPELINE(2), SPLIT(REST)],
     "3d": [PIPELINE(2), SHARDED(REST), SPLIT(2)], "4d": [PIPELINE(2), SHARDED(REST), SLICED(2), SPLIT(2)],
@@ -258,8 +258,8 @@ def sized(model: dict[str, Any], layers: int, heads: int, width: int, **more: An
 
 MODELS = {
     # Radford et al. 2019, table 2; epsilon, activation and heads of its code (openai/gpt-2).
-    "gpt2": sized(GPT2, 12, 12, 768), "medium": sized(GPT2, 24, 16, 1024), "large": sized(GPT2, 36, 20, 1280),
-    "xl": sized(GPT2, 48, 25, 1600),
+    "gpt2": sized(GPT2, 12, 12, 768), "gpt2_medium": sized(GPT2, 24, 16, 1024), "gpt2_large": sized(GPT2, 36, 20, 1280),
+    "gpt2_xl": sized(GPT2, 48, 25, 1600),
     "gpt3_175b": sized(GPT2, 96, 96, 12288, context=2048),  # Brown et al. 2020, table 2.1
     # Dubey et al. 2024, table 3; epsilon of its code (meta-llama/llama3).
     "llama_8b": sized(LLAMA, 32, 32, 4096, d_ff=14336), "llama_70b": sized(LLAMA, 80, 64, 8192, d_ff=28672),

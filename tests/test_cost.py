@@ -60,7 +60,7 @@ PLANS: dict[str, tuple[int, tuple[Callable[..., Strategy], ...]]] = {
     "ulysses": (2, (ULYSSES,)),
     "fsdp_tensor": (4, (FSDP, partial(TensorParallel, 2))),
     "fsdp_sequence": (4, (FSDP, partial(SEQUENCE, 2))),
-    "ddp_tensor": (4, (Replicate, partial(TensorParallel, 2))),
+    "replicate_tensor": (4, (Replicate, partial(TensorParallel, 2))),
     "zero1_tensor": (4, (Zero1, partial(TensorParallel, 2))),
     "fsdp_context": (4, (FSDP, partial(ContextParallel, 2))),
     "ulysses_sequence": (4, (partial(ULYSSES, 2), partial(SEQUENCE, 2))),

@@ -27,7 +27,7 @@ from dtrain.strategy.zero1 import Zero1
 from dtrain.task.batch import Batch
 
 PAGE = Path(__file__).parent.parent / "docs" / "how-to-choose.md"
-B, T, C, L, V = 16, 128, 256, 4, Bytes().vocab_size  # what `python scripts/compare.py` trains: model=mini
+B, T, C, L, V = 16, 128, 256, 4, Bytes().vocab_size  # what `python scripts/compare.py` trains: model=toy_3m
 FP32 = 4
 A = B * T * C * FP32
 PADDING = 1e-3  # of what is divided: rows that ranks do not divide

@@ -125,7 +125,7 @@ def _drift(case: Case, size: int) -> list[float]:
 @pytest.mark.parametrize(
     ("strategy", "size"),
     [("ddp", 2), ("fsdp", 2), ("tensor_sequence", 2), ("zbv", 2), ("ring", 2), *(pytest.param(*each, marks=pytest.mark.deep)
-     for each in [("zero1", 2), ("ulysses", 2), ("fsdp_tensor", 4), ("ddp_tensor", 4), ("fsdp_context", 4),
+     for each in [("zero1", 2), ("ulysses", 2), ("fsdp_tensor", 4), ("replicate_tensor", 4), ("fsdp_context", 4),
                   ("pipeline_fsdp", 4), ("pipeline_tensor", 4), ("3d", 8)])],
 )  # fmt: skip
 def test_bf16_drifts_no_more_than_its_rounding(strategy: str, size: int, world, alone) -> None:

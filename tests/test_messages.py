@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import shlex
 import sys
@@ -21,7 +22,7 @@ from torch import nn
 from dtrain import cli
 from dtrain.compare.entries import Entry
 from dtrain.config import constructor
-from dtrain.config.aliases import ALIASES, ours
+from dtrain.config.aliases import ALIASES, RENAMED, ours
 from dtrain.config.errors import check_words
 from dtrain.config.override import read, setting, typed, value_of
 from dtrain.config.schema import CONFIGS, make, options, register
@@ -97,7 +98,7 @@ def test_a_word_that_hydra_cannot_take_is_told_what_to_type(words: list[str], to
 def test_what_hydra_takes_passes() -> None:
     for words in (
         ["strategy=[replicate,fsdp]", "+experiment=hang", "~optimizer.lr", "++steps=3", "model@a=tiny"],
-        ["--multirun", "strategy=ddp,fsdp", "seed=range(3)", "model=tiny,mini"],
+        ["--multirun", "strategy=ddp,fsdp", "seed=range(3)", "model=tiny,toy_3m"],
         ["--cfg", "job", "model.d_model=32"], ["seed=1,2", "-m"], ["data/tokenizer=bytes", "resume=null"],
     ):  # fmt: skip
         check_words(words)
@@ -164,6 +165,25 @@ def test_a_key_or_choice_that_there_is_not_is_told_ours_or_none(word: str, told:
     assert told in said(word)
 
 
+@pytest.mark.parametrize("old", RENAMED)
+def test_what_had_another_name_is_told_by_its_new_one(old: str, said: Any, known: set[str], tmp_path: Path) -> None:
+    """On the command line, and in a file of an earlier version."""
+    new = RENAMED[old]
+    assert new.split("=")[1] in options(new.split("=")[0]) if "=" in new else new in known
+    beside = [f"strategy={name}" for name in ("parameter_server", "local_sgd") if new.startswith("strategy.dp")][
+        not new.endswith(("fraction", "rank")) :
+    ]
+    assert f"{old.split('=')[-1]!r}: here it is {new}\n" in said(old if "=" in old else f"{old}=1", *beside)
+    if "=" not in old and "strategy" not in old:
+        (tmp_path / "experiment").mkdir()
+        node: Any = 1
+        for part in reversed(old.split(".")):
+            node = {part: node}
+        (tmp_path / "experiment" / "theirs.yaml").write_text(f"# @package _global_\n{json.dumps(node)}")
+        said_of_file = said("+experiment=theirs", f"--config-dir={tmp_path}")
+        assert f": here it is {RENAMED.get(old.split('.')[0], new)}\n" in said_of_file
+
+
 def test_a_folder_that_cannot_be_is_told_with_its_key(said: Any, tmp_path: Path) -> None:
     file = tmp_path / "file"
     file.touch()
@@ -186,7 +206,7 @@ def known() -> set[str]:
 
     GlobalHydra.instance().clear()
     with initialize_config_dir(str(CONFIGS), version_base="1.3"):
-        for name in ("3d", "expert", "context", "deepspeed_zero2"):
+        for name in ("3d", "expert", "context", "deepspeed_zero2", "local_sgd", "parameter_server"):
             walk(compose("train", [f"strategy={name}"]), "")
         walk(compose("train", ["optimizer=sgd", "logger=[default,tracker]", "data=files"]), "")
     return found

@@ -123,7 +123,7 @@ def explain(error: BaseException, config_name: str) -> str:
 def _choice(match: re.Match[str], *_: object) -> str:
     group, name = match.groups()
     known = options(group)
-    listing, alias = ", ".join(known), ours(name)
+    listing, alias = ", ".join(known), ours(f"{group}={name}") or ours(name)
     if alias and name.lower() not in known:
         return f"unknown {group} {name!r}: here it is {alias}"
     near = _near(name, known)
@@ -131,7 +131,10 @@ def _choice(match: re.Match[str], *_: object) -> str:
 
 
 def _key(match: re.Match[str], _: object, config_name: str) -> str:
-    key = match[1]
+    return _unknown(match[1], config_name)
+
+
+def _unknown(key: str, config_name: str) -> str:
     if key in _groups():
         return f"group {key!r} has no default to override: append to it with +{key}=…, of {', '.join(options(key))}"
     known = _keys(config_name)
@@ -161,6 +164,16 @@ def _near(name: str, known: Iterable[str]) -> str:
 
 def _merging(match: re.Match[str], error: BaseException, _: str) -> str:
     return f"{masked_override(match[1])}: {str(error.__cause__).splitlines()[0] if error.__cause__ else ''}"
+
+
+def _composing(match: re.Match[str], _: BaseException, config_name: str) -> str:
+    """What a configuration's file sets that cannot be; the cause is lost, its text is not."""
+    file, kind, why = match[1], match[2], match[3].strip()
+    if not (key := re.search(r"full_key: (\S+)", match.string)):
+        return f"{file}: {why}"
+    if kind == "ConfigKeyError":
+        return f"{file}: {_unknown(key[1], config_name)}"
+    return f"{file}: {key[1]}: {why}"
 
 
 def _interpolation(match: re.Match[str], error: BaseException, _: str) -> str:
@@ -202,6 +215,7 @@ PATTERNS: Mapping[str, Told] = {
     r"^Error merging override (.*)": _merging,
     r"^Error in call to target '[^']*':\n\w+\([\"'](.*)[\"']\)\n(?:full_key: (\S+))?":
         lambda match, *_: f"{match[2]}: {match[1]}" if match[2] else match[1],
+    r"^In '([^']+)': (\w+) raised while composing config:\n(.*)": _composing,
     r"^Interpolation key '([^']+)' not found": _interpolation,
     r"^([\w.]+)=(\S+) is unknown: use ": _range,
 }  # fmt: skip
