@@ -8,6 +8,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from dtrain.config.aliases import RENAMED
 from dtrain.files import records
 from dtrain.launch.collectives import agree
 from dtrain.launch.world import World
@@ -75,6 +76,8 @@ def _resume(trainer: Trainer, job: Parts, resume: str, folder: Path) -> None:
     fallback = config.checkpoint.fallback
     found = checkpoint_files.first_whole(newest_first, checkpoint.verified, fallback=fallback, note=note)
     theirs = checkpoint_files.about(found)
+    if before := theirs.pop("schedule", None):  # of an earlier version
+        theirs["lr_schedule"] = {RENAMED[f"schedule.{key}"].rpartition(".")[2]: value for key, value in before.items()}
     if theirs["step"] >= config.steps:
         raise ValueError(
             f"resume: {found} has done {theirs['step']} steps already, steps={config.steps}: ask for more steps"

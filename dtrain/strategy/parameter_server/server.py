@@ -215,7 +215,7 @@ class Server(Trainer):
                 stale = self.version - version
                 self.staleness[stale] += 1
                 self.told.append((index, loss, norm))
-                self._apply(index, gradients, used, 1.0 / max(1, stale) if self.strategy.divides else 1.0)
+                self._apply(index, gradients, used, 1.0 / max(1, stale) if self.strategy.divides_by_staleness else 1.0)
                 self.applied += 1
             if self.rank == 0:
                 self.board.hand_in(worker)

@@ -61,7 +61,7 @@ class ParameterServer(Strategy):
         super().__init__(degree)
         self.stepped = (APART,) if servers > 1 else ()
         self.mode, self.bound, self.servers, self.restarts = mode, max_staleness, servers, restarts
-        self.divides, self.compression = divide_by_staleness, compression
+        self.divides_by_staleness, self.compression = divide_by_staleness, compression
         self.top_k_fraction, self.power_sgd_rank = top_k_fraction, power_sgd_rank
         check_options(
             self.axis,
