@@ -121,13 +121,13 @@ class Trainer:
         mine = self.plan.shard(batch)
         # Dropout draws from (seed, step, part, stage) alone: a resumed run draws the same, and so do ranks that
         # compute the same (along tp, where other masks would let the ranks' activations drift apart).
-        seed_everything(hash((self.settings.seed, step, *self.plan.place)) % 2**63)
+        seed_everything(hash((self.settings.seed, step, *self.plan.coordinates)) % 2**63)
         self._set_rate(step)
         losses: dict[str, float] = {}
         norms: dict[str, float] = {}
         for update in self.task.updates:
             # In fp64: one over the count is no power of two, and every rank's gradient is multiplied by it.
-            scale = (self.plan.parts / update.count(batch).clamp(min=1).double()).to(self.plan.device)
+            scale = (self.plan.batch_parts / update.count(batch).clamp(min=1).double()).to(self.plan.device)
             model = self.models[update.trains]
             for module in self._aware[update.trains]:
                 module.before_step(scale)
@@ -142,15 +142,15 @@ class Trainer:
             with self.phase(FIGURES):
                 if presence:
                     presence.settle()
-                loss = self.plan.total(part.clone()).item() / self.plan.parts
+                loss = self.plan.total(part.clone()).item() / self.plan.batch_parts
                 known = self._executor.norm(update.trains)
                 norm = (clip(model, self.plan) if known is None else known).item()
-            if not (math.isfinite(loss) and (math.isfinite(norm) or self._executor.leaves_out)):
+            if not (math.isfinite(loss) and (math.isfinite(norm) or self._executor.skips_nonfinite_steps)):
                 raise NonFinite(self._blame(step, update, part, loss, norm))
             with self.phase(OPTIMIZER):
                 self._executor.step(update.trains, self.optimizers[update.trains])
             for module in self._aware[update.trains]:
-                module.after_step(self.plan.total_of_parts)
+                module.after_step(self.plan.sum_over_batch_parts)
             for each in self.models.values():
                 each.zero_grad()
             if update.then:
@@ -214,7 +214,7 @@ class Trainer:
         return found
 
     def _tensors(self, name: str, model: nn.Module, optimizer: Optimizer | None) -> list[dict[str, Tensor]]:
-        if (engine := self._executor.tensors(name)) is not None:
+        if (engine := self._executor.state_tensors(name)) is not None:
             return [engine]
         return [named_tensors(self.plan.unwrap(piece), optimizer) for piece in pieces(model)]
 
@@ -229,7 +229,7 @@ class Trainer:
                 "gradients": [p.grad for p in model.parameters() if p.grad is not None],
                 "optimizer": [value for value in states if isinstance(value, Tensor)],
             }
-            found += (self._executor.held(name) or own)[kind]
+            found += (self._executor.tensors_by_kind(name) or own)[kind]
         return found
 
     def begin(self, fill: Callable[[list[dict[str, Tensor]]], None]) -> None:
@@ -255,7 +255,7 @@ class Trainer:
         for name, model in self.models.items():
             own = {key.replace(f"{name}.", "", 1): value for state in states for key, value in state.items()
                    if key.removeprefix(OPTIMIZER_STATE).startswith(f"{name}.")}  # fmt: skip
-            self._executor.restore(name, own)
+            self._executor.load_state_tensors(name, own)
             for piece in pieces(model) if name in self.optimizers else ():
                 put_back(self.plan.unwrap(piece), self.optimizers[name], own)
 

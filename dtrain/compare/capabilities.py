@@ -27,7 +27,7 @@ def sheets() -> list[Sheet]:
     return [
         Sheet(f"Strategies, for the tasks {', '.join(trials[0].refusals)}",
               ("strategy", "axis", "divides of a batch", "tasks", "in a sentence"),
-              [(t.name, " ".join(t.axes), "".join(s.splits or "nothing" for s in t.strategies), t.tasks, about(t.name))
+              [(t.name, " ".join(t.axes), "".join(s.divides or "nothing" for s in t.strategies), t.tasks, about(t.name))
                for t in alone]),
         Sheet(f"Two together ({legend})", ("", *names),
               [(one, *(pairs.get(frozenset((one, other)), ITSELF) for other in names)) for one in names]),

@@ -142,7 +142,7 @@ class Profile:
 
     def _bubble(self, ranks: list[list[Span]]) -> dict[str, float] | None:
         """The idle share of a pipeline's ranks, from its first work to its last, and what the schedule leaves idle."""
-        if (pipeline := self.plan.on("pp")) is None:
+        if (pipeline := self.plan.strategy_on("pp")) is None:
             return None
         from dtrain.strategy.pipeline.schedule import (
             bubble,  # torch's pipelining takes a second, which only those wait who use it

@@ -43,7 +43,7 @@ def trace(
     micro_batches, dtype = plan.micro_batches(global_batch_size, micro_batch_size), plan.precision.weights_dtype
     activations = plan.precision.compute_dtype if plan.casts else dtype
     models = {name: _outline(name, on_meta(factory), plan) for name, factory in task.models.items()}
-    batch = _shapes(task.batch(0), plan.row_parts * micro_batches, plan.parts // plan.row_parts)
+    batch = _shapes(task.batch(0), plan.row_parts * micro_batches, plan.batch_parts // plan.row_parts)
     recorder = _Recorder(models)
     try:
         with recorder.ledger, _flash_attention():

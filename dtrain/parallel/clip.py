@@ -27,7 +27,7 @@ def clip(model: nn.Module, plan: Plan) -> Tensor:
         for gradient in gradients:
             local(gradient).mul_(factor)
     for strategy in plan.strategies:
-        norm = strategy.norm(norm, plan)
+        norm = strategy.combine_norm(norm, plan)
     return norm
 
 
@@ -47,7 +47,7 @@ def _norm(gradients: list[Tensor], plan: Plan) -> Tensor:
         for axis in axes:
             dist.all_reduce(part, group=plan.mesh[axis].get_group())
         square += part
-    if plan.on("pp"):
+    if plan.strategy_on("pp"):
         dist.all_reduce(square, group=plan.mesh["pp"].get_group())
     return square.sqrt()
 

@@ -96,7 +96,7 @@ class Plan:
     @property
     def degrees(self) -> dict[str, int]:
         """Ranks along each axis in use, outermost first."""
-        return {axis: s.degree for axis in MESH_ORDER if (s := self.on(axis))}
+        return {axis: s.degree for axis in MESH_ORDER if (s := self.strategy_on(axis))}
 
     @property
     def storage(self) -> torch.device:
@@ -112,19 +112,19 @@ class Plan:
             found[str(group.group_name)] = axis, dist.get_process_group_ranks(group)
         return found
 
-    def on(self, axis: str) -> Strategy | None:
+    def strategy_on(self, axis: str) -> Strategy | None:
         """The strategy of this axis, if any."""
         return next((s for s in self.strategies if s.axis == axis), None)
 
     @property
-    def parts(self) -> int:
+    def batch_parts(self) -> int:
         """Into how many parts a batch is divided; the gradients of the parts are averaged."""
         return prod(s.parts for s in self.strategies)
 
     @property
     def row_parts(self) -> int:
         """How many ranks, or groups of ranks, read different rows."""
-        return prod(s.parts for s in self.strategies if s.splits == "rows")
+        return prod(s.parts for s in self.strategies if s.divides == "rows")
 
     def micro_batches(self, global_batch_size: int, micro_batch_size: int | None) -> int:
         """Into how many micro-batches each rank divides its rows.
@@ -139,13 +139,13 @@ class Plan:
         return rows // micro_batch_size if micro_batch_size else 1
 
     @property
-    def place(self) -> tuple[int, int]:
+    def coordinates(self) -> tuple[int, int]:
         """Which of the batch's parts this rank reads, and which stage of the model it holds."""
         part = 0
         for axis in MESH_ORDER:
-            if (strategy := self.on(axis)) and strategy.splits:
+            if (strategy := self.strategy_on(axis)) and strategy.divides:
                 part = part * strategy.degree + self.mesh[axis].get_local_rank()
-        return part, self.mesh["pp"].get_local_rank() if self.on("pp") else 0
+        return part, self.mesh["pp"].get_local_rank() if self.strategy_on("pp") else 0
 
     def shard(self, batch: Batch) -> Batch:
         """This rank's part of a global batch."""
@@ -161,7 +161,7 @@ class Plan:
         digests = {name: digest(tensor) for name, tensor in (tensors_of(model) if compared else ())}
         name, parts, attributes = type(model).__name__, [model], written(model)
         for strategy in self.strategies:
-            parts = [part for whole in parts for part in strategy.cut(whole, self)]
+            parts = [part for whole in parts for part in strategy.split_into_stages(whole, self)]
         parts = [self._parallelize(part, seed, digests) for part in parts]
         for part in parts:
             write(self.unwrap(part), attributes)  # parameters have been made anew
@@ -206,7 +206,7 @@ class Plan:
         for strategy in self.strategies:
             strategy.check_model(model, self)
         refuse_unsaved(model)
-        if self.parts > 1 or self.recompute or self.on("pp"):
+        if self.batch_parts > 1 or self.recompute or self.strategy_on("pp"):
             refuse_batch_norm(model)
         if self.strategies:
             refuse_gradient_hooks(model)
@@ -259,7 +259,7 @@ class Plan:
     @property
     def casts(self) -> bool:
         """Does a strategy cast weights and inputs itself? Then activations between blocks are narrow too."""
-        return any(strategy.casts for strategy in self.strategies)
+        return any(strategy.casts_itself for strategy in self.strategies)
 
     def autocast(self) -> AbstractContextManager:
         """The context of every forward pass."""
@@ -276,9 +276,9 @@ class Plan:
         """The strategies' contexts for forward and backward; `twice`: models whose gradients are in the loss."""
         with ExitStack() as stack:
             for strategy in self.strategies:
-                stack.enter_context(strategy.around(self))
+                stack.enter_context(strategy.forward_backward_context(self))
                 for model in (twice or {}).values():
-                    stack.enter_context(strategy.second_order(model))
+                    stack.enter_context(strategy.double_backward_context(model))
             yield
 
     def sync_gradients(self, models: Models, enabled: bool) -> None:
@@ -312,11 +312,11 @@ class Plan:
     def reduce_gradients(self, model: nn.Module) -> None:
         """What is left to do for a model's gradients after backward, inner axes first. A collective."""
         for axis in reversed(MESH_ORDER):
-            if strategy := self.on(axis):
+            if strategy := self.strategy_on(axis):
                 strategy.reduce_gradients(model, self)
 
     def copies(self, model: nn.Module) -> list[nn.Parameter]:
-        return [parameter for strategy in self.strategies for parameter in strategy.copies(model)]
+        return [parameter for strategy in self.strategies for parameter in strategy.duplicated_parameters(model)]
 
     def after_evaluation(self, models: Models) -> None:
         for strategy in self.strategies:
@@ -327,13 +327,13 @@ class Plan:
     def total(self, value: Tensor) -> Tensor:
         """The sum over all ranks that hold different parts of `value`, in place. A collective."""
         for strategy in self.strategies:
-            value = strategy.total(value, self)
+            value = strategy.sum_over_axis(value, self)
         return value
 
-    def total_of_parts(self, value: Tensor) -> Tensor:
+    def sum_over_batch_parts(self, value: Tensor) -> Tensor:
         """The sum over the ranks that read different parts of the batch, in place: of what each stage counts."""
-        for strategy in (s for s in self.strategies if s.splits):
-            value = strategy.total(value, self)
+        for strategy in (s for s in self.strategies if s.divides):
+            value = strategy.sum_over_axis(value, self)
         return value
 
 

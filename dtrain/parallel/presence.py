@@ -147,7 +147,7 @@ def completed(tensors: dict[str, Tensor], model: nn.Module, group: dist.ProcessG
 
 def _everywhere(names: list[str], plan: Plan) -> list[str]:
     """The names that ranks along `pp` have, in one order; elsewhere all have the same. A collective."""
-    if not plan.on("pp"):
+    if not plan.strategy_on("pp"):
         return names
     group = plan.mesh["pp"].get_group()
     every: list[list[str]] = [[]] * group.size()

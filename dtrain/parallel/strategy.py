@@ -32,7 +32,7 @@ REST = -1  # a degree: all the ranks that the other axes leave
 class Executor(ABC):
     """How an update's forward and backward are run; and, for an engine, the rest of a step and its state."""
 
-    leaves_out = False  # does `step` change nothing where a gradient is not finite, and go on?
+    skips_nonfinite_steps = False  # does `step` change nothing where a gradient is not finite, and go on?
     leaves_gradients = True  # are they in `.grad` after `train`, and the loop's to exchange and clip?
 
     @abstractmethod
@@ -56,17 +56,17 @@ class Executor(ABC):
         if not optimizer.state:
             fill_state(optimizer)
 
-    def tensors(self, model: str) -> dict[str, Tensor] | None:
+    def state_tensors(self, model: str) -> dict[str, Tensor] | None:
         """What an engine keeps: weights by their full names, states by `optimizer.<name>.<key>`. A collective.
 
         Whole ones, or distributed; each on one rank at least. None: they are in the model and its optimizer.
         """
         return None
 
-    def restore(self, model: str, tensors: dict[str, Tensor]) -> None:  # noqa: B027  # a default, as the others
+    def load_state_tensors(self, model: str, tensors: dict[str, Tensor]) -> None:  # noqa: B027  # a default, as the others
         """Hand the same tensors, filled from a checkpoint, back to the engine. A collective."""
 
-    def held(self, model: str) -> dict[str, list[Tensor]] | None:
+    def tensors_by_kind(self, model: str) -> dict[str, list[Tensor]] | None:
         """An engine's tensors on this rank: `parameters`, `gradients` and `optimizer`; None: as above."""
         return None
 
@@ -81,11 +81,11 @@ class Strategy:
 
     name: ClassVar[str] = ""  # what it is called where a run is told
     axis: ClassVar[str]  # the mesh axis it owns
-    casts: bool = False  # does it cast weights and inputs to the format of products itself?
+    casts_itself: bool = False  # does it cast weights and inputs to the format of products itself?
     engine: ClassVar[str] = ""  # the library whose engine trains, if one does
     synchronous: bool = True  # is every step's loss that of one process?
     asynchronous: ClassVar[bool] = False  # do its ranks train without meeting in every step?
-    splits: ClassVar[str] = "rows"  # what ranks along `axis` divide of a batch: "rows", "tokens" or ""
+    divides: ClassVar[str] = "rows"  # what ranks along `axis` divide of a batch: "rows", "tokens" or ""
     stepped: tuple[str, ...] = ()  # of what are the weights that an optimizer steps parts? See `stepping`
 
     def __init__(self, degree: int = REST) -> None:
@@ -96,7 +96,7 @@ class Strategy:
     @property
     def parts(self) -> int:
         """Into how many parts the axis divides the batch; the gradients of the parts are averaged."""
-        return self.degree if self.splits else 1
+        return self.degree if self.divides else 1
 
     def check(self, plan: Plan) -> None:
         """Raise ValueError, naming the remedy, if this plan cannot work. No process group exists yet."""
@@ -117,11 +117,11 @@ class Strategy:
 
     def shard(self, batch: Batch, plan: Plan) -> Batch:
         """This rank's part of the batch."""
-        if self.splits != "rows":
+        if self.divides != "rows":
             return batch
         return list(divide(batch, self.degree))[plan.mesh[self.axis].get_local_rank()]
 
-    def cut(self, model: nn.Module, plan: Plan) -> list[nn.Module]:
+    def split_into_stages(self, model: nn.Module, plan: Plan) -> list[nn.Module]:
         """The pieces of the model that this rank holds, in order; their parameters keep their full names."""
         return [model]
 
@@ -150,11 +150,11 @@ class Strategy:
         """Another way to run forward and backward than plain gradient accumulation, or None."""
         return None
 
-    def around(self, plan: Plan) -> AbstractContextManager:
+    def forward_backward_context(self, plan: Plan) -> AbstractContextManager:
         """A context for every forward and backward pass."""
         return nullcontext()
 
-    def second_order(self, model: nn.Module) -> AbstractContextManager:
+    def double_backward_context(self, model: nn.Module) -> AbstractContextManager:
         """A context for a forward and backward pass whose loss holds gradients of the model."""
         return nullcontext()
 
@@ -182,20 +182,20 @@ class Strategy:
     def reduce_gradients(self, model: nn.Module, plan: Plan) -> None:
         """Finish the gradients after the last backward pass of an update, before they are clipped."""
 
-    def norm(self, norm: Tensor, plan: Plan) -> Tensor:
+    def combine_norm(self, norm: Tensor, plan: Plan) -> Tensor:
         """What is told of the gradient's norm, where ranks along `axis` have gradients of their own. A collective."""
         return norm
 
-    def copies(self, model: nn.Module) -> list[nn.Parameter]:
+    def duplicated_parameters(self, model: nn.Module) -> list[nn.Parameter]:
         """Parameters that are copies of another rank's or piece's: their gradients count once."""
         return []
 
     def after_evaluation(self, model: nn.Module) -> None:
         """Put away what a forward pass without a backward has left behind."""
 
-    def total(self, value: Tensor, plan: Plan) -> Tensor:
+    def sum_over_axis(self, value: Tensor, plan: Plan) -> Tensor:
         """The sum of `value` over the ranks along `axis` that hold different parts of it, in place."""
-        if self.splits:
+        if self.divides:
             dist.all_reduce(value, group=plan.mesh[self.axis].get_group())
         return value
 

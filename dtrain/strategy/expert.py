@@ -97,7 +97,7 @@ class ExpertParallel(Strategy):
             for name, parameter in experts.named_parameters():
                 assert self._shards(parameter), f"{name} is not sharded over {self.axis}"
                 rows, here = parameter.shape[0] // self.degree, local(parameter).shape[0]
-                assert here == rows or plan.on("fsdp"), f"{name}: {here} experts here, not {rows}"
+                assert here == rows or plan.strategy_on("fsdp"), f"{name}: {here} experts here, not {rows}"
 
     def reduce_gradients(self, model: nn.Module, plan: Plan) -> None:
         dense = []

@@ -51,7 +51,7 @@ class FSDP(Strategy):
     name = "fsdp"
     axis = "fsdp"
     stepped = (ROWS,)
-    casts = True
+    casts_itself = True
 
     def __init__(
         self, degree: int = REST, *, reshard_after_forward: bool = True, reduce_each: bool = False,
@@ -62,7 +62,7 @@ class FSDP(Strategy):
         self.offloads = cpu_offload
 
     def check(self, plan: Plan) -> None:
-        pipeline = plan.on("pp")
+        pipeline = plan.strategy_on("pp")
         if pipeline is None:
             return
         if self.reduce_each:
@@ -101,7 +101,7 @@ class FSDP(Strategy):
 
     def _mesh_axes(self, plan: Plan) -> tuple[str, ...]:
         """Both axes beside `replicate`: fully_shard then overlaps the all-reduce with the backward pass."""
-        return ("dp", "fsdp") if isinstance(plan.on("dp"), Replicate) else ("fsdp",)
+        return ("dp", "fsdp") if isinstance(plan.strategy_on("dp"), Replicate) else ("fsdp",)
 
     def verify(self, model: nn.Module, plan: Plan) -> None:
         for name, parameter in model.named_parameters():
@@ -117,7 +117,7 @@ class FSDP(Strategy):
                 assert axis != self.axis or not placement.is_replicate(), f"{name} is {placement} over {axis}"
             assert local(parameter).shape[0] == mine, f"{name}: {local(parameter).shape[0]} rows here, not {mine}"
 
-    def second_order(self, model: nn.Module) -> AbstractContextManager:
+    def double_backward_context(self, model: nn.Module) -> AbstractContextManager:
         return kept_gathered(model)
 
     def begin_update(self, model: nn.Module) -> None:

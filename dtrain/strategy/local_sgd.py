@@ -86,7 +86,7 @@ class LocalSGD(Strategy):
         return self.outer_lr != 1 or self.outer_momentum > 0 or self.sync_delay > 0
 
     def check(self, plan: Plan) -> None:
-        if plan.on("pp"):
+        if plan.strategy_on("pp"):
             raise ValueError(
                 "strategy local_sgd has a step of its own, and so has pipeline: use fsdp or tensor beside it"
             )
@@ -102,7 +102,7 @@ class LocalSGD(Strategy):
             raise ValueError(f"task {type(task).__name__} has a model that follows another, and each rank's would "
                              f"follow its own: use ddp")  # fmt: skip
 
-    def norm(self, norm: Tensor, plan: Plan) -> Tensor:
+    def combine_norm(self, norm: Tensor, plan: Plan) -> Tensor:
         """Root mean square over the ranks: each has clipped by its own."""
         square = norm.square()
         dist.all_reduce(square, group=plan.mesh[self.axis].get_group())
@@ -211,7 +211,7 @@ class LocalSGDExecutor(GradientAccumulation):
         super().make_states(model, optimizer)
         self._begin(model)
 
-    def held(self, model: str) -> dict[str, list[Tensor]]:
+    def tensors_by_kind(self, model: str) -> dict[str, list[Tensor]]:
         parameters, own = list(self.models[model].parameters()), self.optimizers[model].state
         kept = [value for states in (own, self.states[model]) for state in states.values() for value in state.values()]
         return {"parameters": list(parameters), "gradients": [p.grad for p in parameters if p.grad is not None],
@@ -238,7 +238,7 @@ class LocalSGDExecutor(GradientAccumulation):
                 local(parameter).copy_(weight)
 
     @torch.no_grad()
-    def tensors(self, model: str) -> dict[str, Tensor]:
+    def state_tensors(self, model: str) -> dict[str, Tensor]:
         """The ranks' mean of each."""
         live = completed(self._live(model), self.plan.unwrap(self.models[model]), self.group)
         found = {name: tensor.detach().clone() for name, tensor in live.items()}
@@ -246,7 +246,7 @@ class LocalSGDExecutor(GradientAccumulation):
         return found
 
     @torch.no_grad()
-    def restore(self, model: str, tensors: dict[str, Tensor]) -> None:
+    def load_state_tensors(self, model: str, tensors: dict[str, Tensor]) -> None:
         for name, tensor in self._live(model).items():
             if name in tensors:  # what is not is of a weight that no step had used: see `put_back`
                 tensor.copy_(tensors[name])

@@ -39,14 +39,14 @@ class Replicate(Strategy):
 
     name = "replicate"
     axis = "dp"
-    casts = True
+    casts_itself = True
 
     def check_model(self, model: nn.Module, plan: Plan) -> None:
-        if plan.on("fsdp") is None:
+        if plan.strategy_on("fsdp") is None:
             refuse_sharing(model, "replicate")
 
     def parallelize(self, model: nn.Module, plan: Plan) -> nn.Module:
-        self.beside_fsdp = plan.on("fsdp") is not None
+        self.beside_fsdp = plan.strategy_on("fsdp") is not None
         if self.beside_fsdp:
             return model  # fully_shard was given both axes and does the all-reduce too
         settings: dict[str, Any] = {"mesh": plan.mesh[self.axis], "mp_policy": plan.precision.fsdp_policy()}
@@ -63,7 +63,7 @@ class Replicate(Strategy):
             assert self.axis in names, f"{name} lives on {names}, not on {self.axis}"
             assert parameter.placements[names.index(self.axis)].is_replicate(), f"{name}: {parameter.placements}"
 
-    def second_order(self, model: nn.Module) -> AbstractContextManager:
+    def double_backward_context(self, model: nn.Module) -> AbstractContextManager:
         return kept_gathered(model)
 
     def begin_update(self, model: nn.Module) -> None:

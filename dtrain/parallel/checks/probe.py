@@ -123,7 +123,7 @@ def _try(task: Task, plan: Plan, batch: Batch, tried: list[str], micro_batches: 
         if update.trains not in tried:
             continue
         yield from try_again(run, tolerance)
-        again = micro_batches > 1 or plan.recompute or plan.on("pp") is not None
+        again = micro_batches > 1 or plan.recompute or plan.strategy_on("pp") is not None
         if not (again or plan.strategies):
             continue
         if micro_batches > 1:

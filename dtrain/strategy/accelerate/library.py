@@ -84,12 +84,12 @@ class ByLocalSGD(AccelerateExecutor):
             for name, parameter in self.models[update.trains].named_parameters():
                 parameter.data = own[name]
 
-    def tensors(self, model: str) -> dict[str, Tensor]:
+    def state_tensors(self, model: str) -> dict[str, Tensor]:
         live = completed(self._live(model), self.models[model].module, dist.group.WORLD)  # type: ignore[arg-type]
         return {name: self.accelerator.reduce(t.clone(), reduction="mean") for name, t in live.items()}
 
     @torch.no_grad()
-    def restore(self, model: str, tensors: dict[str, Tensor]) -> None:
+    def load_state_tensors(self, model: str, tensors: dict[str, Tensor]) -> None:
         for name, tensor in self._live(model).items():
             if name in tensors:
                 tensor.copy_(tensors[name])

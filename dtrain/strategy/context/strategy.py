@@ -57,7 +57,7 @@ class ContextParallel(Strategy):
 
     name = "context"
     axis = "cp"
-    splits = "tokens"
+    divides = "tokens"
 
     def __init__(self, degree: int = REST, *, method: str = "ring", balanced: bool = True) -> None:
         super().__init__(degree)

@@ -43,10 +43,10 @@ class AutoTP(Strategy):
     axis = "tp"
     stepped = (ROWS, COLUMNS)
     engine = "deepspeed"
-    splits = ""
+    divides = ""
 
     def check(self, plan: Plan) -> None:
-        if getattr(plan.on("dp"), "stage", None) is None or len(plan.strategies) > 2:
+        if getattr(plan.strategy_on("dp"), "stage", None) is None or len(plan.strategies) > 2:
             raise ValueError("strategy autotp is DeepSpeed's: use strategy=deepspeed_autotp, or tensor beside others")
 
     def check_model(self, model: nn.Module, plan: Plan) -> None:

@@ -87,7 +87,7 @@ def free_builds() -> None:
 
 def sequences(plan: Plan) -> Any:
     """DeepSpeed's groups for Ulysses, if a strategy of its cuts sequences."""
-    if not plan.on("cp"):
+    if not plan.strategy_on("cp"):
         return None
     from deepspeed.runtime.sequence_parallel import parallel_state_sp
 

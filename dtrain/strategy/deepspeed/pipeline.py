@@ -52,7 +52,7 @@ class DeepSpeedPipeline(PipelineParallel):
 
     def check(self, plan: Plan) -> None:
         super().check(plan)
-        zero = plan.on("dp")
+        zero = plan.strategy_on("dp")
         if not isinstance(zero, DeepSpeed) or len(plan.strategies) > 2:
             raise ValueError(
                 "strategy deepspeed_pipeline goes with DeepSpeed's ZeRO on dp alone: use strategy=pipeline"
@@ -74,7 +74,7 @@ class DeepSpeedPipeline(PipelineParallel):
         """The engine has."""
 
     def executor(self, models: Models, optimizers: Mapping[str, Optimizer], plan: Plan, micro_batches: int) -> Executor:
-        deepspeed, zero = imported(), plan.on("dp")
+        deepspeed, zero = imported(), plan.strategy_on("dp")
         assert isinstance(zero, DeepSpeed)
         ((name, model),) = models.items()
         fresh(deepspeed, plan)
@@ -164,11 +164,11 @@ class DeepSpeedPipelineExecutor(PipelineExecutor):
     def make_states(self, model: str, optimizer: Optimizer) -> None:
         make_states(self.engine)
 
-    def tensors(self, model: str) -> dict[str, Tensor] | None:
+    def state_tensors(self, model: str) -> dict[str, Tensor] | None:
         found = whole_tensors(self.engine, owners(self.engine))
         return {self._ours(name): tensor for name, tensor in found.items()}
 
-    def restore(self, model: str, tensors: dict[str, Tensor]) -> None:
+    def load_state_tensors(self, model: str, tensors: dict[str, Tensor]) -> None:
         name = next(name for name, _ in self.engine.module.named_parameters())
         prefix = name.removesuffix(self._ours(name))
         theirs = {}
@@ -177,7 +177,7 @@ class DeepSpeedPipelineExecutor(PipelineExecutor):
             theirs[state + prefix + key.removeprefix(state)] = tensor
         put_back(self.engine, owners(self.engine), theirs)
 
-    def held(self, model: str) -> dict[str, list[Tensor]] | None:
+    def tensors_by_kind(self, model: str) -> dict[str, list[Tensor]] | None:
         return kinds(self.engine)
 
     def _ours(self, name: str) -> str:

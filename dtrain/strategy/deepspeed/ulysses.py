@@ -38,7 +38,7 @@ class DeepSpeedUlysses(ContextParallel):
         super().__init__(degree, method="ulysses")
 
     def check(self, plan: Plan) -> None:
-        zero = plan.on("dp")
+        zero = plan.strategy_on("dp")
         if not zero or zero.engine != self.engine or len(plan.strategies) > 2:
             raise ValueError("strategy deepspeed_ulysses goes with DeepSpeed's ZeRO on dp alone: use strategy=context "
                              "strategy.cp.method=ulysses")  # fmt: skip

@@ -100,13 +100,13 @@ class DeepSpeed(Strategy):
             raise ValueError(f"strategy {self.name} stands alone, not beside {beside}: use fsdp or zero1 there")
         if find_spec("deepspeed") is None:
             raise ValueError(f"strategy {self.name} needs the package deepspeed: pip install 'dtrain[deepspeed]'")
-        self.casts = plan.precision.mixed
+        self.casts_itself = plan.precision.mixed
         if plan.precision.weights_dtype != torch.float32:
             raise ValueError(f"strategy {self.name} keeps its weights in fp32, dtype={plan.precision.compute} does "
                              f"not: use fp32 or bf16")  # fmt: skip
         if _autotp(plan) and not self.stage:
             raise ValueError("strategy deepspeed_autotp is for stages 1, 2 and 3: use strategy=tensor for stage 0")
-        if self.casts and not self.stage:
+        if self.casts_itself and not self.stage:
             raise ValueError("DeepSpeed's stage 0 keeps no weights in fp32 beside dtype=bf16: use stage 1, 2 or 3")
         if plan.precision.reduce:
             raise ValueError(f"precision.reduce={plan.precision.reduce} is not for strategy {self.name}: set "
@@ -174,7 +174,7 @@ class DeepSpeed(Strategy):
             if tensor:
                 tensor.verify_engine(model, shapes)
         executor = DeepSpeedExecutor(self.stage, engines, micro_batches, plan, models)
-        executor.leaves_out = self.fp16
+        executor.skips_nonfinite_steps = self.fp16
         return executor
 
     def config(self, plan: Plan, micro_batches: int) -> dict[str, Any]:
@@ -253,20 +253,20 @@ class DeepSpeedExecutor(GradientAccumulation):
         else:
             super().make_states(model, optimizer)
 
-    def tensors(self, model: str) -> dict[str, Tensor] | None:
+    def state_tensors(self, model: str) -> dict[str, Tensor] | None:
         if not self._keeps(model):
             return None
         engine, autotp = self.engines[model], _autotp(self.plan)
         found = whole_tensors(engine, owners(self.engines[model]))
         return autotp.joined(engine.module, found, self.plan) if autotp else found
 
-    def restore(self, model: str, tensors: dict[str, Tensor]) -> None:
+    def load_state_tensors(self, model: str, tensors: dict[str, Tensor]) -> None:
         if self._keeps(model):
             engine, autotp = self.engines[model], _autotp(self.plan)
             own = autotp.parted(engine.module, tensors, self.plan) if autotp else tensors
             put_back(engine, owners(self.engines[model]), own)
 
-    def held(self, model: str) -> dict[str, list[Tensor]] | None:
+    def tensors_by_kind(self, model: str) -> dict[str, list[Tensor]] | None:
         return kinds(self.engines[model]) if self._keeps(model) else None
 
     def _keeps(self, model: str) -> bool:

@@ -56,7 +56,7 @@ class Server(Trainer):
         self, task: Task, plan: Plan, optimizer: Callable[[nn.Module], Optimizer], settings: Settings,
         config: Config, world: World, address: tuple[str, int], servers: dist.ProcessGroup | None,
     ) -> None:  # fmt: skip
-        strategy = plan.on("dp")
+        strategy = plan.strategy_on("dp")
         assert isinstance(strategy, ParameterServer)
         # It evaluates what its workers train at once, and no more rows: for them there is memory.
         rows = settings.micro_batch_size or max(1, settings.global_batch_size // strategy.workers)

@@ -43,7 +43,7 @@ class ParameterServerTrainer(Server):
         self, task: Task, plan: Plan, optimizer: Callable[[nn.Module], Optimizer], settings: Settings,
         config: Config, world: World, parts: Parts,
     ) -> None:  # fmt: skip
-        strategy = plan.on("dp")
+        strategy = plan.strategy_on("dp")
         assert isinstance(strategy, ParameterServer)
         self._parts = parts  # for each life of a worker
         self.saving = list(range(strategy.servers))  # ranks that write checkpoints

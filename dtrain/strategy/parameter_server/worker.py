@@ -64,7 +64,7 @@ class Worker:
 
     def __init__(self, parts: tuple[Task, Plan], config: Config, world: World) -> None:
         self.task, plan = parts
-        strategy = plan.on("dp")
+        strategy = plan.strategy_on("dp")
         assert isinstance(strategy, ParameterServer)
         self.config, self.strategy = config, strategy
         self.number = world.rank - strategy.servers

@@ -81,7 +81,7 @@ class PipelineParallel(Strategy):
     name = "pipeline"
     axis = "pp"
     stepped = (APART, REGROUPED)
-    splits = ""
+    divides = ""
 
     def __init__(
         self, degree: int = REST, *, schedule: str = "1f1b", micro_batches: int | None = None,
@@ -170,7 +170,7 @@ class PipelineParallel(Strategy):
     def _held_by(self, rank: int) -> list[int]:
         return [stage for stage in range(self.stages) if self.owner(stage) == rank]
 
-    def cut(self, model: nn.Module, plan: Plan) -> list[nn.Module]:
+    def split_into_stages(self, model: nn.Module, plan: Plan) -> list[nn.Module]:
         counts = self.split or split_evenly(model, self.stages)
         self.tied = list(shared_names(model).values()) if self.stages > 1 else []
         self.last_is_here = self.stages - 1 in self.held(plan)
@@ -264,11 +264,11 @@ class PipelineParallel(Strategy):
         for name in self.tied:
             sum_ends(name, stages, self.stages - 1, self.owner, plan.mesh[self.axis].get_group())
 
-    def copies(self, model: nn.Module) -> list[nn.Parameter]:
+    def duplicated_parameters(self, model: nn.Module) -> list[nn.Parameter]:
         last = pieces(model)[-1]
         return [last.get_parameter(name) for name in self.tied] if self.last_is_here else []
 
-    def total(self, value: Tensor, plan: Plan) -> Tensor:
+    def sum_over_axis(self, value: Tensor, plan: Plan) -> Tensor:
         """The last stage alone has losses: the others add zero."""
         dist.all_reduce(value, group=plan.mesh[self.axis].get_group())
         return value

@@ -79,7 +79,7 @@ class TensorParallel(Strategy):
     name = "tensor"
     axis = "tp"
     stepped = (ROWS, COLUMNS, REGROUPED)
-    splits = ""
+    divides = ""
 
     def __init__(self, degree: int = REST, *, sequence_parallel: bool = False, loss_parallel: bool = True) -> None:
         super().__init__(degree)
@@ -207,7 +207,7 @@ class TensorParallel(Strategy):
             assert is_split(layer.weight), f"{path} is not split over {self.axis}"
 
     @contextmanager
-    def around(self, plan: Plan) -> Iterator[None]:
+    def forward_backward_context(self, plan: Plan) -> Iterator[None]:
         with loss_parallel() if self.loss_parallel else nullcontext(), implicit_replication():
             yield
 
