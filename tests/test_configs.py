@@ -356,13 +356,16 @@ def test_every_setting_reaches_what_acts_by_it(tmp_path: Path) -> None:
 def test_no_setting_is_left_out() -> None:
     """Of train.yaml and of launch: each is in the test above, or in one that is named."""
     own = OmegaConf.load(CONFIGS / "train.yaml")
-    keys = {key for key, value in own.items() if not OmegaConf.is_config(value)}
-    keys |= {
-        f"{group}.{key}"
-        for group, node in own.items()
-        if group not in ("defaults", "hydra") and OmegaConf.is_config(node)
-        for key in node
-    }
+
+    def within(node: Any, prefix: str) -> set[str]:
+        nodes = {key: value for key, value in node.items() if prefix or key not in ("defaults", "hydra")}
+        return {
+            name
+            for key, value in nodes.items()
+            for name in (within(value, f"{prefix}{key}.") if OmegaConf.is_config(value) else [f"{prefix}{key}"])
+        }
+
+    keys = within(own, "")
     keys |= {f"launch.{key}" for key in OmegaConf.load(CONFIGS / "launch" / "local.yaml")}
     groups = ("dtype", "precision", "optimizer", "model", "data")
     assert {key for key in REACHES if key.split(".")[0] not in groups} | set(SEEN_BY) == keys
