@@ -67,7 +67,8 @@ def _sentence(room: str) -> str:
     """The first of what the room says of itself."""
     file = PACKAGE / room / "__init__.py"
     said = ast.get_docstring(ast.parse((file if file.exists() else PACKAGE / f"{room}.py").read_text())) or ""
-    return said.split("\n")[0].split(". ")[0].rstrip(".")
+    first = said.split("\n")[0].rstrip(".")
+    return first if len(first) < 100 else first.split(". ")[0]
 
 
 if __name__ == "__main__":

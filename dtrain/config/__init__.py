@@ -1,1 +1,1 @@
-"""Configurations: their schema, what is built from them, what is wrong with them, what must not be shown of them."""
+"""Configurations: their schema, what is built from them, a mistake in one line, what must not be shown."""

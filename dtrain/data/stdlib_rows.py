@@ -1,4 +1,4 @@
-"""Labelled rows that every Python has: found in its own standard library by parsing it."""
+"""Labelled rows from Python's own standard library, found by parsing it: every machine has them."""
 
 from __future__ import annotations
 

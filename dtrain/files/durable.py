@@ -1,4 +1,4 @@
-"""Files that are to be there, and as they were written, after the power was lost."""
+"""Sync, hash, write and remove files: what a crash, or a loss of power, must not take or change."""
 
 from __future__ import annotations
 

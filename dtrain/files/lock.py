@@ -1,4 +1,4 @@
-"""One run at a time has a folder: a lock that ends with the process that holds it, however that ends."""
+"""A lock, so that only one run uses a folder: it ends with the process that holds it, however that ends."""
 
 from __future__ import annotations
 

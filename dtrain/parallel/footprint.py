@@ -1,7 +1,7 @@
 """What one rank of a plan holds and computes in a step, in shapes alone.
 
-    Footprint: pieces (models, or stages of one), micro-batches, bytes of an element
-    Piece:     weights, and the calls of its modules for one micro-batch
+    Footprint: parts (models, or stages of one), micro-batches, bytes of an element
+    ModelPart: weights, the calls of its modules and the activations that these keep, for one micro-batch
     unit:      the weights that fsdp and replicate send together: those of a block, or all the rest
 
 Each strategy's `footprint` takes what those before it have left, and returns what it leaves: the plan's

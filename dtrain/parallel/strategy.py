@@ -86,7 +86,7 @@ class Strategy:
     synchronous: bool = True  # is every step's loss that of one process?
     asynchronous: ClassVar[bool] = False  # do its ranks train without meeting in every step?
     divides: ClassVar[str] = "rows"  # what ranks along `axis` divide of a batch: "rows", "tokens" or ""
-    stepped: tuple[str, ...] = ()  # of what are the weights that an optimizer steps parts? See `stepping`
+    stepped: tuple[str, ...] = ()  # which parts of a weight does a rank's optimizer step? See `checks/stepping.py`
 
     def __init__(self, degree: int = REST) -> None:
         self.degree = degree  # ranks along `axis`

@@ -11,7 +11,7 @@
 `deepspeed` is DeepSpeed's own configuration, every key of it: offload, buckets, overlap, quantisation. What the run
 sets already (sizes of a batch, clipping, the optimizer) is dtrain's to say, and refused there.
 Sources: Rajbhandari et al. 2020, "ZeRO" (1910.02054); Ren et al. 2021, "ZeRO-Offload" (2101.06840).
-Cost a step, per rank: see `zero_messages`.
+Cost a step, per rank: see `messages` of `engine_state.py`.
 """
 
 from __future__ import annotations

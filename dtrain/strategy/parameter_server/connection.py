@@ -41,7 +41,7 @@ class Connection:
         timeout_s: after which silence is an error.
 
     Raises:
-        Gone: from any method: the other side is.
+        PeerLost: from any method: the other side is gone.
     """
 
     def __init__(self, store: dist.Store, name: str, side: int, timeout_s: float) -> None:
