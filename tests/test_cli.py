@@ -95,7 +95,7 @@ def test_resume_goes_on_where_the_run_stopped(call, tmp_path: Path) -> None:
 MISTAKES = [
     (["strategy=fspd"], "unknown strategy 'fspd': did you mean 'fsdp'? (3d, 4d, accelerate_ddp, accelerate_deepspeed, "),
     (["strategy=[fsdp,tensr]"], "unknown strategy 'tensr'"),
-    (["model=smal"], "unknown model 'smal': did you mean 'small'?"),
+    (["model=gpt2_larg"], "unknown model 'gpt2_larg': did you mean 'gpt2_large'?"),
     (["experiment=stdlib_small"], "group 'experiment' has no default to override: append to it with +experiment=…, of "),
     (["profile=true", "steps=2"], "profile=true looks at a run's first 4 steps, steps=2 are too few"),
     (["inject.missed_collective.rank=3"], "inject.missed_collective.rank=3 is none of the 1 ranks of this run"),

@@ -24,6 +24,7 @@ from torch import nn
 from dtrain import cli
 from dtrain.compare import command
 from dtrain.config import aliases, constructor
+from dtrain.config.errors import explain
 from dtrain.config.schema import checked, make, register
 from dtrain.data.base import Data
 from dtrain.data.sources import Source
@@ -32,7 +33,7 @@ from dtrain.launch.world import World
 from dtrain.model import own
 from dtrain.parallel.plan import Plan
 from dtrain.parallel.precision import Precision
-from dtrain.parallel.strategy import REST, Strategy
+from dtrain.parallel.strategy import EARLIER, REST, Executor, Strategy
 from dtrain.report.base import Logger
 from dtrain.run.checkpoint import Checkpoints
 from dtrain.run.run import run
@@ -431,6 +432,25 @@ def test_what_has_moved_is_told_and_is_there(old: str, tmp_path: Path, monkeypat
     monkeypatch.delitem(sys.modules, "theirs", raising=False)
     with pytest.raises(ValueError, match=f"^it cannot be imported: [^/]*: it is {re.escape(new)} now$"):
         constructor.imported("theirs.Model", "it")
+
+
+@pytest.mark.parametrize("kind", [Strategy, Executor])
+def test_a_hook_by_an_earlier_name_is_refused(kind: type) -> None:
+    """Nobody would call it, and the class would train something else."""
+    found = [earlier for earlier, now in EARLIER.items() if hasattr(kind, now)]
+    assert len(found) == (8 if kind is Strategy else 4)
+    for earlier in found:
+        with pytest.raises(TypeError, match=f"Mine.{earlier}: it is {EARLIER[earlier]} now"):
+            type("Mine", (kind,), {earlier: lambda self: None})
+
+
+def test_a_runs_own_configuration_of_an_earlier_version_is_told_the_new_names(tmp_path: Path) -> None:
+    config = OmegaConf.create(OmegaConf.to_container(composed("model=tiny")))
+    del config["lr_schedule"]
+    config["schedule"] = {"warmup_steps": 3}
+    with pytest.raises(Exception) as found:  # noqa: B017  OmegaConf's, told by `explain`
+        checked(config)
+    assert explain(found.value, "train") == "unknown key 'schedule': here it is lr_schedule"
 
 
 def test_ranks_are_given_what_was_checked(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

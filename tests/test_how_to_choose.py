@@ -34,7 +34,7 @@ PADDING = 1e-3  # of what is divided: rows that ranks do not divide
 EVERY = 4  # of local_sgd, on the page
 STRATEGIES: dict[str, Callable[..., Strategy]] = {
     "ddp": DDP, "zero1": Zero1, "zero2": partial(FSDP, reshard_after_forward=False), "fsdp": FSDP,
-    "tensor": TensorParallel, "pipeline": PipelineParallel, "local_sgd": partial(LocalSGD, every=1),
+    "tensor": TensorParallel, "pipeline": PipelineParallel, "local_sgd": partial(LocalSGD, sync_every=1),
 }  # fmt: skip
 
 

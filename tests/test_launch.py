@@ -115,11 +115,12 @@ class Late:
 
 
 @pytest.mark.parametrize(
-    ("at", "looks", "said"), [(100, 7, (3, "mine")), (104, 10**9, (1, OTHERS)), (100, 10**9, (1, OTHERS))]
+    ("words", "looks", "said"),
+    [("mine", 7, (3, "mine")), (OTHERS, 10**9, (1, OTHERS)), ("mine", 10**9, (1, OTHERS)), ("", 10**9, (1, OTHERS))],
 )
-def test_a_rank_that_failed_first_may_end_late(at: float, looks: int, said: tuple[int, str], tmp_path: Path) -> None:
-    """It leaves to rank 0 to say it, and is slow; but nobody waits for the end of one that failed later, or never ends."""
-    made = Ranks([1, 3], {0: _words(0, 103, OTHERS, tmp_path), 1: _words(1, at, "mine", tmp_path)})
+def test_a_rank_that_failed_first_may_end_late(words: str, looks: int, said: tuple[int, str], tmp_path: Path) -> None:
+    """It leaves to rank 0 to say it, and is slow; but nobody waits for one that has lost another too, has said nothing, or never ends."""
+    made = Ranks([1, 3], {0: _words(0, 103, OTHERS, tmp_path), 1: _words(1, 100, words, tmp_path)})
     made._pc.processes[1] = Late(looks)
     with (
         mock.patch("dtrain.launch.rank_processes.start_processes", lambda *_, **__: made),

@@ -26,6 +26,7 @@ from dtrain.config.aliases import ALIASES, RENAMED, ours
 from dtrain.config.errors import check_words
 from dtrain.config.override import read, setting, typed, value_of
 from dtrain.config.schema import CONFIGS, make, options, register
+from dtrain.parallel.strategy import Strategy
 from dtrain.run.run import _resumable
 
 NAMES = ["/x/a=b.txt", "/x/a (1).txt", "/x/日本語.txt", "it's.txt", "a,b.txt", "[a].txt", "{a}", " a", "a  b", "", "null",
@@ -168,20 +169,30 @@ def test_a_key_or_choice_that_there_is_not_is_told_ours_or_none(word: str, told:
 @pytest.mark.parametrize("old", RENAMED)
 def test_what_had_another_name_is_told_by_its_new_one(old: str, said: Any, known: set[str], tmp_path: Path) -> None:
     """On the command line, and in a file of an earlier version."""
-    new = RENAMED[old]
+    new: str = RENAMED[old]
+    node: Any
     assert new.split("=")[1] in options(new.split("=")[0]) if "=" in new else new in known
     beside = [f"strategy={name}" for name in ("parameter_server", "local_sgd") if new.startswith("strategy.dp")][
         not new.endswith(("fraction", "rank")) :
     ]
     assert f"{old.split('=')[-1]!r}: here it is {new}\n" in said(old if "=" in old else f"{old}=1", *beside)
-    if "=" not in old and "strategy" not in old:
+    if old.startswith("strategy.dp."):  # in a file its constructor says so
+        target = (
+            "local_sgd.LocalSGD" if beside == ["strategy=local_sgd"] else "parameter_server.strategy.ParameterServer"
+        )
+        node = {"_target_": f"dtrain.strategy.{target}", old.removeprefix("strategy.dp."): 1}
+        with pytest.raises(ValueError, match=f": here it is {new}$"):
+            make(node, Strategy, "strategy.dp")
+    elif "=" not in old:
+        first = RENAMED.get(old.split(".")[0], new)
+        assert f": here it is {first}\n" in said(f"+{old}=1")
         (tmp_path / "experiment").mkdir()
-        node: Any = 1
+        node = 1
         for part in reversed(old.split(".")):
             node = {part: node}
         (tmp_path / "experiment" / "theirs.yaml").write_text(f"# @package _global_\n{json.dumps(node)}")
         said_of_file = said("+experiment=theirs", f"--config-dir={tmp_path}")
-        assert f": here it is {RENAMED.get(old.split('.')[0], new)}\n" in said_of_file
+        assert f": here it is {first}\n" in said_of_file
 
 
 def test_a_folder_that_cannot_be_is_told_with_its_key(said: Any, tmp_path: Path) -> None:

@@ -138,7 +138,7 @@ def made(
     dtype: str = "fp64",
     seed: int = 0,
 ) -> Trainer:
-    with mock.patch.dict(STRATEGIES, local_sgd=[partial(LocalSGD, every=1)]):
+    with mock.patch.dict(STRATEGIES, local_sgd=[partial(LocalSGD, sync_every=1)]):
         plan = plan_of(Told("", strategy, dtype, clip_norm=clip), size).connect()
     settings = Settings(steps, seed, global_batch_size=ROWS, micro_batch_size=micro, warmup_steps=1)
     return Trainer(task or Rows(), plan, optimizer, settings)

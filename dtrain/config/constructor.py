@@ -54,11 +54,10 @@ def imported(target: str, said: str, wanted: str = "class of a configuration's")
                          f"one of your own set PYTHONPATH to its folder") from error  # fmt: skip
     except AttributeError as error:
         raise ValueError(f"{said} cannot be imported: module {module} has no {name}{moved(target)}") from error
-    except ImportError as error:  # of one name, by a module
-        found = re.search(r"name '(\w+)' from '([\w.]+)'", str(error))
-        gone = moved(f"{found[2]}.{found[1]}") if found else ""
-        raise ValueError(f"{said} cannot be imported: {str(error).partition(' (')[0]}{gone}") from error
     except Exception as error:  # an import may fail in any way; its own message is the best there is
+        lacking = re.search(r"^cannot import name '(\w+)' from '([\w.]+)'", str(error))
+        if lacking and (gone := moved(f"{lacking[2]}.{lacking[1]}")):
+            raise ValueError(f"{said} cannot be imported: {lacking[0]}{gone}") from error
         last_line = (str(error).strip() or type(error).__name__).splitlines()[-1]
         raise ValueError(f"{said} cannot be imported: {last_line}") from error
 

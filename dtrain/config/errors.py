@@ -17,7 +17,7 @@ from hydra.errors import HydraException
 from omegaconf import OmegaConf
 from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 
-from dtrain.config.aliases import ours
+from dtrain.config.aliases import RENAMED, ours
 from dtrain.config.override import read, typed, value_of
 from dtrain.config.schema import CONFIGS, options
 from dtrain.config.secret import masked_override
@@ -163,7 +163,9 @@ def _near(name: str, known: Iterable[str]) -> str:
 
 
 def _merging(match: re.Match[str], error: BaseException, _: str) -> str:
-    return f"{masked_override(match[1])}: {str(error.__cause__).splitlines()[0] if error.__cause__ else ''}"
+    key = re.split("[=@]", match[1].lstrip("+~"))[0]
+    why = str(error.__cause__).splitlines()[0] if error.__cause__ else ""
+    return f"{masked_override(match[1])}: {f'here it is {RENAMED[key]}' if key in RENAMED else why}"
 
 
 def _composing(match: re.Match[str], _: BaseException, config_name: str) -> str:
@@ -216,6 +218,7 @@ PATTERNS: Mapping[str, Told] = {
     r"^Error in call to target '[^']*':\n\w+\([\"'](.*)[\"']\)\n(?:full_key: (\S+))?":
         lambda match, *_: f"{match[2]}: {match[1]}" if match[2] else match[1],
     r"^In '([^']+)': (\w+) raised while composing config:\n(.*)": _composing,
+    r"^Key '[^']+' (?:is )?not in ": lambda match, error, name: _unknown(str(getattr(error, "full_key", "")), name),
     r"^Interpolation key '([^']+)' not found": _interpolation,
     r"^([\w.]+)=(\S+) is unknown: use ": _range,
 }  # fmt: skip

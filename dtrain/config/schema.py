@@ -19,6 +19,7 @@ from hydra import compose
 from hydra.core.config_store import ConfigStore
 from omegaconf import MISSING, DictConfig, OmegaConf
 
+from dtrain.config.aliases import RENAMED
 from dtrain.config.constructor import arguments as given_by
 from dtrain.config.constructor import imported, misfit, named
 from dtrain.config.secret import told
@@ -285,7 +286,9 @@ def _check_arguments(target: type, given: dict[str, Any], more: dict[str, Any], 
     try:
         signature(target).bind(**given, **more)
     except TypeError as error:
-        raise ValueError(f"{where}: {error}") from None
+        name = next((name for name in given if f"{error}".endswith(f"argument '{name}'")), "")
+        now = RENAMED.get(f"{where}.{name}", "")
+        raise ValueError(f"{where}: {error}{f': here it is {now}' if now else ''}") from None
     hints: dict[str, Any] = {}
     with suppress(NameError):  # of what is imported for types alone
         hints = get_type_hints(getattr(target, "__init__"))  # noqa: B009  mypy forbids the plain form

@@ -5,8 +5,8 @@
     what it holds -> each strategy's `cost` -> messages
 
 What the loop itself sums (loss, gradient norm, loads of experts) is a few numbers and does not count. Nor does an axis
-of one rank: nothing travels. Bytes held between steps: parameters, gradients and optimizer states, not buffers. Bytes of
-activations: the most that are there at once within a step (`activations`).
+of one rank: nothing travels. Bytes held between steps: parameters, gradients and optimizer states, not buffers.
+Activations are counted by themselves, as the most that is there at once within a step (`activations`).
 
 The prediction is for a step after the first two, and exact, with three exceptions. Where routers send tokens to other
 ranks, what all ranks along `ep` send is exact, one rank's bytes are as if every expert had as many tokens; a capacity

@@ -37,6 +37,7 @@ ERROR_FILE = "TORCHELASTIC_ERROR_FILE"  # the variable that tells a rank where t
 MEETING = "DTRAIN_MEETING"  # the variable that tells ranks that we start ourselves in which file they meet
 A_RANK = 12  # processes and threads that a rank takes, at least
 POLL_S = 0.05  # how often the launcher looks after its ranks
+LOST = "a collective failed"  # how the words of a rank begin that has lost another
 ENDING_S = 10.0  # how long it waits for the end of a rank that has said why it ends
 TOLD: list[int] = []  # signals that have asked this process to end: what comes after this run does not begin
 STOPS = (signal.SIGTERM, signal.SIGHUP, signal.SIGINT)  # ask for the end: a checkpoint, then no more steps
@@ -101,10 +102,10 @@ def _said(error_file: str) -> tuple[str, float | None, bool]:
 
 
 def _speaks(alive: Iterable[int], failed: Iterable[int], error_files: Mapping[int, str]) -> bool:
-    """Is a rank about to end that has failed before all those which have ended? They have lost it, perhaps."""
-    times = {rank: _said(error_files[rank])[1] for rank in (*alive, *failed)}
-    first = min((times[rank] or 0.0 for rank in failed), default=0.0)  # one without words has been killed
-    return any((at := times[rank]) is not None and at < first for rank in alive)
+    """Have those that have ended only lost another rank, and is one about to end that has said why it fails?"""
+    said = {rank: _said(error_files[rank])[0] for rank in (*alive, *failed)}
+    lost = all(said[rank].startswith(LOST) for rank in failed)
+    return lost and any(said[rank] and not said[rank].startswith(LOST) for rank in alive)
 
 
 def _first(failed: Mapping[int, int], error_files: Mapping[int, str], why: str = "") -> RanksFailed:
@@ -220,10 +221,11 @@ def _awaited(ranks: PContext) -> tuple[dict[int, int], Any]:
     processes, patience, failed, ended = ranks._pc.processes, ENDING_S, {}, None  # type: ignore[attr-defined]
     while ended is None:  # whoever has failed before the others are stopped has done so by itself
         time.sleep(POLL_S)
-        failed = {rank: each.exitcode for rank, each in enumerate(processes) if each.exitcode}
-        alive = [rank for rank, each in enumerate(processes) if each.exitcode is None]
+        codes = dict(enumerate([each.exitcode for each in processes]))
+        failed = {rank: code for rank, code in codes.items() if code}
+        alive = [rank for rank, code in codes.items() if code is None]
         patience -= POLL_S if failed else 0.0
-        if patience > 0 and _speaks(alive, failed, ranks.error_files):
+        if failed and patience > 0 and _speaks(alive, failed, ranks.error_files):
             continue  # to end all now would end it before it has said why
         ended = ranks.wait(0)
     return failed, ended

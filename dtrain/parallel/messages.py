@@ -47,5 +47,5 @@ def message(axis: str, operation: str, elements: Iterable[int], itemsize: int, t
 
 
 def all_reduce_each(axis: str, weights: Iterable[Weight], itemsize: int) -> Message:
-    """One all-reduce for each gradient of which this rank has some, as `strategy.base.add_up` sends it."""
+    """One all-reduce for each gradient of which this rank has some, as `parallel.strategy.add_up` sends it."""
     return message(axis, "all_reduce", [size for weight in weights if (size := prod(weight.held))], itemsize)

@@ -26,6 +26,13 @@ if TYPE_CHECKING:
     from dtrain.parallel.plan import Plan
     from dtrain.task.base import Task, Update
 
+EARLIER = {  # what strategies' and executors' own methods and attributes were called before
+    "splits": "divides", "casts": "casts_itself", "cut": "split_into_stages", "around": "forward_backward_context",
+    "second_order": "double_backward_context", "copies": "duplicated_parameters", "total": "sum_over_axis",
+    "norm": "combine_norm",
+    "leaves_out": "skips_nonfinite_steps", "tensors": "state_tensors", "restore": "load_state_tensors",
+    "held": "tensors_by_kind",
+}  # fmt: skip
 REST = -1  # a degree: all the ranks that the other axes leave
 
 
@@ -34,6 +41,10 @@ class Executor(ABC):
 
     skips_nonfinite_steps = False  # does `step` change nothing where a gradient is not finite, and go on?
     leaves_gradients = True  # are they in `.grad` after `train`, and the loop's to exchange and clip?
+
+    def __init_subclass__(cls, **more: object) -> None:
+        super().__init_subclass__(**more)
+        _refuse_earlier_names(cls, Executor)
 
     @abstractmethod
     def train(self, update: Update, batch: Batch, scale: Tensor) -> Tensor:
@@ -87,6 +98,10 @@ class Strategy:
     asynchronous: ClassVar[bool] = False  # do its ranks train without meeting in every step?
     divides: ClassVar[str] = "rows"  # what ranks along `axis` divide of a batch: "rows", "tokens" or ""
     stepped: tuple[str, ...] = ()  # which parts of a weight does a rank's optimizer step? See `checks/stepping.py`
+
+    def __init_subclass__(cls, **more: object) -> None:
+        super().__init_subclass__(**more)
+        _refuse_earlier_names(cls, Strategy)
 
     def __init__(self, degree: int = REST) -> None:
         self.degree = degree  # ranks along `axis`
@@ -206,6 +221,13 @@ class Strategy:
     def cost(self, footprint: Footprint, plan: Plan) -> list[Message]:
         """What that rank hands to collectives in an optimizer step; the footprint is what all strategies left."""
         return []
+
+
+def _refuse_earlier_names(cls: type, base: type) -> None:
+    """Raise TypeError for what nobody would call any more: such a class would train something else without a word."""
+    for earlier, now in EARLIER.items():
+        if earlier in vars(cls) and hasattr(base, now):
+            raise TypeError(f"{cls.__name__}.{earlier}: it is {now} now")
 
 
 def check_options(axis: str, *options: tuple[str, object, bool, str]) -> None:

@@ -76,8 +76,9 @@ def _resume(trainer: Trainer, job: Parts, resume: str, folder: Path) -> None:
     fallback = config.checkpoint.fallback
     found = checkpoint_files.first_whole(newest_first, checkpoint.verified, fallback=fallback, note=note)
     theirs = checkpoint_files.about(found)
-    if before := theirs.pop("schedule", None):  # of an earlier version
-        theirs["lr_schedule"] = {RENAMED[f"schedule.{key}"].rpartition(".")[2]: value for key, value in before.items()}
+    if isinstance(schedule := theirs.get("schedule"), dict):  # of an earlier version
+        now = {f"schedule.{key}": value for key, value in schedule.items()}
+        theirs["lr_schedule"] = {RENAMED.get(key, key).split(".")[1]: value for key, value in now.items()}
     if theirs["step"] >= config.steps:
         raise ValueError(
             f"resume: {found} has done {theirs['step']} steps already, steps={config.steps}: ask for more steps"

@@ -210,7 +210,7 @@ def test_ranks_that_differ_are_refused(what: str, said: str, tmp_path: Path) -> 
     else:
         for name in ("dtrain", "configs", "hydra_plugins"):
             shutil.copytree(ROOT / name, tmp_path / "copy" / name, ignore=shutil.ignore_patterns("__pycache__"))
-        with (tmp_path / "copy" / "dtrain" / "clip.py").open("a") as file:
+        with (tmp_path / "copy" / "dtrain" / "parallel" / "clip.py").open("a") as file:
             file.write("# newer\n")
         environment = {"PYTHONPATH": str(tmp_path / "copy")}
     cold = what == "code"  # a warm process has ours already

@@ -52,7 +52,7 @@ class AccelerateExecutor(GradientAccumulation):
         self.optimizers[model].step()
 
 
-class ByLocalSGD(AccelerateExecutor):
+class AccelerateLocalSGDExecutor(AccelerateExecutor):
     """Each rank by itself; see `AccelerateLocalSGD`."""
 
     def __init__(self, every: int, *parts: Any) -> None:

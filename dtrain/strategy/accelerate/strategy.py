@@ -33,7 +33,7 @@ from dtrain.parallel.strategy import REST, Executor, local
 from dtrain.parallel.units import watch
 from dtrain.strategy.accelerate.library import (
     AccelerateExecutor,
-    ByLocalSGD,
+    AccelerateLocalSGDExecutor,
     accelerator_of,
     check_installed,
     checked,
@@ -120,12 +120,12 @@ class AccelerateLocalSGD(AccelerateDDP):
 
     def __init__(self, degree: int = REST, sync_every: int = 8) -> None:
         super().__init__(degree)
-        self.every = sync_every
+        self.sync_every = sync_every
         if sync_every < 1:
             raise ValueError(f"strategy.dp.sync_every={sync_every} must be at least 1")
 
     def by(self, *parts: Any) -> Executor:
-        return ByLocalSGD(self.every, *parts)
+        return AccelerateLocalSGDExecutor(self.sync_every, *parts)
 
     def check_task(self, task: Task, plan: Plan) -> None:
         if task.followers:
@@ -136,8 +136,8 @@ class AccelerateLocalSGD(AccelerateDDP):
         """Never."""
 
     def cost(self, footprint: Footprint, plan: Plan) -> list[Message]:
-        if self.every > 1:
-            raise ValueError(f"local SGD's messages are of each {self.every}th step, not of every step")
+        if self.sync_every > 1:
+            raise ValueError(f"local SGD's messages are of each {self.sync_every}th step, not of every step")
         weights = [weight.elements for piece in footprint.pieces for weight in piece.weights]
         return [message(self.axis, "all_reduce", weights, footprint.weight_bytes)]
 

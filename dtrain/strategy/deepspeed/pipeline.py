@@ -41,7 +41,7 @@ class DeepSpeedPipeline(PipelineParallel):
     """Cut the model's blocks over `pp`, by DeepSpeed; beside its ZeRO on `dp`.
 
     Args:
-        degree, micro_batches, split: as Pipeline's.
+        degree, micro_batches, split: as PipelineParallel's.
     """
 
     name = "deepspeed_pipeline"

@@ -59,7 +59,7 @@ PADDING = 8  # elements that each slice may be filled up with
 OWNED = {  # keys of DeepSpeed's configuration that the run has a word of its own for
     "train_batch_size": "global_batch_size", "train_micro_batch_size_per_gpu": "micro_batch_size",
     "gradient_accumulation_steps": "micro_batch_size", "gradient_clipping": "clip_norm", "optimizer": "optimizer",
-    "scheduler": "schedule", "bf16": "dtype=bf16", "torch_autocast": "dtype=bf16",
+    "scheduler": "lr_schedule", "bf16": "dtype=bf16", "torch_autocast": "dtype=bf16",
     "prescale_gradients": "nothing: losses are scaled", "gradient_predivide_factor": "nothing: losses are scaled",
 }  # fmt: skip
 
