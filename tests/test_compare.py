@@ -632,9 +632,7 @@ def left_of(session: int) -> list[int]:
 def assert_nothing_left(session: int) -> None:
     deadline = time.monotonic() + 20
     while left := left_of(session):
-        assert time.monotonic() < deadline, [
-            Path(f"/proc/{pid}/cmdline").read_text().replace("\0", " ") for pid in left
-        ]
+        assert time.monotonic() < deadline, [warm.command_of(pid) for pid in left]
         time.sleep(0.1)
 
 

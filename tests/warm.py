@@ -254,6 +254,14 @@ ALIVE: set[int] = set()  # processes that this one has had started
 SPENT: list[float] = []  # CPU seconds of those that have ended, with theirs
 
 
+def command_of(pid: int) -> str:
+    """The command line of a process; empty if it has ended meanwhile."""
+    try:
+        return Path(f"/proc/{pid}/cmdline").read_text().replace("\0", " ")
+    except OSError:
+        return ""
+
+
 def opened_by(pid: int) -> list[str]:
     """What the file descriptors of a process lead to, but for those that it closes meanwhile."""
     found = []

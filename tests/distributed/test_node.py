@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+import warm
 from runs import ENVIRONMENT, ROOT, TINY, curve, free_port, until
 from test_listening import beyond, descendants, listening
 
@@ -43,6 +44,7 @@ def start(tmp_path: Path) -> Iterator[Callable[..., list[Node]]]:
     for node in started:
         if node.poll() is None:
             os.killpg(node.pid, signal.SIGKILL)
+            node.wait()
 
 
 def test_nodes_meet_by_a_name_that_is_drawn_and_their_users_alone(tmp_path: Path) -> None:
@@ -128,7 +130,7 @@ def test_one_node_that_is_told_stops_all_and_all_go_on(start, told: int, tmp_pat
     nodes = start()
     until(lambda: len(curve(tmp_path)) >= 20)
     found = {pid: addresses for node in nodes for pid, addresses in listening(descendants(node.pid)).items()}
-    agents = {pid for pid in found if b"dtrain.launch.agent" in Path(f"/proc/{pid}/cmdline").read_bytes()}
+    agents = {pid for pid in found if "dtrain.launch.agent" in warm.command_of(pid)}
     assert len(agents) == 2 and set(beyond(found)) <= agents, found  # ranks on the network that was named
     nodes[told].send_signal(signal.SIGTERM)
     assert [node.wait(60) for node in nodes] == [RESUMABLE, RESUMABLE]
