@@ -144,9 +144,8 @@ class Profile:
         """The idle share of a pipeline's ranks, from its first work to its last, and what the schedule leaves idle."""
         if (pipeline := self.plan.strategy_on("pp")) is None:
             return None
-        from dtrain.strategy.pipeline.schedule import (
-            bubble,  # torch's pipelining takes a second, which only those wait who use it
-        )
+        # torch's pipelining takes a second, which only those wait who use it
+        from dtrain.strategy.pipeline.schedule import bubble
         from dtrain.strategy.pipeline.strategy import PipelineParallel
 
         stages = [[span for span in spans if span.kind == STAGE] for spans in ranks]

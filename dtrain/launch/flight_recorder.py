@@ -8,6 +8,8 @@ from dataclasses import dataclass
 
 import torch.distributed as dist
 
+LOST = "a collective failed"  # how the words of a rank begin that has lost another: its launcher looks for them
+
 
 def collective_failed(error: BaseException) -> bool:
     """Is it what torch and gloo say of a collective that failed, since other ranks are gone or late?"""

@@ -27,7 +27,15 @@ from typing import Any, TypeVar
 import torch.distributed as dist
 from torch._C import _distributed_c10d as c10d
 
-from dtrain.launch.flight_recorder import Collective, RankReport, collective_failed, missing, ranks_in_words, waiting
+from dtrain.launch.flight_recorder import (
+    LOST,
+    Collective,
+    RankReport,
+    collective_failed,
+    missing,
+    ranks_in_words,
+    waiting,
+)
 
 T = TypeVar("T")
 PATIENCE = 0.5  # of the collectives' timeout: without anything new, until ranks hand in their notes
@@ -149,7 +157,7 @@ class HangDetector:
             if not collective_failed(error):
                 raise
             said = self.explain() or str(error).splitlines()[0]
-            raise Hang(f"a collective failed: {said}") from error
+            raise Hang(f"{LOST}: {said}") from error
 
     def _look(self) -> None:
         last = -1

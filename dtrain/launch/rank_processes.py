@@ -29,6 +29,7 @@ from typing import Any
 from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, PContext, Std, start_processes
 
 from dtrain.config.errors import HOLD_LESS
+from dtrain.launch.flight_recorder import LOST
 from dtrain.launch.world import VARIABLES
 
 # By the server from which ranks are forked: what every run needs, after what lets Ctrl-C end the import quietly.
@@ -37,7 +38,6 @@ ERROR_FILE = "TORCHELASTIC_ERROR_FILE"  # the variable that tells a rank where t
 MEETING = "DTRAIN_MEETING"  # the variable that tells ranks that we start ourselves in which file they meet
 A_RANK = 12  # processes and threads that a rank takes, at least
 POLL_S = 0.05  # how often the launcher looks after its ranks
-LOST = "a collective failed"  # how the words of a rank begin that has lost another
 ENDING_S = 10.0  # how long it waits for the end of a rank that has said why it ends
 TOLD: list[int] = []  # signals that have asked this process to end: what comes after this run does not begin
 STOPS = (signal.SIGTERM, signal.SIGHUP, signal.SIGINT)  # ask for the end: a checkpoint, then no more steps

@@ -24,7 +24,7 @@ from dtrain.files.durable import write
 from dtrain.launch.collectives import agree
 from dtrain.launch.consistency import refuse_differences
 from dtrain.launch.fault_injection import slowed
-from dtrain.launch.flight_recorder import collective_failed
+from dtrain.launch.flight_recorder import LOST, collective_failed
 from dtrain.launch.hang_detector import Hang, HangDetector
 from dtrain.launch.preemption import Preemption
 from dtrain.launch.rendezvous import agents, connected
@@ -65,7 +65,7 @@ def run(config: Config, world: World, folder: Path, strategy: str, asked: Asked 
     except RuntimeError as error:
         if isinstance(error, Hang) or not collective_failed(error):
             raise
-        raise Hang(f"a collective failed: {str(error).splitlines()[0]}") from error
+        raise Hang(f"{LOST}: {str(error).splitlines()[0]}") from error
 
 
 def _run(config: Config, world: World, folder: Path, strategy: str, asked: Asked | None) -> dict[str, Any]:

@@ -31,7 +31,7 @@ from dtrain.parallel.plan import Plan
 from dtrain.strategy.parameter_server.server import Server
 from dtrain.strategy.parameter_server.strategy import ParameterServer
 from dtrain.strategy.parameter_server.work_queue import SYNC, SeenItems, WorkQueue
-from dtrain.strategy.parameter_server.worker import OVER, Parts, work
+from dtrain.strategy.parameter_server.worker import OVER, MakeParts, work
 from dtrain.task.base import Task
 from dtrain.train import Settings, Step
 
@@ -41,7 +41,7 @@ class ParameterServerTrainer(Server):
 
     def __init__(
         self, task: Task, plan: Plan, optimizer: Callable[[nn.Module], Optimizer], settings: Settings,
-        config: Config, world: World, parts: Parts,
+        config: Config, world: World, parts: MakeParts,
     ) -> None:  # fmt: skip
         strategy = plan.strategy_on("dp")
         assert isinstance(strategy, ParameterServer)

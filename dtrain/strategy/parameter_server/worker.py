@@ -26,13 +26,13 @@ from dtrain.strategy.zero1 import shared_out
 from dtrain.task.base import Task
 from dtrain.task.batch import Batch, Models, divide
 
-Parts = Callable[[], tuple[Task, Plan]]  # that travels to another process
+MakeParts = Callable[[], tuple[Task, Plan]]  # that travels to another process
 OVER = "over"  # the key that the first server sets when there is no more work
 PULL, PUSH, BYE = 0, 1, 2  # what a worker says
 WORK, WAIT, STOP = 0, 1, 2  # and a server
 
 
-def work(parts: Parts, config: Config, world: World, address: tuple[str, int], life: int) -> None:
+def work(parts: MakeParts, config: Config, world: World, address: tuple[str, int], life: int) -> None:
     """What the process does, in one of its lives, until the servers have no more work.
 
     Args:
