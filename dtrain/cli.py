@@ -26,7 +26,15 @@ from omegaconf import DictConfig, OmegaConf
 from dtrain.compare import command as comparison
 from dtrain.config.errors import USER_ERRORS, check_words, explain, of_the_system
 from dtrain.config.outside import looking_at
-from dtrain.config.schema import CONFIGS, Comparison, Config, check_axes, checked, refuse_unknown, register
+from dtrain.config.schema import (
+    CONFIGS,
+    Comparison,
+    Config,
+    check_axes,
+    checked,
+    refuse_unknown,
+    register,
+)
 from dtrain.config.secret import Asked, asked_again, masked_override, written
 from dtrain.cost.model_size import info as count
 from dtrain.files.lock import Lock
@@ -47,7 +55,8 @@ from dtrain.run.claim import RESUMABLE
 from dtrain.run.run import run
 from dtrain.train import NonFinite
 
-# What a script does at a word, before there is a configuration: `python scripts/info.py capabilities`.
+# What a script does at a word, before there is a configuration: `python scripts/info.py
+# capabilities`.
 RUN_ERRORS = (NonFinite, Hang)  # no mistakes: a run that cannot go on
 WORDS = {
     "info": {
@@ -55,11 +64,23 @@ WORDS = {
         "readme": ("dtrain.compare.capabilities", "write"),
     }
 }
-VALUED = ("--config-dir", "-cd", "--config-name", "-cn", "--config-path", "-cp", "--package", "-p", "--cfg", "-c")
+VALUED = (
+    "--config-dir",
+    "-cd",
+    "--config-name",
+    "-cn",
+    "--config-path",
+    "-cp",
+    "--package",
+    "-p",
+    "--cfg",
+    "-c",
+)
 USAGE = 2  # exit status for a mistake of the user's
 FAILED = 1  # and for a run that broke off
 INTERRUPTED = 130
-GRACE_S = 3.0  # how long other ranks leave to rank 0 to say what is wrong, before torchrun stops it for their exit
+# how long other ranks leave to rank 0 to say what is wrong, before torchrun stops it for their exit
+GRACE_S = 3.0
 
 
 class Ended(SystemExit):
@@ -79,7 +100,9 @@ class JobFailed(Exception):
 
 
 def main(config_name: str, task: Callable[[DictConfig], Any]) -> None:
-    """Run `task` with the configuration that the command line composes; exit with a line for each mistake."""
+    """Run `task` with the configuration that the command line composes; exit with a line for
+    each mistake.
+    """
     quiet.over()
     os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra hands errors on; they are said in one line here
     keep_open()
@@ -103,7 +126,11 @@ def main(config_name: str, task: Callable[[DictConfig], Any]) -> None:
     if world and world.rank:
         _be_silent()
     if world and any(arg in ("-m", "--multirun") for arg in sys.argv[1:]):
-        _exit("--multirun starts its own ranks: call it with `python` and launch.nproc, not under torchrun", USAGE)
+        _exit(
+            "--multirun starts its own ranks: call it with `python` and launch.nproc, not under "
+            "torchrun",
+            USAGE,
+        )
 
     jobs: list[Told] = []
 
@@ -115,7 +142,9 @@ def main(config_name: str, task: Callable[[DictConfig], Any]) -> None:
     try:
         with _explaining(config_name), looking_at(config_name):
             check_words(sys.argv[1:], WORDS.get(config_name, {}))
-            hydra.main(version_base="1.3", config_path=str(CONFIGS), config_name=config_name)(guarded)()
+            hydra.main(version_base="1.3", config_path=str(CONFIGS), config_name=config_name)(
+                guarded
+            )()
     except JobFailed as job:  # of a sweep, whose other jobs have run; it has said why
         sys.exit(job.status)
     finally:
@@ -128,27 +157,34 @@ def _check_hydra() -> None:
     refuse_unknown(HydraConfig.instance().cfg.hydra, "hydra.")  # type: ignore[union-attr]
     if HydraConfig.get().job.chdir:
         raise ValueError(
-            "hydra.job.chdir=true: the paths of a configuration begin where you are, and all that a run "
+            "hydra.job.chdir=true: the paths of a configuration begin where you are, and all "
+            "that a run "
             "writes goes into its own folder: leave it out"
         )
 
 
 def train(config: DictConfig) -> float:
-    """The job of `scripts/train.py`: returns the validation loss (or else the loss) for a sweeper."""
+    """The job of `scripts/train.py`: returns the validation loss (or else the loss) for a
+    sweeper.
+    """
     settings = checked(config)
     own.check_asked(settings.model, _words())
     folder, name = Path(HydraConfig.get().runtime.output_dir), strategy_name()
     if name:
         check_axes(name.split("+"))
     else:  # a configuration without groups: by the files of its strategies
-        name = "+".join(each.name or type(each).__name__ for each in strategies_of(settings)) or "single"
+        name = (
+            "+".join(each.name or type(each).__name__ for each in strategies_of(settings))
+            or "single"
+        )
     world = World.of_environment()
     if world is None and settings.launch.nproc > 1:
         summary = start(config, folder, name, _asked(config))
     else:
         summary = run(settings, world or World(), folder, name, _asked(config))
     if RESUMABLE in summary:
-        if summary["interrupted"] or HydraConfig.get().mode == RunMode.MULTIRUN:  # the others are not to begin
+        # the others are not to begin
+        if summary["interrupted"] or HydraConfig.get().mode == RunMode.MULTIRUN:
             raise KeyboardInterrupt
         return math.nan
     return summary["loss"] if summary["val_loss"] is None else summary["val_loss"]
@@ -157,23 +193,33 @@ def train(config: DictConfig) -> float:
 def compare(config: DictConfig) -> None:
     """The job of `scripts/compare.py`: one run for each strategy, in ranks of its own."""
     if World.of_environment():
-        raise ValueError("compare starts its own ranks: call it with `python` and launch.nproc, not under torchrun")
+        raise ValueError(
+            "compare starts its own ranks: call it with `python` and launch.nproc, not under "
+            "torchrun"
+        )
     hydra_config = HydraConfig.get()
     if hydra_config.job.config_name != "compare":  # each run is composed anew, of compare.yaml
-        raise ValueError(f"compare takes no other configuration than its own, and --config-name is "
-                         f"{hydra_config.job.config_name}: give its settings as key=value")  # fmt: skip
+        raise ValueError(
+            f"compare takes no other configuration than its own, and --config-name is "
+            f"{hydra_config.job.config_name}: give its settings as key=value"
+        )
     settings = checked(config)
     assert isinstance(settings, Comparison)
     asked = _words()
     own.check_asked(settings.model, asked)
-    kept = [o for o in asked if o.split("=")[0] not in ("strategies", "strategy", "launch.nproc", "global_batch_size")]
+    kept = [
+        o
+        for o in asked
+        if o.split("=")[0] not in ("strategies", "strategy", "launch.nproc", "global_batch_size")
+    ]
 
     def configure(overrides: list[str]) -> DictConfig:
         composed = compose("compare", overrides=[*kept, *overrides])
         check_axes(overrides[0].removeprefix("strategy=").strip("[]").split(","))
         composed.profile = composed.overwrite = True  # of the folder as a whole it is decided once
         composed.checkpoint.last = False
-        composed.logger = {"files": {"_target_": "dtrain.report.files.Files", "pictures": False}}  # the page has them
+        # the page has them
+        composed.logger = {"files": {"_target_": "dtrain.report.files.Files", "pictures": False}}
         return composed
 
     def run_one(config: DictConfig, place: Path, name: str) -> dict[str, Any]:
@@ -185,21 +231,30 @@ def compare(config: DictConfig) -> None:
         return summary
 
     folder = Path(hydra_config.runtime.output_dir)
-    comparison.compare(settings, asked, dict(hydra_config.runtime.choices), folder, configure, run_one)
+    comparison.compare(
+        settings, asked, dict(hydra_config.runtime.choices), folder, configure, run_one
+    )
 
 
 def _words() -> list[str]:
-    """The command line's settings of a job, as they were typed: what comes out of the environment is not put in."""
+    """The command line's settings of a job, as they were typed: what comes out of the
+    environment is not put in.
+    """
     words: Any = OmegaConf.to_container(HydraConfig.get().overrides.task)
     return list(words)
 
 
 def _asked(config: DictConfig) -> Asked:
-    """What may be written down. What Hydra leaves of a job in its folder the run does, once the folder is its own."""
+    """What may be written down.
+
+    What Hydra leaves of a job in its folder the run does, once the folder is its own.
+    """
     hydras: Any = HydraConfig.instance().cfg
     words = [*map(masked_override, _words())]
     parts = {"config": asked_again(config), "hydra": asked_again(hydras), "overrides": words}
-    return Asked(written(config), {f"{name}.yaml": OmegaConf.to_yaml(part) for name, part in parts.items()})
+    return Asked(
+        written(config), {f"{name}.yaml": OmegaConf.to_yaml(part) for name, part in parts.items()}
+    )
 
 
 def start(
@@ -226,7 +281,8 @@ def start(
     arguments = (settings, folder, name, asked or Asked(written(config)))
     try:
         return spawn(_rank, *arguments, nproc=nproc, output=output)
-    except KeyboardInterrupt:  # ranks that were told twice have been killed, perhaps while they saved
+    except KeyboardInterrupt:
+        # ranks that were told twice have been killed, perhaps while they saved
         place = folder / CHECKPOINTS
         with suppress(ValueError, OSError):  # it is another run's folder
             if place.is_dir() and not place.is_symlink():
@@ -279,7 +335,9 @@ def info(config: DictConfig) -> None:
 
 
 def strategy_name() -> str:
-    """The strategy as it was asked for: `[replicate,fsdp]` is said `replicate+fsdp`; empty: by no name."""
+    """The strategy as it was asked for: `[replicate,fsdp]` is said `replicate+fsdp`; empty: by
+    no name.
+    """
     hydra_config = HydraConfig.get()
     asked = [o.removeprefix("strategy=") for o in _words() if o.startswith("strategy=")]
     choice = asked[-1] if asked else str(hydra_config.runtime.choices.get("strategy", ""))
@@ -288,7 +346,10 @@ def strategy_name() -> str:
 
 @contextmanager
 def _told(jobs: list[Told]) -> Iterator[None]:
-    """In a sweep: say which of its jobs begins, and keep what came of it. One that fails ends no other."""
+    """In a sweep: say which of its jobs begins, and keep what came of it.
+
+    One that fails ends no other.
+    """
     hydra_config = HydraConfig.get()
     if hydra_config.mode != RunMode.MULTIRUN:
         yield
@@ -305,29 +366,42 @@ def _told(jobs: list[Told]) -> Iterator[None]:
         if ended.status == INTERRUPTED:
             raise
         job.reason = ended.line
-        raise JobFailed(ended.line, ended.status) from None  # which Hydra keeps until the other jobs have run
+        # which Hydra keeps until the other jobs have run
+        raise JobFailed(ended.line, ended.status) from None
     except Exception as error:  # as it keeps any other
         job.reason = _in_a_line(error)
         raise
 
 
 def _settings_of_a_plain_file() -> list[str]:
-    """Hydra's settings of ours, for a configuration that brings no defaults: a run's own `.hydra/config.yaml`."""
+    """Hydra's settings of ours, for a configuration that brings no defaults: a run's own
+    `.hydra/config.yaml`.
+    """
     words = " ".join(sys.argv[1:])
-    found = {key: re.search(rf"(?:^|\s)(?:--config-{key}|-c{key[0]})[= ](\S+)", words) for key in ("dir", "name")}
+    found = {
+        key: re.search(rf"(?:^|\s)(?:--config-{key}|-c{key[0]})[= ](\S+)", words)
+        for key in ("dir", "name")
+    }
     if not (found["dir"] and found["name"]):
         return []
     file = Path(found["dir"][1]) / f"{found['name'][1].removesuffix('.yaml')}.yaml"
     if not file.is_file() or re.search(b"^defaults:", file.read_bytes(), re.M):
         return []
     ours: Any = OmegaConf.to_container(OmegaConf.load(CONFIGS / "train.yaml"))
-    return ["hydra/job_logging=none", "hydra/hydra_logging=none", "hydra.output_subdir=null",
-            *(f"hydra.{key}.dir={ours['hydra'][key]['dir']}" for key in ("run", "sweep"))]  # fmt: skip
+    return [
+        "hydra/job_logging=none",
+        "hydra/hydra_logging=none",
+        "hydra.output_subdir=null",
+        *(f"hydra.{key}.dir={ours['hydra'][key]['dir']}" for key in ("run", "sweep")),
+    ]
 
 
 @contextmanager
 def _explaining(config_name: str) -> Iterator[None]:
-    """End the process with one line for a mistake. Inside the job too: Hydra says more of an error than that."""
+    """End the process with one line for a mistake.
+
+    Inside the job too: Hydra says more of an error than that.
+    """
     try:
         yield
     except (*USER_ERRORS, *RUN_ERRORS) as error:
@@ -347,7 +421,9 @@ def _explaining(config_name: str) -> Iterator[None]:
 
 
 def _quoted(argument: str) -> str:
-    """A condition is no word of Hydra's grammar, and a shell takes the quotes away that a person puts around it."""
+    """A condition is no word of Hydra's grammar, and a shell takes the quotes away that a
+    person puts around it.
+    """
     key, _, value = argument.partition("=")
     if key != "fail_if" or value in ("", "null") or value[0] == value[-1] in ("'", '"'):
         return argument
@@ -362,19 +438,30 @@ def _world() -> World | None:
 
 
 def _add_settings(settings: list[str]) -> None:
-    """Put them before the command line's own, behind options that stand first: Hydra takes settings in one place."""
+    """Put them before the command line's own, behind options that stand first: Hydra takes
+    settings in one place.
+    """
     words = sys.argv[1:]
-    own = (i for i, word in enumerate(words) if word[0:1] != "-" and (i == 0 or words[i - 1] not in VALUED))
+    own = (
+        i
+        for i, word in enumerate(words)
+        if word[0:1] != "-" and (i == 0 or words[i - 1] not in VALUED)
+    )
     at = next(own, len(words))
     sys.argv[1:] = [*words[:at], *settings, *words[at:]]
 
 
 def _be_silent() -> None:
-    """On ranks but 0: Hydra makes no folder and writes no log, and what it prints is rank 0's to print."""
+    """On ranks but 0: Hydra makes no folder and writes no log, and what it prints is rank 0's
+    to print.
+    """
     kept = [argument for argument in sys.argv[1:] if not argument.startswith("hydra.run.dir=")]
     sys.argv[1:] = kept
     _add_settings(["hydra.run.dir=."])
-    if any(a in ("-h", "--help", "--hydra-help", "--version", "--info", "-i", "-c", "--cfg") for a in sys.argv[1:]):
+    if any(
+        a in ("-h", "--help", "--hydra-help", "--version", "--info", "-i", "-c", "--cfg")
+        for a in sys.argv[1:]
+    ):
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115  until the process ends
 
 

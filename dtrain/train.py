@@ -49,10 +49,10 @@ class Settings:
 class Step:
     """The figures of one step, the same on every rank.
 
-    `step` counts optimizer steps done, from 1; `loss` is the mean over the global batch's items, summed over
-    the updates; `grad_norm` is the norm before clipping over all models; `tokens` counts from the first step of
-    the first run; `step_seconds` is this rank's time from asking for the batch to the optimizer's end,
-    evaluation and checkpoints left out.
+    `step` counts optimizer steps done, from 1; `loss` is the mean over the global batch's items,
+    summed over the updates; `grad_norm` is the norm before clipping over all models; `tokens`
+    counts from the first step of the first run; `step_seconds` is this rank's time from asking for
+    the batch to the optimizer's end, evaluation and checkpoints left out.
     """
 
     step: int
@@ -67,7 +67,9 @@ class Step:
     def figures(self) -> dict[str, float]:
         """All of it, flat; the losses by model only where there are several."""
         flat = {key: value for key, value in asdict(self).items() if key != "losses"}
-        return flat | ({f"loss_{k}": v for k, v in self.losses.items()} if len(self.losses) > 1 else {})
+        return flat | (
+            {f"loss_{k}": v for k, v in self.losses.items()} if len(self.losses) > 1 else {}
+        )
 
 
 class Trainer:
@@ -83,27 +85,42 @@ class Trainer:
     """
 
     def __init__(
-        self, task: Task, plan: Plan, optimizer: Callable[[nn.Module], Optimizer], settings: Settings,
+        self,
+        task: Task,
+        plan: Plan,
+        optimizer: Callable[[nn.Module], Optimizer],
+        settings: Settings,
         phase: Phase = nullcontext,
-    ) -> None:  # fmt: skip
+    ) -> None:
         micro_batches = plan.micro_batches(settings.global_batch_size, settings.micro_batch_size)
         plan.check_updates(task)
         plan.check_optimizer(optimizer, micro_batches)
         self.task, self.plan, self.settings, self.phase = task, plan, settings, phase
-        self.models = {name: plan.parallelize(factory, settings.seed) for name, factory in task.models.items()}
-        trained = {update.trains for update in task.updates}  # a model that only follows another has no optimizer
-        self.optimizers = {n: plan.optimizer(optimizer(m), m) for n, m in self.models.items() if n in trained}
-        self._rates = {n: [group["lr"] for group in o.param_groups] for n, o in self.optimizers.items()}
+        self.models = {
+            name: plan.parallelize(factory, settings.seed) for name, factory in task.models.items()
+        }
+        # a model that only follows another has no optimizer
+        trained = {update.trains for update in task.updates}
+        self.optimizers = {
+            n: plan.optimizer(optimizer(m), m) for n, m in self.models.items() if n in trained
+        }
+        self._rates = {
+            n: [group["lr"] for group in o.param_groups] for n, o in self.optimizers.items()
+        }
         self._executor = plan.executor(self.models, self.optimizers, micro_batches)
         self.next_step = self.tokens = 0
         self._presence = {n: Presence(m, plan) for n, m in self.models.items() if n in trained}
-        self._aware = {n: [m for m in model.modules() if isinstance(m, StepAware)] for n, model in self.models.items()}
+        self._aware = {
+            n: [m for m in model.modules() if isinstance(m, StepAware)]
+            for n, model in self.models.items()
+        }
 
     def steps(self) -> Iterator[Step]:
         """Train to the last step, yielding each one's figures.
 
         Raises:
-            NonFinite: naming the step, the ranks and the batch; the weights are those before the update that failed.
+            NonFinite: naming the step, the ranks and the batch; the weights are those before the
+                update that failed.
         """
         while self.next_step < self.settings.steps:
             step, start = self.next_step, time.perf_counter()
@@ -114,20 +131,34 @@ class Trainer:
             seconds, tokens = time.perf_counter() - start, self.task.size(batch)
             self.tokens, self.next_step = self.tokens + tokens, self.next_step + 1
             lr = next(iter(self.optimizers.values())).param_groups[0]["lr"]
-            yield Step(self.next_step, sum(losses.values()), math.hypot(*norms.values()), lr, self.tokens,
-                       tokens / seconds, seconds, losses)  # fmt: skip
+            yield Step(
+                self.next_step,
+                sum(losses.values()),
+                math.hypot(*norms.values()),
+                lr,
+                self.tokens,
+                tokens / seconds,
+                seconds,
+                losses,
+            )
 
-    def _train(self, step: int, batch: dict[str, Tensor]) -> tuple[dict[str, float], dict[str, float]]:
+    def _train(
+        self, step: int, batch: dict[str, Tensor]
+    ) -> tuple[dict[str, float], dict[str, float]]:
         mine = self.plan.shard(batch)
-        # Dropout draws from (seed, step, part, stage) alone: a resumed run draws the same, and so do ranks that
-        # compute the same (along tp, where other masks would let the ranks' activations drift apart).
+        # Dropout draws from (seed, step, part, stage) alone: a resumed run draws the same, and so
+        # do ranks that compute the same (along tp, where other masks would let the ranks'
+        # activations drift apart).
         seed_everything(hash((self.settings.seed, step, *self.plan.coordinates)) % 2**63)
         self._set_rate(step)
         losses: dict[str, float] = {}
         norms: dict[str, float] = {}
         for update in self.task.updates:
-            # In fp64: one over the count is no power of two, and every rank's gradient is multiplied by it.
-            scale = (self.plan.batch_parts / update.count(batch).clamp(min=1).double()).to(self.plan.device)
+            # In fp64: one over the count is no power of two, and every rank's gradient is
+            # multiplied by it.
+            scale = (self.plan.batch_parts / update.count(batch).clamp(min=1).double()).to(
+                self.plan.device
+            )
             model = self.models[update.trains]
             for module in self._aware[update.trains]:
                 module.before_step(scale)
@@ -145,7 +176,10 @@ class Trainer:
                 loss = self.plan.total(part.clone()).item() / self.plan.batch_parts
                 known = self._executor.norm(update.trains)
                 norm = (clip(model, self.plan) if known is None else known).item()
-            if not (math.isfinite(loss) and (math.isfinite(norm) or self._executor.skips_nonfinite_steps)):
+            if not (
+                math.isfinite(loss)
+                and (math.isfinite(norm) or self._executor.skips_nonfinite_steps)
+            ):
                 raise NonFinite(self._blame(step, update, part, loss, norm))
             with self.phase(OPTIMIZER):
                 self._executor.step(update.trains, self.optimizers[update.trains])
@@ -155,7 +189,8 @@ class Trainer:
                 each.zero_grad()
             if update.then:
                 update.then(self.models)
-            losses[update.trains], norms[update.trains] = loss, norm  # of its last update, if it has several
+            # of its last update, if it has several
+            losses[update.trains], norms[update.trains] = loss, norm
         return losses, norms
 
     def _set_rate(self, step: int) -> None:
@@ -173,7 +208,8 @@ class Trainer:
         ranks = [str(rank) for rank, bad in enumerate(parts.tolist()) if bad]
         where = f"on rank {', '.join(ranks)}" if ranks else "on no rank's loss alone"
         return (
-            f"step {step + 1}: loss {loss:g}, gradient norm {norm:g} of {update.trains!r} ({where}; batch {step} "
+            f"step {step + 1}: loss {loss:g}, gradient norm {norm:g} of {update.trains!r} "
+            f"({where}; batch {step} "
             f"of seed {self.settings.seed}): training stops before this update; try a lower "
             f"optimizer.lr or more lr_schedule.warmup_steps"
         )
@@ -184,7 +220,8 @@ class Trainer:
         return self.task.describe(totals) if totals else {}
 
     def totals(self) -> dict[str, Tensor]:
-        """The sums of every measure over the validation batches, in fp64 on the host; empty if nothing counts.
+        """The sums of every measure over the validation batches, in fp64 on the host; empty if
+        nothing counts.
 
         A collective; the same on every rank.
         """
@@ -193,7 +230,9 @@ class Trainer:
             self.plan.begin_update(self.models)
             for batch in self.task.validation():
                 for update in self.task.updates:
-                    for name, value in self._executor.evaluate(update, self.plan.shard(batch)).items():
+                    for name, value in self._executor.evaluate(
+                        update, self.plan.shard(batch)
+                    ).items():
                         value = self.plan.total(value.to(self.plan.device, torch.float64))
                         sums[name] = sums.get(name, torch.zeros_like(value)) + value
         self.plan.after_evaluation(self.models)
@@ -202,18 +241,24 @@ class Trainer:
         return {name: total.cpu() for name, total in sums.items()} if sums and sums["count"] else {}
 
     def state(self) -> dict[str, Tensor]:
-        """Every weight, buffer and optimizer state by its full name: the same names and shapes under every plan."""
+        """Every weight, buffer and optimizer state by its full name: the same names and shapes
+        under every plan.
+        """
         return {name: value for part in self.states() for name, value in part.items()}
 
     def states(self) -> list[dict[str, Tensor]]:
-        """The state of each piece of the models on this rank: two of them may hold copies of one weight."""
+        """The state of each piece of the models on this rank: two of them may hold copies of
+        one weight.
+        """
         found = []
         for name, model in self.models.items():
             for tensors in self._tensors(name, model, self.optimizers.get(name)):
                 found.append({_within(name, key): value for key, value in tensors.items()})
         return found
 
-    def _tensors(self, name: str, model: nn.Module, optimizer: Optimizer | None) -> list[dict[str, Tensor]]:
+    def _tensors(
+        self, name: str, model: nn.Module, optimizer: Optimizer | None
+    ) -> list[dict[str, Tensor]]:
         if (engine := self._executor.state_tensors(name)) is not None:
             return [engine]
         return [named_tensors(self.plan.unwrap(piece), optimizer) for piece in pieces(model)]
@@ -233,17 +278,23 @@ class Trainer:
         return found
 
     def begin(self, fill: Callable[[list[dict[str, Tensor]]], None]) -> None:
-        """Take weights from elsewhere: `fill` fills some of the tensors it is given. Optimizers begin anew."""
+        """Take weights from elsewhere: `fill` fills some of the tensors it is given.
+
+        Optimizers begin anew.
+        """
         states = self.states()
         fill(states)
-        for value in (t for part in states for key, t in part.items() if key.startswith(OPTIMIZER_STATE)):
+        for value in (
+            t for part in states for key, t in part.items() if key.startswith(OPTIMIZER_STATE)
+        ):
             value.zero_()  # an engine's
         self._restore(states)
 
     def load(self, fill: Callable[[list[dict[str, Tensor]]], None]) -> None:
         """Take weights, buffers and states from a checkpoint. A collective.
 
-        `fill` fills the tensors it is given, and takes away states that the checkpoint's optimizer did not have.
+        `fill` fills the tensors it is given, and takes away states that the checkpoint's optimizer
+        did not have.
         """
         for name, optimizer in self.optimizers.items():
             self._executor.make_states(name, optimizer)
@@ -253,8 +304,12 @@ class Trainer:
 
     def _restore(self, states: list[dict[str, Tensor]]) -> None:
         for name, model in self.models.items():
-            own = {key.replace(f"{name}.", "", 1): value for state in states for key, value in state.items()
-                   if key.removeprefix(OPTIMIZER_STATE).startswith(f"{name}.")}  # fmt: skip
+            own = {
+                key.replace(f"{name}.", "", 1): value
+                for state in states
+                for key, value in state.items()
+                if key.removeprefix(OPTIMIZER_STATE).startswith(f"{name}.")
+            }
             self._executor.load_state_tensors(name, own)
             for piece in pieces(model) if name in self.optimizers else ():
                 put_back(self.plan.unwrap(piece), self.optimizers[name], own)

@@ -91,7 +91,9 @@ class MyModel(nn.Module):
         sizes=("n_heads",),
     )
 
-    def __init__(self, vocab_size: int, context: int, d_model: int = 128, n_layers: int = 4, n_heads: int = 4) -> None:
+    def __init__(
+        self, vocab_size: int, context: int, d_model: int = 128, n_layers: int = 4, n_heads: int = 4
+    ) -> None:
         super().__init__()
         self.vocab_size, self.context, self.n_heads = vocab_size, context, n_heads
         self.embedding = Embedding(vocab_size, context, d_model)

@@ -1,9 +1,11 @@
 """A task of one's own, in one file: say a row of letters backwards.
 
-    PYTHONPATH=examples torchrun --nproc-per-node 2 scripts/train.py task._target_=reverse.Reverse strategy=fsdp
+    PYTHONPATH=examples torchrun --nproc-per-node 2 scripts/train.py task._target_=reverse.Reverse
+    strategy=fsdp
 
-The second half of a row is its first half backwards; only what can be known counts. Every strategy trains it as one
-process does, because `batch` depends on the step alone, the loss is a sum, and `count` says how many it sums.
+The second half of a row is its first half backwards; only what can be known counts. Every strategy
+trains it as one process does, because `batch` depends on the step alone, the loss is a sum, and
+`count` says how many it sums.
 """
 
 from __future__ import annotations
@@ -26,9 +28,13 @@ LETTERS = range(97, 123)
 class Reverse(Task):
     """Batches: tokens, positions, targets, each (B, T)."""
 
-    def __init__(self, models: dict[str, ModelFactory], data: Data, sizes: Sizes, letters: int = 8, **_: Any) -> None:
+    def __init__(
+        self, models: dict[str, ModelFactory], data: Data, sizes: Sizes, letters: int = 8, **_: Any
+    ) -> None:
         self.models, self.sizes, self.letters = models, sizes, letters
-        self.updates = (Supervised("model", ("tokens", "positions"), cross_entropy, valid, correct),)
+        self.updates = (
+            Supervised("model", ("tokens", "positions"), cross_entropy, valid, correct),
+        )
 
     def batch(self, step: int) -> Batch:
         return self._rows(generator(self.sizes.seed, "reverse", step))

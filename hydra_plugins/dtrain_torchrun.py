@@ -1,11 +1,13 @@
-"""Hydra's --multirun under torchrun: `hydra/launcher=torchrun` starts every job of a sweep by the torchrun command.
+"""Hydra's --multirun under torchrun: `hydra/launcher=torchrun` starts every job of a sweep by the
+torchrun command.
 
-    python scripts/train.py --multirun hydra/launcher=torchrun hydra.launcher.nproc_per_node=2 strategy=ddp,fsdp
+    python scripts/train.py --multirun hydra/launcher=torchrun hydra.launcher.nproc_per_node=2
+    strategy=ddp,fsdp
 
-Without it a sweep works too, with `launch.nproc` ranks that the script starts itself; with it the jobs are what a
-person would type, so torchrun's own options apply.
-It is here, and not in dtrain, because Hydra takes plugins from the namespace package hydra_plugins alone.
-Source: Hydra's launcher plugins (https://hydra.cc/docs/advanced/plugins/develop/).
+Without it a sweep works too, with `launch.nproc` ranks that the script starts itself; with it the
+jobs are what a person would type, so torchrun's own options apply. It is here, and not in dtrain,
+because Hydra takes plugins from the namespace package hydra_plugins alone. Source: Hydra's launcher
+plugins (https://hydra.cc/docs/advanced/plugins/develop/).
 """
 
 import subprocess
@@ -46,21 +48,39 @@ class TorchrunLauncher(Launcher):
     """Runs the jobs of a sweep one after the other, each by torchrun in a folder of its own."""
 
     def __init__(self, nproc_per_node: int, options: list[str]) -> None:
-        self.command = [sys.executable, "-m", "dtrain.launch.agent", *options, f"--nproc-per-node={nproc_per_node}"]
+        self.command = [
+            sys.executable,
+            "-m",
+            "dtrain.launch.agent",
+            *options,
+            f"--nproc-per-node={nproc_per_node}",
+        ]
 
-    def setup(self, *, hydra_context: HydraContext, task_function: TaskFunction, config: DictConfig) -> None:
+    def setup(
+        self, *, hydra_context: HydraContext, task_function: TaskFunction, config: DictConfig
+    ) -> None:
         self.context, self.config = hydra_context, config
 
-    def launch(self, job_overrides: Sequence[Sequence[str]], initial_job_idx: int) -> Sequence[JobReturn]:
+    def launch(
+        self, job_overrides: Sequence[Sequence[str]], initial_job_idx: int
+    ) -> Sequence[JobReturn]:
         folder, returns, jobs = Path(str(self.config.hydra.sweep.dir)), [], []
         for index, overrides in enumerate(job_overrides, initial_job_idx):
             sweep = self.context.config_loader.load_sweep_config(self.config, list(overrides))
-            with_index = OmegaConf.merge(sweep, {"hydra": {"job": {"id": str(index), "num": index}}})
+            with_index = OmegaConf.merge(
+                sweep, {"hydra": {"job": {"id": str(index), "num": index}}}
+            )
             place = (folder / str(with_index.hydra.sweep.subdir)).resolve()
             given = filter_overrides(overrides)
             jobs.append(Told(str(index), tuple(map(masked_override, given)), place))
             show_job(jobs[-1])
-            command = [*self.command, sys.argv[0], *_files(), *given, setting("hydra.run.dir", str(place))]
+            command = [
+                *self.command,
+                sys.argv[0],
+                *_files(),
+                *given,
+                setting("hydra.run.dir", str(place)),
+            ]
             if status := _run(command):
                 jobs[-1].reason = f"torchrun ended with exit status {status}"
             returns.append(_outcome(place, status, given, sweep))
@@ -71,7 +91,9 @@ class TorchrunLauncher(Launcher):
 def _files() -> list[str]:
     """The options that say where the configuration is."""
     asked = vars(get_args_parser().parse_args(sys.argv[1:]))
-    given = {name: asked[name.replace("-", "_")] for name in ("config-dir", "config-path", "config-name")}
+    given = {
+        name: asked[name.replace("-", "_")] for name in ("config-dir", "config-path", "config-name")
+    }
     return [f"--{name}={value}" for name, value in given.items() if value]
 
 
@@ -99,4 +121,6 @@ def _outcome(folder: Path, status: int, overrides: Sequence[str], config: DictCo
     return result
 
 
-ConfigStore.instance().store(group="hydra/launcher", name="torchrun", node=Torchrun, provider="dtrain")
+ConfigStore.instance().store(
+    group="hydra/launcher", name="torchrun", node=Torchrun, provider="dtrain"
+)

@@ -1,6 +1,8 @@
-"""Who waits for a slow worker, and what not waiting costs: make bench-async prints the table of docs/asynchronous.md.
+"""Who waits for a slow worker, and what not waiting costs: make bench-async prints the table of
+docs/asynchronous.md.
 
-Two workers; one of them takes ten times as long in half of the runs. Runs take turns; medians over the rounds.
+Two workers; one of them takes ten times as long in half of the runs. Runs take turns; medians over
+the rounds.
 """
 
 import json
@@ -27,7 +29,14 @@ ROUNDS, STEPS, SLOW_STEPS = 3, 24, 8
 def run(settings: tuple[str, ...], steps: int) -> tuple[dict, list[dict]]:
     """A run's summary and the lines of its steps."""
     with tempfile.TemporaryDirectory() as folder:
-        command = [sys.executable, "scripts/train.py", *settings, "launch.threads=1", f"steps={steps}", "eval.every=0"]
+        command = [
+            sys.executable,
+            "scripts/train.py",
+            *settings,
+            "launch.threads=1",
+            f"steps={steps}",
+            "eval.every=0",
+        ]
         subprocess.run([*command, f"hydra.run.dir={folder}"], check=True, stdout=subprocess.DEVNULL)
         lines = map(json.loads, (Path(folder) / "metrics.jsonl").read_text().splitlines())
         return json.loads((Path(folder) / "summary.json").read_text()), list(lines)
@@ -37,9 +46,17 @@ def main() -> None:
     found = {(name, slow): [] for name in TRIED for slow in (False, True)}
     for _ in range(ROUNDS):
         for name, slow in found:
-            found[name, slow].append(run((*TRIED[name], *(SLOW if slow else ())), SLOW_STEPS if slow else STEPS))
-    speeds = {key: median(summary["tokens_per_second"] for summary, _ in runs) for key, runs in found.items()}
-    print("| | tokens/s | one of two slowed tenfold | of one unslowed worker | last loss | staleness | waited |")
+            found[name, slow].append(
+                run((*TRIED[name], *(SLOW if slow else ())), SLOW_STEPS if slow else STEPS)
+            )
+    speeds = {
+        key: median(summary["tokens_per_second"] for summary, _ in runs)
+        for key, runs in found.items()
+    }
+    print(
+        "| | tokens/s | one of two slowed tenfold | of one unslowed worker | last loss | "
+        "staleness | waited |"
+    )
     print("|---|---:|---:|---:|---:|---:|---:|")
     for name in TRIED:
         summary, lines = found[name, False][0]
@@ -47,8 +64,12 @@ def main() -> None:
         waited = sum(w["wait_seconds"] for w in told["workers"].values()) if told else None
         loss = median(runs[-1]["loss"] for _, runs in found[name, False])
         alone, stale = speeds[name, False] / 2, lines[-1].get("staleness", 0)
-        print(f"| {name} | {speeds[name, False]:,.0f} | {speeds[name, True]:,.0f} | {speeds[name, True] / alone:.0%} | "
-              f"{loss:.3f} | {stale:.2f} | {'–' if waited is None else f'{waited:.1f} s'} |", flush=True)  # fmt: skip
+        print(
+            f"| {name} | {speeds[name, False]:,.0f} | {speeds[name, True]:,.0f} | "
+            f"{speeds[name, True] / alone:.0%} | "
+            f"{loss:.3f} | {stale:.2f} | {'–' if waited is None else f'{waited:.1f} s'} |",
+            flush=True,
+        )
     draw({name: found[name, False][0][1] for name in TRIED}, speeds, Path("docs/async.png"))
 
 
@@ -57,8 +78,13 @@ def draw(curves: dict[str, list[dict]], speeds: dict[tuple[str, bool], float], f
     figure = Figure(figsize=(12, 3.6), layout="constrained")
     bars, gradients, seconds = figure.subplots(1, 3)
     for offset, slow, colour in ((-0.2, False, "#2f6fb5"), (0.2, True, "#d9822b")):
-        bars.bar([i + offset for i in range(len(curves))], [speeds[name, slow] for name in curves], 0.38, color=colour,
-                 label="one worker slowed tenfold" if slow else "two equal workers")  # fmt: skip
+        bars.bar(
+            [i + offset for i in range(len(curves))],
+            [speeds[name, slow] for name in curves],
+            0.38,
+            color=colour,
+            label="one worker slowed tenfold" if slow else "two equal workers",
+        )
     bars.set_xticks(range(len(curves)), curves, fontsize=8)
     bars.set_ylabel("tokens/s")
     bars.legend(frameon=False, fontsize=8)

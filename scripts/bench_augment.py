@@ -1,4 +1,5 @@
-"""What augmentation does where a model overfits: python scripts/bench_augment.py prints the table of docs/tasks.md.
+"""What augmentation does where a model overfits: python scripts/bench_augment.py prints the table
+of docs/tasks.md.
 
 Few samples, many epochs: the lowest and the last loss on held-out data, medians of 3 seeds.
 """
@@ -10,11 +11,27 @@ import tempfile
 from pathlib import Path
 from statistics import median
 
-IMAGES = ("task=image_classification", "task.examples=100", "steps=600", "eval.every=100", "eval.batches=100")
-TEXTS = ("task=classification", "task.examples=300", "model=tiny", "steps=600", "eval.every=100", "eval.batches=40")
+IMAGES = (
+    "task=image_classification",
+    "task.examples=100",
+    "steps=600",
+    "eval.every=100",
+    "eval.batches=100",
+)
+TEXTS = (
+    "task=classification",
+    "task.examples=300",
+    "model=tiny",
+    "steps=600",
+    "eval.every=100",
+    "eval.batches=40",
+)
 TRIED = {
     "digits, 100 images": (IMAGES, ("", "crop", "cutout", "mixup", "crop,cutout,mixup")),
-    "functions, 300 texts": (TEXTS, ("", "token_drop", "span_mask", "text_crop", "text_crop,token_drop,span_mask")),
+    "functions, 300 texts": (
+        TEXTS,
+        ("", "token_drop", "span_mask", "text_crop", "text_crop,token_drop,span_mask"),
+    ),
 }
 
 
@@ -22,7 +39,14 @@ def losses(settings: tuple[str, ...], changes: str, seed: int) -> tuple[float, f
     """The lowest and the last loss on held-out data, and the last accuracy."""
     with tempfile.TemporaryDirectory() as folder:
         added = [f"+task/augment=[{changes}]"] if changes else []
-        command = [sys.executable, "scripts/train.py", *settings, *added, f"seed={seed}", f"hydra.run.dir={folder}"]
+        command = [
+            sys.executable,
+            "scripts/train.py",
+            *settings,
+            *added,
+            f"seed={seed}",
+            f"hydra.run.dir={folder}",
+        ]
         subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
         lines = list(map(json.loads, (Path(folder) / "metrics.jsonl").read_text().splitlines()))
         found = [line["val_loss"] for line in lines if "val_loss" in line]
@@ -33,6 +57,10 @@ print("| data | augmentation | lowest loss | last loss | last accuracy |\n|---|-
 for name, (settings, several) in TRIED.items():
     for changes in several:
         lowest, last, accuracy = (
-            median(each) for each in zip(*(losses(settings, changes, s) for s in (0, 1, 2)), strict=True)
+            median(each)
+            for each in zip(*(losses(settings, changes, s) for s in (0, 1, 2)), strict=True)
         )
-        print(f"| {name} | {changes or 'none'} | {lowest:.3f} | {last:.3f} | {accuracy:.1%} |", flush=True)
+        print(
+            f"| {name} | {changes or 'none'} | {lowest:.3f} | {last:.3f} | {accuracy:.1%} |",
+            flush=True,
+        )

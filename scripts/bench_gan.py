@@ -1,4 +1,6 @@
-"""GANs beside mixtures of Gaussians: python scripts/bench_gan.py prints the figures of docs/tasks.md."""
+"""GANs beside mixtures of Gaussians: python scripts/bench_gan.py prints the figures of
+docs/tasks.md.
+"""
 
 import json
 import subprocess
@@ -23,7 +25,10 @@ for name in ("gan_ring", "gan_digits"):
 data = Digits()
 data.prepare(lambda what, done: None)
 train, held_out = (data.split[side][0] for side in ("train", "validation"))
-print("features' accuracy", data.features.model.score(held_out.flatten(1).numpy(), data.split["validation"][1].numpy()))
+print(
+    "features' accuracy",
+    data.features.model.score(held_out.flatten(1).numpy(), data.split["validation"][1].numpy()),
+)
 drawn = {"real ones, of the other side": train}
 for kind in ("diag", "full"):
     mixture = GaussianMixture(10, covariance_type=kind, reg_covar=1e-2, random_state=0).fit(
@@ -33,4 +38,8 @@ for kind in ("diag", "full"):
 for name, values in drawn.items():
     real, made = data.features(held_out), data.features(values)
     precision, recall = precision_recall(real, made)
-    print(f"{name}: frechet {frechet_distance(real, made):.3f}, precision {precision:.3f}, recall {recall:.3f}")
+    print(
+        f"{name}: frechet {frechet_distance(real, made):.3f}, precision "
+        f"{precision:.3f}, recall "
+        f"{recall:.3f}"
+    )

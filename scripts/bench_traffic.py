@@ -1,4 +1,6 @@
-"""What counting messages costs: steps with the recorder and without, by turns; the median of the pairs' ratios."""
+"""What counting messages costs: steps with the recorder and without, by turns; the median of
+the pairs' ratios.
+"""
 
 from __future__ import annotations
 
@@ -28,11 +30,15 @@ def ratios(overrides: list[str]) -> list[float]:
         config = checked(compose("train", overrides=overrides))
     world = World.of_environment() or World()
     job = assemble(config, world)
-    with connected(world, job.plan.device, threads=config.launch.threads, timeout_s=config.launch.timeout_s):
+    with connected(
+        world, job.plan.device, threads=config.launch.threads, timeout_s=config.launch.timeout_s
+    ):
         plan, seconds = job.plan.connect(), {True: [], False: []}  # type: ignore[var-annotated]
         profile = Profile(plan)
         settings = Settings(2 * PAIRS + 4, global_batch_size=config.global_batch_size)
-        trainer = Trainer(job.task, plan, partial(optimizer_of, config.optimizer), settings, profile.phase)
+        trainer = Trainer(
+            job.task, plan, partial(optimizer_of, config.optimizer), settings, profile.phase
+        )
         steps = trainer.steps()
         for number in range(2 * PAIRS + 4):
             on = bool(number // 2 % 2) ^ bool(number % 2)  # off on, on off, off on ...

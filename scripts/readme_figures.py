@@ -12,7 +12,13 @@ from dtrain.report.tables import put_between
 
 ROOT = Path(__file__).parent.parent
 BEGIN, END = "<!-- comparison -->\n", "<!-- /comparison -->\n"
-COMMAND = [sys.executable, "scripts/compare.py", "repeats=3", "hydra.run.dir=outputs/readme", "overwrite=true"]
+COMMAND = [
+    sys.executable,
+    "scripts/compare.py",
+    "repeats=3",
+    "hydra.run.dir=outputs/readme",
+    "overwrite=true",
+]
 BROWSERS = ("chromium", "chromium-browser", "google-chrome")
 
 
@@ -23,11 +29,23 @@ def photograph(page: Path, picture: Path) -> None:
         sys.exit(f"dtrain: a picture of the page needs one of {', '.join(BROWSERS)}")
     with tempfile.TemporaryDirectory() as profile:
         subprocess.run(
-            [browser, "--headless", "--no-sandbox", "--disable-gpu", "--hide-scrollbars", "--virtual-time-budget=10000",
-             "--disable-background-networking", "--disable-sync", f"--user-data-dir={profile}",
-             "--window-size=1120,1720", f"--screenshot={picture}", page.as_uri()],
-            check=True, stderr=subprocess.DEVNULL,
-        )  # fmt: skip
+            [
+                browser,
+                "--headless",
+                "--no-sandbox",
+                "--disable-gpu",
+                "--hide-scrollbars",
+                "--virtual-time-budget=10000",
+                "--disable-background-networking",
+                "--disable-sync",
+                f"--user-data-dir={profile}",
+                "--window-size=1120,1720",
+                f"--screenshot={picture}",
+                page.as_uri(),
+            ],
+            check=True,
+            stderr=subprocess.DEVNULL,
+        )
 
 
 if __name__ == "__main__":

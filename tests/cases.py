@@ -38,9 +38,11 @@ from dtrain.task.batch import Batch, Models, pieces
 from dtrain.task.causal_lm import IGNORE, correct, cross_entropy, valid
 from dtrain.train import Settings, Trainer
 
-VOCAB, CONTEXT = 61, 24  # 61 rows do not divide by 2, 3 or 4: shards are uneven; 24 tokens do, twice over
+# 61 rows do not divide by 2, 3 or 4: shards are uneven; 24 tokens do, twice over
+VOCAB, CONTEXT = 61, 24
 ROWS = 12
-# Rounding alone: sums are taken in another order. fp64 has 1.1e-16, fp32 6e-8; twenty Adam steps carry it on.
+# Rounding alone: sums are taken in another order. fp64 has 1.1e-16, fp32 6e-8; twenty Adam steps
+# carry it on.
 TOLERANCE = {"fp64": 1e-12, "fp32": 1e-5}
 
 
@@ -51,12 +53,23 @@ class NextToken(Task):
 
     def __init__(self, rows: int = ROWS, **model: Any) -> None:
         self.rows = rows
-        settings = {"d_model": 24, "n_layers": 2, "n_heads": 12, "bias": False, "causal": self.causal, **model}
+        settings = {
+            "d_model": 24,
+            "n_layers": 2,
+            "n_heads": 12,
+            "bias": False,
+            "causal": self.causal,
+            **model,
+        }
         self.models = {"model": partial(Transformer, VOCAB, CONTEXT, **settings)}
-        self.updates = (Supervised("model", ("tokens", "positions"), cross_entropy, valid, correct),)
+        self.updates = (
+            Supervised("model", ("tokens", "positions"), cross_entropy, valid, correct),
+        )
 
     def batch(self, step: int) -> Batch:
-        tokens = torch.randint(1, VOCAB, (self.rows, CONTEXT + 1), generator=torch.Generator().manual_seed(step))
+        tokens = torch.randint(
+            1, VOCAB, (self.rows, CONTEXT + 1), generator=torch.Generator().manual_seed(step)
+        )
         return self._with_positions(tokens[:, :-1], tokens[:, 1:])
 
     def _with_positions(self, tokens: Tensor, targets: Tensor) -> Batch:
@@ -71,7 +84,9 @@ class NextToken(Task):
 
 
 class MaskedToken(NextToken):
-    """An encoder that finds hidden tokens: from 5 % to 60 % of a row, so that ranks count differently."""
+    """An encoder that finds hidden tokens: from 5 % to 60 % of a row, so that ranks count
+    differently.
+    """
 
     causal = False
 
@@ -80,7 +95,9 @@ class MaskedToken(NextToken):
         tokens = torch.randint(1, VOCAB, (self.rows, CONTEXT), generator=generator)
         share = torch.linspace(0.05, 0.6, self.rows)[:, None]
         hidden = torch.rand(tokens.shape, generator=generator) < share
-        return self._with_positions(tokens.masked_fill(hidden, 0), tokens.masked_fill(~hidden, IGNORE))
+        return self._with_positions(
+            tokens.masked_fill(hidden, 0), tokens.masked_fill(~hidden, IGNORE)
+        )
 
 
 class MLP(nn.Module):
@@ -132,7 +149,9 @@ class GAN(Task):
         return batch["real"].to(dtype), batch["noise"].to(dtype)
 
 
-def find(resume: str, run: Path, outputs: Path, *, fallback: bool, note: Callable[[str], object]) -> Path:
+def find(
+    resume: str, run: Path, outputs: Path, *, fallback: bool, note: Callable[[str], object]
+) -> Path:
     """The checkpoint that `resume` names, whole and undamaged."""
     return checkpoint_files.first_whole(
         checkpoint_files.named(resume, run, outputs), verify, fallback=fallback, note=note
@@ -140,14 +159,17 @@ def find(resume: str, run: Path, outputs: Path, *, fallback: bool, note: Callabl
 
 
 def _bce(logits: Tensor, real: float) -> Tensor:
-    return F.binary_cross_entropy_with_logits(logits, torch.full_like(logits, real), reduction="sum")
+    return F.binary_cross_entropy_with_logits(
+        logits, torch.full_like(logits, real), reduction="sum"
+    )
 
 
 TASKS: dict[str, type[Task]] = {"next_token": NextToken, "masked_token": MaskedToken, "gan": GAN}
 
 MOE = (("n_experts", 4), ("activation", "swiglu"))
 
-# One axis each, by name: what is paired with what. Degrees are the rest of the world, or set by `with_degrees`.
+# One axis each, by name: what is paired with what. Degrees are the rest of the world, or set by
+# `with_degrees`.
 AXES: dict[str, partial[Strategy]] = {
     "ddp": partial(DDP),
     "replicate": partial(Replicate),
@@ -185,7 +207,12 @@ STRATEGIES: dict[str, list[partial[Strategy]]] = {
     "moe_fsdp": [partial(ExpertParallel, 2), partial(FSDP)],
     "hsdp_tensor": [partial(Replicate, 2), partial(FSDP, 2), partial(TensorParallel, 2)],
     "3d": [partial(PipelineParallel, 2), partial(FSDP), partial(TensorParallel, 2)],
-    "4d": [partial(PipelineParallel, 2), partial(FSDP), partial(ContextParallel, 2), partial(TensorParallel, 2)],
+    "4d": [
+        partial(PipelineParallel, 2),
+        partial(FSDP),
+        partial(ContextParallel, 2),
+        partial(TensorParallel, 2),
+    ],
     "pipeline_hsdp": [partial(PipelineParallel, 2), partial(Replicate, 2), partial(FSDP)],
     "zero1_zbv_sequence": [
         partial(PipelineParallel, 2, schedule="zbv"),
@@ -196,8 +223,20 @@ STRATEGIES: dict[str, list[partial[Strategy]]] = {
 
 
 # Of a strategy that is there in full: the same tensors in the same places, sent otherwise.
-VARIANTS = ("ddp_small_buckets", "fsdp_reduce_each", "hsdp_reduce_each", "fsdp_offload", "hsdp_zero2", "ring_unbalanced",
-            "tensor_gathered", "split", "looped_bfs", "interleaved_zero_bubble", "dualpipev", "gpipe")  # fmt: skip
+VARIANTS = (
+    "ddp_small_buckets",
+    "fsdp_reduce_each",
+    "hsdp_reduce_each",
+    "fsdp_offload",
+    "hsdp_zero2",
+    "ring_unbalanced",
+    "tensor_gathered",
+    "split",
+    "looped_bfs",
+    "interleaved_zero_bubble",
+    "dualpipev",
+    "gpipe",
+)
 
 
 def with_degrees(names: Iterable[str], degree: int) -> list[partial[Strategy]]:
@@ -226,7 +265,9 @@ class Case:
 
     def reference(self) -> Case:
         """The same on one process, as plainly as can be."""
-        return replace(self, strategy="single", micro_batch_size=None, recompute=False, compile=False)
+        return replace(
+            self, strategy="single", micro_batch_size=None, recompute=False, compile=False
+        )
 
 
 @dataclass
@@ -234,7 +275,8 @@ class Outcome:
     losses: list[float] = field(default_factory=list)
     norms: list[float] = field(default_factory=list)
     gradients: dict[str, Tensor] = field(default_factory=dict)  # of the first step, before clipping
-    weights: dict[str, Tensor] = field(default_factory=dict)  # and optimizer states, at the end; what this rank has
+    # and optimizer states, at the end; what this rank has
+    weights: dict[str, Tensor] = field(default_factory=dict)
     metrics: dict[str, float] = field(default_factory=dict)
 
 
@@ -243,10 +285,20 @@ def adamw(model: nn.Module) -> torch.optim.Optimizer:
 
 
 def plan_of(case: Case, world_size: int) -> Plan:
-    makers = STRATEGIES.get(case.strategy) if "+" not in case.strategy else with_degrees(case.strategy.split("+"), 2)
+    makers = (
+        STRATEGIES.get(case.strategy)
+        if "+" not in case.strategy
+        else with_degrees(case.strategy.split("+"), 2)
+    )
     assert makers is not None, case.strategy
-    return Plan.of([make() for make in makers], world_size, precision=Precision(case.dtype), recompute=case.recompute,
-                   compile=case.compile, clip_norm=case.clip_norm)  # fmt: skip
+    return Plan.of(
+        [make() for make in makers],
+        world_size,
+        precision=Precision(case.dtype),
+        recompute=case.recompute,
+        compile=case.compile,
+        clip_norm=case.clip_norm,
+    )
 
 
 def refusal(case: Case, world_size: int) -> str:
@@ -262,8 +314,13 @@ def refusal(case: Case, world_size: int) -> str:
 
 def trainer(case: Case, world_size: int) -> Trainer:
     task = TASKS[case.task](**dict(case.model))
-    settings = Settings(case.steps, global_batch_size=ROWS, micro_batch_size=case.micro_batch_size,
-                        warmup_steps=3, min_lr_ratio=0.1)  # fmt: skip
+    settings = Settings(
+        case.steps,
+        global_batch_size=ROWS,
+        micro_batch_size=case.micro_batch_size,
+        warmup_steps=3,
+        min_lr_ratio=0.1,
+    )
     return Trainer(task, plan_of(case, world_size).connect(), adamw, settings)
 
 
@@ -316,7 +373,9 @@ def keeping_gradients(made: Trainer, outcome: Outcome) -> Iterator[None]:
         for piece in pieces(model):
             for parameter_name, parameter in made.plan.unwrap(piece).named_parameters():
                 if parameter.grad is not None:
-                    outcome.gradients.setdefault(f"{name}.{parameter_name}", whole(parameter.grad).detach().clone())
+                    outcome.gradients.setdefault(
+                        f"{name}.{parameter_name}", whole(parameter.grad).detach().clone()
+                    )
         return clip(model, *others)
 
     with mock.patch("dtrain.train.clip", clipping):
@@ -324,7 +383,9 @@ def keeping_gradients(made: Trainer, outcome: Outcome) -> Iterator[None]:
 
 
 def assert_equal(ours: Outcome, theirs: Outcome, tolerance: float) -> None:
-    """What a rank got is what one process got: losses, norms, metrics, and each tensor by its relative size."""
+    """What a rank got is what one process got: losses, norms, metrics, and each tensor by its
+    relative size.
+    """
     assert ours.losses == pytest.approx(theirs.losses, rel=tolerance)
     assert ours.norms == pytest.approx(theirs.norms, rel=tolerance)
     assert ours.metrics == pytest.approx(theirs.metrics, rel=tolerance)
@@ -332,7 +393,9 @@ def assert_equal(ours: Outcome, theirs: Outcome, tolerance: float) -> None:
         for name, tensor in getattr(ours, kind).items():
             expected = getattr(theirs, kind)[name]
             difference, size = (tensor - expected).norm().item(), expected.norm().item()
-            assert difference <= tolerance * size, f"{kind} of {name}: relative difference {difference / size:.1e}"
+            assert difference <= tolerance * size, (
+                f"{kind} of {name}: relative difference {difference / size:.1e}"
+            )
 
 
 def assert_all_equal(ranks: list[Outcome], theirs: Outcome, tolerance: float) -> None:

@@ -19,7 +19,8 @@ import torch.distributed as dist
 from hypothesis import settings
 from xdist.scheduler import LoadScopeScheduling
 
-sys.path.insert(0, str(Path(__file__).parent))  # the ranks of a world import the tests' modules by name
+# the ranks of a world import the tests' modules by name
+sys.path.insert(0, str(Path(__file__).parent))
 
 import warm  # noqa: E402
 from hosts import Hosts, NotHere, two_hosts  # noqa: E402
@@ -34,13 +35,18 @@ SLICES = 24  # of the deep tests
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--exhaustive", action="store_true", help="the deep tests too, all of them")
-    parser.addoption("--slice", type=int, metavar="K", help=f"slice K of the deep tests too, from 1 to {SLICES}")
+    parser.addoption(
+        "--slice", type=int, metavar="K", help=f"slice K of the deep tests too, from 1 to {SLICES}"
+    )
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    for each in (signal.SIGINT, signal.SIGHUP):  # as a shell in the background and `nohup` leave them to us
+    # as a shell in the background and `nohup` leave them to us
+    for each in (signal.SIGINT, signal.SIGHUP):
         if signal.getsignal(each) == signal.SIG_IGN:
-            signal.signal(each, signal.default_int_handler if each == signal.SIGINT else signal.SIG_DFL)
+            signal.signal(
+                each, signal.default_int_handler if each == signal.SIGINT else signal.SIG_DFL
+            )
     settings.register_profile("quick", max_examples=50, deadline=None, derandomize=True)
     settings.load_profile("quick")
     number = config.getoption("slice")
@@ -56,11 +62,18 @@ def pytest_configure(config: pytest.Config) -> None:
 
 def pytest_report_header(config: pytest.Config) -> str:
     chosen = config.getoption("slice")
-    deep = "all" if config.getoption("exhaustive") else f"slice {chosen} of {SLICES}" if chosen else "none"
+    deep = (
+        "all"
+        if config.getoption("exhaustive")
+        else f"slice {chosen} of {SLICES}"
+        if chosen
+        else "none"
+    )
     return f"deep tests: {deep}"
 
 
-# What shares something dear, an import on each rank or a fixture, runs in one process; all else where there is room.
+# What shares something dear, an import on each rank or a fixture, runs in one process; all else
+# where there is room.
 TOGETHER = {
     r"test_(deepspeed|accelerate|presence_engines|hf)\.py": "engines",
     r"test_capabilities\.py": "capabilities",
@@ -72,10 +85,14 @@ TOGETHER = {
 
 
 class Together(LoadScopeScheduling):
-    """xdist's way to hand out tests, by the groups above (its own `loadgroup` does not work with pytest 9.2)."""
+    """xdist's way to hand out tests, by the groups above (its own `loadgroup` does not work
+    with pytest 9.2).
+    """
 
     def _split_scope(self, nodeid: str) -> str:
-        return next((group for pattern, group in TOGETHER.items() if re.search(pattern, nodeid)), nodeid)
+        return next(
+            (group for pattern, group in TOGETHER.items() if re.search(pattern, nodeid)), nodeid
+        )
 
 
 def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Together:
@@ -86,10 +103,16 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Together:
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Leave out the deep tests that are not asked for."""
     chosen = config.getoption("slice")
-    left_out = [] if config.getoption("exhaustive") else [
-        item for item in items
-        if item.get_closest_marker("deep") and zlib.crc32(item.nodeid.encode()) % SLICES + 1 != chosen
-    ]  # fmt: skip
+    left_out = (
+        []
+        if config.getoption("exhaustive")
+        else [
+            item
+            for item in items
+            if item.get_closest_marker("deep")
+            and zlib.crc32(item.nodeid.encode()) % SLICES + 1 != chosen
+        ]
+    )
     config.hook.pytest_deselected(items=left_out)
     gone = set(map(id, left_out))
     items[:] = [item for item in items if id(item) not in gone]
@@ -117,7 +140,9 @@ def world() -> Iterator[Callable[[int], World]]:
 
 @pytest.fixture(scope="session")
 def worlds_with_engines() -> Iterator[Callable[[int], World]]:
-    """The same, of ranks that have imported DeepSpeed, Accelerate, transformers and the tests of these."""
+    """The same, of ranks that have imported DeepSpeed, Accelerate, transformers and the tests
+    of these.
+    """
     with (
         mock.patch.dict(os.environ, DS_ACCELERATOR="cpu"),
         worlds("test_deepspeed", "test_accelerate", "test_presence_engines", "test_hf") as of,

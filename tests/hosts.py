@@ -29,8 +29,14 @@ class Hosts:
         return f"10.77.0.{host + 1}"
 
     def node(self, host: int) -> list[str]:
-        """torchrun's words for the one node of two that is this host; the rendezvous is on the first."""
-        return [*two_nodes(f"{self.address(0)}:29400", f"is_host={1 - host}"), "--local-addr", self.address(host)]
+        """torchrun's words for the one node of two that is this host; the rendezvous is on the
+        first.
+        """
+        return [
+            *two_nodes(f"{self.address(0)}:29400", f"is_host={1 - host}"),
+            "--local-addr",
+            self.address(host),
+        ]
 
     def cable(self, *, plugged: bool) -> None:
         """Let packets get lost, as if the cable were pulled out, or arrive again."""
@@ -77,7 +83,20 @@ def two_hosts() -> Iterator[Hosts]:
             if (made := ip("netns", "add", name)).returncode:
                 raise NotHere(f"`ip netns add` is not permitted here: {made.stderr.strip()}")
         end = (DEVICE, "mtu", "9000")
-        made = ip("-n", names[0], "link", "add", *end, "type", "veth", "peer", "name", *end, "netns", names[1])
+        made = ip(
+            "-n",
+            names[0],
+            "link",
+            "add",
+            *end,
+            "type",
+            "veth",
+            "peer",
+            "name",
+            *end,
+            "netns",
+            names[1],
+        )
         if made.returncode:
             raise NotHere(f"no virtual cable can be made here: {made.stderr.strip()}")
         for host, name in enumerate(names):

@@ -1,4 +1,6 @@
-"""Models as users write them, with what goes wrong in them: each (tokens, positions) -> logits (B, T, V)."""
+"""Models as users write them, with what goes wrong in them: each (tokens, positions) -> logits
+(B, T, V).
+"""
 
 from __future__ import annotations
 
@@ -42,7 +44,8 @@ class Core(nn.Module):
     causal, dropout = True, 0.0
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        return F.scaled_dot_product_attention(q, k, v, None, 0.0, True)  # positional, as some write it
+        # positional, as some write it
+        return F.scaled_dot_product_attention(q, k, v, None, 0.0, True)
 
 
 class Window(Core):
@@ -59,7 +62,9 @@ class Sloped(Core):
     def forward(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         far = (torch.arange(q.shape[2])[:, None] - torch.arange(q.shape[2])).to(q)
         slopes = torch.arange(1, q.shape[1] + 1).to(q)[:, None, None]
-        return F.scaled_dot_product_attention(q, k, v, attn_mask=(-far * slopes).masked_fill(far < 0, -torch.inf))
+        return F.scaled_dot_product_attention(
+            q, k, v, attn_mask=(-far * slopes).masked_fill(far < 0, -torch.inf)
+        )
 
 
 class Attention(nn.Module):
@@ -73,7 +78,9 @@ class Attention(nn.Module):
         self.norm, self.core = nn.RMSNorm(HEAD), self.core_class()
 
     def forward(self, x: Tensor) -> Tensor:
-        q, k, v = (layer(x).unflatten(-1, (-1, HEAD)).transpose(1, 2) for layer in (self.q, self.k, self.v))
+        q, k, v = (
+            layer(x).unflatten(-1, (-1, HEAD)).transpose(1, 2) for layer in (self.q, self.k, self.v)
+        )
         return self.o(self.core(self.norm(q), self.norm(k), v).transpose(1, 2).flatten(2))
 
 
@@ -90,7 +97,9 @@ class Mlp(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.up, self.down, self.act = nn.Linear(WIDTH, 2 * WIDTH), nn.Linear(2 * WIDTH, WIDTH), nn.PReLU()
+        self.up = nn.Linear(WIDTH, 2 * WIDTH)
+        self.down = nn.Linear(2 * WIDTH, WIDTH)
+        self.act = nn.PReLU()
 
     def forward(self, x: Tensor) -> Tensor:
         return self.down(self.act(self.up(x)))
@@ -142,7 +151,10 @@ class Gated(Mlp):
 class Block(nn.Module):
     def __init__(self, attention: type[nn.Module], mlp: type[nn.Module]) -> None:
         super().__init__()
-        self.n1, self.n2, self.attention, self.mlp = nn.LayerNorm(WIDTH), nn.LayerNorm(WIDTH), attention(), mlp()
+        self.n1 = nn.LayerNorm(WIDTH)
+        self.n2 = nn.LayerNorm(WIDTH)
+        self.attention = attention()
+        self.mlp = mlp()
 
     def forward(self, x: Tensor) -> Tensor:
         x = x + self.attention(self.n1(x))
@@ -155,7 +167,9 @@ class Good(nn.Module):
         blocks="blocks",
         last="last",
         attention="attention.core",
-        column=tuple(f"blocks.*.{n}" for n in ("attention.q", "attention.k", "attention.v", "mlp.up")),
+        column=tuple(
+            f"blocks.*.{n}" for n in ("attention.q", "attention.k", "attention.v", "mlp.up")
+        ),
         row=("blocks.*.attention.o", "blocks.*.mlp.down"),
         vocabulary=("first.token", "last.out"),
     )
@@ -190,7 +204,9 @@ class NormedThere(Good):
         self.places, self.norm = nn.Embedding(CONTEXT, WIDTH), nn.LayerNorm(WIDTH)
 
     def forward(self, tokens: Tensor, positions: Tensor) -> Tensor:
-        return self.last(self.norm(self.body(self.first(tokens, positions) + self.places(positions))))
+        return self.last(
+            self.norm(self.body(self.first(tokens, positions) + self.places(positions)))
+        )
 
 
 class DroppedThere(Good):
@@ -217,8 +233,12 @@ class Counting(Good):
     """Positions are its own: it is not told any."""
 
     def forward(self, idx: Tensor, targets: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
-        logits = super().forward(idx, torch.arange(idx.shape[1], device=idx.device).expand(len(idx), -1))
-        return logits, None if targets is None else F.cross_entropy(logits.flatten(0, 1), targets.flatten())
+        logits = super().forward(
+            idx, torch.arange(idx.shape[1], device=idx.device).expand(len(idx), -1)
+        )
+        return logits, None if targets is None else F.cross_entropy(
+            logits.flatten(0, 1), targets.flatten()
+        )
 
 
 class Plain(nn.Module):
@@ -239,7 +259,11 @@ class BatchNormed(Plain):
 
     def forward(self, tokens: Tensor, positions: Tensor) -> Tensor:
         x = self.first(tokens, positions)
-        return self.last((x - x.mean((0, 1))) / (x.std((0, 1)) + 1e-5)) if self.training else self.last(x)
+        return (
+            self.last((x - x.mean((0, 1))) / (x.std((0, 1)) + 1e-5))
+            if self.training
+            else self.last(x)
+        )
 
 
 class Averaging(Plain):
@@ -322,14 +346,20 @@ class Rotating(Plain):
 
     def __init__(self) -> None:
         super().__init__()
-        angle = torch.outer(torch.arange(CONTEXT).float(), 0.1 ** (torch.arange(0, WIDTH, 2) / WIDTH))
+        angle = torch.outer(
+            torch.arange(CONTEXT).float(), 0.1 ** (torch.arange(0, WIDTH, 2) / WIDTH)
+        )
         self.register_buffer("turn", torch.polar(torch.ones_like(angle), angle))
         self.register_buffer("cosine", angle.cos(), persistent=False)
 
     def forward(self, tokens: Tensor, positions: Tensor) -> Tensor:
         x = self.first(tokens, positions).unflatten(-1, (-1, 2))
         turned = torch.complex(x[..., 0], x[..., 1]) * self.turn[positions]
-        return self.last(torch.stack((turned.real * self.cosine[positions], turned.imag), -1).flatten(-2).to(x.dtype))
+        return self.last(
+            torch.stack((turned.real * self.cosine[positions], turned.imag), -1)
+            .flatten(-2)
+            .to(x.dtype)
+        )
 
 
 class ByNumpy(Plain):
@@ -548,7 +578,13 @@ class Failing(Good):
 
 
 class Listed(Good):
-    layout = Layout(first="first", blocks="blocks", last="last", column="blocks.*.mlp.up", row=("blocks.*.mlp.down",))  # type: ignore[arg-type]
+    layout = Layout(
+        first="first",
+        blocks="blocks",
+        last="last",
+        column="blocks.*.mlp.up",
+        row=("blocks.*.mlp.down",),
+    )  # type: ignore[arg-type]
 
 
 class Misspelt(Good):
@@ -564,7 +600,9 @@ class Renormed(Plain):
 
     def __init__(self) -> None:
         super().__init__()
-        self.first.token = nn.Embedding(self.first.token.num_embeddings, self.first.token.embedding_dim, max_norm=0.01)
+        self.first.token = nn.Embedding(
+            self.first.token.num_embeddings, self.first.token.embedding_dim, max_norm=0.01
+        )
 
 
 class Clamped(Plain):

@@ -20,11 +20,16 @@ import warm
 ROOT = Path(__file__).parent.parent
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run"]
 TINY = ["model=tiny", "global_batch_size=4", "eval.every=0", "launch.threads=1", "strategy=ddp"]
-ENVIRONMENT = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1",
-               "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}  # fmt: skip
+ENVIRONMENT = {
+    **os.environ,
+    "PYTHONPATH": str(ROOT),
+    "OMP_NUM_THREADS": "1",
+    "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
+}
 
 
-PORTS = count(15_000 + os.getpid() % 1_500 * 10)  # of this process, below those that systems hand out
+# of this process, below those that systems hand out
+PORTS = count(15_000 + os.getpid() % 1_500 * 10)
 
 
 def free_port() -> int:
@@ -53,13 +58,26 @@ def two_nodes(endpoint: str, conf: str = "", nodes: str = "2") -> list[str]:
 
 
 def training(*settings: str) -> list[str]:
-    """The script, with a model that takes seconds; in fp64, so that curves can be compared closely."""
-    return [str(ROOT / "scripts/train.py"), "model=tiny", "dtype=fp64", "eval.every=0", "launch.threads=1", *settings]
+    """The script, with a model that takes seconds; in fp64, so that curves can be compared
+    closely.
+    """
+    return [
+        str(ROOT / "scripts/train.py"),
+        "model=tiny",
+        "dtype=fp64",
+        "eval.every=0",
+        "launch.threads=1",
+        *settings,
+    ]
 
 
 def start(
-    folder: Path, *command: str, before: tuple[str, ...] = (), cold: bool = False, **environment: str
-) -> Any:  # fmt: skip
+    folder: Path,
+    *command: str,
+    before: tuple[str, ...] = (),
+    cold: bool = False,
+    **environment: str,
+) -> Any:
     """A command in a folder and a session of its own, its output in files there.
 
     Args:
@@ -69,9 +87,18 @@ def start(
     folder.mkdir(parents=True, exist_ok=True)
     with (folder / f"printed-{time.monotonic_ns()}").open("w") as printed:
         if not (before or cold):
-            return warm.popen(command, cwd=folder, env=os.environ | environment, stdout=printed, stderr=printed)
-        process = subprocess.Popen([*before, *command], cwd=folder, env=os.environ | environment, text=True, stdout=printed,
-                                   stderr=subprocess.STDOUT, start_new_session=True)  # fmt: skip
+            return warm.popen(
+                command, cwd=folder, env=os.environ | environment, stdout=printed, stderr=printed
+            )
+        process = subprocess.Popen(
+            [*before, *command],
+            cwd=folder,
+            env=os.environ | environment,
+            text=True,
+            stdout=printed,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+        )
         warm.STARTED.append(process)
         return process
 
@@ -84,18 +111,27 @@ def printed(folder: Path) -> str:
 def curve(run: Path) -> dict[int, tuple[float, float]]:
     """Loss and gradient norm by step."""
     file = run / "metrics.jsonl"
-    lines = [line for line in file.read_text().splitlines() if line.endswith("}")] if file.exists() else []
+    lines = (
+        [line for line in file.read_text().splitlines() if line.endswith("}")]
+        if file.exists()
+        else []
+    )
     return {told["step"]: (told["loss"], told["grad_norm"]) for told in map(json.loads, lines)}
 
 
 def ranks(run: Path) -> dict[int, int]:
     """The newest process of each rank, as its log tells."""
-    logs = {int(log.stem.removeprefix("rank")): log.read_text() for log in (run / "logs").glob("rank*.log")}
+    logs = {
+        int(log.stem.removeprefix("rank")): log.read_text()
+        for log in (run / "logs").glob("rank*.log")
+    }
     found = {rank: re.findall(rf"rank {rank}, process (\d+)", text) for rank, text in logs.items()}
     return {rank: int(numbers[-1]) for rank, numbers in found.items() if numbers}
 
 
-def until(condition: Callable[[], Any], seconds: float = 120, said: Callable[[], str] = lambda: "") -> None:
+def until(
+    condition: Callable[[], Any], seconds: float = 120, said: Callable[[], str] = lambda: ""
+) -> None:
     """Wait for the condition."""
     deadline = time.monotonic() + seconds
     while not condition():

@@ -1,4 +1,6 @@
-"""Accelerate in the place of our wrappers: one process's curve, and not another strategy than was asked for."""
+"""Accelerate in the place of our wrappers: one process's curve, and not another strategy than
+was asked for.
+"""
 
 from __future__ import annotations
 
@@ -36,7 +38,12 @@ from dtrain.parallel.plan import Plan
 from dtrain.parallel.precision import Precision
 from dtrain.parallel.strategy import Strategy
 from dtrain.strategy.accelerate.library import refuse_contradictions
-from dtrain.strategy.accelerate.strategy import AccelerateDDP, AccelerateDeepSpeed, AccelerateFSDP, AccelerateLocalSGD
+from dtrain.strategy.accelerate.strategy import (
+    AccelerateDDP,
+    AccelerateDeepSpeed,
+    AccelerateFSDP,
+    AccelerateLocalSGD,
+)
 from dtrain.strategy.ddp import DDP
 from dtrain.train import Settings, Trainer
 
@@ -50,7 +57,11 @@ def world(worlds_with_engines):
     return worlds_with_engines
 
 
-FREED = {"stage3_param_persistence_threshold": 0, "stage3_prefetch_bucket_size": 0, "stage3_max_reuse_distance": 0}
+FREED = {
+    "stage3_param_persistence_threshold": 0,
+    "stage3_prefetch_bucket_size": 0,
+    "stage3_max_reuse_distance": 0,
+}
 
 
 def by_deepspeed(stage: int) -> partial[AccelerateDeepSpeed]:
@@ -76,7 +87,10 @@ def kept(*arguments: Any) -> Outcome:
 
 
 def on_a_cpu(case: Case, size: int) -> tuple[Outcome, int, int]:
-    """FSDP2 by Accelerate where it says it cannot: told that this process's devices can. Also shards, and all elements."""
+    """FSDP2 by Accelerate where it says it cannot: told that this process's devices can.
+
+    Also shards, and all elements.
+    """
     from accelerate.state import AcceleratorState, PartialState
     from accelerate.utils import DistributedType
 
@@ -89,10 +103,15 @@ def on_a_cpu(case: Case, size: int) -> tuple[Outcome, int, int]:
     def told(self: Any, *arguments: Any, fsdp_plugin: Any = None, **settings: Any) -> None:
         real(self, *arguments, fsdp_plugin=fsdp_plugin, **settings)
         if fsdp_plugin is not None:
-            PartialState._shared_state["distributed_type"] = self.distributed_type = DistributedType.FSDP
+            PartialState._shared_state["distributed_type"] = self.distributed_type = (
+                DistributedType.FSDP
+            )
             self.fsdp_plugin = fsdp_plugin
 
-    with mock.patch.dict(STRATEGIES, {case.strategy: [Told]}), mock.patch.object(AcceleratorState, "__init__", told):
+    with (
+        mock.patch.dict(STRATEGIES, {case.strategy: [Told]}),
+        mock.patch.object(AcceleratorState, "__init__", told),
+    ):
         made = trainer(case, size)
         (model,) = made.models.values()
         shards = [p for p in model.parameters() if isinstance(p, DTensor)]
@@ -114,7 +133,10 @@ def test_it_equals_one_process(name: str, world) -> None:
 @pytest.mark.deep
 @pytest.mark.parametrize("name", MADE)
 def test_it_equals_one_process_for_long(name: str, world) -> None:
-    cases = [Case("next_token", name, "fp32", micro_batch_size=2), Case("masked_token", name, "fp32", clip_norm=0.05)]
+    cases = [
+        Case("next_token", name, "fp32", micro_batch_size=2),
+        Case("masked_token", name, "fp32", clip_norm=0.05),
+    ]
     for case in cases:
         expected = world(2).run(trained, case.reference(), 1)[0]
         found = world(3).run(trained, case, 3)
@@ -143,14 +165,26 @@ def test_its_fsdp_shards_and_equals_one_process_where_it_may(world) -> None:
 
 
 @pytest.mark.skipif(
-    not torch.cuda.is_available(), reason="Accelerate makes FSDP of its plugin on GPUs alone: none here"
+    not torch.cuda.is_available(),
+    reason="Accelerate makes FSDP of its plugin on GPUs alone: none here",
 )
 @pytest.mark.parametrize("strategy", ["accelerate_fsdp", "accelerate_deepspeed", "deepspeed_zero3"])
 def test_on_gpus_it_trains_as_one_does(strategy: str, tmp_path: Path) -> None:
     losses = {}
     for name, ranks in (("single", 1), (strategy, min(2, torch.cuda.device_count()))):
-        run = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}", "scripts/train.py",
-               f"strategy={name}", "model=tiny", "steps=8", "device=cuda", f"hydra.run.dir={tmp_path / name}"]  # fmt: skip
+        run = [
+            sys.executable,
+            "-m",
+            "torch.distributed.run",
+            "--standalone",
+            f"--nproc-per-node={ranks}",
+            "scripts/train.py",
+            f"strategy={name}",
+            "model=tiny",
+            "steps=8",
+            "device=cuda",
+            f"hydra.run.dir={tmp_path / name}",
+        ]
         subprocess.run(run, check=True, cwd=Path(__file__).parent.parent)
         lines = map(json.loads, (tmp_path / name / "metrics.jsonl").read_text().splitlines())
         losses[name] = [line["loss"] for line in lines if "loss" in line]
@@ -170,7 +204,9 @@ def sgd(model: torch.nn.Module) -> torch.optim.Optimizer:
 def local(
     strategy: Strategy | None, size: int, steps: int = 6
 ) -> tuple[list[float], dict[str, torch.Tensor], list[list[float]]]:
-    """Losses, the weights that a checkpoint would have, and each rank's own sum of weights after each step."""
+    """Losses, the weights that a checkpoint would have, and each rank's own sum of weights
+    after each step.
+    """
     case = Case("masked_token", "single", "fp32")
     with mock.patch.dict(STRATEGIES, {"local": [lambda: strategy] if strategy else []}):
         made = trainer(replace(case, strategy="local", clip_norm=None), size)
@@ -178,11 +214,17 @@ def local(
     losses, sums = [], []
     for step in made.steps():
         losses.append(step.loss)
-        own = torch.stack([p.detach().double().sum() for m in made.models.values() for p in m.parameters()]).sum()
+        own = torch.stack(
+            [p.detach().double().sum() for m in made.models.values() for p in m.parameters()]
+        ).sum()
         every = [torch.zeros_like(own) for _ in range(dist.get_world_size())]
         dist.all_gather(every, own)
         sums.append([each.item() for each in every])
-    return losses, {name: t.clone() for name, t in made.state().items() if not name.startswith("optimizer.")}, sums
+    return (
+        losses,
+        {name: t.clone() for name, t in made.state().items() if not name.startswith("optimizer.")},
+        sums,
+    )
 
 
 def test_local_sgd_of_every_step_is_synchronous_sgd(world) -> None:
@@ -205,17 +247,24 @@ def test_local_sgd_averages_every_third_step_and_saves_the_average(world) -> Non
 COSTS = {
     "accelerate_ddp": Costed(3, (AccelerateDDP,)),
     "accelerate_ddp, two buckets": Costed(2, (AccelerateDDP,), partial(Other, d_model=192)),
-    "accelerate_ddp, micro-batches": Costed(2, (partial(AccelerateDDP, bucket_mb=0.005),), Other, several=True),
+    "accelerate_ddp, micro-batches": Costed(
+        2, (partial(AccelerateDDP, bucket_mb=0.005),), Other, several=True
+    ),
     "accelerate_local_sgd": Costed(2, (partial(AccelerateLocalSGD, sync_every=1),)),
-    **{f"accelerate_zero{stage}": Costed(2, (by_deepspeed(stage),), Other, several=True) for stage in (1, 2, 3)},
-}  # fmt: skip
+    **{
+        f"accelerate_zero{stage}": Costed(2, (by_deepspeed(stage),), Other, several=True)
+        for stage in (1, 2, 3)
+    },
+}
 
 
 @pytest.mark.parametrize("case", COSTS.values(), ids=COSTS)
 def test_messages_and_memory_are_as_told(case: Costed, world) -> None:
     for ours, told in zip(world(case.ranks).run(measured, case), predicted(case), strict=True):
         assert sorted(map(str, ours.messages)) == sorted(map(str, told.messages))
-        assert replace(ours, messages=(), activation_bytes=0) == replace(told, messages=(), activation_bytes=0)
+        assert replace(ours, messages=(), activation_bytes=0) == replace(
+            told, messages=(), activation_bytes=0
+        )
 
 
 def test_what_it_saves_the_native_resumes(world, tmp_path: Path) -> None:
@@ -225,7 +274,10 @@ def test_what_it_saves_the_native_resumes(world, tmp_path: Path) -> None:
         folder = str(tmp_path / plans[saver])
         whole = world(2).run(kept, cases[plans[saver]], 2, folder, True, False)[0]
         resumed = world(2).run(kept, cases[plans[other]], 2, folder, False, True)[0]
-        assert resumed.losses == pytest.approx(whole.losses[4:], rel=TOLERANCE), (plans[saver], plans[other])
+        assert resumed.losses == pytest.approx(whole.losses[4:], rel=TOLERANCE), (
+            plans[saver],
+            plans[other],
+        )
 
 
 def _of(made: Any, size: int = 2, environment: dict[str, str] | None = None, **plan: Any) -> str:
@@ -237,30 +289,62 @@ def _of(made: Any, size: int = 2, environment: dict[str, str] | None = None, **p
     return ""
 
 
-ZERO2 = {"ACCELERATE_USE_DEEPSPEED": "true", "ACCELERATE_DEEPSPEED_ZERO_STAGE": "2", "ACCELERATE_GRADIENT_CLIPPING": "1.0",
-         "ACCELERATE_GRADIENT_ACCUMULATION_STEPS": "1", "ACCELERATE_MIXED_PRECISION": "no"}  # fmt: skip
+ZERO2 = {
+    "ACCELERATE_USE_DEEPSPEED": "true",
+    "ACCELERATE_DEEPSPEED_ZERO_STAGE": "2",
+    "ACCELERATE_GRADIENT_CLIPPING": "1.0",
+    "ACCELERATE_GRADIENT_ACCUMULATION_STEPS": "1",
+    "ACCELERATE_MIXED_PRECISION": "no",
+}
 
 
 def test_mistakes_and_contradictions_take_one_line() -> None:
     said = {
-        _of(partial(AccelerateDDP, ddp={"bucket_mb": 3})): "unexpected keyword argument 'bucket_mb'",
+        _of(
+            partial(AccelerateDDP, ddp={"bucket_mb": 3})
+        ): "unexpected keyword argument 'bucket_mb'",
         _of(AccelerateDDP, 1): "use strategy=single",
-        _of(partial(AccelerateDDP, 2), precision=Precision("bf16", reduce="bf16")): "precision.reduce=bf16",
+        _of(
+            partial(AccelerateDDP, 2), precision=Precision("bf16", reduce="bf16")
+        ): "precision.reduce=bf16",
         _of(by_deepspeed(0)): "use accelerate_ddp for stage 0",
-        _of(DDP, environment={"ACCELERATE_USE_FSDP": "true"}): "ACCELERATE_USE_FSDP=true, which is AccelerateFSDP, and the strategy is DDP",
+        _of(
+            DDP, environment={"ACCELERATE_USE_FSDP": "true"}
+        ): "ACCELERATE_USE_FSDP=true, which is AccelerateFSDP, and the strategy is DDP",
         _of(None, 1, {"ACCELERATE_USE_MEGATRON_LM": "true"}): "the strategy is single",
-        _of(AccelerateDDP, environment={"ACCELERATE_MIXED_PRECISION": "bf16"}): "MIXED_PRECISION=bf16, the run fp32: set dtype",
-        _of(AccelerateDDP, environment={"ACCELERATE_DYNAMO_BACKEND": "INDUCTOR"}): "set compile=true",
-        _of(by_deepspeed(3), environment=ZERO2): "ZERO_STAGE=2, the run 3: set strategy.dp.deepspeed.zero_optimization.stage",
-        _of(by_deepspeed(2), environment=ZERO2, clip_norm=0.5): "GRADIENT_CLIPPING=1.0, the run 0.5: set clip_norm",
-        _of(by_deepspeed(2), environment=ZERO2 | {"ACCELERATE_GRADIENT_ACCUMULATION_STEPS": "4"}): "set micro_batch_size",
-        _of(by_deepspeed(2), environment=ZERO2 | {"ACCELERATE_DEEPSPEED_OFFLOAD_OPTIMIZER_DEVICE": "cpu"}): "offload_optimizer",
-        _of(None, 1, {"ACCELERATE_USE_CPU": "True", "MASTER_PORT": "1"}): "has started one process alone",
-    }  # fmt: skip
+        _of(
+            AccelerateDDP, environment={"ACCELERATE_MIXED_PRECISION": "bf16"}
+        ): "MIXED_PRECISION=bf16, the run fp32: set dtype",
+        _of(
+            AccelerateDDP, environment={"ACCELERATE_DYNAMO_BACKEND": "INDUCTOR"}
+        ): "set compile=true",
+        _of(
+            by_deepspeed(3), environment=ZERO2
+        ): "ZERO_STAGE=2, the run 3: set strategy.dp.deepspeed.zero_optimization.stage",
+        _of(
+            by_deepspeed(2), environment=ZERO2, clip_norm=0.5
+        ): "GRADIENT_CLIPPING=1.0, the run 0.5: set clip_norm",
+        _of(
+            by_deepspeed(2), environment=ZERO2 | {"ACCELERATE_GRADIENT_ACCUMULATION_STEPS": "4"}
+        ): "set micro_batch_size",
+        _of(
+            by_deepspeed(2),
+            environment=ZERO2 | {"ACCELERATE_DEEPSPEED_OFFLOAD_OPTIMIZER_DEVICE": "cpu"},
+        ): "offload_optimizer",
+        _of(
+            None, 1, {"ACCELERATE_USE_CPU": "True", "MASTER_PORT": "1"}
+        ): "has started one process alone",
+    }
     for line, wanted in said.items():
         assert wanted in line and "\n" not in line
     assert _of(by_deepspeed(2), environment=ZERO2) == ""
-    assert _of(AccelerateDDP, environment={"ACCELERATE_MIXED_PRECISION": "no", "ACCELERATE_DYNAMO_BACKEND": "NO"}) == ""
+    assert (
+        _of(
+            AccelerateDDP,
+            environment={"ACCELERATE_MIXED_PRECISION": "no", "ACCELERATE_DYNAMO_BACKEND": "NO"},
+        )
+        == ""
+    )
 
 
 def taken_up(kind: type[Strategy], size: int) -> list[str]:

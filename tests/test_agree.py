@@ -1,4 +1,6 @@
-"""What ranks do together: what one of them meets, all of them hear of, and none waits for another's work."""
+"""What ranks do together: what one of them meets, all of them hear of, and none waits for
+another's work.
+"""
 
 from __future__ import annotations
 
@@ -36,7 +38,13 @@ def _fail(error: Exception) -> None:
 
 def _errors(size: int) -> list[str]:
     group, rank = dist.new_group(list(range(size)), timeout=timedelta(seconds=20)), dist.get_rank()
-    errors = [KeyError("key"), RuntimeError("bug"), Odd(1, 2), AssertionError("never"), MemoryError()]
+    errors = [
+        KeyError("key"),
+        RuntimeError("bug"),
+        Odd(1, 2),
+        AssertionError("never"),
+        MemoryError(),
+    ]
     told = [_said(lambda error=error: agree(lambda: _fail(error), group)) for error in errors]  # type: ignore[misc]
     told.append(_said(lambda: together(lambda: _fail(Odd(3, 4)) if rank else rank, group)))
     told.append(_said(lambda: together(lambda: 10 * rank, group)))
@@ -48,14 +56,25 @@ def test_any_error_of_one_rank_is_raised_on_all(world: Callable[[int], World]) -
     begun = time.monotonic()
     found = world(2).run(_errors, 2)
     assert time.monotonic() - begun < 20
-    assert found[0] == found[1] == ["KeyError: 'key'", "RuntimeError: bug", "RuntimeError: Odd: 1 and 2",
-                                    "AssertionError: never", "MemoryError: ", "RuntimeError: Odd: 3 and 4",
-                                    "[0, 10]"]  # fmt: skip
+    assert (
+        found[0]
+        == found[1]
+        == [
+            "KeyError: 'key'",
+            "RuntimeError: bug",
+            "RuntimeError: Odd: 1 and 2",
+            "AssertionError: never",
+            "MemoryError: ",
+            "RuntimeError: Odd: 3 and 4",
+            "[0, 10]",
+        ]
+    )
 
 
 def _read_by(folder: str) -> tuple[list[str], list[str], str, str]:
-    """The shards that this rank reads while a checkpoint is written, and while it is verified; what is found then, and
-    when a byte has changed."""
+    """The shards that this rank reads while a checkpoint is written, and while it is verified; what
+    is found then, and when a byte has changed.
+    """
     read: list[str] = []
     describe = checkpoint_files.describe
 
@@ -79,11 +98,17 @@ def _read_by(folder: str) -> tuple[list[str], list[str], str, str]:
     return read[:written], verified, sound, checkpoint.verified(path)
 
 
-def test_shards_are_read_by_all_ranks_and_judged_alike(world: Callable[[int], World], tmp_path: Path) -> None:
-    """Each of them once, when it is written and when it is verified: no rank waits while another reads all."""
+def test_shards_are_read_by_all_ranks_and_judged_alike(
+    world: Callable[[int], World], tmp_path: Path
+) -> None:
+    """Each of them once, when it is written and when it is verified: no rank waits while
+    another reads all.
+    """
     found = world(2).run(_read_by, str(tmp_path))
     names = sorted(p.name for p in (tmp_path / "latest").resolve().glob("*.safetensors"))
     for at in (0, 1):
-        assert sorted(sum((each[at] for each in found), [])) == names and all(len(each[at]) == 1 for each in found)
+        assert sorted(sum((each[at] for each in found), [])) == names and all(
+            len(each[at]) == 1 for each in found
+        )
     assert {each[2] for each in found} == {""}
     assert {each[3] for each in found} == {f"{names[1]} does not have its SHA-256"}

@@ -1,4 +1,6 @@
-"""What a server evaluates at once, and what a comparison says in which nothing could be compared."""
+"""What a server evaluates at once, and what a comparison says in which nothing could be
+compared.
+"""
 
 from __future__ import annotations
 
@@ -20,7 +22,9 @@ WORKERS = 4
 
 @pytest.mark.usefixtures("one_rank")
 @pytest.mark.parametrize("micro_batch_size", [None, 1])
-def test_a_parameter_server_evaluates_as_many_rows_at_once_as_a_worker_trains(micro_batch_size: int | None) -> None:
+def test_a_parameter_server_evaluates_as_many_rows_at_once_as_a_worker_trains(
+    micro_batch_size: int | None,
+) -> None:
     """Not the global batch, which is in the memory of no process."""
     plan, world = plan_of(WORKERS), World(rank=0, size=WORKERS + 1)
     settings = replace(SETTINGS, micro_batch_size=micro_batch_size)
@@ -34,9 +38,13 @@ def test_a_parameter_server_evaluates_as_many_rows_at_once_as_a_worker_trains(mi
     assert sums["count"] == ROWS == sum(rows) and set(rows) == {micro_batch_size or ROWS // WORKERS}
 
 
-def test_a_comparison_in_which_no_strategy_could_run_is_a_mistake(call: Callable[..., tuple[int, str, str]]) -> None:  # noqa: F811
+def test_a_comparison_in_which_no_strategy_could_run_is_a_mistake(
+    call: Callable[..., tuple[int, str, str]],
+) -> None:
     """Whether the baseline could, or not even that."""
     words = ["model=tiny", "strategies=[single,ddp]", "launch.nproc=2", "model.n_heads=5"]
     status, out, err = call(*words, config="compare")
     assert status == 2 and err.count("\n") == 1 and "single: not possible here" in out
-    assert err.startswith("dtrain: none of the strategies could run: ddp: model.n_heads=5 does not divide")
+    assert err.startswith(
+        "dtrain: none of the strategies could run: ddp: model.n_heads=5 does not divide"
+    )

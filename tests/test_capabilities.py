@@ -53,12 +53,20 @@ def test_one_process_trains_every_task(trials: list[Combination]) -> None:
 def one_step(strategy: str, task: str, experts: bool, size: int) -> float:
     """The loss of one step, as a run with these settings makes it."""
     register()
-    model = [] if task in ("gan", "image_classification") else ["model=tiny", f"model.n_experts={8 * experts}"]
+    model = (
+        []
+        if task in ("gan", "image_classification")
+        else ["model=tiny", f"model.n_experts={8 * experts}"]
+    )
     with initialize_config_dir(str(CONFIGS), version_base="1.3"):
-        config = checked(compose("train", [f"strategy={strategy}", f"task={task}", *model, "steps=1"]))
+        config = checked(
+            compose("train", [f"strategy={strategy}", f"task={task}", *model, "steps=1"])
+        )
         job = assemble(config, World(dist.get_rank(), size, dist.get_rank(), size))
     settings = Settings(1, config.seed, config.global_batch_size, config.micro_batch_size)
-    trainer = Trainer(job.task, job.plan.connect(), partial(optimizer_of, config.optimizer), settings)
+    trainer = Trainer(
+        job.task, job.plan.connect(), partial(optimizer_of, config.optimizer), settings
+    )
     return next(trainer.steps()).loss
 
 
@@ -86,7 +94,9 @@ def test_every_composition_that_has_a_name_trains_a_task(trials: list[Combinatio
     assert refused == {"accelerate_fsdp"}  # on a CPU
 
 
-@pytest.mark.parametrize("names", ["replicate fsdp", "fsdp tensor", "pipeline tensor", "expert fsdp"])
+@pytest.mark.parametrize(
+    "names", ["replicate fsdp", "fsdp tensor", "pipeline tensor", "expert fsdp"]
+)
 def test_what_composes_is_marked_so(trials: list[Combination], names: str) -> None:
     found = pair(trials, *names.split())
     assert found.mark == WORKS and not found.refusals["causal_lm"]
@@ -96,9 +106,13 @@ def test_ddp_beside_anything_is_refused_with_its_reason(trials: list[Combination
     beside = [trial for trial in trials if "ddp" in (part.name for part in trial.parts)]
     assert {trial.mark for trial in beside} == {REFUSED, SAME_AXIS}
     assert all(reason for trial in beside for reason in trial.refusals.values())
-    told = {reason: whom for reason, whom in reasons(beside).items() if "ddp stands alone" in reason}
+    told = {
+        reason: whom for reason, whom in reasons(beside).items() if "ddp stands alone" in reason
+    }
     assert list(map(sorted, told.values())) == [
-        sorted(trial.name for trial in beside if trial.mark == REFUSED and any(trial.asked.values()))
+        sorted(
+            trial.name for trial in beside if trial.mark == REFUSED and any(trial.asked.values())
+        )
     ]
 
 
@@ -110,13 +124,17 @@ def test_one_axis_is_for_one_strategy(trials: list[Combination], names: str) -> 
 
 def test_a_pair_is_not_blamed_for_what_its_parts_refuse() -> None:
     pipeline = Combination(
-        "pipeline", [PipelineParallel(2)], {"lm": "", "masked": "", "gan": "task GAN has no pipeline split"}
+        "pipeline",
+        [PipelineParallel(2)],
+        {"lm": "", "masked": "", "gan": "task GAN has no pipeline split"},
     )
     fsdp = Combination("fsdp", [FSDP(2)], {"lm": "", "masked": "", "gan": ""})
 
     def both(masked: str) -> Combination:
         refusals = {"lm": "", "masked": masked, "gan": "task GAN has no pipeline split"}
-        return Combination("pipeline + fsdp", pipeline.strategies + fsdp.strategies, refusals, (pipeline, fsdp))
+        return Combination(
+            "pipeline + fsdp", pipeline.strategies + fsdp.strategies, refusals, (pipeline, fsdp)
+        )
 
     assert both("").mark == WORKS and both("pp x fsdp: no").mark == PARTLY
     assert reasons([fsdp, pipeline, both("pp x fsdp: no")]) == {
@@ -133,12 +151,14 @@ def test_the_command_prints_it(
     monkeypatch.setattr(sys, "argv", ["info.py", "capabilities"])
     cli.main("info", cli.info)
     printed = capsys.readouterr().out
-    assert all(name in printed for name in options("strategy")) and "those that stand alone" in " ".join(
-        printed.split()
-    )
+    assert all(
+        name in printed for name in options("strategy")
+    ) and "those that stand alone" in " ".join(printed.split())
 
 
-def test_the_readme_says_the_same(trials: list[Combination], monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_the_readme_says_the_same(
+    trials: list[Combination], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     monkeypatch.setattr(capabilities, "survey", lambda: trials)
     copy = tmp_path / "README.md"
     copy.write_text(README.read_text())

@@ -1,4 +1,6 @@
-"""The comparison: what is asked for, what the figures say, and the whole thing as a person runs it, interrupts it and reads it."""
+"""The comparison: what is asked for, what the figures say, and the whole thing as a person runs
+it, interrupts it and reads it.
+"""
 
 from __future__ import annotations
 
@@ -34,24 +36,64 @@ from dtrain.compare.page import charts, costs, page, step
 from dtrain.compare.page.style import FAMILIES, KINDS, Chart, family
 from dtrain.compare.results import FIGURES, Results, Row, read
 from dtrain.compare.runner import cells
-from dtrain.compare.verdict import differences, efficiency, equal_time, front, loss_at, memory_of, size, verdicts
+from dtrain.compare.verdict import (
+    differences,
+    efficiency,
+    equal_time,
+    front,
+    loss_at,
+    memory_of,
+    size,
+    verdicts,
+)
 
 ROOT = Path(__file__).parent.parent
 SCRIPT = [sys.executable, str(ROOT / "scripts/compare.py")]
-CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+CHROMIUM = next(
+    filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None
+)
 
 
-def row(name: str, speeds: tuple[float, ...] = (100.0,), memory: int = 10, sent: float = 5.0, ranks: int = 2) -> Row:
-    found = Row(name, ranks, reference="single", tokens_per_second=sorted(speeds)[len(speeds) // 2], step_seconds=0.1, loss=2.0,
-                memory_bytes=memory, peak_memory_bytes=1000, wire_bytes=sent, exposed_share=0.1, loss_difference=1e-7)  # fmt: skip
+def row(
+    name: str,
+    speeds: tuple[float, ...] = (100.0,),
+    memory: int = 10,
+    sent: float = 5.0,
+    ranks: int = 2,
+) -> Row:
+    found = Row(
+        name,
+        ranks,
+        reference="single",
+        tokens_per_second=sorted(speeds)[len(speeds) // 2],
+        step_seconds=0.1,
+        loss=2.0,
+        memory_bytes=memory,
+        peak_memory_bytes=1000,
+        wire_bytes=sent,
+        exposed_share=0.1,
+        loss_difference=1e-7,
+    )
     found.seconds, found.losses = [1.0, 2.0], [3.0, 2.0]
-    found.repeats = [{"tokens_per_second": speed, "step_seconds": [0.1], "seconds": 1.0} for speed in speeds]
+    found.repeats = [
+        {"tokens_per_second": speed, "step_seconds": [0.1], "seconds": 1.0} for speed in speeds
+    ]
     return found
 
 
 def results(*rows: Row) -> Results:
-    return Results("python scripts/compare.py", "2026-01-01T00:00:00+00:00", "single", "strong", 2, 12, 1, {"model": "tiny"},
-                   {"commit": "a", "cpu": "c", "cores": 2}, list(rows))  # fmt: skip
+    return Results(
+        "python scripts/compare.py",
+        "2026-01-01T00:00:00+00:00",
+        "single",
+        "strong",
+        2,
+        12,
+        1,
+        {"model": "tiny"},
+        {"commit": "a", "cpu": "c", "cores": 2},
+        list(rows),
+    )
 
 
 # What is asked for
@@ -59,10 +101,14 @@ def results(*rows: Row) -> Results:
 
 @pytest.mark.parametrize(("text", "label", "overrides", "trained", "ranks"), [
     ("ddp", "ddp", ["strategy=ddp"], (), None),
-    ("replicate+fsdp launch.nproc=4", "replicate+fsdp", ["strategy=[replicate,fsdp]", "launch.nproc=4"], (), 4),
-    ("pipeline strategy.pp.schedule=zbv", "pipeline schedule=zbv", ["strategy=pipeline", "strategy.pp.schedule=zbv"], (), None),
-    ("expert model.n_experts=8", "expert n_experts=8", ["strategy=expert", "model.n_experts=8"], ("model.n_experts=8",), None),
-    ("fsdp +strategy.fsdp.x=1 launch.threads=1", "fsdp x=1 threads=1", ["strategy=fsdp", "+strategy.fsdp.x=1", "launch.threads=1"], (), None),
+    ("replicate+fsdp launch.nproc=4", "replicate+fsdp",
+     ["strategy=[replicate,fsdp]", "launch.nproc=4"], (), 4),
+    ("pipeline strategy.pp.schedule=zbv", "pipeline schedule=zbv",
+     ["strategy=pipeline", "strategy.pp.schedule=zbv"], (), None),
+    ("expert model.n_experts=8", "expert n_experts=8", ["strategy=expert", "model.n_experts=8"],
+     ("model.n_experts=8",), None),
+    ("fsdp +strategy.fsdp.x=1 launch.threads=1", "fsdp x=1 threads=1",
+     ["strategy=fsdp", "+strategy.fsdp.x=1", "launch.threads=1"], (), None),
 ])  # fmt: skip
 def test_an_entry_is_a_strategy_and_its_settings(
     text: str, label: str, overrides: list[str], trained: tuple, ranks: int
@@ -83,10 +129,20 @@ def test_what_is_no_entry_is_refused(text: str) -> None:
 
 
 def test_each_kind_of_training_has_its_own_baseline() -> None:
-    cases = cases_of(["ddp", "expert model.n_experts=8", "single", "3d launch.nproc=8"], "single", [2], 16, "strong")
+    cases = cases_of(
+        ["ddp", "expert model.n_experts=8", "single", "3d launch.nproc=8"],
+        "single",
+        [2],
+        16,
+        "strong",
+    )
     assert [(c.label, c.ranks) for c in cases] == [
-        ("single", 1), ("ddp", 2), ("3d", 8), ("single n_experts=8", 1), ("expert n_experts=8", 2),
-    ]  # fmt: skip
+        ("single", 1),
+        ("ddp", 2),
+        ("3d", 8),
+        ("single n_experts=8", 1),
+        ("expert n_experts=8", 2),
+    ]
     first = {c.label: next(o.label for o in cases if c.trains_the_same(o)) for c in cases}
     assert first["3d"] == "single" and first["expert n_experts=8"] == "single n_experts=8"
 
@@ -111,7 +167,9 @@ def test_every_case_has_a_label_and_a_folder_of_its_own() -> None:
     ]
     cases = cases_of(asked, "single", [2], 16, "strong")
     placed = {(c.entry.strategy, c.ranks, c.rows, c.entry.settings) for c in cases}
-    assert len(cases) == len(placed) == len({c.label for c in cases}) == len({c.folder for c in cases})
+    assert (
+        len(cases) == len(placed) == len({c.label for c in cases}) == len({c.folder for c in cases})
+    )
     assert {c.rows for c in cases if "global_batch_size=32" in c.entry.settings} == {32}
     assert all(c.overrides[-1] == f"global_batch_size={c.rows}" for c in cases)
 
@@ -125,8 +183,11 @@ def test_the_front_is_what_nothing_beats(points: list[tuple[int, int]]) -> None:
     found = front(rows)
     assert found
     for each in rows:
-        beaten = any((o.tokens_per_second > each.tokens_per_second and memory_of(o) <= memory_of(each))
-                     or (o.tokens_per_second >= each.tokens_per_second and memory_of(o) < memory_of(each)) for o in rows)  # fmt: skip
+        beaten = any(
+            (o.tokens_per_second > each.tokens_per_second and memory_of(o) <= memory_of(each))
+            or (o.tokens_per_second >= each.tokens_per_second and memory_of(o) < memory_of(each))
+            for o in rows
+        )
         assert (each in found) == (not beaten)
 
 
@@ -147,45 +208,75 @@ def test_the_verdict_names_the_best_and_owns_up_to_noise() -> None:
         "fsdp",
         "ddp",
     )
-    assert "a tie" in told["fastest"].note  # 3d has more ranks than were asked for, single sends nothing
-    told = {v.title: v for v in verdicts(results(rows[0], row("ddp", (200, 205)), row("fsdp", (96, 104))))}
+    # 3d has more ranks than were asked for, single sends nothing
+    assert "a tie" in told["fastest"].note
+    told = {
+        v.title: v
+        for v in verdicts(results(rows[0], row("ddp", (200, 205)), row("fsdp", (96, 104))))
+    }
     assert "more than the repeats differ" in told["fastest"].note
 
 
-@given(st.lists(st.floats(50, 150), min_size=2, max_size=5), st.lists(st.floats(50, 150), min_size=2, max_size=5))
-def test_a_difference_is_noise_where_any_two_repeats_could_be_equal(before: list[float], after: list[float]) -> None:
+@given(
+    st.lists(st.floats(50, 150), min_size=2, max_size=5),
+    st.lists(st.floats(50, 150), min_size=2, max_size=5),
+)
+def test_a_difference_is_noise_where_any_two_repeats_could_be_equal(
+    before: list[float], after: list[float]
+) -> None:
     (found,) = differences(results(row("ddp", tuple(before))), results(row("ddp", tuple(after))))
     assert found.noise == (max(before) >= min(after) and max(after) >= min(before))
     assert found.least <= found.ratio <= found.most
 
 
 def test_a_page_without_figures_tells_the_reasons() -> None:
-    found = results(Row("single", 1, reason="no room <b>", failed=True), Row("ddp [x]", 2, reason="too few"))
-    found.environment |= {"memory_bytes": 1, "gpu": None, "python": "3", "packages": {"torch": "2"}, "platform": "x"}
+    found = results(
+        Row("single", 1, reason="no room <b>", failed=True), Row("ddp [x]", 2, reason="too few")
+    )
+    found.environment |= {
+        "memory_bytes": 1,
+        "gpu": None,
+        "python": "3",
+        "packages": {"torch": "2"},
+        "platform": "x",
+    }
     found.facts |= {"data": "d", "task": "t", "global_batch_size": 1, "dtype": "fp32", "seed": 0}
     text = page.document(found, {}, str)
-    assert "Nothing has run to its end" in text and "too few" in text and "no room &lt;b&gt;" in text
+    assert (
+        "Nothing has run to its end" in text and "too few" in text and "no room &lt;b&gt;" in text
+    )
     assert Cells(text).missing == ["single", "ddp [x]"]
 
 
 MACHINE: dict[str, Any] = {
-    "memory_bytes": 1, "gpu": None, "python": "3", "packages": {"torch": "2"}, "platform": "x", "cpu": "y",
-}  # fmt: skip
+    "memory_bytes": 1,
+    "gpu": None,
+    "python": "3",
+    "packages": {"torch": "2"},
+    "platform": "x",
+    "cpu": "y",
+}
 FACTS: dict[str, Any] = {"task": "t", "global_batch_size": 1, "dtype": "fp32", "seed": 0}
 
 
 def test_names_steer_neither_a_page_nor_a_figure_nor_a_document() -> None:
-    """Markup, Markdown, escape sequences and other directions in a label are text, in whatever it is shown."""
+    """Markup, Markdown, escape sequences and other directions in a label are text, in whatever
+    it is shown.
+    """
     evil = "a<b>|<img src=x onerror=alert(1)>[x](javascript:y)`\x1b[31m\u202e"
     found = results(
-        row("ddp", (100.0,)), row(evil, (90.0,)), Row("no\n# Title", 2, reason="b\n\n<script>|", failed=True)
+        row("ddp", (100.0,)),
+        row(evil, (90.0,)),
+        Row("no\n# Title", 2, reason="b\n\n<script>|", failed=True),
     )
     found.environment |= MACHINE
     found.facts |= FACTS | {"data": evil}
     for each in found.ran:
         each.losses, each.seconds, each.wire_bytes = [2.0, 1.0], [0.1, 0.2], 3.0
     told = markdown.document(found)
-    assert not {"<img", "<script", "\x1b", "\u202e"} & {w for w in ("<img", "<script", "\x1b", "\u202e") if w in told}
+    assert not {"<img", "<script", "\x1b", "\u202e"} & {
+        w for w in ("<img", "<script", "\x1b", "\u202e") if w in told
+    }
     assert "\n# Title" not in told and "](javascript" not in told.replace("\\[x]", "")
     for chart in (
         charts.tradeoff(found),
@@ -195,12 +286,17 @@ def test_names_steer_neither_a_page_nor_a_figure_nor_a_document() -> None:
         charts.steps(found),
     ):
         said = json.dumps(
-            [{k: v for k, v in t.items() if k != "customdata"} for t in chart.figure.to_dict()["data"]],
+            [
+                {k: v for k, v in t.items() if k != "customdata"}
+                for t in chart.figure.to_dict()["data"]
+            ],
             ensure_ascii=False,
         )
-        assert "\\u001b" not in said and "\u202e" not in said and "<img" not in re.sub("</?b>|<br>", "", said), (
-            chart.name
-        )
+        assert (
+            "\\u001b" not in said
+            and "\u202e" not in said
+            and "<img" not in re.sub("</?b>|<br>", "", said)
+        ), chart.name
         assert "&lt;img" in said or chart.name == "scaling", chart.name
 
 
@@ -208,7 +304,8 @@ def test_names_that_are_not_utf8_end_no_comparison(tmp_path: Path) -> None:
     """Of columns, in a reason; of files, in a strategy's settings and in the command."""
     odd = "data.source.path=\udcff"
     found = results(
-        Row("ddp", 2, reason="too few"), Row(f"ddp {odd}", 2, reason="no column \udcff\x1b[2J", failed=True)
+        Row("ddp", 2, reason="too few"),
+        Row(f"ddp {odd}", 2, reason="no column \udcff\x1b[2J", failed=True),
     )
     found.command = f"python scripts/compare.py {odd}"
     found.environment |= MACHINE
@@ -227,23 +324,39 @@ def test_a_reason_is_kept_as_it_may_be_shown(tmp_path: Path) -> None:
     def start(*_: object) -> dict[str, Any]:
         raise ValueError("no column \udcff\x1b[2J\nof\tthese")
 
-    runner.run_all([Case(Entry("ddp"), 2, 4, "ddp")], found, tmp_path, 1, start, lambda: found.write(tmp_path))
-    assert found.rows[0].reason == r"no column \udcff\x1b[2J of these" in (tmp_path / "results.csv").read_text()
+    runner.run_all(
+        [Case(Entry("ddp"), 2, 4, "ddp")], found, tmp_path, 1, start, lambda: found.write(tmp_path)
+    )
+    assert (
+        found.rows[0].reason
+        == r"no column \udcff\x1b[2J of these"
+        in (tmp_path / "results.csv").read_text()
+    )
 
 
 def test_what_another_model_trains_is_not_judged_even_without_a_baseline() -> None:
     other = row("expert", (900,))
     other.trained = ["model.n_experts=8"]
-    found = results(Row("single", 1, reason="no room", failed=True), row("ddp", (100,)), row("fsdp", (50,)), other)
+    found = results(
+        Row("single", 1, reason="no room", failed=True),
+        row("ddp", (100,)),
+        row("fsdp", (50,)),
+        other,
+    )
     assert [r.strategy for r in found.comparable] == ["ddp", "fsdp"]
     loose = row("local_sgd", (950,))
     loose.synchronous = False
     assert results(row("single"), row("ddp"), loose).loose == [loose]
-    assert [r.strategy for r in results(row("single"), row("ddp"), loose).comparable] == ["single", "ddp"]
+    assert [r.strategy for r in results(row("single"), row("ddp"), loose).comparable] == [
+        "single",
+        "ddp",
+    ]
 
 
 def test_tensors_are_not_compared_with_processes() -> None:
-    """Where one comparison did not follow its tensors (compile=true), the ratio is of the processes."""
+    """Where one comparison did not follow its tensors (compile=true), the ratio is of the
+    processes.
+    """
     followed, other = row("ddp", memory=10), row("ddp", memory=10)
     other.memory_bytes, other.peak_memory_bytes = None, 3000
     (found,) = differences(results(followed), results(other))
@@ -261,48 +374,71 @@ def test_one_repeat_cannot_tell_noise_and_strangers_cannot_be_compared() -> None
         differences(results(row("ddp")), results(row("fsdp")))
 
 
-@pytest.mark.parametrize("name", ["runs", "results.json", "results.csv", "report.md", "report.html"])
+@pytest.mark.parametrize(
+    "name", ["runs", "results.json", "results.csv", "report.md", "report.html"]
+)
 def test_a_comparison_writes_and_removes_nothing_behind_a_link(name: str, tmp_path: Path) -> None:
     """Whichever of its own is there already, it is another comparison's."""
     theirs, folder = tmp_path / "theirs", tmp_path / "mine"
     folder.mkdir()
     (theirs / "single").mkdir(parents=True) if name == "runs" else theirs.write_text("theirs")  # noqa: B018
     (folder / name).symlink_to(theirs)
-    with pytest.raises(ValueError, match=f"has {name} of another comparison: set overwrite=true"), _held(folder, False):
+    with (
+        pytest.raises(ValueError, match=f"has {name} of another comparison: set overwrite=true"),
+        _held(folder, False),
+    ):
         pass
     with _held(folder, True):
-        assert not os.path.lexists(folder / name) and ((theirs / "single").is_dir() or theirs.read_text() == "theirs")
+        assert not os.path.lexists(folder / name) and (
+            (theirs / "single").is_dir() or theirs.read_text() == "theirs"
+        )
 
 
 def test_losses_are_compared_at_equal_time() -> None:
     quick, slow = row("ddp"), row("local_sgd")
     slow.seconds, slow.losses = [0.5, 1.5, 2.5], [5.0, 4.0, 3.0]
     assert equal_time([quick, slow]) == 2.0
-    assert [loss_at(slow, seconds) for seconds in (0.1, 0.5, 1.0, 2.0, 9.0)] == [5.0, 5.0, 5.0, 4.0, 3.0]
+    assert [loss_at(slow, seconds) for seconds in (0.1, 0.5, 1.0, 2.0, 9.0)] == [
+        5.0,
+        5.0,
+        5.0,
+        4.0,
+        3.0,
+    ]
 
 
 @pytest.mark.parametrize(("text", "holds"), [
-    ("ddp.tokens_per_second < 0.9 * baseline", True), ("ddp.tokens_per_second < 0.5 * baseline", False),
+    ("ddp.tokens_per_second < 0.9 * baseline", True),
+    ("ddp.tokens_per_second < 0.5 * baseline", False),
     ("ddp.tokens_per_second >= 80", True), ("ddp.memory_bytes > 5 and ddp.ranks > 2", False),
-    ("ddp.memory_bytes > 5 or ddp.ranks > 2", True), ("'pipeline schedule=zbv'.wire_bytes < ddp.wire_bytes", True),
-    ("1 < ddp.ranks < 3", True), ("ddp.loss_difference > 1e-6", False), ("ddp.loss - single.loss > 0.1", False),
+    ("ddp.memory_bytes > 5 or ddp.ranks > 2", True),
+    ("'pipeline schedule=zbv'.wire_bytes < ddp.wire_bytes", True),
+    ("1 < ddp.ranks < 3", True), ("ddp.loss_difference > 1e-6", False),
+    ("ddp.loss - single.loss > 0.1", False),
 ])  # fmt: skip
 def test_a_condition_says_whether_to_fail(text: str, holds: bool) -> None:
-    found = results(row("single", (100,), ranks=1), row("ddp", (80,)), row("pipeline schedule=zbv", sent=1.0))
+    found = results(
+        row("single", (100,), ranks=1), row("ddp", (80,)), row("pipeline schedule=zbv", sent=1.0)
+    )
     assert Condition(text).holds(found) == holds
 
 
 def test_a_condition_on_two_results_compares_with_the_first() -> None:
-    fast, slow = results(row("single"), row("ddp", (100,))), results(row("single"), row("ddp", (80,)))
+    fast = results(row("single"), row("ddp", (100,)))
+    slow = results(row("single"), row("ddp", (80,)))
     condition = Condition("ddp.tokens_per_second < 0.9 * baseline")
     assert condition.holds(slow, fast) and not condition.holds(fast, slow)
 
 
 @pytest.mark.parametrize(("text", "said"), [
-    ("ddp.tokens_per_second <", "is no condition"), ("ddp.tokens_per_second", "must compare figures"),
-    ("ddp.speed < 1", "speed is none of the figures tokens_per_second"), ("1 < 2", "names no strategy's figure"),
-    ("__import__('os').system('x') < 1", "is no number and no figure"), ("ddp.loss < fsdp.ranks * baseline", "baseline may be any of"),
-    ("ddp.loss == 1", "must compare figures by <"), ("ddp.loss < nothing", "'nothing' is no number"),
+    ("ddp.tokens_per_second <", "is no condition"),
+    ("ddp.tokens_per_second", "must compare figures"),
+    ("ddp.speed < 1", "speed is none of the figures tokens_per_second"),
+    ("1 < 2", "names no strategy's figure"),
+    ("__import__('os').system('x') < 1", "is no number and no figure"),
+    ("ddp.loss < fsdp.ranks * baseline", "baseline may be any of"),
+    ("ddp.loss == 1", "must compare figures by <"),
+    ("ddp.loss < nothing", "'nothing' is no number"),
 ])  # fmt: skip
 def test_what_is_no_condition_is_refused(text: str, said: str) -> None:
     with pytest.raises(ValueError, match="fail_if=") as error:
@@ -341,15 +477,21 @@ def test_results_come_back_as_they_were_written(tmp_path: Path) -> None:
 
 @given(drawn=st.data())
 def test_whatever_stands_in_results_is_read_or_refused_in_a_line(drawn: st.DataObject) -> None:
-    """One value of a good file, wherever it stands, is another one, or gone; control characters come as text."""
+    """One value of a good file, wherever it stands, is another one, or gone; control characters
+    come as text.
+    """
     with TemporaryDirectory() as folder:
         results(row("single"), row("ddp")).write(Path(folder))
         found = json.loads((Path(folder) / "results.json").read_text())
         node = found
         while isinstance(node, dict | list) and node:
-            key = drawn.draw(st.sampled_from(sorted(node) if isinstance(node, dict) else range(len(node))))
+            key = drawn.draw(
+                st.sampled_from(sorted(node) if isinstance(node, dict) else range(len(node)))
+            )
             if not (isinstance(node[key], dict | list) and node[key] and drawn.draw(st.booleans())):
-                node[key] = drawn.draw(st.sampled_from([None, 3, -1.5, True, "text\x1b[2J", [], {}, [1], {"a": None}]))
+                node[key] = drawn.draw(
+                    st.sampled_from([None, 3, -1.5, True, "text\x1b[2J", [], {}, [1], {"a": None}])
+                )
                 break
             node = node[key]
         (Path(folder) / "results.json").write_text(json.dumps(found))
@@ -360,20 +502,29 @@ def test_whatever_stands_in_results_is_read_or_refused_in_a_line(drawn: st.DataO
             try:
                 made = read(Path(folder))
                 with redirect_stdout(StringIO()) as said, suppress(Failed):
-                    show_difference([*pair, f"fail_if=ddp.{drawn.draw(st.sampled_from(FIGURES))} < 0.9 * baseline"])
+                    show_difference(
+                        [
+                            *pair,
+                            f"fail_if=ddp.{drawn.draw(st.sampled_from(FIGURES))} < 0.9 * baseline",
+                        ]
+                    )
             except ValueError as error:
                 assert "\n" not in str(error) and "\x1b" not in str(error)
             else:
-                assert "\x1b" not in str(vars(made)).replace("\\x1b", "") + said.getvalue() and "[/x]" in "".join(
-                    said.getvalue().split()
-                )
+                assert "\x1b" not in str(vars(made)).replace(
+                    "\\x1b", ""
+                ) + said.getvalue() and "[/x]" in "".join(said.getvalue().split())
 
 
 @pytest.mark.parametrize(("key", "value", "said"), [
-    ("environment", {}, ""), ("facts", [], "facts="), ("rows.0.repeats", [3], "repeats="), ("rows.0.repeats", [{}], "repeats="),
-    ("rows.0.repeats", [{"tokens_per_second": 0}], "repeats="), ("rows.0.repeats", [{"tokens_per_second": [1]}], "repeats="),
-    ("rows.0.repeats", [{"tokens_per_second": 10**400}], "repeats="), ("rows.0.strategy", [1], "strategy="),
-    ("rows.0.loss", {}, "loss="), ("rows.0.ranks", 10**400, "ranks="), ("rows.0.losses", 3, "losses="), ("rows.0.losses", ["x"], "losses="),
+    ("environment", {}, ""), ("facts", [], "facts="), ("rows.0.repeats", [3], "repeats="),
+    ("rows.0.repeats", [{}], "repeats="),
+    ("rows.0.repeats", [{"tokens_per_second": 0}], "repeats="),
+    ("rows.0.repeats", [{"tokens_per_second": [1]}], "repeats="),
+    ("rows.0.repeats", [{"tokens_per_second": 10**400}], "repeats="),
+    ("rows.0.strategy", [1], "strategy="),
+    ("rows.0.loss", {}, "loss="), ("rows.0.ranks", 10**400, "ranks="),
+    ("rows.0.losses", 3, "losses="), ("rows.0.losses", ["x"], "losses="),
 ])  # fmt: skip
 def test_a_figure_of_another_kind_is_named(key: str, value: Any, said: str, tmp_path: Path) -> None:
     """What a comparison knows nothing of, such as where it ran, is told as such."""
@@ -385,7 +536,10 @@ def test_a_figure_of_another_kind_is_named(key: str, value: Any, said: str, tmp_
     node[last] = value
     (tmp_path / "results.json").write_text(json.dumps(found))
     with (
-        pytest.raises(ValueError, match=f"results.json.*: {said}.* is not what scripts/compare.py writes there")
+        pytest.raises(
+            ValueError,
+            match=f"results.json.*: {said}.* is not what scripts/compare.py writes there",
+        )
         if said
         else nullcontext()
     ):
@@ -393,7 +547,8 @@ def test_a_figure_of_another_kind_is_named(key: str, value: Any, said: str, tmp_
 
 
 @pytest.mark.parametrize(
-    ("number", "words"), [(0, "0 B"), (999, "999 B"), (1500, "1.5 kB"), (2e6, "2.0 MB"), (3.25e9, "3.2 GB")]
+    ("number", "words"),
+    [(0, "0 B"), (999, "999 B"), (1500, "1.5 kB"), (2e6, "2.0 MB"), (3.25e9, "3.2 GB")],
 )
 def test_sizes_are_said_in_words(number: float, words: str) -> None:
     assert size(number) == words
@@ -403,11 +558,19 @@ def test_sizes_are_said_in_words(number: float, words: str) -> None:
 
 
 def run(*arguments: str, cwd: Path, cache: Path) -> warm.Ended:
-    return warm.run([*SCRIPT, "model=tiny", "steps=6", *arguments], cwd=cwd, env=os.environ | {"DTRAIN_CACHE": str(cache), "OMP_NUM_THREADS": "1"}, timeout=500)  # fmt: skip
+    return warm.run(
+        [*SCRIPT, "model=tiny", "steps=6", *arguments],
+        cwd=cwd,
+        env=os.environ | {"DTRAIN_CACHE": str(cache), "OMP_NUM_THREADS": "1"},
+        timeout=500,
+    )
 
 
-ASKED = ('strategies=[single,ddp,"pipeline strategy.pp.schedule=zbv","ddp optimizer.lr=1e30","fsdp launch.nproc=4",'
-         'accelerate_local_sgd,"expert model.n_experts=4"]')  # fmt: skip
+ASKED = (
+    'strategies=[single,ddp,"pipeline strategy.pp.schedule=zbv","ddp optimizer.lr=1e30","fsdp '
+    'launch.nproc=4",'
+    'accelerate_local_sgd,"expert model.n_experts=4"]'
+)
 
 
 @pytest.fixture(scope="module")
@@ -421,14 +584,30 @@ def ran(tmp_path_factory: pytest.TempPathFactory, cache: Path) -> tuple[Path, wa
 def test_strategies_stand_side_by_side_and_one_that_fails_stops_no_other(ran) -> None:
     folder, process = ran
     found = {each.strategy: each for each in read(folder).rows}
-    assert list(found) == ["single", "ddp", "pipeline schedule=zbv", "fsdp", "accelerate_local_sgd",
-                           "single lr=1e30", "ddp lr=1e30", "single n_experts=4", "expert n_experts=4"]  # fmt: skip
-    assert process.returncode == 1 and "failed: single lr=1e30, ddp lr=1e30" in process.stderr.splitlines()[-1]
+    assert list(found) == [
+        "single",
+        "ddp",
+        "pipeline schedule=zbv",
+        "fsdp",
+        "accelerate_local_sgd",
+        "single lr=1e30",
+        "ddp lr=1e30",
+        "single n_experts=4",
+        "expert n_experts=4",
+    ]
+    assert (
+        process.returncode == 1
+        and "failed: single lr=1e30, ddp lr=1e30" in process.stderr.splitlines()[-1]
+    )
     assert "Traceback" not in process.stderr
     data = json.loads((folder / "runs" / "ddp" / "0" / "summary.json").read_text())["data"]
     assert read(folder).facts["data digest"] == data["digest"]
     diverged = found["ddp lr=1e30"]
-    assert diverged.failed and "gradient norm" in diverged.reason and "try a lower optimizer.lr" in diverged.reason
+    assert (
+        diverged.failed
+        and "gradient norm" in diverged.reason
+        and "try a lower optimizer.lr" in diverged.reason
+    )
     impossible = found["pipeline schedule=zbv"]
     assert not impossible.failed and "use at most pp=1, or more blocks" in impossible.reason
     assert f"pipeline schedule=zbv: not possible here: {impossible.reason}" in process.stdout
@@ -439,11 +618,15 @@ def test_strategies_stand_side_by_side_and_one_that_fails_stops_no_other(ran) ->
         assert each.reference == ("single n_experts=4" if name.startswith("expert") else "single")
         assert each.losses[-1] == each.loss and len(each.losses) == 6
     assert found["ddp"].traffic == found["ddp"].traffic_predicted != [[], []]
-    assert all(kinds["parameters"]["most"] == kinds["parameters"]["predicted"] > 0 for kinds in found["fsdp"].memory)
+    assert all(
+        kinds["parameters"]["most"] == kinds["parameters"]["predicted"] > 0
+        for kinds in found["fsdp"].memory
+    )
     assert not found["accelerate_local_sgd"].synchronous and found["ddp"].synchronous
     assert cells(found["accelerate_local_sgd"])[2] == "not sync."
     assert len(found["ddp"].seconds) == 6 and found["ddp"].seconds == sorted(found["ddp"].seconds)
-    assert [len(each["step_seconds"]) for each in found["ddp"].repeats] == [2, 2]  # those that no instrument disturbs
+    # those that no instrument disturbs
+    assert [len(each["step_seconds"]) for each in found["ddp"].repeats] == [2, 2]
 
 
 def test_the_repeats_take_turns(ran) -> None:
@@ -452,7 +635,11 @@ def test_the_repeats_take_turns(ran) -> None:
         for file in (ran[0] / "runs").glob("*/*/summary.json")
     )
     order = [place for _, place in made]
-    assert order[:2] == ["single/0", "ddp/0"] and order[len(order) // 2] == "single/1" and len(order) % 2 == 0
+    assert (
+        order[:2] == ["single/0", "ddp/0"]
+        and order[len(order) // 2] == "single/1"
+        and len(order) % 2 == 0
+    )
 
 
 class Cells(HTMLParser):
@@ -469,7 +656,9 @@ class Cells(HTMLParser):
 
     def handle_starttag(self, tag: str, attributes: list) -> None:
         found = dict(attributes)
-        self.sources += [found[key] for key in ("src", "href") if found.get(key, "").startswith(("http", "//"))]
+        self.sources += [
+            found[key] for key in ("src", "href") if found.get(key, "").startswith(("http", "//"))
+        ]
         if tag == "tr" and "data-strategy" in found:
             self._row = found["data-strategy"]
         if tag == "details" and "data-strategy" in found:
@@ -509,32 +698,54 @@ def test_the_page_tells_the_results_and_needs_no_network(ran) -> None:
 @pytest.mark.skipif(not CHROMIUM, reason="no Chromium here to open the page in")
 @pytest.mark.parametrize("width", [1200, 400])
 def test_a_browser_shows_the_page_without_an_error(ran, width: int, tmp_path: Path) -> None:
-    """And its scripts leave the numbers as they are; every figure is drawn; nothing is wider than the window."""
+    """And its scripts leave the numbers as they are; every figure is drawn; nothing is wider
+    than the window.
+    """
     text, found = (ran[0] / "report.html").read_text(), read(ran[0])
     probe = """<script>setTimeout(() => { plots.forEach(draw); document.body.dataset.problems = JSON.stringify(problems);
         document.body.dataset.drawn = document.querySelectorAll(".plot .main-svg").length > 0 && plots.every(plot => plot.box.querySelector("svg"));
         document.body.dataset.wide = document.documentElement.scrollWidth - document.documentElement.clientWidth; }, 1500)</script></body>"""
-    opened = text.replace('<details class="card"', '<details open class="card"').replace("</body>", probe)
+    opened = text.replace('<details class="card"', '<details open class="card"').replace(
+        "</body>", probe
+    )
     file = tmp_path / "page.html"
     file.write_text(opened)
     browser = subprocess.run(
-        [str(CHROMIUM), "--headless", "--no-sandbox", "--disable-gpu", "--disable-background-networking", "--disable-sync",
-         f"--user-data-dir={tmp_path / 'profile'}", "--enable-logging=stderr", "--virtual-time-budget=20000",
-         f"--window-size={width},900", "--dump-dom", file.as_uri()],
-        capture_output=True, text=True, timeout=400,
-    )  # fmt: skip
+        [
+            str(CHROMIUM),
+            "--headless",
+            "--no-sandbox",
+            "--disable-gpu",
+            "--disable-background-networking",
+            "--disable-sync",
+            f"--user-data-dir={tmp_path / 'profile'}",
+            "--enable-logging=stderr",
+            "--virtual-time-budget=20000",
+            f"--window-size={width},900",
+            "--dump-dom",
+            file.as_uri(),
+        ],
+        capture_output=True,
+        text=True,
+        timeout=400,
+    )
     assert browser.returncode == 0 and "CONSOLE" not in browser.stderr, browser.stderr[-2000:]
     assert re.search(r"data-problems=\"(.*?)\"", browser.stdout)[1] == "[]"  # type: ignore[index]
     assert 'data-drawn="true"' in browser.stdout and 'data-wide="0"' in browser.stdout
     assert_tells_the_results(browser.stdout, found)
 
 
-def test_two_results_are_compared_and_a_condition_decides_the_status(ran, tmp_path: Path, cache: Path) -> None:
+def test_two_results_are_compared_and_a_condition_decides_the_status(
+    ran, tmp_path: Path, cache: Path
+) -> None:
     folder = ran[0]
     found = read(folder)
     slow = replace(found, rows=[replace(each) for each in found.rows])
     for each in slow.ran:
-        each.repeats = [repeat | {"tokens_per_second": repeat["tokens_per_second"] / 100} for repeat in each.repeats]
+        each.repeats = [
+            repeat | {"tokens_per_second": repeat["tokens_per_second"] / 100}
+            for repeat in each.repeats
+        ]
         each.tokens_per_second = (each.tokens_per_second or 0) / 100
     slow.environment = slow.environment | {"commit": "another"}
     (tmp_path / "slow").mkdir()
@@ -544,11 +755,22 @@ def test_two_results_are_compared_and_a_condition_decides_the_status(ran, tmp_pa
         return warm.run([*SCRIPT, "--from", *arguments], cwd=tmp_path)
 
     seen = between(str(folder), "slow")
-    assert seen.returncode == 0 and "0.010" in seen.stdout and "slower" in seen.stdout and "then another" in seen.stdout
+    assert (
+        seen.returncode == 0
+        and "0.010" in seen.stdout
+        and "slower" in seen.stdout
+        and "then another" in seen.stdout
+    )
     assert "within noise" in between(str(folder), str(folder)).stdout
     seen = between(str(folder), "slow", "fail_if=ddp.tokens_per_second < 0.9 * baseline")
-    assert seen.returncode == 1 and seen.stderr == "dtrain: fail_if: ddp.tokens_per_second < 0.9 * baseline\n"
-    assert between("slow", str(folder), "fail_if=ddp.tokens_per_second < 0.9 * baseline").returncode == 0
+    assert (
+        seen.returncode == 1
+        and seen.stderr == "dtrain: fail_if: ddp.tokens_per_second < 0.9 * baseline\n"
+    )
+    assert (
+        between("slow", str(folder), "fail_if=ddp.tokens_per_second < 0.9 * baseline").returncode
+        == 0
+    )
     seen = between(str(folder))
     assert seen.returncode == 2 and "give two folders" in seen.stderr
     seen = between(str(folder), "nowhere")
@@ -557,7 +779,9 @@ def test_two_results_are_compared_and_a_condition_decides_the_status(ran, tmp_pa
         show_difference([str(folder), str(folder), "steps=3"])
 
 
-def test_figures_of_other_data_are_marked(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_figures_of_other_data_are_marked(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     for name, digest in (("one", "a1"), ("two", "b2")):
         found = results(row("ddp"))
         found.facts |= {"data digest": digest}
@@ -575,11 +799,14 @@ def test_figures_of_other_data_are_marked(tmp_path: Path, capsys: pytest.Capture
     assert "not alike: data digest a1, then None" in said and "cores: 2, then not told" in said
 
 
-def test_what_can_be_known_before_is_refused_before(ran, call) -> None:  # noqa: F811
+def test_what_can_be_known_before_is_refused_before(ran, call) -> None:
     folder = ran[0]
     for arguments, said in (
         (("strategies=[single,ddpp]",), "unknown strategy 'ddpp': did you mean 'ddp'?"),
-        ((f"hydra.run.dir={folder}",), "has results.json of another comparison: set overwrite=true"),
+        (
+            (f"hydra.run.dir={folder}",),
+            "has results.json of another comparison: set overwrite=true",
+        ),
         (("fail_if=ddp.speed < 0.9 * baseline",), "speed is none of the figures"),
         (("steps=4",), "steps=4: the first 4 are not timed"),
         (("measure.skip_steps=9",), "the first 9 are not timed"),
@@ -588,16 +815,27 @@ def test_what_can_be_known_before_is_refused_before(ran, call) -> None:  # noqa:
         (("scaling=sideways",), "scaling=sideways is unknown: use strong, weak"),
         (("repeats=0",), "repeats=0 must be at least 1"),
     ):
-        status, _, err = call("model=tiny", "steps=6", "strategies=[single,ddp]", *arguments, config="compare")
-        assert status == 2 and err.startswith("dtrain: ") and said in err and err.count("\n") == 1, err
+        status, _, err = call(
+            "model=tiny", "steps=6", "strategies=[single,ddp]", *arguments, config="compare"
+        )
+        assert (
+            status == 2 and err.startswith("dtrain: ") and said in err and err.count("\n") == 1
+        ), err
     assert len(read(folder).ran) == 6
 
 
 def begun(folder: Path, cache: Path, *arguments: str) -> warm.Process:
     """A comparison whose second strategy trains for long."""
-    command = [*SCRIPT, "model=tiny", "steps=100000", 'strategies=["single steps=6",ddp,fsdp]', 'baseline="single steps=6"',
-               "hydra.run.dir=out", *arguments]  # fmt: skip
-    return warm.popen(command, cwd=folder, env=os.environ | {"DTRAIN_CACHE": str(cache)})  # fmt: skip
+    command = [
+        *SCRIPT,
+        "model=tiny",
+        "steps=100000",
+        'strategies=["single steps=6",ddp,fsdp]',
+        'baseline="single steps=6"',
+        "hydra.run.dir=out",
+        *arguments,
+    ]
+    return warm.popen(command, cwd=folder, env=os.environ | {"DTRAIN_CACHE": str(cache)})
 
 
 def ranks_of(folder: Path, case: str, count: int) -> list[int]:
@@ -671,14 +909,30 @@ def test_killing_the_comparison_leaves_no_orphans(tmp_path: Path, cache: Path) -
 
 @pytest.mark.deep
 def test_a_sweep_starts_each_job_under_torchrun(tmp_path: Path, cache: Path) -> None:
-    command = [sys.executable, str(ROOT / "scripts/train.py"), "--multirun", "hydra/launcher=torchrun", "hydra.launcher.nproc_per_node=2",
-               "strategy=[replicate,fsdp],ddp,fsdp", "model=tiny", "steps=2", "eval.every=0", "hydra.sweep.dir=sweep"]  # fmt: skip
-    ended = warm.run(command, cwd=tmp_path, env=os.environ | {"DTRAIN_CACHE": str(cache)}, timeout=200)
-    told = [json.loads((tmp_path / "sweep" / job / "summary.json").read_text()) for job in ("1", "2")]
+    command = [
+        sys.executable,
+        str(ROOT / "scripts/train.py"),
+        "--multirun",
+        "hydra/launcher=torchrun",
+        "hydra.launcher.nproc_per_node=2",
+        "strategy=[replicate,fsdp],ddp,fsdp",
+        "model=tiny",
+        "steps=2",
+        "eval.every=0",
+        "hydra.sweep.dir=sweep",
+    ]
+    ended = warm.run(
+        command, cwd=tmp_path, env=os.environ | {"DTRAIN_CACHE": str(cache)}, timeout=200
+    )
+    told = [
+        json.loads((tmp_path / "sweep" / job / "summary.json").read_text()) for job in ("1", "2")
+    ]
     assert [(each["strategy"], each["world_size"]) for each in told] == [("ddp", 2), ("fsdp", 2)]
     assert not (tmp_path / "sweep" / "0" / "summary.json").exists()  # 4 ranks or more
     assert ended.returncode != 0 and "needs at least 2 ranks on each" in ended.stderr
-    assert ended.stderr.splitlines()[-1].startswith("dtrain: strategy=[replicate,fsdp] model=tiny steps=2")
+    assert ended.stderr.splitlines()[-1].startswith(
+        "dtrain: strategy=[replicate,fsdp] model=tiny steps=2"
+    )
 
 
 # What the figures draw
@@ -692,7 +946,9 @@ FEW = st.integers(1, 4)
 
 
 @given(st.sampled_from(list(SIGNS)), st.sampled_from(list(SUMS)), FEW, FEW, st.integers(1, 8))
-def test_a_condition_is_what_its_signs_say(sign: str, sum_: str, one: int, other: int, bound: int) -> None:
+def test_a_condition_is_what_its_signs_say(
+    sign: str, sum_: str, one: int, other: int, bound: int
+) -> None:
     """As the operator of the same sign has it, at equality too; `and` and `or` likewise."""
     found = results(row("single"), row("ddp", (float(one),), ranks=other))
     text = f"ddp.tokens_per_second {sum_} ddp.ranks {sign} {bound}"
@@ -714,19 +970,32 @@ def traces(chart: Chart) -> dict[str, Any]:
 
 
 def test_efficiency_is_throughput_a_rank_over_that_of_the_fewest() -> None:
-    """Twice as fast on twice as many is 1; as fast as before on four is a quarter. The chart has it in per cent."""
-    rows = [row("ddp @1", (100.0,), ranks=1), row("ddp @2", (200.0,)), row("ddp @4", (100.0,), ranks=4),
-            row("fsdp @2", (50.0,)), row("fsdp @8", (100.0,), ranks=8), row("tensor @2")]  # fmt: skip
+    """Twice as fast on twice as many is 1; as fast as before on four is a quarter.
+
+    The chart has it in per cent.
+    """
+    rows = [
+        row("ddp @1", (100.0,), ranks=1),
+        row("ddp @2", (200.0,)),
+        row("ddp @4", (100.0,), ranks=4),
+        row("fsdp @2", (50.0,)),
+        row("fsdp @8", (100.0,), ranks=8),
+        row("tensor @2"),
+    ]
     assert [efficiency(each, rows[0]) for each in rows[:3]] == [1.0, 1.0, 0.25]
     found = traces(charts.scaling(results(*rows)))
     assert set(found) == {"ddp", "fsdp", "ideal"}  # tensor has one world size alone
     assert points(found["ddp"], "y") == {"ddp @1": 100.0, "ddp @2": 100.0, "ddp @4": 25.0}
     assert points(found["fsdp"], "y") == {"fsdp @2": 100.0, "fsdp @8": 50.0}
-    assert points(found["fsdp"], "x") == {"fsdp @2": 2, "fsdp @8": 8} and set(found["ideal"].y) == {100}
+    assert points(found["fsdp"], "x") == {"fsdp @2": 2, "fsdp @8": 8} and set(found["ideal"].y) == {
+        100
+    }
 
 
 def test_bars_are_medians_and_whiskers_reach_the_slowest_and_the_fastest_repeat() -> None:
-    """Of throughput; every undisturbed step of every repeat is in the box of step times, in milliseconds."""
+    """Of throughput; every undisturbed step of every repeat is in the box of step times, in
+    milliseconds.
+    """
     ddp, fsdp = row("ddp", (80.0, 100.0, 130.0)), row("fsdp", (40.0,))
     for repeat, seconds in zip(ddp.repeats, ([0.5, 0.25], [1.0], [2.0]), strict=True):
         repeat["step_seconds"] = seconds
@@ -735,11 +1004,18 @@ def test_bars_are_medians_and_whiskers_reach_the_slowest_and_the_fastest_repeat(
     reach = zip(bars.customdata, bars.error_x.array, bars.error_x.arrayminus, strict=True)
     assert sorted(reach) == [("ddp", 30.0, 20.0), ("fsdp", 0.0, 0.0)]
     boxes = traces(charts.steps(results(ddp, fsdp)))
-    assert {name: box.x for name, box in boxes.items()} == {"ddp": (500, 250, 1000, 2000), "fsdp": (100,)}
+    assert {name: box.x for name, box in boxes.items()} == {
+        "ddp": (500, 250, 1000, 2000),
+        "fsdp": (100,),
+    }
 
 
 def test_the_tradeoff_shows_each_row_by_megabytes_and_tokens_a_second_and_joins_the_front() -> None:
-    rows = [row("ddp", (100.0,), 4_000_000), row("fsdp", (50.0,), 1_000_000), row("zero1", (40.0,), 3_000_000)]
+    rows = [
+        row("ddp", (100.0,), 4_000_000),
+        row("fsdp", (50.0,), 1_000_000),
+        row("zero1", (40.0,), 3_000_000),
+    ]
     for each, axis in zip(rows, ("dp", "fsdp", "dp"), strict=True):
         each.mesh = {axis: 2}
     front_, *groups = charts.tradeoff(results(*rows)).figure.data
@@ -747,8 +1023,12 @@ def test_the_tradeoff_shows_each_row_by_megabytes_and_tokens_a_second_and_joins_
     assert {group.name: (points(group), points(group, "y")) for group in groups} == {
         "data parallel": ({"ddp": 4.0, "zero1": 3.0}, {"ddp": 100.0, "zero1": 40.0}),
         "sharded data": ({"fsdp": 1.0}, {"fsdp": 50.0}),
-    }  # fmt: skip
-    symbols = {name: each for group in groups for name, each in points(group, "symbol", group.marker).items()}
+    }
+    symbols = {
+        name: each
+        for group in groups
+        for name, each in points(group, "symbol", group.marker).items()
+    }
     assert symbols == {"ddp": "circle", "fsdp": "circle", "zero1": "circle-open"}
 
 
@@ -763,25 +1043,47 @@ def test_curves_are_over_steps_and_over_seconds_and_the_worst_difference_is_told
     told = {name: (trace.x, trace.y) for name, trace in traces(pace).items()}
     assert told["ddp"] == ((1.0, 2.0), (3.0, 2.0)) and told["local_sgd"] == ((0.5, 2.5), (5.0, 1.0))
     assert pace.figure.layout.shapes[0].x0 == 2.0
-    assert pace.caption.endswith("after 2.0 s (dotted) the loss is single 2.0000; local_sgd 5.0000.")
+    assert pace.caption.endswith(
+        "after 2.0 s (dotted) the loss is single 2.0000; local_sgd 5.0000."
+    )
 
 
 def costly() -> Results:
-    """Of two ranks the second holds and sends more; of three kinds of message one is not foreseen."""
+    """Of two ranks the second holds and sends more; of three kinds of message one is not
+    foreseen.
+    """
     kinds = ("parameters", "gradients", "optimizer", "activations", "communication", "other")
 
     def rank(times: int, *predicted: int | None) -> dict[str, Any]:
         sizes = zip(kinds, range(1, 7), (*predicted, None, None), strict=True)
-        return {kind: {"most": times * size * 10**6, "predicted": told, "at_peak": 0} for kind, size, told in sizes}
+        return {
+            kind: {"most": times * size * 10**6, "predicted": told, "at_peak": 0}
+            for kind, size, told in sizes
+        }
 
     def sent(axis: str, operation: str, megabytes: float) -> dict[str, Any]:
-        return {"axis": axis, "operation": operation, "calls": 1, "bytes": 1, "wire_bytes": megabytes * 1e6}
+        return {
+            "axis": axis,
+            "operation": operation,
+            "calls": 1,
+            "bytes": 1,
+            "wire_bytes": megabytes * 1e6,
+        }
 
     known, unknown = row("3d"), row("ep")
     known.mesh, known.memory = {"tp": 2, "dp": 2}, [rank(1, 1, 1, 1, 1), rank(3, *(2_000_000,) * 4)]
-    known.traffic = [[sent("dp", "all_reduce", 9)], [sent("dp", "all_reduce", 4), sent("tp", "send", 6)]]
-    known.traffic_predicted = [[sent("dp", "all_reduce", 1)], [sent("dp", "all_reduce", 4), sent("tp", "send", 3)]]
-    unknown.memory, unknown.traffic = [rank(2, 1, 1, 1, None)] * 2, [[sent("ep", "all_to_all", 2)], []]
+    known.traffic = [
+        [sent("dp", "all_reduce", 9)],
+        [sent("dp", "all_reduce", 4), sent("tp", "send", 6)],
+    ]
+    known.traffic_predicted = [
+        [sent("dp", "all_reduce", 1)],
+        [sent("dp", "all_reduce", 4), sent("tp", "send", 3)],
+    ]
+    unknown.memory, unknown.traffic = (
+        [rank(2, 1, 1, 1, None)] * 2,
+        [[sent("ep", "all_to_all", 2)], []],
+    )
     unknown.traffic_predicted = [None, []]
     alone = row("single", ranks=1)
     alone.traffic, alone.traffic_predicted = [[]], [[]]
@@ -799,48 +1101,82 @@ def test_memory_is_the_fullest_ranks_and_ticks_are_where_its_kinds_should_end() 
 def test_messages_are_the_busiest_ranks_and_the_tick_is_what_the_formulas_add_up_to() -> None:
     found = traces(costs.messages(costly()))
     told = {name: points(trace) for name, trace in found.items() if name != "predicted"}
-    assert told == {"dp all_reduce": {"3d": 4.0, "ep": 0.0}, "tp send": {"3d": 6.0, "ep": 0.0},
-                    "ep all_to_all": {"3d": 0.0, "ep": 2.0}}  # fmt: skip
+    assert told == {
+        "dp all_reduce": {"3d": 4.0, "ep": 0.0},
+        "tp send": {"3d": 6.0, "ep": 0.0},
+        "ep all_to_all": {"3d": 0.0, "ep": 2.0},
+    }
     assert points(found["predicted"]) == {"3d": 7.0}
 
 
 def test_messages_of_a_group_along_no_axis_are_drawn_too() -> None:
     """DeepSpeed's pipeline has groups of its own: `other`."""
     each = row("deepspeed_pipeline")
-    message = {"axis": "other", "operation": "all_reduce", "calls": 1, "bytes": 1, "wire_bytes": 5e6}
+    message = {
+        "axis": "other",
+        "operation": "all_reduce",
+        "calls": 1,
+        "bytes": 1,
+        "wire_bytes": 5e6,
+    }
     each.traffic, each.traffic_predicted = [[message], [message]], [None, None]
     found = traces(costs.messages(results(row("single", ranks=1), each)))
     assert points(found["other all_reduce"]) == {"deepspeed_pipeline": 5.0}
 
 
 @pytest.mark.parametrize(("mesh", "kind"), [
-    ({}, "one process"), ({"dp": 2}, "data parallel"), ({"fsdp": 4, "dp": 1}, "sharded data"), ({"tp": 2}, "tensor"),
-    ({"pp": 2, "dp": 1}, "pipeline"), ({"cp": 2}, "context"), ({"ep": 2}, "experts"), ({"dp": 2, "tp": 2}, "composed"),
+    ({}, "one process"), ({"dp": 2}, "data parallel"), ({"fsdp": 4, "dp": 1}, "sharded data"),
+    ({"tp": 2}, "tensor"),
+    ({"pp": 2, "dp": 1}, "pipeline"), ({"cp": 2}, "context"), ({"ep": 2}, "experts"),
+    ({"dp": 2, "tp": 2}, "composed"),
     ({"dp": 1}, "one process"),
 ])  # fmt: skip
 def test_a_kind_is_that_of_the_axes_with_several_ranks(mesh: dict[str, int], kind: str) -> None:
     """And each has a colour of its own."""
     each = row("x")
     each.mesh = mesh
-    assert family(each)[0] == kind and len({colour for _, colour in FAMILIES.values()}) == len(FAMILIES)
+    assert family(each)[0] == kind and len({colour for _, colour in FAMILIES.values()}) == len(
+        FAMILIES
+    )
 
 
 def test_what_is_exposed_is_what_nothing_computes_beside() -> None:
-    """In red, in milliseconds from the first bar; a send exposes nobody, nor does a thousandth of a step."""
+    """In red, in milliseconds from the first bar; a send exposes nobody, nor does a thousandth
+    of a step.
+    """
 
     def event(rank: int, kind: str, name: str, begin: int, end: int) -> dict[str, Any]:
-        return {"ph": "X", "pid": rank, "cat": kind, "name": name, "ts": 1000 * begin, "dur": 1000 * (end - begin)}
+        return {
+            "ph": "X",
+            "pid": rank,
+            "cat": kind,
+            "name": name,
+            "ts": 1000 * begin,
+            "dur": 1000 * (end - begin),
+        }
 
-    events = [event(0, "phase", "optimizer", 50, 2050), event(0, "compute", "compute", 50, 100),
-              event(0, "communication", "all_reduce (dp)", 60, 150), event(0, "communication", "all_gather (dp)", 140, 250),
-              event(0, "communication", "send (pp)", 400, 900), event(0, "communication", "all_reduce (dp)", 950, 951),
-              event(1, "compute", "compute", 50, 2050), event(1, "communication", "all_reduce (dp)", 70, 170),
-              {"ph": "M", "pid": 0, "name": "process_name"}]  # fmt: skip
+    events = [
+        event(0, "phase", "optimizer", 50, 2050),
+        event(0, "compute", "compute", 50, 100),
+        event(0, "communication", "all_reduce (dp)", 60, 150),
+        event(0, "communication", "all_gather (dp)", 140, 250),
+        event(0, "communication", "send (pp)", 400, 900),
+        event(0, "communication", "all_reduce (dp)", 950, 951),
+        event(1, "compute", "compute", 50, 2050),
+        event(1, "communication", "all_reduce (dp)", 70, 170),
+        {"ph": "M", "pid": 0, "name": "process_name"},
+    ]
     each = row("ddp")
     each.exposed_share, each.bubble = 0.0755, {"measured": 0.25, "theory": 0.2}
     chart = step.gantt(events, each)
     red = traces(chart)["exposed communication"]
     assert (red.base, red.x) == ((50.0,), (150.0,)) and len(red.y) == 1
     reduced = traces(chart)["all_reduce"]
-    assert sorted(zip(reduced.base, reduced.x, strict=True)) == [(10.0, 90.0), (20.0, 100.0), (900.0, 1.0)]
-    assert "is 8% of the step" in chart.caption and "bubble is 25.0%, 20.0% in theory" in chart.caption
+    assert sorted(zip(reduced.base, reduced.x, strict=True)) == [
+        (10.0, 90.0),
+        (20.0, 100.0),
+        (900.0, 1.0),
+    ]
+    assert (
+        "is 8% of the step" in chart.caption and "bubble is 25.0%, 20.0% in theory" in chart.caption
+    )

@@ -85,8 +85,16 @@ class Other(NextToken):
     """Another model: untied, with biases and fewer key heads, and 64 words, which divide."""
 
     def __init__(self, **model: Any) -> None:
-        settings = {"d_model": 48, "n_layers": 2, "n_heads": 12, "n_kv_heads": 6, "d_ff": 36, "tied": False,
-                    "activation": "swiglu", **model}  # fmt: skip
+        settings = {
+            "d_model": 48,
+            "n_layers": 2,
+            "n_heads": 12,
+            "n_kv_heads": 6,
+            "d_ff": 36,
+            "tied": False,
+            "activation": "swiglu",
+            **model,
+        }
         super().__init__()
         self.models = {"model": partial(Transformer, 64, CONTEXT, **settings)}
 
@@ -108,7 +116,9 @@ class Case:
 
 
 def measured(case: Case) -> Cost:
-    """The third step of this rank: what executor, `reduce_gradients` and optimizer send, and what is there then."""
+    """The third step of this rank: what executor, `reduce_gradients` and optimizer send, and
+    what is there then.
+    """
     task, plan, micro_batch_size = case.made()
     plan = plan.connect()
     settings = Settings(WARM_UP + 1, global_batch_size=ROWS, micro_batch_size=micro_batch_size)
@@ -136,16 +146,23 @@ def cases() -> dict[str, Case]:
         found[f"{name}, micro-batches"] = Case(*plan, Other, several=True)
     for name, plan in EXPERTS.items():
         found[name] = Case(*plan, partial(NextToken, n_experts=4))
-        found[f"{name}, micro-batches"] = Case(*plan, partial(Other, n_experts=6, balance="loss"), several=True)
+        found[f"{name}, micro-batches"] = Case(
+            *plan, partial(Other, n_experts=6, balance="loss"), several=True
+        )
     for schedule in SCHEDULES:
         pipeline = partial(PipelineParallel, 2, schedule=schedule)
         found[schedule] = Case(2, (pipeline,), partial(NextToken, n_layers=4))
         sharded = ZERO2 if schedule in SPLIT_BACKWARD else FSDP
-        found[f"{schedule} fsdp"] = Case(4, (partial(pipeline, micro_batches=6), sharded), partial(Other, n_layers=5))
+        found[f"{schedule} fsdp"] = Case(
+            4, (partial(pipeline, micro_batches=6), sharded), partial(Other, n_layers=5)
+        )
     found["1f1b zero2"] = Case(4, (partial(PipelineParallel, 2, micro_batches=6), ZERO2))
     found["1f1b sequence"] = Case(4, (partial(PipelineParallel, 2), partial(SEQUENCE, 2)))
-    found["zbv zero1"] = Case(4, (partial(PipelineParallel, 2, schedule="zbv"), Zero1), partial(NextToken, n_layers=4))
-    many = partial(PipelineParallel, 2, schedule="looped_bfs", stages_per_rank=4)  # of which torch keeps three gathered
+    found["zbv zero1"] = Case(
+        4, (partial(PipelineParallel, 2, schedule="zbv"), Zero1), partial(NextToken, n_layers=4)
+    )
+    # of which torch keeps three gathered
+    many = partial(PipelineParallel, 2, schedule="looped_bfs", stages_per_rank=4)
     found["looped_bfs fsdp, many stages"] = Case(4, (many, FSDP), partial(NextToken, n_layers=8))
     for name in ("ddp", "fsdp", "zero2", "tensor"):
         found[f"{name} gan"] = Case(*PLANS[name], GAN, several=True)
@@ -155,34 +172,50 @@ def cases() -> dict[str, Case]:
         found[f"{name}, bf16"] = Case(*PLANS[name], precision=Precision("bf16", reduce="bf16"))
     for name in ("tensor", "tensor_sequence", "ring"):
         found[f"{name}, autocast"] = Case(*PLANS[name], precision=Precision("bf16"))
-    found["expert, autocast"] = Case(*EXPERTS["expert"], partial(NextToken, n_experts=4), precision=Precision("bf16"))
+    found["expert, autocast"] = Case(
+        *EXPERTS["expert"], partial(NextToken, n_experts=4), precision=Precision("bf16")
+    )
     found["1f1b, autocast"] = Case(2, (PipelineParallel,), precision=Precision("bf16"))
     found["ring, pure bf16"] = Case(*PLANS["ring"], precision=Precision("bf16", weights="bf16"))
     return found
 
 
 def settled(costs: list[Cost], plan: Plan) -> list[Cost]:
-    """What is known beforehand where routers send tokens to other ranks: the bytes of all ranks along `ep` together."""
+    """What is known beforehand where routers send tokens to other ranks: the bytes of all ranks
+    along `ep` together.
+    """
     if "ep" not in plan.degrees:
         return costs
     totals: Counter[tuple] = Counter()
     for rank, cost in enumerate(costs):
-        totals.update({(_beside("ep", rank, plan), m.axis, m.operation): m.bytes for m in cost.messages})
+        totals.update(
+            {(_beside("ep", rank, plan), m.axis, m.operation): m.bytes for m in cost.messages}
+        )
     return [
-        replace(cost, messages=tuple(replace(m, bytes=totals[_beside("ep", rank, plan), m.axis, m.operation])
-                                     for m in cost.messages))
+        replace(
+            cost,
+            messages=tuple(
+                replace(m, bytes=totals[_beside("ep", rank, plan), m.axis, m.operation])
+                for m in cost.messages
+            ),
+        )
         for rank, cost in enumerate(costs)
-    ]  # fmt: skip
+    ]
 
 
 def _beside(axis: str, rank: int, plan: Plan) -> tuple[int, ...]:
-    return tuple(coordinate for name, coordinate in place(plan.degrees, rank).items() if name != axis)
+    return tuple(
+        coordinate for name, coordinate in place(plan.degrees, rank).items() if name != axis
+    )
 
 
-QUICK = ("ddp_small_buckets, micro-batches", "replicate", "allreduce, bf16", "zero1", "fsdp, micro-batches", "fsdp_reduce_each",
-         "zero2, micro-batches", "hsdp", "tensor, micro-batches", "tensor_sequence", "tensor_gathered_logits, micro-batches",
-         "ring, micro-batches", "ulysses_sequence, micro-batches", "fsdp_tensor, recomputed", "zero1_tensor, micro-batches",
-         "fsdp_context", "expert, micro-batches", "moe_fsdp", "1f1b", "zbv fsdp", "gpipe", "interleaved_1f1b", "looped_bfs fsdp",
+QUICK = ("ddp_small_buckets, micro-batches", "replicate", "allreduce, bf16", "zero1",
+         "fsdp, micro-batches", "fsdp_reduce_each",
+         "zero2, micro-batches", "hsdp", "tensor, micro-batches", "tensor_sequence",
+         "tensor_gathered_logits, micro-batches", "ring, micro-batches",
+         "ulysses_sequence, micro-batches", "fsdp_tensor, recomputed",
+         "zero1_tensor, micro-batches", "fsdp_context", "expert, micro-batches", "moe_fsdp", "1f1b",
+         "zbv fsdp", "gpipe", "interleaved_1f1b", "looped_bfs fsdp",
          "1f1b sequence", "zero2 gan", "tensor gan", "ring, autocast", "single")  # fmt: skip
 
 
@@ -190,7 +223,8 @@ def marked() -> list[Any]:
     found = cases()
     assert found.keys() >= set(QUICK)
     return [
-        pytest.param(case, id=name, marks=[] if name in QUICK else pytest.mark.deep) for name, case in found.items()
+        pytest.param(case, id=name, marks=[] if name in QUICK else pytest.mark.deep)
+        for name, case in found.items()
     ]
 
 
@@ -203,52 +237,92 @@ def test_predicted_is_measured(case: Case, world) -> None:
 def compare(case: Case, costs: list[Cost]) -> None:
     task, plan, _ = case.made()
     expected = predicted(case)
-    exactly = [[replace(c, activation_bytes=0) for c in settled(each, plan)] for each in (expected, costs)]
+    exactly = [
+        [replace(c, activation_bytes=0) for c in settled(each, plan)] for each in (expected, costs)
+    ]
     assert exactly[0] == exactly[1]
-    ratios = [ours.activation_bytes / c.activation_bytes for c, ours in zip(expected, costs, strict=True)
-              if c.activation_bytes]  # fmt: skip
+    ratios = [
+        ours.activation_bytes / c.activation_bytes
+        for c, ours in zip(expected, costs, strict=True)
+        if c.activation_bytes
+    ]
     if ratios and "ep" in plan.degrees:  # where tokens go is known in sum alone
         ratios = [fmean(ratios)]
-    # Of a GAN so small a few scalars are half; gathered logits are at times kept by torch's list of open messages.
+    # Of a GAN so small a few scalars are half; gathered logits are at times kept by torch's list of
+    # open messages.
     if case.task is not GAN and GATHERED not in case.strategies:
-        split_experts = "tp" in plan.degrees and any(isinstance(m, MoE) for m in task.models["model"]().modules())
-        tolerance = 1.5 * ACTIVATIONS if split_experts else ACTIVATIONS  # of their sums it is hard to tell which stay
+        split_experts = "tp" in plan.degrees and any(
+            isinstance(m, MoE) for m in task.models["model"]().modules()
+        )
+        # of their sums it is hard to tell which stay
+        tolerance = 1.5 * ACTIVATIONS if split_experts else ACTIVATIONS
         assert all(abs(ratio - 1) < tolerance for ratio in ratios), ratios
 
 
 @pytest.mark.deep
-@pytest.mark.parametrize("strategies", [(partial(PipelineParallel, 2), FSDP, partial(TensorParallel, 2)),
-                                        (partial(Replicate, 2), FSDP, partial(TensorParallel, 2))], ids=["3d", "hsdp_tensor"])  # fmt: skip
-def test_predicted_is_measured_on_eight_ranks(strategies: tuple[Callable[..., Strategy], ...], world) -> None:
+@pytest.mark.parametrize(
+    "strategies",
+    [
+        (partial(PipelineParallel, 2), FSDP, partial(TensorParallel, 2)),
+        (partial(Replicate, 2), FSDP, partial(TensorParallel, 2)),
+    ],
+    ids=["3d", "hsdp_tensor"],
+)
+def test_predicted_is_measured_on_eight_ranks(
+    strategies: tuple[Callable[..., Strategy], ...], world
+) -> None:
     case = Case(8, strategies, Other)
     compare(case, world(8).run(measured, case))
 
 
 def test_payload_is_that_of_the_model_however_the_world_is_factored(world) -> None:
-    """What data parallel and sharded ranks say is about the whole model; its dims divide by two and by four."""
+    """What data parallel and sharded ranks say is about the whole model; its dims divide by two
+    and by four.
+    """
     payload = {}
-    for name, ranks, strategies in (("ddp", 2, (DDP,)), ("ddp", 4, (DDP,)), ("fsdp", 2, (FSDP,)), ("fsdp", 4, (FSDP,)),
-                                    ("hsdp", 4, (partial(Replicate, 2), FSDP))):  # fmt: skip
+    for name, ranks, strategies in (
+        ("ddp", 2, (DDP,)),
+        ("ddp", 4, (DDP,)),
+        ("fsdp", 2, (FSDP,)),
+        ("fsdp", 4, (FSDP,)),
+        ("hsdp", 4, (partial(Replicate, 2), FSDP)),
+    ):
         messages = world(ranks).run(measured, Case(ranks, strategies, Other))[0].messages
         payload[name, ranks] = {(m.axis, m.operation): m.bytes for m in messages}
     assert payload["ddp", 2] == payload["ddp", 4]
     sharded = payload["fsdp", 2]
-    assert sharded == payload["fsdp", 4] == {k: v for k, v in payload["hsdp", 4].items() if k[0] == "fsdp"}
+    assert (
+        sharded
+        == payload["fsdp", 4]
+        == {k: v for k, v in payload["hsdp", 4].items() if k[0] == "fsdp"}
+    )
     assert sharded["fsdp", "all_gather"] == 2 * sharded["fsdp", "reduce_scatter"]
 
 
 def test_wire_bytes_of_a_ring() -> None:
     """Of n bytes on four ranks an all-reduce sends 3/4 twice, a send all of them."""
-    sent = {operation: Message("dp", operation, 1, 100).wire_bytes(4)
-            for operation in ("all_reduce", "all_gather", "reduce_scatter", "all_to_all", "send")}  # fmt: skip
-    assert sent == {"all_reduce": 150, "all_gather": 75, "reduce_scatter": 75, "all_to_all": 75, "send": 100}
+    sent = {
+        operation: Message("dp", operation, 1, 100).wire_bytes(4)
+        for operation in ("all_reduce", "all_gather", "reduce_scatter", "all_to_all", "send")
+    }
+    assert sent == {
+        "all_reduce": 150,
+        "all_gather": 75,
+        "reduce_scatter": 75,
+        "all_to_all": 75,
+        "send": 100,
+    }
     assert Message("dp", "send", 1, 100).wire_bytes(1) == 0
 
 
 def test_a_large_plan_needs_shapes_alone() -> None:
-    """A billion weights on 1,024 ranks, in this process: a replica's 64 ranks hold them once, but for the norms."""
+    """A billion weights on 1,024 ranks, in this process: a replica's 64 ranks hold them once,
+    but for the norms.
+    """
     strategies = (partial(Replicate, 16), partial(FSDP, 16), partial(TensorParallel, 4))
-    task, plan, _ = Case(1024, strategies, partial(NextToken, 1024, d_model=2048, n_layers=24, n_heads=16)).made()
+    task, plan, _ = Case(
+        1024, strategies, partial(NextToken, 1024, d_model=2048, n_layers=24, n_heads=16)
+    ).made()
     footprint = trace(task, plan, adamw, global_batch_size=1024)
     replica = [fold(footprint, plan, rank) for rank in range(64)]
     weights = 4 * sum(p.numel() for p in footprint.pieces[0].outline.parameters())

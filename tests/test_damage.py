@@ -23,9 +23,24 @@ from dtrain.data.rows import Rows
 from dtrain.data.sources import Files, HuggingFace, Squad
 from dtrain.data.tokenizer import BPE, Bytes, FromFile, count_ids
 
-LINES = "".join(json.dumps({"text": f"some words {n} " * 4, "label": n % 2}) + "\n" for n in range(40))
-SQUAD = {"data": [{"title": "t", "paragraphs": [{"context": "a b", "qas": [
-    {"id": "1", "question": "?", "answers": [{"text": "b", "answer_start": 2}]}]}]}]}  # fmt: skip
+LINES = "".join(
+    json.dumps({"text": f"some words {n} " * 4, "label": n % 2}) + "\n" for n in range(40)
+)
+SQUAD = {
+    "data": [
+        {
+            "title": "t",
+            "paragraphs": [
+                {
+                    "context": "a b",
+                    "qas": [
+                        {"id": "1", "question": "?", "answers": [{"text": "b", "answer_start": 2}]}
+                    ],
+                }
+            ],
+        }
+    ]
+}
 
 
 def _corpus(folder: Path, tokenizer: Any = None) -> None:
@@ -34,7 +49,9 @@ def _corpus(folder: Path, tokenizer: Any = None) -> None:
 
 
 def _rows(folder: Path) -> None:
-    Rows("r", Files(str(folder / "a.jsonl")), Bytes(), cache=str(folder / "cache")).prepare(lambda *_: None)
+    Rows("r", Files(str(folder / "a.jsonl")), Bytes(), cache=str(folder / "cache")).prepare(
+        lambda *_: None
+    )
 
 
 def _tokenizer(folder: Path) -> None:
@@ -61,7 +78,9 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (folder / "a.jsonl").write_text(LINES)
     (folder / "squad.json").write_text(json.dumps(SQUAD))
     (folder / "tokenizer_config.json").write_text(json.dumps({"eos_token": {"content": "stop"}}))
-    made = Library(models.BPE({c: n for n, c in enumerate("abcdefghijklmnopqrstuvwxyz ")} | {"stop": 27}, []))
+    made = Library(
+        models.BPE({c: n for n, c in enumerate("abcdefghijklmnopqrstuvwxyz ")} | {"stop": 27}, [])
+    )
     made.normalizer = normalizers.Lowercase()
     made.save(str(folder / "tokenizer.json"))
     _corpus(folder)
@@ -95,7 +114,10 @@ changes = st.one_of(
     st.sampled_from(DEEP).map(lambda new: lambda _: new),
     st.floats(0, 1).map(lambda share: lambda content: content[: int(share * len(content))]),
     st.builds(
-        _changed, st.floats(0, 1), st.sampled_from([b"", b"0", b'"', b"{", b"-", b"\0", b"9" * 20]), st.integers(0, 9)
+        _changed,
+        st.floats(0, 1),
+        st.sampled_from([b"", b"0", b'"', b"{", b"-", b"\0", b"9" * 20]),
+        st.integers(0, 9),
     ),
 )
 
@@ -121,7 +143,9 @@ def test_damage_is_mended_or_refused_in_a_line(name: str, whole: Path, change: C
 
 
 @pytest.mark.parametrize("left", [b"{}", b"[" * 9999, b'{"../a.jsonl": [0, "x"]}'])
-def test_a_manifest_that_vouches_for_nothing_is_made_anew(left: bytes, whole: Path, tmp_path: Path) -> None:
+def test_a_manifest_that_vouches_for_nothing_is_made_anew(
+    left: bytes, whole: Path, tmp_path: Path
+) -> None:
     folder = Path(shutil.copytree(whole, tmp_path / "copy"))
     _corpus(folder)  # in another place, anew
     file = max((folder / "cache").glob("c-*/kept.json"), key=lambda file: file.stat().st_mtime_ns)
@@ -156,10 +180,15 @@ def test_a_saved_data_set_that_is_damaged_is_told_by_its_name(name: str, tmp_pat
     for left in DAMAGE[name]:
         (tmp_path / "saved" / name).write_bytes(left)
         try:
-            assert [text for _, text in HuggingFace(str(tmp_path / "saved")).documents()] == ["one", "two"]
+            assert [text for _, text in HuggingFace(str(tmp_path / "saved")).documents()] == [
+                "one",
+                "two",
+            ]
         except ValueError as error:
             refused += 1
-            assert "\n" not in str(error) and f"data.source.name={tmp_path}/saved cannot be" in str(error)
+            assert "\n" not in str(error) and f"data.source.name={tmp_path}/saved cannot be" in str(
+                error
+            )
     assert refused >= len(DAMAGE[name]) - 1
 
 
@@ -183,6 +212,8 @@ def test_an_image_that_is_a_pipe_is_not_waited_for(tmp_path: Path) -> None:
     with (
         mock.patch.object(HuggingFace, "rows", lambda *_, **__: [("row 0", row)]),
         mock.patch("PIL.Image.open", side_effect=AssertionError("it is opened, which waits")),
-        pytest.raises(ValueError, match=r"row 0: 'image' is no readable image: .*pipe is no regular file"),
+        pytest.raises(
+            ValueError, match=r"row 0: 'image' is no readable image: .*pipe is no regular file"
+        ),
     ):
         HubImages("theirs", label=None, size=8).read(lambda *_: None)

@@ -51,7 +51,9 @@ def test_tokens_are_the_documents_each_ended_and_on_one_side(tmp_path: Path) -> 
     sides = [bytes(made.tokens(split)).split(b"\0")[:-1] for split in ("train", "validation")]
     assert sorted(sides[0] + sides[1]) == sorted(clean(text).encode() for text in TEXTS)
     assert not set(sides[0]) & set(sides[1])
-    assert made.documents == 60 and made.train_tokens + made.validation_tokens == made.text_bytes + 60
+    assert (
+        made.documents == 60 and made.train_tokens + made.validation_tokens == made.text_bytes + 60
+    )
 
 
 def test_a_document_keeps_its_side_when_others_come(tmp_path: Path) -> None:
@@ -63,7 +65,10 @@ def test_a_document_keeps_its_side_when_others_come(tmp_path: Path) -> None:
 
 
 def test_duplicates_are_dropped_after_cleaning(tmp_path: Path) -> None:
-    made = corpus(tmp_path, write(tmp_path / "texts", [*TEXTS, TEXTS[3] + "  \r\n", TEXTS[5].replace(" ", " ")]))
+    made = corpus(
+        tmp_path,
+        write(tmp_path / "texts", [*TEXTS, TEXTS[3] + "  \r\n", TEXTS[5].replace(" ", " ")]),
+    )
     assert (made.documents, made.duplicates) == (60, 2)
 
 
@@ -87,7 +92,9 @@ def test_a_second_preparation_reads_nothing(tmp_path: Path) -> None:
             Once.reads += 1
             return super().documents()
 
-    first, second = (prepare("test", Once(str(folder)), Bytes(), tmp_path / "cache") for _ in range(2))
+    first, second = (
+        prepare("test", Once(str(folder)), Bytes(), tmp_path / "cache") for _ in range(2)
+    )
     assert first == second and Once.reads == 1
     (folder / "000.txt").write_text("changed")
     assert prepare("test", Once(str(folder)), Bytes(), tmp_path / "cache").digest != first.digest
@@ -107,7 +114,8 @@ def test_of_several_processes_one_prepares(tmp_path: Path) -> None:
     folder, context = write(tmp_path / "texts", TEXTS), multiprocessing.get_context("fork")
     counter = context.Value("i", 0)
     processes = [
-        context.Process(target=_prepare, args=(str(folder), str(tmp_path / "cache"), counter)) for _ in range(4)
+        context.Process(target=_prepare, args=(str(folder), str(tmp_path / "cache"), counter))
+        for _ in range(4)
     ]
     for process in processes:
         process.start()
@@ -121,14 +129,19 @@ def test_of_several_processes_one_prepares(tmp_path: Path) -> None:
     [
         ({"a.txt": b""}, "a.txt is empty"),
         ({"a.txt": b"ok", "b.txt": b"\xff\xfe broken"}, r"b.txt is not UTF-8 text \(byte 0\)"),
-        ({"a.jsonl": b'{"text": "x"}\n{"body": "y"}\n'}, "a.jsonl, line 2 has no field 'text', only body"),
+        (
+            {"a.jsonl": b'{"text": "x"}\n{"body": "y"}\n'},
+            "a.jsonl, line 2 has no field 'text', only body",
+        ),
         ({"a.jsonl": b'{"text": 3}\n'}, "field 'text' is int, not text"),
         ({"a.jsonl": b"{"}, "a.jsonl, line 1: not JSON"),
         ({"a.parquet": b"nonsense"}, "a.parquet is not a Parquet file"),
         ({}, "no such file"),
     ],
 )
-def test_bad_input_is_one_line_and_no_cache(tmp_path: Path, content: dict[str, bytes], message: str) -> None:
+def test_bad_input_is_one_line_and_no_cache(
+    tmp_path: Path, content: dict[str, bytes], message: str
+) -> None:
     (tmp_path / "in").mkdir()
     for name, data in content.items():
         (tmp_path / "in" / name).write_bytes(data)
@@ -146,15 +159,25 @@ def test_jsonl_parquet_and_datasets_give_the_same_tokens(tmp_path: Path) -> None
     (tmp_path / "a.jsonl").write_text("".join(json.dumps({"body": text}) + "\n" for text in TEXTS))
     parquet.write_table(pyarrow.table({"body": TEXTS}), tmp_path / "a.parquet")
     datasets.Dataset.from_dict({"body": TEXTS}).save_to_disk(str(tmp_path / "saved"))
-    digests = {corpus(tmp_path, tmp_path / f"a.{kind}", field="body").digest for kind in ("jsonl", "parquet")}
-    digests.add(prepare("hub", HuggingFace(str(tmp_path / "saved"), field="body"), Bytes(), tmp_path / "cache").digest)
+    digests = {
+        corpus(tmp_path, tmp_path / f"a.{kind}", field="body").digest
+        for kind in ("jsonl", "parquet")
+    }
+    digests.add(
+        prepare(
+            "hub", HuggingFace(str(tmp_path / "saved"), field="body"), Bytes(), tmp_path / "cache"
+        ).digest
+    )
     assert len(digests) == 1
 
 
 def test_a_single_file_still_has_two_splits(tmp_path: Path) -> None:
     (tmp_path / "one.txt").write_text("a line of text\n" * 1000)
     made = corpus(tmp_path, tmp_path / "one.txt")
-    assert made.validation_tokens == pytest.approx(0.05 * 15000, rel=0.01) and made.train_tokens > 14000
+    assert (
+        made.validation_tokens == pytest.approx(0.05 * 15000, rel=0.01)
+        and made.train_tokens > 14000
+    )
 
 
 def test_bpe_round_trips_and_is_shorter(tmp_path: Path) -> None:
@@ -178,17 +201,24 @@ def test_bytes_round_trip(text: str) -> None:
 
 
 @settings(max_examples=50, deadline=None)
-@given(tokens=st.integers(20, 400), seq_len=st.integers(1, 9), rows=st.integers(1, 5), seed=st.integers(0, 5))
+@given(
+    tokens=st.integers(20, 400),
+    seq_len=st.integers(1, 9),
+    rows=st.integers(1, 5),
+    seed=st.integers(0, 5),
+)
 def test_an_epoch_reads_every_window_once(tokens: int, seq_len: int, rows: int, seed: int) -> None:
     windows = Windows(np.arange(tokens, dtype=np.uint16), seq_len=seq_len, seed=seed)
     read = [windows.batch(step, 1)[0] for step in range(windows.per_epoch)]
     starts = sorted(int(row[0]) for row in read)
-    assert all(b - a == seq_len for a, b in zip(starts, starts[1:], strict=False))  # no gap, no overlap
+    # no gap, no overlap
+    assert all(b - a == seq_len for a, b in zip(starts, starts[1:], strict=False))
     assert all(row.tolist() == list(range(int(row[0]), int(row[0]) + seq_len + 1)) for row in read)
     again = Windows(np.arange(tokens, dtype=np.uint16), seq_len=seq_len, seed=seed)
     assert (again.batch(7, rows) == windows.batch(7, rows)).all()  # no history
     whole, halves = windows.batch(3, 2 * rows), [windows.batch(6, rows), windows.batch(7, rows)]
-    assert (whole[:rows] == halves[0]).all() and (whole[rows:] == halves[1]).all()  # at any batch size
+    # at any batch size
+    assert (whole[:rows] == halves[0]).all() and (whole[rows:] == halves[1]).all()
 
 
 def test_a_sweep_covers_the_data_evenly() -> None:
@@ -208,28 +238,53 @@ class FilesOfRows(Source):
 
     def rows(self) -> Iterator[tuple[str, dict[str, Any]]]:
         for number in range(400):
-            yield f"row {number}", {"file": f"{number // 10}.py", "text": f"text {number}", "label": str(number % 3)}
+            yield (
+                f"row {number}",
+                {"file": f"{number // 10}.py", "text": f"text {number}", "label": str(number % 3)},
+            )
 
 
 @pytest.mark.parametrize("none", ["", None, float("nan")])
 def test_rows_without_a_group_are_each_by_itself(none: object, tmp_path: Path) -> None:
     """Not one group, which would be on one side."""
-    lines = [{"text": f"row {number}", "author": none if number % 2 else f"a{number % 8}"} for number in range(80)]
+    lines = [
+        {"text": f"row {number}", "author": none if number % 2 else f"a{number % 8}"}
+        for number in range(80)
+    ]
     (tmp_path / "a.jsonl").write_text("\n".join(map(json.dumps, lines)))
-    data = Rows("x", Files(str(tmp_path / "a.jsonl")), Bytes(), group="author", validation_fraction=0.5)
+    data = Rows(
+        "x", Files(str(tmp_path / "a.jsonl")), Bytes(), group="author", validation_fraction=0.5
+    )
     data.prepare(lambda what, done: None)
-    nobodys = {side: [row["text"] for _, row in rows if not str(row["author"]).startswith("a")]
-               for side, rows in data.split.items()}  # fmt: skip
-    authors = [{row["author"] for _, row in rows if str(row["author"]).startswith("a")} for rows in data.split.values()]
+    nobodys = {
+        side: [row["text"] for _, row in rows if not str(row["author"]).startswith("a")]
+        for side, rows in data.split.items()
+    }
+    authors = [
+        {row["author"] for _, row in rows if str(row["author"]).startswith("a")}
+        for rows in data.split.values()
+    ]
     assert all(nobodys.values()) and not authors[0] & authors[1]
     assert data.left_out["rows without author, each a group of its own"] == 40
 
 
-@pytest.mark.parametrize(("name", "grouped"), [
-    ("functions", True), ("docstrings", True), ("questions", True), ("squad", True), ("rows", False), ("hub_rows", False),
-])  # fmt: skip
-def test_what_is_held_out_is_of_other_files_than_what_is_trained_on(name: str, grouped: bool) -> None:
-    """Where rows of one file are alike; one's own rows stand by themselves unless `data.group` says more."""
+@pytest.mark.parametrize(
+    ("name", "grouped"),
+    [
+        ("functions", True),
+        ("docstrings", True),
+        ("questions", True),
+        ("squad", True),
+        ("rows", False),
+        ("hub_rows", False),
+    ],
+)
+def test_what_is_held_out_is_of_other_files_than_what_is_trained_on(
+    name: str, grouped: bool
+) -> None:
+    """Where rows of one file are alike; one's own rows stand by themselves unless `data.group`
+    says more.
+    """
     held_out, node = [], composed(f"data={name}", *NEEDED.get(name, [])).data
     for group in (node.group, "file"):
         data = make({**node, "group": group}, Rows, "data", parts=(Source, Tokenizer))
@@ -243,7 +298,9 @@ def test_what_is_held_out_is_of_other_files_than_what_is_trained_on(name: str, g
 
 
 def test_features_are_the_hidden_layer_from_which_the_classifier_tells_the_classes() -> None:
-    """What scikit-learn's own last layer makes of them are its own probabilities; the same each time."""
+    """What scikit-learn's own last layer makes of them are its own probabilities; the same each
+    time.
+    """
     generator = torch.Generator().manual_seed(3)
     labels = torch.arange(240) % 3
     values = torch.randn(240, 1, 2, 3, generator=generator, dtype=torch.float64)
@@ -251,7 +308,9 @@ def test_features_are_the_hidden_layer_from_which_the_classifier_tells_the_class
     found = Features(values, labels)
     hidden = found(values)
     assert hidden.shape == (240, Features.WIDTH) and hidden.dtype == torch.float64
-    weight, bias = (torch.as_tensor(part[1]) for part in (found.model.coefs_, found.model.intercepts_))
+    weight, bias = (
+        torch.as_tensor(part[1]) for part in (found.model.coefs_, found.model.intercepts_)
+    )
     logits = hidden @ weight + bias
     expected = torch.as_tensor(found.model.predict_proba(values.flatten(1).numpy()))
     assert torch.allclose(logits.softmax(1), expected, rtol=1e-9, atol=1e-12)

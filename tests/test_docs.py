@@ -15,10 +15,20 @@ from dtrain.cli import WORDS
 from dtrain.config.outside import ALLOWED
 from dtrain.config.schema import register
 
-# Versions with a hole that a configuration or an image of somebody else's would reach, and the first without it.
-MENDED = {"hydra-core": ("1.3.7", "1.3.8"), "jinja2": ("3.1.5", "3.1.6"), "pillow": ("10.2.0", "10.3")}
+# Versions with a hole that a configuration or an image of somebody else's would reach, and the
+# first without it.
+MENDED = {
+    "hydra-core": ("1.3.7", "1.3.8"),
+    "jinja2": ("3.1.5", "3.1.6"),
+    "pillow": ("10.2.0", "10.3"),
+}
 ROOT = Path(__file__).parent.parent
-TEXTS = [ROOT / "README.md", *ROOT.glob("docs/*.md"), ROOT / "CONTRIBUTING.md", *ROOT.glob("configs/**/*.yaml")]
+TEXTS = [
+    ROOT / "README.md",
+    *ROOT.glob("docs/*.md"),
+    ROOT / "CONTRIBUTING.md",
+    *ROOT.glob("configs/**/*.yaml"),
+]
 
 
 def commands() -> list[tuple[str, list[str]]]:
@@ -27,9 +37,12 @@ def commands() -> list[tuple[str, list[str]]]:
         for line in text.read_text().splitlines():
             if match := re.search(r"(?:python|torchrun) .*?scripts/(\w+)\.py ?([^`#]*)", line):
                 script, rest = match.groups()
-                if rest.startswith("--from "):  # two folders, and no configuration: tests/test_compare.py
+                # two folders, and no configuration: tests/test_compare.py
+                if rest.startswith("--from "):
                     continue
-                found.append((script, [word for word in shlex.split(rest) if not word.startswith("-")]))
+                found.append(
+                    (script, [word for word in shlex.split(rest) if not word.startswith("-")])
+                )
     return found
 
 
@@ -41,13 +54,17 @@ def test_every_command_of_the_documents_composes(script: str, overrides: list[st
         return
     single = [o for o in overrides if "," not in o or "[" in o]  # the others are sweeps
     with initialize_config_dir(str(ROOT / "configs"), version_base="1.3"):
-        assert compose(script, overrides=[o for o in single if not o.startswith("hydra.")]).steps >= 1
+        assert (
+            compose(script, overrides=[o for o in single if not o.startswith("hydra.")]).steps >= 1
+        )
 
 
 def test_every_link_of_the_documents_is_there() -> None:
     for text in TEXTS:
         for target in re.findall(r"\]\(([^)#]+)\)", text.read_text()):
-            assert target.startswith("http") or (text.parent / target).exists(), f"{text.name}: {target}"
+            assert target.startswith("http") or (text.parent / target).exists(), (
+                f"{text.name}: {target}"
+            )
 
 
 def test_the_makefile_has_what_the_readme_names() -> None:
@@ -58,15 +75,26 @@ def test_the_makefile_has_what_the_readme_names() -> None:
 def test_no_version_with_a_known_hole_is_installed() -> None:
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     needed = {found.name: found.specifier for found in map(Requirement, project["dependencies"])}
-    taken = {name: [version in needed[name] for version in versions] for name, versions in MENDED.items()}
+    taken = {
+        name: [version in needed[name] for version in versions] for name, versions in MENDED.items()
+    }
     assert taken == {name: [False, True] for name in MENDED}
 
 
 def test_it_is_said_that_a_configuration_is_code_and_what_is_refused() -> None:
     text = " ".join((ROOT / "README.md").read_text().split())
     assert "**A configuration is code, like a Makefile: read one before you run it.**" in text
-    for word in ("callbacks", "logging", "launchers", "env_set", "--config-dir", "hydra.searchpath", ALLOWED):
+    for word in (
+        "callbacks",
+        "logging",
+        "launchers",
+        "env_set",
+        "--config-dir",
+        "hydra.searchpath",
+        ALLOWED,
+    ):
         assert word in text
     assert (
-        "**A configuration is code**, like a Makefile: read one before you run it" in (ROOT / "SECURITY.md").read_text()
+        "**A configuration is code**, like a Makefile: read one before you run it"
+        in (ROOT / "SECURITY.md").read_text()
     )

@@ -89,7 +89,8 @@ def test_files_are_synced_before_their_checkpoint_has_a_name(
     world: Callable[[int], World],
     tmp_path: Path,
 ) -> None:
-    """All at their full size, by one rank or another, and then their folder; after the new name the folder around it.
+    """All at their full size, by one rank or another, and then their folder; after the new name the
+    folder around it.
 
     The first rank names it when all have given it the checksums of what they have synced.
     """
@@ -286,9 +287,18 @@ def _run(folder: Path, cache: Path, *more: str, told_in: int = 0) -> None:
             os.kill(os.getpid(), signal.SIGTERM)
         return batch(task, step)
 
-    arguments = ["model=tiny", "model.dropout=0.1", f"steps={STEPS}", "global_batch_size=4",
-                 "eval.every=0", "seq_len=16", "measure.peak_flops=1e12", "launch.threads=1",
-                 f"hydra.run.dir={folder}", *more]  # fmt: skip
+    arguments = [
+        "model=tiny",
+        "model.dropout=0.1",
+        f"steps={STEPS}",
+        "global_batch_size=4",
+        "eval.every=0",
+        "seq_len=16",
+        "measure.peak_flops=1e12",
+        "launch.threads=1",
+        f"hydra.run.dir={folder}",
+        *more,
+    ]
     GlobalHydra.instance().clear()
     with (
         mock.patch.dict(os.environ, DTRAIN_CACHE=str(cache)),

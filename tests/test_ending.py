@@ -25,8 +25,15 @@ from dtrain.report.terminal import keep_open
 from dtrain.run.checkpoint_files import MANIFEST, about, sealed, verify
 from dtrain.task.causal_lm import CausalLM
 
-QUICK = ["model=tiny", "eval.every=0", "global_batch_size=4", "seq_len=16", "measure.peak_flops=1e12",
-         "launch.threads=1", "hydra.run.dir=run"]  # fmt: skip
+QUICK = [
+    "model=tiny",
+    "eval.every=0",
+    "global_batch_size=4",
+    "seq_len=16",
+    "measure.peak_flops=1e12",
+    "launch.threads=1",
+    "hydra.run.dir=run",
+]
 TWO = [*PYTHON, *QUICK, "strategy=ddp", "launch.nproc=2"]
 
 
@@ -44,7 +51,9 @@ def begun(folder: Path, cache: Path, *words: str, **streams: int) -> warm.Proces
 
 
 def ended(folder: Path, process: warm.Process, pids: dict[int, int]) -> tuple[int, str]:
-    """Its exit status and what it said was wrong; it has left a whole checkpoint of its last step, and no process."""
+    """Its exit status and what it said was wrong; it has left a whole checkpoint of its last
+    step, and no process.
+    """
     _, err = process.communicate(60)
     assert (folder / "run" / "resumable").exists(), err
     latest = folder / "run" / "checkpoints" / "latest"
@@ -56,13 +65,20 @@ def ended(folder: Path, process: warm.Process, pids: dict[int, int]) -> tuple[in
     return process.wait(), err
 
 
-@pytest.mark.parametrize(("number", "status", "words"), [
-    (signal.SIGTERM, 0, ""), (signal.SIGHUP, 0, ""), (signal.SIGINT, 130, "dtrain: interrupted\n"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("number", "status", "words"),
+    [
+        (signal.SIGTERM, 0, ""),
+        (signal.SIGHUP, 0, ""),
+        (signal.SIGINT, 130, "dtrain: interrupted\n"),
+    ],
+)
 def test_a_signal_to_the_whole_group_leaves_a_checkpoint(
     number: int, status: int, words: str, tmp_path: Path, cache: Path
 ) -> None:
-    """What `timeout`, systemd, scancel, a closed terminal and Ctrl-C send: to the launcher, its server and its ranks."""
+    """What `timeout`, systemd, scancel, a closed terminal and Ctrl-C send: to the launcher, its
+    server and its ranks.
+    """
     process = begun(tmp_path, cache)
     pids = ranks(tmp_path / "run")
     os.killpg(process.pid, number)
@@ -70,7 +86,9 @@ def test_a_signal_to_the_whole_group_leaves_a_checkpoint(
 
 
 def test_an_ignored_sighup_ends_nothing(tmp_path: Path, cache: Path) -> None:
-    """nohup has it ignored; the other signals are heard as ever, and one to the launcher alone is enough."""
+    """nohup has it ignored; the other signals are heard as ever, and one to the launcher alone
+    is enough.
+    """
     (tmp_path / "nohup.py").write_text(
         "import runpy, signal, sys\n"
         "signal.signal(signal.SIGHUP, signal.SIG_IGN)\n"
@@ -88,7 +106,7 @@ def test_an_ignored_sighup_ends_nothing(tmp_path: Path, cache: Path) -> None:
 @pytest.mark.parametrize("times", [1, 2])
 def test_ctrl_c_ends_a_run_with_its_checkpoint_and_twice_at_once(
     times: int,
-    call: Callable[..., tuple[int, str, str]],  # noqa: F811
+    call: Callable[..., tuple[int, str, str]],
     tmp_path: Path,
 ) -> None:
     batch = CausalLM.batch
@@ -103,11 +121,13 @@ def test_ctrl_c_ends_a_run_with_its_checkpoint_and_twice_at_once(
     assert (status, err) == (130, "dtrain: interrupted\n")
     assert steps(tmp_path) == (4 if times == 1 else 2)
     assert (
-        ("stopped after step 4 of 9" in out) == (tmp_path / "run" / "checkpoints" / "latest").exists() == (times == 1)
+        ("stopped after step 4 of 9" in out)
+        == (tmp_path / "run" / "checkpoints" / "latest").exists()
+        == (times == 1)
     )
 
 
-def test_a_signal_before_the_first_step_ends_at_once(call, tmp_path: Path) -> None:  # noqa: F811
+def test_a_signal_before_the_first_step_ends_at_once(call, tmp_path: Path) -> None:
     """There is nothing to lose; whatever it is that takes long then."""
 
     def told(*_: object) -> None:
@@ -119,16 +139,22 @@ def test_a_signal_before_the_first_step_ends_at_once(call, tmp_path: Path) -> No
 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="looks at what a process has open")
-def test_sigterm_while_a_large_checkpoint_is_verified_ends_at_once(tmp_path: Path, cache: Path) -> None:
+def test_sigterm_while_a_large_checkpoint_is_verified_ends_at_once(
+    tmp_path: Path, cache: Path
+) -> None:
     """Not after it has been read: then it would be found damaged, which ends in status 2."""
     shard = tmp_path / "theirs" / "step-00000001" / "a.safetensors"
     shard.parent.mkdir(parents=True)
     with shard.open("wb") as file:
         file.truncate(16 << 30)  # of which nothing is on the disk
     files = {shard.name: {"bytes": 16 << 30, "sha256": ""}}
-    (shard.parent / MANIFEST).write_text(json.dumps(sealed({"step": 1, "tokens": 0, "files": files})))
+    (shard.parent / MANIFEST).write_text(
+        json.dumps(sealed({"step": 1, "tokens": 0, "files": files}))
+    )
     environment = {**os.environ, "DTRAIN_CACHE": str(cache)}
-    process = warm.popen([*PYTHON, *QUICK, "steps=3", f"resume={shard.parent}"], cwd=tmp_path, env=environment)
+    process = warm.popen(
+        [*PYTHON, *QUICK, "steps=3", f"resume={shard.parent}"], cwd=tmp_path, env=environment
+    )
 
     def reads() -> bool:
         assert process.poll() is None, process.communicate()
@@ -142,12 +168,17 @@ def test_sigterm_while_a_large_checkpoint_is_verified_ends_at_once(tmp_path: Pat
 
 def test_ctrl_c_while_a_script_imports_shows_no_traceback() -> None:
     """It ends by the signal; where SIGINT is ignored, as in a shell's background, it stays so."""
-    script = "import dtrain.launch.quiet, os, signal; os.kill(os.getpid(), signal.SIGINT); print('goes on')"
+    script = (
+        "import dtrain.launch.quiet, os, signal; os.kill(os.getpid(), signal.SIGINT); "
+        "print('goes on')"
+    )
     for before, status, out in (
         ("", -signal.SIGINT, ""),
         ("import signal; signal.signal(2, signal.SIG_IGN); ", 0, "goes on\n"),
     ):
-        ended = subprocess.run([sys.executable, "-c", before + script], capture_output=True, text=True, timeout=240)
+        ended = subprocess.run(
+            [sys.executable, "-c", before + script], capture_output=True, text=True, timeout=240
+        )
         assert (ended.returncode, ended.stdout, ended.stderr) == (status, out, "")
 
 
@@ -162,7 +193,9 @@ def test_ctrl_c_while_the_fork_server_imports_shows_no_traceback() -> None:
         "from multiprocessing.forkserver import main\n"
         f"main(0, 0, {PRELOADED})"
     )
-    done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, timeout=240)
+    done = subprocess.run(
+        [sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, timeout=240
+    )
     assert (done.returncode, done.stderr) == (-signal.SIGINT, "")
 
 
@@ -180,14 +213,27 @@ def test_ctrl_c_is_pythons_own_again_in_a_rank_that_is_forked() -> None:
 
 
 def test_a_second_ctrl_c_while_ranks_save_leaves_nothing_behind(tmp_path: Path) -> None:
-    """They are killed, so whoever has started them removes what they have left; but not what another run writes."""
+    """They are killed, so whoever has started them removes what they have left; but not what
+    another run writes.
+    """
     partial = tmp_path / "checkpoints" / ".partial-00000004"
     partial.mkdir(parents=True)
     config: Any = mock.Mock()
-    with mock.patch.multiple("dtrain.cli", spawn=mock.Mock(side_effect=KeyboardInterrupt), checked=mock.Mock(),
-                             assemble=mock.Mock(), OmegaConf=mock.Mock(), written=mock.Mock()):  # fmt: skip
-        script = "import sys, time; from pathlib import Path; from dtrain.files.lock import Lock; held = Lock(Path(sys.argv[1])); print(flush=True); time.sleep(60)"
-        other = subprocess.Popen([sys.executable, "-c", script, tmp_path], cwd=ROOT, stdout=subprocess.PIPE)
+    with mock.patch.multiple(
+        "dtrain.cli",
+        spawn=mock.Mock(side_effect=KeyboardInterrupt),
+        checked=mock.Mock(),
+        assemble=mock.Mock(),
+        OmegaConf=mock.Mock(),
+        written=mock.Mock(),
+    ):
+        script = (
+            "import sys, time; from pathlib import Path; from dtrain.files.lock import Lock; held "
+            "= Lock(Path(sys.argv[1])); print(flush=True); time.sleep(60)"
+        )
+        other = subprocess.Popen(
+            [sys.executable, "-c", script, tmp_path], cwd=ROOT, stdout=subprocess.PIPE
+        )
         assert other.stdout and other.stdout.readline()
         with pytest.raises(KeyboardInterrupt):
             start(config, tmp_path, "ddp")
@@ -201,7 +247,7 @@ def test_a_second_ctrl_c_while_ranks_save_leaves_nothing_behind(tmp_path: Path) 
             start(config, tmp_path / "never-begun", "ddp")
 
 
-def test_an_interrupted_save_leaves_nothing_behind(call, tmp_path: Path) -> None:  # noqa: F811
+def test_an_interrupted_save_leaves_nothing_behind(call, tmp_path: Path) -> None:
     """Ctrl-C for the second time comes while the checkpoint is written."""
 
     def interrupted(*_: object, **__: object) -> None:
@@ -213,13 +259,18 @@ def test_an_interrupted_save_leaves_nothing_behind(call, tmp_path: Path) -> None
     assert not list((tmp_path / "run" / "checkpoints").iterdir())
 
 
-@pytest.mark.parametrize(("name", "saved"), [
-    ("config.yaml", False), ("metrics.jsonl", False), ("summary.json", True),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("name", "saved"),
+    [
+        ("config.yaml", False),
+        ("metrics.jsonl", False),
+        ("summary.json", True),
+    ],
+)
 def test_a_disk_that_is_full_ends_a_run_with_a_line_at_each_moment(
     name: str,
     saved: bool,
-    call,  # noqa: F811
+    call,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
@@ -232,7 +283,9 @@ def test_a_disk_that_is_full_ends_a_run_with_a_line_at_each_moment(
 
     monkeypatch.setattr(io, "open", full)
     monkeypatch.setattr("builtins.open", full)
-    status, _, err = call("model=tiny", "steps=1", "eval.every=0", "global_batch_size=4", "hydra.run.dir=run")
+    status, _, err = call(
+        "model=tiny", "steps=1", "eval.every=0", "global_batch_size=4", "hydra.run.dir=run"
+    )
     assert status and err.startswith("dtrain: ") and err.count("\n") == 1, err
     assert "No space left on device" in err
     step = tmp_path / "run" / "checkpoints" / "step-00000001"
@@ -252,13 +305,16 @@ def test_an_output_that_nobody_reads_ends_nothing(nproc: int, tmp_path: Path, ca
     process = warm.popen([*command, *more], cwd=tmp_path, env=environment, stdout=writes)
     os.close(writes)
     assert process.wait(60) == 0 and process.communicate()[1] == ""
-    assert json.loads((tmp_path / "run" / "summary.json").read_text())["steps"] == steps(tmp_path) == 4
+    assert (
+        json.loads((tmp_path / "run" / "summary.json").read_text())["steps"] == steps(tmp_path) == 4
+    )
 
 
 def test_standard_streams_that_are_closed_take_no_files_place() -> None:
     """What is opened next would get their numbers, and what is printed would go there."""
     script = (
-        "import os, sys; from dtrain.report.terminal import keep_open; keep_open(); file = os.open('/dev/null', os.O_RDONLY);"
+        "import os, sys; from dtrain.report.terminal import keep_open; keep_open(); file = "
+        "os.open('/dev/null', os.O_RDONLY);"
         "print('said'); sys.stdout.flush(); sys.exit(file < 3)"
     )
     if not (child := os.fork()):

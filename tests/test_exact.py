@@ -1,4 +1,6 @@
-"""Equal or refused, nothing else: every plan gives the losses, norms, gradients and weights of one process."""
+"""Equal or refused, nothing else: every plan gives the losses, norms, gradients and weights of
+one process.
+"""
 
 from __future__ import annotations
 
@@ -46,7 +48,9 @@ WITHIN_4D = ("hsdp_tensor", "3d", "pipeline_hsdp")  # what else they do is done 
 
 def model_of(strategy: str) -> tuple[tuple[str, Any], ...]:
     parts = strategy.split("+")
-    deep = DEEP if any(p in SCHEDULES or p in ("split", "zero1_zbv_sequence") for p in parts) else ()
+    deep = (
+        DEEP if any(p in SCHEDULES or p in ("split", "zero1_zbv_sequence") for p in parts) else ()
+    )
     return deep + (MOE if any(p in ("expert", "moe_fsdp") for p in parts) else ())
 
 
@@ -62,39 +66,83 @@ def thorough() -> list[tuple[Case, int]]:
             found += [(Case("masked_token", strategy, micro_batch_size=1), 4)]
         if strategy in VARIANTS and strategy not in SCHEDULES:  # a schedule is tried in full
             continue
-        found += [(Case("next_token", strategy, dtype="fp32", steps=20 if strategy in AXES else FEW, model=model), 4)]
-        found += [(Case("next_token", strategy, recompute=True, clip_norm=None, steps=FEW, model=model), 4)]
+        found += [
+            (
+                Case(
+                    "next_token",
+                    strategy,
+                    dtype="fp32",
+                    steps=20 if strategy in AXES else FEW,
+                    model=model,
+                ),
+                4,
+            )
+        ]
+        found += [
+            (
+                Case(
+                    "next_token", strategy, recompute=True, clip_norm=None, steps=FEW, model=model
+                ),
+                4,
+            )
+        ]
         rows = 3 if "tensor" in strategy else 1
-        found += [(Case("masked_token", strategy, micro_batch_size=rows, steps=FEW, model=model), 4)]
+        found += [
+            (Case("masked_token", strategy, micro_batch_size=rows, steps=FEW, model=model), 4)
+        ]
         for size in (2, 3):
             found += [(Case("masked_token", strategy, steps=FEW, model=model), size)]
     found += [
-        (Case("gan", s, micro_batch_size=1, steps=FEW), 4) for s in ("ddp", "fsdp", "replicate", "zero1", "tensor")
+        (Case("gan", s, micro_batch_size=1, steps=FEW), 4)
+        for s in ("ddp", "fsdp", "replicate", "zero1", "tensor")
     ]
-    found += [(Case("next_token", strategy, steps=FEWER, model=model_of(strategy)), 8) for strategy in COMPOSED_8]
+    found += [
+        (Case("next_token", strategy, steps=FEWER, model=model_of(strategy)), 8)
+        for strategy in COMPOSED_8
+    ]
     return sorted((c for c in found if not refusal(*c)), key=lambda pair: (pair[1], str(pair[0])))
 
 
 def quick() -> list[tuple[Case, int]]:
-    """Short runs, two of each axis' strategies, in which each pair of two options' values comes (see the test below)."""
+    """Short runs, two of each axis' strategies, in which each pair of two options' values comes
+    (see the test below).
+    """
     found = []
     for strategy in sorted(NAMES):
         either = Random(strategy)
         rows = 3 if "tensor" in strategy else 1
         sizes, dtypes, micro, recompute, clip = (
-            either.sample(values, len(values)) for values in
-            ([8] if strategy in COMPOSED_8 else [2, 3, 4], ["fp64", "fp32"], [rows, None], [True, False], [0.3, None])
-        )  # fmt: skip
+            either.sample(values, len(values))
+            for values in (
+                [8] if strategy in COMPOSED_8 else [2, 3, 4],
+                ["fp64", "fp32"],
+                [rows, None],
+                [True, False],
+                [0.3, None],
+            )
+        )
         gan = not refusal(Case("gan", strategy), sizes[0])
         tasks = ["masked_token", "gan" if gan else "next_token"]
         for turn, task in enumerate(tasks if strategy in AXES else [either.choice(tasks)]):
-            options = {"dtype": dtypes[turn], "recompute": recompute[turn] and task != "gan", "clip_norm": clip[turn],
-                       "steps": FEWER - (sizes[0] == 8), "model": () if task == "gan" else model_of(strategy)}  # fmt: skip
-            if model_of(strategy) and "n_experts" in dict(model_of(strategy)) and task == "next_token":
-                options["dtype"] = "fp64"  # their queries' first gradients are so small that fp32 rounds by more
+            options = {
+                "dtype": dtypes[turn],
+                "recompute": recompute[turn] and task != "gan",
+                "clip_norm": clip[turn],
+                "steps": FEWER - (sizes[0] == 8),
+                "model": () if task == "gan" else model_of(strategy),
+            }
+            if (
+                model_of(strategy)
+                and "n_experts" in dict(model_of(strategy))
+                and task == "next_token"
+            ):
+                # their queries' first gradients are so small that fp32 rounds by more
+                options["dtype"] = "fp64"
             order = sizes[turn:] + sizes[:turn]
             tried = [
-                (Case(task, strategy, micro_batch_size=m, **options), n) for m in (micro[turn], None) for n in order
+                (Case(task, strategy, micro_batch_size=m, **options), n)
+                for m in (micro[turn], None)
+                for n in order
             ]
             found.append(next(each for each in tried if not refusal(*each)))
     return found
@@ -105,17 +153,27 @@ QUICK = quick()
 
 
 def values(case: Case, size: int) -> dict[str, Any]:
-    return {"strategy": case.strategy, "task": case.task, "dtype": case.dtype, "micro": case.micro_batch_size is not None,
-            "recompute": case.recompute, "clips": case.clip_norm is not None, "size": size}  # fmt: skip
+    return {
+        "strategy": case.strategy,
+        "task": case.task,
+        "dtype": case.dtype,
+        "micro": case.micro_batch_size is not None,
+        "recompute": case.recompute,
+        "clips": case.clip_norm is not None,
+        "size": size,
+    }
 
 
 def test_every_pair_of_values_is_tried() -> None:
-    """Of two options, but where a strategy decides the other one; each strategy on two tasks, where it takes two."""
+    """Of two options, but where a strategy decides the other one; each strategy on two tasks,
+    where it takes two.
+    """
     pairs = {pair for each in QUICK for pair in combinations(values(*each).items(), 2)}
     known = [values(*each) for each in QUICK]
     for one, other in combinations(["task", "dtype", "micro", "recompute", "clips", "size"], 2):
         for a, b in product({v[one] for v in known}, {v[other] for v in known}):
-            if {(one, a), (other, b)} & {("task", "gan"), ("size", 8)}:  # a GAN has no blocks to recompute
+            # a GAN has no blocks to recompute
+            if {(one, a), (other, b)} & {("task", "gan"), ("size", 8)}:
                 continue
             assert ((one, a), (other, b)) in pairs, (one, a, other, b)
     for strategy in AXES:
@@ -137,22 +195,33 @@ def test_plan_equals_one_process_for_long(case: Case, size: int, world, alone) -
 
 
 PAIRS = ["+".join(pair) for pair in combinations(AXES, 2)]
-ALIKE = {"replicate", "allreduce", "zero2", "tensor_sequence", "zbv", "ulysses"}  # beside another of their axis
+# beside another of their axis
+ALIKE = {"replicate", "allreduce", "zero2", "tensor_sequence", "zbv", "ulysses"}
 
 
-NAMED = {"fsdp+tensor", "fsdp+ring", "fsdp+1f1b", "tensor+1f1b", "fsdp+expert"}  # tried above, by a name of their own
+# tried above, by a name of their own
+NAMED = {"fsdp+tensor", "fsdp+ring", "fsdp+1f1b", "tensor+1f1b", "fsdp+expert"}
 
 
 def pairs() -> list[Any]:
-    """Masked tokens, which differ from the next ones in their counts alone, for one strategy of a kind; and all."""
+    """Masked tokens, which differ from the next ones in their counts alone, for one strategy of
+    a kind; and all.
+    """
     quick = [pair for pair in PAIRS if pair not in NAMED and not ALIKE & set(pair.split("+"))]
-    return [pytest.param(pair, task, marks=[] if task == "masked_token" and pair in quick else pytest.mark.deep)
-            for pair in PAIRS for task in TASKS]  # fmt: skip
+    return [
+        pytest.param(
+            pair, task, marks=[] if task == "masked_token" and pair in quick else pytest.mark.deep
+        )
+        for pair in PAIRS
+        for task in TASKS
+    ]
 
 
 @pytest.mark.parametrize(("pair", "task"), pairs())
 def test_every_pair_is_equal_or_refused(pair: str, task: str, world, alone) -> None:
-    """Two ranks on each of two axes; what is refused is refused with the reason, before any process group."""
+    """Two ranks on each of two axes; what is refused is refused with the reason, before any
+    process group.
+    """
     one, other = (AXES[name].func.axis for name in pair.split("+"))
     case = Case(task, pair, steps=PAIR_STEPS, model=() if task == "gan" else model_of(pair))
     if reason := refusal(case, 4):
@@ -178,13 +247,19 @@ def models(draw: st.DrawFn, names: list[str], mesh: dict[str, int]) -> dict[str,
     fits = draw(st.integers(0, 9)) > 0
     heads = draw(st.sampled_from([12] if fits and mesh.keys() & {"tp", "cp"} else [2, 3, 4, 6, 12]))
     stages = mesh.get("pp", 1) * (1 if {"1f1b", "gpipe"} & set(names) else 2 if "pp" in mesh else 1)
-    experts = draw(st.sampled_from([0, 0, 2, 4])) if "ep" not in mesh else mesh["ep"] * draw(st.integers(1, 2))
+    experts = (
+        draw(st.sampled_from([0, 0, 2, 4]))
+        if "ep" not in mesh
+        else mesh["ep"] * draw(st.integers(1, 2))
+    )
     rows_only = fits and "cp" in mesh  # rules of whole rows are refused there
     return {
         "d_model": heads * draw(st.sampled_from([2, 4])),
         "n_layers": draw(st.integers(stages if fits else 1, max(stages, 3) + 1)),
         "n_heads": heads,
-        "n_kv_heads": draw(st.sampled_from([None, heads // mesh.get("tp", 1) * mesh.get("tp", 1) if fits else 1])),
+        "n_kv_heads": draw(
+            st.sampled_from([None, heads // mesh.get("tp", 1) * mesh.get("tp", 1) if fits else 1])
+        ),
         "d_ff": draw(st.sampled_from([24, 36])),
         "tied": draw(st.booleans()),
         "norm": draw(st.sampled_from(["layernorm", "rmsnorm"])),
@@ -193,13 +268,23 @@ def models(draw: st.DrawFn, names: list[str], mesh: dict[str, int]) -> dict[str,
         "activation": draw(st.sampled_from(["gelu", "swiglu"])),
         "bias": draw(st.booleans()),
         "n_experts": experts,
-        "balance": draw(st.sampled_from(["none", "bias"] if rows_only else ["none", "loss", "bias"])),
+        "balance": draw(
+            st.sampled_from(["none", "bias"] if rows_only else ["none", "loss", "bias"])
+        ),
         "capacity_factor": draw(st.sampled_from([None] if rows_only else [None, None, 1.0])),
     }
 
 
 ONE_OF_AN_AXIS = {
-    "pp": ["1f1b", "gpipe", "zbv", "interleaved_1f1b", "looped_bfs", "interleaved_zero_bubble", "dualpipev"],
+    "pp": [
+        "1f1b",
+        "gpipe",
+        "zbv",
+        "interleaved_1f1b",
+        "looped_bfs",
+        "interleaved_zero_bubble",
+        "dualpipev",
+    ],
     "dp": ["ddp", "replicate", "allreduce", "zero1"],
     "fsdp": ["fsdp", "zero2"],
     "cp": ["ring", "ulysses", "ring_unbalanced"],
@@ -216,12 +301,21 @@ MESHES = [  # every way to lay at most eight ranks along one to three axes
 ]
 
 
-def _drawn_models_equal_one_process(mesh: dict[str, int], data: st.DataObject, world: Callable[[int], World]) -> None:
-    makers = {data.draw(st.sampled_from(ONE_OF_AN_AXIS[axis])): degree for axis, degree in mesh.items()}
+def _drawn_models_equal_one_process(
+    mesh: dict[str, int], data: st.DataObject, world: Callable[[int], World]
+) -> None:
+    makers = {
+        data.draw(st.sampled_from(ONE_OF_AN_AXIS[axis])): degree for axis, degree in mesh.items()
+    }
     model = data.draw(models(list(makers), mesh))
-    case = Case(data.draw(st.sampled_from(["next_token", "masked_token"])), "drawn", steps=DRAWN_STEPS,
-                micro_batch_size=data.draw(st.sampled_from([None, 1, 2])), recompute=data.draw(st.booleans()),
-                model=tuple(model.items()))  # fmt: skip
+    case = Case(
+        data.draw(st.sampled_from(["next_token", "masked_token"])),
+        "drawn",
+        steps=DRAWN_STEPS,
+        micro_batch_size=data.draw(st.sampled_from([None, 1, 2])),
+        recompute=data.draw(st.booleans()),
+        model=tuple(model.items()),
+    )
     size = prod(mesh.values())
     draw(makers)
     if reason := refusal(case, size):
@@ -231,7 +325,8 @@ def _drawn_models_equal_one_process(mesh: dict[str, int], data: st.DataObject, w
     event(f"equal on {size} ranks")
     expected, ranks = reference(case), world(size).run(train_drawn, case, makers, size)
     for outcome in (expected, *ranks):
-        outcome.weights = {}  # a key's bias has no gradient but rounding, of which Adam makes a step: see gradients
+        # a key's bias has no gradient but rounding, of which Adam makes a step: see gradients
+        outcome.weights = {}
     floor = TOLERANCE["fp64"] * expected.norms[0]
     for outcome in ranks:
         for name in [n for n in outcome.gradients if expected.gradients[n].norm() < floor]:
@@ -255,7 +350,9 @@ def test_drawn_models_on_drawn_meshes_equal_one_process(number: int, world, alon
 
 
 @pytest.mark.deep
-@pytest.mark.skipif(not any(map(shutil.which, COMPILERS)), reason="torch.compile needs a C++ compiler: none here")
+@pytest.mark.skipif(
+    not any(map(shutil.which, COMPILERS)), reason="torch.compile needs a C++ compiler: none here"
+)
 @pytest.mark.parametrize("strategy", ["fsdp", "ddp", "tensor", "1f1b", "ring"])
 def test_compiled_blocks_equal_one_plain_process(strategy: str, world, alone) -> None:
     case = Case("next_token", strategy, dtype="fp32", compile=True)

@@ -100,7 +100,9 @@ SPAN = st.tuples(st.integers(-20, 110), st.integers(1, 40)).map(lambda s: (s[0],
 def test_shares_are_those_of_the_moments(computing: Intervals, talking: Intervals) -> None:
     """Counted second by second; what lies before or after the step is no part of it."""
     step = set(range(100))
-    ours, theirs = ({t for a, b in each for t in range(a, b)} & step for each in (computing, talking))
+    ours, theirs = (
+        {t for a, b in each for t in range(a, b)} & step for each in (computing, talking)
+    )
     expected = Shares(100, len(ours), len(theirs), len(theirs - ours), len(theirs & ours))
     assert shares(computing, talking) == expected
 
@@ -108,23 +110,42 @@ def test_shares_are_those_of_the_moments(computing: Intervals, talking: Interval
 def event(name: str, start: int, end: int, *, gpu: bool = True, annotation: bool = False) -> Any:
     """One of the profiler's, as its interface has it."""
     device = torch.autograd.DeviceType.CUDA if gpu else torch.autograd.DeviceType.CPU
-    told = dict(name=name, start_ns=start, end_ns=end, device_type=device, is_user_annotation=annotation,
-                is_async=False, start_thread_id=1)  # fmt: skip
+    told = dict(
+        name=name,
+        start_ns=start,
+        end_ns=end,
+        device_type=device,
+        is_user_annotation=annotation,
+        is_async=False,
+        start_thread_id=1,
+    )
     return SimpleNamespace(**{key: lambda value=value: value for key, value in told.items()})
 
 
 def test_on_a_gpu_marks_compute_nothing_and_messages_count_as_they_run() -> None:
-    """The profiler shows a mark of the host's on the device too, as long as the kernels of its time."""
-    phase, message, reduce = "dtrain:phase:backward", "dtrain:message:all_reduce:dp", "nccl:all_reduce"
+    """The profiler shows a mark of the host's on the device too, as long as the kernels of its
+    time.
+    """
+    phase = "dtrain:phase:backward"
+    message = "dtrain:message:all_reduce:dp"
+    reduce = "nccl:all_reduce"
     events = [
-        event(phase, 0, 100, gpu=False, annotation=True), event(phase, 5, 120, annotation=True),
-        event(message, 10, 11, gpu=False, annotation=True), event(message, 20, 60, annotation=True),
-        event(reduce, 10, 12, gpu=False), event(reduce, 20, 60, annotation=True),
-        event("ncclDevKernel_AllReduce_Sum_f32", 20, 60), event("gemm", 5, 30), event("Optimizer.step#AdamW.step", 61, 99, annotation=True),
-    ]  # fmt: skip
+        event(phase, 0, 100, gpu=False, annotation=True),
+        event(phase, 5, 120, annotation=True),
+        event(message, 10, 11, gpu=False, annotation=True),
+        event(message, 20, 60, annotation=True),
+        event(reduce, 10, 12, gpu=False),
+        event(reduce, 20, 60, annotation=True),
+        event("ncclDevKernel_AllReduce_Sum_f32", 20, 60),
+        event("gemm", 5, 30),
+        event("Optimizer.step#AdamW.step", 61, 99, annotation=True),
+    ]
     found = list(timeline._spans(events, "cuda"))
-    assert found == [Span(PHASE, "backward", 0, 100), Span(COMPUTE, "compute", 5, 30),
-                     Span(COMMUNICATION, "all_reduce", 20, 60, "dp")]  # fmt: skip
+    assert found == [
+        Span(PHASE, "backward", 0, 100),
+        Span(COMPUTE, "compute", 5, 30),
+        Span(COMMUNICATION, "all_reduce", 20, 60, "dp"),
+    ]
     made = timeline.Timeline()
     made.spans = found
     assert astuple(made.shares()) == pytest.approx((100e-9, 25e-9, 40e-9, 30e-9, 10e-9))
@@ -194,7 +215,9 @@ def test_tokens_a_second_are_the_global_batchs_tokens_over_the_step(alone) -> No
 
 def _job(stated: float | None) -> Any:
     config = Config(global_batch_size=ROWS, micro_batch_size=3, measure=Measure(2, stated))
-    data = SimpleNamespace(describe=lambda: {"name": "none", "train_tokens": 12345}, left_out={"empty files": 3})
+    data = SimpleNamespace(
+        describe=lambda: {"name": "none", "train_tokens": 12345}, left_out={"empty files": 3}
+    )
     parts = {"plan": Plan.of([DDP()], 2), "task": NextToken(), "data": data}
     return SimpleNamespace(config=config, written=asdict(config), tried=(), **parts)
 
@@ -204,7 +227,9 @@ def _summary(stated: float | None) -> dict[str, Any]:
     rank, job = dist.get_rank(), _job(stated)
     world = World(rank, 2, rank, 2)
     with (
-        mock.patch("dtrain.run.summary.flops.peak", return_value=((1 + 2 * rank) * 1e12, "measured")),
+        mock.patch(
+            "dtrain.run.summary.flops.peak", return_value=((1 + 2 * rank) * 1e12, "measured")
+        ),
         mock.patch("dtrain.run.summary.peak_memory.peak_bytes", return_value=10 + 20 * rank),
         mock.patch("dtrain.run.summary.environment.describe", return_value={}),
     ):
@@ -386,14 +411,24 @@ def _told(losses: list[float], times: list[float], **more: Any) -> tuple[dict[st
     steps = enumerate(zip(losses, times, strict=True), 1)
     lines: Lines = [{"step": i, "loss": loss, "step_seconds": s} for i, (loss, s) in steps]
     ranks = [
-        {"memory": {"kinds": {}, "peak": peak}, "traffic_predicted": None,
-         "time": asdict(Shares(step, 0.1, exposed, exposed, 0.0)),
-         "traffic": [{"wire_bytes": sent}, {"wire_bytes": 1.0}]}
+        {
+            "memory": {"kinds": {}, "peak": peak},
+            "traffic_predicted": None,
+            "time": asdict(Shares(step, 0.1, exposed, exposed, 0.0)),
+            "traffic": [{"wire_bytes": sent}, {"wire_bytes": 1.0}],
+        }
         for peak, step, exposed, sent in ((10, 0.5, 0.1, 9.0), (30, 1.0, 0.3, 5.0))
-    ]  # fmt: skip
-    summary = {"synchronous": True, "tokens": 64 * len(lines), "steps": len(lines),
-               "world_size": 2, "mesh": {"dp": 2}, "loss": losses[-1], "peak_memory_bytes": 99,
-               "profile": {"bubble": None, "ranks": ranks}}  # fmt: skip
+    ]
+    summary = {
+        "synchronous": True,
+        "tokens": 64 * len(lines),
+        "steps": len(lines),
+        "world_size": 2,
+        "mesh": {"dp": 2},
+        "loss": losses[-1],
+        "peak_memory_bytes": 99,
+        "profile": {"bubble": None, "ranks": ranks},
+    }
     return summary | more, lines
 
 
@@ -448,5 +483,8 @@ def test_sizes_are_told_in_powers_of_a_thousand(capsys: pytest.CaptureFixture[st
     assert list(map(_mb, sizes)) == ["0.00", "1.50", "1,000,000.00", "-"]
     summary = {"loss": 2.5, "tokens_per_second": 1234.5, "step_seconds_median": 0.25, "mfu": 0.125}
     Console().finish(summary | {"peak_memory_bytes": 1537 * 10**6})
-    told = "loss 2.5000, 1,234 tokens/s, 250 ms a step, MFU 12.5%, process memory at most 1,537 MB a rank\n"
+    told = (
+        "loss 2.5000, 1,234 tokens/s, 250 ms a step, MFU 12.5%, process memory at most 1,537 MB "
+        "a rank\n"
+    )
     assert capsys.readouterr().out == told

@@ -27,30 +27,52 @@ from dtrain.report.files import Files
 from dtrain.run import claim
 
 Call = Callable[..., tuple[int, str, str]]
-QUICK = ["model=tiny", "eval.every=0", "global_batch_size=4", "seq_len=16", "measure.peak_flops=1e12",
-         "launch.threads=1"]  # fmt: skip
+QUICK = [
+    "model=tiny",
+    "eval.every=0",
+    "global_batch_size=4",
+    "seq_len=16",
+    "measure.peak_flops=1e12",
+    "launch.threads=1",
+]
 
 
 def contents(folder: Path) -> dict[str, bytes]:
-    return {str(p.relative_to(folder)): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
+    return {
+        str(p.relative_to(folder)): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()
+    }
 
 
-def test_a_second_run_in_a_folder_is_refused_unless_it_goes_on_or_overwrites(call: Call, tmp_path: Path) -> None:  # noqa: F811
+def test_a_second_run_in_a_folder_is_refused_unless_it_goes_on_or_overwrites(
+    call: Call, tmp_path: Path
+) -> None:
     """What the first one has left stays as it is, to a byte, what was asked of it too."""
     mine = [*QUICK, "hydra.run.dir=mine"]
     assert call(*mine, "steps=3", "checkpoint.every=1")[0] == 0
     before = contents(tmp_path / "mine")
-    assert {".hydra/config.yaml", "summary.json", "checkpoints/step-00000003/checkpoint.json"} <= before.keys()
+    assert {
+        ".hydra/config.yaml",
+        "summary.json",
+        "checkpoints/step-00000003/checkpoint.json",
+    } <= before.keys()
     shutil.copytree(tmp_path / "mine", tmp_path / "other", symlinks=True)
-    for words in (["steps=2"], ["steps=5", "resume=other"], ["steps=5", "resume=other/checkpoints/latest"]):
+    for words in (
+        ["steps=2"],
+        ["steps=5", "resume=other"],
+        ["steps=5", "resume=other/checkpoints/latest"],
+    ):
         status, _, err = call(*mine, "seed=7", *words)
         assert status == 2 and err == (
-            f"dtrain: hydra.run.dir={tmp_path}/mine holds a run (metrics.jsonl): resume=auto goes on with it, "
+            f"dtrain: hydra.run.dir={tmp_path}/mine holds a run (metrics.jsonl): resume=auto goes "
+            f"on with it, "
             f"overwrite=true removes it, another hydra.run.dir leaves it alone\n"
         )
         assert contents(tmp_path / "mine") == before
     status, _, err = call(*mine, "steps=5", "overwrite=true", "resume=auto")
-    assert status == 2 and "overwrite=true begins anew, resume=auto goes on: leave one of them out" in err
+    assert (
+        status == 2
+        and "overwrite=true begins anew, resume=auto goes on: leave one of them out" in err
+    )
     status, _, err = call(*mine, "steps=5", "overwrite=true", "init_from=mine")
     assert status == 2 and "would remove what init_from=mine is to be taken from" in err
     assert contents(tmp_path / "mine") == before
@@ -64,7 +86,7 @@ def test_a_second_run_in_a_folder_is_refused_unless_it_goes_on_or_overwrites(cal
     assert found["notes.txt"] == b"my own" and contents(tmp_path / "other").keys() == before.keys()
 
 
-def test_what_stands_in_a_finished_runs_summary_is_looked_at(call: Call, tmp_path: Path) -> None:  # noqa: F811
+def test_what_stands_in_a_finished_runs_summary_is_looked_at(call: Call, tmp_path: Path) -> None:
     """By who begins it again. What only a run that was stopped says of itself is not believed."""
     mine = [*QUICK, "hydra.run.dir=mine", "steps=1"]
     assert call(*mine)[0] == 0
@@ -119,11 +141,16 @@ def held(tmp_path: Path) -> Any:
 
 
 @pytest.mark.usefixtures("alone")
-def test_the_folder_of_a_run_that_goes_on_is_locked(tmp_path: Path, held: Callable[[], None]) -> None:
+def test_the_folder_of_a_run_that_goes_on_is_locked(
+    tmp_path: Path, held: Callable[[], None]
+) -> None:
     """Whatever is said of resuming; until its process has ended, however it ends."""
     for settings in ({}, {"resume": "auto"}, {"overwrite": True}):
         with (
-            pytest.raises(ValueError, match=r"is the folder of a run that is going on \(process \d+ on \S+\): wait"),
+            pytest.raises(
+                ValueError,
+                match=r"is the folder of a run that is going on \(process \d+ on \S+\): wait",
+            ),
             claim.claimed(tmp_path, World(), _config(**settings), {}),
         ):
             pass
@@ -136,7 +163,9 @@ def test_the_folder_of_a_run_that_goes_on_is_locked(tmp_path: Path, held: Callab
 def test_a_restart_waits_for_the_attempt_before_and_needs_no_setting(
     tmp_path: Path, held: Callable[[], None], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """torchrun starts ranks again whose dead ones have left figures and no checkpoint; `overwrite` removes nothing."""
+    """torchrun starts ranks again whose dead ones have left figures and no checkpoint;
+    `overwrite` removes nothing.
+    """
     (tmp_path / "metrics.jsonl").write_text('{"step": 1}\n')
     monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
     monkeypatch.setattr("dtrain.files.lock.time.sleep", lambda _: held())
@@ -144,8 +173,10 @@ def test_a_restart_waits_for_the_attempt_before_and_needs_no_setting(
     with ExitStack() as stack:
         stack.enter_context(claim.claimed(tmp_path, world, _config(overwrite=True), {}))
         assert (tmp_path / "metrics.jsonl").exists()
-    with pytest.raises(ValueError, match="holds a run"), claim.claimed(tmp_path, replace(world, agents=frozenset()),
-                                                                      _config(), {}):  # fmt: skip
+    with (
+        pytest.raises(ValueError, match="holds a run"),
+        claim.claimed(tmp_path, replace(world, agents=frozenset()), _config(), {}),
+    ):
         pass
 
 
@@ -153,14 +184,23 @@ def test_a_restart_waits_for_the_attempt_before_and_needs_no_setting(
 @pytest.mark.parametrize("kind", ["file", "folder", "pipe", "link to nowhere"])
 @pytest.mark.parametrize("name", [NAME, claim.HYDRA, *claim.LEFT])
 def test_what_is_in_the_way_of_a_runs_own_is_refused(name: str, kind: str, tmp_path: Path) -> None:
-    """Before it trains, and however it begins; `overwrite` removes what a run leaves, of whatever kind."""
+    """Before it trains, and however it begins; `overwrite` removes what a run leaves, of
+    whatever kind.
+    """
     place, folder = tmp_path / name, name not in (NAME, *claim.FILES)
-    make = {"file": place.touch, "folder": place.mkdir, "pipe": lambda: os.mkfifo(place),
-            "link to nowhere": lambda: place.symlink_to("nowhere")}  # fmt: skip
+    make = {
+        "file": place.touch,
+        "folder": place.mkdir,
+        "pipe": lambda: os.mkfifo(place),
+        "link to nowhere": lambda: place.symlink_to("nowhere"),
+    }
     make[kind]()
     right = kind == ("folder" if folder else "file")
     for config in (_config(), _config(resume="auto")):
-        said = rf"{re.escape(name)} is (no {'folder' if folder else 'file'}|a link), and the run's own would be in its place"
+        said = (
+            rf"{re.escape(name)} is (no {'folder' if folder else 'file'}|a link), and the run's "
+            rf"own would be in its place"
+        )
         if kind == "folder" and config.resume is None:
             said += "|holds a run"  # as far as is looked at then
         with nullcontext() if right else pytest.raises(ValueError, match=said):
@@ -187,7 +227,9 @@ LINKS = {
 
 
 @pytest.mark.usefixtures("alone")
-@pytest.mark.parametrize(("kind", "name"), [(kind, name) for kind, names in LINKS.items() for name in names])
+@pytest.mark.parametrize(
+    ("kind", "name"), [(kind, name) for kind, names in LINKS.items() for name in names]
+)
 def test_nothing_is_written_through_a_link(kind: str, name: str, tmp_path: Path) -> None:
     """A folder that somebody has handed in may lead to files of the user's."""
     theirs, place = tmp_path / "theirs", tmp_path / "run" / name
@@ -198,7 +240,10 @@ def test_nothing_is_written_through_a_link(kind: str, name: str, tmp_path: Path)
     place.symlink_to(theirs)
     with (
         pytest.raises(
-            ValueError, match=f"run: {re.escape(name)} is a link, and the run's own would be in its place: move"
+            ValueError,
+            match=(
+                f"run: {re.escape(name)} is a link, and the run's own would be in its place: move"
+            ),
         ),
         claim.claimed(tmp_path / "run", World(), _config(resume="auto"), {"config.yaml": "mine"}),
     ):
@@ -218,27 +263,36 @@ def test_a_lock_is_no_link_also_where_one_is_made_after_all_was_looked_at(tmp_pa
 @pytest.mark.usefixtures("alone")
 @pytest.mark.parametrize("to", ["other/checkpoints", "other", "other/checkpoints/step-00000001"])
 @pytest.mark.parametrize("known_by", [claim.HYDRA, "metrics.jsonl", "summary.json"])
-def test_checkpoints_may_be_elsewhere_but_in_no_other_runs_folder(to: str, known_by: str, tmp_path: Path) -> None:
+def test_checkpoints_may_be_elsewhere_but_in_no_other_runs_folder(
+    to: str, known_by: str, tmp_path: Path
+) -> None:
     """This run's would be kept there in place of the other's."""
     (tmp_path / "other" / "checkpoints" / "step-00000001").mkdir(parents=True)
     (tmp_path / "other" / known_by).mkdir()
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "checkpoints").symlink_to(tmp_path / to)
     with (
-        pytest.raises(ValueError, match=rf"checkpoints leads into another run's folder, {tmp_path}/other: lead it"),
+        pytest.raises(
+            ValueError,
+            match=rf"checkpoints leads into another run's folder, {tmp_path}/other: lead it",
+        ),
         claim.claimed(tmp_path / "mine", World(), _config(resume="auto"), {}),
     ):
         pass
 
 
 @pytest.mark.usefixtures("alone")
-def test_checkpoints_on_another_disk_are_one_runs_at_a_time(tmp_path: Path, held: Callable[[], None]) -> None:
+def test_checkpoints_on_another_disk_are_one_runs_at_a_time(
+    tmp_path: Path, held: Callable[[], None]
+) -> None:
     """Two runs may have the same link; `held` is where it leads to."""
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "checkpoints").symlink_to(tmp_path)
     for _ in range(2):  # what it leaves there is not taken for another run
         with (
-            pytest.raises(ValueError, match=f"checkpoints={tmp_path} is the folder of a run that is going on"),
+            pytest.raises(
+                ValueError, match=f"checkpoints={tmp_path} is the folder of a run that is going on"
+            ),
             claim.claimed(tmp_path / "mine", World(), _config(resume="auto"), {}),
         ):
             pass
@@ -276,9 +330,14 @@ def test_default_folders_differ_also_in_one_second() -> None:
 
 
 @pytest.mark.parametrize("name", ["a" * 300, "/".join(["b" * 200] * 25)], ids=["a name", "a path"])
-def test_a_folder_whose_name_is_too_long_is_a_line(name: str, call: Call, tmp_path: Path) -> None:  # noqa: F811
+def test_a_folder_whose_name_is_too_long_is_a_line(name: str, call: Call, tmp_path: Path) -> None:
     status, _, err = call(*QUICK, "steps=1", f"hydra.run.dir={name}")
-    assert status == 2 and err.startswith("dtrain: ") and "File name too long" in err and err.count("\n") == 1
+    assert (
+        status == 2
+        and err.startswith("dtrain: ")
+        and "File name too long" in err
+        and err.count("\n") == 1
+    )
 
 
 def test_a_folder_that_is_removed_while_the_run_goes_on_ends_it(tmp_path: Path) -> None:
@@ -289,5 +348,8 @@ def test_a_folder_that_is_removed_while_the_run_goes_on_ends_it(tmp_path: Path) 
     files.start(run)
     files.step({"step": 1})
     shutil.rmtree(run.folder)
-    with closing(files), pytest.raises(OSError, match="mine/metrics.jsonl was removed while the run went on"):
+    with (
+        closing(files),
+        pytest.raises(OSError, match="mine/metrics.jsonl was removed while the run went on"),
+    ):
         files.step({"step": 2})

@@ -1,4 +1,6 @@
-"""Models of `transformers` under our strategies: their logits, one process's curve, and a layout where one is needed."""
+"""Models of `transformers` under our strategies: their logits, one process's curve, and a
+layout where one is needed.
+"""
 
 from __future__ import annotations
 
@@ -12,7 +14,19 @@ from unittest import mock
 import pytest
 import torch
 import torch.distributed as dist
-from cases import CONTEXT, STRATEGIES, TASKS, VOCAB, Case, NextToken, Outcome, assert_equal, refusal, train, trainer
+from cases import (
+    CONTEXT,
+    STRATEGIES,
+    TASKS,
+    VOCAB,
+    Case,
+    NextToken,
+    Outcome,
+    assert_equal,
+    refusal,
+    train,
+    trainer,
+)
 from omegaconf import OmegaConf
 from safetensors.torch import load_file, save_file
 from test_accelerate import KNOWN as ACCELERATED
@@ -34,18 +48,49 @@ from dtrain.model.hf import HuggingFace
 
 CONFIGS = Path(__file__).parent.parent / "configs" / "model"
 TOLERANCE = 1e-5  # relative, in fp32
-GPT2 = dict(vocab_size=VOCAB, n_positions=CONTEXT, n_embd=24, n_layer=2, n_head=4, bos_token_id=1, eos_token_id=1,
-            resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0)  # fmt: skip
-LLAMA = dict(vocab_size=VOCAB, max_position_embeddings=CONTEXT, hidden_size=32, num_hidden_layers=2, intermediate_size=48,
-             num_attention_heads=4, num_key_value_heads=2)  # fmt: skip
-BERT = dict(vocab_size=VOCAB, hidden_size=24, num_hidden_layers=2, num_attention_heads=4, intermediate_size=48,
-            max_position_embeddings=CONTEXT)  # fmt: skip
+GPT2 = dict(
+    vocab_size=VOCAB,
+    n_positions=CONTEXT,
+    n_embd=24,
+    n_layer=2,
+    n_head=4,
+    bos_token_id=1,
+    eos_token_id=1,
+    resid_pdrop=0.0,
+    embd_pdrop=0.0,
+    attn_pdrop=0.0,
+)
+LLAMA = dict(
+    vocab_size=VOCAB,
+    max_position_embeddings=CONTEXT,
+    hidden_size=32,
+    num_hidden_layers=2,
+    intermediate_size=48,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+)
+BERT = dict(
+    vocab_size=VOCAB,
+    hidden_size=24,
+    num_hidden_layers=2,
+    num_attention_heads=4,
+    intermediate_size=48,
+    max_position_embeddings=CONTEXT,
+)
 MODELS: dict[str, Any] = {
     "gpt2": lambda: GPT2LMHeadModel(GPT2Config(**GPT2)),
     "llama": lambda: LlamaForCausalLM(LlamaConfig(**LLAMA)),
 }
-ANY = ("ddp", "fsdp", "deepspeed zero0", "deepspeed zero1", "deepspeed zero2", "deepspeed zero3", "accelerate_ddp",
-       "accelerate_zero2")  # fmt: skip
+ANY = (
+    "ddp",
+    "fsdp",
+    "deepspeed zero0",
+    "deepspeed zero1",
+    "deepspeed zero2",
+    "deepspeed zero3",
+    "accelerate_ddp",
+    "accelerate_zero2",
+)
 CUTTING = ("tensor", "tensor_sequence", "1f1b", "ring", "ulysses", "fsdp")
 
 
@@ -71,11 +116,16 @@ class Theirs(NextToken):
 
     def __init__(self, folder: str = "", kind: str = "", **_: Any) -> None:
         super().__init__()
-        self.models = {"model": partial(HuggingFace, folder, layout=layout_of(kind) if kind else None)}
+        self.models = {
+            "model": partial(HuggingFace, folder, layout=layout_of(kind) if kind else None)
+        }
 
 
 def trained(case: Case, size: int) -> Outcome:
-    with mock.patch.dict(STRATEGIES, {**DEEPSPED, **ACCELERATED}), mock.patch.dict(TASKS, theirs=Theirs):
+    with (
+        mock.patch.dict(STRATEGIES, {**DEEPSPED, **ACCELERATED}),
+        mock.patch.dict(TASKS, theirs=Theirs),
+    ):
         return train(case, size)
 
 
@@ -84,7 +134,9 @@ def case_of(strategy: str, folder: str, kind: str = "") -> Case:
 
 
 def assert_like(found: Outcome, expected: Outcome) -> None:
-    """All but the biases of keys: softmax takes them out, so their gradient is rounding, of which Adam makes steps."""
+    """All but the biases of keys: softmax takes them out, so their gradient is rounding, of
+    which Adam makes steps.
+    """
     found.gradients = expected.gradients  # engines let go of them
     for name in [n for n in expected.weights if "c_attn" in n and "bias" in n]:
         found.weights[name] = expected.weights[name]
@@ -92,7 +144,9 @@ def assert_like(found: Outcome, expected: Outcome) -> None:
 
 
 @pytest.mark.parametrize("kind", MODELS)
-def test_its_logits_are_theirs_with_a_layout_and_without(kind: str, folders: dict[str, str]) -> None:
+def test_its_logits_are_theirs_with_a_layout_and_without(
+    kind: str, folders: dict[str, str]
+) -> None:
     theirs = MODELS[kind]().from_pretrained(folders[kind]).eval()
     tokens = torch.randint(0, VOCAB, (3, CONTEXT), generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
@@ -100,11 +154,16 @@ def test_its_logits_are_theirs_with_a_layout_and_without(kind: str, folders: dic
         for layout in (None, layout_of(kind)):
             ours = HuggingFace(folders[kind], layout=layout).eval()
             torch.testing.assert_close(ours(tokens), expected)
-            assert sum(p.numel() for p in ours.parameters()) == sum(p.numel() for p in theirs.parameters())
+            assert sum(p.numel() for p in ours.parameters()) == sum(
+                p.numel() for p in theirs.parameters()
+            )
             assert (ours.vocab_size, ours.context) == (VOCAB, CONTEXT)
 
 
-QUICK = {"gpt2": [("ddp", "deepspeed zero3"), ("tensor", "1f1b")], "llama": [("fsdp",), ("tensor_sequence", "ring")]}
+QUICK = {
+    "gpt2": [("ddp", "deepspeed zero3"), ("tensor", "1f1b")],
+    "llama": [("fsdp",), ("tensor_sequence", "ring")],
+}
 
 
 @pytest.mark.parametrize(("kind", "any_model", "cutting"), [
@@ -112,20 +171,32 @@ QUICK = {"gpt2": [("ddp", "deepspeed zero3"), ("tensor", "1f1b")], "llama": [("f
     *(pytest.param(kind, ANY, CUTTING, marks=pytest.mark.deep) for kind in MODELS),
 ], ids=lambda v: v if isinstance(v, str) else str(len(v)))  # fmt: skip
 def test_every_strategy_trains_it_as_one_process_does(
-    kind: str, any_model: tuple[str, ...], cutting: tuple[str, ...], folders: dict[str, str], worlds_with_engines
+    kind: str,
+    any_model: tuple[str, ...],
+    cutting: tuple[str, ...],
+    folders: dict[str, str],
+    worlds_with_engines,
 ) -> None:
     for names, layout in ((any_model, ""), (cutting, kind)):
-        expected = worlds_with_engines(2).run(trained, case_of("single", folders[kind], layout), 1)[0]
+        expected = worlds_with_engines(2).run(trained, case_of("single", folders[kind], layout), 1)[
+            0
+        ]
         for name in names:
-            for found in worlds_with_engines(2).run(trained, case_of(name, folders[kind], layout), 2):
+            for found in worlds_with_engines(2).run(
+                trained, case_of(name, folders[kind], layout), 2
+            ):
                 assert_like(found, expected)
 
 
 @pytest.mark.deep
 def test_four_ranks_cut_it_two_ways(folders: dict[str, str], worlds_with_engines) -> None:
-    expected = worlds_with_engines(2).run(trained, case_of("single", folders["llama"], "llama"), 1)[0]
+    expected = worlds_with_engines(2).run(trained, case_of("single", folders["llama"], "llama"), 1)[
+        0
+    ]
     for name in ("fsdp_tensor", "pipeline_tensor"):
-        for found in worlds_with_engines(4).run(trained, case_of(name, folders["llama"], "llama"), 4):
+        for found in worlds_with_engines(4).run(
+            trained, case_of(name, folders["llama"], "llama"), 4
+        ):
             assert_like(found, expected)
 
 
@@ -137,7 +208,9 @@ def shapes_beside_zero3(case: Case, folder: str, size: int) -> set[tuple[int, ..
     return shapes
 
 
-def test_a_model_made_beside_an_engine_is_whole(folders: dict[str, str], worlds_with_engines) -> None:
+def test_a_model_made_beside_an_engine_is_whole(
+    folders: dict[str, str], worlds_with_engines
+) -> None:
     """Accelerate tells transformers of DeepSpeed's ZeRO 3, for the whole process."""
     for shapes in worlds_with_engines(2).run(
         shapes_beside_zero3, case_of("accelerate_zero3", folders["gpt2"]), folders["gpt2"], 2
@@ -162,10 +235,14 @@ def test_machines_whose_folders_have_other_weights_are_told_apart(
     other.transformer.h[1].ln_2.weight.data[0] += 1
     other.save_pretrained(tmp_path)
     for said in worlds_with_engines(2).run(of_a_rank, "ddp", [folders["gpt2"], str(tmp_path)]):
-        assert "ln_2.weight of HuggingFace begins with other values on rank 1 than on rank 0" in said
+        assert (
+            "ln_2.weight of HuggingFace begins with other values on rank 1 than on rank 0" in said
+        )
 
 
-def test_random_weights_from_a_configuration_are_of_the_seed(folders: dict[str, str], tmp_path: Path) -> None:
+def test_random_weights_from_a_configuration_are_of_the_seed(
+    folders: dict[str, str], tmp_path: Path
+) -> None:
     LlamaConfig(**LLAMA).save_pretrained(tmp_path)
     drawn = []
     for place in (tmp_path, tmp_path / "config.json", tmp_path):
@@ -178,7 +255,9 @@ def test_random_weights_from_a_configuration_are_of_the_seed(folders: dict[str, 
 
 def test_without_a_layout_what_cuts_is_refused_in_one_line(folders: dict[str, str]) -> None:
     with mock.patch.dict(TASKS, theirs=Theirs):
-        said = {name: refusal(case_of(name, folders["gpt2"]), 2) for name in ("tensor", "1f1b", "ring")}
+        said = {
+            name: refusal(case_of(name, folders["gpt2"]), 2) for name in ("tensor", "1f1b", "ring")
+        }
     for line in said.values():
         assert "Layout" in line and "\n" not in line
 
@@ -193,21 +272,27 @@ def test_mistakes_take_one_line(folders: dict[str, str], tmp_path: Path) -> None
             HuggingFace(folders["gpt2"], **settings)
         assert "\n" not in str(error.value)
     with pytest.raises(ValueError, match="has no weights"):
-        HuggingFace(str(tmp_path), pretrained=True) if LlamaConfig(**LLAMA).save_pretrained(tmp_path) is None else None
+        HuggingFace(str(tmp_path), pretrained=True) if LlamaConfig(**LLAMA).save_pretrained(
+            tmp_path
+        ) is None else None
     with pytest.raises(ValueError, match="model.name_or_path=") as error:
         HuggingFace(str(tmp_path / "nothing.json"))
     assert "\n" not in str(error.value)
 
 
 @pytest.mark.parametrize("pretrained", [None, True])
-def test_weights_in_pickles_are_not_read(pretrained: bool | None, folders: dict[str, str], tmp_path: Path) -> None:
+def test_weights_in_pickles_are_not_read(
+    pretrained: bool | None, folders: dict[str, str], tmp_path: Path
+) -> None:
     """Nor is another model trained than the one in the folder: it is said what to do."""
     folder = shutil.copytree(folders["gpt2"], tmp_path / "gpt2")
     with mock.patch("torch.load", side_effect=AssertionError("a pickle is read")):
         weights = load_file(folder / "model.safetensors")
         (folder / "model.safetensors").unlink()
         torch.save(weights, folder / "pytorch_model.bin")
-        with pytest.raises(ValueError, match=r"gpt2: its weights \(pytorch_model.bin\) are pickles") as error:
+        with pytest.raises(
+            ValueError, match=r"gpt2: its weights \(pytorch_model.bin\) are pickles"
+        ) as error:
             HuggingFace(str(folder), pretrained=pretrained)
         assert "\n" not in str(error.value)
         assert "drawn" in HuggingFace(str(folder), pretrained=False).origin
@@ -216,7 +301,9 @@ def test_weights_in_pickles_are_not_read(pretrained: bool | None, folders: dict[
 
 
 @pytest.mark.parametrize("causal", [False, True])
-def test_a_bert_or_gpt_folder_becomes_a_classifier(causal: bool, folders: dict[str, str], tmp_path: Path) -> None:
+def test_a_bert_or_gpt_folder_becomes_a_classifier(
+    causal: bool, folders: dict[str, str], tmp_path: Path
+) -> None:
     """Its body is theirs, its head is new and named so."""
     if causal:
         folder = folders["gpt2"]
@@ -239,24 +326,45 @@ class Tagged(Theirs):
 
     def __init__(self, folder: str = "", **_: Any) -> None:
         super().__init__()
-        self.models = {"model": partial(HuggingFace, folder, causal=False, outputs=VOCAB, config={
-            "hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0, "classifier_dropout": 0.0})}  # fmt: skip
+        self.models = {
+            "model": partial(
+                HuggingFace,
+                folder,
+                causal=False,
+                outputs=VOCAB,
+                config={
+                    "hidden_dropout_prob": 0.0,
+                    "attention_probs_dropout_prob": 0.0,
+                    "classifier_dropout": 0.0,
+                },
+            )
+        }
 
 
 def tagged(case: Case, size: int) -> Outcome:
-    with mock.patch.dict(STRATEGIES, {**DEEPSPED, **ACCELERATED}), mock.patch.dict(TASKS, tagged=Tagged):
+    with (
+        mock.patch.dict(STRATEGIES, {**DEEPSPED, **ACCELERATED}),
+        mock.patch.dict(TASKS, tagged=Tagged),
+    ):
         return train(case, size)
 
 
-def test_strategies_fine_tune_a_bert_as_one_process_does(tmp_path: Path, worlds_with_engines) -> None:
+def test_strategies_fine_tune_a_bert_as_one_process_does(
+    tmp_path: Path, worlds_with_engines
+) -> None:
     torch.manual_seed(4)
     BertModel(BertConfig(**BERT)).save_pretrained(tmp_path)
     made = (("folder", str(tmp_path)),)
-    expected = worlds_with_engines(2).run(tagged, Case("tagged", "single", "fp32", steps=4, model=made), 1)[0]
+    expected = worlds_with_engines(2).run(
+        tagged, Case("tagged", "single", "fp32", steps=4, model=made), 1
+    )[0]
     for name in ("fsdp", "deepspeed zero2"):
-        for found in worlds_with_engines(2).run(tagged, Case("tagged", name, "fp32", steps=4, model=made), 2):
+        for found in worlds_with_engines(2).run(
+            tagged, Case("tagged", name, "fp32", steps=4, model=made), 2
+        ):
             found.gradients = expected.gradients
-            for key in [key for key in expected.weights if "key.bias" in key]:  # softmax takes it out: rounding
+            # softmax takes it out: rounding
+            for key in [key for key in expected.weights if "key.bias" in key]:
                 found.weights[key] = expected.weights[key]
             assert_equal(found, expected, TOLERANCE)
 
@@ -287,13 +395,26 @@ def test_an_encoder_gives_their_logits_however_long_its_row_is(kind: str, tmp_pa
 
 def test_code_that_comes_with_a_models_files_is_not_run(tmp_path: Path) -> None:
     """Neither asked for, nor by what the folder itself says; nobody is asked at the terminal."""
-    (tmp_path / "evil.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')\n" + "class Evil: pass\n" * 2)
-    (tmp_path / "config.json").write_text(json.dumps(GPT2 | {"model_type": "evil", "architectures": ["Evil"], "auto_map": {
-        "AutoConfig": "evil.Evil", "AutoModelForCausalLM": "evil.Evil"}}))  # fmt: skip
+    (tmp_path / "evil.py").write_text(
+        f"open({str(tmp_path / 'ran')!r}, 'w')\n" + "class Evil: pass\n" * 2
+    )
+    (tmp_path / "config.json").write_text(
+        json.dumps(
+            GPT2
+            | {
+                "model_type": "evil",
+                "architectures": ["Evil"],
+                "auto_map": {"AutoConfig": "evil.Evil", "AutoModelForCausalLM": "evil.Evil"},
+            }
+        )
+    )
     with pytest.raises(ValueError, match=f"model.name_or_path={tmp_path}: ") as found:
         HuggingFace(str(tmp_path))
     assert "\n" not in str(found.value)
     for key in ("trust_remote_code", "auto_map"):
-        with pytest.raises(ValueError, match=f"model.config.{key}=.*code that comes with a model's files is not run"):
+        with pytest.raises(
+            ValueError,
+            match=f"model.config.{key}=.*code that comes with a model's files is not run",
+        ):
             HuggingFace(str(tmp_path), config={key: True})
     assert not (tmp_path / "ran").exists()

@@ -27,15 +27,21 @@ from dtrain.strategy.zero1 import Zero1
 from dtrain.task.batch import Batch
 
 PAGE = Path(__file__).parent.parent / "docs" / "how-to-choose.md"
-B, T, C, L, V = 16, 128, 256, 4, Bytes().vocab_size  # what `python scripts/compare.py` trains: model=toy_3m
+# what `python scripts/compare.py` trains: model=toy_3m
+B, T, C, L, V = 16, 128, 256, 4, Bytes().vocab_size
 FP32 = 4
 A = B * T * C * FP32
 PADDING = 1e-3  # of what is divided: rows that ranks do not divide
 EVERY = 4  # of local_sgd, on the page
 STRATEGIES: dict[str, Callable[..., Strategy]] = {
-    "ddp": DDP, "zero1": Zero1, "zero2": partial(FSDP, reshard_after_forward=False), "fsdp": FSDP,
-    "tensor": TensorParallel, "pipeline": PipelineParallel, "local_sgd": partial(LocalSGD, sync_every=1),
-}  # fmt: skip
+    "ddp": DDP,
+    "zero1": Zero1,
+    "zero2": partial(FSDP, reshard_after_forward=False),
+    "fsdp": FSDP,
+    "tensor": TensorParallel,
+    "pipeline": PipelineParallel,
+    "local_sgd": partial(LocalSGD, sync_every=1),
+}
 
 
 class Mini(NextToken):
@@ -84,7 +90,8 @@ def test_a_formula_is_what_the_fold_counts(name: str, n: int) -> None:
     told = value(rows()[name][0], n)
     share = 2 * (n - 1) / n
     told *= EVERY if name == "local_sgd" else 1  # here it averages in every step
-    told += {"tensor": share * 3 * B * T * FP32, "pipeline": prod((V, C)) * FP32}.get(name, 0)  # what it says in words
+    # what it says in words
+    told += {"tensor": share * 3 * B * T * FP32, "pipeline": prod((V, C)) * FP32}.get(name, 0)
     assert sent(name, n) == pytest.approx(told, rel=PADDING)
     if name == "pipeline" and n > 2:
         assert sent(name, n, rank=1) == 2 * A  # in the middle: two neighbours, and no tied matrix

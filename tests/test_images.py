@@ -166,12 +166,16 @@ def note(seen: list[Tensor], module: nn.Module, inputs: tuple[Tensor]) -> None:
 
 
 def test_other_images_have_another_digest(tmp_path: Path) -> None:
-    """However many they are, and whatever they are called; points that are drawn are told by their settings."""
+    """However many they are, and whatever they are called; points that are drawn are told by
+    their settings.
+    """
 
     def told(shade: int) -> dict[str, Any]:
         for number in range(40):
             (tmp_path / str(number % 2)).mkdir(exist_ok=True)
-            Image.new("L", (4, 4), 40 if number else shade).save(tmp_path / str(number % 2) / f"{number}.png")
+            Image.new("L", (4, 4), 40 if number else shade).save(
+                tmp_path / str(number % 2) / f"{number}.png"
+            )
         data = Folder(str(tmp_path), size=4)
         data.prepare(lambda what, done: None)
         return data.describe()
@@ -195,7 +199,9 @@ def test_a_class_of_any_name_is_drawn_as_it_is_called(tmp_path: Path) -> None:
     """Names of folders and columns are no formulas."""
     write(tmp_path, 1, {"confusion": confusion_matrix(torch.eye(2), [r"$\frac$", "$5-$10"])})
     assert (tmp_path / "confusion-000001.png").exists()
-    step_chart.draw([[Span(PHASE, "optimizer", 0, 10)]], r"$\frac$ on 2 ranks", [tmp_path / "gantt.svg"])
+    step_chart.draw(
+        [[Span(PHASE, "optimizer", 0, 10)]], r"$\frac$ on 2 ranks", [tmp_path / "gantt.svg"]
+    )
     assert (tmp_path / "gantt.svg").exists()
 
 

@@ -1,4 +1,6 @@
-"""What is prepared is kept whole: what was cut, damaged or made otherwise is made anew, or refused where that cannot be."""
+"""What is prepared is kept whole: what was cut, damaged or made otherwise is made anew, or
+refused where that cannot be.
+"""
 
 from __future__ import annotations
 
@@ -35,7 +37,9 @@ TEXT = "some words of a text, and some more of them\n" * 40
 @pytest.fixture
 def corpus(tmp_path: Path) -> Callable[[], Corpus]:
     (tmp_path / "a.txt").write_text(TEXT)
-    return lambda: prepare("x", Files(str(tmp_path / "a.txt")), BPE(300), tmp_path / "cache", validation_fraction=0.3)
+    return lambda: prepare(
+        "x", Files(str(tmp_path / "a.txt")), BPE(300), tmp_path / "cache", validation_fraction=0.3
+    )
 
 
 def contents(made: Corpus) -> list[bytes]:
@@ -59,14 +63,23 @@ def flip(file: Path) -> None:
 
 
 DAMAGE: dict[str, Callable[[Path], Any]] = {
-    "cut": cut, "cut in copying": cut_in_copying, "flipped": flip, "empty": lambda file: file.write_bytes(b""), "gone": Path.unlink,
-    "nonsense": lambda file: file.write_bytes(b"[1, 2]\n"), "another form": lambda file: file.write_text('{"rows": 3}'),
-}  # fmt: skip
+    "cut": cut,
+    "cut in copying": cut_in_copying,
+    "flipped": flip,
+    "empty": lambda file: file.write_bytes(b""),
+    "gone": Path.unlink,
+    "nonsense": lambda file: file.write_bytes(b"[1, 2]\n"),
+    "another form": lambda file: file.write_text('{"rows": 3}'),
+}
 
 
 @pytest.mark.parametrize("damage", DAMAGE)
-@pytest.mark.parametrize("name", ["train.bin", "validation.bin", "corpus.json", "tokenizer.json", MANIFEST])
-def test_what_is_not_as_it_was_written_is_made_anew(corpus: Callable[[], Corpus], name: str, damage: str) -> None:
+@pytest.mark.parametrize(
+    "name", ["train.bin", "validation.bin", "corpus.json", "tokenizer.json", MANIFEST]
+)
+def test_what_is_not_as_it_was_written_is_made_anew(
+    corpus: Callable[[], Corpus], name: str, damage: str
+) -> None:
     first = corpus()
     expected = contents(first)
     DAMAGE[damage](Path(first.folder) / name)
@@ -81,12 +94,17 @@ def test_damage_that_cannot_be_mended_is_refused(
 ) -> None:
     cut(Path(corpus().folder) / name)
     read_only(monkeypatch)
-    with pytest.raises(ValueError, match="data.cache=.*is not there, or not whole, and cannot be made .*DTRAIN_CACHE"):
+    with pytest.raises(
+        ValueError,
+        match="data.cache=.*is not there, or not whole, and cannot be made .*DTRAIN_CACHE",
+    ):
         corpus()
 
 
 def read_only(monkeypatch: pytest.MonkeyPatch) -> None:
-    """As if another user's were all folders: the tests' user may be root, whom no permission stops."""
+    """As if another user's were all folders: the tests' user may be root, whom no permission
+    stops.
+    """
     opened = os.open
 
     def refuse(path: Any, flags: int, *more: Any, **named: Any) -> int:
@@ -102,7 +120,9 @@ def read_only(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(os, "unlink", refuse_folder)
 
 
-def test_a_cache_that_cannot_be_written_is_read(corpus: Callable[[], Corpus], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_cache_that_cannot_be_written_is_read(
+    corpus: Callable[[], Corpus], monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Another user's, or one on a disk that is read-only."""
     first = corpus()
     read_only(monkeypatch)
@@ -111,7 +131,9 @@ def test_a_cache_that_cannot_be_written_is_read(corpus: Callable[[], Corpus], mo
 
 def test_a_cache_that_cannot_be_made_is_said(tmp_path: Path, corpus: Callable[[], Corpus]) -> None:
     (tmp_path / "cache").write_text("a file")
-    with pytest.raises(ValueError, match=r"data.cache=.*cannot be made \((File exists|Not a directory)"):
+    with pytest.raises(
+        ValueError, match=r"data.cache=.*cannot be made \((File exists|Not a directory)"
+    ):
         corpus()
     with pytest.raises(ValueError, match=r"data.cache=/proc/1/x: .*cannot be made"):
         prepare("x", Files(str(tmp_path / "a.txt")), Bytes(), "/proc/1/x")
@@ -133,9 +155,12 @@ class Growing(Files):
 
 @pytest.mark.parametrize("cached", [True, False])
 @pytest.mark.parametrize("kind", ["corpus", "rows"])
-def test_a_file_that_changes_while_it_is_read_is_refused(kind: str, cached: bool, tmp_path: Path) -> None:
-    """Ranks that read it later would have other rows; and of the cache a name that tells of one state, and data of
-    another."""
+def test_a_file_that_changes_while_it_is_read_is_refused(
+    kind: str, cached: bool, tmp_path: Path
+) -> None:
+    """Ranks that read it later would have other rows; and of the cache a name that tells of one
+    state, and data of another.
+    """
     file, cache = tmp_path / "a.jsonl", tmp_path / "cache"
     file.write_text("".join(f'{{"text": "row {number}"}}\n' for number in range(40)))
 
@@ -146,13 +171,17 @@ def test_a_file_that_changes_while_it_is_read_is_refused(kind: str, cached: bool
         made.prepare(lambda what, done: None)
         return made
 
-    with pytest.raises(ValueError, match=r"a.jsonl, of data x, changed while it was read: start again"):
+    with pytest.raises(
+        ValueError, match=r"a.jsonl, of data x, changed while it was read: start again"
+    ):
         read(Growing(str(file)))
     assert not list(cache.glob("x-????????????????"))
     assert read(Files(str(file)))
 
 
-def test_the_lock_of_another_user_serves_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_lock_of_another_user_serves_too(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     folder = kept(tmp_path, "x", dict, lambda folder: None)
     lock, opened = tmp_path / f"{folder.name}.lock", os.open
     assert lock.exists()
@@ -167,13 +196,16 @@ def test_the_lock_of_another_user_serves_too(tmp_path: Path, monkeypatch: pytest
     assert kept(tmp_path, "x", dict, lambda folder: None) == folder and caches.whole(folder)
 
 
-def test_a_full_disk_is_said_and_leaves_nothing(tmp_path: Path, corpus: Callable[[], Corpus]) -> None:
+def test_a_full_disk_is_said_and_leaves_nothing(
+    tmp_path: Path, corpus: Callable[[], Corpus]
+) -> None:
     """As a limit of a file's size, of which the system says likewise that there is no more room."""
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (1000, hard))
     try:
         with pytest.raises(
-            ValueError, match="data.cache=.*: File too large, while x was prepared: set data.cache or DT"
+            ValueError,
+            match="data.cache=.*: File too large, while x was prepared: set data.cache or DT",
         ):
             corpus()
     finally:
@@ -212,7 +244,10 @@ def rows_of(data: Rows) -> Any:
 def test_rows_are_kept_and_read_from_there(tmp_path: Path) -> None:
     """As they were, though the files are read once; what was left out is told each time."""
     (tmp_path / "in").mkdir()
-    rows = [{"text": f"text {i}", "label": i % 3, "more": [1.5, None, True, {"a": "é"}]} for i in range(60)]
+    rows = [
+        {"text": f"text {i}", "label": i % 3, "more": [1.5, None, True, {"a": "é"}]}
+        for i in range(60)
+    ]
     file = tmp_path / "in" / "a.jsonl"
     file.write_text("\n".join(map(json.dumps, rows)))
     (tmp_path / "in" / ".hidden").touch()
@@ -222,7 +257,12 @@ def test_rows_are_kept_and_read_from_there(tmp_path: Path) -> None:
 
     alone = rows_of(made(None))
     first = made()
-    assert rows_of(first) == alone and first.kept and first.kept.is_dir() and alone[2]["hidden files or folders"] == 1
+    assert (
+        rows_of(first) == alone
+        and first.kept
+        and first.kept.is_dir()
+        and alone[2]["hidden files or folders"] == 1
+    )
     second = made()
     second.source.rows = None  # type: ignore[method-assign,assignment]
     assert rows_of(second) == alone
@@ -238,7 +278,9 @@ def made_rows(data: Rows) -> Iterator[Any]:
 
 
 @pytest.mark.parametrize(
-    "value", [(1, 2), {1: "a"}, float("nan"), b"bytes", np.float32(1)], ids=lambda v: type(v).__name__
+    "value",
+    [(1, 2), {1: "a"}, float("nan"), b"bytes", np.float32(1)],
+    ids=lambda v: type(v).__name__,
 )
 def test_rows_that_json_does_not_give_back_are_not_kept(value: Any, tmp_path: Path) -> None:
     class Odd(Source):
@@ -258,11 +300,16 @@ def test_rows_that_json_does_not_give_back_are_not_kept(value: Any, tmp_path: Pa
     assert not [p for p in tmp_path.iterdir() if p.is_dir()]
 
 
-def test_labelled_functions_are_parsed_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_labelled_functions_are_parsed_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     first = Rows("functions", Functions(), Bytes(), group="file", cache=str(tmp_path))
     expected = rows_of(first)
     monkeypatch.setattr(Functions, "rows", None)
-    assert rows_of(Rows("functions", Functions(), Bytes(), group="file", cache=str(tmp_path))) == expected
+    assert (
+        rows_of(Rows("functions", Functions(), Bytes(), group="file", cache=str(tmp_path)))
+        == expected
+    )
 
 
 def pictures(folder: Path, kinds: tuple[str, ...] = ("dark", "light")) -> Path:
@@ -271,12 +318,16 @@ def pictures(folder: Path, kinds: tuple[str, ...] = ("dark", "light")) -> Path:
     for value, kind in enumerate(kinds):
         (folder / kind).mkdir(parents=True)
         for number in range(20):
-            Image.new("RGB", (5, 4), (100 * value, number, 0)).save(folder / kind / f"{number:02}.png")
+            Image.new("RGB", (5, 4), (100 * value, number, 0)).save(
+                folder / kind / f"{number:02}.png"
+            )
     (folder / "dark" / "broken.png").write_bytes(b"no image")
     return folder
 
 
-def test_images_are_kept_and_read_from_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_images_are_kept_and_read_from_there(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     folder = pictures(tmp_path / "in")
 
     def made(cache: str | None, **options: Any) -> tuple[Samples, Any]:
@@ -289,9 +340,15 @@ def test_images_are_kept_and_read_from_there(tmp_path: Path, monkeypatch: pytest
         made(str(tmp_path / "cache")),
         made(str(tmp_path / "cache")),
     )
-    assert about == again and second.kept == first.kept is not None and about[2] == {"files that are no images": 1}
+    assert (
+        about == again
+        and second.kept == first.kept is not None
+        and about[2] == {"files that are no images": 1}
+    )
     for side in ("train", "validation"):
-        assert all(torch.equal(a, b) for a, b in zip(alone.split[side], second.split[side], strict=True))
+        assert all(
+            torch.equal(a, b) for a, b in zip(alone.split[side], second.split[side], strict=True)
+        )
     assert made(str(tmp_path / "cache"), grey=True)[0].shape == (1, 4, 4)
     monkeypatch.setattr(Folder, "read", None)
     assert made(str(tmp_path / "cache"))[1] == about
@@ -303,10 +360,19 @@ def test_images_are_kept_and_read_from_there(tmp_path: Path, monkeypatch: pytest
         HubImages("")
 
 
-def test_that_data_are_kept_is_said_only_where_they_are(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    for cache, said in ((None, False), (str(tmp_path / "cache"), True), (str(tmp_path / "cache"), None)):
+def test_that_data_are_kept_is_said_only_where_they_are(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for cache, said in (
+        (None, False),
+        (str(tmp_path / "cache"), True),
+        (str(tmp_path / "cache"), None),
+    ):
         data = Folder(
-            str(pictures(tmp_path / "in") if cache is None else tmp_path / "in"), 4, unreadable="skip", cache=cache
+            str(pictures(tmp_path / "in") if cache is None else tmp_path / "in"),
+            4,
+            unreadable="skip",
+            cache=cache,
         )
         with preparing(data, shown=True) as progress:
             data.prepare(progress)
@@ -314,7 +380,10 @@ def test_that_data_are_kept_is_said_only_where_they_are(tmp_path: Path, capsys: 
         if said is None:
             assert printed == ""
         else:
-            assert "preparing the data images" in printed and (f"are kept in {tmp_path}" in printed) == said
+            assert (
+                "preparing the data images" in printed
+                and (f"are kept in {tmp_path}" in printed) == said
+            )
 
 
 # Images in any number format
@@ -350,7 +419,12 @@ def test_images_come_in_the_format_of_the_weights(dtype: torch.dtype, task: str)
     data = Digits()
     data.prepare(lambda what, done: None)
     if task == "gan":
-        made: Any = GAN({"generator": Noise, "discriminator": lambda: Plain(1)}, data, Sizes(0, 4, None, 1), samples=4)
+        made: Any = GAN(
+            {"generator": Noise, "discriminator": lambda: Plain(1)},
+            data,
+            Sizes(0, 4, None, 1),
+            samples=4,
+        )
     else:
         made = ImageClassification({"model": Plain}, data, Sizes(0, 4, None, 1))
     models: Models = {name: factory().to(dtype) for name, factory in made.models.items()}
@@ -358,4 +432,6 @@ def test_images_come_in_the_format_of_the_weights(dtype: torch.dtype, task: str)
         loss = update.loss(models, made.batch(0))
         loss.backward()
         assert loss.isfinite() and next(models[update.trains].parameters()).grad.dtype == dtype
-    assert all(update.measure(models, next(iter(made.validation()))) is not None for update in made.updates)
+    assert all(
+        update.measure(models, next(iter(made.validation()))) is not None for update in made.updates
+    )

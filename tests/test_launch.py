@@ -54,12 +54,24 @@ class Ranks:
         stopped: ranks that are stopped since another has failed.
     """
 
-    def __init__(self, statuses: list[int], files: dict[int, str] = {}, results: Any = None, stopped: Any = ()) -> None:  # noqa: B006
-        self._pc = SimpleNamespace(processes=[SimpleNamespace(exitcode=s if r not in stopped else None)
-                                              for r, s in enumerate(statuses)])  # fmt: skip
+    def __init__(
+        self,
+        statuses: list[int],
+        files: dict[int, str] = {},  # noqa: B006
+        results: Any = None,
+        stopped: Any = (),
+    ) -> None:
+        self._pc = SimpleNamespace(
+            processes=[
+                SimpleNamespace(exitcode=s if r not in stopped else None)
+                for r, s in enumerate(statuses)
+            ]
+        )
         self.error_files, self.closed = files, 0
         failures = {r: SimpleNamespace(exitcode=s) for r, s in enumerate(statuses) if s}
-        self._ended = SimpleNamespace(is_failed=lambda: bool(failures), failures=failures, return_values=results)
+        self._ended = SimpleNamespace(
+            is_failed=lambda: bool(failures), failures=failures, return_values=results
+        )
 
     def wait(self, seconds: float) -> Any:
         return self._ended
@@ -79,7 +91,11 @@ ENDS: dict[str, tuple[Failures, int, str]] = {
     "aborted": ([(103, 1, OTHERS), (100, -6, "")], -6, f"rank 1 ended with signal 6{ABORTED}"),
     "no words": ([(103, 1, OTHERS), (100, 7, "")], 7, "rank 1 ended with exit status 7"),
     "in the same second": ([(100.7, 1, OTHERS), (100.2, 2, "mine"), (100.9, 1, OTHERS)], 2, "mine"),
-    "a signal in the same second": ([(100.7, 1, OTHERS), (100.5, -9, "")], -9, "rank 1 ended with signal 9"),
+    "a signal in the same second": (
+        [(100.7, 1, OTHERS), (100.5, -9, "")],
+        -9,
+        "rank 1 ended with signal 9",
+    ),
     "beside stopped": ([(100, STOPPED, ""), (101, 4, "mine"), (102, STOPPED, "")], 4, "mine"),
     "stopped": ([(102, STOPPED, ""), (101, STOPPED, "")], STOPPED, "rank 0 ended with signal 15"),
 }
@@ -89,10 +105,14 @@ ENDS: dict[str, tuple[Failures, int, str]] = {
 def test_the_reason_is_what_the_first_rank_to_fail_said(case: str, tmp_path: Path) -> None:
     """Not what others said later, nor the signal by which torchrun stopped them."""
     failures, status, words = ENDS[case]
-    files = {rank: _words(rank, at, words, tmp_path) for rank, (at, _, words) in enumerate(failures)}
+    files = {
+        rank: _words(rank, at, words, tmp_path) for rank, (at, _, words) in enumerate(failures)
+    }
     statuses = [status for _, status, _ in failures]
     made = Ranks(
-        statuses, files, stopped=[r for r, s in enumerate(statuses) if s == STOPPED and set(statuses) != {STOPPED}]
+        statuses,
+        files,
+        stopped=[r for r, s in enumerate(statuses) if s == STOPPED and set(statuses) != {STOPPED}],
     )
     with (
         mock.patch("dtrain.launch.rank_processes.start_processes", lambda *_, **__: made),
@@ -116,10 +136,19 @@ class Late:
 
 @pytest.mark.parametrize(
     ("words", "looks", "said"),
-    [("mine", 7, (3, "mine")), (OTHERS, 10**9, (1, OTHERS)), ("mine", 10**9, (1, OTHERS)), ("", 10**9, (1, OTHERS))],
+    [
+        ("mine", 7, (3, "mine")),
+        (OTHERS, 10**9, (1, OTHERS)),
+        ("mine", 10**9, (1, OTHERS)),
+        ("", 10**9, (1, OTHERS)),
+    ],
 )
-def test_a_rank_that_failed_first_may_end_late(words: str, looks: int, said: tuple[int, str], tmp_path: Path) -> None:
-    """It leaves to rank 0 to say it, and is slow; but nobody waits for one that has lost another too, has said nothing, or never ends."""
+def test_a_rank_that_failed_first_may_end_late(
+    words: str, looks: int, said: tuple[int, str], tmp_path: Path
+) -> None:
+    """It leaves to rank 0 to say it, and is slow; but nobody waits for one that has lost
+    another too, has said nothing, or never ends.
+    """
     made = Ranks([1, 3], {0: _words(0, 103, OTHERS, tmp_path), 1: _words(1, 100, words, tmp_path)})
     made._pc.processes[1] = Late(looks)
     with (
@@ -160,7 +189,10 @@ def ending() -> Iterator[list[int]]:
 
 def test_sigterm_goes_to_every_rank_once_and_their_result_is_returned(ending: list[int]) -> None:
     ranks = [mock.Mock() for _ in range(3)]
-    assert _told(ranks, 1, lambda: Ranks([0, 0, 0], results={0: "stopped well", 1: "other"})) == "stopped well"
+    assert (
+        _told(ranks, 1, lambda: Ranks([0, 0, 0], results={0: "stopped well", 1: "other"}))
+        == "stopped well"
+    )
     assert [rank.method_calls for rank in ranks] == [[mock.call.terminate()]] * 3 and not ending
     os.kill(os.getpid(), signal.SIGTERM)
     assert ending == [signal.SIGTERM]  # afterwards it is as it was
@@ -187,8 +219,12 @@ def test_ranks_that_fail_after_sigterm_were_told_to_end(ending: list[int], tmp_p
         _told([mock.Mock()], 0, lambda: failed)
 
 
-@pytest.mark.parametrize(("number", "heard"), [(signal.SIGTERM, True), (signal.SIGHUP, False), (signal.SIGINT, False)])
-def test_what_is_ignored_stays_so_but_sigterm_which_nodes_ignore_until_ranks_listen(number: int, heard: bool) -> None:
+@pytest.mark.parametrize(
+    ("number", "heard"), [(signal.SIGTERM, True), (signal.SIGHUP, False), (signal.SIGINT, False)]
+)
+def test_what_is_ignored_stays_so_but_sigterm_which_nodes_ignore_until_ranks_listen(
+    number: int, heard: bool
+) -> None:
     before, told = signal.signal(number, signal.SIG_IGN), []
     try:
         with rank_processes.stops_go_to(lambda number, frame: told.append(number)):
@@ -308,8 +344,12 @@ def test_what_decides_the_result_is_compared_and_nothing_else(code: Path) -> Non
     assert digest.startswith(changed["the code of dtrain/two.py"]) and len(facts) == 4
 
 
-def test_an_agents_name_does_not_tell_the_rendezvous_secret(monkeypatch: pytest.MonkeyPatch) -> None:
-    """It is written into checkpoints; outside Linux nothing else tells one torchrun from the next of its number."""
+def test_an_agents_name_does_not_tell_the_rendezvous_secret(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """It is written into checkpoints; outside Linux nothing else tells one torchrun from the
+    next of its number.
+    """
     monkeypatch.setattr(rendezvous, "gathered", lambda own: [own])
     monkeypatch.delenv(rendezvous.MEETING, raising=False)
     monkeypatch.setattr(Path, "exists", lambda _: False)  # no /proc
@@ -328,11 +368,16 @@ def test_an_agents_name_does_not_tell_the_rendezvous_secret(monkeypatch: pytest.
     ("0::/a/b\n", {"a/b": ("max", 3), "a": ("40", 30), "": ("max", 99)}, 10),
     ("0::/\n", {"": ("100", 1)}, 99),
     ("0::/gone\n", {}, math.inf),
-    ("5:cpu,pids:/x\n1:memory:/x\n0::/\n", {"pids/x": ("7", 2), "pids": ("max", 50), "memory/x": ("1", 1)}, 5),
+    ("5:cpu,pids:/x\n1:memory:/x\n0::/\n",
+     {"pids/x": ("7", 2), "pids": ("max", 50), "memory/x": ("1", 1)}, 5),
     ("3:pids:/x\n", {"pids/x": ("nonsense", 2)}, math.inf),
     ("", {}, math.inf),
-], ids=["of a group above", "a container's", "not to be seen", "the older kind", "unknown", "none"])  # fmt: skip
-def test_what_control_groups_leave(groups: str, files: dict[str, Any], left: float, tmp_path: Path) -> None:
+],
+ids=["of a group above", "a container's", "not to be seen", "the older kind", "unknown",
+     "none"])  # fmt: skip
+def test_what_control_groups_leave(
+    groups: str, files: dict[str, Any], left: float, tmp_path: Path
+) -> None:
     (tmp_path / "proc/self").mkdir(parents=True)
     (tmp_path / "proc/self/cgroup").write_text(groups)
     for place, (most, used) in files.items():

@@ -1,4 +1,6 @@
-"""Local SGD and DiLoCo against a simulation in one process whose outer step is torch's own SGD, and against ddp."""
+"""Local SGD and DiLoCo against a simulation in one process whose outer step is torch's own SGD,
+and against ddp.
+"""
 
 from __future__ import annotations
 
@@ -35,24 +37,40 @@ def sgd(model: torch.nn.Module) -> torch.optim.Optimizer:
 
 
 def made(
-    strategies: list[Any], size: int, optimizer: Any, clip_norm: float | None = None, steps: int = STEPS
+    strategies: list[Any],
+    size: int,
+    optimizer: Any,
+    clip_norm: float | None = None,
+    steps: int = STEPS,
 ) -> Trainer:
     case = Case("masked_token", "local", "fp64", clip_norm=clip_norm)
     with mock.patch.dict(STRATEGIES, {"local": strategies}):
         plan = plan_of(case, size).connect()
-    return Trainer(TASKS["masked_token"](), plan, optimizer, Settings(steps, global_batch_size=ROWS))
+    return Trainer(
+        TASKS["masked_token"](), plan, optimizer, Settings(steps, global_batch_size=ROWS)
+    )
 
 
-def trained(strategies: list[Any], size: int, optimizer: Any = sgd, clip_norm: float | None = None) -> Found:
+def trained(
+    strategies: list[Any], size: int, optimizer: Any = sgd, clip_norm: float | None = None
+) -> Found:
     """Losses, norms, and the weights that a checkpoint would have."""
     trainer = made(strategies, size, optimizer, clip_norm)
     steps = list(trainer.steps())
-    state = {name: whole(t).clone() for name, t in trainer.state().items() if not name.startswith("optimizer.")}
+    state = {
+        name: whole(t).clone()
+        for name, t in trainer.state().items()
+        if not name.startswith("optimizer.")
+    }
     return [step.loss for step in steps], [step.grad_norm for step in steps], state
 
 
-def simulated(ranks: int, options: dict[str, Any], optimizer: Any = sgd, clip_norm: float | None = None) -> Found:
-    """All ranks in this process, by loops; the outer step is torch.optim.SGD's on the mean difference."""
+def simulated(
+    ranks: int, options: dict[str, Any], optimizer: Any = sgd, clip_norm: float | None = None
+) -> Found:
+    """All ranks in this process, by loops; the outer step is torch.optim.SGD's on the mean
+    difference.
+    """
     o = {
         "sync_every": 8,
         "outer_lr": 1.0,
@@ -68,7 +86,10 @@ def simulated(ranks: int, options: dict[str, Any], optimizer: Any = sgd, clip_no
     inner = [optimizer(model) for model in replicas]
     names = [list(model.parameters()) for model in replicas]
     outer = [torch.nn.Parameter(p.detach().clone()) for p in names[0]]
-    momentum = {"momentum": o["outer_momentum"], "nesterov": o["nesterov"] and o["outer_momentum"] > 0}
+    momentum = {
+        "momentum": o["outer_momentum"],
+        "nesterov": o["nesterov"] and o["outer_momentum"] > 0,
+    }
     steppers = [torch.optim.SGD([p], lr=o["outer_lr"], **momentum) for p in outer]
     losses, norms, coming = [], [], []
     for step in range(STEPS):
@@ -89,7 +110,10 @@ def simulated(ranks: int, options: dict[str, Any], optimizer: Any = sgd, clip_no
                 coming.append(
                     (
                         step + o["sync_delay"],
-                        {i: sum((outer[i] - each[i]).detach() for each in names) / ranks for i in which},
+                        {
+                            i: sum((outer[i] - each[i]).detach() for each in names) / ranks
+                            for i in which
+                        },
                     )
                 )
         while coming and coming[0][0] <= step:
@@ -99,8 +123,11 @@ def simulated(ranks: int, options: dict[str, Any], optimizer: Any = sgd, clip_no
                 for each in names:
                     keep = o["keep_local"] if o["sync_delay"] else 0.0
                     each[index].data = keep * each[index].data + (1 - keep) * outer[index].data
-    mean = {f"model.{name}": sum(dict(model.named_parameters())[name] for model in replicas).detach() / ranks
-            for name, _ in start.named_parameters()}  # fmt: skip
+    mean = {
+        f"model.{name}": sum(dict(model.named_parameters())[name] for model in replicas).detach()
+        / ranks
+        for name, _ in start.named_parameters()
+    }
     return losses, norms, mean
 
 
@@ -142,10 +169,19 @@ def test_it_is_what_the_simulation_says(name: str, world) -> None:
         assert_alike(found, expected)
 
 
-drawn = st.integers(1, 6).flatmap(lambda every: st.fixed_dictionaries({
-    "sync_every": st.just(every), "num_fragments": st.integers(1, every), "sync_delay": st.integers(0, every - 1), "keep_local": st.sampled_from([0.0, 0.5]),
-    "outer_lr": st.sampled_from([1.0, 0.7]), "outer_momentum": st.sampled_from([0.0, 0.9]), "nesterov": st.booleans(),
-}))  # fmt: skip
+drawn = st.integers(1, 6).flatmap(
+    lambda every: st.fixed_dictionaries(
+        {
+            "sync_every": st.just(every),
+            "num_fragments": st.integers(1, every),
+            "sync_delay": st.integers(0, every - 1),
+            "keep_local": st.sampled_from([0.0, 0.5]),
+            "outer_lr": st.sampled_from([1.0, 0.7]),
+            "outer_momentum": st.sampled_from([0.0, 0.9]),
+            "nesterov": st.booleans(),
+        }
+    )
+)
 
 
 @settings(max_examples=5)
@@ -155,10 +191,15 @@ def test_any_options_are_what_the_simulation_says(options: dict[str, Any], world
     assert_alike(world(2).run(trained, [partial(LocalSGD, **options)], 2)[1], expected)
 
 
-@pytest.mark.parametrize("beside", [[FSDP], [partial(TensorParallel, degree=2)]], ids=["fsdp", "tensor"])
+@pytest.mark.parametrize(
+    "beside", [[FSDP], [partial(TensorParallel, degree=2)]], ids=["fsdp", "tensor"]
+)
 @pytest.mark.parametrize("name", ["mean", "streaming"])
 def test_beside_others_it_is_the_same(name: str, beside: list[Any], world) -> None:
-    """Two groups that share a model each. `fsdp` divides the rows of a group further, which changes no mean."""
+    """Two groups that share a model each.
+
+    `fsdp` divides the rows of a group further, which changes no mean.
+    """
     options = OPTIONS[name]
     alone = world(2).run(trained, [partial(LocalSGD, 2, **options)], 2, adamw, None)[0]
     for found in world(4).run(trained, [partial(LocalSGD, 2, **options), *beside], 4, adamw, None):
@@ -170,7 +211,9 @@ def counted(strategies: list[Any], size: int, steps: int) -> dict[str, int]:
     trainer = made(strategies, size, sgd, steps=steps + 2)
     with Profile(trainer.plan) as profile:
         trainer.phase = profile.phase
-        sent = [sum(m.bytes for m in profile.traffic if m.axis == "dp") for _ in profile.steps(trainer)][2:]
+        sent = [
+            sum(m.bytes for m in profile.traffic if m.axis == "dp") for _ in profile.steps(trainer)
+        ][2:]
     return {"bytes": sum(sent), "exchanges": sum(map(bool, sent))}
 
 
@@ -197,18 +240,27 @@ def test_between_exchanges_ranks_differ_and_after_them_they_agree(world) -> None
 def apart(options: dict[str, Any], size: int) -> list[list[float]]:
     trainer, found = made([partial(LocalSGD, **options)], size, adamw), []
     for _ in trainer.steps():
-        own = torch.stack([p.detach().sum() for m in trainer.models.values() for p in m.parameters()]).sum()
+        own = torch.stack(
+            [p.detach().sum() for m in trainer.models.values() for p in m.parameters()]
+        ).sum()
         every = [torch.zeros_like(own) for _ in range(dist.get_world_size())]
         dist.all_gather(every, own)
         found.append([each.item() for each in every])
         before = own.item()
         trainer.evaluate()  # of the mean, which leaves each rank its own
-        assert before == torch.stack([p.detach().sum() for m in trainer.models.values() for p in m.parameters()]).sum()
+        assert (
+            before
+            == torch.stack(
+                [p.detach().sum() for m in trainer.models.values() for p in m.parameters()]
+            ).sum()
+        )
     return found
 
 
 def test_a_checkpoint_at_an_exchange_goes_on_with_the_same_weights(world, tmp_path) -> None:
-    """The inner moments are the ranks' mean, so with momentum-free inner steps only would the curve be the same."""
+    """The inner moments are the ranks' mean, so with momentum-free inner steps only would the
+    curve be the same.
+    """
     known = {"diloco": [partial(LocalSGD, sync_every=4, outer_lr=0.7, outer_momentum=0.9)]}
     case = Case("next_token", "diloco", steps=8)
     complete = world(2).run(kept, known, case, 2, str(tmp_path / "run"), True, False)[0]
@@ -223,9 +275,12 @@ def kept(known: dict[str, Any], *arguments: Any) -> Any:
 
 
 @pytest.mark.parametrize(("options", "said"), [
-    ({"sync_every": 0}, "sync_every=0 must be at least 1"), ({"outer_lr": 0.0}, "outer_lr=0.0 must be above 0"),
-    ({"outer_momentum": 1.0}, "must be from 0 to below 1"), ({"num_fragments": 9}, "num_fragments=9 must be from 1 to sync_every=8"),
-    ({"sync_delay": 8}, "sync_delay=8 must be from 0 to below sync_every=8"), ({"keep_local": 1.0}, "keep_local=1.0 must be"),
+    ({"sync_every": 0}, "sync_every=0 must be at least 1"),
+    ({"outer_lr": 0.0}, "outer_lr=0.0 must be above 0"),
+    ({"outer_momentum": 1.0}, "must be from 0 to below 1"),
+    ({"num_fragments": 9}, "num_fragments=9 must be from 1 to sync_every=8"),
+    ({"sync_delay": 8}, "sync_delay=8 must be from 0 to below sync_every=8"),
+    ({"keep_local": 1.0}, "keep_local=1.0 must be"),
 ])  # fmt: skip
 def test_impossible_options_are_refused(options: dict[str, Any], said: str) -> None:
     with pytest.raises(ValueError, match="strategy.dp.") as error:
@@ -235,7 +290,11 @@ def test_impossible_options_are_refused(options: dict[str, Any], said: str) -> N
 
 def test_what_cannot_be_beside_it_is_refused() -> None:
     with mock.patch.dict(
-        STRATEGIES, {"both": [partial(LocalSGD, 2), partial(PipelineParallel, 2)], "local": [partial(LocalSGD, 2)]}
+        STRATEGIES,
+        {
+            "both": [partial(LocalSGD, 2), partial(PipelineParallel, 2)],
+            "local": [partial(LocalSGD, 2)],
+        },
     ):
         assert "has a step of its own" in refusal(Case("next_token", "both"), 4)
         assert refusal(Case("gan", "local"), 2) == ""

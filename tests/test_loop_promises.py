@@ -52,8 +52,14 @@ STAYS = 0.9  # of the averaged generator, at a step
 
 
 def trainer(task: Task, strategy: str = "single", size: int = 1, *, seed: int = 0) -> Trainer:
-    settings = Settings(STEPS, seed, global_batch_size=ROWS, micro_batch_size=ROWS // size // 2,
-                        warmup_steps=WARMUP, min_lr_ratio=0.1)  # fmt: skip
+    settings = Settings(
+        STEPS,
+        seed,
+        global_batch_size=ROWS,
+        micro_batch_size=ROWS // size // 2,
+        warmup_steps=WARMUP,
+        min_lr_ratio=0.1,
+    )
     return Trainer(task, plan_of(Case("", strategy), size).connect(), adamw, settings)
 
 
@@ -94,12 +100,18 @@ def test_an_evaluation_drops_nothing(alone) -> None:
 def gathered(strategy: str) -> list[str]:
     made = trainer(NextToken(), strategy, 2)
     assert made.evaluate()
-    return [name for name, weight in made.models["model"].named_parameters() if not isinstance(weight, DTensor)]
+    return [
+        name
+        for name, weight in made.models["model"].named_parameters()
+        if not isinstance(weight, DTensor)
+    ]
 
 
 @pytest.mark.parametrize("strategy", ["zero2", "replicate"])
 def test_an_evaluation_leaves_no_gathered_weights_behind(strategy: str, world) -> None:
-    """Where they are kept from forward to backward, which no evaluation has: a whole model would stay on each rank."""
+    """Where they are kept from forward to backward, which no evaluation has: a whole model
+    would stay on each rank.
+    """
     assert world(2).run(gathered, strategy) == [[], []]
 
 
@@ -383,8 +395,14 @@ def test_a_step_tells_the_rate_that_its_update_had(alone) -> None:
 
 def test_what_is_configured_reaches_the_optimizer() -> None:
     """Each parameter once; matrices decay, gains and biases do not."""
-    node = {"_target_": "torch.optim.AdamW", "lr": 0.02, "betas": [0.7, 0.8], "eps": 1e-5,
-            "weight_decay": 0.3, "fused": True}  # fmt: skip
+    node = {
+        "_target_": "torch.optim.AdamW",
+        "lr": 0.02,
+        "betas": [0.7, 0.8],
+        "eps": 1e-5,
+        "weight_decay": 0.3,
+        "fused": True,
+    }
     model = Transformer(VOCAB, CONTEXT, 8, 1, 2)
     made = optimizer_of(node, model)
     assert isinstance(made, torch.optim.AdamW)

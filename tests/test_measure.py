@@ -39,7 +39,9 @@ from dtrain.task import sample_quality
     seq_len=st.integers(2, 32),
 )
 def test_flops_are_the_textbooks(layers: int, heads: int, per_head: int, seq_len: int) -> None:
-    """6 per weight of a matrix product and 12 L C T for attention (Chowdhery et al. 2022, appendix B)."""
+    """6 per weight of a matrix product and 12 L C T for attention (Chowdhery et al. 2022,
+    appendix B).
+    """
     width, vocab = heads * per_head, 64
     found = info(partial(Transformer, vocab, 32, width, layers, heads), Precision(), seq_len)
     weights = layers * 12 * width * width + vocab * width
@@ -89,7 +91,11 @@ def test_peak_memory_sees_an_allocation() -> None:
 
 def test_the_environment_is_told() -> None:
     found = describe()
-    assert found["packages"]["torch"] == torch.__version__ and found["cores"] >= 1 and found["memory_bytes"] > 1e9
+    assert (
+        found["packages"]["torch"] == torch.__version__
+        and found["cores"] >= 1
+        and found["memory_bytes"] > 1e9
+    )
 
 
 def _tokens(strategy: str, size: int) -> list[int]:
@@ -112,7 +118,9 @@ def test_matrices_decay_and_vectors_do_not() -> None:
 def test_the_rate_warms_up_and_falls_to_its_end() -> None:
     rates = [rate(step, 100, warmup_steps=10, min_lr_ratio=0.1) for step in range(101)]
     assert rates[:3] == [0.1, 0.2, pytest.approx(0.3)] and rates[9] == rates[10] == 1.0
-    assert all(a >= b for a, b in zip(rates[10:], rates[11:], strict=False)) and rates[100] == pytest.approx(0.1)
+    assert all(a >= b for a, b in zip(rates[10:], rates[11:], strict=False)) and rates[
+        100
+    ] == pytest.approx(0.1)
     assert rates[55] == pytest.approx(0.55)
 
 
@@ -124,14 +132,22 @@ def _drift(case: Case, size: int) -> list[float]:
 
 @pytest.mark.parametrize(
     ("strategy", "size"),
-    [("ddp", 2), ("fsdp", 2), ("tensor_sequence", 2), ("zbv", 2), ("ring", 2), *(pytest.param(*each, marks=pytest.mark.deep)
-     for each in [("zero1", 2), ("ulysses", 2), ("fsdp_tensor", 4), ("replicate_tensor", 4), ("fsdp_context", 4),
+    [("ddp", 2), ("fsdp", 2), ("tensor_sequence", 2), ("zbv", 2), ("ring", 2),
+     *(pytest.param(*each, marks=pytest.mark.deep)
+     for each in [("zero1", 2), ("ulysses", 2), ("fsdp_tensor", 4), ("replicate_tensor", 4),
+                  ("fsdp_context", 4),
                   ("pipeline_fsdp", 4), ("pipeline_tensor", 4), ("3d", 8)])],
 )  # fmt: skip
 def test_bf16_drifts_no_more_than_its_rounding(strategy: str, size: int, world, alone) -> None:
     """With accumulation, recomputation and an evaluation at the end."""
     case = Case(
-        "next_token", strategy, dtype="bf16", steps=5, micro_batch_size=3, recompute=True, model=(("n_layers", 4),)
+        "next_token",
+        strategy,
+        dtype="bf16",
+        steps=5,
+        micro_batch_size=3,
+        recompute=True,
+        model=(("n_layers", 4),),
     )
     exact = _drift(replace(case.reference(), dtype="fp32"), 1)
     for losses in world(size).run(_drift, case, size):
@@ -152,14 +168,24 @@ def test_cores_are_those_that_this_process_may_use() -> None:
 
 
 def _git(folder: Path, *words: str) -> str:
-    named = {f"GIT_{who}_{what}": "x@y" for who in ("AUTHOR", "COMMITTER") for what in ("NAME", "EMAIL")}
-    environment = os.environ | named | {"GIT_CONFIG_GLOBAL": os.devnull, "GIT_CONFIG_SYSTEM": os.devnull}
-    ran = subprocess.run(["git", *words], cwd=folder, env=environment, check=True, capture_output=True, text=True)
+    named = {
+        f"GIT_{who}_{what}": "x@y" for who in ("AUTHOR", "COMMITTER") for what in ("NAME", "EMAIL")
+    }
+    environment = (
+        os.environ | named | {"GIT_CONFIG_GLOBAL": os.devnull, "GIT_CONFIG_SYSTEM": os.devnull}
+    )
+    ran = subprocess.run(
+        ["git", *words], cwd=folder, env=environment, check=True, capture_output=True, text=True
+    )
     return ran.stdout.strip()
 
 
-def test_a_commit_is_told_as_what_ran_if_the_tree_is_as_it_was(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Else `+changes` is told with it; a tag does not stand in for it; outside a checkout there is none."""
+def test_a_commit_is_told_as_what_ran_if_the_tree_is_as_it_was(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Else `+changes` is told with it; a tag does not stand in for it; outside a checkout there
+    is none.
+    """
     code = tmp_path / "dtrain" / "measure" / "environment.py"
     code.parent.mkdir(parents=True)
     code.write_text("one\n")
@@ -183,22 +209,39 @@ def test_a_commit_of_this_checkout_has_twelve_digits() -> None:
     assert told is None or re.fullmatch(r"[0-9a-f]{12}(\+changes)?", told)
 
 
-# Units, operations of one of them a cycle (dense, bf16, a multiply-add is two), and cycles a second.
-UNITS = {"NVIDIA H200": (132, 4096, 1.83e9), "NVIDIA H100 80GB HBM3": (132, 4096, 1.83e9),
-         "NVIDIA A100-SXM4-80GB": (108, 2048, 1.41e9), "NVIDIA A100-SXM4-40GB": (108, 2048, 1.41e9),
-         "NVIDIA A100 80GB PCIe": (108, 2048, 1.41e9), "NVIDIA L4": (58, 1024, 2.04e9)}  # fmt: skip
+# Units, operations of one of them a cycle (dense, bf16, a multiply-add is two), and cycles a
+# second.
+UNITS = {
+    "NVIDIA H200": (132, 4096, 1.83e9),
+    "NVIDIA H100 80GB HBM3": (132, 4096, 1.83e9),
+    "NVIDIA A100-SXM4-80GB": (108, 2048, 1.41e9),
+    "NVIDIA A100-SXM4-40GB": (108, 2048, 1.41e9),
+    "NVIDIA A100 80GB PCIe": (108, 2048, 1.41e9),
+    "NVIDIA L4": (58, 1024, 2.04e9),
+}
 
 
 @pytest.mark.parametrize("name", flops.STATED_PEAKS)
-def test_a_stated_peak_is_what_the_units_of_the_device_can_do(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Multiprocessors x operations x boost clock (NVIDIA's papers on Hopper, Ampere and Ada), to three digits."""
+def test_a_stated_peak_is_what_the_units_of_the_device_can_do(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Multiprocessors x operations x boost clock (NVIDIA's papers on Hopper, Ampere and Ada),
+    to three digits.
+    """
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: name)
     peak, source = flops.peak(torch.device("cuda"), torch.bfloat16)
-    assert peak == pytest.approx(math.prod(UNITS[name]), rel=2e-3) and source == f"data sheet of {name}, bf16 dense"
+    assert (
+        peak == pytest.approx(math.prod(UNITS[name]), rel=2e-3)
+        and source == f"data sheet of {name}, bf16 dense"
+    )
 
 
-def test_a_measured_peak_is_the_operations_of_the_quickest_product(monkeypatch: pytest.MonkeyPatch) -> None:
-    """As torch's own counter has them; the first product, which loads the library, does not count."""
+def test_a_measured_peak_is_the_operations_of_the_quickest_product(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """As torch's own counter has them; the first product, which loads the library, does not
+    count.
+    """
     seconds, shapes = itertools.chain([1e-9, 0.5, 0.25], itertools.repeat(0.75)), []
 
     def timed(a: torch.Tensor, b: torch.Tensor) -> float:
@@ -222,7 +265,9 @@ def test_precision_and_recall_reach_to_a_samples_third_neighbour() -> None:
 
         def inside(points: torch.Tensor, of: torch.Tensor) -> float:
             reach = NearestNeighbors(n_neighbors=3).fit(of.numpy()).kneighbors()[0][:, -1]
-            near = [any((p - o).norm() <= r for o, r in zip(of, reach, strict=True)) for p in points]
+            near = [
+                any((p - o).norm() <= r for o, r in zip(of, reach, strict=True)) for p in points
+            ]
             return sum(near) / len(near)
 
         expected = (inside(made, real), inside(real, made))
@@ -233,18 +278,24 @@ def test_precision_and_recall_reach_to_a_samples_third_neighbour() -> None:
     assert sample_quality.precision_recall(line, made)[0] == 0.5
 
 
-PARTS = [(dict(n_kv_heads=None), True, True), (dict(n_kv_heads=2, norm="rmsnorm", position="rotary", activation="swiglu"),
-                                              False, False)]  # fmt: skip
+PARTS = [
+    (dict(n_kv_heads=None), True, True),
+    (dict(n_kv_heads=2, norm="rmsnorm", position="rotary", activation="swiglu"), False, False),
+]
 
 
 @pytest.mark.parametrize(("model", "tied", "bias"), PARTS, ids=["like GPT-2", "like Llama"])
 @pytest.mark.parametrize(
-    ("precision", "size"), [(Precision(), 4), (Precision("bf16", "bf16"), 2), (Precision("fp64"), 8)]
+    ("precision", "size"),
+    [(Precision(), 4), (Precision("bf16", "bf16"), 2), (Precision("fp64"), 8)],
 )
 def test_a_models_parts_and_bytes_are_those_of_its_shapes(
     model: dict[str, Any], tied: bool, bias: bool, precision: Precision, size: int
 ) -> None:
-    """By hand; a shared matrix counts once, where it is first used. Adam keeps two numbers a weight."""
+    """By hand; a shared matrix counts once, where it is first used.
+
+    Adam keeps two numbers a weight.
+    """
     v, t, c, layers, heads = 61, 10, 24, 3, 6
     kv, one = c // heads * (model["n_kv_heads"] or heads), int(bias)
     norms, gates = (2 if bias else 1) * c, 1 if bias else 2
@@ -256,8 +307,14 @@ def test_a_models_parts_and_bytes_are_those_of_its_shapes(
         "blocks: norm2": layers * norms,
         "head": norms + (0 if tied else v * c),
     }
-    found = info(partial(Transformer, v, t, c, layers, heads, tied=tied, bias=bias, **model), precision, None)
+    found = info(
+        partial(Transformer, v, t, c, layers, heads, tied=tied, bias=bias, **model), precision, None
+    )
     assert found.parameters == parts and found.seq_len == t
     total = sum(parts.values())
-    assert (found.total, found.weight_bytes, found.gradient_bytes) == (total, total * size, total * size)
+    assert (found.total, found.weight_bytes, found.gradient_bytes) == (
+        total,
+        total * size,
+        total * size,
+    )
     assert found.optimizer_bytes == 2 * total * size

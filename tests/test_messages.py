@@ -1,4 +1,6 @@
-"""What a mistake on the command line is told: which key, what is there, and what to type instead."""
+"""What a mistake on the command line is told: which key, what is there, and what to type
+instead.
+"""
 
 from __future__ import annotations
 
@@ -29,8 +31,32 @@ from dtrain.config.schema import CONFIGS, make, options, register
 from dtrain.parallel.strategy import Strategy
 from dtrain.run.run import _resumable
 
-NAMES = ["/x/a=b.txt", "/x/a (1).txt", "/x/日本語.txt", "it's.txt", "a,b.txt", "[a].txt", "{a}", " a", "a  b", "", "null",
-         "1e3", "true", "a:b", "$x", 'say "hi"', "a\\b", "end\\", "a\\'b", "x!", "`ls`", "#1", "*.txt", "/plain/name"]  # fmt: skip
+NAMES = [
+    "/x/a=b.txt",
+    "/x/a (1).txt",
+    "/x/日本語.txt",
+    "it's.txt",
+    "a,b.txt",
+    "[a].txt",
+    "{a}",
+    " a",
+    "a  b",
+    "",
+    "null",
+    "1e3",
+    "true",
+    "a:b",
+    "$x",
+    'say "hi"',
+    "a\\b",
+    "end\\",
+    "a\\'b",
+    "x!",
+    "`ls`",
+    "#1",
+    "*.txt",
+    "/plain/name",
+]
 
 
 # Words of a command line
@@ -45,7 +71,9 @@ def test_what_is_printed_can_be_typed(name: str) -> None:
     assert typed("resume", "/plain/name") == "resume=/plain/name"
 
 
-def test_a_stopped_run_says_how_to_go_on_also_where_its_folders_name_is_not_utf8(tmp_path: Path) -> None:
+def test_a_stopped_run_says_how_to_go_on_also_where_its_folders_name_is_not_utf8(
+    tmp_path: Path,
+) -> None:
     folder = tmp_path / "\udcff"
     folder.mkdir()
     job: Any = SimpleNamespace(config=SimpleNamespace(steps=3), logger=mock.Mock())
@@ -73,7 +101,8 @@ WORDS = [
     (["data.source.path=/x/a=b.txt"], "\"data.source.path='/x/a=b.txt'\""),
     (["data.source.path=/x/a (1).txt"], "\"data.source.path='/x/a (1).txt'\""),
     (["data.source.path=/x/日本語.txt"], "\"data.source.path='/x/日本語.txt'\""),
-    (["data.source.path=a.txt", "b.txt"], "'b.txt' is no key=value: a pattern is quoted for the shell, \"data.source.path='…*'\", and several files are data.source.path=[a.txt,b.txt]"),
+    (["data.source.path=a.txt", "b.txt"],
+     "'b.txt' is no key=value: a pattern is quoted for the shell, \"data.source.path='…*'\", and several files are data.source.path=[a.txt,b.txt]"),
     (["strategies=single,ddp"], "a list is strategies=[single,ddp]"),
     (["optimizer.lr=1,2"], "a run for each takes --multirun"),
     (["foo"], "'foo' is no key=value, and none of the words capabilities, readme"),
@@ -81,14 +110,17 @@ WORDS = [
     (["--lr", "0.1"], "--lr is no option: settings are key=value without dashes: optimizer.lr"),
     (["--steps=3"], "without dashes: steps"),
     (["steps=2", "-m", "seed=1,2"], "seed=1,2: settings stand together, before or after options"),
-    (["launch=3"], "launch is a group: choose launch=NAME, of local, or set a key of it: launch.nproc, launch.threads"),
+    (["launch=3"],
+     "launch is a group: choose launch=NAME, of local, or set a key of it: launch.nproc, launch.threads"),
     (["model=null"], "model is a group: choose model=NAME, of convnet"),
     (["strategy={dp:5}"], "strategy is a group: choose strategy=NAME, of 3d, 4d"),
     (["task/augment=3"], "task/augment is a group: choose task/augment=NAME, of crop"),
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize(("words", "told"), WORDS, ids=lambda v: " ".join(v) if isinstance(v, list) else "")
+@pytest.mark.parametrize(
+    ("words", "told"), WORDS, ids=lambda v: " ".join(v) if isinstance(v, list) else ""
+)
 def test_a_word_that_hydra_cannot_take_is_told_what_to_type(words: list[str], told: str) -> None:
     register()
     with mock.patch.object(sys, "argv", ["info.py", *words]), pytest.raises(ValueError) as found:
@@ -98,10 +130,18 @@ def test_a_word_that_hydra_cannot_take_is_told_what_to_type(words: list[str], to
 
 def test_what_hydra_takes_passes() -> None:
     for words in (
-        ["strategy=[replicate,fsdp]", "+experiment=hang", "~optimizer.lr", "++steps=3", "model@a=tiny"],
+        [
+            "strategy=[replicate,fsdp]",
+            "+experiment=hang",
+            "~optimizer.lr",
+            "++steps=3",
+            "model@a=tiny",
+        ],
         ["--multirun", "strategy=ddp,fsdp", "seed=range(3)", "model=tiny,toy_3m"],
-        ["--cfg", "job", "model.d_model=32"], ["seed=1,2", "-m"], ["data/tokenizer=bytes", "resume=null"],
-    ):  # fmt: skip
+        ["--cfg", "job", "model.d_model=32"],
+        ["seed=1,2", "-m"],
+        ["data/tokenizer=bytes", "resume=null"],
+    ):
         check_words(words)
 
 
@@ -109,7 +149,9 @@ def test_what_hydra_takes_passes() -> None:
 
 
 @pytest.fixture
-def said(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> Any:
+def said(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> Any:
     """Call `train` with words that are wrong: the one line that comes, status 2. Nothing trains."""
 
     def of(*words: str) -> str:
@@ -150,35 +192,62 @@ UNKNOWN = [
     ("model.D_model=3", "did you mean 'model.d_model'?"),
     ("lr=0.1", "'lr': here it is optimizer.lr"),
     ("optimizer.learning-rate=0.1", "here it is optimizer.lr"),
-    ("batch_size=8", "here it is global_batch_size (over all ranks) or micro_batch_size (a rank's)"),
-    ("epochs=3", "here it is steps: an epoch of text is train_tokens / (global_batch_size x seq_len)"),
-    ("precision=fp16", "here it is dtype=bf16; fp16 is DeepSpeed's alone: strategy=deepspeed_zero2 +strategy.dp"),
+    (
+        "batch_size=8",
+        "here it is global_batch_size (over all ranks) or micro_batch_size (a rank's)",
+    ),
+    (
+        "epochs=3",
+        "here it is steps: an epoch of text is train_tokens / (global_batch_size x seq_len)",
+    ),
+    (
+        "precision=fp16",
+        "here it is dtype=bf16; fp16 is DeepSpeed's alone: strategy=deepspeed_zero2 +strategy.dp",
+    ),
     ("dtype=fp16", "use fp32, bf16, fp64; here it is dtype=bf16; fp16 is DeepSpeed's alone"),
     ("strategy=FSDP", "unknown strategy 'FSDP': did you mean 'fsdp'?"),
     ("strategy=zero3", "here it is strategy=fsdp, or strategy=deepspeed_zero3"),
-    ("logger=WandB", "here it is logger=[default,tracker] logger.tracker.name=wandb (pip install accelerate wandb)"),
+    (
+        "logger=WandB",
+        (
+            "here it is logger=[default,tracker] logger.tracker.name=wandb (pip install "
+            "accelerate wandb)"
+        ),
+    ),
     ("optimizer=lion", "unknown optimizer 'lion': use one of adam_gan, adamw, sgd"),
 ]
 
 
-@pytest.mark.parametrize(("word", "told"), UNKNOWN, ids=lambda v: v if "=" in v and " " not in v else "")
-def test_a_key_or_choice_that_there_is_not_is_told_ours_or_none(word: str, told: str, said: Any) -> None:
+@pytest.mark.parametrize(
+    ("word", "told"), UNKNOWN, ids=lambda v: v if "=" in v and " " not in v else ""
+)
+def test_a_key_or_choice_that_there_is_not_is_told_ours_or_none(
+    word: str, told: str, said: Any
+) -> None:
     assert told in said(word)
 
 
 @pytest.mark.parametrize("old", RENAMED)
-def test_what_had_another_name_is_told_by_its_new_one(old: str, said: Any, known: set[str], tmp_path: Path) -> None:
+def test_what_had_another_name_is_told_by_its_new_one(
+    old: str, said: Any, known: set[str], tmp_path: Path
+) -> None:
     """On the command line, and in a file of an earlier version."""
     new: str = RENAMED[old]
     node: Any
     assert new.split("=")[1] in options(new.split("=")[0]) if "=" in new else new in known
-    beside = [f"strategy={name}" for name in ("parameter_server", "local_sgd") if new.startswith("strategy.dp")][
-        not new.endswith(("fraction", "rank")) :
-    ]
-    assert f"{old.split('=')[-1]!r}: here it is {new}\n" in said(old if "=" in old else f"{old}=1", *beside)
+    beside = [
+        f"strategy={name}"
+        for name in ("parameter_server", "local_sgd")
+        if new.startswith("strategy.dp")
+    ][not new.endswith(("fraction", "rank")) :]
+    assert f"{old.split('=')[-1]!r}: here it is {new}\n" in said(
+        old if "=" in old else f"{old}=1", *beside
+    )
     if old.startswith("strategy.dp."):  # in a file its constructor says so
         target = (
-            "local_sgd.LocalSGD" if beside == ["strategy=local_sgd"] else "parameter_server.strategy.ParameterServer"
+            "local_sgd.LocalSGD"
+            if beside == ["strategy=local_sgd"]
+            else "parameter_server.strategy.ParameterServer"
         )
         node = {"_target_": f"dtrain.strategy.{target}", old.removeprefix("strategy.dp."): 1}
         with pytest.raises(ValueError, match=f": here it is {new}$"):
@@ -190,7 +259,9 @@ def test_what_had_another_name_is_told_by_its_new_one(old: str, said: Any, known
         node = 1
         for part in reversed(old.split(".")):
             node = {part: node}
-        (tmp_path / "experiment" / "theirs.yaml").write_text(f"# @package _global_\n{json.dumps(node)}")
+        (tmp_path / "experiment" / "theirs.yaml").write_text(
+            f"# @package _global_\n{json.dumps(node)}"
+        )
         said_of_file = said("+experiment=theirs", f"--config-dir={tmp_path}")
         assert f": here it is {first}\n" in said_of_file
 
@@ -198,9 +269,15 @@ def test_what_had_another_name_is_told_by_its_new_one(old: str, said: Any, known
 def test_a_folder_that_cannot_be_is_told_with_its_key(said: Any, tmp_path: Path) -> None:
     file = tmp_path / "file"
     file.touch()
-    assert f"hydra.run.dir={file}: {file} is a file, and no folder" in said("model=tiny", f"hydra.run.dir={file}")
-    assert f"hydra.run.dir={file}/x: {file} is a file, and no folder" in said("model=tiny", f"hydra.run.dir={file}/x")
-    assert "hydra.run.dir=/proc/x: /proc/x: No such file" in said("model=tiny", "hydra.run.dir=/proc/x")
+    assert f"hydra.run.dir={file}: {file} is a file, and no folder" in said(
+        "model=tiny", f"hydra.run.dir={file}"
+    )
+    assert f"hydra.run.dir={file}/x: {file} is a file, and no folder" in said(
+        "model=tiny", f"hydra.run.dir={file}/x"
+    )
+    assert "hydra.run.dir=/proc/x: /proc/x: No such file" in said(
+        "model=tiny", "hydra.run.dir=/proc/x"
+    )
 
 
 @pytest.fixture(scope="module")
@@ -225,14 +302,18 @@ def known() -> set[str]:
 
 @pytest.mark.parametrize("words", ALIASES)
 def test_an_alias_names_what_there_is(words: str, known: set[str]) -> None:
-    """Every dotted key, and every choice of a group, of what is told instead; whatever the case and the dashes."""
+    """Every dotted key, and every choice of a group, of what is told instead; whatever the case
+    and the dashes.
+    """
     for word in words.split():
         told = ours(word)
         assert told and "{" not in told and ours(f"train.{word.upper().replace('_', '-')}") == told
         for group, name in re.findall(r"(strategy|precision|optimizer)=(\w+)", told):
             assert name in options(group)
         for key in re.findall(r"[a-z]\w*(?:\.\w+)+", told):
-            assert key in known or key in ("hydra.run.dir", "strategy.dp.deepspeed.fp16.enabled"), key
+            assert key in known or key in ("hydra.run.dir", "strategy.dp.deepspeed.fp16.enabled"), (
+                key
+            )
 
 
 def test_no_word_of_ours_is_taken_for_anothers(known: set[str]) -> None:
@@ -243,12 +324,22 @@ def test_no_word_of_ours_is_taken_for_anothers(known: set[str]) -> None:
 # Ranges that other libraries' constructors hold
 
 
-ADAMW = {"_target_": "torch.optim.AdamW", "lr": 1e-3, "betas": [0.9, 0.95], "eps": 1e-8, "weight_decay": 0.1}
+ADAMW = {
+    "_target_": "torch.optim.AdamW",
+    "lr": 1e-3,
+    "betas": [0.9, 0.95],
+    "eps": 1e-8,
+    "weight_decay": 0.1,
+}
 RANGES = [
     ({"lr": -1}, "optimizer.lr=-1: Invalid learning rate: -1; lr takes 0 or more"),
     (
         {"betas": [2, 0.9]},
-        "optimizer.betas=[2, 0.9]: Invalid beta parameter at index 0: 2; betas takes numbers from 0, and below 1",
+        (
+            "optimizer.betas=[2, 0.9]: Invalid beta parameter at index 0: 2; betas takes "
+            "numbers from "
+            "0, and below 1"
+        ),
     ),
     ({"betas": [0.9]}, "optimizer.betas=[0.9] must be a list of 2"),
     ({"betas": 3}, "optimizer.betas=3 must be list, not int"),
@@ -262,7 +353,9 @@ RANGES = [
 @pytest.mark.parametrize(("given", "told"), RANGES, ids=str)
 def test_a_constructors_refusal_names_the_key(given: dict[str, Any], told: str) -> None:
     with pytest.raises(ValueError) as found:
-        make(ADAMW | given, torch.optim.Optimizer, "optimizer", params=[nn.Parameter(torch.ones(1))])
+        make(
+            ADAMW | given, torch.optim.Optimizer, "optimizer", params=[nn.Parameter(torch.ones(1))]
+        )
     assert str(found.value).startswith(told)
 
 
@@ -295,7 +388,9 @@ def test_a_users_constructor_that_breaks_is_told_with_its_node() -> None:
     ):
         with pytest.raises(ValueError) as found:
             make(node | {"width": 4} | given, nn.Module, "model")
-        assert str(found.value).startswith(told) and "(DTRAIN_TRACEBACK=1 shows where)" in str(found.value)
+        assert str(found.value).startswith(told) and "(DTRAIN_TRACEBACK=1 shows where)" in str(
+            found.value
+        )
 
 
 class Refusing(nn.Module):

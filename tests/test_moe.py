@@ -54,7 +54,9 @@ def slowly(moe: MoE, x: Tensor) -> Tensor:
             whole = sum(p[e] for e in chosen) if moe.top_k > 1 else 1.0
             for e in chosen:
                 taken[e] += 1
-                if moe.capacity_factor and taken[e] > math.ceil(moe.capacity_factor * moe.top_k * x.shape[1] / E):
+                if moe.capacity_factor and taken[e] > math.ceil(
+                    moe.capacity_factor * moe.top_k * x.shape[1] / E
+                ):
                     continue
                 hidden = x[row, t] @ moe.experts.up[e].T
                 if moe.experts.gate is None:
@@ -68,7 +70,9 @@ def slowly(moe: MoE, x: Tensor) -> Tensor:
 @pytest.mark.parametrize("capacity_factor", [None, 0.5, 1.0])
 @pytest.mark.parametrize("top_k", [1, 2, 4])
 @pytest.mark.parametrize("activation", ["gelu", "swiglu"])
-def test_every_token_gets_what_a_loop_gives_it(activation: str, top_k: int, capacity_factor: float | None) -> None:
+def test_every_token_gets_what_a_loop_gives_it(
+    activation: str, top_k: int, capacity_factor: float | None
+) -> None:
     ours, x = moe(activation, top_k=top_k, capacity_factor=capacity_factor), values()
     ours.bias += torch.randn(E) * 0.1
     torch.testing.assert_close(ours(x), slowly(ours, x), rtol=ROUNDING, atol=ROUNDING)
@@ -98,11 +102,15 @@ def test_a_row_goes_its_way_whatever_rows_are_beside_it(capacity_factor: float |
 
 @pytest.mark.parametrize("capacity_factor", [None, 0.75])
 def test_a_causal_model_with_experts_never_looks_ahead(capacity_factor: float | None) -> None:
-    model = Transformer(31, 16, 16, 2, 2, n_experts=E, capacity_factor=capacity_factor, balance="loss")
+    model = Transformer(
+        31, 16, 16, 2, 2, n_experts=E, capacity_factor=capacity_factor, balance="loss"
+    )
     tokens = torch.randint(31, (3, 16))
     changed = tokens.clone()
     changed[:, 9:] = (changed[:, 9:] + 1) % 31
-    torch.testing.assert_close(model(tokens)[:, :9], model(changed)[:, :9], rtol=ROUNDING, atol=ROUNDING)
+    torch.testing.assert_close(
+        model(tokens)[:, :9], model(changed)[:, :9], rtol=ROUNDING, atol=ROUNDING
+    )
 
 
 def test_an_expert_without_tokens_has_a_gradient_of_zero() -> None:
@@ -120,7 +128,9 @@ def test_a_single_experts_probability_is_its_weight_so_that_the_router_learns() 
 
 
 def _balance(moe: MoE, x: Tensor) -> Tensor:
-    """The balance loss in words: for each row, E / (k T) sum over experts of count x mean probability."""
+    """The balance loss in words: for each row, E / (k T) sum over experts of count x mean
+    probability.
+    """
     total = torch.zeros(())
     for row in x:
         p = (row @ moe.router.weight.T).softmax(-1)
@@ -131,7 +141,9 @@ def _balance(moe: MoE, x: Tensor) -> Tensor:
 
 @pytest.mark.parametrize("recomputed", [False, True])
 @pytest.mark.parametrize("capacity_factor", [None, 0.75])
-def test_the_balance_loss_acts_as_if_it_were_part_of_the_loss(capacity_factor: float | None, recomputed: bool) -> None:
+def test_the_balance_loss_acts_as_if_it_were_part_of_the_loss(
+    capacity_factor: float | None, recomputed: bool
+) -> None:
     options = {"capacity_factor": capacity_factor, "balance_rate": 0.3}
     ours, plain = moe(balance="loss", **options), moe(balance="none", **options)
     plain.load_state_dict(ours.state_dict())
@@ -188,7 +200,10 @@ def test_bias_and_load_have_values_whatever_device_the_model_is_built_on() -> No
     assert not layer.bias.any() and not layer.load.any()
     model(torch.randint(31, (2, 16))).sum().backward()
     assert layer.load.sum() == 2 * 16 * 2
-    assert "blocks.0.feedforward.bias" in model.state_dict() and "blocks.0.feedforward.load" not in model.state_dict()
+    assert (
+        "blocks.0.feedforward.bias" in model.state_dict()
+        and "blocks.0.feedforward.load" not in model.state_dict()
+    )
 
 
 def test_experts_initial_weights_are_those_of_a_dense_layer() -> None:
@@ -198,16 +213,30 @@ def test_experts_initial_weights_are_those_of_a_dense_layer() -> None:
     layer = model.blocks["3"].feedforward
     assert layer.experts.up.std().item() == pytest.approx(0.02, rel=0.02)
     assert layer.experts.gate.std().item() == pytest.approx(0.02, rel=0.02)
-    assert layer.experts.down.std().item() == pytest.approx(0.02 / 4, rel=0.02)  # sqrt(2 * 8 layers)
+    # sqrt(2 * 8 layers)
+    assert layer.experts.down.std().item() == pytest.approx(0.02 / 4, rel=0.02)
     assert layer.router.weight.std().item() == pytest.approx(0.02, rel=0.2)
 
 
-@pytest.mark.parametrize("options", [{}, {"capacity_factor": 1.25, "balance": "loss"}, {"top_k": 1, "balance": "none"}])
+@pytest.mark.parametrize(
+    "options", [{}, {"capacity_factor": 1.25, "balance": "loss"}, {"top_k": 1, "balance": "none"}]
+)
 @pytest.mark.parametrize(("activation", "matrices"), [("gelu", 2), ("swiglu", 3)])
-def test_flops_are_those_of_the_experts_a_token_is_sent_to(activation: str, matrices: int, options: dict) -> None:
+def test_flops_are_those_of_the_experts_a_token_is_sent_to(
+    activation: str, matrices: int, options: dict
+) -> None:
     layers, width, hidden, vocab, seq_len = 3, 16, 20, 64, 11
     model = partial(
-        Transformer, vocab, 32, width, layers, 2, d_ff=hidden, n_experts=E, activation=activation, **options
+        Transformer,
+        vocab,
+        32,
+        width,
+        layers,
+        2,
+        d_ff=hidden,
+        n_experts=E,
+        activation=activation,
+        **options,
     )
     active = 4 * width * width + E * width + options.get("top_k", 2) * matrices * width * hidden
     expected = 6 * (layers * active + vocab * width) + 12 * layers * width * seq_len

@@ -16,6 +16,10 @@ def test_each_fault_can_be_put_in(room: str) -> None:
     own = [patch for patch in PATCHES if patch.parent.name == room]
     assert len(own) >= 2
     for patch in own:
-        said = subprocess.run(["git", "apply", "--check", str(patch)], cwd=ROOT, capture_output=True, text=True)
+        said = subprocess.run(
+            ["git", "apply", "--check", str(patch)], cwd=ROOT, capture_output=True, text=True
+        )
         assert said.returncode == 0, f"{patch.stem}: {said.stderr}"
-        assert patch.read_text().split("\n")[0].endswith("."), f"{patch.stem} does not say what a user would see"
+        assert patch.read_text().split("\n")[0].endswith("."), (
+            f"{patch.stem} does not say what a user would see"
+        )

@@ -17,7 +17,19 @@ import numpy
 import pytest
 import test_cli
 import torch
-from cases import CONTEXT, ROWS, STRATEGIES, TASKS, VOCAB, Case, NextToken, assert_all_equal, plan_of, train, trainer
+from cases import (
+    CONTEXT,
+    ROWS,
+    STRATEGIES,
+    TASKS,
+    VOCAB,
+    Case,
+    NextToken,
+    assert_all_equal,
+    plan_of,
+    train,
+    trainer,
+)
 from omegaconf import OmegaConf
 from own_models import MODELS, OwnModel
 
@@ -35,10 +47,19 @@ ROOT = Path(__file__).parent.parent
 FP64 = 1e-12
 
 
-def tried(model: str, strategy: str = "single", *, micro_batches: int = 1, rows: int = ROWS, **settings: Any) -> str:
+def tried(
+    model: str,
+    strategy: str = "single",
+    *,
+    micro_batches: int = 1,
+    rows: int = ROWS,
+    **settings: Any,
+) -> str:
     """What the probe says of a model under a plan of two ranks."""
     makers = STRATEGIES[strategy]
-    plan = Plan.of([make() for make in makers], 2 if makers else 1, precision=Precision("fp64"), **settings)
+    plan = Plan.of(
+        [make() for make in makers], 2 if makers else 1, precision=Precision("fp64"), **settings
+    )
     task = OwnModel(MODELS[model], rows)
     try:
         plan.check_task(task)
@@ -54,7 +75,10 @@ REFUSED = {
     ("Glu", "tensor"): "split over tp=2 computes something else",
     ("Gated", "tensor"): "split over tp=2 computes something else",
     ("NormBetween", "tensor"): "Good does not run split over tp=2 .RuntimeError: ",
-    ("Residual", "tensor"): "blocks.0.mlp of Good holds `column` layers, and gives its input to something else",
+    (
+        "Residual",
+        "tensor",
+    ): "blocks.0.mlp of Good holds `column` layers, and gives its input to something else",
     (
         "NormWithin",
         "tensor",
@@ -81,39 +105,72 @@ REFUSED = {
     ): "with each block's weights in its own call alone .*a block may use no weight of another one",
     ("Reads", "1f1b"): "one of them uses blocks.0.mlp.up.weight, which another has",
     ("TiedInAList", "1f1b"): "one of them uses first.token.weight, which another has",
-    ("Complex", "zero1"): "turn of Complex is complex, and zero1 joins weights in one format: use strategy=ddp",
+    (
+        "Complex",
+        "zero1",
+    ): "turn of Complex is complex, and zero1 joins weights in one format: use strategy=ddp",
     ("Complex", "fsdp"): "turn of Complex is complex, and fsdp",
     ("Nothing", "fsdp"): "none of Nothing has no numbers, and fsdp divides by rows",
     **{
         ("Hooked", strategy): "first.token.weight of Hooked has a hook on its gradient"
         for strategy in ("fsdp", "ddp", "tensor")
     },
-    ("Scalar", "fsdp"): r"scale of Scalar is a single number, and fsdp divides by rows: give it the shape \(1,\)",
-    ("Normed", "tensor"): r"blocks.0.mlp.up of Normed computes its weight of others .nn.utils.parametrize",
+    (
+        "Scalar",
+        "fsdp",
+    ): r"scale of Scalar is a single number, and fsdp divides by rows: give it the shape \(1,\)",
+    (
+        "Normed",
+        "tensor",
+    ): r"blocks.0.mlp.up of Normed computes its weight of others .nn.utils.parametrize",
     ("Listed", "tensor"): r"layout.column of Listed is 'blocks.\*.mlp.up': write names in a tuple",
-    ("Misspelt", "1f1b"): "layout.blocks of Misspelt names 'layers', and there is no such module: it has first",
+    (
+        "Misspelt",
+        "1f1b",
+    ): "layout.blocks of Misspelt names 'layers', and there is no such module: it has first",
     ("Renormed", "ddp"): r"first.token.weight of Renormed is changed by its forward pass",
     ("Clamped", "fsdp"): r"last.out.weight of Clamped is changed by its forward pass",
     ("Bounded", "fsdp"): r"last.out.weight of Bounded is changed by its forward pass",
     (
         "Sparse",
         "single",
-    ): "graph of Sparse is sparse_coo, and checkpoints have plain tensors alone: make it a dense one",
+    ): (
+        "graph of Sparse is sparse_coo, and checkpoints have plain tensors alone: make it a "
+        "dense one"
+    ),
     (
         "Extra",
         "ddp",
-    ): r"first.scale of Extra keeps an extra state \(get_extra_state\), and checkpoints have weights and",
-    ("Unblocked", "1f1b"): "layout.blocks of Unblocked names 'first.token', which is a Embedding: name a ModuleList",
+    ): (
+        r"first.scale of Extra keeps an extra state \(get_extra_state\), and checkpoints have "
+        r"weights and"
+    ),
+    (
+        "Unblocked",
+        "1f1b",
+    ): "layout.blocks of Unblocked names 'first.token', which is a Embedding: name a ModuleList",
     **{
-        ("InPlace", strategy): "the model cannot be trained: .*RuntimeError: one of the variables needed for gradient"
+        (
+            "InPlace",
+            strategy,
+        ): "the model cannot be trained: .*RuntimeError: one of the variables needed for gradient"
         for strategy in ("single", "ddp")
     },
-    ("Unattended", "ring"): "layout.attention of Unattended names 'core', and no block has such a module",
+    (
+        "Unattended",
+        "ring",
+    ): "layout.attention of Unattended names 'core', and no block has such a module",
     **{
-        ("Failing", strategy): r"AttributeError: 'Failing' object has no attribute 'blcks' \(own_models.py, line \d+\)"
+        (
+            "Failing",
+            strategy,
+        ): r"AttributeError: 'Failing' object has no attribute 'blcks' \(own_models.py, line \d+\)"
         for strategy in ("single", "tensor")
     },
-    ("CentredInEvaluation", "allreduce"): "rows of a batch are not computed apart in CentredInEvaluation",
+    (
+        "CentredInEvaluation",
+        "allreduce",
+    ): "rows of a batch are not computed apart in CentredInEvaluation",
     ("CountsInEvaluation", "ddp"): "rows of CountsInEvaluation is moved by each forward pass",
     ("ScaledInEvaluation", "1f1b"): "in 2 stages computes something else",
     ("Detached", "1f1b"): "in 2 stages has other gradients than whole",
@@ -125,8 +182,14 @@ REFUSED = {
         ("GoesOn", strategy): "warm of GoesOn goes on with each forward pass, its outputs follow"
         for strategy in ("single", "ddp")
     },
-    ("OwnGenerator", "single"): "draws of OwnGenerator goes on with each forward pass, its outputs follow",
-    ("NotSaved", "single"): "mean of NotSaved goes on with each forward pass, and no checkpoint holds it",
+    (
+        "OwnGenerator",
+        "single",
+    ): "draws of OwnGenerator goes on with each forward pass, its outputs follow",
+    (
+        "NotSaved",
+        "single",
+    ): "mean of NotSaved goes on with each forward pass, and no checkpoint holds it",
     ("Lazy", "single"): r"extra.weight of Lazy has no shape before the first call \(nn.LazyLinear",
     ("ADict", "1f1b"): "the layout of ADict is a dict: write Layout",
 }
@@ -152,7 +215,10 @@ ACCEPTED = [("Good", s) for s in ALL] + [
     ("TiedInAList", "allreduce"),
     ("TiedInAList", "fsdp"),
     ("Reads", "allreduce"),
-    *((each, "single") for each in ("Renormed", "CentredInEvaluation", "Clipped", "ByRank", "NormedOfOld")),
+    *(
+        (each, "single")
+        for each in ("Renormed", "CentredInEvaluation", "Clipped", "ByRank", "NormedOfOld")
+    ),
     ("Detached", "fsdp"),
     ("ScaledInEvaluation", "tensor"),
     ("NormedOfOld", "ddp"),
@@ -171,11 +237,21 @@ def test_what_is_the_same_is_not_refused(model: str, strategy: str) -> None:
     assert tried(model, strategy).startswith("probe: the model was tried on 4 rows in ")
 
 
-@pytest.mark.parametrize(("strategy", "rows", "settings"), [
-    ("allreduce", 2, {}), ("allreduce", 3, {}), ("1f1b", 1, {}), ("single", 1, {"recompute": True}),
-])  # fmt: skip
-def test_a_batch_of_fewer_rows_is_enough(strategy: str, rows: int, settings: dict[str, Any]) -> None:
-    assert tried("Good", strategy, rows=rows, **settings).startswith(f"probe: the model was tried on {rows} row")
+@pytest.mark.parametrize(
+    ("strategy", "rows", "settings"),
+    [
+        ("allreduce", 2, {}),
+        ("allreduce", 3, {}),
+        ("1f1b", 1, {}),
+        ("single", 1, {"recompute": True}),
+    ],
+)
+def test_a_batch_of_fewer_rows_is_enough(
+    strategy: str, rows: int, settings: dict[str, Any]
+) -> None:
+    assert tried("Good", strategy, rows=rows, **settings).startswith(
+        f"probe: the model was tried on {rows} row"
+    )
     if rows > 1:
         assert "rows of a batch are not computed apart" in tried("BatchNormed", strategy, rows=rows)
 
@@ -185,7 +261,10 @@ def test_a_batch_of_fewer_rows_is_enough(strategy: str, rows: int, settings: dic
     [
         ("BatchNormed", "rows of a batch are not computed apart"),
         ("Averaging", "mean of Averaging is moved by each"),
-        ("Counted", "calls of Counted is moved by each forward pass, and would be moved twice for a step"),
+        (
+            "Counted",
+            "calls of Counted is moved by each forward pass, and would be moved twice for a step",
+        ),
         ("Plain", "probe: the model was tried"),
         ("Hooked", "first.token.weight of Hooked has a hook on its gradient"),
     ],
@@ -195,7 +274,9 @@ def test_micro_batches_are_parts_too(model: str, said: str) -> None:
 
 
 def test_what_cannot_be_compared_is_said() -> None:
-    assert "draws numbers of its own in training, so it was tried in evaluation alone" in tried("Noisy", "allreduce")
+    assert "draws numbers of its own in training, so it was tried in evaluation alone" in tried(
+        "Noisy", "allreduce"
+    )
 
 
 def test_the_probe_leaves_the_random_numbers_of_the_process_alone() -> None:
@@ -217,14 +298,20 @@ def test_models_of_dtrain_are_not_tried() -> None:
 def in_a_world(model: str, strategy: str, size: int, **settings: Any) -> Any:
     torch.set_num_threads(1)
     with mock.patch.dict(TASKS, own=OwnModel):
-        return train(Case("own", strategy, steps=3, model=(("make", MODELS[model]),), **settings), size)
+        return train(
+            Case("own", strategy, steps=3, model=(("make", MODELS[model]),), **settings), size
+        )
 
 
 @pytest.mark.parametrize("model", ["Good", "Rotating", "ByNumpy"])
 def test_ranks_train_what_one_process_does(model: str, world) -> None:
-    """Norms of queries and keys, a parameter between the layers; complex buffers; weights by numpy."""
+    """Norms of queries and keys, a parameter between the layers; complex buffers; weights by
+    numpy.
+    """
     expected = world(2).run(in_a_world, model, "single", 1)[0]
-    for strategy in ("tensor", "tensor_sequence", "1f1b") if model == "Good" else ("allreduce", "fsdp"):
+    for strategy in (
+        ("tensor", "tensor_sequence", "1f1b") if model == "Good" else ("allreduce", "fsdp")
+    ):
         assert_all_equal(world(2).run(in_a_world, model, strategy, 2), expected, FP64)
 
 
@@ -246,17 +333,23 @@ def test_weights_that_no_seed_decides_are_refused_on_every_rank(world) -> None:
 def test_what_no_checkpoint_holds_and_no_output_follows_is_said() -> None:
     said = "probe: calls of CallsCounted changes with each forward pass, and no checkpoint holds it"
     assert said in tried("CallsCounted")
-    assert not any("no checkpoint" in tried(model) for model in ("Plain", "Cached", "Asleep", "Rotating"))
+    assert not any(
+        "no checkpoint" in tried(model) for model in ("Plain", "Cached", "Asleep", "Rotating")
+    )
 
 
 def test_weights_that_stand_in_another_order_are_refused_on_every_rank(world) -> None:
     for said in world(2).run(refused_in_a_world, "BySet"):
-        assert said.startswith("one of BySet stands at another place on rank 1 than on rank 0"), said
+        assert said.startswith("one of BySet stands at another place on rank 1 than on rank 0"), (
+            said
+        )
 
 
 def test_tensors_that_no_seed_decides_are_refused_too(world) -> None:
     said = world(2).run(refused_in_a_world, "Attribute")
-    assert said[0] == said[1] and said[0].startswith("angles of Attribute begins with other values on rank 1")
+    assert said[0] == said[1] and said[0].startswith(
+        "angles of Attribute begins with other values on rank 1"
+    )
 
 
 def test_what_draws_by_python_and_numpy_draws_the_same_when_computed_again(one_rank) -> None:
@@ -264,14 +357,21 @@ def test_what_draws_by_python_and_numpy_draws_the_same_when_computed_again(one_r
     found = []
     for recompute, first in ((False, 0), (True, 0), (False, 1)):
         case = Case(
-            "own", "single", "fp64", steps=3, recompute=recompute, model=(("make", MODELS["ByChanceOfOthers"]),)
+            "own",
+            "single",
+            "fp64",
+            steps=3,
+            recompute=recompute,
+            model=(("make", MODELS["ByChanceOfOthers"]),),
         )
         with mock.patch.dict(TASKS, own=OwnModel):
             made = trainer(case, 1)
         random.seed(first), numpy.random.seed(first)
         steps = list(made.steps())
         found.append([(step.loss, step.grad_norm) for step in steps])
-    assert found[1] == found[0] and found[2] == found[0] and len({loss for loss, _ in found[0]}) == 3
+    assert (
+        found[1] == found[0] and found[2] == found[0] and len({loss for loss, _ in found[0]}) == 3
+    )
 
 
 def test_weights_by_numpy_are_those_of_the_seed() -> None:
@@ -287,7 +387,9 @@ def test_looking_at_the_loss_changes_no_training(one_rank) -> None:
     curves = []
     for looks in (False, True):
         with mock.patch.dict(TASKS, own=OwnModel):
-            made = trainer(Case("own", "single", "fp64", steps=3, model=(("make", MODELS["Asleep"]),)), 1)
+            made = trainer(
+                Case("own", "single", "fp64", steps=3, model=(("make", MODELS["Asleep"]),)), 1
+            )
         curve = []
         for step in made.steps():
             curve.append(step.loss)
@@ -310,7 +412,11 @@ def test_only_what_the_precision_means_is_cast(dtype: str) -> None:
     assert model.turn.dtype == (torch.complex128 if dtype == "fp64" else torch.complex64)
     assert model.cosine.dtype == (torch.float64 if dtype == "fp64" else torch.float32)
     assert torch.equal(model.turn.to(turn), turn) and torch.equal(model.cosine.to(cosine), cosine)
-    assert (model.ids.dtype, model.ids.item(), model.mask.dtype) == (torch.int64, 1 << 40, torch.bool)
+    assert (model.ids.dtype, model.ids.item(), model.mask.dtype) == (
+        torch.int64,
+        1 << 40,
+        torch.bool,
+    )
 
 
 def test_a_model_may_give_a_tuple_and_take_targets() -> None:
@@ -321,16 +427,26 @@ def test_a_model_may_give_a_tuple_and_take_targets() -> None:
     told = lambda self, idx, targets=None: torch.full((1, 1), float(targets is None))  # noqa: E731
     asked = adapted(type("Asked", (torch.nn.Module,), {"forward": told})())
     assert asked(tokens, positions).item() == 1.0  # positions are not its targets
-    named = adapted(type("Named", (torch.nn.Module,), {"forward": lambda self, x, positions: {"logits": x.float()}})())
+    named = adapted(
+        type(
+            "Named",
+            (torch.nn.Module,),
+            {"forward": lambda self, x, positions: {"logits": x.float()}},
+        )()
+    )
     assert torch.equal(named(tokens, positions), tokens.float())
 
 
 def test_what_gives_no_logits_or_needs_targets_is_refused() -> None:
     lost = adapted(type("Lost", (torch.nn.Module,), {"forward": lambda self, x: "nothing"})())
-    with pytest.raises(ValueError, match=r"Lost gives a str: it must give logits, a tensor \(B, T, V\)"):
+    with pytest.raises(
+        ValueError, match=r"Lost gives a str: it must give logits, a tensor \(B, T, V\)"
+    ):
         lost(torch.zeros(1))
     needs = type("Needs", (torch.nn.Module,), {"forward": lambda self, idx, targets: idx})
-    with pytest.raises(ValueError, match=r"Needs.forward\(idx, targets\) wants 'targets' in every call"):
+    with pytest.raises(
+        ValueError, match=r"Needs.forward\(idx, targets\) wants 'targets' in every call"
+    ):
         adapted(needs())
 
 
@@ -392,17 +508,23 @@ TYPED = [
     (["model._target_=users.Narrow"], 0, "users.Narrow is given nothing"),
     (["model._target_=users.Narrow", "+model.width=4"], 0, "users.Narrow is given width=4"),
     (["~model", "+model._target_=users.Narrow"], 0, "users.Narrow is given nothing"),
-    (["~model", "+model._target_=mymodel.MyModel", "+model.context=8"], 0, "mymodel.MyModel is given context=8"),
+    (["~model", "+model._target_=mymodel.MyModel", "+model.context=8"], 0,
+     "mymodel.MyModel is given context=8"),
     (["model._target_=mymodel.MyModel", "model.d_model=16", "model.n_layers=1"], 0,
      "mymodel.MyModel is given vocab_size=256, context=128, d_model=16, n_layers=1, n_heads=4"),
-    (["model._target_=users.Narrow", "model.n_layers=3"], 2, "model.n_layers: users.Narrow takes width"),
+    (["model._target_=users.Narrow", "model.n_layers=3"], 2,
+     "model.n_layers: users.Narrow takes width"),
     (["model._target_=users.Narrow", "+model.widht=3"], 2, "widht"),
-    (["model._target_=users.Asking"], 2, "model: users.Asking needs block_size: set +model.block_size=…"),
+    (["model._target_=users.Asking"], 2,
+     "model: users.Asking needs block_size: set +model.block_size=…"),
     (["model._target_=users.Computing"], 0, "users.Computing is given nothing"),
-    (["model._target_=users.Misspelt"], 2, "model: AttributeError: 'Misspelt' object has no attribute 'embeding' (users.py, line "),
+    (["model._target_=users.Misspelt"], 2,
+     "model: AttributeError: 'Misspelt' object has no attribute 'embeding' (users.py, line "),
     (["model._target_=users.Empty"], 2, "model: StopIteration (users.py, line "),
-    (["model._target_=users.Last"], 2, "the model cannot be trained: called with (tokens, positions) of 4 rows"),
-    (["model._target_=nopackage.Model"], 2, "there is no module nopackage on the path of this Python: for one of your own set PYTHONPATH"),
+    (["model._target_=users.Last"], 2,
+     "the model cannot be trained: called with (tokens, positions) of 4 rows"),
+    (["model._target_=nopackage.Model"], 2,
+     "there is no module nopackage on the path of this Python: for one of your own set PYTHONPATH"),
     (["model.dropout=2"], 2, "model.dropout=2: dropout"),
     (["~model"], 2, "task causal_lm trains one model, the configuration has none"),
 ]  # fmt: skip
@@ -411,7 +533,9 @@ TYPED = [
 @pytest.mark.parametrize(
     "typed, status, said", TYPED, ids=lambda each: " ".join(each) if isinstance(each, list) else ""
 )
-def test_a_models_name_is_enough(typed: list[str], status: int, said: str, call, tmp_path: Path, monkeypatch) -> None:
+def test_a_models_name_is_enough(
+    typed: list[str], status: int, said: str, call, tmp_path: Path, monkeypatch
+) -> None:
     (tmp_path / "users.py").write_text(USERS)
     monkeypatch.syspath_prepend(tmp_path)
     monkeypatch.syspath_prepend(ROOT / "examples")
@@ -421,7 +545,9 @@ def test_a_models_name_is_enough(typed: list[str], status: int, said: str, call,
     assert status == 0 or err.count("\n") == 1
 
 
-def test_the_probe_tells_its_time_and_is_off_by_an_option(call, tmp_path: Path, monkeypatch) -> None:
+def test_the_probe_tells_its_time_and_is_off_by_an_option(
+    call, tmp_path: Path, monkeypatch
+) -> None:
     (tmp_path / "users.py").write_text(USERS)
     monkeypatch.syspath_prepend(tmp_path)
     monkeypatch.delitem(sys.modules, "users", raising=False)
@@ -432,13 +558,22 @@ def test_the_probe_tells_its_time_and_is_off_by_an_option(call, tmp_path: Path, 
         assert ("probe: " in out) == bool(told)
 
 
-def test_a_profile_of_what_does_not_run_on_meta_tensors_predicts_nothing(call, tmp_path: Path, monkeypatch) -> None:
+def test_a_profile_of_what_does_not_run_on_meta_tensors_predicts_nothing(
+    call, tmp_path: Path, monkeypatch
+) -> None:
     (tmp_path / "users.py").write_text(USERS)
     monkeypatch.syspath_prepend(tmp_path)
     monkeypatch.delitem(sys.modules, "users", raising=False)
-    status, out, _ = call("model._target_=users.Reading", *SMALL, "steps=4", "profile=true", "hydra.run.dir=here")
+    status, out, _ = call(
+        "model._target_=users.Reading", *SMALL, "steps=4", "profile=true", "hydra.run.dir=here"
+    )
     assert status == 0 and "nothing is predicted: a model does not run on meta tensors: " in out
-    assert json.loads(Path("here/summary.json").read_text())["profile"]["ranks"][0]["traffic_predicted"] is None
+    assert (
+        json.loads(Path("here/summary.json").read_text())["profile"]["ranks"][0][
+            "traffic_predicted"
+        ]
+        is None
+    )
 
 
 def test_the_example_goes_with_every_strategy(monkeypatch) -> None:
@@ -449,21 +584,34 @@ def test_the_example_goes_with_every_strategy(monkeypatch) -> None:
             assert tried("mymodel", strategy).startswith("probe: the model was tried on 4 rows in ")
 
 
-LLAMA = dict(vocab_size=VOCAB, max_position_embeddings=CONTEXT, hidden_size=32, num_hidden_layers=1, intermediate_size=48,
-             num_attention_heads=4, num_key_value_heads=2)  # fmt: skip
+LLAMA = dict(
+    vocab_size=VOCAB,
+    max_position_embeddings=CONTEXT,
+    hidden_size=32,
+    num_hidden_layers=1,
+    intermediate_size=48,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+)
 HUGGING_FACE = [
     ("Llama", {}, "probe: the model was tried"),
     ("Qwen3", {"head_dim": 8}, "probe: the model was tried"),
-    ("Mistral", {"sliding_window": 8}, "MistralForCausalLM gives other logits than the original, by 0."),
-    ("Granite", {"residual_multiplier": 0.2, "logits_scaling": 8.0, "attention_multiplier": 8**-0.5},
+    ("Mistral", {"sliding_window": 8},
+     "MistralForCausalLM gives other logits than the original, by 0."),
+    ("Granite",
+     {"residual_multiplier": 0.2, "logits_scaling": 8.0, "attention_multiplier": 8**-0.5},
      "GraniteForCausalLM gives other logits than the original, by "),
     ("Gemma2", {"head_dim": 8}, "Gemma2Attention masks or scales its attention in its own way"),
     ("Gemma3Text", {"head_dim": 8}, "use model.layout=null, with a strategy on dp or fsdp"),
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize("kind, settings, said", HUGGING_FACE, ids=[each[0] for each in HUGGING_FACE])
-def test_a_layout_gives_the_originals_logits_or_is_refused(kind: str, settings: Any, said: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "kind, settings, said", HUGGING_FACE, ids=[each[0] for each in HUGGING_FACE]
+)
+def test_a_layout_gives_the_originals_logits_or_is_refused(
+    kind: str, settings: Any, said: str, tmp_path: Path
+) -> None:
     """And as one piece each of them runs."""
     transformers = import_module("transformers")
     transformers.logging.set_verbosity_error()
@@ -475,7 +623,9 @@ def test_a_layout_gives_the_originals_logits_or_is_refused(kind: str, settings: 
         assert tried("piece", "fsdp").startswith("probe: the model was tried on 4 rows in ")
 
 
-@pytest.mark.parametrize("model, said", [("Counting", ""), ("Good", ""), ("Branching", "does not run on meta tensors")])
+@pytest.mark.parametrize(
+    "model, said", [("Counting", ""), ("Good", ""), ("Branching", "does not run on meta tensors")]
+)
 def test_info_counts_models_of_users(model: str, said: str) -> None:
     try:
         found = info(MODELS[model], Precision("fp32"), None)

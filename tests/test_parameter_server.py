@@ -1,4 +1,6 @@
-"""The parameter server: its rules by drawn histories, its numbers against ddp, its workers killed."""
+"""The parameter server: its rules by drawn histories, its numbers against ddp, its workers
+killed.
+"""
 
 from __future__ import annotations
 
@@ -23,7 +25,14 @@ from dtrain.run.checkpoint_files import about
 from dtrain.strategy.fsdp import FSDP
 from dtrain.strategy.parameter_server.gradient_compression import METHODS, GradientCompression
 from dtrain.strategy.parameter_server.strategy import ParameterServer
-from dtrain.strategy.parameter_server.work_queue import ASYNC, BOUNDED, MODES, SYNC, SeenItems, WorkQueue
+from dtrain.strategy.parameter_server.work_queue import (
+    ASYNC,
+    BOUNDED,
+    MODES,
+    SYNC,
+    SeenItems,
+    WorkQueue,
+)
 
 ROOT = Path(__file__).parent.parent
 
@@ -31,12 +40,19 @@ ROOT = Path(__file__).parent.parent
 # The rules
 
 
-@given(mode=st.sampled_from(MODES), bound=st.integers(0, 3), workers=st.integers(1, 5), rounds=st.integers(1, 8),
-       history=st.lists(st.tuples(st.integers(0, 4), st.integers(0, 9)), max_size=200))  # fmt: skip
+@given(
+    mode=st.sampled_from(MODES),
+    bound=st.integers(0, 3),
+    workers=st.integers(1, 5),
+    rounds=st.integers(1, 8),
+    history=st.lists(st.tuples(st.integers(0, 4), st.integers(0, 9)), max_size=200),
+)
 def test_whatever_happens_each_item_is_finished_once_and_nobody_runs_ahead(
     mode: str, bound: int, workers: int, rounds: int, history: list[tuple[int, int]]
 ) -> None:
-    """Workers that are fast, slow, dead and back, in any order; then all that are left finish the rest."""
+    """Workers that are fast, slow, dead and back, in any order; then all that are left finish
+    the rest.
+    """
     board = WorkQueue(rounds * workers, workers, mode, bound)
     finished: list[int] = []
     for worker in range(workers):
@@ -97,16 +113,21 @@ def test_a_server_takes_each_item_once(items: list[int]) -> None:
 # What travels
 
 
-SHAPES = st.lists(st.sampled_from([(), (1,), (7,), (3, 5), (16, 24), (4, 3, 3, 3)]), min_size=1, max_size=5)
+SHAPES = st.lists(
+    st.sampled_from([(), (1,), (7,), (3, 5), (16, 24), (4, 3, 3, 3)]), min_size=1, max_size=5
+)
 
 
 @given(shapes=SHAPES, method=st.sampled_from(METHODS), seed=st.integers(0, 99))
-def test_a_message_has_the_size_that_both_ends_know(shapes: list[tuple[int, ...]], method: str, seed: int) -> None:
+def test_a_message_has_the_size_that_both_ends_know(
+    shapes: list[tuple[int, ...]], method: str, seed: int
+) -> None:
     generator = torch.Generator().manual_seed(seed)
     gradients = [torch.randn(shape, generator=generator) for shape in shapes]
     before = [g.clone() for g in gradients]
     ours, theirs = (
-        GradientCompression(method, [g.shape for g in gradients], torch.float32, share=0.25) for _ in range(2)
+        GradientCompression(method, [g.shape for g in gradients], torch.float32, share=0.25)
+        for _ in range(2)
     )
     message = ours.encode(gradients)
     assert message.dtype == torch.uint8 and message.numel() == theirs.size
@@ -122,7 +143,9 @@ def test_a_message_has_the_size_that_both_ends_know(shapes: list[tuple[int, ...]
 
 @pytest.mark.parametrize("method", ["top_k", "power_sgd"])
 def test_what_is_left_out_is_sent_later(method: str) -> None:
-    """Error feedback: of a constant gradient the mean of what arrives goes to the gradient itself."""
+    """Error feedback: of a constant gradient the mean of what arrives goes to the gradient
+    itself.
+    """
     gradient = torch.randn(16, 24, generator=torch.Generator().manual_seed(0))
     compression = GradientCompression(method, [gradient.shape], torch.float32, share=0.1, rank=2)
     arrived = torch.zeros_like(gradient)
@@ -147,16 +170,31 @@ def test_top_k_sends_the_largest_and_power_sgd_is_exact_for_thin_matrices() -> N
 
 
 def command(*arguments: str, ranks: int = 3) -> list[str]:
-    return [sys.executable, str(ROOT / "scripts/train.py"), f"launch.nproc={ranks}", "launch.threads=1", "model=tiny",
-            "eval.every=0", "hydra.run.dir=run", *arguments]  # fmt: skip
+    return [
+        sys.executable,
+        str(ROOT / "scripts/train.py"),
+        f"launch.nproc={ranks}",
+        "launch.threads=1",
+        "model=tiny",
+        "eval.every=0",
+        "hydra.run.dir=run",
+        *arguments,
+    ]
 
 
 def run(folder: Path, cache: Path, *arguments: str, ranks: int = 3) -> dict[str, Any]:
     """A run's summary, with the losses of its steps."""
     folder.mkdir(exist_ok=True)
-    ended = warm.run(command(*arguments, ranks=ranks), cwd=folder, env=os.environ | {"DTRAIN_CACHE": str(cache)}, timeout=400)  # fmt: skip
+    ended = warm.run(
+        command(*arguments, ranks=ranks),
+        cwd=folder,
+        env=os.environ | {"DTRAIN_CACHE": str(cache)},
+        timeout=400,
+    )
     assert ended.returncode == 0, ended.stderr[-3000:]
-    lines = [json.loads(line) for line in (folder / "run" / "metrics.jsonl").read_text().splitlines()]
+    lines = [
+        json.loads(line) for line in (folder / "run" / "metrics.jsonl").read_text().splitlines()
+    ]
     return json.loads((folder / "run" / "summary.json").read_text()) | {"lines": lines}
 
 
@@ -166,11 +204,20 @@ def losses(summary: dict[str, Any]) -> list[float]:
 
 @pytest.mark.parametrize("servers", [pytest.param(1, marks=pytest.mark.deep), 2])
 def test_sync_is_ddp(servers: int, tmp_path: Path, cache: Path) -> None:
-    """In fp64: losses, norms and the evaluation; with clipping that cuts, on one server and on two."""
+    """In fp64: losses, norms and the evaluation; with clipping that cuts, on one server and on
+    two.
+    """
     same = ["dtype=fp64", "steps=8", "eval.every=4", "clip_norm=0.3"]
     expected = run(tmp_path / "ddp", cache, "strategy=ddp", *same, ranks=2)
-    found = run(tmp_path / "ps", cache, "strategy=parameter_server", "strategy.dp.mode=sync", f"strategy.dp.servers={servers}",
-                *same, ranks=2 + servers)  # fmt: skip
+    found = run(
+        tmp_path / "ps",
+        cache,
+        "strategy=parameter_server",
+        "strategy.dp.mode=sync",
+        f"strategy.dp.servers={servers}",
+        *same,
+        ranks=2 + servers,
+    )
     assert losses(found) == pytest.approx(losses(expected), rel=1e-12)
     assert [line["grad_norm"] for line in found["lines"]] == pytest.approx(
         [line["grad_norm"] for line in expected["lines"]], rel=1e-9
@@ -180,7 +227,9 @@ def test_sync_is_ddp(servers: int, tmp_path: Path, cache: Path) -> None:
 
 
 def test_async_counts_what_it_does(tmp_path: Path, cache: Path) -> None:
-    found = run(tmp_path, cache, "strategy=parameter_server", "steps=20", "global_batch_size=12", ranks=4)
+    found = run(
+        tmp_path, cache, "strategy=parameter_server", "steps=20", "global_batch_size=12", ranks=4
+    )
     told = found["profile"]["asynchronous"]
     assert told["updates"] == 60 == sum(told["staleness"].values())
     seconds = sum(line["step_seconds"] for line in found["lines"])
@@ -190,16 +239,27 @@ def test_async_counts_what_it_does(tmp_path: Path, cache: Path) -> None:
     assert losses(found)[-1] < losses(found)[0] - 0.3 and not found["synchronous"]
     assert [line["updates"] for line in found["lines"]] == [3 * step for step in range(1, 21)]
     server, *workers = (rank["traffic"][0] for rank in found["profile"]["ranks"])
-    sent = sum(each["wire_bytes"] for each in workers)  # as many gradients as the server sends weights
+    # as many gradients as the server sends weights
+    sent = sum(each["wire_bytes"] for each in workers)
     assert server["wire_bytes"] == pytest.approx(sent) and sent > 0
 
 
-@pytest.mark.parametrize(("mode", "gap"), [("bounded", 2), pytest.param("async", None, marks=pytest.mark.deep)])
+@pytest.mark.parametrize(
+    ("mode", "gap"), [("bounded", 2), pytest.param("async", None, marks=pytest.mark.deep)]
+)
 def test_a_slow_worker_is_ahead_of_nobody_and_holds_up_only_who_must_wait(
     mode: str, gap: int | None, tmp_path: Path, cache: Path
 ) -> None:
-    found = run(tmp_path, cache, "strategy=parameter_server", f"strategy.dp.mode={mode}", "strategy.dp.max_staleness=2",
-                "steps=16", "inject.straggler.rank=1", "inject.straggler.factor=10")  # fmt: skip
+    found = run(
+        tmp_path,
+        cache,
+        "strategy=parameter_server",
+        f"strategy.dp.mode={mode}",
+        "strategy.dp.max_staleness=2",
+        "steps=16",
+        "inject.straggler.rank=1",
+        "inject.straggler.factor=10",
+    )
     told = found["profile"]["asynchronous"]
     slow, fast = (told["workers"][worker]["gradients"] for worker in ("0", "1"))
     assert slow + fast == 32
@@ -212,7 +272,11 @@ def test_a_slow_worker_is_ahead_of_nobody_and_holds_up_only_who_must_wait(
 def processes(folder: Path, rank: int) -> list[int]:
     """Of the workers that a rank has looked after, as its log tells."""
     log = folder / "run" / "logs" / f"rank{rank}.log"
-    return [int(number) for number in re.findall(r"worker \d+, process (\d+)", log.read_text())] if log.exists() else []
+    return (
+        [int(number) for number in re.findall(r"worker \d+, process (\d+)", log.read_text())]
+        if log.exists()
+        else []
+    )
 
 
 def lines_of(folder: Path) -> int:
@@ -222,13 +286,26 @@ def lines_of(folder: Path) -> int:
 
 def started(folder: Path, cache: Path, *arguments: str, ranks: int = 3) -> warm.Process:
     folder.mkdir(exist_ok=True)
-    return warm.popen(command("strategy=parameter_server", *arguments, ranks=ranks), cwd=folder, env=os.environ | {"DTRAIN_CACHE": str(cache)})  # fmt: skip
+    return warm.popen(
+        command("strategy=parameter_server", *arguments, ranks=ranks),
+        cwd=folder,
+        env=os.environ | {"DTRAIN_CACHE": str(cache)},
+    )
 
 
 @pytest.mark.parametrize("servers", [1, pytest.param(2, marks=pytest.mark.deep)])
-def test_a_killed_worker_stops_nobody_and_comes_back(servers: int, tmp_path: Path, cache: Path) -> None:
-    process = started(tmp_path, cache, "steps=60", "checkpoint.every=20", "eval.every=1", f"strategy.dp.servers={servers}",
-                      ranks=2 + servers)  # fmt: skip
+def test_a_killed_worker_stops_nobody_and_comes_back(
+    servers: int, tmp_path: Path, cache: Path
+) -> None:
+    process = started(
+        tmp_path,
+        cache,
+        "steps=60",
+        "checkpoint.every=20",
+        "eval.every=1",
+        f"strategy.dp.servers={servers}",
+        ranks=2 + servers,
+    )
     until(lambda: lines_of(tmp_path) >= 10)
     os.kill(processes(tmp_path, servers + 1)[0], signal.SIGKILL)
     before = lines_of(tmp_path)
@@ -248,7 +325,9 @@ def test_killed_workers_of_two_servers_change_nothing(tmp_path: Path, cache: Pat
     same = ["dtype=fp64", "steps=80", "clip_norm=0.3"]
     expected = run(tmp_path / "ddp", cache, "strategy=ddp", *same, ranks=2)
     folder = tmp_path / "killed"
-    process = started(folder, cache, *same, "strategy.dp.mode=sync", "strategy.dp.servers=2", ranks=4)
+    process = started(
+        folder, cache, *same, "strategy.dp.mode=sync", "strategy.dp.servers=2", ranks=4
+    )
     for rank, life in ((2, 0), (3, 0), (2, 1)):
         until(lambda: lines_of(folder) >= 10 and len(processes(folder, rank)) > life)  # noqa: B023
         before = lines_of(folder)
@@ -256,22 +335,32 @@ def test_killed_workers_of_two_servers_change_nothing(tmp_path: Path, cache: Pat
         os.kill(processes(folder, rank)[life], signal.SIGKILL)
     _, err = process.communicate(timeout=400)
     assert process.returncode == 0, err[-2000:]
-    lines = [json.loads(line)["loss"] for line in (folder / "run" / "metrics.jsonl").read_text().splitlines()]
+    lines = [
+        json.loads(line)["loss"]
+        for line in (folder / "run" / "metrics.jsonl").read_text().splitlines()
+    ]
     assert lines == pytest.approx(losses(expected), rel=1e-12)
     told = json.loads((folder / "run" / "summary.json").read_text())["profile"]["asynchronous"]
     assert told["updates"] == 80
-    assert told["lives"]["0"] >= 2 and told["lives"]["1"] == 2  # the second of worker 0 may end before it begins
+    # the second of worker 0 may end before it begins
+    assert told["lives"]["0"] >= 2 and told["lives"]["1"] == 2
     assert len(processes(folder, 2)) == 3 and len(processes(folder, 3)) == 2
 
 
 @pytest.mark.deep
-def test_a_stopped_worker_is_replaced_and_a_long_evaluation_costs_none(tmp_path: Path, cache: Path) -> None:
-    process = started(tmp_path, cache, "steps=40", "eval.every=20", "eval.batches=1500", "launch.timeout_s=5")
+def test_a_stopped_worker_is_replaced_and_a_long_evaluation_costs_none(
+    tmp_path: Path, cache: Path
+) -> None:
+    process = started(
+        tmp_path, cache, "steps=40", "eval.every=20", "eval.batches=1500", "launch.timeout_s=5"
+    )
     until(lambda: lines_of(tmp_path) >= 25)
     os.kill(processes(tmp_path, 2)[0], signal.SIGSTOP)
     _, err = process.communicate(timeout=400)
     assert process.returncode == 0, err[-2000:]
-    lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    lines = [
+        json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
+    ]
     assert len(lines) == 40 and "val_loss" in lines[-1]
     told = json.loads((tmp_path / "run" / "summary.json").read_text())["profile"]["asynchronous"]
     assert told["updates"] == 80
@@ -282,7 +371,13 @@ def test_a_stopped_worker_is_replaced_and_a_long_evaluation_costs_none(tmp_path:
 @pytest.mark.deep
 def test_a_killed_server_goes_on_from_its_checkpoint(tmp_path: Path, cache: Path) -> None:
     """In sync mode the losses after it are those of an uninterrupted run."""
-    same = ["strategy=parameter_server", "strategy.dp.mode=sync", "dtype=fp64", "steps=60", "checkpoint.every=10"]
+    same = [
+        "strategy=parameter_server",
+        "strategy.dp.mode=sync",
+        "dtype=fp64",
+        "steps=60",
+        "checkpoint.every=10",
+    ]
     expected = run(tmp_path / "whole", cache, *same)
     cut = tmp_path / "cut"
     process = started(cut, cache, *same)
@@ -294,12 +389,17 @@ def test_a_killed_server_goes_on_from_its_checkpoint(tmp_path: Path, cache: Path
     process.communicate()
     at = about(latest)["step"]
     found = run(cut, cache, *same, "resume=latest")
-    assert losses(found)[at:] == pytest.approx(losses(expected)[at:], rel=1e-12) and len(losses(found)) == 60
+    assert (
+        losses(found)[at:] == pytest.approx(losses(expected)[at:], rel=1e-12)
+        and len(losses(found)) == 60
+    )
 
 
 @pytest.mark.parametrize(("options", "said"), [
-    ({"mode": "later"}, "mode=later must be one of async, bounded, sync"), ({"compression": "zip"}, "compression=zip must be one of"),
-    ({"servers": 0}, "servers=0 must be at least 1"), ({"top_k_fraction": 0.0}, "top_k_fraction=0.0 must be above 0"),
+    ({"mode": "later"}, "mode=later must be one of async, bounded, sync"),
+    ({"compression": "zip"}, "compression=zip must be one of"),
+    ({"servers": 0}, "servers=0 must be at least 1"),
+    ({"top_k_fraction": 0.0}, "top_k_fraction=0.0 must be above 0"),
 ])  # fmt: skip
 def test_impossible_options_are_refused(options: dict[str, Any], said: str) -> None:
     with pytest.raises(ValueError, match="strategy.dp.") as error:
@@ -309,7 +409,8 @@ def test_impossible_options_are_refused(options: dict[str, Any], said: str) -> N
 
 @pytest.mark.parametrize(("case", "size", "strategies", "said"), [
     (Case("next_token", "ps"), 1, [ParameterServer], "start 2 or more"),
-    (Case("next_token", "ps"), 4, [lambda: ParameterServer(2), lambda: FSDP(2)], "stands alone, not beside fsdp"),
+    (Case("next_token", "ps"), 4, [lambda: ParameterServer(2), lambda: FSDP(2)],
+     "stands alone, not beside fsdp"),
     (Case("next_token", "ps", model=(("n_experts", 4),)), 3, [ParameterServer], "use ddp"),
     (Case("next_token", "ps", compile=True), 3, [ParameterServer], "use compile=false"),
     (Case("next_token", "ps"), 6, [ParameterServer], "not divisible"),
@@ -323,9 +424,18 @@ def test_what_it_cannot_train_is_refused_in_one_line(
 
 
 @pytest.mark.parametrize("setting", ["inject.missed_collective.rank=1", "inject.straggler.rank=0"])
-def test_a_rank_that_it_cannot_hold_up_is_refused(setting: str, tmp_path: Path, cache: Path) -> None:
-    ended = warm.run(command("strategy=parameter_server", setting), cwd=tmp_path, env=os.environ | {"DTRAIN_CACHE": str(cache)})  # fmt: skip
-    assert ended.returncode == 2 and f"{setting} does nothing under strategy parameter_server" in ended.stderr
+def test_a_rank_that_it_cannot_hold_up_is_refused(
+    setting: str, tmp_path: Path, cache: Path
+) -> None:
+    ended = warm.run(
+        command("strategy=parameter_server", setting),
+        cwd=tmp_path,
+        env=os.environ | {"DTRAIN_CACHE": str(cache)},
+    )
+    assert (
+        ended.returncode == 2
+        and f"{setting} does nothing under strategy parameter_server" in ended.stderr
+    )
     assert len(ended.stderr.strip().splitlines()) == 1
 
 

@@ -20,8 +20,12 @@ from dtrain.strategy.replicate import Replicate
 from dtrain.strategy.tensor.layers import refuse_lost_rows
 
 
-@given(st.dictionaries(st.sampled_from(["pp", "dp", "fsdp", "tp"]), st.sampled_from([-1, 1, 2, 3, 4]), min_size=1),
-       st.integers(1, 48))  # fmt: skip
+@given(
+    st.dictionaries(
+        st.sampled_from(["pp", "dp", "fsdp", "tp"]), st.sampled_from([-1, 1, 2, 3, 4]), min_size=1
+    ),
+    st.integers(1, 48),
+)
 def test_degrees_fill_the_world_or_are_refused(degrees: dict[str, int], world: int) -> None:
     try:
         filled = fill(degrees, world)
@@ -42,7 +46,9 @@ def test_degrees_fill_the_world_or_are_refused(degrees: dict[str, int], world: i
         ({}, 1, {}),
     ],
 )
-def test_the_rest_of_the_world_is_shared_out(degrees: dict[str, int], world: int, expected: dict[str, int]) -> None:
+def test_the_rest_of_the_world_is_shared_out(
+    degrees: dict[str, int], world: int, expected: dict[str, int]
+) -> None:
     assert fill(degrees, world) == expected
 
 
@@ -51,14 +57,28 @@ def test_the_rest_of_the_world_is_shared_out(degrees: dict[str, int], world: int
     [
         ([], 2, r"strategy single uses 1 rank, the job has 2 \(choose a strategy: ddp, fsdp"),
         ([DDP(3)], 4, "strategy dp=3 uses 3 ranks, the job has 4"),
-        ([Replicate(2), FSDP()], 5, "strategy dp=2 x fsdp=rest uses a multiple of 2 ranks, the job has 5"),
-        ([Replicate(), FSDP()], 2, "needs at least 2 ranks on each of dp and fsdp: 4 or more in all, the job has 2"),
-        ([DDP(2), FSDP(2)], 4, "ddp stands alone: beside fsdp it would train wrong weights; use replicate"),
+        (
+            [Replicate(2), FSDP()],
+            5,
+            "strategy dp=2 x fsdp=rest uses a multiple of 2 ranks, the job has 5",
+        ),
+        (
+            [Replicate(), FSDP()],
+            2,
+            "needs at least 2 ranks on each of dp and fsdp: 4 or more in all, the job has 2",
+        ),
+        (
+            [DDP(2), FSDP(2)],
+            4,
+            "ddp stands alone: beside fsdp it would train wrong weights; use replicate",
+        ),
         ([DDP(), Replicate()], 4, "DDP and Replicate both want the axis dp"),
         ([FSDP(0)], 4, r"strategy.fsdp.degree=0 must be at least 1, or -1"),
     ],
 )
-def test_impossible_plans_are_refused_with_the_numbers(strategies: list[Strategy], world: int, message: str) -> None:
+def test_impossible_plans_are_refused_with_the_numbers(
+    strategies: list[Strategy], world: int, message: str
+) -> None:
     with pytest.raises(ValueError, match=message):
         Plan.of(strategies, world)
 
@@ -66,11 +86,18 @@ def test_impossible_plans_are_refused_with_the_numbers(strategies: list[Strategy
 def test_rows_that_do_not_come_out_even_are_refused() -> None:
     plan = Plan.of([DDP()], 4)
     assert plan.micro_batches(16, None) == 1 and plan.micro_batches(16, 2) == 2
-    with pytest.raises(ValueError, match="global_batch_size=10 is not divisible by 4 data-parallel ranks x "
-                                         "micro_batch_size=2: use global_batch_size=8 or 16"):  # fmt: skip
+    with pytest.raises(
+        ValueError,
+        match="global_batch_size=10 is not divisible by 4 data-parallel ranks x "
+        "micro_batch_size=2: use global_batch_size=8 or 16",
+    ):
         plan.micro_batches(10, 2)
     with pytest.raises(
-        ValueError, match="global_batch_size=7 is not divisible by 4 data-parallel ranks: use global_batch_size=4 or 8"
+        ValueError,
+        match=(
+            "global_batch_size=7 is not divisible by 4 data-parallel ranks: use "
+            "global_batch_size=4 or 8"
+        ),
     ):
         plan.micro_batches(7, None)
 
@@ -82,7 +109,8 @@ def test_micro_batches_have_as_many_rows_as_are_asked_for_or_are_refused(
     plan = Plan.of([DDP(ranks)], ranks)
     if rows % (ranks * (each or 1)):
         with pytest.raises(
-            ValueError, match=f"global_batch_size={rows} is not divisible by {ranks} data-parallel ranks"
+            ValueError,
+            match=f"global_batch_size={rows} is not divisible by {ranks} data-parallel ranks",
         ):
             plan.micro_batches(rows, each)
     else:
@@ -97,7 +125,10 @@ def test_strategies_are_ordered_whatever_the_user_writes() -> None:
 
 def _verified(strategy: str, size: int) -> dict[str, tuple[int, ...]]:
     made = trainer(Case("next_token", strategy, steps=1), size)
-    return {n: tuple(getattr(p, "to_local", lambda p=p: p)().shape) for n, p in made.models["model"].named_parameters()}
+    return {
+        n: tuple(getattr(p, "to_local", lambda p=p: p)().shape)
+        for n, p in made.models["model"].named_parameters()
+    }
 
 
 def test_fsdp_holds_a_slice_and_ddp_the_whole(world) -> None:
@@ -105,7 +136,12 @@ def test_fsdp_holds_a_slice_and_ddp_the_whole(world) -> None:
     assert [shapes[name] for shapes in world(4).run(_verified, "fsdp", 4)] == [(6,)] * 4
     assert [shapes[name] for shapes in world(4).run(_verified, "hsdp", 4)] == [(12,)] * 4
     assert [shapes[f"module.{name}"] for shapes in world(4).run(_verified, "ddp", 4)] == [(24,)] * 4
-    assert [s["embedding.token.weight"][0] for s in world(4).run(_verified, "fsdp", 4)] == [16, 16, 16, 13]
+    assert [s["embedding.token.weight"][0] for s in world(4).run(_verified, "fsdp", 4)] == [
+        16,
+        16,
+        16,
+        13,
+    ]
 
 
 def _quietly_not_sharded(size: int) -> str:
@@ -128,7 +164,9 @@ def test_a_strategy_that_quietly_does_nothing_is_found(world) -> None:
 
 
 def _poisoned(strategy: str, size: int) -> tuple[str, bool]:
-    """Rank 1's rows give an infinite loss at step 3; what is said, and are the weights still finite?"""
+    """Rank 1's rows give an infinite loss at step 3; what is said, and are the weights still
+    finite?
+    """
     from dtrain.train import NonFinite
 
     made = trainer(Case("gan", strategy, steps=5), size)
@@ -161,7 +199,9 @@ def test_a_loss_that_is_not_finite_names_step_rank_and_batch(strategy: str, worl
 def _with_batch_norm(size: int) -> str:
     plan = Plan.of([DDP()], size).connect()
     try:
-        plan.parallelize(lambda: torch.nn.Sequential(torch.nn.Linear(4, 4), torch.nn.BatchNorm1d(4)), 0)
+        plan.parallelize(
+            lambda: torch.nn.Sequential(torch.nn.Linear(4, 4), torch.nn.BatchNorm1d(4)), 0
+        )
     except ValueError as error:
         return str(error)
     return ""
@@ -169,7 +209,8 @@ def _with_batch_norm(size: int) -> str:
 
 def test_batch_norm_over_several_parts_is_refused(world) -> None:
     assert all(
-        "batch norm, whose statistics would be those of one rank's part" in s for s in world(2).run(_with_batch_norm, 2)
+        "batch norm, whose statistics would be those of one rank's part" in s
+        for s in world(2).run(_with_batch_norm, 2)
     )
 
 
@@ -182,7 +223,9 @@ def test_buffers_are_part_of_the_state(alone) -> None:
 
 @given(st.integers(1, 400), st.integers(2, 4), st.integers(1, 8))
 def test_torch_finds_rows_that_tp_divides(parts: int, tp: int, fsdp: int) -> None:
-    """So only sizes that tp does not divide can be refused; and two sharded ranks never lose count."""
+    """So only sizes that tp does not divide can be refused; and two sharded ranks never lose
+    count.
+    """
     with torch.device("meta"):
         divided, any_size = (Transformer(rows, 4, 4 * tp, 1, tp) for rows in (parts * tp, parts))
     refuse_lost_rows(divided, tp, fsdp)
@@ -190,11 +233,16 @@ def test_torch_finds_rows_that_tp_divides(parts: int, tp: int, fsdp: int) -> Non
 
 
 def test_rows_that_torch_would_lose_are_refused() -> None:
-    """GPT-2's 50,257 words on two by four ranks: some would be given rows of others, and the rest wait for them."""
+    """GPT-2's 50,257 words on two by four ranks: some would be given rows of others, and the
+    rest wait for them.
+    """
     said = (
-        "torch loses count of the 61 rows of embedding.token.weight, cut by tp=2 and then by fsdp=3: use 60 or 62 rows"
+        "torch loses count of the 61 rows of embedding.token.weight, cut by tp=2 and then by "
+        "fsdp=3: use 60 or 62 rows"
     )
-    assert said in refusal(Case("next_token", "fsdp_tensor"), 6) and not refusal(Case("next_token", "fsdp_tensor"), 4)
+    assert said in refusal(Case("next_token", "fsdp_tensor"), 6) and not refusal(
+        Case("next_token", "fsdp_tensor"), 4
+    )
     with torch.device("meta"):
         model = Transformer(50257, 4, 8, 1, 2)
     with pytest.raises(ValueError, match="50257 rows .* use 50256 or 50258 rows"):

@@ -134,12 +134,16 @@ def test_an_epoch_has_no_target_twice(size: int, seq_len: int, epoch: int, seed:
 
 
 def test_what_one_epoch_cuts_off_at_the_beginning_another_reads() -> None:
-    """And at the end: every offset comes, so that every token but the first is a target; rows come in other orders."""
+    """And at the end: every offset comes, so that every token but the first is a target; rows
+    come in other orders.
+    """
     windows = Windows(np.arange(65, dtype=np.uint16), seq_len=8, seed=1)
     epochs = [windows.batch(epoch, windows.per_epoch) for epoch in range(EPOCHS)]
     rows = [batch[:, 0].tolist() for batch in epochs]
     assert {min(row) for row in rows} == set(range(9))
-    assert {target for batch in epochs for target in batch[:, 1:].flatten().tolist()} == set(range(1, 65))
+    assert {target for batch in epochs for target in batch[:, 1:].flatten().tolist()} == set(
+        range(1, 65)
+    )
     assert len({tuple(x - min(row) for x in row) for row in rows}) > EPOCHS / 2
 
 
@@ -157,9 +161,11 @@ def numbers(tokens: int) -> Any:
     made = np.arange(tokens, dtype=np.uint16)
     windows = {"train": made, "validation": made}
     return SimpleNamespace(
-        name="numbers", tokenizer=Bytes(), vocab_size=tokens,
+        name="numbers",
+        tokenizer=Bytes(),
+        vocab_size=tokens,
         windows=lambda split, seq_len, seed: Windows(windows[split], seq_len=seq_len, seed=seed),
-    )  # fmt: skip
+    )
 
 
 @pytest.fixture

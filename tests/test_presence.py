@@ -1,4 +1,5 @@
-"""Which gradients there are: rows that use other parameters than others do, and parameters that no row uses.
+"""Which gradients there are: rows that use other parameters than others do, and parameters that no
+row uses.
 
 The oracle is one process, which has a gradient of what any row used and steps nothing else.
 """
@@ -96,7 +97,9 @@ class Skipping(Ways):
 
 
 class Rows(Task):
-    """Steps in which all rows take one way, then a half, then here and there, then but the last, then but the first."""
+    """Steps in which all rows take one way, then a half, then here and there, then but the
+    last, then but the first.
+    """
 
     WAYS = ([0] * 12, [0] * 6 + [1] * 6, [0, 1] * 6, [0] * 11 + [1], [1] + [0] * 11)
 
@@ -105,7 +108,9 @@ class Rows(Task):
         self.updates = (Supervised("model", ("tokens", "ways"), cross_entropy, valid, correct),)
 
     def batch(self, step: int) -> Batch:
-        tokens = torch.randint(1, WORDS, (ROWS, TOKENS + 1), generator=torch.Generator().manual_seed(step))
+        tokens = torch.randint(
+            1, WORDS, (ROWS, TOKENS + 1), generator=torch.Generator().manual_seed(step)
+        )
         ways = torch.tensor(self.WAYS[step % len(self.WAYS)])[:, None].expand(-1, TOKENS)
         return {
             "tokens": tokens[:, :-1],
@@ -175,12 +180,15 @@ def expected(alone) -> Outcome:
     return trained("single", 1, None)
 
 
-ALIKE = ("zero2", "ddp_small_buckets", "tensor_sequence", "zbv", "hsdp")  # beside another of their kind
+# beside another of their kind
+ALIKE = ("zero2", "ddp_small_buckets", "tensor_sequence", "zbv", "hsdp")
 
 
 @pytest.mark.parametrize(
     ("strategy", "size", "micro"),
-    [pytest.param(*each, marks=[pytest.mark.deep] if each[0] in ALIKE or each == ("ddp", 2, None) else []) for each in PLANS],
+    [pytest.param(*each,
+                  marks=[pytest.mark.deep] if each[0] in ALIKE or each == ("ddp", 2,
+                                                                           None) else []) for each in PLANS],
     ids=str,
 )  # fmt: skip
 def test_what_rows_do_not_use_is_zeros_or_nothing(
@@ -212,12 +220,18 @@ def _whole(strategy: str, size: int) -> Outcome:
 
 
 @pytest.mark.parametrize("strategy", ["zero1", "fsdp", "1f1b"])
-def test_a_run_whose_steps_do_not_use_all_goes_on_from_its_checkpoint(strategy: str, world, tmp_path: Path) -> None:
-    """And what it saves, another resumes: weights that no step has used have no state there, and get none."""
+def test_a_run_whose_steps_do_not_use_all_goes_on_from_its_checkpoint(
+    strategy: str, world, tmp_path: Path
+) -> None:
+    """And what it saves, another resumes: weights that no step has used have no state there,
+    and get none.
+    """
     for other in (strategy, "allreduce"):
         task = _kept if other == strategy else _resumed
         for ours in world(2).run(task, str(tmp_path), other, 2):
-            assert not [name for name in ours.weights if "spare" in name and name.startswith("optimizer.")]
+            assert not [
+                name for name in ours.weights if "spare" in name and name.startswith("optimizer.")
+            ]
             assert {float(t) for n, t in ours.weights.items() if ".b.up.weight.step" in n} <= {
                 4.0,
                 5.0,
@@ -235,7 +249,9 @@ def _steps_of(folder: str) -> dict[str, float]:
     return {"first": finish(first).losses[-1], "second": finish(second).losses[-1]}
 
 
-def test_a_checkpoint_before_the_first_step_has_no_state_and_is_resumed(alone, tmp_path: Path) -> None:
+def test_a_checkpoint_before_the_first_step_has_no_state_and_is_resumed(
+    alone, tmp_path: Path
+) -> None:
     losses = _steps_of(str(tmp_path))
     assert losses["first"] == losses["second"]
 
@@ -251,7 +267,9 @@ def _looked(strategy: str) -> bool:
     looked.state()
     ours, theirs = finish(looked), finish(plain)
     same = ours.weights.keys() == theirs.weights.keys() and ours.losses == theirs.losses
-    return same and all(torch.equal(tensor, theirs.weights[name]) for name, tensor in ours.weights.items())
+    return same and all(
+        torch.equal(tensor, theirs.weights[name]) for name, tensor in ours.weights.items()
+    )
 
 
 def sgd(model: nn.Module) -> torch.optim.Optimizer:
@@ -305,7 +323,9 @@ class Soon(Rows):
 
 
 class Later(Rows):
-    """In the fourth step one rank has rows of both ways, and the other of one: it runs a block less."""
+    """In the fourth step one rank has rows of both ways, and the other of one: it runs a block
+    less.
+    """
 
     WAYS = ([0, 1] * 6, [0, 1] * 6, [0, 1] * 6, [0, 1] * 3 + [1] * 6)
 
@@ -328,7 +348,10 @@ def _refused(strategy: str, task: Task, *, ours: bool = False) -> str:
 def test_blocks_that_ranks_do_not_run_alike_are_refused(strategy: str, world) -> None:
     """Before their messages: of one size they would be taken for each other's."""
     for rank, said in enumerate(world(2).run(_refused, strategy, Settled(Skipping))):
-        assert said.startswith(f"3: 1 of 2 ranks go on to blocks.{rank}") and "use strategy=ddp, allreduce" in said
+        assert (
+            said.startswith(f"3: 1 of 2 ranks go on to blocks.{rank}")
+            and "use strategy=ddp, allreduce" in said
+        )
 
 
 @pytest.mark.parametrize("strategy", ["fsdp", "replicate"])
@@ -340,11 +363,16 @@ def test_how_often_each_block_has_run_is_compared_of_every_model(strategy: str, 
 
 @pytest.mark.parametrize("task", [Soon, Settled, Later])
 @pytest.mark.parametrize("strategy", ["fsdp", "replicate"])
-def test_blocks_of_two_sizes_are_refused_before_their_messages(strategy: str, task: type[Task], world) -> None:
+def test_blocks_of_two_sizes_are_refused_before_their_messages(
+    strategy: str, task: type[Task], world
+) -> None:
     """In whatever step; and where one rank runs less than the other."""
     number = len(task.WAYS) - 1
     first, second = world(2).run(_refused, strategy, task(Uneven))
-    assert first.startswith(f"{number}: 1 of 2 ranks go on to blocks.0") and "use strategy=ddp, allreduce" in first
+    assert (
+        first.startswith(f"{number}: 1 of 2 ranks go on to blocks.0")
+        and "use strategy=ddp, allreduce" in first
+    )
     assert second.startswith(f"{number}: 1 of 2 ranks go on to blocks.1")
 
 
@@ -375,16 +403,32 @@ def test_a_block_that_a_rank_leaves_out_late_is_left_out_by_all_or_ends_the_run(
 ) -> None:
     """When ranks call no more, since all have run the same for some updates."""
     (tmp_path / "late.py").write_text(LATE.replace("STEPS", "5").replace("ALIKE", str(alike)))
-    command = [*PYTHON, "~model", "+model._target_=late.Late", "probe=false", "strategy=fsdp", "launch.nproc=2", "steps=9",
-               "launch.timeout_s=6", "eval.every=0", "seq_len=8", "global_batch_size=4", "launch.threads=1"]  # fmt: skip
+    command = [
+        *PYTHON,
+        "~model",
+        "+model._target_=late.Late",
+        "probe=false",
+        "strategy=fsdp",
+        "launch.nproc=2",
+        "steps=9",
+        "launch.timeout_s=6",
+        "eval.every=0",
+        "seq_len=8",
+        "global_batch_size=4",
+        "launch.threads=1",
+    ]
     environment = {**os.environ, "DTRAIN_CACHE": str(cache), "PYTHONPATH": str(tmp_path)}
     process = warm.popen(command, cwd=tmp_path, env=environment)
     out, err = process.communicate()
     if alike:
         assert (process.returncode, err) == (0, "") and "step      9" in out
     else:
-        said = ("dtrain: rank 1: rank 1 goes on to the backward pass, and others to something else: fsdp and replicate "
-                "exchange a block when it runs, so all ranks must run it alike; use strategy=ddp, allreduce or zero1")  # fmt: skip
+        said = (
+            "dtrain: rank 1: rank 1 goes on to the backward pass, and others to something else: "
+            "fsdp and replicate "
+            "exchange a block when it runs, so all ranks must run it alike; use strategy=ddp, "
+            "allreduce or zero1"
+        )
         assert process.returncode == 2 and said in err.splitlines() and "Traceback" not in err
 
 
@@ -408,11 +452,16 @@ class Frozen(Ways):
 
 @pytest.mark.parametrize(
     ("strategy", "size"),
-    [*((each, 2) for each in ("1f1b", "gpipe", "interleaved_1f1b", "ddp", "fsdp", "zero1", "tensor")), ("pipeline_fsdp", 4)],
+    [*((each, 2) for each in ("1f1b", "gpipe", "interleaved_1f1b", "ddp", "fsdp", "zero1",
+                              "tensor")), ("pipeline_fsdp", 4)],
 )  # fmt: skip
-def test_what_is_frozen_stays_as_it_is_also_a_whole_stage(strategy: str, size: int, world, alone) -> None:
+def test_what_is_frozen_stays_as_it_is_also_a_whole_stage(
+    strategy: str, size: int, world, alone
+) -> None:
     expected = trained("single", 1, None, task=Rows(Frozen))
-    assert_all_equal(world(size).run(partial(trained, task=Rows(Frozen)), strategy, size, 2), expected, TOLERANCE)
+    assert_all_equal(
+        world(size).run(partial(trained, task=Rows(Frozen)), strategy, size, 2), expected, TOLERANCE
+    )
 
 
 class Transposed(Ways):

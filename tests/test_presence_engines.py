@@ -1,4 +1,6 @@
-"""The same of others' engines: rows that use other parameters, weights that no row uses, ranks that own none."""
+"""The same of others' engines: rows that use other parameters, weights that no row uses, ranks
+that own none.
+"""
 
 from __future__ import annotations
 
@@ -83,7 +85,9 @@ def _looked(strategy: str, size: int, model: type[nn.Module], look: bool) -> Out
 
 @pytest.mark.parametrize("stage", [1, 3])
 def test_a_rank_that_owns_no_weight_says_none(stage: int, world) -> None:
-    """It said its own copy's, under the owner's names; and looking at the state before the first step changes nothing."""
+    """It said its own copy's, under the owner's names; and looking at the state before the
+    first step changes nothing.
+    """
     strategy = f"deepspeed zero{stage}"
     expected = world(2).run(_looked, "single", 1, One, False)[0]
     for look in (False, True):
@@ -104,7 +108,9 @@ def _saved(folder: str, model: type[nn.Module]) -> None:
 def _resumed(folder: str, strategy: str, model: type[nn.Module]) -> str:
     run = of(strategy, 2, None, task=Rows(model), dtype="fp32")
     try:
-        run.load(partial(load, find(folder, Path(folder), Path(folder), fallback=False, note=print)))
+        run.load(
+            partial(load, find(folder, Path(folder), Path(folder), fallback=False, note=print))
+        )
     except ValueError as error:
         return str(error)
     return ""
@@ -139,7 +145,9 @@ class Both(Rows):
 
 
 @pytest.mark.parametrize("strategy", ["deepspeed zero1", "deepspeed zero3", "accelerate_zero2"])
-def test_what_is_frozen_is_no_matter_to_engines(strategy: str, world, alone, tmp_path: Path) -> None:
+def test_what_is_frozen_is_no_matter_to_engines(
+    strategy: str, world, alone, tmp_path: Path
+) -> None:
     """As they say themselves, who refuse what is not used. Their checkpoints have it too."""
     expected = _gone_on("single", 1, str(tmp_path / "one"))
     found = world(2).run(_gone_on, strategy, 2, str(tmp_path / "two"))
@@ -150,7 +158,9 @@ def test_what_is_frozen_is_no_matter_to_engines(strategy: str, world, alone, tmp
 
 def _gone_on(strategy: str, size: int, folder: str) -> Outcome:
     """Two steps, a checkpoint, and a third by a run that began with other weights."""
-    first, second = (of(strategy, size, None, task=Both(Frozen), steps=n, dtype="fp32", seed=n) for n in (2, 3))
+    first, second = (
+        of(strategy, size, None, task=Both(Frozen), steps=n, dtype="fp32", seed=n) for n in (2, 3)
+    )
     for _ in first.steps():
         pass
     Checkpoints(Path(folder), keep_last=1).save(2, first.state(), {"tokens": 0})
@@ -189,7 +199,9 @@ def test_what_its_author_keeps_in_evaluation_no_engine_wakes(strategy: str, worl
     assert_all_equal(found, expected, TOLERANCE)
 
 
-@pytest.mark.parametrize(("model", "why"), [(Ways, "spare"), (Late, "have been stepped 1 to 2 times")])
+@pytest.mark.parametrize(
+    ("model", "why"), [(Ways, "spare"), (Late, "have been stepped 1 to 2 times")]
+)
 def test_states_that_deepspeed_cannot_keep_are_refused(
     model: type[nn.Module], why: str, world, alone, tmp_path
 ) -> None:

@@ -1,4 +1,6 @@
-"""What loggers, logs of ranks and tables tell, read back by something else than what has written it."""
+"""What loggers, logs of ranks and tables tell, read back by something else than what has
+written it.
+"""
 
 from __future__ import annotations
 
@@ -31,9 +33,16 @@ from dtrain.report.tensorboard import TensorBoard
 from dtrain.report.terminal import HIDDEN, Terminal
 from dtrain.report.tracker import Tracker
 
-STEPS = [{"step": 7, "loss": 2.5, "tokens": 64}, {"step": 8, "loss": 0.0, "tokens": 128, "val_loss": 1.5},
-         {"step": 30, "loss": 1.25, "tokens": 192, "val_loss": None}]  # fmt: skip
-TOLD = {"loss": [(7, 2.5), (8, 0.0), (30, 1.25)], "tokens": [(7, 64), (8, 128), (30, 192)], "val_loss": [(8, 1.5)]}
+STEPS = [
+    {"step": 7, "loss": 2.5, "tokens": 64},
+    {"step": 8, "loss": 0.0, "tokens": 128, "val_loss": 1.5},
+    {"step": 30, "loss": 1.25, "tokens": 192, "val_loss": None},
+]
+TOLD = {
+    "loss": [(7, 2.5), (8, 0.0), (30, 1.25)],
+    "tokens": [(7, 64), (8, 128), (30, 192)],
+    "val_loss": [(8, 1.5)],
+}
 
 
 def a_run(folder: Path, **config: Any) -> Run:
@@ -94,24 +103,45 @@ def accelerate(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "accelerate.tracking", tracking)
 
 
-def test_a_tracker_is_told_every_figure_at_its_step_and_the_configuration(accelerate: None, tmp_path: Path) -> None:
-    """Settings by dotted names, since some trackers take no mappings; what is no plain value in words."""
+def test_a_tracker_is_told_every_figure_at_its_step_and_the_configuration(
+    accelerate: None, tmp_path: Path
+) -> None:
+    """Settings by dotted names, since some trackers take no mappings; what is no plain value in
+    words.
+    """
     logger = Tracker("ours", project="p", options={"mode": "offline"})
     logger.start(
-        a_run(tmp_path, steps=30, clip_norm=None, eval={"every": 0, "to": {"a": True}}, optimizer={"betas": [0.9]})
+        a_run(
+            tmp_path,
+            steps=30,
+            clip_norm=None,
+            eval={"every": 0, "to": {"a": True}},
+            optimizer={"betas": [0.9]},
+        )
     )
     for figures in STEPS:
         logger.step(figures)
     (tracker,) = Recorded.made
     assert tracker.told == TOLD and not tracker.ended
     logger.close()
-    assert tracker.ended and (tracker.name, tracker.options) == ("p", {"mode": "offline", "logging_dir": str(tmp_path)})
-    assert tracker.configuration == {"steps": 30, "clip_norm": "None", "eval.every": 0, "eval.to.a": True,
-                                     "optimizer.betas": "[0.9]"}  # fmt: skip
+    assert tracker.ended and (tracker.name, tracker.options) == (
+        "p",
+        {"mode": "offline", "logging_dir": str(tmp_path)},
+    )
+    assert tracker.configuration == {
+        "steps": 30,
+        "clip_norm": "None",
+        "eval.every": 0,
+        "eval.to.a": True,
+        "optimizer.betas": "[0.9]",
+    }
 
 
 def test_a_tracker_that_is_not_there_is_refused(accelerate: None) -> None:
-    for name, said in (("mine", "is unknown: use ours, theirs"), ("theirs", "not installed: pip install theirs")):
+    for name, said in (
+        ("mine", "is unknown: use ours, theirs"),
+        ("theirs", "not installed: pip install theirs"),
+    ):
         with pytest.raises(ValueError, match=f"logger.tracker.name={name}.*{said}"):
             Tracker(name)
 
@@ -142,13 +172,19 @@ def test_the_first_rank_speaks_here_and_the_others_in_their_logs(
         with rank_log.writing(tmp_path, rank) as file:
             _speak()
         log, out = file.read_text(), _heard(capfd)
-        assert file == tmp_path / "logs" / f"rank{rank}.log" and f"rank {rank}, process {os.getpid()}" in log
+        assert (
+            file == tmp_path / "logs" / f"rank{rank}.log"
+            and f"rank {rank}, process {os.getpid()}" in log
+        )
         here = set(f"{out.out}{out.err}".splitlines())
         there = said & set(log.splitlines())
         assert (here, there) == ((said, set()) if rank == 0 else (set(), said))
         _speak()
         out = _heard(capfd)
-        assert set(out.out.splitlines()) == {"from Python", "from a library"} and out.err == "an error\n"
+        assert (
+            set(out.out.splitlines()) == {"from Python", "from a library"}
+            and out.err == "an error\n"
+        )
 
 
 @pytest.mark.parametrize("rank", [0, 1])
@@ -156,7 +192,11 @@ def test_a_ranks_log_has_its_records_warnings_and_error(rank: int, tmp_path: Pat
     """And nothing of what comes after it; what others have set stays."""
     root = logging.getLogger()
     before = (root.level, list(root.handlers), warnings.showwarning)
-    with pytest.raises(ZeroDivisionError), rank_log.writing(tmp_path, rank), warnings.catch_warnings():
+    with (
+        pytest.raises(ZeroDivisionError),
+        rank_log.writing(tmp_path, rank),
+        warnings.catch_warnings(),
+    ):
         warnings.simplefilter("always")
         logging.getLogger("any").info("a record")
         logging.getLogger("any").debug("too small")
@@ -165,7 +205,10 @@ def test_a_ranks_log_has_its_records_warnings_and_error(rank: int, tmp_path: Pat
     logging.getLogger("any").error("afterwards")
     assert (root.level, list(root.handlers), warnings.showwarning) == before
     log = (tmp_path / "logs" / f"rank{rank}.log").read_text()
-    assert all(words in log for words in ("INFO any: a record", "UserWarning: a warning", "ZeroDivisionError"))
+    assert all(
+        words in log
+        for words in ("INFO any: a record", "UserWarning: a warning", "ZeroDivisionError")
+    )
     assert "too small" not in log and "afterwards" not in log
 
 
@@ -178,11 +221,14 @@ SHEET = Sheet("What goes", ("strategy", "a|b"), [("ddp", "yes"), ("fsdp", "no | 
 def test_a_sheet_is_a_table_of_markdown_with_a_cell_for_each_word() -> None:
     """Whatever marks a word has: cells are split where no backslash is."""
     title, empty, *lines = SHEET.markdown().splitlines()
-    cells = [[word.strip() for word in line.replace(r"\|", "\0").strip("|").split("|")] for line in lines]
+    cells = [
+        [word.strip() for word in line.replace(r"\|", "\0").strip("|").split("|")] for line in lines
+    ]
     assert (title, empty) == ("What goes:", "") and cells[1] == ["---", "---"]
     assert [[word.replace("\0", "|") for word in row] for row in (cells[0], *cells[2:])] == [
-        list(SHEET.columns), *map(list, SHEET.rows)
-    ]  # fmt: skip
+        list(SHEET.columns),
+        *map(list, SHEET.rows),
+    ]
 
 
 def test_a_narrow_terminal_folds_all_words_but_the_first(
@@ -224,8 +270,15 @@ def _begin_and_end(folder: Path) -> None:
     run = a_run(Path(HOSTILE))
     console.start(dataclasses.replace(run, strategy=HOSTILE, facts=(HOSTILE,)))
     console.note(HOSTILE)
-    console.finish({"loss": 1.0, "tokens_per_second": 1.0, "step_seconds_median": 1.0, "peak_memory_bytes": 1,
-                    "checkpoint": HOSTILE})  # fmt: skip
+    console.finish(
+        {
+            "loss": 1.0,
+            "tokens_per_second": 1.0,
+            "step_seconds_median": 1.0,
+            "peak_memory_bytes": 1,
+            "checkpoint": HOSTILE,
+        }
+    )
 
 
 def _prepare(folder: Path) -> None:
@@ -258,14 +311,21 @@ def _mistake(folder: Path) -> None:
     lambda _: Sheet(HOSTILE, (HOSTILE, "b"), [(HOSTILE, HOSTILE)]).show(),
 ], ids=["a run", "data", "sizes", "a sweep", "a comparison", "a mistake", "a sheet"])  # fmt: skip
 def test_names_steer_no_terminal(
-    say: Callable[[Path], None], tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    say: Callable[[Path], None],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """Escape sequences, markup, directions and line ends in whatever is shown are text: each in a line of its own."""
+    """Escape sequences, markup, directions and line ends in whatever is shown are text: each in
+    a line of its own.
+    """
     monkeypatch.setenv("COLUMNS", "1000")
     say(tmp_path)
     said = capsys.readouterr().out
     assert not [c for c in said if c != "\n" and unicodedata.category(c) in HIDDEN], said
-    assert TOLD_AS in said and not [line for line in said.splitlines() if line.startswith("forged")], said
+    assert TOLD_AS in said and not [
+        line for line in said.splitlines() if line.startswith("forged")
+    ], said
 
 
 def test_a_traceback_steers_no_terminal(capsys: pytest.CaptureFixture[str]) -> None:
@@ -280,5 +340,6 @@ def test_a_traceback_steers_no_terminal(capsys: pytest.CaptureFixture[str]) -> N
 
 def test_a_ranks_log_steers_no_terminal(tmp_path: Path) -> None:
     with rank_log.writing(tmp_path, 0) as file:
-        logging.getLogger("dtrain").warning("%s", HOSTILE[:-1])  # pytest sends it on, and takes UTF-8 alone
+        # pytest sends it on, and takes UTF-8 alone
+        logging.getLogger("dtrain").warning("%s", HOSTILE[:-1])
     assert r"a\x1b[2J" in file.read_text() and "\x1b" not in file.read_text()

@@ -25,7 +25,15 @@ from dtrain.strategy.parameter_server.connection import HEADER, Connection, Peer
 from dtrain.strategy.parameter_server.server import Server
 from dtrain.strategy.parameter_server.strategy import ParameterServer
 from dtrain.strategy.parameter_server.trainer import ParameterServerTrainer
-from dtrain.strategy.parameter_server.worker import BYE, OVER, PULL, PUSH, Worker, compression, of_model
+from dtrain.strategy.parameter_server.worker import (
+    BYE,
+    OVER,
+    PULL,
+    PUSH,
+    Worker,
+    compression,
+    of_model,
+)
 from dtrain.train import Settings, Trainer
 
 TOLERANCE = 1e-12  # rounding alone, in fp64
@@ -33,9 +41,13 @@ RATE, STEPS, MOST = 0.3, 5, 0.2  # the last is what norms are clipped to
 SETTINGS = Settings(STEPS, global_batch_size=ROWS)
 TIMEOUT_S = 60
 CONFIG = Config(
-    launch=Launch(timeout_s=TIMEOUT_S), inject=Inject(straggler=Straggler(rank=None)), seed=0, steps=STEPS,
-    global_batch_size=ROWS, micro_batch_size=None,
-)  # fmt: skip
+    launch=Launch(timeout_s=TIMEOUT_S),
+    inject=Inject(straggler=Straggler(rank=None)),
+    seed=0,
+    steps=STEPS,
+    global_batch_size=ROWS,
+    micro_batch_size=None,
+)
 Found = tuple[list[float], dict[str, Tensor]]
 
 
@@ -192,7 +204,13 @@ def refused(model: str) -> str:
     plan = plan_of(1)
     try:
         ParameterServerTrainer(
-            OwnModel(MODELS[model]), plan, sgd, SETTINGS, CONFIG, World(dist.get_rank(), plan.world_size), absent
+            OwnModel(MODELS[model]),
+            plan,
+            sgd,
+            SETTINGS,
+            CONFIG,
+            World(dist.get_rank(), plan.world_size),
+            absent,
         )
     except ValueError as error:
         return str(error)
@@ -204,7 +222,8 @@ def test_a_model_that_is_another_in_each_process_is_refused(world) -> None:
     assert (
         world(2).run(refused, "Attribute")
         == [
-            "angles of Attribute begins with other values on rank 1 than on rank 0: draw it by torch's, numpy's "
+            "angles of Attribute begins with other values on rank 1 than on rank 0: draw it by "
+            "torch's, numpy's "
             "or Python's global generator, which the seed sets, or from a file that all ranks have"
         ]
         * 2
@@ -217,7 +236,9 @@ def test_a_model_that_is_another_in_each_process_is_refused(world) -> None:
 def served(servers: int, **options: Any) -> Found:
     """The losses of a run with one worker, and the weights that this rank would save."""
     rank, plan = dist.get_rank(), plan_of(1, servers, clip_norm=MOST, **options)
-    made = ParameterServerTrainer(NextToken(), plan, sgd, SETTINGS, CONFIG, World(rank, plan.world_size), absent)
+    made = ParameterServerTrainer(
+        NextToken(), plan, sgd, SETTINGS, CONFIG, World(rank, plan.world_size), absent
+    )
 
     def compute() -> None:
         store = dist.TCPStore(*made.address, is_master=False)
@@ -307,7 +328,10 @@ def test_a_worker_is_started_again_as_often_as_asked_for(restarts: int, keeper) 
     """After the last time it is given up; one that ends well is not started again."""
     for statuses, lives in (((-9,), restarts + 1), ((0,), 1), ((*[1] * restarts, 0), restarts + 1)):
         made, found = keeper(restarts), Lives(*statuses)
-        with mock.patch("dtrain.strategy.parameter_server.trainer.multiprocessing.get_context", lambda _, of=found: of):
+        with mock.patch(
+            "dtrain.strategy.parameter_server.trainer.multiprocessing.get_context",
+            lambda _, of=found: of,
+        ):
             assert list(made.steps()) == []
         assert found.begun == lives
         assert made._store.check(["0/gone"]) == (statuses[-1] != 0)

@@ -94,7 +94,9 @@ class ByNorm(Own):
     """LARS's rule: by the norm of a whole weight."""
 
     def move(self, parameter: Tensor, state: dict[str, Any], group: dict[str, Any]) -> None:
-        parameter.sub_(parameter.grad, alpha=group["lr"] * (parameter.norm() / parameter.grad.norm()).item())
+        parameter.sub_(
+            parameter.grad, alpha=group["lr"] * (parameter.norm() / parameter.grad.norm()).item()
+        )
 
 
 class ByRows(Own):
@@ -320,11 +322,15 @@ def test_what_takes_each_element_by_itself_goes_with_every_strategy(name: str) -
         "group",
     ],
 )
-def test_what_compares_elements_is_refused_where_it_would_get_parts(make: Make, refused: set[str]) -> None:
+def test_what_compares_elements_is_refused_where_it_would_get_parts(
+    make: Make, refused: set[str]
+) -> None:
     said = {strategy: refusal(make, strategy) for strategy in ["", *EVERY]}
     assert {strategy for strategy, reason in said.items() if reason} == refused
     for reason in filter(None, said.values()):
-        assert "AdamW" in reason and ("strategy=ddp or allreduce" in reason or "random numbers" in reason)
+        assert "AdamW" in reason and (
+            "strategy=ddp or allreduce" in reason or "random numbers" in reason
+        )
 
 
 @pytest.mark.parametrize(
@@ -336,12 +342,19 @@ def test_what_compares_elements_is_refused_where_it_would_get_parts(make: Make, 
         (of(Remembering), "keeps a list as 'history'"),
         (lambda model: torch.optim.LBFGS(model.parameters()), "closure"),
         (of(torch.optim.SparseAdam), "cannot step here"),
-        *((of(Periodic, every=n, kept="group"), "it keeps 'counter' of group 0 too") for n in (2, 3, 4, 16)),
+        *(
+            (of(Periodic, every=n, kept="group"), "it keeps 'counter' of group 0 too")
+            for n in (2, 3, 4, 16)
+        ),
         (of(Periodic), "it keeps its count too"),
         (of(Periodic, kept="state"), "it keeps 'step' of its state too"),
         (
             of(Raising),
-            "Raising cannot step here: AssertionError: it wants another rate \\(test_stepping.py, line \\d+\\)$",
+            (
+                "Raising cannot step here: AssertionError: it wants another rate "
+                "\\(test_stepping.py, "
+                "line \\d+\\)$"
+            ),
         ),
         (of(NoRate), "NoRate has no 'lr' in its group 0, .* it has 'size'; call the rate lr"),
     ],
@@ -380,11 +393,14 @@ def test_what_comes_late_goes_on() -> None:
     ],
     ids=["engine", "local", "server"],
 )
-def test_what_comes_late_is_refused_where_it_could_not_be_resumed(strategy: Callable[[], Strategy], name: str) -> None:
+def test_what_comes_late_is_refused_where_it_could_not_be_resumed(
+    strategy: Callable[[], Strategy], name: str
+) -> None:
     """Else a run would write checkpoints that it then takes for another optimizer's."""
     plan = Plan((strategy(),), 2)
     with pytest.raises(
-        ValueError, match=rf"Averaging begins to keep mean in step \d, and {name} resumes .*strategy=ddp"
+        ValueError,
+        match=rf"Averaging begins to keep mean in step \d, and {name} resumes .*strategy=ddp",
     ):
         plan.check_optimizer(of(Averaging))
     plan.check_optimizer(of(Counting))
@@ -403,7 +419,9 @@ def test_what_acts_in_the_backward_pass_is_for_one_backward_pass_a_step(hook: st
 def test_trying_an_optimizer_draws_no_random_number() -> None:
     before, numpys = torch.get_rng_state(), numpy.random.get_state()[1].copy()
     check_optimizer(ELEMENTWISE["adamw"], {"rows": "FSDP"}, True)
-    assert torch.equal(torch.get_rng_state(), before) and (numpy.random.get_state()[1] == numpys).all()
+    assert (
+        torch.equal(torch.get_rng_state(), before) and (numpy.random.get_state()[1] == numpys).all()
+    )
 
 
 def _trained(folder: str, name: str, size: int, save: bool, resume: bool, make: Make) -> Outcome:
@@ -411,7 +429,13 @@ def _trained(folder: str, name: str, size: int, save: bool, resume: bool, make: 
     settings = Settings(4, global_batch_size=ROWS, warmup_steps=0)
     run = Trainer(task, plan_of(Case("", name), size).connect(), make, settings)
     if resume:
-        run.load(partial(load, find(folder, Path(folder), Path(folder), fallback=False, note=print), late=True))
+        run.load(
+            partial(
+                load,
+                find(folder, Path(folder), Path(folder), fallback=False, note=print),
+                late=True,
+            )
+        )
         run.next_step = 2
     outcome = Outcome()
     for step in run.steps():
@@ -426,7 +450,9 @@ def counting(model: nn.Module) -> Optimizer:
 
 
 def test_numbers_of_pythons_are_saved_and_restored(world, tmp_path: Path) -> None:
-    """Of a checkpoint by one plan, under it and another; with numbers that begin anew the curve is another."""
+    """Of a checkpoint by one plan, under it and another; with numbers that begin anew the curve
+    is another.
+    """
     whole = world(2).run(_trained, str(tmp_path), "fsdp", 2, True, False, counting)[0]
     for name, size in (("fsdp", 2), ("zero1", 2)):
         for ours in world(2).run(_trained, str(tmp_path), name, size, False, True, counting):
@@ -469,7 +495,9 @@ def by_attribute(model: nn.Module) -> Optimizer:
 def _written(strategy: str, size: int) -> Outcome:
     task = Written(d_model=12, n_layers=2, n_heads=2)
     settings = Settings(3, global_batch_size=ROWS, warmup_steps=0)
-    return finish(Trainer(task, plan_of(Case("", strategy), size).connect(), by_attribute, settings))
+    return finish(
+        Trainer(task, plan_of(Case("", strategy), size).connect(), by_attribute, settings)
+    )
 
 
 @pytest.mark.parametrize("strategy", ["fsdp", "replicate", "tensor", "1f1b", "ddp"])
@@ -494,4 +522,6 @@ def test_adafactor_is_that_of_one_process_where_weights_are_whole(strategy: str,
 
 def _finished(strategy: str, size: int, model: dict[str, Any]) -> Outcome:
     settings = Settings(3, global_batch_size=ROWS, warmup_steps=0)
-    return finish(Trainer(Tokens(**model), plan_of(Case("", strategy), size).connect(), adafactor, settings))
+    return finish(
+        Trainer(Tokens(**model), plan_of(Case("", strategy), size).connect(), adafactor, settings)
+    )

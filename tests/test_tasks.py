@@ -1,4 +1,6 @@
-"""Every task under every strategy: as one process trains it, or refused with a reason; and what each task makes of its data."""
+"""Every task under every strategy: as one process trains it, or refused with a reason; and what
+each task makes of its data.
+"""
 
 from __future__ import annotations
 
@@ -18,7 +20,19 @@ import numpy as np
 import pytest
 import torch
 import warm
-from cases import AXES, ROWS, STRATEGIES, TASKS, Case, Outcome, adamw, assert_equal, refusal, train, trainer
+from cases import (
+    AXES,
+    ROWS,
+    STRATEGIES,
+    TASKS,
+    Case,
+    Outcome,
+    adamw,
+    assert_equal,
+    refusal,
+    train,
+    trainer,
+)
 from hydra import compose, initialize_config_dir
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -72,11 +86,19 @@ class Made(Source):
         for number in range(60):
             words = [str(word) for word in chance.choice(WORDS, 6)]
             text = " ".join(words)
-            yield f"row {number}", {
-                "text": text, "label": words[0][0], "words": words,
-                "tags": [word[0] for word in words], "context": text, "question": "who?", "answer": words[2],
-                "start": len(words[0]) + len(words[1]) + 2,
-            }  # fmt: skip
+            yield (
+                f"row {number}",
+                {
+                    "text": text,
+                    "label": words[0][0],
+                    "words": words,
+                    "tags": [word[0] for word in words],
+                    "context": text,
+                    "question": "who?",
+                    "answer": words[2],
+                    "start": len(words[0]) + len(words[1]) + 2,
+                },
+            )
 
 
 class Squares(Samples):
@@ -113,30 +135,57 @@ def rows_of_made() -> Rows:
     return prepared(Rows("made", Made(), Bytes()))
 
 
-def gan(loss: str, *, conv: bool = False, classes: int = 0, spectral: bool = False, **more: Any) -> GAN:
+def gan(
+    loss: str, *, conv: bool = False, classes: int = 0, spectral: bool = False, **more: Any
+) -> GAN:
     if conv:
-        models: dict[str, Any] = {"generator": partial(ConvGenerator, 6, 1, 8, width=16, classes=classes),
-                                  "discriminator": partial(ConvNet, 1, 8, width=16, classes=classes, spectral=spectral)}  # fmt: skip
+        models: dict[str, Any] = {
+            "generator": partial(ConvGenerator, 6, 1, 8, width=16, classes=classes),
+            "discriminator": partial(ConvNet, 1, 8, width=16, classes=classes, spectral=spectral),
+        }
     else:
-        models = {"generator": partial(MLP, 4, 2, 12, classes=classes),
-                  "discriminator": partial(MLP, 2, 1, 12, classes=classes, spectral=spectral)}  # fmt: skip
-    return GAN(models, prepared(Squares() if conv else Ring(points=200)), SIZES, loss=loss, samples=24, **more)
+        models = {
+            "generator": partial(MLP, 4, 2, 12, classes=classes),
+            "discriminator": partial(MLP, 2, 1, 12, classes=classes, spectral=spectral),
+        }
+    return GAN(
+        models,
+        prepared(Squares() if conv else Ring(points=200)),
+        SIZES,
+        loss=loss,
+        samples=24,
+        **more,
+    )
 
 
 REAL: dict[str, Any] = {
-    "causal_lm": lambda: CausalLM(transformer(causal=True), text_of_rows(), SIZES, augment={"mask": SpanMask()}),
-    "masked_lm": lambda: MaskedLM(transformer(segments=2), text_of_rows(), SIZES, pairs="sentence_order", whole_words=True),
-    "classification": lambda: Classification(transformer(outputs=6), rows_of_made(), SIZES, augment={"drop": TokenDrop()}),
-    "classification_causal": lambda: Classification(transformer(outputs=6, causal=True), rows_of_made(), SIZES),
-    "token_classification": lambda: TokenClassification(transformer(outputs=6), rows_of_made(), SIZES),
+    "causal_lm": lambda: CausalLM(
+        transformer(causal=True), text_of_rows(), SIZES, augment={"mask": SpanMask()}
+    ),
+    "masked_lm": lambda: MaskedLM(
+        transformer(segments=2), text_of_rows(), SIZES, pairs="sentence_order", whole_words=True
+    ),
+    "classification": lambda: Classification(
+        transformer(outputs=6), rows_of_made(), SIZES, augment={"drop": TokenDrop()}
+    ),
+    "classification_causal": lambda: Classification(
+        transformer(outputs=6, causal=True), rows_of_made(), SIZES
+    ),
+    "token_classification": lambda: TokenClassification(
+        transformer(outputs=6), rows_of_made(), SIZES
+    ),
     "span_qa": lambda: SpanQA(transformer(outputs=2), rows_of_made(), SIZES),
-    "image_classification": lambda: ImageClassification({"model": partial(ConvNet, 1, 8, 2, width=16, normalise=True)},
-                                                        prepared(Squares()), SIZES, augment={"mixup": Mixup()}),
+    "image_classification": lambda: ImageClassification(
+        {"model": partial(ConvNet, 1, 8, 2, width=16, normalise=True)},
+        prepared(Squares()),
+        SIZES,
+        augment={"mixup": Mixup()},
+    ),
     "gan": lambda: gan("non_saturating", discriminator_steps=2),
     "gan_hinge": lambda: gan("hinge", conv=True, classes=2, conditional=True, spectral=True),
     "gan_penalty": lambda: gan("wgan_gp"),
     "gan_images_penalty": lambda: gan("wgan_gp", conv=True, average=0.0),
-}  # fmt: skip
+}
 
 
 def real(name: str) -> Task:
@@ -154,15 +203,26 @@ def case_of(task: str, strategy: str, **more: Any) -> Case:
 
 FEW = ("zero1", "fsdp", "tensor", "1f1b", "ring", "expert")
 IN_FULL = ("masked_lm", "span_qa", "gan", "gan_penalty")
-REASONS = ("no pipeline split", "no experts", "names no", "not one value a token", "loss_parallel=false", "positions",
-           "more blocks")  # fmt: skip
+REASONS = (
+    "no pipeline split",
+    "no experts",
+    "names no",
+    "not one value a token",
+    "loss_parallel=false",
+    "positions",
+    "more blocks",
+)
 
 
 def turns() -> Iterator[Any]:
-    """Each task under each strategy; quick ones are two strategies a task, every strategy with two tasks or more."""
+    """Each task under each strategy; quick ones are two strategies a task, every strategy with
+    two tasks or more.
+    """
     for number, task in enumerate(REAL):
         own = list(AXES) if task in IN_FULL else list(FEW)
-        quick = {list(AXES)[(number * 2 + more) % len(AXES)] for more in (0, 5)} | {"zero1" if number % 2 else "fsdp"}
+        quick = {list(AXES)[(number * 2 + more) % len(AXES)] for more in (0, 5)} | {
+            "zero1" if number % 2 else "fsdp"
+        }
         yield pytest.param(task, tuple(name for name in AXES if name in quick), id=task)
         yield pytest.param(task, tuple(own), id=f"{task}-all", marks=pytest.mark.deep)
 
@@ -189,39 +249,75 @@ def test_every_strategy_trains_it_as_one_process_does_or_is_refused(
 
 
 def test_an_epoch_is_as_many_rows_as_there_are() -> None:
-    """Of windows all that fit, but one that the epoch's offset may take; of a GAN's each step reads two batches."""
+    """Of windows all that fit, but one that the epoch's offset may take; of a GAN's each step
+    reads two batches.
+    """
     tokens = len(text_of_rows().windows("train", seq_len=LENGTH, seed=0).tokens)
-    windows, pairs = (tokens - 1) // LENGTH - 1, (tokens - 1) // (LENGTH - 3) - 1  # a row's marks are no text
+    # a row's marks are no text
+    windows, pairs = (tokens - 1) // LENGTH - 1, (tokens - 1) // (LENGTH - 3) - 1
     rows = len(rows_of_made().split["train"])
-    images, points = (len(prepared(made).split["train"][0]) for made in (Squares(), Ring(points=200)))
-    for name, epoch in {"causal_lm": windows, "masked_lm": pairs, "classification": rows, "token_classification": rows,
-                        "span_qa": rows, "image_classification": images, "gan": points / 2, "gan_hinge": images}.items():  # fmt: skip
+    images, points = (
+        len(prepared(made).split["train"][0]) for made in (Squares(), Ring(points=200))
+    )
+    for name, epoch in {
+        "causal_lm": windows,
+        "masked_lm": pairs,
+        "classification": rows,
+        "token_classification": rows,
+        "span_qa": rows,
+        "image_classification": images,
+        "gan": points / 2,
+        "gan_hinge": images,
+    }.items():
         assert real(name).epoch == epoch, name
 
 
-@pytest.mark.parametrize(("name", "marks"), [("classification", 1), ("token_classification", 1), ("span_qa", 2)])
+@pytest.mark.parametrize(
+    ("name", "marks"), [("classification", 1), ("token_classification", 1), ("span_qa", 2)]
+)
 def test_what_a_row_leaves_out_of_its_texts_is_told(name: str, marks: int) -> None:
     """By the tokens that stand in no batch; nothing is said where all of them fit."""
     task = real(name)
-    sums = [(sum(len(task.data.tokenizer.encode(t)) for t in task.texts(row)), task.encode("x", row, None)["tokens"])
-            for _, row in task._train]  # fmt: skip
+    sums = [
+        (
+            sum(len(task.data.tokenizer.encode(t)) for t in task.texts(row)),
+            task.encode("x", row, None)["tokens"],
+        )
+        for _, row in task._train
+    ]
     taken = [int((tokens > 8).sum()) for _, tokens in sums]  # ids of marks are below
     cut = sum(length > LENGTH - marks for length, _ in sums)
     lost = 1 - sum(taken) / sum(length for length, _ in sums)
-    assert cut > 0 and f"; {cut} of the {len(sums)} looked at are longer than seq_len={LENGTH} and cut: " in task.told
-    assert f" {lost:.1%} of the tokens are left out" in task.told or name == "token_classification"  # whole words go
+    assert (
+        cut > 0
+        and f"; {cut} of the {len(sums)} looked at are longer than seq_len={LENGTH} and cut: "
+        in task.told
+    )
+    # whole words go
+    assert f" {lost:.1%} of the tokens are left out" in task.told or name == "token_classification"
     long = replace(SIZES, seq_len=200)
     outputs = 2 if name == "span_qa" else 6
-    model = {"model": partial(Transformer, 256, 200, d_model=24, n_layers=1, n_heads=2, causal=False, outputs=outputs)}
-    assert "cut" not in {"classification": Classification, "token_classification": TokenClassification,
-                         "span_qa": SpanQA}[name](model, rows_of_made(), long).told  # fmt: skip
+    model = {
+        "model": partial(
+            Transformer, 256, 200, d_model=24, n_layers=1, n_heads=2, causal=False, outputs=outputs
+        )
+    }
+    assert (
+        "cut"
+        not in {
+            "classification": Classification,
+            "token_classification": TokenClassification,
+            "span_qa": SpanQA,
+        }[name](model, rows_of_made(), long).told
+    )
 
 
 def assert_like(found: Outcome, expected: Outcome, task: str, tolerance: float = TOLERANCE) -> None:
     """Metrics more loosely: a Fréchet distance takes roots of nearly nothing."""
     assert found.metrics == pytest.approx(expected.metrics, rel=max(1e-6, 10 * tolerance)), task
     found.metrics = expected.metrics
-    for kind in (found.gradients, found.weights):  # softmax over tokens takes this bias out: its gradient is rounding
+    # softmax over tokens takes this bias out: its gradient is rounding
+    for kind in (found.gradients, found.weights):
         for name in [name for name in kind if task == "span_qa" and "head.output.bias" in name]:
             del kind[name]
     assert_equal(found, expected, tolerance)
@@ -248,7 +344,9 @@ def penalised_without_the_last_step(case: Case, size: int) -> Outcome:
 
 
 def test_weights_that_stay_gathered_after_a_penalty_train_wrong(world) -> None:
-    """Why `kept_gathered` frees them: without that fsdp differs from one process, so this test has teeth."""
+    """Why `kept_gathered` frees them: without that fsdp differs from one process, so this test
+    has teeth.
+    """
     expected = world(2).run(trained, case_of("gan_penalty", "single"), 1)[0]
     found = world(2).run(penalised_without_the_last_step, case_of("gan_penalty", "fsdp"), 2)[0]
     assert found.losses != pytest.approx(expected.losses, rel=1e-6)
@@ -265,7 +363,8 @@ def by_engines(case: Case, size: int) -> Outcome:
 @pytest.mark.deep
 @pytest.mark.parametrize(("task", "strategies"), {
     "masked_lm": ("deepspeed zero2", "accelerate_zero3"), "span_qa": ("deepspeed zero3",),
-    "classification": ("deepspeed zero0", "accelerate_ddp"), "gan": ("deepspeed zero1", "accelerate_ddp"),
+    "classification": ("deepspeed zero0", "accelerate_ddp"),
+    "gan": ("deepspeed zero1", "accelerate_ddp"),
 }.items())  # fmt: skip
 def test_engines_train_it_too(task: str, strategies: tuple[str, ...], world) -> None:
     expected = world(2).run(trained, case_of(task, "single", dtype="fp32"), 1)[0]
@@ -303,7 +402,9 @@ def saved_and_resumed(case: Case, at: int | None, folder: str, size: int) -> lis
 
 @pytest.mark.parametrize("whole_words", [False, True])
 def test_tokens_are_hidden_as_bert_hides_them(whole_words: bool) -> None:
-    """80 % hidden, 10 % replaced, 10 % kept, of about 15 %; anew at each step, and the same for the same step."""
+    """80 % hidden, 10 % replaced, 10 % kept, of about 15 %; anew at each step, and the same for
+    the same step.
+    """
     data, sizes = text_of_rows(), Sizes(0, 400, LENGTH, 1)
     task = MaskedLM(transformer(), data, sizes, whole_words=whole_words)
     batch, again = task.batch(0), task.batch(0)
@@ -326,7 +427,9 @@ def test_tokens_are_hidden_as_bert_hides_them(whole_words: bool) -> None:
 @pytest.mark.parametrize("pairs", ["next_sentence", "sentence_order"])
 def test_pairs_are_as_their_answer_says(pairs: str) -> None:
     data = text_of_rows()
-    task = MaskedLM(transformer(segments=2), data, Sizes(0, 200, LENGTH, 1), pairs=pairs, probability=0.01)
+    task = MaskedLM(
+        transformer(segments=2), data, Sizes(0, 200, LENGTH, 1), pairs=pairs, probability=0.01
+    )
     batch, marks = task.batch(0), data.tokenizer.marks
     text = task._windows["train"].batch(0, 200)
     one, other = text.tensor_split(2, dim=1)
@@ -353,14 +456,19 @@ def test_scores_are_those_of_scikit_learn(pairs: list[tuple[int, int]]) -> None:
     logits = torch.nn.functional.one_hot(torch.tensor(said), 5).float()
     found = scores(confusion(logits, torch.tensor(truth)))
     assert found["accuracy"] == pytest.approx(accuracy_score(truth, said))
-    assert found["macro_f1"] == pytest.approx(f1_score(truth, said, average="macro", zero_division=0))
+    assert found["macro_f1"] == pytest.approx(
+        f1_score(truth, said, average="macro", zero_division=0)
+    )
 
 
 def test_embedded_rows_are_real_and_split_by_file() -> None:
     data = prepared(Rows("functions", Functions(), Bytes(), group="file"))
     sides = {side: {row["file"] for _, row in rows} for side, rows in data.split.items()}
     assert not sides["train"] & sides["validation"]
-    assert sum(map(len, data.split.values())) > 3000 and len({row["label"] for _, row in data.all()}) == 9
+    assert (
+        sum(map(len, data.split.values())) > 3000
+        and len({row["label"] for _, row in data.all()}) == 9
+    )
     tags = {tag for _, row in Docstrings().rows() for tag in row["tags"]}
     assert tags == {"other", "class", "function", "parameter"}
     for _, row in Questions().rows():
@@ -374,8 +482,15 @@ def test_embedded_rows_are_real_and_split_by_file() -> None:
     st.text("ab c", max_size=60),
     st.integers(8, 40),
 )
-def test_an_answer_stands_where_its_targets_say(before: str, answer: str, after: str, length: int) -> None:
-    row = {"context": before + answer + after, "question": "who or what?", "answer": answer, "start": len(before)}
+def test_an_answer_stands_where_its_targets_say(
+    before: str, answer: str, after: str, length: int
+) -> None:
+    row = {
+        "context": before + answer + after,
+        "question": "who or what?",
+        "answer": answer,
+        "start": len(before),
+    }
     task = SpanQA.__new__(SpanQA)
     task.length, task.data = length, Rows("one", Made(), Bytes())
     made = task.encode("here", row, None)
@@ -387,7 +502,9 @@ def test_an_answer_stands_where_its_targets_say(before: str, answer: str, after:
 
 def learned(task: Task, size: int) -> tuple[list[float], dict[str, float]]:
     """By one process."""
-    made = Trainer(task, Plan.of([], size), adamw, Settings(400, global_batch_size=16, warmup_steps=20))
+    made = Trainer(
+        task, Plan.of([], size), adamw, Settings(400, global_batch_size=16, warmup_steps=20)
+    )
     return [step.loss for step in made.steps()], made.evaluate()
 
 
@@ -398,9 +515,17 @@ def test_squad_files_are_read_and_learned_by_heart(tmp_path: Path, world) -> Non
     for number in range(8):
         words = [str(word) for word in chance.permutation(WORDS)[:5]]
         context = " ".join(words)
-        qas = [{"id": f"{number}-{i}", "question": f"{i}th?", "answers": [{"text": w, "answer_start": context.index(w)}]}
-               for i, w in enumerate(words)]  # fmt: skip
-        articles.append({"title": f"article {number}", "paragraphs": [{"context": context, "qas": qas}]})
+        qas = [
+            {
+                "id": f"{number}-{i}",
+                "question": f"{i}th?",
+                "answers": [{"text": w, "answer_start": context.index(w)}],
+            }
+            for i, w in enumerate(words)
+        ]
+        articles.append(
+            {"title": f"article {number}", "paragraphs": [{"context": context, "qas": qas}]}
+        )
     (tmp_path / "train.json").write_text(json.dumps({"version": "1.1", "data": articles}))
     data = prepared(Rows("squad", Squad(str(tmp_path)), Bytes(), group="file"))
     assert sum(map(len, data.split.values())) == 40
@@ -416,36 +541,53 @@ def test_bad_rows_take_one_line(tmp_path: Path) -> None:
     (tmp_path / "ragged.csv").write_text("text,label\na,x\nb\n")
     lists = [{"words": [letter], "tags": ["x", "y"]} for letter in "abcdefgh"]
     (tmp_path / "lists.jsonl").write_text("\n".join(map(json.dumps, lists)))
-    (tmp_path / "bad.json").write_text('{"data": [{"paragraphs": [{"context": "abc", "qas": [{"question": "?", "answers": '
-                                       '[{"text": "z", "answer_start": 0}]}]}]}]}')  # fmt: skip
-    nulls = [{"text": letter, "label": float("nan"), "words": ["a", "b"], "tags": ["x", None]} for letter in "abcdefgh"]
+    (tmp_path / "bad.json").write_text(
+        '{"data": [{"paragraphs": [{"context": "abc", "qas": [{"question": "?", "answers": '
+        '[{"text": "z", "answer_start": 0}]}]}]}]}'
+    )
+    nulls = [
+        {"text": letter, "label": float("nan"), "words": ["a", "b"], "tags": ["x", None]}
+        for letter in "abcdefgh"
+    ]
     (tmp_path / "nulls.jsonl").write_text("\n".join(map(json.dumps, nulls)))
     rows = lambda name: prepared(Rows("r", Files(str(tmp_path / name)), Bytes(), 0.5))  # noqa: E731
     wrong = {
-        "every label is 'x'": lambda: Classification(transformer(outputs=2), rows("one.csv"), SIZES),
+        "every label is 'x'": lambda: Classification(
+            transformer(outputs=2), rows("one.csv"), SIZES
+        ),
         "has no 'kind', only text, label: set task.label": lambda: Classification(
             transformer(outputs=2), rows("one.csv"), SIZES, label="kind"
         ),
         "has no field 'body', only text, label: set task.text": lambda: Classification(
             transformer(outputs=2), rows("one.csv"), SIZES, text="body"
         ),
-        "field 'label' is empty or null: leave such rows out, or set task.label": lambda: Classification(
-            transformer(outputs=2), rows("nulls.jsonl"), SIZES
+        "field 'label' is empty or null: leave such rows out, or set task.label": lambda: (
+            Classification(transformer(outputs=2), rows("nulls.jsonl"), SIZES)
         ),
         "number 1 of 'tags' is null: leave such rows out": lambda: TokenClassification(
             transformer(outputs=2), rows("nulls.jsonl"), SIZES
         ),
         "not 2 columns": lambda: rows("ragged.csv"),
-        "1 words and 2 tags": lambda: TokenClassification(transformer(outputs=2), rows("lists.jsonl"), SIZES),
-        "field 'words' is no list": lambda: TokenClassification(transformer(outputs=2), rows("one.csv"), SIZES),
+        "1 words and 2 tags": lambda: TokenClassification(
+            transformer(outputs=2), rows("lists.jsonl"), SIZES
+        ),
+        "field 'words' is no list": lambda: TokenClassification(
+            transformer(outputs=2), rows("one.csv"), SIZES
+        ),
         "the answer 'z' does not stand at character 0": lambda: prepared(
             Rows("q", Squad(str(tmp_path / "bad.json")), Bytes())
         ),
-        "model.outputs=null: the task needs 6": lambda: Classification(transformer(), rows_of_made(), SIZES),
-        "model.outputs=6: the task needs null": lambda: MaskedLM(transformer(outputs=6), text_of_rows(), SIZES),
+        "model.outputs=null: the task needs 6": lambda: Classification(
+            transformer(), rows_of_made(), SIZES
+        ),
+        "model.outputs=6: the task needs null": lambda: MaskedLM(
+            transformer(outputs=6), text_of_rows(), SIZES
+        ),
         "set model.causal=false": lambda: MaskedLM(transformer(causal=True), text_of_rows(), SIZES),
         "set model.causal=true": lambda: CausalLM(transformer(), text_of_rows(), SIZES),
-        "task.pairs=x is unknown": lambda: MaskedLM(transformer(), text_of_rows(), SIZES, pairs="x"),
+        "task.pairs=x is unknown": lambda: MaskedLM(
+            transformer(), text_of_rows(), SIZES, pairs="x"
+        ),
     }
     for message, make in wrong.items():
         with pytest.raises(ValueError, match=message) as caught:
@@ -460,13 +602,20 @@ def test_folders_of_images_name_their_classes_and_what_cannot_be_read(tmp_path: 
     for kind, colour in (("dark", 10), ("light", 240)):
         (tmp_path / kind).mkdir()
         for number in range(6):
-            Image.new("RGB", (20 + number, 30), (colour,) * 3).save(tmp_path / kind / f"{number}.png")
+            Image.new("RGB", (20 + number, 30), (colour,) * 3).save(
+                tmp_path / kind / f"{number}.png"
+            )
     (tmp_path / "dark" / "broken.png").write_bytes(b"no image")
-    with pytest.raises(ValueError, match=r"1 of 13 files .* \(broken.png\): remove them, or set data.unreadable=skip"):
+    with pytest.raises(
+        ValueError,
+        match=r"1 of 13 files .* \(broken.png\): remove them, or set data.unreadable=skip",
+    ):
         prepared(Folder(str(tmp_path), size=16))
     data = prepared(Folder(str(tmp_path), size=16, grey=True, unreadable="skip"))
     assert (
-        data.classes == ["dark", "light"] and data.shape == (1, 16, 16) and data.describe()["skipped"] == ["broken.png"]
+        data.classes == ["dark", "light"]
+        and data.shape == (1, 16, 16)
+        and data.describe()["skipped"] == ["broken.png"]
     )
     for values, labels in data.split.values():
         assert torch.equal((values.mean((1, 2, 3)) > 0).long(), labels)
@@ -476,15 +625,19 @@ def test_images_of_datasets_are_as_a_folder_has_them(tmp_path: Path) -> None:
     import datasets
 
     images = [Image.new("L", (8, 8), shade) for shade in (0, 60, 120, 180, 240, 250, 30, 90)]
-    rows = datasets.Dataset.from_dict({"image": images, "label": ["a", "b"] * 4}, datasets.Features(
-        {"image": datasets.Image(), "label": datasets.Value("string")}))  # fmt: skip
+    rows = datasets.Dataset.from_dict(
+        {"image": images, "label": ["a", "b"] * 4},
+        datasets.Features({"image": datasets.Image(), "label": datasets.Value("string")}),
+    )
     rows.save_to_disk(str(tmp_path / "saved"))
     data = prepared(HubImages(str(tmp_path / "saved"), size=8, grey=True, validation_fraction=0.4))
     assert data.classes == ["a", "b"] and data.shape == (1, 8, 8)
     datasets.Dataset.from_dict({"image": images, "label": [1.0, float("nan")] * 4}).cast_column(
         "image", datasets.Image()
     ).save_to_disk(str(tmp_path / "nan"))
-    with pytest.raises(ValueError, match="row 1 has no 'label': leave such rows out, or set data.label=null"):
+    with pytest.raises(
+        ValueError, match="row 1 has no 'label': leave such rows out, or set data.label=null"
+    ):
         prepared(HubImages(str(tmp_path / "nan"), size=8, grey=True))
     with pytest.raises(ValueError, match="has no field 'kind', only image, label: set data.label"):
         prepared(HubImages(str(tmp_path / "saved"), label="kind"))
@@ -525,7 +678,9 @@ def test_whatever_a_decoder_meets_its_file_is_named_and_no_program_starts(
     with pytest.raises(ValueError, match=r"1 of 4 files .* \(a.png\)") as found:
         prepared(Folder(str(tmp_path), size=8))
     assert "\n" not in str(found.value)
-    files = [{"bytes": (tmp_path / name).read_bytes(), "path": None} for name in ("b0.png", "a.png")]
+    files = [
+        {"bytes": (tmp_path / name).read_bytes(), "path": None} for name in ("b0.png", "a.png")
+    ]
     rows = datasets.Dataset.from_dict({"image": files}).cast_column("image", datasets.Image())
     rows.save_to_disk(str(tmp_path / "saved"))
     with pytest.raises(ValueError, match=r"saved, row 1: 'image' is no readable image: ") as found:
@@ -542,7 +697,10 @@ def test_frechet_distance_is_that_of_normal_distributions() -> None:
     expected = float((m - n).square().sum()) + np.trace(s + t - 2 * sqrtm(s @ t).real)
     assert frechet_distance(one, other) == pytest.approx(expected, rel=1e-8)
     assert frechet_distance(one, one) == pytest.approx(0, abs=1e-8)
-    assert precision_recall(one, one) == (1.0, 1.0) and precision_recall(one, one + 100) == (0.0, 0.0)
+    assert precision_recall(one, one) == (1.0, 1.0) and precision_recall(one, one + 100) == (
+        0.0,
+        0.0,
+    )
     few = one[:1].repeat(50, 1) + 1e-3 * torch.randn(50, 6, generator=chance, dtype=torch.float64)
     precision, recall = precision_recall(one, few)
     assert precision == 1.0 and recall < 0.1  # good, but all alike
@@ -551,7 +709,9 @@ def test_frechet_distance_is_that_of_normal_distributions() -> None:
 def test_spectral_layers_have_norm_one_and_torch_s_own_gradient() -> None:
     torch.manual_seed(0)
     layer = SpectralLinear(7, 5)
-    theirs = torch.nn.utils.parametrizations.spectral_norm(torch.nn.Linear(7, 5), n_power_iterations=100)
+    theirs = torch.nn.utils.parametrizations.spectral_norm(
+        torch.nn.Linear(7, 5), n_power_iterations=100
+    )
     with torch.no_grad():
         theirs.parametrizations.weight.original.copy_(layer.weight)
         theirs.bias.copy_(layer.bias)
@@ -563,7 +723,9 @@ def test_spectral_layers_have_norm_one_and_torch_s_own_gradient() -> None:
     x = torch.randn(3, 7)
     for module in (layer, theirs):
         module(x).square().sum().backward()
-    torch.testing.assert_close(layer.weight.grad, theirs.parametrizations.weight.original.grad, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(
+        layer.weight.grad, theirs.parametrizations.weight.original.grad, rtol=1e-4, atol=1e-5
+    )
 
 
 def test_a_gan_is_measured_by_the_modes_it_finds() -> None:
@@ -580,13 +742,20 @@ def test_gans_refuse_what_does_not_fit() -> None:
     wrong = {
         "model.generator.classes=0: the task needs 8": lambda: gan("hinge", conditional=True),
         "task.loss=best is unknown: use non_saturating, hinge, wgan_gp": lambda: gan("best"),
-        "has generator and discriminator|trains generator and discriminator": lambda: GAN(transformer(), Ring(), SIZES),
+        "has generator and discriminator|trains generator and discriminator": lambda: GAN(
+            transformer(), Ring(), SIZES
+        ),
         "makes \\(1, 4, 4\\), the samples of squares are \\(1, 8, 8\\)": lambda: GAN(
-            {"generator": partial(ConvGenerator, 6, 1, 4, width=16), "discriminator": partial(ConvNet, 1, 8, width=16)},
-            prepared(Squares()), SIZES),
+            {
+                "generator": partial(ConvGenerator, 6, 1, 4, width=16),
+                "discriminator": partial(ConvNet, 1, 8, width=16),
+            },
+            prepared(Squares()),
+            SIZES,
+        ),
         "width=20 of a model must be a multiple of 8": lambda: ConvNet(1, 8, width=20),
         "stages=2: 10 pixels cannot be halved": lambda: ConvNet(1, 10, stages=2),
-    }  # fmt: skip
+    }
     for message, make in wrong.items():
         with pytest.raises(ValueError, match=message):
             make()
@@ -596,7 +765,9 @@ def test_gans_refuse_what_does_not_fit() -> None:
 
 
 @settings(max_examples=60, deadline=None)
-@given(st.lists(st.integers(KEPT, 255), min_size=1, max_size=50), st.integers(1, 40), st.integers(0, 9))
+@given(
+    st.lists(st.integers(KEPT, 255), min_size=1, max_size=50), st.integers(1, 40), st.integers(0, 9)
+)
 def test_changes_of_texts_keep_what_they_should(ids: list[int], room: int, seed: int) -> None:
     text, hidden = torch.tensor(ids), 1
     for change in (TokenDrop(0.3), SpanMask(0.4), TextCrop()):
@@ -629,8 +800,12 @@ def test_changes_of_images_keep_their_shape_and_range(height: int, width: int, s
 
 
 def test_changes_are_of_the_seed_the_step_and_the_sample() -> None:
-    task = Classification(transformer(outputs=6), rows_of_made(), SIZES, augment={"drop": TokenDrop(0.5)})
-    again = Classification(transformer(outputs=6), rows_of_made(), SIZES, augment={"drop": TokenDrop(0.5)})
+    task = Classification(
+        transformer(outputs=6), rows_of_made(), SIZES, augment={"drop": TokenDrop(0.5)}
+    )
+    again = Classification(
+        transformer(outputs=6), rows_of_made(), SIZES, augment={"drop": TokenDrop(0.5)}
+    )
     assert torch.equal(task.batch(4)["tokens"], again.batch(4)["tokens"])
     plain = Classification(transformer(outputs=6), rows_of_made(), SIZES)
     assert not torch.equal(task.batch(4)["tokens"], plain.batch(4)["tokens"])
@@ -640,7 +815,10 @@ def test_changes_are_of_the_seed_the_step_and_the_sample() -> None:
 
 def test_hidden_tokens_are_no_targets_of_a_language_model() -> None:
     task = CausalLM(
-        transformer(causal=True), text_of_rows(), SIZES, augment={"mask": SpanMask(0.5), "drop": TokenDrop(0.3)}
+        transformer(causal=True),
+        text_of_rows(),
+        SIZES,
+        augment={"mask": SpanMask(0.5), "drop": TokenDrop(0.3)},
     )
     batch, marks = task.batch(0), Bytes().marks
     assert (batch["tokens"] == marks.hidden).any() and not (batch["targets"] == marks.hidden).any()
@@ -651,22 +829,35 @@ def test_a_task_of_one_s_own_stands_in_one_file(tmp_path: Path) -> None:
     """As docs/tasks.md says to type it; it learns, and two ranks learn the same."""
     losses = {}
     for strategy, ranks in (("single", 1), ("fsdp", 2)):
-        command = [sys.executable, "scripts/train.py", "task._target_=reverse.Reverse", "model=tiny", f"strategy={strategy}",
-                   "steps=12", f"launch.nproc={ranks}", f"hydra.run.dir={tmp_path / strategy}"]  # fmt: skip
+        command = [
+            sys.executable,
+            "scripts/train.py",
+            "task._target_=reverse.Reverse",
+            "model=tiny",
+            f"strategy={strategy}",
+            "steps=12",
+            f"launch.nproc={ranks}",
+            f"hydra.run.dir={tmp_path / strategy}",
+        ]
         ended = warm.run(command, cwd=ROOT, env=os.environ | {"PYTHONPATH": "examples"})
         assert ended.returncode == 0, ended.stderr
         lines = map(json.loads, (tmp_path / strategy / "metrics.jsonl").read_text().splitlines())
         losses[strategy] = [line["loss"] for line in lines]
     assert (
-        losses["fsdp"] == pytest.approx(losses["single"], rel=1e-5) and losses["single"][-1] < losses["single"][0] - 0.5
+        losses["fsdp"] == pytest.approx(losses["single"], rel=1e-5)
+        and losses["single"][-1] < losses["single"][0] - 0.5
     )
 
 
 def test_fine_tuning_begins_with_what_fits(tmp_path: Path) -> None:
-    """Under another strategy, and says what is new; a checkpoint of which nothing fits is refused in one line."""
+    """Under another strategy, and says what is new; a checkpoint of which nothing fits is
+    refused in one line.
+    """
 
     def run(*settings: str) -> warm.Ended:
-        return warm.run([sys.executable, "scripts/train.py", "steps=4", "eval.every=0", *settings], cwd=ROOT)  # fmt: skip
+        return warm.run(
+            [sys.executable, "scripts/train.py", "steps=4", "eval.every=0", *settings], cwd=ROOT
+        )
 
     before = tmp_path / "before"
     made = run(
@@ -686,13 +877,19 @@ def test_fine_tuning_begins_with_what_fits(tmp_path: Path) -> None:
         "overwrite=true",
     )
     first = {}
-    for chosen in (("strategy=zero1", "launch.nproc=2"), ("strategy=single",), ("strategy=single", "init_from=null")):
+    for chosen in (
+        ("strategy=zero1", "launch.nproc=2"),
+        ("strategy=single",),
+        ("strategy=single", "init_from=null"),
+    ):
         tuned = run(*tune, *chosen)
         assert tuned.returncode == 0, tuned.stderr
         assert ("new: model.head.output.bias, model.head.output.weight" in tuned.stdout) == (
             "init_from=null" not in chosen
         )
-        first[chosen] = json.loads((tmp_path / "after" / "metrics.jsonl").read_text().splitlines()[0])["loss"]
+        first[chosen] = json.loads(
+            (tmp_path / "after" / "metrics.jsonl").read_text().splitlines()[0]
+        )["loss"]
     one, other, nothing = first.values()
     assert one == pytest.approx(other, rel=1e-5) and one != pytest.approx(nothing, rel=1e-5)
     wrong = run(*tune, "task=image_classification", "data=digits", "model=convnet")
@@ -702,18 +899,35 @@ def test_fine_tuning_begins_with_what_fits(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
-        ("task=gan data=stdlib", "task GAN takes Samples, and data=stdlib are Text: choose other data"),
+        (
+            "task=gan data=stdlib",
+            "task GAN takes Samples, and data=stdlib are Text: choose other data",
+        ),
         ("task=masked_lm data=functions", "task MaskedLM takes Text, and data=functions are Rows"),
-        ("task=classification +task/augment=[flip]", "task.augment.flip: Flip is no change of texts"),
+        (
+            "task=classification +task/augment=[flip]",
+            "task.augment.flip: Flip is no change of texts",
+        ),
         ("task=image_classification +task/augment=[span_mask]", "SpanMask is no change of images"),
-        ("task=image_classification model.outputs=3", "model.outputs=3: the images have 10 classes"),
-        ("task=image_classification model.channels=3", r"the model does not take images of \(1, 8, 8\)"),
-        ("task=gan task.conditional=true", r"model.generator.classes=0: the task needs 8 \(task.conditional=true\)"),
+        (
+            "task=image_classification model.outputs=3",
+            "model.outputs=3: the images have 10 classes",
+        ),
+        (
+            "task=image_classification model.channels=3",
+            r"the model does not take images of \(1, 8, 8\)",
+        ),
+        (
+            "task=gan task.conditional=true",
+            r"model.generator.classes=0: the task needs 8 \(task.conditional=true\)",
+        ),
         ("task=gan data=digits", r"the models do not take samples of \(1, 8, 8\)"),
         ("task=span_qa data=functions", "has no field 'context', only text, label, file"),
     ],
 )
-def test_what_does_not_go_together_is_said_in_a_line(overrides: str, message: str, tmp_path: Path) -> None:
+def test_what_does_not_go_together_is_said_in_a_line(
+    overrides: str, message: str, tmp_path: Path
+) -> None:
     register()
     with (
         mock.patch.dict(os.environ, DTRAIN_CACHE=str(tmp_path)),
@@ -739,7 +953,8 @@ def test_images_are_evaluated_of_every_class() -> None:
     seen = torch.cat([batch["targets"] for batch in task.validation()]).sum(0)
     assert (
         seen.min() >= 3
-        and task.told == f"trains on {len(data.split['train'][0])} of {len(data.split['train'][0])} images"
+        and task.told
+        == f"trains on {len(data.split['train'][0])} of {len(data.split['train'][0])} images"
     )
     with pytest.raises(ValueError, match="task.examples=0 must be at least 1"):
         ImageClassification({"model": partial(ConvNet, 1, 8, 2, width=16)}, data, SIZES, examples=0)
@@ -749,24 +964,37 @@ def test_images_are_evaluated_of_every_class() -> None:
 
 def test_an_averaged_generator_has_its_leader_s_buffers() -> None:
     torch.manual_seed(0)
-    models: dict[str, Any] = {"generator": MLP(4, 2, 8, spectral=True), "average": MLP(4, 2, 8, spectral=True)}
+    models: dict[str, Any] = {
+        "generator": MLP(4, 2, 8, spectral=True),
+        "average": MLP(4, 2, 8, spectral=True),
+    }
     for _ in range(20):
         follow(models, leader="generator", follower="average", stays=0.5)
     noise = torch.randn(5, 4)
-    torch.testing.assert_close(models["average"](noise), models["generator"](noise), rtol=1e-3, atol=1e-3)
+    torch.testing.assert_close(
+        models["average"](noise), models["generator"](noise), rtol=1e-3, atol=1e-3
+    )
 
 
 def test_words_and_marks_of_another_s_tokenizer(tmp_path: Path) -> None:
     from tokenizers import Tokenizer, models, pre_tokenizers
 
     vocabulary = {
-        t: i for i, t in enumerate(["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "the", "play", "##ing", "."])
+        t: i
+        for i, t in enumerate(
+            ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "the", "play", "##ing", "."]
+        )
     }
     made = Tokenizer(models.WordPiece(vocabulary, unk_token="[UNK]"))
     made.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
     made.save(str(tmp_path / "tokenizer.json"))
     found = FromFile(str(tmp_path), 9)
-    assert (found.marks.end, found.marks.hidden, found.marks.first, found.marks.between) == (0, 4, 2, 3)
+    assert (found.marks.end, found.marks.hidden, found.marks.first, found.marks.between) == (
+        0,
+        4,
+        2,
+        3,
+    )
     ids = found.encode("the playing.")
     begins, ends = found.words()
     starts = [True, *(not (b and e) for b, e in zip(begins[ids[1:]], ends[ids[:-1]], strict=True))]
@@ -779,7 +1007,10 @@ def test_words_and_marks_of_another_s_tokenizer(tmp_path: Path) -> None:
 
 def test_pictures_of_other_kinds_keep_what_they_show() -> None:
     deep = Image.fromarray((np.arange(64, dtype=np.uint16) * 1000).reshape(8, 8))
-    assert to_tensor(deep, 8, True).flatten().diff().min() >= 0 and to_tensor(deep, 8, True).unique().numel() > 50
+    assert (
+        to_tensor(deep, 8, True).flatten().diff().min() >= 0
+        and to_tensor(deep, 8, True).unique().numel() > 50
+    )
     clear = Image.new("RGBA", (8, 8), (255, 255, 255, 0))
     assert to_tensor(clear, 8, False).max() == -1
     with pytest.raises(ValueError, match="mode F has values without a known range"):

@@ -1,4 +1,6 @@
-"""A tokenizer file gives its tokens and nothing else: no truncation, no chance, no marks in the text, no lost characters."""
+"""A tokenizer file gives its tokens and nothing else: no truncation, no chance, no marks in the
+text, no lost characters.
+"""
 
 from __future__ import annotations
 
@@ -29,10 +31,16 @@ from dtrain.data.tokenizer import BPE, KEPT, Bytes, FromFile, Tokenizer, count_i
 TEXT = "some words of a text, and some more of them\n" * 40
 
 
-def letters(*special: str, step: int = 1, model: Callable[..., Any] = models.BPE, **options: Any) -> Library:
-    """A tokenizer of letters and a few others, whose ids are `step` apart; the special ones come last."""
+def letters(
+    *special: str, step: int = 1, model: Callable[..., Any] = models.BPE, **options: Any
+) -> Library:
+    """A tokenizer of letters and a few others, whose ids are `step` apart; the special ones
+    come last.
+    """
     known = {c: step * i for i, c in enumerate("abcdefghijklmnopqrstuvwxyz ,\n")}
-    made = Library(model({**known, **{s: step * (len(known) + i) for i, s in enumerate(special)}}, **options))
+    made = Library(
+        model({**known, **{s: step * (len(known) + i) for i, s in enumerate(special)}}, **options)
+    )
     made.decoder = decoders.Fuse()
     made.add_special_tokens(list(special))
     return made
@@ -58,9 +66,13 @@ def whole(made: Any) -> list[int]:
 
 
 @given(st.integers(1, 9), st.integers(10, 90), st.sampled_from([0.0, 0.5, 0.99]))
-def test_what_a_file_has_saved_beside_its_tokens_is_not_obeyed(cut: int, filled: int, chance: float) -> None:
+def test_what_a_file_has_saved_beside_its_tokens_is_not_obeyed(
+    cut: int, filled: int, chance: float
+) -> None:
     """Truncation, padding, and merges that are left out by chance."""
-    made = Library(models.BPE({"a": 0, "b": 1, "ab": 2, "</s>": 3}, [("a", "b")], dropout=chance or None))
+    made = Library(
+        models.BPE({"a": 0, "b": 1, "ab": 2, "</s>": 3}, [("a", "b")], dropout=chance or None)
+    )
     made.add_special_tokens(["</s>"])
     made.enable_truncation(cut)
     made.enable_padding(length=filled, pad_id=1, pad_token="b")
@@ -70,7 +82,9 @@ def test_what_a_file_has_saved_beside_its_tokens_is_not_obeyed(cut: int, filled:
         assert tokenizer.encode("ab" * 30).tolist() == [2] * 30
 
 
-@pytest.mark.parametrize("name", ["<eos>", "[EOS]", "<|end_of_text|>", "<|im_end|>", "<|endoftext|>", "</s>", "[PAD]"])
+@pytest.mark.parametrize(
+    "name", ["<eos>", "[EOS]", "<|end_of_text|>", "<|im_end|>", "<|endoftext|>", "</s>", "[PAD]"]
+)
 def test_the_end_is_the_token_that_is_called_so(name: str, tmp_path: Path) -> None:
     tokenizer = saved(characters("<other>", name), tmp_path)
     made = corpus(TEXT, tokenizer, tmp_path)
@@ -81,7 +95,9 @@ def test_the_end_is_the_token_that_is_called_so(name: str, tmp_path: Path) -> No
 
 def test_an_end_of_any_other_name_is_asked_for(tmp_path: Path) -> None:
     made = characters("<fin>", "<x>")
-    with pytest.raises(ValueError, match="which token ends a document.*set data.tokenizer.end to one of <fin>, <x>"):
+    with pytest.raises(
+        ValueError, match="which token ends a document.*set data.tokenizer.end to one of <fin>, <x>"
+    ):
         saved(made, tmp_path)
     assert saved(made, tmp_path, end="<fin>").marks.end == 29
     with pytest.raises(ValueError, match="data.tokenizer.end=<no>: .* has no such token"):
@@ -101,7 +117,9 @@ def test_ids_may_have_gaps(step: int, tmp_path: Path) -> None:
     made = corpus(TEXT, tokenizer, tmp_path)
     assert tokenizer.vocab_size == 29 * step + 1 and max(whole(made)) == 29 * step
     assert tokenizer.decode(whole(made)) == clean(TEXT)
-    refused = pytest.raises(ValueError, match=f"data.tokenizer.vocab_size=30: .* has {29 * step + 1} ids")
+    refused = pytest.raises(
+        ValueError, match=f"data.tokenizer.vocab_size=30: .* has {29 * step + 1} ids"
+    )
     with refused if step > 1 else nullcontext():
         FromFile(str(tmp_path), 30)
 
@@ -111,12 +129,22 @@ def test_a_configuration_takes_the_size_of_the_vocabulary_from_the_file(tmp_path
     (tmp_path / "my tokenizer").mkdir()
     characters("</s>", step=7).save(str(tmp_path / "my tokenizer" / "tokenizer.json"))
     for place in ("my tokenizer", "my tokenizer/tokenizer.json"):
-        config = checked(composed("data/tokenizer=file", f"data.tokenizer.path='{tmp_path}/{place}'"))
+        config = checked(
+            composed("data/tokenizer=file", f"data.tokenizer.path='{tmp_path}/{place}'")
+        )
         made = make(config.data, Data, "data", parts=(Source, Tokenizer))
         assert made.vocab_size == config.model["vocab_size"] == 7 * 29 + 1
-    for word, said in ((f"data.tokenizer.path={tmp_path}/none", "none: No such file"), ("seed=1", "path")):
+    for word, said in (
+        (f"data.tokenizer.path={tmp_path}/none", "none: No such file"),
+        ("seed=1", "path"),
+    ):
         with pytest.raises((ValueError, MissingMandatoryValue), match=said) as found:
-            make(checked(composed("data/tokenizer=file", word)).data, Data, "data", parts=(Source, Tokenizer))
+            make(
+                checked(composed("data/tokenizer=file", word)).data,
+                Data,
+                "data",
+                parts=(Source, Tokenizer),
+            )
         assert word == "seed=1" or str(found.value).startswith("data.tokenizer.path=")
 
 
@@ -128,7 +156,8 @@ def test_ids_beyond_what_a_tokenizer_says_are_refused(tmp_path: Path) -> None:
             return super().encode(text).astype("int64") + 250
 
     with pytest.raises(
-        ValueError, match=r"a.txt: the tokenizer makes ids from 2\d\d to 3\d\d, and says that it has 256"
+        ValueError,
+        match=r"a.txt: the tokenizer makes ids from 2\d\d to 3\d\d, and says that it has 256",
     ):
         corpus(TEXT, Wrong(), tmp_path)
 
@@ -142,13 +171,16 @@ def test_the_name_of_a_mark_in_a_text_is_text(special: bool, tmp_path: Path) -> 
     tokenizer = saved(made, tmp_path)
     read = corpus("a </s> b\n" * 30, tokenizer, tmp_path)
     assert whole(read).count(tokenizer.marks.end) == 1
-    assert tokenizer.left_out["characters that the tokenizer drops"] == 30 * 3  # '<', '/', '>'; s has a token
+    # '<', '/', '>'; s has a token
+    assert tokenizer.left_out["characters that the tokenizer drops"] == 30 * 3
 
 
 def test_a_text_that_a_tokenizer_reads_as_its_mark_is_refused(tmp_path: Path) -> None:
     made = Library(models.WordLevel({"<unk>": 0, "</s>": 1, "hi": 2}, unk_token="<unk>"))
     made.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    with pytest.raises(ValueError, match="a.txt: the text holds '</s>', which .* reads as its mark"):
+    with pytest.raises(
+        ValueError, match="a.txt: the text holds '</s>', which .* reads as its mark"
+    ):
         corpus("hi\nhi </s>\n" * 9, saved(made, tmp_path), tmp_path)
 
 
@@ -159,7 +191,10 @@ def test_marks_of_our_own_in_a_text_are_text(mark: str, tmp_path: Path) -> None:
     corpus(TEXT, tokenizer, tmp_path)
     assert tokenizer.marks.end not in tokenizer.encode(f"a{mark}b")
     tokenizer.save(tmp_path)
-    again = FromFile(str(tmp_path), max(json.loads((tmp_path / BPE.FILE).read_text())["model"]["vocab"].values()) + 1)
+    again = FromFile(
+        str(tmp_path),
+        max(json.loads((tmp_path / BPE.FILE).read_text())["model"]["vocab"].values()) + 1,
+    )
     assert again.encode(f"a{mark}b").tolist() == tokenizer.encode(f"a{mark}b").tolist()
 
 
@@ -171,7 +206,10 @@ class Controls(Source):
 
     def rows(self) -> Any:
         for number in range(40):
-            yield f"row {number}", {"text": f"a\0b\x01{number}", "words": ["\x02", "b"], "n": number}
+            yield (
+                f"row {number}",
+                {"text": f"a\0b\x01{number}", "words": ["\x02", "b"], "n": number},
+            )
 
 
 def test_rows_hold_no_marks(tmp_path: Path) -> None:
@@ -179,23 +217,31 @@ def test_rows_hold_no_marks(tmp_path: Path) -> None:
     for _ in range(2):  # the second time from the cache
         data = Rows("x", Controls(), Bytes(), cache=str(tmp_path))
         data.prepare(lambda what, done: None)
-        assert all(row["text"] == f"a b {row['n']}" and row["words"] == [" ", "b"] for _, row in data.all())
+        assert all(
+            row["text"] == f"a b {row['n']}" and row["words"] == [" ", "b"] for _, row in data.all()
+        )
         assert data.left_out == {"control characters, now blanks": 3 * 40}
         assert all(Bytes().encode(row["text"]).min() >= KEPT for _, row in data.all())
 
 
 @given(st.text("abc xyzäß日🙂\n", max_size=40))
 def test_characters_that_are_in_no_token_are_counted(text: str) -> None:
-    """Of byte-pair encoding without an unknown token those it has no token for; blanks aside, of any other too."""
+    """Of byte-pair encoding without an unknown token those it has no token for; blanks aside,
+    of any other too.
+    """
     made = characters("</s>")
     with TemporaryDirectory() as folder:
         tokenizer = saved(made, Path(folder))
         tokenizer.encode(text)
-        assert tokenizer.left_out["characters that the tokenizer drops"] == sum(c in "äß日🙂" for c in text)
+        assert tokenizer.left_out["characters that the tokenizer drops"] == sum(
+            c in "äß日🙂" for c in text
+        )
         made.normalizer = normalizers.Replace("x", "")
         tokenizer = saved(made, Path(folder))
         tokenizer.encode(text)
-        assert tokenizer.left_out["characters that the tokenizer drops"] == sum(c in "xäß日🙂" for c in text)
+        assert tokenizer.left_out["characters that the tokenizer drops"] == sum(
+            c in "xäß日🙂" for c in text
+        )
 
 
 def _byte_pairs(**options: Any) -> Library:
@@ -230,7 +276,9 @@ ABOUT = "characters or so that the tokenizer drops or replaces (it does not tell
     (lambda: _replacing("fox ", ""), "a fox jumps", {ABOUT: 3}),
     (lambda: _replacing("fox", "foxfoxfox"), "a fox jumps", {ABOUT: 2}),
     (lambda: _byte_pairs(end_of_word_suffix="</w>"), "ab", {ABOUT: 1}),
-], ids=["no token", "half a character", "one replaced", "word dropped", "word replaced", "places in a word"])  # fmt: skip
+],
+ids=["no token", "half a character", "one replaced", "word dropped", "word replaced",
+     "places in a word"])  # fmt: skip
 def test_what_is_said_of_lost_characters_is_true(
     made: Callable[[], Library], text: str, said: dict[str, int], tmp_path: Path
 ) -> None:
@@ -257,11 +305,13 @@ def test_unknown_tokens_are_counted_and_told(tmp_path: Path) -> None:
     tokenizer = saved(made, tmp_path)
     read = corpus("añb ß\n" * 30, tokenizer, tmp_path)
     assert read.left_out == {"tokens for what the tokenizer does not know": 60}
-    assert corpus("añb ß\n" * 30, saved(made, tmp_path), tmp_path).left_out == read.left_out  # from the cache
+    # from the cache
+    assert corpus("añb ß\n" * 30, saved(made, tmp_path), tmp_path).left_out == read.left_out
 
 
 @pytest.mark.parametrize("model", [
-    lambda: models.Unigram([("a", -1.0), ("b", -2.0), ("</s>", -3.0)]), lambda: models.WordLevel({"a": 0, "</s>": 1}, "[UNK]"),
+    lambda: models.Unigram([("a", -1.0), ("b", -2.0), ("</s>", -3.0)]),
+    lambda: models.WordLevel({"a": 0, "</s>": 1}, "[UNK]"),
     lambda: models.WordPiece({"a": 0, "</s>": 1}, unk_token="[UNK]"),
 ], ids=["unigram", "word level", "word piece"])  # fmt: skip
 def test_a_tokenizer_without_an_unknown_token_refuses_what_it_does_not_know(
@@ -270,7 +320,8 @@ def test_a_tokenizer_without_an_unknown_token_refuses_what_it_does_not_know(
     made = Library(model())
     made.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     with pytest.raises(
-        ValueError, match="a.txt: .*tokenizer.json: no token stands for 'ß', and none for what is unknown"
+        ValueError,
+        match="a.txt: .*tokenizer.json: no token stands for 'ß', and none for what is unknown",
     ):
         corpus("a ß a\n" * 9, saved(made, tmp_path), tmp_path)
 
@@ -280,7 +331,9 @@ def test_a_tokenizer_without_an_unknown_token_refuses_what_it_does_not_know(
 
 @given(st.integers(1, 4), st.floats(0.02, 0.98), st.integers(1, 400))
 def test_nothing_is_learned_from_what_is_held_out(number: int, fraction: float, size: int) -> None:
-    """Of few documents their end is: each side has some text or an end, and learning sees the training side alone."""
+    """Of few documents their end is: each side has some text or an end, and learning sees the
+    training side alone.
+    """
 
     class Learning(Bytes):
         seen: list[str]
@@ -310,7 +363,15 @@ def test_nothing_is_learned_from_what_is_held_out(number: int, fraction: float, 
 @pytest.mark.parametrize("fraction", [0.3, 0.95])
 def test_a_word_of_the_held_out_end_is_not_learned(fraction: float, tmp_path: Path) -> None:
     """Of one document: the beginning's word has a token, the end's has none."""
-    (tmp_path / "a.txt").write_text("begins " * 100 + "finishes " * round(100 * 7 / 9 * fraction / (1 - fraction)))
+    (tmp_path / "a.txt").write_text(
+        "begins " * 100 + "finishes " * round(100 * 7 / 9 * fraction / (1 - fraction))
+    )
     tokenizer = BPE(400)
-    prepare("x", Files(str(tmp_path / "a.txt")), tokenizer, tmp_path / "cache", validation_fraction=fraction)
+    prepare(
+        "x",
+        Files(str(tmp_path / "a.txt")),
+        tokenizer,
+        tmp_path / "cache",
+        validation_fraction=fraction,
+    )
     assert len(tokenizer.encode(" begins")) == 1 and len(tokenizer.encode(" finishes")) > 3

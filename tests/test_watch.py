@@ -1,4 +1,6 @@
-"""Looking on while ranks train: a false alarm does not end it, and each hang has its own sentence."""
+"""Looking on while ranks train: a false alarm does not end it, and each hang has its own
+sentence.
+"""
 
 from __future__ import annotations
 
@@ -24,9 +26,17 @@ TIMEOUT_S = 0.4
 
 
 def _entry(number: int, name: str, record: int, at: int = 0, over: bool = False) -> dict[str, Any]:
-    return {"time_created_ns": at, "process_group": ["w", ""], "is_p2p": False, "retired": over,
-            "collective_seq_id": number, "profiling_name": name, "input_sizes": [[2]], "input_dtypes": ["Float"],
-            "record_id": record}  # fmt: skip
+    return {
+        "time_created_ns": at,
+        "process_group": ["w", ""],
+        "is_p2p": False,
+        "retired": over,
+        "collective_seq_id": number,
+        "profiling_name": name,
+        "input_sizes": [[2]],
+        "input_dtypes": ["Float"],
+        "record_id": record,
+    }
 
 
 class Ranks:
@@ -37,10 +47,12 @@ class Ranks:
         self.watches = []
         for rank in range(2):
             known = SimpleNamespace(
-                get_rank=lambda rank=rank: rank, get_world_size=lambda: 2, get_process_group_ranks=lambda group: [0, 1],
+                get_rank=lambda rank=rank: rank,
+                get_world_size=lambda: 2,
+                get_process_group_ranks=lambda group: [0, 1],
                 distributed_c10d=SimpleNamespace(_get_default_store=lambda: store),
                 group=SimpleNamespace(WORLD=SimpleNamespace(group_name="w")),
-            )  # fmt: skip
+            )
             with mock.patch("dtrain.launch.hang_detector.dist", known):
                 self.watches.append(HangDetector({}, TIMEOUT_S))
             self.watches[rank]._thread.name = str(rank)
@@ -50,7 +62,9 @@ class Ranks:
         name = threading.current_thread().name
         rank = int(name) if name in "01" else self.asking
         whats = self.begun[rank]
-        return [[_entry(n, f"gloo:{what}", n, at, self.over) for n, (what, at) in enumerate(whats, 1)]]
+        return [
+            [_entry(n, f"gloo:{what}", n, at, self.over) for n, (what, at) in enumerate(whats, 1)]
+        ]
 
     asking = 0  # the rank for whom this thread speaks
     over = False  # are the collectives that were begun?
@@ -95,7 +109,10 @@ def _told(capfd: pytest.CaptureFixture[str], words: str, said: str = "") -> str:
 def test_after_a_false_alarm_a_later_hang_is_told_with_its_own_words(
     ranks: Ranks, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    """The first step takes long; in the third, rank 1 stays away. Each is told once, and the error has the latter."""
+    """The first step takes long; in the third, rank 1 stays away.
+
+    Each is told once, and the error has the latter.
+    """
     for rank in (0, 1):
         ranks.begin(rank, 1, "first")
     _told(capfd, "all ranks have begun the same collectives (rank 0 in step 1, rank 1 in step 1)\n")
@@ -104,14 +121,21 @@ def test_after_a_false_alarm_a_later_hang_is_told_with_its_own_words(
     for rank in (1, 0):
         ranks.begin(rank, 3, *("second", "third")[: 2 - rank])
     said = _told(capfd, "rank 1 is missing")
-    assert said.count("\n") == 1 and "step 3, axis world, collective 3, third of 2 float: rank 0 waits in it" in said
+    assert (
+        said.count("\n") == 1
+        and "step 3, axis world, collective 3, third of 2 float: rank 0 waits in it" in said
+    )
     with pytest.raises(Hang, match="rank 1 is missing"), ranks.watches[0].explaining():
         raise RuntimeError("gloo: timed out")
     assert capfd.readouterr().err == ""
 
 
-def test_where_nobody_waits_nothing_is_said(ranks: Ranks, capfd: pytest.CaptureFixture[str]) -> None:
-    """All collectives are over, and the next one is long in coming; it comes, and one rank is missing from it."""
+def test_where_nobody_waits_nothing_is_said(
+    ranks: Ranks, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """All collectives are over, and the next one is long in coming; it comes, and one rank is
+    missing from it.
+    """
     ranks.over = True
     for rank in (0, 1):
         ranks.begin(rank, 1, "first")
@@ -152,14 +176,19 @@ def test_a_rank_may_be_slow_and_stay_away() -> None:
         yield
 
     config = SimpleNamespace(
-        inject=Inject(MissedCollective(rank=0, step=3), Straggler(rank=0, factor=2.0)), profile=False
+        inject=Inject(MissedCollective(rank=0, step=3), Straggler(rank=0, factor=2.0)),
+        profile=False,
     )
     watch = SimpleNamespace(skipping=lambda step: noted(f"skipped in {step}"))
     with (
         mock.patch("dtrain.run.run.dist.get_rank", lambda: 0),
-        mock.patch("dtrain.run.run.slowed", lambda straggler, rank: noted(f"slow by {straggler.factor:g}")),
+        mock.patch(
+            "dtrain.run.run.slowed", lambda straggler, rank: noted(f"slow by {straggler.factor:g}")
+        ),
     ):
-        _, phase = _instruments(SimpleNamespace(config=config, asynchronous=False), None, None, watch)  # type: ignore[arg-type]
+        _, phase = _instruments(
+            SimpleNamespace(config=config, asynchronous=False), None, None, watch
+        )  # type: ignore[arg-type]
         for name in (FORWARD_BACKWARD, EXCHANGE, FIGURES):
             with phase(name):
                 pass

@@ -1,7 +1,9 @@
-"""Where the tests' time goes: wall and CPU seconds of each file, of all processes that its tests start.
+"""Where the tests' time goes: wall and CPU seconds of each file, of all processes that its tests
+start.
 
-A pytest plugin: it prints a table at the end. `DTRAIN_TIMES` names a file of lines `name wall cpu` with what else was
-timed, which comes first; `--times-into FILE` also writes the table into FILE, between its two marks.
+A pytest plugin: it prints a table at the end. `DTRAIN_TIMES` names a file of lines `name wall cpu`
+with what else was timed, which comes first; `--times-into FILE` also writes the table into FILE,
+between its two marks.
 """
 
 from __future__ import annotations
@@ -19,7 +21,9 @@ TICKS = os.sysconf("SC_CLK_TCK")
 
 
 def cpu_seconds() -> float:
-    """Of this process, of its descendants and warm processes, and of those that these have waited for."""
+    """Of this process, of its descendants and warm processes, and of those that these have
+    waited for.
+    """
     ticks: dict[int, int] = {}
     parents: dict[int, int] = {}
     for pid in (int(name) for name in os.listdir("/proc") if name.isdigit()):
@@ -39,7 +43,9 @@ def cpu_seconds() -> float:
 
 
 class Times:
-    """Adds to each test's last report the CPU time since the test before, and adds all up where the reports arrive."""
+    """Adds to each test's last report the CPU time since the test before, and adds all up where
+    the reports arrive.
+    """
 
     def __init__(self, config: pytest.Config) -> None:
         self.config = config
@@ -60,19 +66,30 @@ class Times:
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
         file = report.nodeid.split("::")[0]
         self.wall[file] += report.duration
-        self.cpu[file] += sum(value for name, value in report.user_properties if name == "cpu_seconds")
+        self.cpu[file] += sum(
+            value for name, value in report.user_properties if name == "cpu_seconds"
+        )
         self.tests[file] += report.when == "call"
 
     def pytest_terminal_summary(self, terminalreporter: pytest.TerminalReporter) -> None:
-        rows = [(f"tests/{file}".replace("tests/tests/", "tests/"), str(self.tests[file]), wall, self.cpu[file])
-                for file, wall in self.wall.most_common()]  # fmt: skip
+        rows = [
+            (
+                f"tests/{file}".replace("tests/tests/", "tests/"),
+                str(self.tests[file]),
+                wall,
+                self.cpu[file],
+            )
+            for file, wall in self.wall.most_common()
+        ]
         rows.append(("all tests", str(self.tests.total()), self.wall.total(), self.cpu.total()))
         if others := os.environ.get("DTRAIN_TIMES"):
             lines = [line.rsplit(maxsplit=2) for line in Path(others).read_text().splitlines()]
             rows = [(name, "", float(wall), float(cpu)) for name, wall, cpu in lines] + rows
         terminalreporter.section("times")
         table = ["| what | tests | wall s | CPU s |", "| --- | ---: | ---: | ---: |"]
-        table += [f"| {name} | {tests} | {wall:.0f} | {cpu:.0f} |" for name, tests, wall, cpu in rows]
+        table += [
+            f"| {name} | {tests} | {wall:.0f} | {cpu:.0f} |" for name, tests, wall, cpu in rows
+        ]
         terminalreporter.write_line("\n".join(table))
         if into := self.config.getoption("times_into"):
             before, _, rest = Path(into).read_text().partition(BEGIN)
@@ -81,7 +98,9 @@ class Times:
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.addoption("--times-into", metavar="FILE", help="write the table of times into FILE, between its marks")
+    parser.addoption(
+        "--times-into", metavar="FILE", help="write the table of times into FILE, between its marks"
+    )
 
 
 def pytest_configure(config: pytest.Config) -> None:

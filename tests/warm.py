@@ -1,9 +1,11 @@
-"""Processes that are forked from one that has imported everything: a start takes 50 ms instead of 3 s.
+"""Processes that are forked from one that has imported everything: a start takes 50 ms instead of 3
+s.
 
-A `Nursery` is a server process, `Process` what `subprocess.Popen` is. What runs in it runs as the interpreter would run
-it: its own arguments, folder, environment, standard streams, session. Python's own fork server and torchrun's ranks
-are forked from the command itself before it has any thread, so that who is whose parent stays as it is. What a library
-reads from the environment when it is imported is the server's: such tests use `subprocess`.
+A `Nursery` is a server process, `Process` what `subprocess.Popen` is. What runs in it runs as the
+interpreter would run it: its own arguments, folder, environment, standard streams, session.
+Python's own fork server and torchrun's ranks are forked from the command itself before it has any
+thread, so that who is whose parent stays as it is. What a library reads from the environment when
+it is imported is the server's: such tests use `subprocess`.
 """
 
 from __future__ import annotations
@@ -42,9 +44,21 @@ from torch.distributed.run import main as torchrun
 from dtrain.launch.rank_processes import PRELOADED as PRELOADED_BY_OURS
 from dtrain.launch.rank_processes import start_tracker
 
-PRELOADED = ("dtrain.cli", "dtrain.compare.capabilities", "dtrain.report.files", "torch.distributed.run", "torch.distributed.tensor",
-             "cases", "worlds", "pytest", "hypothesis.strategies", "sklearn.metrics", "scipy.linalg", "PIL.Image",
-             "matplotlib.figure")  # fmt: skip
+PRELOADED = (
+    "dtrain.cli",
+    "dtrain.compare.capabilities",
+    "dtrain.report.files",
+    "torch.distributed.run",
+    "torch.distributed.tensor",
+    "cases",
+    "worlds",
+    "pytest",
+    "hypothesis.strategies",
+    "sklearn.metrics",
+    "scipy.linalg",
+    "PIL.Image",
+    "matplotlib.figure",
+)
 LARGEST = 1 << 20  # bytes of a request
 PR_SET_PDEATHSIG = 1  # of prctl(2)
 TORCHRUN = "torch.distributed.run"
@@ -161,7 +175,9 @@ def _run(words: list[str], given: list[int]) -> int:
         sys.stdout.reconfigure(write_through=True)  # type: ignore[union-attr]
         words = words[1:]
     sys.argv = words[:]
-    sys.path[:0] = os.environ.get("PYTHONPATH", "").split(os.pathsep) if os.environ.get("PYTHONPATH") else []
+    sys.path[:0] = (
+        os.environ.get("PYTHONPATH", "").split(os.pathsep) if os.environ.get("PYTHONPATH") else []
+    )
     if words[0] == "-c":
         module, _, name = words[1].partition(":")
         sys.argv = ["-c"]
@@ -172,7 +188,9 @@ def _run(words: list[str], given: list[int]) -> int:
         sys.argv = words[1:]
         torchrun()
     else:
-        if any(word.startswith("launch.nproc=") for word in words) or words[0].endswith("compare.py"):
+        if any(word.startswith("launch.nproc=") for word in words) or words[0].endswith(
+            "compare.py"
+        ):
             _own_fork_server()
         sys.path.insert(0, str(Path(words[0]).parent))
         runpy.run_path(words[0], run_name="__main__")
@@ -180,7 +198,9 @@ def _run(words: list[str], given: list[int]) -> int:
 
 
 def _own_fork_server() -> None:
-    """Python's fork server as a fork of this process, which has imported what is to be preloaded."""
+    """Python's fork server as a fork of this process, which has imported what is to be
+    preloaded.
+    """
 
     def fork(_: str, arguments: list[str], files: list[int]) -> int:
         if pid := os.fork():
@@ -230,11 +250,13 @@ class Nursery:
 
     def start(
         self, words: Sequence[str], cwd: Path | str, env: Mapping[str, str], streams: Sequence[Any]
-    ) -> Process:  # fmt: skip
-        """Run `script.py …`, `-m torch.distributed.run …` or `-c module:function …` in a session of its own.
+    ) -> Process:
+        """Run `script.py …`, `-m torch.distributed.run …` or `-c module:function …` in a session of
+        its own.
 
         Args:
-            streams: files or their numbers: the standard ones, and more for `-c`, which is called with their numbers.
+            streams: files or their numbers: the standard ones, and more for `-c`, which is called
+                with their numbers.
         """
         asked = socket.socket(socket.AF_UNIX)
         deadline = time.monotonic() + 300
@@ -278,14 +300,17 @@ class Process:
         self.args, self._asked, self._heard = words, asked, b""
         self._lock = threading.Lock()
         self.returncode: int | None = None
-        self.output: tuple[Path, Path] | None = None  # where the standard streams go, if somebody wants to read them
+        # where the standard streams go, if somebody wants to read them
+        self.output: tuple[Path, Path] | None = None
         self.pid = int(self._line(None) or 0)
         ALIVE.add(self.pid)
 
     def _line(self, timeout: float | None) -> str | None:
         deadline = None if timeout is None else time.monotonic() + timeout
         while b"\n" not in self._heard:
-            self._asked.settimeout(None if deadline is None else max(deadline - time.monotonic(), 1e-4))
+            self._asked.settimeout(
+                None if deadline is None else max(deadline - time.monotonic(), 1e-4)
+            )
             try:
                 heard = self._asked.recv(100)
             except TimeoutError:
@@ -345,14 +370,19 @@ def end_what_is_left() -> None:
 
 @cache
 def nursery(*preload: str) -> Nursery:
-    """The server of this process that has imported these modules too, started once, or by whoever started this one."""
+    """The server of this process that has imported these modules too, started once, or by
+    whoever started this one.
+    """
     if not preload and (given := os.environ.get("DTRAIN_NURSERY")):
         return Nursery(Path(given))
     address = Path(tempfile.mkdtemp(dir=_folder())) / "nursery"
     alive_r, alive_w = os.pipe()
     command = [sys.executable, "-c", "import warm; warm.main()", str(address), *preload]
     here = Path(__file__).parent
-    environment = os.environ | {"PYTHONPATH": f"{here.parent}{os.pathsep}{here}", "OMP_NUM_THREADS": "1"}
+    environment = os.environ | {
+        "PYTHONPATH": f"{here.parent}{os.pathsep}{here}",
+        "OMP_NUM_THREADS": "1",
+    }
     server = subprocess.Popen(command, stdin=alive_r, env=environment, start_new_session=True)
     os.close(alive_r)
     atexit.register(server.wait, 10)
@@ -361,30 +391,46 @@ def nursery(*preload: str) -> Nursery:
 
 
 def popen(
-    command: Sequence[str], *, cwd: Path | str, env: Mapping[str, str] = os.environ, stdout: Any = None, stderr: Any = None
-) -> Process:  # fmt: skip
-    """`[sys.executable, …]` as a warm process in a session of its own; what it prints goes to the files that are given,
-    or can be had from `communicate`."""
+    command: Sequence[str],
+    *,
+    cwd: Path | str,
+    env: Mapping[str, str] = os.environ,
+    stdout: Any = None,
+    stderr: Any = None,
+) -> Process:
+    """`[sys.executable, …]` as a warm process in a session of its own; what it prints goes to the
+    files that are given, or can be had from `communicate`.
+    """
     assert command[0] == sys.executable, command
     place = Path(tempfile.mkdtemp(prefix="said-", dir=_folder()))
     paths = place / "stdout", place / "stderr"
     with open(os.devnull) as nothing, paths[0].open("w") as out, paths[1].open("w") as err:
-        process = nursery().start(command[1:], cwd, dict(env), (nothing, stdout or out, stderr or err))
+        process = nursery().start(
+            command[1:], cwd, dict(env), (nothing, stdout or out, stderr or err)
+        )
     process.output = paths
     STARTED.append(process)
     return process
 
 
 def run(
-    command: Sequence[str], *, cwd: Path | str, env: Mapping[str, str] = os.environ, timeout: float = 400
-) -> Ended:  # fmt: skip
-    """As `subprocess.run` with its output captured; what has not ended in time is killed, with all its session."""
+    command: Sequence[str],
+    *,
+    cwd: Path | str,
+    env: Mapping[str, str] = os.environ,
+    timeout: float = 400,
+) -> Ended:
+    """As `subprocess.run` with its output captured; what has not ended in time is killed, with
+    all its session.
+    """
     process = popen(command, cwd=cwd, env=env)
     try:
         process.wait(timeout)
     except subprocess.TimeoutExpired:
         os.killpg(process.pid, signal.SIGKILL)
-        raise AssertionError(f"{command} has not ended in {timeout} s: {process.communicate(10)}") from None
+        raise AssertionError(
+            f"{command} has not ended in {timeout} s: {process.communicate(10)}"
+        ) from None
     out, err = process.communicate()
     return subprocess.CompletedProcess(list(command), process.wait(), out, err)
 

@@ -31,9 +31,11 @@ ENGINES = {"deepspeed", "accelerate"}  # which keep groups themselves
 
 
 class World:
-    """`size` processes in one process group; each runs what it is given and sends back what came of it.
+    """`size` processes in one process group; each runs what it is given and sends back what came of
+    it.
 
-    Between two cases they are stopped: each group has a thread that wakes a hundred times a second for nothing.
+    Between two cases they are stopped: each group has a thread that wakes a hundred times a second
+    for nothing.
     """
 
     def __init__(self, size: int, *preload: str) -> None:
@@ -50,12 +52,15 @@ class World:
                 ours, theirs = multiprocessing.Pipe()
                 words = ["-c", "worlds:serve", str(rank), str(self.size), store]
                 streams = (nothing, sys.__stdout__, sys.__stderr__, theirs)
-                self._processes.append(nursery(*self.preload).start(words, os.getcwd(), dict(os.environ), streams))
+                self._processes.append(
+                    nursery(*self.preload).start(words, os.getcwd(), dict(os.environ), streams)
+                )
                 theirs.close()
                 self._pipes.append(ours)
 
     def run(self, function: Callable[..., Any], *arguments: Any) -> list[Any]:
-        """Call `function(*arguments)` on every rank; their results in order. Raises what a rank raised.
+        """Call `function(*arguments)` on every rank; their results in order. Raises what a rank
+        raised.
 
         After a failure the ranks may wait for each other: new ones take their places.
         """
@@ -63,10 +68,13 @@ class World:
             self._signal(signal.SIGCONT)
             for pipe in self._pipes:
                 pipe.send_bytes(pickle.dumps((function, arguments)))
-            results, waiting = [None] * self.size, {pipe: rank for rank, pipe in enumerate(self._pipes)}
+            results = [None] * self.size
+            waiting = {pipe: rank for rank, pipe in enumerate(self._pipes)}
             while waiting:
                 answered: list[Any] = multiprocessing.connection.wait(waiting, TIMEOUT_S)
-                assert answered, f"ranks {[*waiting.values()]} of {self.size} have not answered in {TIMEOUT_S} s"
+                assert answered, (
+                    f"ranks {[*waiting.values()]} of {self.size} have not answered in {TIMEOUT_S} s"
+                )
                 for pipe in answered:
                     rank, (ok, result) = waiting.pop(pipe), _answer(pipe)
                     assert ok, f"rank {rank}:\n{result}"
@@ -102,7 +110,9 @@ class World:
 
 @contextmanager
 def worlds(*preload: str) -> Iterator[Callable[[int], World]]:
-    """Worlds by their sizes, each started once; `preload`: modules that their ranks have imported."""
+    """Worlds by their sizes, each started once; `preload`: modules that their ranks have
+    imported.
+    """
     started: dict[int, World] = {}
 
     def of(size: int) -> World:
@@ -122,8 +132,11 @@ def serve(rank: str, size: str, store: str, file: int) -> None:
     pipe = Connection(file)
     torch.set_num_threads(1)
     shared, timeout = dist.FileStore(store, int(size)), timedelta(seconds=TIMEOUT_S)
-    dist.init_process_group("gloo", store=shared, rank=int(rank), world_size=int(size), timeout=timeout)
-    # A hundred groups' threads take a core: meshes that are equal are one, and groups do not stay for ever.
+    dist.init_process_group(
+        "gloo", store=shared, rank=int(rank), world_size=int(size), timeout=timeout
+    )
+    # A hundred groups' threads take a core: meshes that are equal are one, and groups do not stay
+    # for ever.
     plan.init_device_mesh = lru_cache(None)(plan.init_device_mesh)
     done = 0
     while (work := _next(pipe)) is not None:
@@ -140,7 +153,9 @@ def serve(rank: str, size: str, store: str, file: int) -> None:
 
 
 def _leave_groups() -> None:
-    """Let go of all groups, with which every rank has done by now, and of what remembers their names."""
+    """Let go of all groups, with which every rank has done by now, and of what remembers their
+    names.
+    """
     from torch.distributed.tensor import _redistribute, debug
 
     plan.init_device_mesh.cache_clear()  # type: ignore[attr-defined]

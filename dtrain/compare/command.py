@@ -34,7 +34,17 @@ from dtrain.report.terminal import Terminal
 
 PROJECT = CONFIGS.parent
 LEFT = (FILE, "results.csv", "report.md", "report.html", "runs")  # in a comparison's folder
-KEYS = ("strategies", "baseline", "world_sizes", "scaling", "repeats", "overwrite", "fail_if", "strategy", "hydra")
+KEYS = (
+    "strategies",
+    "baseline",
+    "world_sizes",
+    "scaling",
+    "repeats",
+    "overwrite",
+    "fail_if",
+    "strategy",
+    "hydra",
+)
 
 
 class Failed(RuntimeError):
@@ -42,10 +52,15 @@ class Failed(RuntimeError):
 
 
 def compare(
-    settings: Comparison, own: list[str], choices: dict[str, str], folder: Path,
-    configure: Callable[[list[str]], DictConfig], start: Callable[[DictConfig, Path, str], dict[str, Any]],
-) -> None:  # fmt: skip
-    """Run all, write `results.json`, `results.csv`, `report.md` and `report.html`, and show the verdict.
+    settings: Comparison,
+    own: list[str],
+    choices: dict[str, str],
+    folder: Path,
+    configure: Callable[[list[str]], DictConfig],
+    start: Callable[[DictConfig, Path, str], dict[str, Any]],
+) -> None:
+    """Run all, write `results.json`, `results.csv`, `report.md` and `report.html`, and show the
+    verdict.
 
     Args:
         own: the overrides of the command line; choices: of groups.
@@ -58,7 +73,9 @@ def compare(
     """
     condition = Condition(settings.fail_if) if settings.fail_if else None
     sizes = _world_sizes(settings)
-    cases = cases_of(settings.strategies, settings.baseline, sizes, settings.global_batch_size, settings.scaling)
+    cases = cases_of(
+        settings.strategies, settings.baseline, sizes, settings.global_batch_size, settings.scaling
+    )
     configs = {case.label: configure(case.overrides) for case in cases}
     first = _checked(cases, configs, condition)
     with _held(folder, settings.overwrite):
@@ -107,7 +124,8 @@ def traces(results: Results, folder: Path) -> dict[str, list[dict[str, Any]]]:
 
 
 def show_difference(arguments: list[str]) -> None:
-    """`scripts/compare.py --from DIR1 DIR2 [fail_if=…]`: throughputs of the second over those of the first.
+    """`scripts/compare.py --from DIR1 DIR2 [fail_if=…]`: throughputs of the second over those of
+    the first.
 
     Raises:
         ValueError: not two folders with results.
@@ -116,7 +134,9 @@ def show_difference(arguments: list[str]) -> None:
     folders = [argument for argument in arguments if "=" not in argument]
     others = [argument for argument in arguments if "=" in argument]
     if len(folders) != 2 or any(not argument.startswith("fail_if=") for argument in others):
-        raise ValueError(f"--from {' '.join(arguments)}: give two folders, and no other setting than fail_if=…")
+        raise ValueError(
+            f"--from {' '.join(arguments)}: give two folders, and no other setting than fail_if=…"
+        )
     first, second = (read(Path(folder)) for folder in folders)
     condition = Condition(others[-1].removeprefix("fail_if=")) if others else None
     console, made = Terminal(), Table(title=f"{folders[1]} over {folders[0]}")
@@ -124,17 +144,34 @@ def show_difference(arguments: list[str]) -> None:
     for title in ("tokens/s", "spread", "", "tensor memory", "bytes sent"):
         made.add_column(title, justify="right")
     for each in differences(first, second):
-        words = {True: "within noise", False: "faster" if each.ratio > 1 else "slower", None: "noise unknown"}
+        words = {
+            True: "within noise",
+            False: "faster" if each.ratio > 1 else "slower",
+            None: "noise unknown",
+        }
         sent = "–" if each.bytes_ratio is None else f"{each.bytes_ratio:.3f}"
         spread = f"{each.least:.3f} – {each.most:.3f}"
-        made.add_row(each.strategy, f"{each.ratio:.3f}", spread, words[each.noise], f"{each.memory_ratio:.3f}",
-                     sent)  # fmt: skip
+        made.add_row(
+            each.strategy,
+            f"{each.ratio:.3f}",
+            spread,
+            words[each.noise],
+            f"{each.memory_ratio:.3f}",
+            sent,
+        )
     console.print(made)
     console.print(
-        "spread: of any repeat over any other; within noise: 1 lies in it; unknown: one repeat each", soft_wrap=True
+        "spread: of any repeat over any other; within noise: 1 lies in it; unknown: one "
+        "repeat each",
+        soft_wrap=True,
     )
-    for name in (key for key in first.facts | second.facts if first.facts.get(key) != second.facts.get(key)):
-        console.print(f"not alike: {name} {first.facts.get(name)}, then {second.facts.get(name)}", soft_wrap=True)
+    for name in (
+        key for key in first.facts | second.facts if first.facts.get(key) != second.facts.get(key)
+    ):
+        console.print(
+            f"not alike: {name} {first.facts.get(name)}, then {second.facts.get(name)}",
+            soft_wrap=True,
+        )
     for name in ("commit", "cpu", "cores"):
         then, now = (each.environment.get(name, "not told") for each in (first, second))
         if then != now:
@@ -148,10 +185,14 @@ def _checked(cases: list[Case], configs: dict[str, DictConfig], condition: Condi
     first = max(RECORDED, *(config.measure.skip_steps for config in configs.values()))
     for label, config in configs.items():
         if config.steps <= first:
-            raise ValueError(f"{label}: steps={config.steps}: the first {first} are not timed, use more")
+            raise ValueError(
+                f"{label}: steps={config.steps}: the first {first} are not timed, use more"
+            )
     for label in condition.strategies if condition else ():
         if label not in configs:
-            raise ValueError(f"fail_if: {label!r} is none of {', '.join(case.label for case in cases)}")
+            raise ValueError(
+                f"fail_if: {label!r} is none of {', '.join(case.label for case in cases)}"
+            )
     return first
 
 
@@ -172,7 +213,8 @@ def _held(folder: Path, overwrite: bool) -> Iterator[None]:
         for name in LEFT:
             if os.path.lexists(folder / name) and not overwrite:
                 raise ValueError(
-                    f"{folder} has {name} of another comparison: set overwrite=true, or another hydra.run.dir"
+                    f"{folder} has {name} of another comparison: set overwrite=true, or another "
+                    f"hydra.run.dir"
                 )
             remove(folder / name)
         yield
@@ -181,7 +223,9 @@ def _held(folder: Path, overwrite: bool) -> Iterator[None]:
 
 
 def _facts(settings: Comparison, choices: dict[str, str]) -> dict[str, Any]:
-    groups = {name: choices[name] for name in ("model", "data", "task", "optimizer") if name in choices}
+    groups = {
+        name: choices[name] for name in ("model", "data", "task", "optimizer") if name in choices
+    }
     sizes = ("global_batch_size", "micro_batch_size", "seq_len", "steps", "seed", "dtype", "device")
     return groups | {name: getattr(settings, name) for name in sizes}
 
@@ -189,7 +233,10 @@ def _facts(settings: Comparison, choices: dict[str, str]) -> dict[str, Any]:
 def _row(case: Case, config: DictConfig, own: list[str], settings: Comparison) -> Row:
     """Everything of a row that is known before it runs."""
     kept = [
-        o for o in own if o.lstrip("+~").split("=")[0].split(".")[0] not in KEYS and not o.startswith("launch.nproc")
+        o
+        for o in own
+        if o.lstrip("+~").split("=")[0].split(".")[0] not in KEYS
+        and not o.startswith("launch.nproc")
     ]
     said = [
         f"steps={settings.steps}",
@@ -203,15 +250,19 @@ def _row(case: Case, config: DictConfig, own: list[str], settings: Comparison) -
     if case.rows != settings.global_batch_size:
         said.append(f"global_batch_size={case.rows}")
     begin = f"torchrun --nproc-per-node {case.ranks}" if case.ranks > 1 else "python"
-    classes = [found for node in (config.strategy or {}).values() if (found := _class_of(node["_target_"]))]
+    classes = [
+        found for node in (config.strategy or {}).values() if (found := _class_of(node["_target_"]))
+    ]
     return Row(
-        case.label, case.ranks, overrides=[masked_override(each) for each in case.overrides],
+        case.label,
+        case.ranks,
+        overrides=[masked_override(each) for each in case.overrides],
         command=f"{begin} scripts/train.py {shlex.join(said)}",
         about=" ".join(about(name) for name in case.entry.strategy.split("+")),
         cost=[text for each in classes if (text := _cost(each))],
         files=[_shown(Path(inspect.getfile(each))) for each in classes],
         trained=[*map(masked_override, case.entry.trained)],
-    )  # fmt: skip
+    )
 
 
 def _class_of(target: str) -> Any:
@@ -229,14 +280,19 @@ def _shown(file: Path) -> str:
 def _cost(strategy: type) -> str:
     """What the strategy's file says of its cost."""
     tree = ast.parse(Path(inspect.getfile(strategy)).read_text())
-    found = re.search(r"^(Costs? .*?)(?=\s*\bSources?:|\Z)", ast.get_docstring(tree) or "", re.S | re.M)
+    found = re.search(
+        r"^(Costs? .*?)(?=\s*\bSources?:|\Z)", ast.get_docstring(tree) or "", re.S | re.M
+    )
     return " ".join(found[1].split()) if found else ""
 
 
 def _link(folder: Path) -> Callable[[str], str]:
     """From a file of the project to where the report finds it."""
-    return lambda file: (PROJECT / file).as_uri() if not folder.is_relative_to(PROJECT) else (
-        "/".join([".."] * len(folder.relative_to(PROJECT).parts)) + "/" + file)  # fmt: skip
+    return lambda file: (
+        (PROJECT / file).as_uri()
+        if not folder.is_relative_to(PROJECT)
+        else ("/".join([".."] * len(folder.relative_to(PROJECT).parts)) + "/" + file)
+    )
 
 
 def _judge(results: Results, condition: Condition | None) -> None:
@@ -244,6 +300,8 @@ def _judge(results: Results, condition: Condition | None) -> None:
         raise Failed(f"failed: {', '.join(broken)}")
     asked = results.rows[1:] or results.rows  # the baseline alone is no comparison
     if not any(row.ran for row in asked):
-        raise ValueError(f"none of the strategies could run: {asked[0].strategy}: {asked[0].reason}")
+        raise ValueError(
+            f"none of the strategies could run: {asked[0].strategy}: {asked[0].reason}"
+        )
     if condition and condition.holds(results):
         raise Failed(f"fail_if: {condition.text}")

@@ -1,4 +1,6 @@
-"""`fail_if`: a condition on a comparison's figures, such as `ddp.tokens_per_second < 0.9 * baseline`."""
+"""`fail_if`: a condition on a comparison's figures, such as `ddp.tokens_per_second < 0.9 *
+baseline`.
+"""
 
 from __future__ import annotations
 
@@ -18,8 +20,9 @@ EXAMPLE = 'such as "ddp.tokens_per_second < 0.9 * baseline"'
 class Condition:
     """Comparisons of figures, joined by `and` and `or`.
 
-    A figure is `strategy.figure`, with quotes around what is no plain name: `'pipeline schedule=zbv'.wire_bytes`.
-    `baseline` is the same figure of the baseline; with two results, of the same strategy in the first one.
+    A figure is `strategy.figure`, with quotes around what is no plain name: `'pipeline
+    schedule=zbv'.wire_bytes`. `baseline` is the same figure of the baseline; with two results, of
+    the same strategy in the first one.
 
     Raises:
         ValueError: anything else.
@@ -50,16 +53,24 @@ class Condition:
             for value in node.values:
                 self._check(value)
             return
-        if not isinstance(node, ast.Compare) or any(type(each) not in OPERATORS for each in node.ops):
-            raise ValueError(f"fail_if={self.text!r} must compare figures by <, <=, > or >=, {EXAMPLE}")
+        if not isinstance(node, ast.Compare) or any(
+            type(each) not in OPERATORS for each in node.ops
+        ):
+            raise ValueError(
+                f"fail_if={self.text!r} must compare figures by <, <=, > or >=, {EXAMPLE}"
+            )
         for side in (node.left, *node.comparators):
             self._check_term(side)
         figures = _figures(node)
         if not figures:
             raise ValueError(f"fail_if={self.text!r} names no strategy's figure, {EXAMPLE}")
-        if any(isinstance(each, ast.Name) and each.id == "baseline" for each in ast.walk(node)) and len(figures) > 1:
+        if (
+            any(isinstance(each, ast.Name) and each.id == "baseline" for each in ast.walk(node))
+            and len(figures) > 1
+        ):
             raise ValueError(
-                f"fail_if={self.text!r}: baseline may be any of {', '.join(sorted(f for _, f in figures))}"
+                f"fail_if={self.text!r}: baseline may be any of "
+                f"{', '.join(sorted(f for _, f in figures))}"
             )
 
     def _check_term(self, node: ast.AST) -> None:
@@ -68,11 +79,16 @@ class Condition:
             self._check_term(node.right)
         elif isinstance(node, ast.Attribute) and (named := _figure(node)):
             if named[1] not in FIGURES:
-                raise ValueError(f"fail_if={self.text!r}: {named[1]} is none of the figures {', '.join(FIGURES)}")
+                raise ValueError(
+                    f"fail_if={self.text!r}: {named[1]} is none of the figures {', '.join(FIGURES)}"
+                )
         elif not (isinstance(node, ast.Constant) and isinstance(node.value, int | float)) and not (
             isinstance(node, ast.Name) and node.id == "baseline"
         ):
-            raise ValueError(f"fail_if={self.text!r}: {ast.unparse(node)!r} is no number and no figure, {EXAMPLE}")
+            raise ValueError(
+                f"fail_if={self.text!r}: {ast.unparse(node)!r} is no number and no figure, "
+                f"{EXAMPLE}"
+            )
 
     def _truth(self, node: ast.AST, results: Results, earlier: Results | None) -> bool:
         if isinstance(node, ast.BoolOp):
@@ -97,7 +113,9 @@ class Condition:
             sides = [value(side) for side in (node.left, *node.comparators)]
         except ZeroDivisionError:
             raise ValueError(f"fail_if={self.text!r} divides by zero") from None
-        return all(OPERATORS[type(op)](a, b) for op, a, b in zip(node.ops, sides, sides[1:], strict=False))
+        return all(
+            OPERATORS[type(op)](a, b) for op, a, b in zip(node.ops, sides, sides[1:], strict=False)
+        )
 
 
 def _figures(node: ast.AST) -> list[tuple[str, str]]:

@@ -1,4 +1,6 @@
-"""What a comparison is asked to run: entries such as `ddp`, `replicate+fsdp` or `pipeline strategy.pp.schedule=zbv`."""
+"""What a comparison is asked to run: entries such as `ddp`, `replicate+fsdp` or `pipeline
+strategy.pp.schedule=zbv`.
+"""
 
 from __future__ import annotations
 
@@ -40,28 +42,49 @@ class Entry:
         for each in settings:
             if "=" not in each:
                 raise ValueError(f"strategies: {each!r} of {text!r} must be key=value")
-        return cls(strategy, tuple(each if read(each) else setting(*each.split("=", 1)) for each in settings))
+        return cls(
+            strategy,
+            tuple(each if read(each) else setting(*each.split("=", 1)) for each in settings),
+        )
 
     @property
     def label(self) -> str:
         """What it is called: the strategy, and the settings by the last part of their keys."""
-        shown = [masked_override(each).rpartition("=") for each in self.settings if not each.startswith(f"{RANKS}=")]
-        return " ".join([self.strategy, *(f"{key.lstrip('+').rsplit('.', 1)[-1]}={value}" for key, _, value in shown)])
+        shown = [
+            masked_override(each).rpartition("=")
+            for each in self.settings
+            if not each.startswith(f"{RANKS}=")
+        ]
+        return " ".join(
+            [
+                self.strategy,
+                *(f"{key.lstrip('+').rsplit('.', 1)[-1]}={value}" for key, _, value in shown),
+            ]
+        )
 
     @property
     def overrides(self) -> list[str]:
         """For Hydra."""
         names = self.strategy.split("+")
-        return [f"strategy={self.strategy if len(names) == 1 else '[' + ','.join(names) + ']'}", *self.settings]
+        return [
+            f"strategy={self.strategy if len(names) == 1 else '[' + ','.join(names) + ']'}",
+            *self.settings,
+        ]
 
     @property
     def trained(self) -> tuple[str, ...]:
-        """The settings that change what is trained: only runs that share them have one loss curve."""
-        return tuple(s for s in self.settings if s.lstrip("+").split("=")[0].split(".")[0] not in OWN)
+        """The settings that change what is trained: only runs that share them have one loss
+        curve.
+        """
+        return tuple(
+            s for s in self.settings if s.lstrip("+").split("=")[0].split(".")[0] not in OWN
+        )
 
     def number(self, key: str) -> int | None:
         """What it says itself of a setting such as its ranks, whatever the others have."""
-        asked = [setting.split("=")[1] for setting in self.settings if setting.startswith(f"{key}=")]
+        asked = [
+            setting.split("=")[1] for setting in self.settings if setting.startswith(f"{key}=")
+        ]
         return int(asked[-1]) if asked else None
 
 
@@ -89,7 +112,11 @@ class Case:
     def folder_of(label: str) -> str:
         """A folder's name, unlike that of any other label."""
         name = re.sub(r"[^\w.+=,@-]+", "_", label)[:80]
-        return name if name == label.replace(" ", "_") else f"{name}-{hashlib.sha1(label.encode()).hexdigest()[:8]}"
+        return (
+            name
+            if name == label.replace(" ", "_")
+            else f"{name}-{hashlib.sha1(label.encode()).hexdigest()[:8]}"
+        )
 
     @property
     def overrides(self) -> list[str]:
@@ -100,8 +127,11 @@ class Case:
         return (self.entry.trained, self.rows) == (other.entry.trained, other.rows)
 
 
-def cases_of(strategies: list[str], baseline: str, world_sizes: list[int], rows: int, scaling: str) -> list[Case]:
-    """Every entry on every world size (or on the one it asks for), each kind of training begun by its baseline.
+def cases_of(
+    strategies: list[str], baseline: str, world_sizes: list[int], rows: int, scaling: str
+) -> list[Case]:
+    """Every entry on every world size (or on the one it asks for), each kind of training begun by
+    its baseline.
 
     Args:
         strategies, baseline: entries.
@@ -114,14 +144,27 @@ def cases_of(strategies: list[str], baseline: str, world_sizes: list[int], rows:
     kinds = dict.fromkeys(entry.trained for entry in asked) or {(): None}
     entries = list(
         dict.fromkeys(
-            [*(Entry(first.strategy, tuple(dict.fromkeys((*first.settings, *kind)))) for kind in kinds), *asked]
+            [
+                *(
+                    Entry(first.strategy, tuple(dict.fromkeys((*first.settings, *kind))))
+                    for kind in kinds
+                ),
+                *asked,
+            ]
         )
     )
-    entries.sort(key=lambda entry: list(kinds).index(entry.trained) if entry.trained in kinds else -1)
+    entries.sort(
+        key=lambda entry: list(kinds).index(entry.trained) if entry.trained in kinds else -1
+    )
     found: dict[str, Case] = {}
     for entry, ranks in _placed(entries, world_sizes):
         own = entry.number(ROWS) or (rows * ranks if scaling == "weak" else rows)
-        case = Case(entry, ranks, own, entry.label if ranks == _only(entry, world_sizes) else f"{entry.label} @{ranks}")
+        case = Case(
+            entry,
+            ranks,
+            own,
+            entry.label if ranks == _only(entry, world_sizes) else f"{entry.label} @{ranks}",
+        )
         whole = f"{entry.strategy} {' '.join(map(masked_override, entry.settings))} @{ranks}"
         for label in (f"{entry.label} @{ranks}", whole, f"{whole} ({len(found)})"):
             if case.label in found and found[case.label] != case:  # unlike every other

@@ -10,8 +10,17 @@ from dtrain.compare.verdict import verdicts
 from dtrain.report.tables import Sheet
 from dtrain.report.terminal import in_line, in_markdown, shown
 
-COLUMNS = ("strategy", "ranks", "loss", "Δloss", "tokens/s", "step ms", "tensor memory a rank", "sent a step",
-           "exposed")  # fmt: skip
+COLUMNS = (
+    "strategy",
+    "ranks",
+    "loss",
+    "Δloss",
+    "tokens/s",
+    "step ms",
+    "tensor memory a rank",
+    "sent a step",
+    "exposed",
+)
 
 
 def sheet(results: Results, label: Callable[[str], str] = shown) -> Sheet:
@@ -22,7 +31,9 @@ def sheet(results: Results, label: Callable[[str], str] = shown) -> Sheet:
 def document(results: Results) -> str:
     """`report.md`."""
     facts = ", ".join(
-        f"{in_markdown(name)} {in_markdown(str(value))}" for name, value in results.facts.items() if value is not None
+        f"{in_markdown(name)} {in_markdown(str(value))}"
+        for name, value in results.facts.items()
+        if value is not None
     )
     at = results.environment
     where = f"{at['cpu']}, {at['cores']} cores, torch {at['packages']['torch']}"
@@ -34,7 +45,10 @@ def document(results: Results) -> str:
         f"{facts}.",
         f"{where}; {results.made}.",
         "",
-        *(f"* **{v.title}**: {in_markdown(v.strategy)}, {v.figure} ({in_markdown(v.note)})" for v in verdicts(results)),
+        *(
+            f"* **{v.title}**: {in_markdown(v.strategy)}, {v.figure} ({in_markdown(v.note)})"
+            for v in verdicts(results)
+        ),
         "",
         sheet(results, in_markdown).markdown(),
         LEGEND,
@@ -51,15 +65,23 @@ def readme(results: Results) -> str:
     """The README's block: the table, and where it was read."""
     at, digest = results.environment, results.facts.get("data digest")
     data = f"; data digest {digest}" if digest else ""
-    return "\n".join([
-        sheet(results).markdown().partition("\n\n")[2],
-        f"(`{results.command}`, {results.made[:10]}, {at['cores']} cores of a shared {at['cpu']}; "
-        f"{results.steps} steps, medians of {results.asked} runs in turns{data}.)", "", LEGEND, "",
-    ])  # fmt: skip
+    return "\n".join(
+        [
+            sheet(results).markdown().partition("\n\n")[2],
+            f"(`{results.command}`, {results.made[:10]}, {at['cores']} cores of a shared "
+            f"{at['cpu']}; "
+            f"{results.steps} steps, medians of {results.asked} runs in turns{data}.)",
+            "",
+            LEGEND,
+            "",
+        ]
+    )
 
 
 LEGEND = (
-    "Δloss: the greatest difference from the loss of the baseline over all steps; not sync.: it need not be "
-    "the same. Tensor memory: at a step's peak, on the fullest rank. Sent: by the busiest rank, as a ring "
+    "Δloss: the greatest difference from the loss of the baseline over all steps; not sync.: it "
+    "need not be "
+    "the same. Tensor memory: at a step's peak, on the fullest rank. Sent: by the busiest rank, "
+    "as a ring "
     "sends it. Exposed: the share of a step in which ranks communicate and do not compute."
 )

@@ -1,4 +1,6 @@
-"""What a comparison found: a row for each case, kept as `results.json` (docs/comparison.md tells its schema)."""
+"""What a comparison found: a row for each case, kept as `results.json` (docs/comparison.md
+tells its schema).
+"""
 
 from __future__ import annotations
 
@@ -16,8 +18,17 @@ from dtrain.report.terminal import shown
 
 SCHEMA = 1
 FILE = "results.json"
-FIGURES = ("tokens_per_second", "step_seconds", "loss", "loss_difference", "peak_memory_bytes", "memory_bytes",
-           "wire_bytes", "exposed_share", "ranks")  # fmt: skip  # of a row: numbers, or None
+FIGURES = (
+    "tokens_per_second",
+    "step_seconds",
+    "loss",
+    "loss_difference",
+    "peak_memory_bytes",
+    "memory_bytes",
+    "wire_bytes",
+    "exposed_share",
+    "ranks",
+)  # of a row: numbers, or None
 
 
 @dataclass
@@ -29,25 +40,28 @@ class Row:
         ranks, mesh: how many, and along which axes.
         overrides: what differs from the baseline's configuration.
         command: that runs it alone.
-        about, cost, files: the idea, the formulas of each axis, and where it is written; relative to the project.
+        about, cost, files: the idea, the formulas of each axis, and where it is written; relative
+            to the project.
         synchronous: should its losses be the reference's?
         reference: the row with which its losses are compared; None: nothing trains the same.
         trained: settings of its own that change what is trained.
-        reason: why there are no figures, or no more; `failed`: it began and broke off, else it is not possible here.
+        reason: why there are no figures, or no more; `failed`: it began and broke off, else it is
+            not possible here.
         losses, loss: of every step, and the last, in the first repeat.
         loss_difference: the greatest from the reference's, over all steps.
-        repeats: for each: `step_seconds` of every undisturbed step; `usual`, their median, or their mean of what is not
-            synchronous; `tokens_per_second` at that; and `seconds` in all.
+        repeats: for each: `step_seconds` of every undisturbed step; `usual`, their median, or their
+            mean of what is not synchronous; `tokens_per_second` at that; and `seconds` in all.
         tokens_per_second, step_seconds: medians over the repeats.
         peak_memory_bytes: the process's, of the rank with most.
         memory: of each rank, by kind: `most`, `at_peak`, `predicted`, in bytes of tensors.
         memory_bytes: of tensors at the step's peak, on the rank with most.
         traffic, traffic_predicted: of each rank, a step's messages by axis and collective.
-        wire_bytes: that leave the rank that sends most in a step, where ranks stand in a ring. Of what is not
-            synchronous, traffic is rank 0's alone, and the mean over the steps.
-        seconds: from the start to the end of every step, in the first repeat; of the first steps, which instruments
-            disturb, as if they had taken the median of the others.
-        time: of each rank, the shares of one step; exposed_share: of exposed communication, mean over the ranks.
+        wire_bytes: that leave the rank that sends most in a step, where ranks stand in a ring. Of
+            what is not synchronous, traffic is rank 0's alone, and the mean over the steps.
+        seconds: from the start to the end of every step, in the first repeat; of the first steps,
+            which instruments disturb, as if they had taken the median of the others.
+        time: of each rank, the shares of one step; exposed_share: of exposed communication, mean
+            over the ranks.
         bubble: a pipeline's, measured and in theory.
         asynchronous: a parameter server's updates, staleness, and what each worker did.
     """
@@ -90,7 +104,11 @@ class Row:
     @property
     def fullest(self) -> dict[str, Any]:
         """The memory by kind of the rank that holds most; empty where it was not followed."""
-        return max(self.memory, key=lambda kinds: sum(kind["most"] or 0 for kind in kinds.values()), default={})
+        return max(
+            self.memory,
+            key=lambda kinds: sum(kind["most"] or 0 for kind in kinds.values()),
+            default={},
+        )
 
     @property
     def busiest(self) -> int:
@@ -98,15 +116,26 @@ class Row:
         sums = [sum(message["wire_bytes"] for message in messages) for messages in self.traffic]
         return sums.index(max(sums))
 
-    def add(self, summary: dict[str, Any], steps: list[dict[str, Any]], first: int, seconds: float) -> None:
-        """Take up one more repeat: its summary, its lines of `metrics.jsonl`, of which those from `first` are timed."""
+    def add(
+        self, summary: dict[str, Any], steps: list[dict[str, Any]], first: int, seconds: float
+    ) -> None:
+        """Take up one more repeat: its summary, its lines of `metrics.jsonl`, of which those
+        from `first` are timed.
+        """
         timed = [line["step_seconds"] for line in steps if line["step"] > first]
-        usual = median(timed) if summary["synchronous"] else mean(timed)  # a median would leave out what is seldom
+        # a median would leave out what is seldom
+        usual = median(timed) if summary["synchronous"] else mean(timed)
         if not self.ran:
             self._take(summary, steps)
-            self.seconds = list(accumulate(line["step_seconds"] if line["step"] > first else usual for line in steps))
+            self.seconds = list(
+                accumulate(
+                    line["step_seconds"] if line["step"] > first else usual for line in steps
+                )
+            )
         rate = summary["tokens"] / summary["steps"] / usual
-        self.repeats.append({"tokens_per_second": rate, "step_seconds": timed, "usual": usual, "seconds": seconds})
+        self.repeats.append(
+            {"tokens_per_second": rate, "step_seconds": timed, "usual": usual, "seconds": seconds}
+        )
         self.tokens_per_second = median(each["tokens_per_second"] for each in self.repeats)
         self.step_seconds = median(each["usual"] for each in self.repeats)
 
@@ -119,7 +148,9 @@ class Row:
         profile = summary["profile"]
         self.bubble, ranks = profile["bubble"], profile["ranks"]
         self.memory = [rank["memory"]["kinds"] for rank in ranks if rank["memory"]]
-        self.memory_bytes = max((rank["memory"]["peak"] for rank in ranks if rank["memory"]), default=None)
+        self.memory_bytes = max(
+            (rank["memory"]["peak"] for rank in ranks if rank["memory"]), default=None
+        )
         self.asynchronous = profile.get("asynchronous")
         self.traffic = [rank["traffic"] for rank in ranks]
         if not self.synchronous and not self.asynchronous:
@@ -134,7 +165,9 @@ class Row:
         """Hold the losses against the reference's."""
         if reference and reference.ran and self.ran:
             self.reference = reference.strategy
-            self.loss_difference = max(abs(a - b) for a, b in zip(self.losses, reference.losses, strict=True))
+            self.loss_difference = max(
+                abs(a - b) for a, b in zip(self.losses, reference.losses, strict=True)
+            )
 
     def spread(self) -> tuple[float, float]:
         """The least and the greatest throughput of the repeats."""
@@ -153,10 +186,15 @@ def _mean_traffic(steps: list[dict[str, Any]], mesh: dict[str, int]) -> list[dic
                 each = found.setdefault((axis, operation), {"calls": 0.0, "bytes": 0.0})
                 each[what] += value / len(steps)
     return [
-        {"axis": axis, "operation": operation, "calls": sums["calls"], "bytes": round(sums["bytes"]),
-         "wire_bytes": Message(axis, operation, 1, round(sums["bytes"])).wire_bytes(mesh[axis])}
+        {
+            "axis": axis,
+            "operation": operation,
+            "calls": sums["calls"],
+            "bytes": round(sums["bytes"]),
+            "wire_bytes": Message(axis, operation, 1, round(sums["bytes"])).wire_bytes(mesh[axis]),
+        }
         for (axis, operation), sums in sorted(found.items())
-    ]  # fmt: skip
+    ]
 
 
 @dataclass
@@ -195,11 +233,17 @@ class Results:
 
     @property
     def comparable(self) -> list[Row]:
-        """Rows that compute what the baseline computes, on as many ranks as were asked for, and the baseline."""
+        """Rows that compute what the baseline computes, on as many ranks as were asked for, and
+        the baseline.
+        """
         wide = [row for row in self._alike if row.synchronous and row.ranks <= self.world_size]
         if self.scaling == "weak":
             wide = [row for row in wide if row.ranks == self.world_size]
-        rows = [row for row in self._alike if row in wide or (row is self.base and self.scaling == "strong")]
+        rows = [
+            row
+            for row in self._alike
+            if row in wide or (row is self.base and self.scaling == "strong")
+        ]
         followed = [row for row in rows if row.memory_bytes]
         return followed or rows  # where no tensors were followed, processes are compared
 
@@ -220,9 +264,14 @@ class Results:
         for row in self.rows:
             if row.strategy == strategy:
                 if not row.ran:
-                    raise ValueError(f"{strategy!r} has no figures: {row.reason or 'it was not run'}")
+                    raise ValueError(
+                        f"{strategy!r} has no figures: {row.reason or 'it was not run'}"
+                    )
                 return row
-        raise ValueError(f"{strategy!r} is not in this comparison, of {', '.join(row.strategy for row in self.rows)}")
+        raise ValueError(
+            f"{strategy!r} is not in this comparison, of "
+            f"{', '.join(row.strategy for row in self.rows)}"
+        )
 
     def write(self, folder: Path) -> None:
         """`results.json`, all of it, and `results.csv`, a line a row."""
@@ -232,7 +281,9 @@ class Results:
             table.writerow(["strategy", *FIGURES, "reference", "reason"])
             for row in self.rows:
                 figures = (getattr(row, name) for name in FIGURES)
-                table.writerow([shown(row.strategy), *figures, shown(row.reference or ""), shown(row.reason)])
+                table.writerow(
+                    [shown(row.strategy), *figures, shown(row.reference or ""), shown(row.reason)]
+                )
 
 
 def read(folder: Path) -> Results:
@@ -245,29 +296,46 @@ def read(folder: Path) -> Results:
     try:
         found = _shown(records.figures(file))
     except OSError:
-        raise ValueError(f"{folder} has no {FILE}: give a folder that scripts/compare.py has written") from None
+        raise ValueError(
+            f"{folder} has no {FILE}: give a folder that scripts/compare.py has written"
+        ) from None
     if found.get("schema") != SCHEMA:
-        raise ValueError(f"{file} has schema {found.get('schema')}, this version reads {SCHEMA}: make it again")
+        raise ValueError(
+            f"{file} has schema {found.get('schema')}, this version reads {SCHEMA}: make it again"
+        )
     try:
-        rows = [_made(Row, row, f"{file}: row {number}") for number, row in enumerate(found.pop("rows"))]
+        rows = [
+            _made(Row, row, f"{file}: row {number}") for number, row in enumerate(found.pop("rows"))
+        ]
         return _made(Results, {**found, "rows": rows}, str(file))
     except (AttributeError, KeyError, TypeError) as error:
-        raise ValueError(f"{file} is not as scripts/compare.py writes it: {type(error).__name__}: {error}") from None
+        raise ValueError(
+            f"{file} is not as scripts/compare.py writes it: {type(error).__name__}: {error}"
+        ) from None
 
 
 def _made(kind: Any, given: dict[str, Any], where: str) -> Any:
     hints = get_type_hints(kind)
     for key, value in given.items():
         rates = (
-            [each.get("tokens_per_second") for each in value] if key == "repeats" and _fits(value, list[dict]) else []
+            [each.get("tokens_per_second") for each in value]
+            if key == "repeats" and _fits(value, list[dict])
+            else []
         )
-        if not _fits(value, hints.get(key, Any)) or not all(_fits(rate, float) and rate > 0 for rate in rates):
-            raise ValueError(f"{where}: {key}={str(value)[:40]} is not what scripts/compare.py writes there")
+        if not _fits(value, hints.get(key, Any)) or not all(
+            _fits(rate, float) and rate > 0 for rate in rates
+        ):
+            raise ValueError(
+                f"{where}: {key}={str(value)[:40]} is not what scripts/compare.py writes there"
+            )
     return kind(**{key: value for key, value in given.items() if key in hints})
 
 
 def _fits(value: Any, hint: Any) -> bool:
-    """Is it of a field's kind, and each part of a list too? Numbers are such as can be reckoned with."""
+    """Is it of a field's kind, and each part of a list too?
+
+    Numbers are such as can be reckoned with.
+    """
     if get_origin(hint) in (Union, UnionType):
         return any(_fits(value, each) for each in get_args(hint))
     if get_origin(hint) is list:

@@ -32,15 +32,21 @@ from dtrain.report.terminal import Terminal, in_line, shown
 
 POLL_S = 0.2
 WIDE = 106  # columns of a terminal that has room for all figures
-# Starts one run: (case, folder) -> its summary. ValueError: not possible here; another error: it failed.
+# Starts one run: (case, folder) -> its summary. ValueError: not possible here; another error: it
+# failed.
 Start = Callable[[Case, Path], dict[str, Any]]
 
 
 class Follower:
-    """The runs' progress on the console: a bar for each case, and one for all with the time that is left."""
+    """The runs' progress on the console: a bar for each case, and one for all with the time
+    that is left.
+    """
 
     def __init__(self, cases: list[Case], repeats: int, steps: int, console: Terminal) -> None:
-        name, figures = (TextColumn(f"{{task.{what}}}", markup=False) for what in ("description", "fields[figures]"))
+        name, figures = (
+            TextColumn(f"{{task.{what}}}", markup=False)
+            for what in ("description", "fields[figures]")
+        )
         columns = (name, BarColumn(30), MofNCompleteColumn(), TimeElapsedColumn(), figures)
         width = max(len(in_line(case.label)) for case in cases)
         self.steps, self.console, self._plain = steps, console, not console.is_terminal
@@ -57,7 +63,12 @@ class Follower:
 
     @contextmanager
     def shown(self) -> Iterator[None]:
-        with Live(Group(self.bars, self.all), console=self.console, refresh_per_second=4, transient=self._plain):
+        with Live(
+            Group(self.bars, self.all),
+            console=self.console,
+            refresh_per_second=4,
+            transient=self._plain,
+        ):
             yield
 
     @contextmanager
@@ -70,8 +81,13 @@ class Follower:
         def follow() -> None:
             while not done.wait(POLL_S):
                 if lines := list(records.lines(metrics)):
-                    figures = f"loss {lines[-1]['loss']:.4f}  {lines[-1]['tokens_per_second']:,.0f} tokens/s"
-                    self.bars.update(bar, completed=repeat * self.steps + lines[-1]["step"], figures=figures)
+                    figures = (
+                        f"loss {lines[-1]['loss']:.4f}  {lines[-1]['tokens_per_second']:,.0f} "
+                        f"tokens/s"
+                    )
+                    self.bars.update(
+                        bar, completed=repeat * self.steps + lines[-1]["step"], figures=figures
+                    )
 
         thread = threading.Thread(target=follow, daemon=True)
         thread.start()
@@ -104,9 +120,15 @@ class Follower:
 
 
 def run_all(
-    cases: list[Case], results: Results, folder: Path, first: int, start: Start, save: Callable[[], None]
+    cases: list[Case],
+    results: Results,
+    folder: Path,
+    first: int,
+    start: Start,
+    save: Callable[[], None],
 ) -> None:
-    """Run every case as often as was asked for: all of them once, then all again. Fills the results' rows.
+    """Run every case as often as was asked for: all of them once, then all again. Fills the
+    results' rows.
 
     Args:
         cases: in the order of the rows.
@@ -128,22 +150,37 @@ def run_all(
                 try:
                     with follower.case(case, repeat, place / "metrics.jsonl"):
                         summary = start(case, place)
-                    if digest := summary["data"].get("digest"):  # two machines' default data differ with their Python
+                    # two machines' default data differ with their Python
+                    if digest := summary["data"].get("digest"):
                         results.facts["data digest"] = digest
-                    row.add(summary, list(records.lines(place / "metrics.jsonl")), first, time.monotonic() - before)
+                    row.add(
+                        summary,
+                        list(records.lines(place / "metrics.jsonl")),
+                        first,
+                        time.monotonic() - before,
+                    )
                     row.compare(_reference(case, cases, rows))
                 except Exception as error:  # a strategy that fails stops no other
-                    row.reason, row.failed = str(error) or type(error).__name__, not isinstance(error, ValueError)
-                    row.reason = shown(" ".join(row.reason.split()))  # it may hold names of anybody's files and columns
+                    row.reason, row.failed = (
+                        str(error) or type(error).__name__,
+                        not isinstance(error, ValueError),
+                    )
+                    # it may hold names of anybody's files and columns
+                    row.reason = shown(" ".join(row.reason.split()))
                 results.seconds = time.monotonic() - begun
                 follower.finish(row, repeat)
                 save()
 
 
 def _reference(case: Case, cases: list[Case], rows: dict[str, Row]) -> Row | None:
-    """The baseline, or what it is with the same settings of the model; None: it has another batch."""
+    """The baseline, or what it is with the same settings of the model; None: it has another
+    batch.
+    """
     first = cases[0].entry.strategy
-    return next((rows[o.label] for o in cases if o.entry.strategy == first and case.trains_the_same(o)), None)
+    return next(
+        (rows[o.label] for o in cases if o.entry.strategy == first and case.trains_the_same(o)),
+        None,
+    )
 
 
 def show(results: Results, folder: Path) -> None:
@@ -181,8 +218,12 @@ def cells(row: Row) -> list[str]:
     if not row.synchronous:
         difference = "not sync."
     return [
-        str(row.ranks), f"{row.loss:.4f}", difference,
-        f"{row.tokens_per_second:,.0f}", f"{(row.step_seconds or 0) * 1e3:,.0f}",
+        str(row.ranks),
+        f"{row.loss:.4f}",
+        difference,
+        f"{row.tokens_per_second:,.0f}",
+        f"{(row.step_seconds or 0) * 1e3:,.0f}",
         size(row.memory_bytes) if row.memory_bytes else "–",
-        size(row.wire_bytes or 0), "–" if row.exposed_share is None else f"{row.exposed_share:.0%}",
-    ]  # fmt: skip
+        size(row.wire_bytes or 0),
+        "–" if row.exposed_share is None else f"{row.exposed_share:.0%}",
+    ]

@@ -1,7 +1,9 @@
-"""What goes with what, found by trying: every strategy of `configs/strategy`, alone and in pairs, with every task.
+"""What goes with what, found by trying: every strategy of `configs/strategy`, alone and in pairs,
+with every task.
 
-Each is tried as a run tries it before it starts, with the default settings and two ranks on each axis; no other
-process is needed. What cannot be raises a ValueError, and its message is the reason. Nothing here knows a strategy.
+Each is tried as a run tries it before it starts, with the default settings and two ranks on each
+axis; no other process is needed. What cannot be raises a ValueError, and its message is the reason.
+Nothing here knows a strategy.
 """
 
 from __future__ import annotations
@@ -26,7 +28,8 @@ from dtrain.task.base import Task
 RANKS = 2  # along each axis
 EXPERTS = 8  # in the model that is tried where the task's own is refused
 WORKS, PARTLY, REFUSED, SAME_AXIS, ITSELF = "yes", "some", "–", "=", ""
-Jobs = dict[str, list[tuple[Config, Task]]]  # a task's name -> the task, with each model that is tried
+# a task's name -> the task, with each model that is tried
+Jobs = dict[str, list[tuple[Config, Task]]]
 
 
 @dataclass(frozen=True)
@@ -53,7 +56,11 @@ class Combination:
     @property
     def asked(self) -> dict[str, str]:
         """`refusals` for the tasks that each part can train alone."""
-        return {t: reason for t, reason in self.refusals.items() if not any(part.refusals[t] for part in self.parts)}
+        return {
+            t: reason
+            for t, reason in self.refusals.items()
+            if not any(part.refusals[t] for part in self.parts)
+        }
 
     @property
     def mark(self) -> str:
@@ -73,13 +80,30 @@ def survey() -> list[Combination]:
     with initialize_config_dir(str(CONFIGS), version_base="1.3"):
         run = compose("train")
         OmegaConf.set_struct(run, False)
-        named = {name: _strategies(run, compose(f"strategy/{name}")) for name in options("strategy")}
-        configs = {name: checked(compose("train", overrides=[f"task={name}"])) for name in options("task")}
-    jobs = {name: [(each, task_of(each)[1]) for each in _with_models(config)] for name, config in configs.items()}
-    for _, task in (job for several in jobs.values() for job in several):  # shapes alone, which nobody changes here
-        task.models = {name: partial(_same, on_meta(factory) or factory()) for name, factory in task.models.items()}
+        named = {
+            name: _strategies(run, compose(f"strategy/{name}")) for name in options("strategy")
+        }
+        configs = {
+            name: checked(compose("train", overrides=[f"task={name}"])) for name in options("task")
+        }
+    jobs = {
+        name: [(each, task_of(each)[1]) for each in _with_models(config)]
+        for name, config in configs.items()
+    }
+    # shapes alone, which nobody changes here
+    for _, task in (job for several in jobs.values() for job in several):
+        task.models = {
+            name: partial(_same, on_meta(factory) or factory())
+            for name, factory in task.models.items()
+        }
     tried = [_try(name, strategies, jobs) for name, strategies in named.items()]
-    tried.sort(key=lambda trial: (len(trial.axes), [MESH_ORDER.index(axis) for axis in trial.axes], trial.name))
+    tried.sort(
+        key=lambda trial: (
+            len(trial.axes),
+            [MESH_ORDER.index(axis) for axis in trial.axes],
+            trial.name,
+        )
+    )
     pairs = [
         _try(f"{one.name} + {other.name}", one.strategies + other.strategies, jobs, one, other)
         for one, other in combinations([trial for trial in tried if len(trial.axes) == 1], 2)
@@ -94,17 +118,28 @@ def _same(model: nn.Module) -> nn.Module:
 def _strategies(run: DictConfig, chosen: DictConfig) -> list[Strategy]:
     """Those of one YAML, whose values may refer to the run's."""
     nodes: Any = OmegaConf.to_container(OmegaConf.merge(run, chosen).strategy, resolve=True)
-    return [make({**node, "degree": RANKS}, Strategy, f"strategy.{axis}") for axis, node in nodes.items()]
+    return [
+        make({**node, "degree": RANKS}, Strategy, f"strategy.{axis}")
+        for axis, node in nodes.items()
+    ]
 
 
 def _with_models(config: Config) -> list[Config]:
-    experts = [replace(config, model={**config.model, "n_experts": EXPERTS})] if "n_experts" in config.model else []
+    experts = (
+        [replace(config, model={**config.model, "n_experts": EXPERTS})]
+        if "n_experts" in config.model
+        else []
+    )
     return [config, *experts]
 
 
 def _try(name: str, strategies: list[Strategy], jobs: Jobs, *parts: Combination) -> Combination:
-    refusals = {task: [_refusal(strategies, *job) for job in several] for task, several in jobs.items()}
-    return Combination(name, strategies, {task: "" if "" in r else r[-1] for task, r in refusals.items()}, parts)
+    refusals = {
+        task: [_refusal(strategies, *job) for job in several] for task, several in jobs.items()
+    }
+    return Combination(
+        name, strategies, {task: "" if "" in r else r[-1] for task, r in refusals.items()}, parts
+    )
 
 
 def _refusal(strategies: list[Strategy], config: Config, task: Task) -> str:

@@ -1,4 +1,6 @@
-"""What the figures say: the best of each kind, the trade-off between two of them, and what is mere noise."""
+"""What the figures say: the best of each kind, the trade-off between two of them, and what is
+mere noise.
+"""
 
 from __future__ import annotations
 
@@ -11,7 +13,9 @@ from dtrain.report.amounts import size
 
 @dataclass(frozen=True)
 class Verdict:
-    """The best of a kind: `title`, the strategy's label, its figure in words, and what else is to be known."""
+    """The best of a kind: `title`, the strategy's label, its figure in words, and what else is
+    to be known.
+    """
 
     title: str
     strategy: str
@@ -20,7 +24,9 @@ class Verdict:
 
 
 def verdicts(results: Results) -> list[Verdict]:
-    """Fastest, leanest and quietest of the rows that train the same on as many ranks as were asked for."""
+    """Fastest, leanest and quietest of the rows that train the same on as many ranks as were
+    asked for.
+    """
     rows = [row for row in results.comparable if row.ranks > 1] or results.comparable
     if not rows:
         return []
@@ -28,12 +34,25 @@ def verdicts(results: Results) -> list[Verdict]:
     leanest = min(rows, key=memory_of)
     quietest = min(rows, key=lambda row: row.wire_bytes or 0)
     return [
-        Verdict("fastest", fastest.strategy, f"{fastest.tokens_per_second:,.0f} tokens/s", _lead(rows, fastest)),
-        Verdict(f"leanest in {kind_of_memory(leanest)}", leanest.strategy, f"{size(memory_of(leanest))} a rank",
-                _most(rows, memory_of)),
-        Verdict("fewest bytes sent", quietest.strategy, f"{size(quietest.wire_bytes or 0)} a step",
-                _most(rows, lambda row: row.wire_bytes or 0)),
-    ]  # fmt: skip
+        Verdict(
+            "fastest",
+            fastest.strategy,
+            f"{fastest.tokens_per_second:,.0f} tokens/s",
+            _lead(rows, fastest),
+        ),
+        Verdict(
+            f"leanest in {kind_of_memory(leanest)}",
+            leanest.strategy,
+            f"{size(memory_of(leanest))} a rank",
+            _most(rows, memory_of),
+        ),
+        Verdict(
+            "fewest bytes sent",
+            quietest.strategy,
+            f"{size(quietest.wire_bytes or 0)} a step",
+            _most(rows, lambda row: row.wire_bytes or 0),
+        ),
+    ]
 
 
 def _most(rows: Sequence[Row], figure: Callable[[Row], float]) -> str:
@@ -45,7 +64,9 @@ def _most(rows: Sequence[Row], figure: Callable[[Row], float]) -> str:
 
 def _lead(rows: Sequence[Row], first: Row) -> str:
     """How far the next one is, and whether that can be told."""
-    others = sorted((row for row in rows if row is not first), key=lambda row: -(row.tokens_per_second or 0))
+    others = sorted(
+        (row for row in rows if row is not first), key=lambda row: -(row.tokens_per_second or 0)
+    )
     if not others:
         return "alone"
     following = others[0]
@@ -54,7 +75,10 @@ def _lead(rows: Sequence[Row], first: Row) -> str:
     if min(len(first.repeats), len(following.repeats)) < 2:
         return f"{words}; one run each, so noise is not known (repeats=3)"
     told = distinct(first, following)
-    return f"{words}; {'more than the repeats differ' if told else 'within the spread of the repeats: a tie'}"
+    return (
+        f"{words}; "
+        f"{'more than the repeats differ' if told else 'within the spread of the repeats: a tie'}"
+    )
 
 
 def memory_of(row: Row) -> float:
@@ -68,7 +92,9 @@ def kind_of_memory(row: Row) -> str:
 
 
 def front(rows: Sequence[Row]) -> list[Row]:
-    """The Pareto front of throughput against memory: no other row is better in one and as good in the other."""
+    """The Pareto front of throughput against memory: no other row is better in one and as good
+    in the other.
+    """
 
     def beaten(row: Row) -> bool:
         mine = (row.tokens_per_second or 0, -memory_of(row))
@@ -150,6 +176,7 @@ def differences(first: Results, second: Results) -> list[Difference]:
             )
     if not found:
         raise ValueError(
-            f"no strategy ran in both: {', '.join(before)} and {', '.join(r.strategy for r in second.ran)}"
+            f"no strategy ran in both: {', '.join(before)} and "
+            f"{', '.join(r.strategy for r in second.ran)}"
         )
     return found

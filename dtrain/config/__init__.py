@@ -1,1 +1,3 @@
-"""Configurations: their schema, what is built from them, a mistake in one line, what must not be shown."""
+"""Configurations: their schema, what is built from them, a mistake in one line, what must not
+be shown.
+"""

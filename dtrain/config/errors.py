@@ -23,37 +23,49 @@ from dtrain.config.schema import CONFIGS, options
 from dtrain.config.secret import masked_override
 
 USER_ERRORS = (ValueError, OSError, HydraException, OmegaConfBaseException)
-HOLD_LESS = "let a rank hold less, by strategy=fsdp, micro_batch_size, activation_checkpointing=true"
+HOLD_LESS = (
+    "let a rank hold less, by strategy=fsdp, micro_batch_size, activation_checkpointing=true"
+)
 NEAR = 0.6  # likeness of two names, of 1: below it a guess would be none
 NO_MORE_PROCESSES = (
-    "the system allows no more processes or threads (ulimit -u, a container's limit of pids): a rank takes some 15: "
+    "the system allows no more processes or threads (ulimit -u, a container's limit of pids): a "
+    "rank takes some 15: "
     "allow more, or use fewer ranks and launch.threads=1"
 )
 REFUSED_BY_THE_SYSTEM = {  # RuntimeErrors of pathlib, of threads and of gloo
-    "home directory": "a path begins with ~, and there is no such home folder: write it out, or set "
+    "home directory": "a path begins with ~, and there is no such home folder: write it out, "
+    "or set "
     "DTRAIN_CACHE (data.cache)",
     "can't start new thread": NO_MORE_PROCESSES,
     "Resource temporarily unavailable": NO_MORE_PROCESSES,
 }
-NO_MORE_MEMORY = re.compile("can't allocate memory|CUDA out of memory|HIP out of memory|MPS backend out of memory")
+NO_MORE_MEMORY = re.compile(
+    "can't allocate memory|CUDA out of memory|HIP out of memory|MPS backend out of memory"
+)
 FEW = 40  # names that are told in one line
 
 
 def check_words(arguments: Sequence[str], known: Collection[str] = ()) -> None:
-    """Refuse what Hydra would refuse in words of its grammar. `known`: what may stand there beside key=value.
+    """Refuse what Hydra would refuse in words of its grammar. `known`: what may stand there beside
+    key=value.
 
     Raises:
         ValueError: names the word and what to type.
     """
     flags, unknown = get_args_parser().parse_known_args(list(arguments))
     if file := flags.experimental_rerun:
-        raise ValueError(f"--experimental-rerun={file}: a pickle runs code, and is not read: a run is repeated by "
-                         f"--config-dir=RUN/.hydra --config-name=config")  # fmt: skip
+        raise ValueError(
+            f"--experimental-rerun={file}: a pickle runs code, and is not read: a run is "
+            f"repeated by "
+            f"--config-dir=RUN/.hydra --config-name=config"
+        )
     words = sorted([*flags.overrides, *unknown], key=lambda word: not word.startswith("--"))
     for before, word in zip(["", *words], words, strict=False):
         if word.startswith("--"):
             name, said = word.strip("-").split("=")[0], masked_override(word)
-            raise ValueError(f"{said} is no option: settings are key=value without dashes: {ours(name) or name}")
+            raise ValueError(
+                f"{said} is no option: settings are key=value without dashes: {ours(name) or name}"
+            )
         if "=" not in word and not word.startswith("~"):
             raise ValueError(_no_setting(word, before, known))
         found, word = read(word), masked_override(word)
@@ -62,21 +74,36 @@ def check_words(arguments: Sequence[str], known: Collection[str] = ()) -> None:
         if not name:
             raise ValueError(f"{word} names no key: write key=value")
         if found is None:
-            raise ValueError(f"{word} is not in Hydra's grammar: as a text it is written {typed(key, value)}")
+            raise ValueError(
+                f"{word} is not in Hydra's grammar: as a text it is written {typed(key, value)}"
+            )
         if found.is_sweep_override() and not flags.multirun:
-            raise ValueError(f"{word} has several values: a list is {key}=[{value}], one text {typed(key, value)}, "
-                             f"and a run for each takes --multirun")  # fmt: skip
-        if name in _groups() and value and not isinstance(value_of(found), str | list) and not flags.multirun:
+            raise ValueError(
+                f"{word} has several values: a list is {key}=[{value}], one text "
+                f"{typed(key, value)}, "
+                f"and a run for each takes --multirun"
+            )
+        if (
+            name in _groups()
+            and value
+            and not isinstance(value_of(found), str | list)
+            and not flags.multirun
+        ):
             raise ValueError(_a_group(word, name))
     if unknown:
         said = " ".join(map(masked_override, unknown))
-        raise ValueError(f"{said}: settings stand together, before or after options such as --multirun")
+        raise ValueError(
+            f"{said}: settings stand together, before or after options such as --multirun"
+        )
 
 
 def _no_setting(word: str, before: str, known: Collection[str]) -> str:
     key, _, value = before.partition("=")
     if key.endswith("path"):
-        more = f": a pattern is quoted for the shell, \"{key}='…*'\", and several files are {key}=[{value},{word}]"
+        more = (
+            f": a pattern is quoted for the shell, \"{key}='…*'\", and several files are "
+            f"{key}=[{value},{word}]"
+        )
     else:
         more = f", and none of the words {', '.join(known)}" if known else ""
     return f"{word!r} is no key=value{more}"
@@ -84,16 +111,27 @@ def _no_setting(word: str, before: str, known: Collection[str]) -> str:
 
 def _a_group(word: str, group: str) -> str:
     keys = [key for key in _keys("train") if key.startswith(f"{group}.") and not key.endswith("_")]
-    own = f", or set a key of it: {', '.join(keys[:5])}{', …' if len(keys) > 5 else ''}" if keys else ""
+    own = (
+        f", or set a key of it: {', '.join(keys[:5])}{', …' if len(keys) > 5 else ''}"
+        if keys
+        else ""
+    )
     return f"{word}: {group} is a group: choose {group}=NAME, of {', '.join(options(group))}{own}"
 
 
 def of_the_system(error: BaseException) -> str:
-    """What a RuntimeError or MemoryError means where it is the system that does not let us; or nothing."""
-    if isinstance(error, MemoryError) or (isinstance(error, RuntimeError) and NO_MORE_MEMORY.search(str(error))):
+    """What a RuntimeError or MemoryError means where it is the system that does not let us; or
+    nothing.
+    """
+    if isinstance(error, MemoryError) or (
+        isinstance(error, RuntimeError) and NO_MORE_MEMORY.search(str(error))
+    ):
         asked = re.search(r"allocate ([\d.]+ \w+)", str(error))
         much = f" ({asked[1]} at once)" if asked else ""
-        return f"there is not as much memory as is asked for{much}: a smaller model or vocabulary, or {HOLD_LESS}"
+        return (
+            f"there is not as much memory as is asked for{much}: a smaller model or vocabulary, "
+            f"or {HOLD_LESS}"
+        )
     found = (said for text, said in REFUSED_BY_THE_SYSTEM.items() if text in str(error))
     return next(found, "") if isinstance(error, RuntimeError) else ""
 
@@ -136,7 +174,10 @@ def _key(match: re.Match[str], _: object, config_name: str) -> str:
 
 def _unknown(key: str, config_name: str) -> str:
     if key in _groups():
-        return f"group {key!r} has no default to override: append to it with +{key}=…, of {', '.join(options(key))}"
+        return (
+            f"group {key!r} has no default to override: append to it with +{key}=…, of "
+            f"{', '.join(options(key))}"
+        )
     known = _keys(config_name)
     parent, _, leaf = key.rpartition(".")
     same = [each for each in known if each.rpartition(".")[2].lower() == leaf.lower()]
@@ -148,7 +189,11 @@ def _unknown(key: str, config_name: str) -> str:
         return f"unknown key {key!r}: {near}"
     beside = [each.rpartition(".")[2] for each in known if each.rpartition(".")[0] == parent]
     whole = "hydra" if key.startswith("hydra.") else "job"
-    listing = f"{parent or 'the configuration'} has {', '.join(beside)}" if beside else f"--cfg {whole} prints all keys"
+    listing = (
+        f"{parent or 'the configuration'} has {', '.join(beside)}"
+        if beside
+        else f"--cfg {whole} prints all keys"
+    )
     return f"unknown key {key!r}: {listing}"
 
 
@@ -180,7 +225,9 @@ def _composing(match: re.Match[str], _: BaseException, config_name: str) -> str:
 
 def _interpolation(match: re.Match[str], error: BaseException, _: str) -> str:
     key = getattr(error, "full_key", None) or "the configuration"
-    return f"{key} is to be {match[1]}, which these data have not: choose another model, or other data"
+    return (
+        f"{key} is to be {match[1]}, which these data have not: choose another model, or other data"
+    )
 
 
 def _range(match: re.Match[str], *_: object) -> str:
@@ -200,7 +247,11 @@ def _file(error: OSError, name: str) -> str:
         why = f"{stands} is a file, and no folder"
     for word in sys.argv[1:]:
         value = value_of(found) if (found := read(word)) else None
-        if isinstance(value, str) and value and place.absolute().is_relative_to(Path(value).absolute()):
+        if (
+            isinstance(value, str)
+            and value
+            and place.absolute().is_relative_to(Path(value).absolute())
+        ):
             return f"{masked_override(word)}: {why}: choose another"
     return why
 
@@ -209,19 +260,26 @@ Told = Callable[[re.Match[str], BaseException, str], str]
 PATTERNS: Mapping[str, Told] = {
     r"Could not (?:find|load) '([\w/]+)/([^']*)'": _choice,
     r"^(?:Could not override|unknown key) '([^']+)'": _key,
-    r"^Could not append to config. An item is already at '([^']+)'":
-        lambda match, *_: f"+{match[1]}: {match[1]} is there already: write {match[1]}=… without the +",
-    r"^Could not delete from config. '([^']+)' does not exist":
-        lambda match, *_: f"~{match[1]}: there is no {match[1]} to take away",
-    r"^(~[\w.]+): .* does not support deletion": lambda match, *_: f"{match[1]}: this key cannot be taken away",
+    r"^Could not append to config. An item is already at '([^']+)'": lambda match, *_: (
+        f"+{match[1]}: {match[1]} is there already: write {match[1]}=… without the +"
+    ),
+    r"^Could not delete from config. '([^']+)' does not exist": lambda match, *_: (
+        f"~{match[1]}: there is no {match[1]} to take away"
+    ),
+    r"^(~[\w.]+): .* does not support deletion": lambda match, *_: (
+        f"{match[1]}: this key cannot be taken away"
+    ),
     r"^Error merging override (.*)": _merging,
-    r"^Error in call to target '[^']*':\n\w+\([\"'](.*)[\"']\)\n(?:full_key: (\S+))?":
-        lambda match, *_: f"{match[2]}: {match[1]}" if match[2] else match[1],
+    (
+        r"^Error in call to target " r"'[^']*':\n\w+\([\"'](.*)[\"']\)\n(?:full_key: (\S+))?"
+    ): lambda match, *_: f"{match[2]}: {match[1]}" if match[2] else match[1],
     r"^In '([^']+)': (\w+) raised while composing config:\n(.*)": _composing,
-    r"^Key '[^']+' (?:is )?not in ": lambda match, error, name: _unknown(str(getattr(error, "full_key", "")), name),
+    r"^Key '[^']+' (?:is )?not in ": lambda match, error, name: _unknown(
+        str(getattr(error, "full_key", "")), name
+    ),
     r"^Interpolation key '([^']+)' not found": _interpolation,
     r"^([\w.]+)=(\S+) is unknown: use ": _range,
-}  # fmt: skip
+}
 
 
 def _groups() -> list[str]:

@@ -1,7 +1,9 @@
-"""Configuration files from outside the project: what Hydra would run by them is refused, unless it is asked for.
+"""Configuration files from outside the project: what Hydra would run by them is refused, unless it
+is asked for.
 
-Classes that a configuration names are checked where they are built. Hydra's own keys name some that it calls earlier:
-so each configuration that it composes, of a run, a sweep or a job of one, is looked at before Hydra acts by it.
+Classes that a configuration names are checked where they are built. Hydra's own keys name some that
+it calls earlier: so each configuration that it composes, of a run, a sweep or a job of one, is
+looked at before Hydra acts by it.
 """
 
 from __future__ import annotations
@@ -29,7 +31,15 @@ from dtrain.config.schema import CONFIGS
 from dtrain.config.secret import asked_again
 
 ALLOWED = "allow_hydra_code=true"
-RUN = ("callbacks", "job_logging", "hydra_logging", "launcher", "sweeper", "job.env_set", "job.env_copy")
+RUN = (
+    "callbacks",
+    "job_logging",
+    "hydra_logging",
+    "launcher",
+    "sweeper",
+    "job.env_set",
+    "job.env_copy",
+)
 FOLDERS = "hydra.searchpath"
 GIVEN = ("main", "command-line", FOLDERS)  # how Hydra calls folders that are not a package's own
 LEFT = ".hydra"
@@ -38,10 +48,11 @@ LOAD, READ = ConfigLoaderImpl.load_configuration, ConfigRepository.load_config
 
 @contextmanager
 def looking_at(script: str) -> Iterator[None]:
-    """While it lasts, refuse what files of other folders than ours set of Hydra's that runs code, or could.
+    """While it lasts, refuse what files of other folders than ours set of Hydra's that runs code,
+    or could.
 
-    `allow_hydra_code=true` on the command line allows it, and is taken away from there. What Hydra writes of a
-    configuration by itself is left out, or masked.
+    `allow_hydra_code=true` on the command line allows it, and is taken away from there. What Hydra
+    writes of a configuration by itself is left out, or masked.
 
     Args:
         script: the name of its configuration, by which what is typed is told from what a file sets.
@@ -53,7 +64,9 @@ def looking_at(script: str) -> Iterator[None]:
         sys.argv.remove(ALLOWED)
     sweeps: list[DictConfig] = []
 
-    def looked_at(loader: ConfigLoaderImpl, config_name: str, overrides: list[str], **more: Any) -> DictConfig:
+    def looked_at(
+        loader: ConfigLoaderImpl, config_name: str, overrides: list[str], **more: Any
+    ) -> DictConfig:
         if more["run_mode"] is RunMode.RUN and sweeps and sweeps[0].hydra.mode is RunMode.MULTIRUN:
             # The sweeper has written it, and now asks for its first job.
             _mask(Path(sweeps[0].hydra.sweep.dir) / "multirun.yaml")
@@ -63,7 +76,10 @@ def looking_at(script: str) -> Iterator[None]:
         if not allowed:
             _refuse_code(found, script, overrides)
         if (folder := found.hydra.output_subdir) not in (None, LEFT):
-            raise ValueError(f"hydra.output_subdir={folder}: what a run was asked for is left in {LEFT}: leave it out")
+            raise ValueError(
+                f"hydra.output_subdir={folder}: what a run was asked for is left in {LEFT}: "
+                f"leave it out"
+            )
         found.hydra.output_subdir = None  # the run does it, masked
         if more["run_mode"] is RunMode.MULTIRUN:
             sweeps[:] = [found]
@@ -91,34 +107,56 @@ def _named(self: ConfigRepository, config_path: str) -> ConfigResult | None:
     except (YAMLError, ValueError, RecursionError, OSError, OmegaConfBaseException) as error:
         source = self._find_object_source(config_path, ObjectType.CONFIG)
         file = Path(source.path if source else "", config_path)
-        said = " ".join(str(error).split())[:200] if not isinstance(error, RecursionError) else "it has no end"
+        said = (
+            " ".join(str(error).split())[:200]
+            if not isinstance(error, RecursionError)
+            else "it has no end"
+        )
         raise ValueError(f"{file} is no configuration: {said}") from None
 
 
 def _came_of(job: JobReturn) -> Any:
-    """What a job has returned. Hydra's own prints all words of the command line, where it was an error."""
+    """What a job has returned.
+
+    Hydra's own prints all words of the command line, where it was an error.
+    """
     if job.status is JobStatus.FAILED:
         raise job._return_value
     return job._return_value
 
 
 def _refuse_folders(loader: ConfigLoaderImpl, config_name: str | None) -> None:
-    """Refuse a search path before Hydra looks whether its folders are there: it imports the packages among them."""
+    """Refuse a search path before Hydra looks whether its folders are there: it imports the
+    packages among them.
+    """
     first = loader.repository.load_config(config_name) if config_name else None
-    if first and _is_outside(first.provider, first.path) and OmegaConf.select(first.config, FOLDERS) is not None:
+    if (
+        first
+        and _is_outside(first.provider, first.path)
+        and OmegaConf.select(first.config, FOLDERS) is not None
+    ):
         _refuse(FOLDERS, [first.path])
 
 
 def _refuse_code(found: DictConfig, script: str, overrides: list[str]) -> None:
     """Refuse what is set neither by our files, nor by Hydra's alone, nor by what is typed."""
-    places = [each.path for each in found.hydra.runtime.config_sources if _is_outside(each.provider, each.path)]
+    places = [
+        each.path
+        for each in found.hydra.runtime.config_sources
+        if _is_outside(each.provider, each.path)
+    ]
     if not places:
         return
     loader = ConfigLoaderImpl(create_config_search_path(str(CONFIGS)))
-    typed = [word for word in overrides if word.lstrip("+~").startswith("hydra") and not word.startswith(FOLDERS)]
+    typed = [
+        word
+        for word in overrides
+        if word.lstrip("+~").startswith("hydra") and not word.startswith(FOLDERS)
+    ]
     try:
         known = [LOAD(loader, name, typed, RunMode.RUN).hydra for name in (script, None)]
-    except (HydraException, OmegaConfBaseException, ValueError):  # by words that need what is outside
+    except (HydraException, OmegaConfBaseException, ValueError):
+        # by words that need what is outside
         known = [LOAD(loader, name, [], RunMode.RUN).hydra for name in (script, None)]
     for key in RUN:
         value = OmegaConf.select(found.hydra, key)
@@ -131,9 +169,15 @@ def _is_outside(provider: str, path: str) -> bool:
 
 
 def _refuse(key: str, places: list[str]) -> NoReturn:
-    named = (os.path.relpath(path) if os.path.exists(path) else path for path in (p.split("://")[-1] for p in places))
-    raise ValueError(f"{key} is set by a file outside dtrain ({', '.join(named)}), and runs code, or can: read it, and "
-                     f"add {ALLOWED} if you trust it")  # fmt: skip
+    named = (
+        os.path.relpath(path) if os.path.exists(path) else path
+        for path in (p.split("://")[-1] for p in places)
+    )
+    raise ValueError(
+        f"{key} is set by a file outside dtrain ({', '.join(named)}), and runs code, or can: read "
+        f"it, and "
+        f"add {ALLOWED} if you trust it"
+    )
 
 
 def _mask(file: Path) -> None:

@@ -1,4 +1,6 @@
-"""A setting as a word of the command line: key=value in Hydra's grammar, and in the quotes that a shell needs."""
+"""A setting as a word of the command line: key=value in Hydra's grammar, and in the quotes that
+a shell needs.
+"""
 
 from __future__ import annotations
 
@@ -25,7 +27,9 @@ def value_of(found: Override) -> Any:
 
 
 def setting(key: str, text: str) -> str:
-    """The word that gives a key this text, in Hydra's quotes if its grammar would read it otherwise, or not at all."""
+    """The word that gives a key this text, in Hydra's quotes if its grammar would read it
+    otherwise, or not at all.
+    """
     plain = f"{key}={text}"
     found = read(plain)
     if found is not None and not found.is_sweep_override() and value_of(found) == text:

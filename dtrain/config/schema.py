@@ -1,4 +1,5 @@
-"""The schema of a run's scalars, with their types and ranges; their values and meanings stand in YAML.
+"""The schema of a run's scalars, with their types and ranges; their values and meanings stand in
+YAML.
 
 Everything pluggable is a node with a `_target_`; the constructor of that class is its schema.
 """
@@ -150,7 +151,8 @@ class Comparison(Config):
 
 
 def register() -> None:
-    """Make the schemas known to Hydra: the base of `configs/train.yaml`, and what `compare.yaml` adds.
+    """Make the schemas known to Hydra: the base of `configs/train.yaml`, and what `compare.yaml`
+    adds.
 
     And `${token:}`, by which the default folders of two runs differ.
     """
@@ -166,19 +168,24 @@ def options(group: str) -> list[str]:
 
 
 def check_axes(names: list[str]) -> None:
-    """Refuse strategies of one axis in a list, which Hydra would merge into one that nobody has asked for."""
+    """Refuse strategies of one axis in a list, which Hydra would merge into one that nobody has
+    asked for.
+    """
     holders: dict[str, str] = {}
     for name in names if len(names) > 1 else ():
         for axis in compose(f"strategy/{name}").get("strategy", {}):
             if axis in holders:
-                raise ValueError(f"{holders[axis]} and {name} both want the axis {axis}: choose one of them")
+                raise ValueError(
+                    f"{holders[axis]} and {name} both want the axis {axis}: choose one of them"
+                )
             holders[axis] = name
 
 
 def checked(config: DictConfig) -> Config:
     """The composed configuration, resolved, with every range checked.
 
-    One that was composed before, a run's own `.hydra/config.yaml`, has lost its schema: it is given it again.
+    One that was composed before, a run's own `.hydra/config.yaml`, has lost its schema: it is given
+    it again.
 
     Raises:
         ValueError: a key that nothing reads, no value, or one out of its range.
@@ -194,7 +201,8 @@ def checked(config: DictConfig) -> Config:
 
 
 def refuse_unknown(node: DictConfig, prefix: str = "") -> None:
-    """Refuse keys that a schema has not: Hydra's + adds them all the same. A group is its constructor's to check.
+    """Refuse keys that a schema has not: Hydra's + adds them all the same. A group is its
+    constructor's to check.
 
     Raises:
         ValueError: names the key in full, and those that there are beside it.
@@ -234,14 +242,22 @@ def _check_ranges(node: Any, prefix: str) -> None:
             raise ValueError(f"{name}={value} must be at most {rule['most']}")
 
 
-def make(node: Mapping[str, Any], kind: type[T], where: str, *, parts: tuple[type, ...] = (), **arguments: Any) -> T:
+def make(
+    node: Mapping[str, Any],
+    kind: type[T],
+    where: str,
+    *,
+    parts: tuple[type, ...] = (),
+    **arguments: Any,
+) -> T:
     """An instance of the node's `_target_`, which must be a subclass of `kind`.
 
-    So that a configuration can name classes of the right kind and nothing else; nodes within it must name
-    subclasses of one of `parts`.
+    So that a configuration can name classes of the right kind and nothing else; nodes within it
+    must name subclasses of one of `parts`.
 
     Raises:
-        ValueError: no such class, one of another kind, or arguments that it refuses: its own words, and the key.
+        ValueError: no such class, one of another kind, or arguments that it refuses: its own words,
+            and the key.
     """
     target = _check_target(node, (kind,), where)
     _check_nested(node, parts, where)
@@ -251,7 +267,9 @@ def make(node: Mapping[str, Any], kind: type[T], where: str, *, parts: tuple[typ
 
 
 def _built(node: Any, where: str, **more: Any) -> Any:
-    """What was checked, as it stands: nothing is resolved again, so that no text becomes an interpolation."""
+    """What was checked, as it stands: nothing is resolved again, so that no text becomes an
+    interpolation.
+    """
     if isinstance(node, list):
         return [_built(each, f"{where}.{number}") for number, each in enumerate(node)]
     if not isinstance(node, Mapping):
@@ -296,8 +314,10 @@ def _check_arguments(target: type, given: dict[str, Any], more: dict[str, Any], 
         kind = hints.get(name)
         if isinstance(kind, type) and kind is not Any and not isinstance(value, kind):
             called = getattr(value, "name", value)
-            raise ValueError(f"{where} {target.__name__} takes {kind.__name__}, and {name}={called} are "
-                             f"{type(value).__name__}: choose other {name} (docs/tasks.md)")  # fmt: skip
+            raise ValueError(
+                f"{where} {target.__name__} takes {kind.__name__}, and {name}={called} are "
+                f"{type(value).__name__}: choose other {name} (docs/tasks.md)"
+            )
     for name, value in given.items():
         _check_number(value, f"{where}.{name}", target)
         if wanted := misfit(value, hints.get(name, object)):

@@ -1,6 +1,8 @@
-"""What may be written down of a configuration: nothing that came out of the environment, nothing named like a secret.
+"""What may be written down of a configuration: nothing that came out of the environment, nothing
+named like a secret.
 
-A run's figures, checkpoints and pages are passed round, and what it was given to reach a service is not.
+A run's figures, checkpoints and pages are passed round, and what it was given to reach a service is
+not.
 """
 
 from __future__ import annotations
@@ -28,7 +30,8 @@ OF_TEXT = re.compile(
 )
 COUNTED = re.compile("tokens?$", re.IGNORECASE)
 IN_ADDRESS = re.compile(r"(?<=://)[^/@\s]+(?=@)")  # https://name:password@host
-INTERPOLATION = re.compile(r"\$\{[^${},]*(?:,\s*(?:null|''|\"\")?\s*)?\}")  # without a text of its own
+# without a text of its own
+INTERPOLATION = re.compile(r"\$\{[^${},]*(?:,\s*(?:null|''|\"\")?\s*)?\}")
 # In Hydra's grammar, a list or mapping in a mapping; and a value of one, or of a setting in a text.
 NESTED = re.compile(r"(?P<name>[\w.-]+):\s*[\[{]")
 WITHIN = re.compile(
@@ -43,7 +46,8 @@ class Asked:
 
     Args:
         config: resolved, but for what comes out of the environment.
-        files: for the folder `.hydra`, by name; where a secret stood none does, so that it is asked for again.
+        files: for the folder `.hydra`, by name; where a secret stood none does, so that it is asked
+            for again.
     """
 
     config: dict[str, Any]
@@ -51,15 +55,19 @@ class Asked:
 
 
 def is_secret(name: str) -> bool:
-    """Is what has this dotted name, or stands in a mapping that has it, likely to be such that nobody is to see it?"""
+    """Is what has this dotted name, or stands in a mapping that has it, likely to be such that
+    nobody is to see it?
+    """
     words = re.sub(r"(?<=[a-z0-9])(?=[A-Z])", "_", name)
     return bool(NAMED.search(OF_TEXT.sub("", words))) and not name.endswith("._target_")
 
 
 def masked(value: Any, name: str = "", *, by: str = HIDDEN) -> Any:
-    """The same, without texts and numbers that are named like secrets, and without names and passwords in addresses.
+    """The same, without texts and numbers that are named like secrets, and without names and
+    passwords in addresses.
 
-    An interpolation (`${…}`) says where a secret is, and stays; so does what may be a number of tokens.
+    An interpolation (`${…}`) says where a secret is, and stays; so does what may be a number of
+    tokens.
 
     Args:
         by: what stands in place of a secret.
@@ -69,7 +77,9 @@ def masked(value: Any, name: str = "", *, by: str = HIDDEN) -> Any:
     if isinstance(value, list | tuple):
         return [masked(each, name, by=by) for each in value]
     if isinstance(value, int | float):
-        return value if isinstance(value, bool) or COUNTED.search(name) or not is_secret(name) else by
+        return (
+            value if isinstance(value, bool) or COUNTED.search(name) or not is_secret(name) else by
+        )
     if not isinstance(value, str) or value == MISSING:
         return value
     if is_secret(name):
@@ -85,7 +95,9 @@ def _said(text: str) -> str:
 
 
 def masked_override(word: str) -> str:
-    """A word of the command line, likewise, also where it gives several values at once, or settings in a text."""
+    """A word of the command line, likewise, also where it gives several values at once, or
+    settings in a text.
+    """
     key, equals, value = word.partition("=")
     name = key.lstrip("+~")
 
@@ -96,7 +108,9 @@ def masked_override(word: str) -> str:
     if is_secret(name):
         return f"{key}{equals}{masked(value, name)}"
     text = masked(value, name)
-    nested = (found.end("name") for found in NESTED.finditer(text) if is_secret(f"{name}.{found['name']}"))
+    nested = (
+        found.end("name") for found in NESTED.finditer(text) if is_secret(f"{name}.{found['name']}")
+    )
     if (end := next(nested, None)) is not None:  # where it ends nobody needs to know
         text = f"{text[:end]}: {HIDDEN}"
     return f"{key}{equals}{WITHIN.sub(hidden, text)}"
@@ -119,7 +133,9 @@ def without(text: str, value: Any, name: str) -> str:
 
 
 def asked_again(config: DictConfig) -> dict[str, Any]:
-    """A composed configuration as Hydra keeps it, masked: where a secret stood nothing does, and it is asked for."""
+    """A composed configuration as Hydra keeps it, masked: where a secret stood nothing does,
+    and it is asked for.
+    """
     found: dict[str, Any] = masked(OmegaConf.to_container(config), by=MISSING)
     if hydras := found.get("hydra"):
         words = hydras["overrides"]
@@ -132,7 +148,8 @@ def asked_again(config: DictConfig) -> dict[str, Any]:
 def written(config: DictConfig) -> dict[str, Any]:
     """A composed configuration as it may be written down: resolved, and masked.
 
-    A text, list or mapping that comes out of the environment stands there as the interpolation that it is.
+    A text, list or mapping that comes out of the environment stands there as the interpolation that
+    it is.
     """
     with _watched() as reads:
         found: dict[str, Any] = masked(_resolved(config, OmegaConf.to_container(config), reads))

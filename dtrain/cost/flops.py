@@ -24,8 +24,8 @@ SECONDS = 0.1
 def count(run: Callable[[], Tensor]) -> int:
     """Operations of matrix products in `run()` and the backward of the loss it returns.
 
-    On the meta device this costs no arithmetic. Attention counts as if no score were masked, as is usual
-    for MFU; element-wise work does not count.
+    On the meta device this costs no arithmetic. Attention counts as if no score were masked, as is
+    usual for MFU; element-wise work does not count.
     """
     with FlopCounterMode(display=False) as counter:
         loss = run()
@@ -35,10 +35,11 @@ def count(run: Callable[[], Tensor]) -> int:
 
 
 def peak(device: torch.device, dtype: torch.dtype) -> tuple[float, str]:
-    """A rank's peak in operations a second, and where the figure is from: a data sheet, or measured now.
+    """A rank's peak in operations a second, and where the figure is from: a data sheet, or measured
+    now.
 
-    Measured: the best of several products of large matrices, on a CPU with this rank's threads. All ranks of a
-    machine should call it together, since they share the machine's units.
+    Measured: the best of several products of large matrices, on a CPU with this rank's threads. All
+    ranks of a machine should call it together, since they share the machine's units.
     """
     if device.type == "cuda" and dtype == torch.bfloat16:
         name = torch.cuda.get_device_name(device)
@@ -46,11 +47,15 @@ def peak(device: torch.device, dtype: torch.dtype) -> tuple[float, str]:
             return STATED_PEAKS[name], f"data sheet of {name}, bf16 dense"
     size = 1024 if device.type == "cpu" else 8192
     a, b = (torch.randn(size, size, device=device, dtype=dtype) for _ in range(2))
-    _timed_product(a, b)  # the first one loads the library, which on a GPU takes longer than SECONDS
+    # the first one loads the library, which on a GPU takes longer than SECONDS
+    _timed_product(a, b)
     best, end = _timed_product(a, b), time.perf_counter() + SECONDS
     while time.perf_counter() < end:
         best = min(best, _timed_product(a, b))
-    return 2 * size**3 / best, f"measured: {size} x {size} {str(dtype).removeprefix('torch.')} matrix product"
+    return (
+        2 * size**3 / best,
+        f"measured: {size} x {size} {str(dtype).removeprefix('torch.')} matrix product",
+    )
 
 
 def _timed_product(a: Tensor, b: Tensor) -> float:

@@ -1,4 +1,5 @@
-"""The memory of a rank by kind: every storage that a step allocates, when it is born and when it goes.
+"""The memory of a rank by kind: every storage that a step allocates, when it is born and when it
+goes.
 
     parameters      what the models hold between steps
     gradients       what the optimizer finds
@@ -7,8 +8,9 @@
     communication   handed to collectives, and weights that fsdp has gathered
     other           batches, buffers, and what lives for a moment within a pass
 
-A dispatch mode sees each operation's results, on the CPU and on CUDA alike, and a weak reference tells when the last
-user of a storage has gone; what an operation takes and frees within itself is not seen. It costs time: one step.
+A dispatch mode sees each operation's results, on the CPU and on CUDA alike, and a weak reference
+tells when the last user of a storage has gone; what an operation takes and frees within itself is
+not seen. It costs time: one step.
 """
 
 from __future__ import annotations
@@ -39,7 +41,8 @@ class Entry:
         where: what computed it.
         born, died: in operations.
         kind: what it was said to be for.
-        forward, turns: is it of a forward pass; how many times it had gone from forward to backward, at both ends.
+        forward, turns: is it of a forward pass; how many times it had gone from forward to
+            backward, at both ends.
         travels, received: was it handed to a collective, to be filled by it?
         used: did a backward pass need it?
         feeds: the modules that were given it.
@@ -62,7 +65,8 @@ class Entry:
     def survives(self) -> bool:
         """Was it made in a forward pass, and held for a backward pass?
 
-        What a collective has filled may linger with its message: of that, if the backward pass used it.
+        What a collective has filled may linger with its message: of that, if the backward pass used
+        it.
         """
         held = self.forward and self.died is not None and self.turns[0] < self.turns[1]
         return held and (self.used or not self.received)
@@ -70,7 +74,9 @@ class Entry:
     @property
     def what(self) -> str:
         """One of KINDS."""
-        return self.kind or ("activations" if self.survives else "communication" if self.travels else "other")
+        return self.kind or (
+            "activations" if self.survives else "communication" if self.travels else "other"
+        )
 
 
 class MemoryTracker(TorchDispatchMode):
@@ -84,14 +90,17 @@ class MemoryTracker(TorchDispatchMode):
         super().__init__()
         self.where = where
         self.entries: list[Entry] = []
-        self.held: dict[str, int] = {}  # of the kinds that were said, the most bytes at once, padding left out
+        # of the kinds that were said, the most bytes at once, padding left out
+        self.held: dict[str, int] = {}
         self._now = self._turns = 0
         self._forward = False  # was the last operation one of a forward pass?
         self._living: dict[int, Entry] = {}  # by the address of the storage's object
         self._references: dict[int, Any] = {}
 
     def hold(self, kind: str, tensors: Iterable[Tensor | None]) -> None:
-        """Say what these tensors are for, whenever they were made: their whole storages, padding included."""
+        """Say what these tensors are for, whenever they were made: their whole storages,
+        padding included.
+        """
         held = [_local(tensor) for tensor in tensors if tensor is not None]
         for tensor in held:
             self.entry(tensor).kind = kind
@@ -117,11 +126,15 @@ class MemoryTracker(TorchDispatchMode):
         super().__exit__(*error)
         torch.UntypedStorage.resize_ = self._resize  # type: ignore[method-assign]
 
-    def __torch_dispatch__(self, function: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+    def __torch_dispatch__(
+        self, function: Any, types: Any, args: tuple = (), kwargs: dict | None = None
+    ) -> Any:
         if any(issubclass(kind, DTensor) for kind in types):
             return NotImplemented  # its own dispatch comes back with local tensors
         self._now += 1
-        forward = torch._C._current_graph_task_id() == -1 or torch.is_grad_enabled() or _computes_again()
+        forward = (
+            torch._C._current_graph_task_id() == -1 or torch.is_grad_enabled() or _computes_again()
+        )
         self._turns += self._forward and not forward
         self._forward = forward
         travels = function.namespace in ("c10d", "_c10d_functional")
@@ -137,7 +150,9 @@ class MemoryTracker(TorchDispatchMode):
             storage = tensor.untyped_storage()
             if storage._cdata not in self._living:
                 shape, turns = tuple(tensor.shape), (self._turns, self._turns)
-                made = Entry(shape, self.where(), self._now, forward=forward, turns=turns, travels=travels)
+                made = Entry(
+                    shape, self.where(), self._now, forward=forward, turns=turns, travels=travels
+                )
                 self._open(storage, replace(made, received=travels))
         return output
 
@@ -176,7 +191,10 @@ class MemoryTracker(TorchDispatchMode):
 
 
 def _computes_again() -> bool:
-    """Within backward: is a forward pass run again? Then `torch.utils.checkpoint` catches what it saves."""
+    """Within backward: is a forward pass run again?
+
+    Then `torch.utils.checkpoint` catches what it saves.
+    """
     return torch._C._autograd._top_saved_tensors_default_hooks(True) is not None
 
 
@@ -186,4 +204,8 @@ def _local(tensor: Tensor) -> Tensor:
 
 
 def _tensors(tree: Any) -> Iterable[Tensor]:
-    return (_local(leaf) for leaf in tree_iter(tree) if isinstance(leaf, Tensor) and leaf.layout is torch.strided)
+    return (
+        _local(leaf)
+        for leaf in tree_iter(tree)
+        if isinstance(leaf, Tensor) and leaf.layout is torch.strided
+    )

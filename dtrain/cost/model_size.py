@@ -37,7 +37,8 @@ def info(factory: ModelFactory, precision: Precision, seq_len: int | None) -> Mo
     """Count a language model: (B, T) tokens in, logits out.
 
     Raises:
-        ValueError: no sequence length, or one beyond the model's context; the model does not run on meta tensors.
+        ValueError: no sequence length, or one beyond the model's context; the model does not run on
+            meta tensors.
     """
     model = on_meta(factory)
     if model is None:
@@ -49,7 +50,8 @@ def info(factory: ModelFactory, precision: Precision, seq_len: int | None) -> Mo
         operations = flops.count(lambda: model(tokens, positions).sum())
     except Exception as error:  # of a user's model: it may fail in any way
         raise ValueError(
-            f"the model does not run on meta tensors, so its operations cannot be told: {in_words(error)}"
+            f"the model does not run on meta tensors, so its operations cannot be told: "
+            f"{in_words(error)}"
         ) from error
     size = torch.finfo(precision.weights_dtype).bits // 8
     total = sum(p.numel() for p in model.parameters())

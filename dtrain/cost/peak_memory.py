@@ -20,7 +20,9 @@ def reset_peak(device: torch.device) -> None:
 
 
 def peak_bytes(device: torch.device) -> int:
-    """Peak bytes: on CUDA of the allocator; on the CPU of the process's resident set, libraries included."""
+    """Peak bytes: on CUDA of the allocator; on the CPU of the process's resident set, libraries
+    included.
+    """
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     with suppress(OSError):  # not getrusage's figure, which a process inherits from its parent

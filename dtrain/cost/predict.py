@@ -1,18 +1,21 @@
-"""The cost of a plan, from shapes alone: what one rank hands to its collectives in a step, and what it holds.
+"""The cost of a plan, from shapes alone: what one rank hands to its collectives in a step, and what
+it holds.
 
     trace(task, plan) -> Footprint: one micro-batch of every update, on the meta device
     Footprint -> each strategy's `footprint`, in application order -> what one rank holds of it
     what it holds -> each strategy's `cost` -> messages
 
-What the loop itself sums (loss, gradient norm, loads of experts) is a few numbers and does not count. Nor does an axis
-of one rank: nothing travels. Bytes held between steps: parameters, gradients and optimizer states, not buffers.
-Activations are counted by themselves, as the most that is there at once within a step (`activations`).
+What the loop itself sums (loss, gradient norm, loads of experts) is a few numbers and does not
+count. Nor does an axis of one rank: nothing travels. Bytes held between steps: parameters,
+gradients and optimizer states, not buffers. Activations are counted by themselves, as the most that
+is there at once within a step (`activations`).
 
-The prediction is for a step after the first two, and exact, with three exceptions. Where routers send tokens to other
-ranks, what all ranks along `ep` send is exact, one rank's bytes are as if every expert had as many tokens; a capacity
-that drops tokens makes it less. Under autocast (mixed precision without fsdp or replicate) what enters a layer counts
-in the format of the weights, what leaves it in that of the products: too much for a layer between two layers, as in
-BERT's head. And an optimizer is taken to keep the same states of every parameter, whatever its shape.
+The prediction is for a step after the first two, and exact, with three exceptions. Where routers
+send tokens to other ranks, what all ranks along `ep` send is exact, one rank's bytes are as if
+every expert had as many tokens; a capacity that drops tokens makes it less. Under autocast (mixed
+precision without fsdp or replicate) what enters a layer counts in the format of the weights, what
+leaves it in that of the products: too much for a layer between two layers, as in BERT's head. And
+an optimizer is taken to keep the same states of every parameter, whatever its shape.
 """
 
 from __future__ import annotations
@@ -33,10 +36,11 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Cost:
-    """One rank's: messages of an optimizer step, and bytes held between steps (gradients: before the step).
+    """One rank's: messages of an optimizer step, and bytes held between steps (gradients: before
+    the step).
 
-    Of several updates' gradients, and of activations, the most that are there at once; None: not told, since
-    autocast keeps some of them in one format and some in another.
+    Of several updates' gradients, and of activations, the most that are there at once; None: not
+    told, since autocast keeps some of them in one format and some in another.
     """
 
     messages: tuple[Message, ...]
@@ -56,8 +60,11 @@ def fold(footprint: Footprint, plan: Plan, rank: int = 0) -> Cost:
         if each.calls and plan.degrees[each.axis] > 1:
             calls, size = totals.get((each.axis, each.operation), (0, 0))
             totals[each.axis, each.operation] = calls + each.calls, size + each.bytes
-    return Cost(tuple(Message(*key, *total) for key, total in sorted(totals.items())), *_held(footprint),
-                activations(footprint) if plan.casts or not plan.precision.mixed else None)  # fmt: skip
+    return Cost(
+        tuple(Message(*key, *total) for key, total in sorted(totals.items())),
+        *_held(footprint),
+        activations(footprint) if plan.casts or not plan.precision.mixed else None,
+    )
 
 
 def _held(footprint: Footprint) -> tuple[int, int, int]:
@@ -68,10 +75,16 @@ def _held(footprint: Footprint) -> tuple[int, int, int]:
     for piece in footprint.pieces:
         sizes = {weight: prod(weight.held) for weight in piece.weights}
         held["elements"] += sum(sizes.values())
-        trained = {weight: size for weight, size in sizes.items() if weight.ready is not None and weight.reached}
+        trained = {
+            weight: size
+            for weight, size in sizes.items()
+            if weight.ready is not None and weight.reached
+        }
         gradients.update(dict.fromkeys(piece.reached, sum(trained.values())))
         stepped = [size for weight, size in trained.items() if weight.stepped]
-        held["states"] += sum(stepped) * footprint.state_bytes[0] + len(stepped) * footprint.state_bytes[1]
+        held["states"] += (
+            sum(stepped) * footprint.state_bytes[0] + len(stepped) * footprint.state_bytes[1]
+        )
     size = footprint.weight_bytes
     return held["elements"] * size, max(gradients.values(), default=0) * size, held["states"]
 
@@ -79,8 +92,8 @@ def _held(footprint: Footprint) -> tuple[int, int, int]:
 def activations(footprint: Footprint) -> int:
     """The most bytes of activations that a rank holds at once.
 
-    In a pipeline those of every micro-batch that waits for its backward pass, and what computing a block's
-    activations again adds to one of them.
+    In a pipeline those of every micro-batch that waits for its backward pass, and what computing a
+    block's activations again adds to one of them.
     """
     pieces = footprint.pieces
     if not any(piece.flights for piece in pieces):
@@ -102,7 +115,9 @@ def _peak(kept: Iterable[Activation]) -> int:
 
 
 def curve(lifetimes: Iterable[tuple[int, int, int]]) -> dict[int, int]:
-    """The bytes that are there from each moment at which they change; of (born, died, bytes), both moments included."""
+    """The bytes that are there from each moment at which they change; of (born, died, bytes),
+    both moments included.
+    """
     change: Counter[int] = Counter()
     for born, died, size in lifetimes:
         change[born] += size

@@ -1,9 +1,10 @@
-"""The instruments around a trainer: what it sends, what it holds, where its time goes; each beside its prediction.
+"""The instruments around a trainer: what it sends, what it holds, where its time goes; each beside
+its prediction.
 
 with Profile(plan) as profile:
     trainer = Trainer(..., profile.phase)
-    for step in profile.steps(trainer):   messages are counted in every step, memory is followed in the third,
-        profile.traffic                   the timeline is recorded in the fourth: those two take longer
+    for step in profile.steps(trainer):   counts messages in each step, follows memory in the third,
+        profile.traffic                   records the timeline in the fourth: those two take longer
 """
 
 from __future__ import annotations
@@ -39,7 +40,9 @@ class Profile:
     def __init__(self, plan: Plan, predicted: Cost | None = None) -> None:
         self.plan, self.predicted = plan, predicted
         axes = [axis for axis, degree in plan.degrees.items() if degree > 1]
-        groups = {tuple(dist.get_process_group_ranks(plan.mesh[axis].get_group())): axis for axis in axes}
+        groups = {
+            tuple(dist.get_process_group_ranks(plan.mesh[axis].get_group())): axis for axis in axes
+        }
         self._counter = CommunicationCounter(groups)
         self._held: tuple[MemoryTracker, Trainer] | None = None
         self.traffic: tuple[Message, ...] = ()  # of the last step
@@ -56,7 +59,10 @@ class Profile:
 
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:
-        """For the trainer: names what it does. The sums that it needs for its figures are no traffic of the plan's."""
+        """For the trainer: names what it does.
+
+        The sums that it needs for its figures are no traffic of the plan's.
+        """
         if name == OPTIMIZER and self._held:
             ledger, trainer = self._held
             ledger.hold("gradients", trainer.held("gradients"))
@@ -111,7 +117,10 @@ class Profile:
         return flat
 
     def summary(self) -> tuple[dict[str, Any], list[list[Span]]]:
-        """What was measured on every rank, beside what was predicted; and every rank's spans. A collective."""
+        """What was measured on every rank, beside what was predicted; and every rank's spans.
+
+        A collective.
+        """
         ranks = gathered((self._own(), self.timeline.spans))
         spans = [each for _, each in ranks]
         return {"ranks": [own for own, _ in ranks], "bubble": self._bubble(spans)}, spans
@@ -120,7 +129,9 @@ class Profile:
         degrees = self.plan.degrees
         return {
             "traffic": [_message(m, degrees) for m in self.traffic],
-            "traffic_predicted": [_message(m, degrees) for m in self.predicted.messages] if self.predicted else None,
+            "traffic_predicted": [_message(m, degrees) for m in self.predicted.messages]
+            if self.predicted
+            else None,
             "memory": self._memory() if self.followed else None,
             "time": asdict(self.timeline.shares()),
         }
@@ -129,19 +140,30 @@ class Profile:
         ledger = self.followed
         assert ledger is not None
         at_peak = ledger.at_peak()
-        predicted = {
-            "parameters": self.predicted.parameter_bytes, "gradients": self.predicted.gradient_bytes,
-            "optimizer": self.predicted.optimizer_bytes, "activations": self.predicted.activation_bytes,
-        } if self.predicted else {}  # fmt: skip
+        predicted = (
+            {
+                "parameters": self.predicted.parameter_bytes,
+                "gradients": self.predicted.gradient_bytes,
+                "optimizer": self.predicted.optimizer_bytes,
+                "activations": self.predicted.activation_bytes,
+            }
+            if self.predicted
+            else {}
+        )
         kinds = {
-            kind: {"at_peak": at_peak[kind], "most": ledger.held.get(kind) or ledger.peak(kind),
-                   "predicted": predicted.get(kind)}
+            kind: {
+                "at_peak": at_peak[kind],
+                "most": ledger.held.get(kind) or ledger.peak(kind),
+                "predicted": predicted.get(kind),
+            }
             for kind in KINDS
-        }  # fmt: skip
+        }
         return {"peak": sum(at_peak.values()), "kinds": kinds}
 
     def _bubble(self, ranks: list[list[Span]]) -> dict[str, float] | None:
-        """The idle share of a pipeline's ranks, from its first work to its last, and what the schedule leaves idle."""
+        """The idle share of a pipeline's ranks, from its first work to its last, and what the
+        schedule leaves idle.
+        """
         if (pipeline := self.plan.strategy_on("pp")) is None:
             return None
         # torch's pipelining takes a second, which only those wait who use it
@@ -151,11 +173,15 @@ class Profile:
         stages = [[span for span in spans if span.kind == STAGE] for spans in ranks]
         if not isinstance(pipeline, PipelineParallel) or not all(stages):
             return None
-        begin, end = min(s.start for spans in stages for s in spans), max(s.end for spans in stages for s in spans)
+        begin = min(s.start for spans in stages for s in spans)
+        end = max(s.end for spans in stages for s in spans)
         busy = sum(total((s.start, s.end) for s in spans) for spans in stages)
         micro_batches = 1 + max(span.micro_batch for span in stages[0])
-        return {"measured": 1 - busy / (len(stages) * (end - begin)), "theory": bubble(pipeline, micro_batches),
-                "micro_batches": micro_batches}  # fmt: skip
+        return {
+            "measured": 1 - busy / (len(stages) * (end - begin)),
+            "theory": bubble(pipeline, micro_batches),
+            "micro_batches": micro_batches,
+        }
 
 
 def _message(message: Message, degrees: dict[str, int]) -> dict[str, Any]:

@@ -17,19 +17,28 @@ class Throughput:
     """
 
     def __init__(
-        self, *, skip_steps: int, world_size: int, flops_per_token: float | None, peak_flops: float | None
+        self,
+        *,
+        skip_steps: int,
+        world_size: int,
+        flops_per_token: float | None,
+        peak_flops: float | None,
     ) -> None:
         self.skip_steps, self.world_size = skip_steps, world_size
         self.flops_per_token, self.peak_flops = flops_per_token, peak_flops
         self._seconds, self._tokens = array("d"), array("d")  # a long run has many
 
     def add(self, tokens: float, seconds: float) -> None:
-        """One step: its global tokens (each counted once, however the world is factored) and its time."""
+        """One step: its global tokens (each counted once, however the world is factored) and
+        its time.
+        """
         self._tokens.append(tokens)
         self._seconds.append(seconds)
 
     def mfu(self, tokens_per_second: float) -> float | None:
-        """Model FLOPs utilisation: what the model needs, over what all ranks could do (Chowdhery et al. 2022)."""
+        """Model FLOPs utilisation: what the model needs, over what all ranks could do
+        (Chowdhery et al. 2022).
+        """
         if not self.flops_per_token or not self.peak_flops:
             return None
         return tokens_per_second * self.flops_per_token / (self.world_size * self.peak_flops)
@@ -45,7 +54,9 @@ class Throughput:
             "tokens_per_second": rate,
             "tokens_per_second_per_rank": rate / self.world_size,
             "step_seconds_median": median(seconds),
-            "step_seconds_p95": quantiles(seconds, n=20, method="inclusive")[-1] if len(seconds) > 1 else seconds[0],
+            "step_seconds_p95": quantiles(seconds, n=20, method="inclusive")[-1]
+            if len(seconds) > 1
+            else seconds[0],
             "mfu": self.mfu(rate),
             "measured_steps": len(seconds),
             "flops_per_token": self.flops_per_token,

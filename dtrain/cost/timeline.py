@@ -2,11 +2,11 @@
 
     phase          what the loop does: forward, backward, optimizer ...
     stage          one micro-batch in one stage of a pipeline, forward or backward
-    compute        operations on the device (on a CPU: of the thread that trains), gaps below GAP bridged
+    compute        operations on the device (CPU: of the training thread), gaps below GAP bridged
     communication  a collective, from its call until its result is there
 
-Communication is overlapped while something is computed, and exposed while nothing is. A send counts by its receiver:
-the sender has no need to wait for it.
+Communication is overlapped while something is computed, and exposed while nothing is. A send counts
+by its receiver: the sender has no need to wait for it.
 """
 
 from __future__ import annotations
@@ -80,9 +80,12 @@ class Timeline:
         """How the time between the first phase's begin and the last one's end was spent."""
         phases = self._of(PHASE)
         begin, end = min(start for start, _ in phases), max(end for _, end in phases)
-        step = [(begin, end)]  # what comes before or after it, such as this measurement's own, is no part of it
+        # what comes before or after it, such as this measurement's own, is no part of it
+        step = [(begin, end)]
         computing = common(self._of(COMPUTE), step)  # merged when they were read
-        messages = merged((s.start, s.end) for s in self.spans if s.kind == COMMUNICATION and s.name != "send")
+        messages = merged(
+            (s.start, s.end) for s in self.spans if s.kind == COMMUNICATION and s.name != "send"
+        )
         talking = common(messages, step)
         overlapped = total(common(computing, talking))
         seconds = [x / 1e9 for x in (end - begin, total(computing), total(talking), overlapped)]
@@ -118,11 +121,16 @@ def common(ours: list[Interval], theirs: list[Interval]) -> list[Interval]:
 
 
 def without(ours: list[Interval], theirs: list[Interval]) -> list[Interval]:
-    """What the first of two lists of disjoint intervals, in order, covers and the second does not."""
+    """What the first of two lists of disjoint intervals, in order, covers and the second does
+    not.
+    """
     if not ours:
         return []
     ends = [ours[0][0], *(t for interval in theirs for t in interval), ours[-1][1]]
-    return common(ours, [(start, end) for start, end in zip(ends[::2], ends[1::2], strict=True) if start < end])
+    return common(
+        ours,
+        [(start, end) for start, end in zip(ends[::2], ends[1::2], strict=True) if start < end],
+    )
 
 
 def total(intervals: Iterable[Interval]) -> int:
@@ -131,7 +139,9 @@ def total(intervals: Iterable[Interval]) -> int:
 
 
 def _spans(events: list[Any], device: str) -> Iterator[Span]:
-    marks = [event for event in events if event.name().startswith(f"{MARK}:") and not _on_a_gpu(event)]
+    marks = [
+        event for event in events if event.name().startswith(f"{MARK}:") and not _on_a_gpu(event)
+    ]
     messages = []
     for event in marks:
         _, kind, *words = event.name().split(":")
@@ -141,14 +151,22 @@ def _spans(events: list[Any], device: str) -> Iterator[Span]:
             yield Span(PHASE, words[0], event.start_ns(), event.end_ns())
         else:
             name, stage, micro_batch = words
-            yield Span(STAGE, name, event.start_ns(), event.end_ns(), "", int(stage), int(micro_batch))
-    computing = _kernels(events) if device == "cuda" else _operations(events, {e.start_thread_id() for e in marks})
+            yield Span(
+                STAGE, name, event.start_ns(), event.end_ns(), "", int(stage), int(micro_batch)
+            )
+    computing = (
+        _kernels(events)
+        if device == "cuda"
+        else _operations(events, {e.start_thread_id() for e in marks})
+    )
     for start, end in merged(computing, 0 if device == "cuda" else GAP):
         yield Span(COMPUTE, "compute", start, end)
     yield from _collectives(events, device, sorted(messages))
 
 
-def _collectives(events: list[Any], device: str, messages: list[tuple[int, int, str, str]]) -> Iterator[Span]:
+def _collectives(
+    events: list[Any], device: str, messages: list[tuple[int, int, str, str]]
+) -> Iterator[Span]:
     """Each with the axis of its message: the first one before it that has no other collective yet.
 
     On a GPU they are there twice, as the host calls them and as they run.
@@ -171,18 +189,24 @@ def _on_a_gpu(event: Any) -> bool:
 
 
 def _kernels(events: list[Any]) -> Iterator[Interval]:
-    """What a GPU computes: not the marks of the host, ours or torch's, each of which spans the kernels of its time."""
+    """What a GPU computes: not the marks of the host, ours or torch's, each of which spans the
+    kernels of its time.
+    """
     for event in filter(_on_a_gpu, events):
         if not event.is_user_annotation() and "nccl" not in event.name().lower():
             yield event.start_ns(), event.end_ns()
 
 
 def _operations(events: list[Any], threads: set[int]) -> Iterator[Interval]:
-    """What the threads that train compute: their operations, without the messages that some of them wait for."""
+    """What the threads that train compute: their operations, without the messages that some of
+    them wait for.
+    """
     for thread in threads:
         own = [e for e in events if e.start_thread_id() == thread and not e.is_async()]
         yield from without(_covered(own, OPERATIONS), _covered(own, WAITS))
 
 
 def _covered(events: list[Any], names: tuple[str, ...]) -> list[Interval]:
-    return merged((event.start_ns(), event.end_ns()) for event in events if event.name().startswith(names))
+    return merged(
+        (event.start_ns(), event.end_ns()) for event in events if event.name().startswith(names)
+    )

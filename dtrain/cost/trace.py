@@ -1,4 +1,6 @@
-"""One micro-batch of a step on the meta device: which modules are called, with what shapes, and what backward does."""
+"""One micro-batch of a step on the meta device: which modules are called, with what shapes, and
+what backward does.
+"""
 
 from __future__ import annotations
 
@@ -30,20 +32,28 @@ META = torch.device("meta")
 
 
 def trace(
-    task: Task, plan: Plan, optimizer: Callable[[nn.Module], Optimizer] | None = None, *,
-    global_batch_size: int, micro_batch_size: int | None = None,
-) -> Footprint:  # fmt: skip
-    """All of a step's models and calls, for the rows and tokens of one rank; no strategy has cut a model yet.
+    task: Task,
+    plan: Plan,
+    optimizer: Callable[[nn.Module], Optimizer] | None = None,
+    *,
+    global_batch_size: int,
+    micro_batch_size: int | None = None,
+) -> Footprint:
+    """All of a step's models and calls, for the rows and tokens of one rank; no strategy has cut a
+    model yet.
 
     Needs no process group, and memory for no weight. Without an optimizer its states do not count.
 
     Raises:
         ValueError: a model cannot be built on the meta device, or does not run there.
     """
-    micro_batches, dtype = plan.micro_batches(global_batch_size, micro_batch_size), plan.precision.weights_dtype
+    micro_batches = plan.micro_batches(global_batch_size, micro_batch_size)
+    dtype = plan.precision.weights_dtype
     activations = plan.precision.compute_dtype if plan.casts else dtype
     models = {name: _outline(name, on_meta(factory), plan) for name, factory in task.models.items()}
-    batch = _shapes(task.batch(0), plan.row_parts * micro_batches, plan.batch_parts // plan.row_parts)
+    batch = _shapes(
+        task.batch(0), plan.row_parts * micro_batches, plan.batch_parts // plan.row_parts
+    )
     recorder = _Recorder(models)
     try:
         with recorder.ledger, _flash_attention():
@@ -53,18 +63,26 @@ def trace(
         raise ValueError(f"a model does not run on meta tensors: {in_words(error)}") from error
     finally:
         recorder.close()
-    trained, narrow = Counter(update.trains for update in task.updates), activations.itemsize / dtype.itemsize
+    trained = Counter(update.trains for update in task.updates)
+    narrow = activations.itemsize / dtype.itemsize
     pieces = (recorder.piece(name, trained[name], narrow) for name in models)
     return Footprint(
-        tuple(pieces), micro_batches, weight_bytes=dtype.itemsize,
-        compute_bytes=plan.precision.compute_dtype.itemsize, reduce_bytes=plan.precision.reduce_dtype.itemsize,
-        activation_bytes=activations.itemsize, state_bytes=_states(optimizer, dtype) if optimizer else (0, 0),
-    )  # fmt: skip
+        tuple(pieces),
+        micro_batches,
+        weight_bytes=dtype.itemsize,
+        compute_bytes=plan.precision.compute_dtype.itemsize,
+        reduce_bytes=plan.precision.reduce_dtype.itemsize,
+        activation_bytes=activations.itemsize,
+        state_bytes=_states(optimizer, dtype) if optimizer else (0, 0),
+    )
 
 
 def _outline(name: str, model: nn.Module | None, plan: Plan) -> nn.Module:
     if model is None:
-        raise ValueError(f"the cost of {name!r} cannot be told from shapes: it computes with values when it is built")
+        raise ValueError(
+            f"the cost of {name!r} cannot be told from shapes: it computes with values when it "
+            f"is built"
+        )
     cast(model, plan.precision.weights_dtype, META, META)
     for block in blocks_of(model) if plan.recompute else ():
         block.forward = partial(checkpoint, block.forward, use_reentrant=False)
@@ -75,13 +93,18 @@ def _shapes(batch: Batch, row_parts: int, token_parts: int) -> Batch:
     """A micro-batch of one rank, without its values."""
     parts = {name: tensor[: len(tensor) // row_parts] for name, tensor in batch.items()}
     if token_parts > 1:
-        parts = {name: t[:, : t.shape[1] // token_parts] if t.ndim > 1 else t for name, t in parts.items()}
+        parts = {
+            name: t[:, : t.shape[1] // token_parts] if t.ndim > 1 else t
+            for name, t in parts.items()
+        }
     return {name: tensor.to("meta") for name, tensor in parts.items()}
 
 
 @contextmanager
 def _flash_attention() -> Iterator[None]:
-    """On the meta device torch would take the attention that keeps all scores; devices have one that does not."""
+    """On the meta device torch would take the attention that keeps all scores; devices have one
+    that does not.
+    """
     original = F.scaled_dot_product_attention
 
     def attention(
@@ -93,7 +116,9 @@ def _flash_attention() -> Iterator[None]:
         is_causal: bool = False,
         **_: Any,
     ) -> Tensor:
-        return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, 0.0, is_causal)[0]
+        return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, 0.0, is_causal)[
+            0
+        ]
 
     F.scaled_dot_product_attention = attention  # type: ignore[assignment]  # a function mode is off during backward, and recomputation needs it
     try:
@@ -117,33 +142,67 @@ class _Recorder:
         for name, model in models.items():
             for path, module in model.named_modules():
                 begin, end = partial(self._begin, name, path), partial(self._end, name, path)
-                self.hooks += [module.register_forward_pre_hook(begin, with_kwargs=True),
-                               module.register_forward_hook(end, always_call=True)]  # fmt: skip
+                self.hooks += [
+                    module.register_forward_pre_hook(begin, with_kwargs=True),
+                    module.register_forward_hook(end, always_call=True),
+                ]
             for key, parameter in model.named_parameters():
                 if parameter.requires_grad:
-                    self.hooks += [parameter.register_post_accumulate_grad_hook(partial(self._complete, name, key))]
+                    self.hooks += [
+                        parameter.register_post_accumulate_grad_hook(
+                            partial(self._complete, name, key)
+                        )
+                    ]
 
     def run(self, index: int, loss: Callable[[], Tensor]) -> None:
         self.update, self.again, self.within = index, False, [("", None)]
         total = loss()
-        self.again, self.within = True, [(next(iter(self.models)), "")]  # checkpoint calls blocks' forward by itself
+        # checkpoint calls blocks' forward by itself
+        self.again, self.within = True, [(next(iter(self.models)), "")]
         total.backward()
 
     def piece(self, name: str, trained: int, narrow: float) -> ModelPart:
-        """What was seen of a model; `narrow` is a byte's share that is left of it where activations are narrow."""
-        model, ready, blocks = self.models[name], self.ready[name], layout_of(self.models[name]).blocks
+        """What was seen of a model; `narrow` is a byte's share that is left of it where
+        activations are narrow.
+        """
+        model = self.models[name]
+        ready = self.ready[name]
+        blocks = layout_of(self.models[name]).blocks
         units = (
-            {f"{blocks}.{key}": block for key, block in model.get_submodule(blocks).named_children()} if blocks else {}
+            {
+                f"{blocks}.{key}": block
+                for key, block in model.get_submodule(blocks).named_children()
+            }
+            if blocks
+            else {}
         )
-        unused = [key for key, p in model.named_parameters() if p.requires_grad and key not in ready and trained]
+        unused = [
+            key
+            for key, p in model.named_parameters()
+            if p.requires_grad and key not in ready and trained
+        ]
         places = {key: place for place, key in enumerate([*ready, *unused])}
         owner = {id(p): unit for unit, block in units.items() for p in block.parameters()}
         weights = (
-            Weight(key, owner.get(id(p), ""), p.numel(), tuple(p.shape), tuple(p.shape),
-                   places.get(key), reached=key in ready)
+            Weight(
+                key,
+                owner.get(id(p), ""),
+                p.numel(),
+                tuple(p.shape),
+                tuple(p.shape),
+                places.get(key),
+                reached=key in ready,
+            )
             for key, p in model.named_parameters()
-        )  # fmt: skip
-        return ModelPart(name, model, tuple(weights), tuple(self.calls[name]), tuple(self._kept(name, narrow)), trained)
+        )
+        return ModelPart(
+            name,
+            model,
+            tuple(weights),
+            tuple(self.calls[name]),
+            tuple(self._kept(name, narrow)),
+            trained,
+        )
 
     def _kept(self, name: str, narrow: float) -> Iterator[Activation]:
         """What is kept of a model's activations; those of the loss are the first model's."""
@@ -152,27 +211,43 @@ class _Recorder:
                 continue
             model, path = entry.where
             if (model or next(iter(self.models))) == name:
-                yield Activation(path, entry.shape, round(entry.bytes * narrow), entry.born, entry.died or 0,
-                           frozenset(entry.feeds))  # fmt: skip
+                yield Activation(
+                    path,
+                    entry.shape,
+                    round(entry.bytes * narrow),
+                    entry.born,
+                    entry.died or 0,
+                    frozenset(entry.feeds),
+                )
 
     def close(self) -> None:
         for hook in self.hooks:
             hook.remove()
 
-    def _begin(self, name: str, path: str, module: nn.Module, args: tuple[Any, ...], named: dict[str, Any]) -> None:
+    def _begin(
+        self, name: str, path: str, module: nn.Module, args: tuple[Any, ...], named: dict[str, Any]
+    ) -> None:
         inputs = [x for x in (*args, *named.values()) if isinstance(x, Tensor)]
         for x in inputs:
             self.ledger.entry(x).feeds.add(path)
         self.within.append((name, path))
         returns = any(x.requires_grad for x in inputs) and not self.again
         self.calls[name].append(
-            ModuleCall(path, self.update, tuple(tuple(x.shape) for x in inputs), None, False, returns)
+            ModuleCall(
+                path, self.update, tuple(tuple(x.shape) for x in inputs), None, False, returns
+            )
         )
 
-    def _end(self, name: str, path: str, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+    def _end(
+        self, name: str, path: str, module: nn.Module, args: tuple[Any, ...], output: Any
+    ) -> None:
         calls = self.calls[name]
         self.within.pop()
-        index = next(i for i in reversed(range(len(calls))) if calls[i].path == path and calls[i].output is None)
+        index = next(
+            i
+            for i in reversed(range(len(calls)))
+            if calls[i].path == path and calls[i].output is None
+        )
         if isinstance(output, Tensor):
             graded = output.requires_grad and not self.again
             calls[index] = replace(calls[index], output=tuple(output.shape), graded=graded)
@@ -183,11 +258,15 @@ class _Recorder:
 
 
 def _states(optimizer: Callable[[nn.Module], Optimizer], dtype: torch.dtype) -> tuple[int, int]:
-    """Bytes that the optimizer keeps for an element and for a parameter: seen after a step of a parameter of two."""
+    """Bytes that the optimizer keeps for an element and for a parameter: seen after a step of a
+    parameter of two.
+    """
     model = nn.Linear(2, 1, bias=False, dtype=dtype)
     model.weight.grad = torch.zeros_like(model.weight)
     made = optimizer(model)
     made.step()
     kept = [value for value in made.state[model.weight].values() if isinstance(value, Tensor)]
     moments = [value for value in kept if value.shape == model.weight.shape]
-    return sum(m.element_size() for m in moments), sum(v.nbytes for v in kept) - sum(m.nbytes for m in moments)
+    return sum(m.element_size() for m in moments), sum(v.nbytes for v in kept) - sum(
+        m.nbytes for m in moments
+    )

@@ -1,8 +1,9 @@
 """What this rank really hands to `torch.distributed`, whoever calls it.
 
-Every collective, from DDP's C++ reducer to distributed tensors and DeepSpeed, ends as an operator of torch's
-`c10d` library, of which each backend has a kernel. While a `CommunicationCounter` is open, a kernel of ours
-stands before those: it notes the operation, the group and the size, and calls on. Closed, nothing is left of it.
+Every collective, from DDP's C++ reducer to distributed tensors and DeepSpeed, ends as an operator
+of torch's `c10d` library, of which each backend has a kernel. While a `CommunicationCounter` is
+open, a kernel of ours stands before those: it notes the operation, the group and the size, and
+calls on. Closed, nothing is left of it.
 """
 
 from __future__ import annotations
@@ -20,14 +21,16 @@ from dtrain.parallel.messages import Message
 from dtrain.parallel.spans import MESSAGE, mark
 
 SELECT = "BackendSelect"  # comes before the kernels of all backends, and after those of autograd
-OPERATIONS = {  # of torch's: what we call it, which argument is the payload as `dtrain.parallel.messages` defines it
+# torch's operation: our word for it, and which argument is the payload (`parallel/messages.py`)
+OPERATIONS = {
     "allreduce_": ("all_reduce", 0), "allreduce_coalesced_": ("all_reduce", 0),
     "_allgather_base_": ("all_gather", 0), "allgather_into_tensor_coalesced_": ("all_gather", 0),
     "allgather_": ("all_gather", 0), "allgather_coalesced_": ("all_gather", 0),
-    "_reduce_scatter_base_": ("reduce_scatter", 1), "reduce_scatter_tensor_coalesced_": ("reduce_scatter", 1),
-    "reduce_scatter_": ("reduce_scatter", 1), "alltoall_base_": ("all_to_all", 1), "alltoall_": ("all_to_all", 1),
-    "broadcast_": ("broadcast", 0), "reduce_": ("reduce", 0), "gather_": ("gather", 1), "scatter_": ("scatter", 0),
-    "send": ("send", 0),
+    "_reduce_scatter_base_": ("reduce_scatter", 1),
+    "reduce_scatter_tensor_coalesced_": ("reduce_scatter", 1),
+    "reduce_scatter_": ("reduce_scatter", 1), "alltoall_base_": ("all_to_all", 1),
+    "alltoall_": ("all_to_all", 1), "broadcast_": ("broadcast", 0), "reduce_": ("reduce", 0),
+    "gather_": ("gather", 1), "scatter_": ("scatter", 0), "send": ("send", 0),
 }  # fmt: skip
 
 
@@ -55,7 +58,9 @@ class CommunicationCounter:
 
     def take(self) -> tuple[Message, ...]:
         """What was counted since it was last taken."""
-        found = tuple(Message(*key, self._calls[key], self._bytes[key]) for key in sorted(self._calls))
+        found = tuple(
+            Message(*key, self._calls[key], self._bytes[key]) for key in sorted(self._calls)
+        )
         self._calls.clear()
         self._bytes.clear()
         return found
@@ -81,9 +86,12 @@ class CommunicationCounter:
         return axis
 
     def _axis(self, group: dist.ProcessGroup) -> str:
-        # By its ranks: distributed tensors may keep to the group of an equal mesh that was made before.
+        # By its ranks: distributed tensors may keep to the group of an equal mesh that was made
+        # before.
         if hash(group) not in self._names:
-            self._names[hash(group)] = self.axes.get(tuple(dist.get_process_group_ranks(group)), "other")
+            self._names[hash(group)] = self.axes.get(
+                tuple(dist.get_process_group_ranks(group)), "other"
+            )
         return self._names[hash(group)]
 
 

@@ -1,7 +1,8 @@
 """Augmentation: changes of training samples by chance, each drawn from (seed, step, sample) alone.
 
-Sources: EDA, Wei & Zou 2019 (1901.11196: deletion); SpanBERT, Joshi et al. 2019 (1907.10529: spans of geometric
-length); cutout, DeVries & Taylor 2017 (1708.04552); mixup, Zhang et al. 2017 (1710.09412).
+Sources: EDA, Wei & Zou 2019 (1901.11196: deletion); SpanBERT, Joshi et al. 2019 (1907.10529: spans
+of geometric length); cutout, DeVries & Taylor 2017 (1708.04552); mixup, Zhang et al. 2017
+(1710.09412).
 """
 
 from __future__ import annotations
@@ -22,10 +23,14 @@ class TextChange(ABC):
 
     @abstractmethod
     def __call__(self, ids: Tensor, room: int, hidden: int, chance: torch.Generator) -> Tensor:
-        """The changed ids: (N,) -> (M,), of which a row takes `room`; `hidden` is the mark in a hidden one's place."""
+        """The changed ids: (N,) -> (M,), of which a row takes `room`; `hidden` is the mark in a
+        hidden one's place.
+        """
 
 
-def changes(augment: Mapping[str, Any] | None, kinds: type | tuple[type, ...], of: str) -> list[Any]:
+def changes(
+    augment: Mapping[str, Any] | None, kinds: type | tuple[type, ...], of: str
+) -> list[Any]:
     """The changes that a task is asked for.
 
     Raises:
@@ -59,7 +64,9 @@ class SpanMask(TextChange):
         left, changed = int(self.share * min(len(ids), room)), ids.clone()
         while left > 0:
             length = min(left, 1 + _geometric(1 / self.mean_length, chance))
-            start = int(torch.randint(max(1, min(len(ids), room) - length + 1), (), generator=chance))
+            start = int(
+                torch.randint(max(1, min(len(ids), room) - length + 1), (), generator=chance)
+            )
             changed[start : start + length] = hidden
             left -= length
         return changed
@@ -111,31 +118,47 @@ class Cutout(ImageChange):
 
     def __call__(self, pixels: Tensor, chance: torch.Generator) -> Tensor:
         changed = pixels.clone()
-        top, left = (int(torch.randint(1 - self.side, size, (), generator=chance)) for size in pixels.shape[1:])
+        top, left = (
+            int(torch.randint(1 - self.side, size, (), generator=chance))
+            for size in pixels.shape[1:]
+        )
         changed[:, max(0, top) : top + self.side, max(0, left) : left + self.side] = -1.0
         return changed
 
 
 class Mixup:
-    """Mix each sample of a batch with another, and their labels likewise; shares are drawn from Beta(alpha, alpha)."""
+    """Mix each sample of a batch with another, and their labels likewise; shares are drawn from
+    Beta(alpha, alpha).
+    """
 
     def __init__(self, alpha: float = 0.2) -> None:
         self.alpha = alpha
         if alpha <= 0:
             raise ValueError(f"task.augment.mixup.alpha={alpha} must be more than 0")
 
-    def mix(self, pixels: Tensor, targets: Tensor, chance: torch.Generator) -> tuple[Tensor, Tensor]:
+    def mix(
+        self, pixels: Tensor, targets: Tensor, chance: torch.Generator
+    ) -> tuple[Tensor, Tensor]:
         """(B, C, H, W), (B, K) shares of each class -> the same."""
-        draws = [torch._standard_gamma(torch.full((len(pixels),), self.alpha), generator=chance) for _ in range(2)]
+        draws = [
+            torch._standard_gamma(torch.full((len(pixels),), self.alpha), generator=chance)
+            for _ in range(2)
+        ]
         share = (draws[0] / (draws[0] + draws[1]).clamp(min=1e-9)).to(pixels.dtype)
         other = torch.randperm(len(pixels), generator=chance)
         wide, narrow = share[:, None, None, None], share[:, None]
-        return wide * pixels + (1 - wide) * pixels[other], narrow * targets + (1 - narrow) * targets[other]
+        return wide * pixels + (1 - wide) * pixels[other], narrow * targets + (
+            1 - narrow
+        ) * targets[other]
 
 
 def _geometric(p: float, chance: torch.Generator) -> int:
     """Failures before the first success."""
-    return 0 if p >= 1 else int(math.log(1 - float(torch.rand((), generator=chance))) / math.log(1 - p))
+    return (
+        0
+        if p >= 1
+        else int(math.log(1 - float(torch.rand((), generator=chance))) / math.log(1 - p))
+    )
 
 
 def _probability(name: str, value: float, key: str = "probability") -> float:

@@ -14,8 +14,8 @@ Progress = Callable[[str, int], None]  # (what is being done, documents or sampl
 class Data(ABC):
     """Training and held-out data.
 
-    `left_out` says what a user's texts or files have that is not read, by kind, and `kept` in which folder what
-    `prepare` made is kept for the next run, if it is.
+    `left_out` says what a user's texts or files have that is not read, by kind, and `kept` in which
+    folder what `prepare` made is kept for the next run, if it is.
     """
 
     name: str

@@ -1,7 +1,7 @@
 """How files are read: text, JSON, JSON lines, CSV and Parquet, row by row.
 
-All but Parquet are UTF-8, with or without its mark, perhaps compressed. What is surely no UTF-8 text is refused with
-the place of the first byte that tells: nothing is guessed.
+All but Parquet are UTF-8, with or without its mark, perhaps compressed. What is surely no UTF-8
+text is refused with the place of the first byte that tells: nothing is guessed.
 """
 
 from __future__ import annotations
@@ -24,12 +24,16 @@ from typing import IO, Any
 Rows = Iterator[tuple[str, dict[str, Any]]]  # where each stands, and its fields
 CHUNK = 1 << 20  # bytes
 COMPRESSED: dict[str, Callable[..., Any]] = {".gz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open}
-MARKS = {"UTF-32": (codecs.BOM_UTF32_LE, codecs.BOM_UTF32_BE), "UTF-16": (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)}
-ESCAPE = re.compile(rb"\x1b(\$[@AB]|\$[()][A-D]|\(J)")  # of ISO-2022, which has Japanese, Korean or Chinese in ASCII
+MARKS = {
+    "UTF-32": (codecs.BOM_UTF32_LE, codecs.BOM_UTF32_BE),
+    "UTF-16": (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE),
+}
+# of ISO-2022, which has Japanese, Korean or Chinese in ASCII
+ESCAPE = re.compile(rb"\x1b(\$[@AB]|\$[()][A-D]|\(J)")
 TEXT_OR_END = re.compile(r'"(?:[^"\\]|\\.)*"|}')  # of an object in JSON
 ENDINGS = {
-    "ndjson": "jsonl", "jsonlines": "jsonl", "jsonl": "jsonl", "json": "json", "csv": "csv", "tsv": "tsv", "tab": "tsv",
-    "parquet": "parquet", "pq": "parquet",
+    "ndjson": "jsonl", "jsonlines": "jsonl", "jsonl": "jsonl", "json": "json", "csv": "csv",
+    "tsv": "tsv", "tab": "tsv", "parquet": "parquet", "pq": "parquet",
 }  # fmt: skip
 
 
@@ -39,7 +43,9 @@ def format_of(file: Path) -> str:
     return ENDINGS.get(name.suffix.lower().removeprefix("."), "text")
 
 
-def rows_of(file: Path, format: str, field: str, wanted: Sequence[str] | None, left_out: Counter[str]) -> Rows:
+def rows_of(
+    file: Path, format: str, field: str, wanted: Sequence[str] | None, left_out: Counter[str]
+) -> Rows:
     """The rows of a file.
 
     Args:
@@ -70,19 +76,27 @@ def utf8(file: Path) -> IO[str]:
         with open_it(file, "rb") as stream:
             if found := _fault(stream):
                 at, what = found
-                raise ValueError(f"{file} is not UTF-8 text (byte {at}){what}: convert it, or choose other files")
+                raise ValueError(
+                    f"{file} is not UTF-8 text (byte {at}){what}: convert it, or choose other files"
+                )
     except (gzip.BadGzipFile, EOFError, zlib.error, lzma.LZMAError) as error:
         raise ValueError(f"{file} is damaged, or is not what its ending says: {error}") from None
     except OSError as error:
         if error.errno is None:  # what bz2 says of damage
-            raise ValueError(f"{file} is damaged, or is not what its ending says: {error}") from None
+            raise ValueError(
+                f"{file} is damaged, or is not what its ending says: {error}"
+            ) from None
         raise
     return open_it(file, "rt", encoding="utf-8-sig")
 
 
 def _fault(stream: IO[bytes]) -> tuple[int, str] | None:
     """The first byte that tells that this is no UTF-8 text, and what it is, if that is certain."""
-    decoder, at, last, ascii_only, escape = codecs.getincrementaldecoder("utf-8")(), 0, b"", True, -1
+    decoder = codecs.getincrementaldecoder("utf-8")()
+    at = 0
+    last = b""
+    ascii_only = True
+    escape = -1
     while True:
         chunk = stream.read(CHUNK)
         for name, marks in MARKS.items() if at == 0 else ():
@@ -127,7 +141,8 @@ def _json(file: Path, field: str) -> Rows:
         except (ValueError, RecursionError):
             lines = False
         if not lines:
-            text = "\n" * before + first + stream.read()  # the blank lines count, where a line is told
+            # the blank lines count, where a line is told
+            text = "\n" * before + first + stream.read()
             whole = parsed(text, str(file)) if text.strip() else []
             for number, value in enumerate(whole if isinstance(whole, list) else [whole]):
                 yield f"{file}, row {number}", _row(value, field, f"{file}, row {number}")
@@ -150,7 +165,9 @@ def parsed(text: str, where: str) -> Any:
         nonlocal ended
         ended += 1
         if len(made := dict(pairs)) < len(pairs):
-            raise _Twice(next(key for key, number in Counter(key for key, _ in pairs).items() if number > 1))
+            raise _Twice(
+                next(key for key, number in Counter(key for key, _ in pairs).items() if number > 1)
+            )
         return made
 
     try:
@@ -160,7 +177,9 @@ def parsed(text: str, where: str) -> Any:
         before = text.count("\n", 0, next(islice(ends, ended - 1, None)).start())
         line = f", line {before + 1}" if before else ""
         key = str(twice)[:80]
-        raise ValueError(f"{where}{line}: the key {key!r} stands twice in an object: name them apart") from None
+        raise ValueError(
+            f"{where}{line}: the key {key!r} stands twice in an object: name them apart"
+        ) from None
     except json.JSONDecodeError as error:
         line = f", line {error.lineno}" if error.lineno > 1 else ""
         raise ValueError(f"{where}{line}: not JSON ({error.msg})") from None
@@ -177,7 +196,9 @@ def _row(value: Any, field: str, where: str) -> dict[str, Any]:
         return value
     if value is None or isinstance(value, str):
         return {field: value}
-    raise ValueError(f"{where} is {type(value).__name__}: a row is an object with fields, or a text")
+    raise ValueError(
+        f"{where} is {type(value).__name__}: a row is an object with fields, or a text"
+    )
 
 
 def _csv(file: Path, delimiter: str) -> Rows:
@@ -187,10 +208,15 @@ def _csv(file: Path, delimiter: str) -> Rows:
         try:
             names = Counter(rows.fieldnames or ())
             if twice := [name for name, number in names.items() if number > 1]:
-                raise ValueError(f"{file}, line 1: {names[twice[0]]} columns are named {twice[0]!r}: name them apart")
+                raise ValueError(
+                    f"{file}, line 1: {names[twice[0]]} columns are named {twice[0]!r}: name "
+                    f"them apart"
+                )
             for row in rows:
                 if None in row or None in row.values():
-                    raise ValueError(f"{file}, line {rows.line_num}: not {len(names)} columns as its head")
+                    raise ValueError(
+                        f"{file}, line {rows.line_num}: not {len(names)} columns as its head"
+                    )
                 yield f"{file}, line {rows.line_num}", dict(row)
         except csv.Error as error:
             raise ValueError(f"{file}, line {rows.line_num}: not CSV ({error})") from None
@@ -207,7 +233,9 @@ def _parquet(file: Path, wanted: Sequence[str] | None, left_out: Counter[str]) -
         table = parquet.ParquetFile(file)
         names = [name for name in table.schema_arrow.names if wanted is None or name in wanted]
         if twice := [name for name, number in Counter(names).items() if number > 1]:
-            raise ValueError(f"{file}: {names.count(twice[0])} columns are named {twice[0]!r}: name them apart")
+            raise ValueError(
+                f"{file}: {names.count(twice[0])} columns are named {twice[0]!r}: name them apart"
+            )
         if not names:  # whoever asks is told what there is
             yield f"{file}, row 0", dict.fromkeys(table.schema_arrow.names)
         for batch in table.iter_batches(columns=names) if names else ():
@@ -217,10 +245,14 @@ def _parquet(file: Path, wanted: Sequence[str] | None, left_out: Counter[str]) -
                     columns[name] = column.to_pylist()
                 except (ArrowException, ValueError, OverflowError) as error:
                     if wanted:
-                        raise ValueError(f"{file}: column {name!r} is {column.type}, not text ({error})") from None
+                        raise ValueError(
+                            f"{file}: column {name!r} is {column.type}, not text ({error})"
+                        ) from None
                     unread.add(name)
             for index in range(batch.num_rows):
-                row = {name: values[index] for name, values in columns.items() if name not in unread}
+                row = {
+                    name: values[index] for name, values in columns.items() if name not in unread
+                }
                 yield f"{file}, row {number}", row
                 number += 1
     except (ArrowException, OSError) as error:

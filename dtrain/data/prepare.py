@@ -1,8 +1,10 @@
 """Prepare a corpus once: clean, normalise, deduplicate, split by document, tokenise, write.
 
-    documents -> clean text, on two sides -> train.bin, validation.bin (token ids, memory-mapped) + corpus.json
+    documents -> clean text, on two sides -> train.bin, validation.bin (token ids, memory-mapped) +
+    corpus.json
 
-The source is read once; its clean text waits on the disk until the sides are known: which is before a tokenizer learns.
+The source is read once; its clean text waits on the disk until the sides are known: which is before
+a tokenizer learns.
 """
 
 from __future__ import annotations
@@ -27,7 +29,8 @@ from dtrain.files import records
 
 VERSION = 3  # of reading, cleaning and of the files' form: part of the fingerprint
 SPLITS = ("train", "validation")
-# Control characters mean nothing in text, and their ids serve as marks; but some part lines or words.
+# Control characters mean nothing in text, and their ids serve as marks; but some part lines or
+# words.
 CONTROLS = {code: None for code in range(32) if chr(code) not in "\t\n"} | {127: None}
 BLANKS = "blanks at the ends of lines, or empty lines at those of documents"
 PARTING = str.maketrans(dict.fromkeys("\v\f\x1c\x1d\x1e", "\n") | {"\x1f": " "})
@@ -60,7 +63,9 @@ class Corpus:
 
     def describe(self) -> dict[str, Any]:
         """Everything but its place on this machine, and what was left out on the way to it."""
-        return {key: value for key, value in asdict(self).items() if key not in ("folder", "left_out")}
+        return {
+            key: value for key, value in asdict(self).items() if key not in ("folder", "left_out")
+        }
 
 
 def clean(text: str) -> str:
@@ -80,24 +85,36 @@ def cleaned(text: str, left_out: Counter[str]) -> str:
 
 
 def prepare(
-    name: str, source: Source, tokenizer: Tokenizer, cache: str | Path, *,
-    validation_fraction: float = 0.05, progress: Progress = lambda what, done: None,
-) -> Corpus:  # fmt: skip
+    name: str,
+    source: Source,
+    tokenizer: Tokenizer,
+    cache: str | Path,
+    *,
+    validation_fraction: float = 0.05,
+    progress: Progress = lambda what, done: None,
+) -> Corpus:
     """The prepared corpus, from the cache or made now; every process may call it at once.
 
     Raises:
         ValueError: nothing to read, or something that cannot be read; the cache is left as it was.
     """
     if not 0 < validation_fraction < 1:
-        raise ValueError(f"data.validation_fraction={validation_fraction} must be more than 0 and less than 1")
+        raise ValueError(
+            f"data.validation_fraction={validation_fraction} must be more than 0 and less than 1"
+        )
     of_ours = {"version": VERSION, "form": [each.name for each in fields(Corpus)]}
     of_theirs = {"tokenizer": tokenizer.describe(), "validation_fraction": validation_fraction}
 
     def make(folder: Path) -> None:
         texts = _Texts(source, validation_fraction, progress, folder)
-        tokenizer.fit((text for split, _, text, _ in texts.read("learning tokens") if split == "train"), folder)
+        tokenizer.fit(
+            (text for split, _, text, _ in texts.read("learning tokens") if split == "train"),
+            folder,
+        )
         corpus = _write(name, folder, texts, tokenizer)
-        (folder / "corpus.json").write_text(json.dumps(asdict(corpus), indent=2) + "\n", encoding="utf-8")
+        (folder / "corpus.json").write_text(
+            json.dumps(asdict(corpus), indent=2) + "\n", encoding="utf-8"
+        )
         texts.file.unlink()
 
     folder = kept(cache, name, lambda: of_ours | {"source": source.describe()} | of_theirs, make)
@@ -109,7 +126,11 @@ def prepare(
 def _told(folder: Path) -> Corpus:
     told = records.read(folder / "corpus.json") | {"folder": str(folder)}
     kinds = {"str": str, "int": int, "dict[str, int]": dict}  # by the words for them in `Corpus`
-    if wrong := [each.name for each in fields(Corpus) if type(told.get(each.name)) is not kinds[str(each.type)]]:
+    if wrong := [
+        each.name
+        for each in fields(Corpus)
+        if type(told.get(each.name)) is not kinds[str(each.type)]
+    ]:
         raise ValueError(f"it has {wrong[0]}={str(told.get(wrong[0]))[:40]}")
     made = Corpus(**told)
     for split in SPLITS:
@@ -124,13 +145,15 @@ def _told(folder: Path) -> Corpus:
 class _Texts:
     """The cleaned, different documents of a source in a file, each with its split.
 
-    With too few documents to split by document the end of the text is held out, and a document may be cut.
+    With too few documents to split by document the end of the text is held out, and a document may
+    be cut.
     """
 
     def __init__(self, source: Source, fraction: float, progress: Progress, folder: Path) -> None:
         self._progress, self.file = progress, folder / "texts"
         self.duplicates = self.text_bytes = characters = 0
-        self._places: list[tuple[int, int, bool]] = []  # of each document: bytes of its name and text; is it held out?
+        # of each document: bytes of its name and text; is it held out?
+        self._places: list[tuple[int, int, bool]] = []
         self.left_out = Counter[str]()
         seen: set[bytes] = set()
         with self.file.open("wb") as stream:
@@ -140,7 +163,9 @@ class _Texts:
                 try:
                     encoded, name_of_it = text.encode(), name.encode(errors="replace")
                 except UnicodeEncodeError:
-                    raise ValueError(f"{name} holds half a surrogate pair, which is no UTF-8 text") from None
+                    raise ValueError(
+                        f"{name} holds half a surrogate pair, which is no UTF-8 text"
+                    ) from None
                 digest = hashlib.blake2b(encoded, digest_size=16).digest()
                 if not text.strip():
                     self.left_out["empty documents"] += 1
@@ -161,7 +186,8 @@ class _Texts:
             told = f" ({in_words(self.left_out)})" if self.left_out else ""
             raise ValueError(f"the data hold no text: every document is empty{told}")
         alone = len({held_out for *_, held_out in self._places}) == 1
-        self._cut = characters - max(1, int(characters * fraction)) if alone else None  # characters, ends among them
+        # characters, ends among them
+        self._cut = characters - max(1, int(characters * fraction)) if alone else None
 
     @property
     def documents(self) -> int:
@@ -189,24 +215,46 @@ def _write(name: str, folder: Path, texts: _Texts, tokenizer: Tokenizer) -> Corp
     width, counts = _width(tokenizer), dict.fromkeys(SPLITS, 0)
     digests = {split: hashlib.sha256() for split in SPLITS}
     tokenizer.left_out.clear()
-    with (folder / "train.bin").open("wb") as train, (folder / "validation.bin").open("wb") as validation:
+    with (
+        (folder / "train.bin").open("wb") as train,
+        (folder / "validation.bin").open("wb") as validation,
+    ):
         files = {"train": train, "validation": validation}
         for split, where, text, ended in texts.read("tokenising"):
             try:
-                ids = np.append(tokenizer.encode(text).astype(np.int64), np.full(int(ended), tokenizer.marks.end))
+                ids = np.append(
+                    tokenizer.encode(text).astype(np.int64),
+                    np.full(int(ended), tokenizer.marks.end),
+                )
             except ValueError as error:
                 raise ValueError(f"{where}: {error}") from None
             if len(ids) and not 0 <= int(ids.min()) <= int(ids.max()) < tokenizer.vocab_size:
-                raise ValueError(f"{where}: the tokenizer makes ids from {ids.min()} to {ids.max()}, and says that it "
-                                 f"has {tokenizer.vocab_size}")  # fmt: skip
+                raise ValueError(
+                    f"{where}: the tokenizer makes ids from {ids.min()} to {ids.max()}, and says "
+                    f"that it "
+                    f"has {tokenizer.vocab_size}"
+                )
             made = ids.astype(f"u{width}").tobytes()
             files[split].write(made)
             digests[split].update(made)
             counts[split] += len(ids)
-    digest = hashlib.sha256("".join(digests[split].hexdigest() for split in SPLITS).encode()).hexdigest()
-    lost = {kind: number for kind, number in (texts.left_out + tokenizer.left_out).items() if number}
-    return Corpus(name, texts.documents, texts.duplicates, texts.text_bytes, counts["train"], counts["validation"],
-                  width, digest[:16], lost)  # fmt: skip
+    digest = hashlib.sha256(
+        "".join(digests[split].hexdigest() for split in SPLITS).encode()
+    ).hexdigest()
+    lost = {
+        kind: number for kind, number in (texts.left_out + tokenizer.left_out).items() if number
+    }
+    return Corpus(
+        name,
+        texts.documents,
+        texts.duplicates,
+        texts.text_bytes,
+        counts["train"],
+        counts["validation"],
+        width,
+        digest[:16],
+        lost,
+    )
 
 
 def _width(tokenizer: Tokenizer) -> int:

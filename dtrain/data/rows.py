@@ -18,7 +18,8 @@ from dtrain.files import records
 Row = tuple[str, dict[str, Any]]  # where it stands, for messages; its fields
 VERSION = 2  # of how rows are read and kept: part of the fingerprint
 FILE = "rows.jsonl"
-BLANKS = dict.fromkeys(range(KEPT), " ")  # for control characters whose ids serve as marks; no character moves
+# for control characters whose ids serve as marks; no character moves
+BLANKS = dict.fromkeys(range(KEPT), " ")
 
 
 class Rows(Data):
@@ -27,9 +28,12 @@ class Rows(Data):
     Args:
         name: for people.
         source, tokenizer: where the rows come from; how their texts become ids.
-        validation_fraction: share of the rows (or groups) held out: by content, so that it does not change.
-        group: a field; rows that agree in it are on one side. None, and a row that has none: each by itself.
-        cache: folder where the rows are kept for the next run, if JSON can hold them; None: nowhere.
+        validation_fraction: share of the rows (or groups) held out: by content, so that it does not
+            change.
+        group: a field; rows that agree in it are on one side. None, and a row that has none: each
+            by itself.
+        cache: folder where the rows are kept for the next run, if JSON can hold them; None:
+            nowhere.
 
     Raises:
         ValueError: a tokenizer that would be learned from these few rows.
@@ -45,10 +49,16 @@ class Rows(Data):
         cache: str | None = None,
     ) -> None:
         if isinstance(tokenizer, BPE):
-            raise ValueError("rows need a tokenizer that is known: data/tokenizer=bytes, or data/tokenizer=file with "
-                             "the one that the weights have learned with")  # fmt: skip
+            raise ValueError(
+                "rows need a tokenizer that is known: data/tokenizer=bytes, or "
+                "data/tokenizer=file with "
+                "the one that the weights have learned with"
+            )
         if not 0 < validation_fraction < 1:
-            raise ValueError(f"data.validation_fraction={validation_fraction} must be more than 0 and less than 1")
+            raise ValueError(
+                f"data.validation_fraction={validation_fraction} must be more than 0 and "
+                f"less than 1"
+            )
         self.name, self.source, self.tokenizer = name, source, tokenizer
         self.validation_fraction, self.group, self.cache = validation_fraction, group, cache
         self.left_out = Counter()
@@ -63,18 +73,24 @@ class Rows(Data):
         for where, raw in self._rows(progress):
             row = {name: _without_controls(value, self.left_out) for name, value in raw.items()}
             if self.group and self.group not in row:
-                raise ValueError(f"{where} has no field {self.group!r}, only {', '.join(row)}: set data.group")
+                raise ValueError(
+                    f"{where} has no field {self.group!r}, only {', '.join(row)}: set data.group"
+                )
             group = row[self.group] if self.group else None
             if self.group and (missing(group) or group == ""):
                 self.left_out[f"rows without {self.group}, each a group of its own"] += 1
                 group = None
-            digest = hashlib.blake2b(repr(row if group is None else group).encode(), digest_size=8).digest()
+            digest = hashlib.blake2b(
+                repr(row if group is None else group).encode(), digest_size=8
+            ).digest()
             held_out = int.from_bytes(digest, "big") < self.validation_fraction * 2**64
             self.split["validation" if held_out else "train"].append((where, row))
         for side, rows in self.split.items():
             if not rows:
-                raise ValueError(f"data {self.name}: no row is on the {side} side: use more rows, or another "
-                                 f"data.validation_fraction")  # fmt: skip
+                raise ValueError(
+                    f"data {self.name}: no row is on the {side} side: use more rows, or another "
+                    f"data.validation_fraction"
+                )
 
     def _rows(self, progress: Progress) -> list[Row]:
         """The source's rows, from the cache if it has them."""
@@ -83,9 +99,13 @@ class Rows(Data):
         def make(folder: Path | None) -> None:
             for number, row in enumerate(self.source.rows(), start=1):
                 if records.too_deep(row[1]):
-                    raise ValueError(f"{row[0]}: nested deeper than {records.DEEPEST} levels: leave such fields out")
+                    raise ValueError(
+                        f"{row[0]}: nested deeper than {records.DEEPEST} levels: leave such "
+                        f"fields out"
+                    )
                 if folder and number == 1:
-                    _line(row)  # other ranks wait for this one: in vain, if rows like these cannot be kept
+                    # other ranks wait for this one: in vain, if rows like these cannot be kept
+                    _line(row)
                 read.append(row)
                 progress("reading", number)
             if folder:
@@ -143,7 +163,9 @@ def _without_controls(value: Any, left_out: Counter[str]) -> Any:
     if isinstance(value, str):
         made = value.translate(BLANKS)
         if made != value:
-            left_out["control characters, now blanks"] += sum(a != b for a, b in zip(value, made, strict=True))
+            left_out["control characters, now blanks"] += sum(
+                a != b for a, b in zip(value, made, strict=True)
+            )
         return made
     if isinstance(value, list):
         return [_without_controls(each, left_out) for each in value]

@@ -1,4 +1,6 @@
-"""Chance and order that are functions of (seed, what for): the same on every rank, whatever came before."""
+"""Chance and order that are functions of (seed, what for): the same on every rank, whatever
+came before.
+"""
 
 from __future__ import annotations
 
@@ -25,8 +27,9 @@ def seed_everything(seed: int) -> None:
 
 
 class Again:
-    """A context that begins with Python's and numpy's generators as they were when it was made, and leaves them as
-    they were: torch's own recomputation keeps its generator alone."""
+    """A context that begins with Python's and numpy's generators as they were when it was made, and
+    leaves them as they were: torch's own recomputation keeps its generator alone.
+    """
 
     def __init__(self) -> None:
         self._begin = random.getstate(), numpy.random.get_state()
@@ -50,7 +53,9 @@ def _order(total: int, seed: int, epoch: int) -> list[int]:
 
 
 def rows_of(step: int, rows: int, total: int, seed: int) -> list[int]:
-    """Which `rows` of `total` samples a step reads: each is read once an epoch, in an order of the epoch's own."""
+    """Which `rows` of `total` samples a step reads: each is read once an epoch, in an order of
+    the epoch's own.
+    """
     wanted = range(step * rows, (step + 1) * rows)
     return [_order(total, seed, index // total)[index % total] for index in wanted]
 

@@ -1,4 +1,7 @@
-"""Where documents come from. Every source names its inputs first, so that a cache can tell if they changed."""
+"""Where documents come from.
+
+Every source names its inputs first, so that a cache can tell if they changed.
+"""
 
 from __future__ import annotations
 
@@ -16,12 +19,13 @@ from dtrain.config.constructor import in_words
 from dtrain.data.formats import format_of, parsed, rows_of, utf8
 from dtrain.data.paths import files_at, place, stamp
 
-# Packages of the standard library, without tests and tables (encodings). Where a Python lacks one (Debian's
-# has no idlelib, 3.13 no lib2to3) the corpus is smaller: its digest stands in the log.
+# Packages of the standard library, without tests and tables (encodings). Where a Python lacks one
+# (Debian's has no idlelib, 3.13 no lib2to3) the corpus is smaller: its digest stands in the log.
 STANDARD_LIBRARY = (
-    "asyncio", "collections", "concurrent", "ctypes", "curses", "dbm", "distutils", "email", "ensurepip", "html",
-    "http", "idlelib", "importlib", "json", "lib2to3", "logging", "multiprocessing", "pydoc_data", "re", "sqlite3",
-    "tkinter", "tomllib", "turtledemo", "unittest", "urllib", "venv", "wsgiref", "xml", "xmlrpc", "zoneinfo",
+    "asyncio", "collections", "concurrent", "ctypes", "curses", "dbm", "distutils", "email",
+    "ensurepip", "html", "http", "idlelib", "importlib", "json", "lib2to3", "logging",
+    "multiprocessing", "pydoc_data", "re", "sqlite3", "tkinter", "tomllib", "turtledemo",
+    "unittest", "urllib", "venv", "wsgiref", "xml", "xmlrpc", "zoneinfo",
 )  # fmt: skip
 LEFT_OUT = ("test", "__pycache__", "_sysconfigdata")
 
@@ -38,7 +42,10 @@ class Source(ABC):
 
     @abstractmethod
     def describe(self) -> dict[str, Any]:
-        """What decides the documents, cheaply: names, sizes, times. ValueError if there is nothing."""
+        """What decides the documents, cheaply: names, sizes, times.
+
+        ValueError if there is nothing.
+        """
 
     @abstractmethod
     def rows(self) -> Iterator[tuple[str, dict[str, Any]]]:
@@ -58,14 +65,18 @@ class Source(ABC):
 
 
 class StandardLibrary(Source):
-    """The sources of Python's own standard library: up to ten megabytes of real text on every machine."""
+    """The sources of Python's own standard library: up to ten megabytes of real text on every
+    machine.
+    """
 
     def __init__(self) -> None:
         self._root = Path(sysconfig.get_paths()["stdlib"])
 
     def _files(self) -> list[Path]:
         top = self._root.glob("*.py")
-        inside = (file for package in STANDARD_LIBRARY for file in (self._root / package).rglob("*.py"))
+        inside = (
+            file for package in STANDARD_LIBRARY for file in (self._root / package).rglob("*.py")
+        )
         kept = [f for f in (*top, *inside) if not _skipped(f.relative_to(self._root))]
         return sorted(kept, key=lambda f: f.relative_to(self._root).as_posix())
 
@@ -74,23 +85,32 @@ class StandardLibrary(Source):
 
     def rows(self) -> Iterator[tuple[str, dict[str, Any]]]:
         for file in self._files():
-            yield file.relative_to(self._root).as_posix(), {"text": file.read_text(encoding="utf-8")}
+            yield (
+                file.relative_to(self._root).as_posix(),
+                {"text": file.read_text(encoding="utf-8")},
+            )
 
 
 class Files(Source):
     """UTF-8 text, JSON, JSON lines, CSV or Parquet by a path, a folder or a glob.
 
     Args:
-        path: a file, a folder (everything in it), a pattern such as `docs/**/*.md`, or a list of these.
-        format: text (a file is a document), json, jsonl, csv, tsv or parquet (a row is one); None: by the ending.
+        path: a file, a folder (everything in it), a pattern such as `docs/**/*.md`, or a list of
+            these.
+        format: text (a file is a document), json, jsonl, csv, tsv or parquet (a row is one); None:
+            by the ending.
         field: the column or key that holds the text, but for text.
     """
 
     FORMATS = ("text", "json", "jsonl", "csv", "tsv", "parquet")
 
-    def __init__(self, path: str | list[str], format: str | None = None, field: str = "text") -> None:
+    def __init__(
+        self, path: str | list[str], format: str | None = None, field: str = "text"
+    ) -> None:
         if format not in (None, *self.FORMATS):
-            raise ValueError(f"data.source.format={format} is unknown: use {', '.join(self.FORMATS)}")
+            raise ValueError(
+                f"data.source.format={format} is unknown: use {', '.join(self.FORMATS)}"
+            )
         self.path, self.format, self.field = path, format, field
 
     def describe(self) -> dict[str, Any]:
@@ -108,17 +128,22 @@ class Files(Source):
         files = files_at(self.path, "data.source.path", self.left_out)
         full = [file for file in files if file.stat().st_size]
         if not full:
-            raise ValueError(f"{files[0]} is empty" + (", and so are all the others" if len(files) > 1 else ""))
+            raise ValueError(
+                f"{files[0]} is empty" + (", and so are all the others" if len(files) > 1 else "")
+            )
         self.left_out["empty files"] += len(files) - len(full)
         for file in full:
-            yield from rows_of(file, self.format or format_of(file), self.field, wanted, self.left_out)
+            yield from rows_of(
+                file, self.format or format_of(file), self.field, wanted, self.left_out
+            )
 
 
 class HuggingFace(Source):
     """A data set of the `datasets` library: from the hub, or a folder or script it can load.
 
     Args:
-        name: as in `datasets.load_dataset(name, subset, split=split)`, or a folder of `save_to_disk`.
+        name: as in `datasets.load_dataset(name, subset, split=split)`, or a folder of
+            `save_to_disk`.
         subset, split, revision: likewise.
         field: the column that holds the text.
     """
@@ -131,9 +156,16 @@ class HuggingFace(Source):
         revision: str | None = None,
         field: str = "text",
     ) -> None:
-        self.name, self.subset, self.split, self.revision, self.field = name, subset, split, revision, field
+        self.name = name
+        self.subset = subset
+        self.split = split
+        self.revision = revision
+        self.field = field
         if not name.strip():
-            raise ValueError("data.source.name is empty (is a variable not set?): give a data set's name or its folder")
+            raise ValueError(
+                "data.source.name is empty (is a variable not set?): give a data set's name or "
+                "its folder"
+            )
         self._rows: Any = None
 
     def _load(self) -> Any:
@@ -144,18 +176,30 @@ class HuggingFace(Source):
         if self._rows is None:
             folder = place(self.name, "data.source.name")
             with self._said("loaded"):
-                if any((folder / f"{kind}.json").exists() for kind in ("dataset_info", "state", "dataset_dict")):
+                if any(
+                    (folder / f"{kind}.json").exists()
+                    for kind in ("dataset_info", "state", "dataset_dict")
+                ):
                     self._rows = datasets.load_from_disk(str(folder))
                 else:
-                    self._rows = datasets.load_dataset(self.name, self.subset, split=self.split, revision=self.revision)
+                    self._rows = datasets.load_dataset(
+                        self.name, self.subset, split=self.split, revision=self.revision
+                    )
             if isinstance(self._rows, dict):  # saved with all its splits
                 if self.split not in self._rows:
-                    raise ValueError(f"data.source.split={self.split}: {self.name} has {', '.join(self._rows)}")
+                    raise ValueError(
+                        f"data.source.split={self.split}: {self.name} has {', '.join(self._rows)}"
+                    )
                 self._rows = self._rows[self.split]
         return self._rows
 
     def describe(self) -> dict[str, Any]:
-        return {"kind": "hub", "name": self.name, "field": self.field, "rows": self._load()._fingerprint}
+        return {
+            "kind": "hub",
+            "name": self.name,
+            "field": self.field,
+            "rows": self._load()._fingerprint,
+        }
 
     def rows(self, *, undecoded: str | None = None) -> Iterator[tuple[str, dict[str, Any]]]:
         """The rows. `undecoded`: a column of images that come as their files' bytes, or paths."""
@@ -183,7 +227,9 @@ class HuggingFace(Source):
         try:
             yield
         except Exception as error:
-            raise ValueError(f"data.source.name={self.name} cannot be {done}: {in_words(error)}") from error
+            raise ValueError(
+                f"data.source.name={self.name} cannot be {done}: {in_words(error)}"
+            ) from error
 
 
 class Squad(Source):
@@ -209,9 +255,13 @@ class Squad(Source):
                     for paragraph in article["paragraphs"]:
                         yield from self._questions(file, article.get("title", ""), paragraph)
             except (KeyError, TypeError, AttributeError) as error:
-                raise ValueError(f"{file} is not in SQuAD's form: {error} is missing or of another kind") from None
+                raise ValueError(
+                    f"{file} is not in SQuAD's form: {error} is missing or of another kind"
+                ) from None
 
-    def _questions(self, file: Path, title: str, paragraph: dict[str, Any]) -> Iterator[tuple[str, dict[str, Any]]]:
+    def _questions(
+        self, file: Path, title: str, paragraph: dict[str, Any]
+    ) -> Iterator[tuple[str, dict[str, Any]]]:
         context = paragraph["context"]
         for question in paragraph["qas"]:
             where = f"{file}, question {question.get('id', question['question'])}"
@@ -220,9 +270,19 @@ class Squad(Source):
             for answer in question["answers"][:1]:
                 start, text = answer["answer_start"], answer["text"]
                 if context[start : start + len(text)] != text or not text:
-                    raise ValueError(f"{where}: the answer {text!r} does not stand at character {start}")
-                yield where, {"context": context, "question": question["question"], "answer": text, "start": start,
-                              "file": title}  # fmt: skip
+                    raise ValueError(
+                        f"{where}: the answer {text!r} does not stand at character {start}"
+                    )
+                yield (
+                    where,
+                    {
+                        "context": context,
+                        "question": question["question"],
+                        "answer": text,
+                        "start": start,
+                        "file": title,
+                    },
+                )
 
 
 def _skipped(path: Path) -> bool:
@@ -238,10 +298,13 @@ def text_of(row: dict[str, Any], field: str, where: str, key: str = "data.source
     """The text in a row's field.
 
     Raises:
-        ValueError: no such field, naming those there are and the `key` that chooses it; or no text in it.
+        ValueError: no such field, naming those there are and the `key` that chooses it; or no text
+            in it.
     """
     if field not in row:
-        raise ValueError(f"{where} has no field {field!r}, only {', '.join(map(str, row)) or 'none'}: set {key}")
+        raise ValueError(
+            f"{where} has no field {field!r}, only {', '.join(map(str, row)) or 'none'}: set {key}"
+        )
     if missing(row[field]):
         raise ValueError(f"{where}: field {field!r} is null: leave such rows out, or set {key}")
     if not isinstance(text := row[field], str):
@@ -249,5 +312,7 @@ def text_of(row: dict[str, Any], field: str, where: str, key: str = "data.source
     try:
         text.encode()
     except UnicodeEncodeError:
-        raise ValueError(f"{where}: field {field!r} holds half a surrogate pair, which is no UTF-8 text") from None
+        raise ValueError(
+            f"{where}: field {field!r} holds half a surrogate pair, which is no UTF-8 text"
+        ) from None
     return text

@@ -12,7 +12,17 @@ from typing import Any
 from dtrain.data.paths import stamp
 from dtrain.data.sources import LEFT_OUT, Source
 
-PACKAGES = ("asyncio", "xml", "multiprocessing", "email", "importlib", "unittest", "logging", "urllib", "http")
+PACKAGES = (
+    "asyncio",
+    "xml",
+    "multiprocessing",
+    "email",
+    "importlib",
+    "unittest",
+    "logging",
+    "urllib",
+    "http",
+)
 WORD = re.compile(r"\w+|[^\w\s]")
 Function = ast.FunctionDef | ast.AsyncFunctionDef
 LONGEST = 60  # words of a docstring that are labelled
@@ -44,7 +54,9 @@ class _Parsed(Source):
     def _files(self) -> Iterator[tuple[str, Path]]:
         for package in PACKAGES:
             for file in sorted((self._root / package).rglob("*.py")):
-                if not any(part.startswith(LEFT_OUT) for part in file.relative_to(self._root).parts):
+                if not any(
+                    part.startswith(LEFT_OUT) for part in file.relative_to(self._root).parts
+                ):
                     yield package, file
 
 
@@ -57,7 +69,10 @@ class Functions(_Parsed):
 
 
 class Docstrings(_Parsed):
-    """Names in docstrings: rows of words, tags and file. A tag says what the module's syntax has of that name."""
+    """Names in docstrings: rows of words, tags and file.
+
+    A tag says what the module's syntax has of that name.
+    """
 
     def rows(self) -> Iterator[tuple[str, dict[str, Any]]]:
         for _, file, _, tree in self._modules():
@@ -66,7 +81,9 @@ class Docstrings(_Parsed):
             known |= {n.name: "function" for n in functions}
             for node in functions:
                 arguments = node.args.posonlyargs + node.args.args + node.args.kwonlyargs
-                names = known | {a.arg: "parameter" for a in arguments if a.arg not in ("self", "cls")}
+                names = known | {
+                    a.arg: "parameter" for a in arguments if a.arg not in ("self", "cls")
+                }
                 words = WORD.findall(ast.get_docstring(node) or "")[:LONGEST]
                 if words:
                     tags = [names.get(word, "other") for word in words]
@@ -74,7 +91,10 @@ class Docstrings(_Parsed):
 
 
 class Questions(_Parsed):
-    """What does a function do? Rows of context, question, answer, start and file: the answer begins its docstring."""
+    """What does a function do?
+
+    Rows of context, question, answer, start and file: the answer begins its docstring.
+    """
 
     def rows(self) -> Iterator[tuple[str, dict[str, Any]]]:
         for _, file, text, node in self._functions():

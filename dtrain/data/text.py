@@ -25,7 +25,12 @@ class Text(Data):
     """
 
     def __init__(
-        self, name: str, source: Source, tokenizer: Tokenizer, cache: str, validation_fraction: float = 0.05
+        self,
+        name: str,
+        source: Source,
+        tokenizer: Tokenizer,
+        cache: str,
+        validation_fraction: float = 0.05,
     ) -> None:
         self.name, self.source, self.tokenizer = name, source, tokenizer
         self.cache, self.validation_fraction = cache, validation_fraction
@@ -37,9 +42,13 @@ class Text(Data):
 
     def prepare(self, progress: Progress) -> None:
         self.corpus = prepare(
-            self.name, self.source, self.tokenizer, self.cache,
-            validation_fraction=self.validation_fraction, progress=progress,
-        )  # fmt: skip
+            self.name,
+            self.source,
+            self.tokenizer,
+            self.cache,
+            validation_fraction=self.validation_fraction,
+            progress=progress,
+        )
         self.left_out, self.kept = Counter(self.corpus.left_out), Path(self.corpus.folder)
 
     def leave(self, folder: Path) -> None:
@@ -61,5 +70,6 @@ class Text(Data):
         except ValueError as error:
             remedy = "" if split == "train" else " or a larger data.validation_fraction"
             raise ValueError(
-                f"data {self.name}, {split} split: {error}: use more text, a smaller seq_len{remedy}"
+                f"data {self.name}, {split} split: {error}: use more text, a smaller "
+                f"seq_len{remedy}"
             ) from None

@@ -1,6 +1,7 @@
 """Text to token ids and back.
 
-Our own tokenizers keep ids below 9 for marks: cleaned text holds no control characters but tab and newline.
+Our own tokenizers keep ids below 9 for marks: cleaned text holds no control characters but tab and
+newline.
 """
 
 from __future__ import annotations
@@ -59,8 +60,10 @@ class Tokenizer(ABC):
     def need(self, *marks: str, why: str) -> None:
         """Raise ValueError if one of these marks is missing."""
         if lacking := sorted(self.missing & set(marks)):
-            raise ValueError(f"the tokenizer has no mark for {', '.join(lacking)}, which {why} needs: use "
-                             f"another, such as data/tokenizer=bpe")  # fmt: skip
+            raise ValueError(
+                f"the tokenizer has no mark for {', '.join(lacking)}, which {why} needs: use "
+                f"another, such as data/tokenizer=bpe"
+            )
 
     @abstractmethod
     def describe(self) -> dict[str, Any]:
@@ -97,7 +100,8 @@ class Bytes(Tokenizer):
     def __init__(self, vocab_size: int = 256) -> None:
         if vocab_size != 256:
             raise ValueError(
-                f"data.tokenizer.vocab_size={vocab_size}: bytes have 256 ids; for more use data/tokenizer=bpe"
+                f"data.tokenizer.vocab_size={vocab_size}: bytes have 256 ids; for more use "
+                f"data/tokenizer=bpe"
             )
         self.vocab_size = vocab_size
 
@@ -112,7 +116,8 @@ class Bytes(Tokenizer):
 
 
 class FromFile(Tokenizer):
-    """A tokenizer that has been learned: `tokenizer.json` of a prepared corpus or of a model of `transformers`.
+    """A tokenizer that has been learned: `tokenizer.json` of a prepared corpus or of a model of
+    `transformers`.
 
     Args:
         path: the file, or a folder that has one.
@@ -124,8 +129,10 @@ class FromFile(Tokenizer):
     """
 
     NAMES = {  # what marks are called, the likeliest first
-        "end": ("\0", "[PAD]", "<pad>", "</s>", "<|endoftext|>", "<|end_of_text|>", "<eos>", "[EOS]", "<EOS>",
-                "<|eos|>", "<|im_end|>", "<|end▁of▁sentence|>", "<end_of_text>", "<endoftext>", "[END]", "<end>"),
+        "end": ("\0", "[PAD]", "<pad>", "</s>", "<|endoftext|>", "<|end_of_text|>", "<eos>",
+                "[EOS]", "<EOS>",
+                "<|eos|>", "<|im_end|>", "<|end▁of▁sentence|>", "<end_of_text>", "<endoftext>",
+                "[END]", "<end>"),
         "hidden": ("\1", "[MASK]", "<mask>"),
         "first": ("\2", "[CLS]", "<s>", "<|begin_of_text|>", "<bos>", "[BOS]", "<BOS>", "<|bos|>"),
         "between": ("\3", "[SEP]", "</s>"),
@@ -138,16 +145,21 @@ class FromFile(Tokenizer):
         known = self._tokenizer.get_vocab()
         self.vocab_size = _ids(known)
         if vocab_size != self.vocab_size:
-            raise ValueError(f"data.tokenizer.vocab_size={vocab_size}: {self._file} has {self.vocab_size} ids")
+            raise ValueError(
+                f"data.tokenizer.vocab_size={vocab_size}: {self._file} has {self.vocab_size} ids"
+            )
         self.left_out = Counter[str]()
         self._library = version("tokenizers")
         told = json.loads(self._tokenizer.to_str())
         self._model = model = told["model"]
         self._byte_pairs = model.get("type", "BPE") == "BPE"
         self._outside = DROPPED if one_by_one(told) else UNSURE
-        self._unknown: int | None = model.get("unk_id", known.get(model.get("unk_token") or ""))  # Unigram has an id
+        # Unigram has an id
+        self._unknown: int | None = model.get("unk_id", known.get(model.get("unk_token") or ""))
         self._losses: dict[str, str] = {}  # by character
-        self._added = {token.content for token in self._tokenizer.get_added_tokens_decoder().values()}
+        self._added = {
+            token.content for token in self._tokenizer.get_added_tokens_decoder().values()
+        }
         self._set_marks(path, known, end)
 
     def _set_marks(self, path: str, known: dict[str, int], end: str | None) -> None:
@@ -158,16 +170,27 @@ class FromFile(Tokenizer):
         """
         if end is not None and end not in known:
             raise ValueError(f"data.tokenizer.end={end}: {self._file} has no such token")
-        names = self.NAMES | {"end": (end,) if end is not None else (*self.NAMES["end"], *self._ends_beside())}
+        names = self.NAMES | {
+            "end": (end,) if end is not None else (*self.NAMES["end"], *self._ends_beside())
+        }
         found = {mark: [known[name] for name in names[mark] if name in known] for mark in names}
         if not found["end"]:
-            special = [t.content for t in self._tokenizer.get_added_tokens_decoder().values() if t.special]
-            raise ValueError(f"data.tokenizer.path={path}: which token ends a document? None has a name known for it: "
-                             f"set data.tokenizer.end to one of {', '.join(special[:12]) or 'its tokens'}")  # fmt: skip
+            special = [
+                t.content for t in self._tokenizer.get_added_tokens_decoder().values() if t.special
+            ]
+            raise ValueError(
+                f"data.tokenizer.path={path}: which token ends a document? None has a name known "
+                f"for it: "
+                f"set data.tokenizer.end to one of {', '.join(special[:12]) or 'its tokens'}"
+            )
         self.missing = frozenset(mark for mark, ids in found.items() if not ids)
-        self.marks = Marks(**{mark: ids[0] if ids else found["end"][0] for mark, ids in found.items()})
+        self.marks = Marks(
+            **{mark: ids[0] if ids else found["end"][0] for mark, ids in found.items()}
+        )
         self._marked = np.array(sorted({ids[0] for ids in found.values() if ids}))
-        self._tokenizer.add_special_tokens([self._tokenizer.id_to_token(int(i)) for i in self._marked])
+        self._tokenizer.add_special_tokens(
+            [self._tokenizer.id_to_token(int(i)) for i in self._marked]
+        )
 
     def _ends_beside(self) -> list[str]:
         """What the configuration beside the file calls its end, as `transformers` saves it."""
@@ -185,11 +208,15 @@ class FromFile(Tokenizer):
         return {"kind": "file", "digest": digest, "end": self.marks.end, "library": self._library}
 
     def words(self) -> tuple[np.ndarray, np.ndarray]:
-        """As of every tokenizer, but WordPiece marks what goes on (`##`), and others what begins."""
+        """As of every tokenizer, but WordPiece marks what goes on (`##`), and others what
+        begins.
+        """
         begins, ends = super().words()
         raw = [self._tokenizer.id_to_token(i) or "" for i in range(self.vocab_size)]
         if any(token.startswith("##") for token in raw):
-            return np.array([token.startswith("##") for token in raw]), np.ones(self.vocab_size, dtype=bool)
+            return np.array([token.startswith("##") for token in raw]), np.ones(
+                self.vocab_size, dtype=bool
+            )
         begins &= np.array([not token.startswith(("\u2581", "\u0120")) for token in raw])
         return begins, ends
 
@@ -207,20 +234,28 @@ class FromFile(Tokenizer):
         ids = np.asarray(made.ids, dtype=np.uint32)
         if (marked := np.flatnonzero(np.isin(ids, self._marked))).size:
             token = self._tokenizer.id_to_token(int(ids[marked[0]]))
-            raise ValueError(f"the text holds {token!r}, which {self._file} reads as its mark: take it out of the "
-                             f"text, or make it a special token of the tokenizer's")  # fmt: skip
+            raise ValueError(
+                f"the text holds {token!r}, which {self._file} reads as its mark: take it out "
+                f"of the "
+                f"text, or make it a special token of the tokenizer's"
+            )
         self._count(text, ids, made.offsets)
         return ids
 
     def _count(self, text: str, ids: np.ndarray, offsets: list[tuple[int, int]]) -> None:
-        """Count the characters that are in no token, blanks aside, and the tokens for what is unknown."""
+        """Count the characters that are in no token, blanks aside, and the tokens for what is
+        unknown.
+        """
         if self._unknown is not None:
-            self.left_out["tokens for what the tokenizer does not know"] += int((ids == self._unknown).sum())
+            self.left_out["tokens for what the tokenizer does not know"] += int(
+                (ids == self._unknown).sum()
+            )
         alone = set(text) if self._outside == DROPPED else ()
         lost = {character: kind for character in alone if (kind := self._loss(character))}
         for character, kind in lost.items():
             self.left_out[kind] += text.count(character)
-        if lost and self._byte_pairs:  # the library's offsets of what comes after a dropped character are wrong
+        # the library's offsets of what comes after a dropped character are wrong
+        if lost and self._byte_pairs:
             text = text.translate(dict.fromkeys(map(ord, lost)))
             offsets = self._tokenizer.encode(text, add_special_tokens=False).offsets
         inside = np.zeros(len(text) + 1, dtype=np.int64)
@@ -228,7 +263,9 @@ class FromFile(Tokenizer):
         np.add.at(inside, places[:, 0], 1)
         np.add.at(inside, places[:, 1], -1)
         outside = np.flatnonzero(inside.cumsum()[:-1] == 0)
-        self.left_out[self._outside] += sum(not text[i].isspace() and text[i] not in lost for i in outside)
+        self.left_out[self._outside] += sum(
+            not text[i].isspace() and text[i] not in lost for i in outside
+        )
 
     def _loss(self, character: str) -> str:
         """What it loses wherever it stands: all of it, a part, or (an empty string) nothing."""
@@ -241,7 +278,9 @@ class FromFile(Tokenizer):
             ids = self._tokenizer.encode(character, add_special_tokens=False).ids
         except Exception:  # noqa: BLE001  not known alone; but in a word it is
             return ""
-        if not ids or (self._byte_pairs and self._unknown not in ids and not self.decode(ids).strip()):
+        if not ids or (
+            self._byte_pairs and self._unknown not in ids and not self.decode(ids).strip()
+        ):
             return DROPPED
         known, model = self._tokenizer.get_vocab(), self._model
         if not self._byte_pairs or self._unknown is not None or character in self._added:
@@ -253,7 +292,9 @@ class FromFile(Tokenizer):
             pieces = [piece for piece in pieces if piece not in known]
         lacking = {symbol for piece in pieces for symbol in piece if symbol not in known}
         if model.get("byte_fallback"):
-            lacking = {s for s in lacking if any(f"<0x{byte:02X}>" not in known for byte in s.encode())}
+            lacking = {
+                s for s in lacking if any(f"<0x{byte:02X}>" not in known for byte in s.encode())
+            }
         return BROKEN if lacking else ""
 
     def _cause(self, text: str) -> str:
@@ -262,7 +303,10 @@ class FromFile(Tokenizer):
             try:
                 self._tokenizer.encode(character, add_special_tokens=False)
             except Exception:  # noqa: BLE001
-                return f"no token stands for {character!r}, and none for what is unknown: use another tokenizer"
+                return (
+                    f"no token stands for {character!r}, and none for what is unknown: use "
+                    f"another tokenizer"
+                )
         return ""
 
     def decode(self, ids: Iterable[int]) -> str:
@@ -270,7 +314,8 @@ class FromFile(Tokenizer):
 
 
 def _read(path: str) -> tuple[Path, Any]:
-    """The file that `data.tokenizer.path` names, itself or by its folder, and the library's tokenizer in it.
+    """The file that `data.tokenizer.path` names, itself or by its folder, and the library's
+    tokenizer in it.
 
     Raises:
         ValueError: no such file, or one that is no tokenizer.
@@ -290,7 +335,9 @@ def _ids(known: dict[str, int]) -> int:
 
 
 def count_ids(path: str) -> int:
-    """The ids of a tokenizer's file, the highest and one; 0 if there is none: `FromFile` says why."""
+    """The ids of a tokenizer's file, the highest and one; 0 if there is none: `FromFile` says
+    why.
+    """
     try:
         file = place(path, "data.tokenizer.path")
         return _count_ids(path, file.stat().st_mtime_ns)
@@ -299,7 +346,9 @@ def count_ids(path: str) -> int:
 
 
 def _ids_in(key: str, *, _parent_: DictConfig) -> int:
-    """`${ids_in:KEY}`: how many ids the tokenizer has whose path that key tells; 0 if its class will refuse it."""
+    """`${ids_in:KEY}`: how many ids the tokenizer has whose path that key tells; 0 if its class
+    will refuse it.
+    """
     return 0 if OmegaConf.is_missing(_parent_, key) else count_ids(str(_parent_[key]))
 
 
@@ -315,8 +364,8 @@ def _count_ids(path: str, _: int) -> int:
 def plain(tokenizer: Any) -> Any:
     """A tokenizer of the library's that turns a whole text into tokens, always the same ones.
 
-    What a file may have saved beside its tokens is put away: truncation, padding, chance (BPE's dropout), and that the
-    names of special tokens, where a text has them, are read as these tokens.
+    What a file may have saved beside its tokens is put away: truncation, padding, chance (BPE's
+    dropout), and that the names of special tokens, where a text has them, are read as these tokens.
     """
     tokenizer.no_truncation()
     tokenizer.no_padding()
@@ -340,16 +389,26 @@ class BPE(Tokenizer):
 
     def __init__(self, vocab_size: int) -> None:
         if vocab_size < KEPT + 256:
-            raise ValueError(f"data.tokenizer.vocab_size={vocab_size}: byte-pair encoding needs at least {KEPT + 256}")
+            raise ValueError(
+                f"data.tokenizer.vocab_size={vocab_size}: byte-pair encoding needs at least "
+                f"{KEPT + 256}"
+            )
         try:
             import tokenizers
         except ImportError:
-            raise ValueError("byte-pair encoding needs `tokenizers`: pip install 'dtrain[bpe]'") from None
+            raise ValueError(
+                "byte-pair encoding needs `tokenizers`: pip install 'dtrain[bpe]'"
+            ) from None
         self._library, self.vocab_size = tokenizers, vocab_size
         self._tokenizer: Any = None
 
     def describe(self) -> dict[str, Any]:
-        return {"kind": "bpe", "vocab_size": self.vocab_size, "marks": KEPT, "library": self._library.__version__}
+        return {
+            "kind": "bpe",
+            "vocab_size": self.vocab_size,
+            "marks": KEPT,
+            "library": self._library.__version__,
+        }
 
     def fit(self, texts: Iterable[str], folder: Path) -> None:
         lib = self._library
@@ -357,9 +416,11 @@ class BPE(Tokenizer):
         tokenizer.pre_tokenizer = lib.pre_tokenizers.ByteLevel(add_prefix_space=False)
         tokenizer.decoder = lib.decoders.ByteLevel()
         trainer = lib.trainers.BpeTrainer(
-            vocab_size=self.vocab_size, special_tokens=list(map(chr, range(KEPT))), show_progress=False,
+            vocab_size=self.vocab_size,
+            special_tokens=list(map(chr, range(KEPT))),
+            show_progress=False,
             initial_alphabet=lib.pre_tokenizers.ByteLevel.alphabet(),
-        )  # fmt: skip
+        )
         tokenizer.train_from_iterator(texts, trainer)
         self._tokenizer = plain(tokenizer)
         self.save(folder)

@@ -1,8 +1,9 @@
 """Windows of a token file, chosen by (seed, step) alone.
 
-Each epoch cuts the tokens into windows of T + 1 from an offset of its own and reads them in an order of its own, both
-drawn from (seed, epoch), so that step k needs no history. In an epoch no token is a target twice, and all are one but
-for fewer than 2 T at the ends; which, the offset decides. Over the epochs every token but the first is a target.
+Each epoch cuts the tokens into windows of T + 1 from an offset of its own and reads them in an
+order of its own, both drawn from (seed, epoch), so that step k needs no history. In an epoch no
+token is a target twice, and all are one but for fewer than 2 T at the ends; which, the offset
+decides. Over the epochs every token but the first is a target.
 """
 
 from __future__ import annotations
@@ -30,10 +31,12 @@ class Windows:
     def __init__(self, tokens: np.ndarray, *, seq_len: int, seed: int) -> None:
         if len(tokens) < seq_len + 1:
             raise ValueError(
-                f"{len(tokens)} tokens are fewer than one sequence of seq_len={seq_len} needs ({seq_len + 1})"
+                f"{len(tokens)} tokens are fewer than one sequence of seq_len={seq_len} needs "
+                f"({seq_len + 1})"
             )
         self.tokens, self.seq_len, self.seed = tokens, seq_len, seed
-        # One stride of tokens, and what is left over, is free for the epoch's offset, unless there is only one window.
+        # One stride of tokens, and what is left over, is free for the epoch's offset, unless there
+        # is only one window.
         self.per_epoch = max(1, (len(tokens) - 1) // seq_len - 1)
         self._epoch = lru_cache(maxsize=2)(self._draw)
 
@@ -42,9 +45,11 @@ class Windows:
         return self._read([self._start(i) for i in range(step * rows, (step + 1) * rows)])
 
     def sweep(self, batches: int, rows: int) -> Iterator[Tensor]:
-        """At most `batches` x `rows` windows, evenly spaced from first to last: each (<= rows, T + 1).
+        """At most `batches` x `rows` windows, evenly spaced from first to last: each (<= rows, T +
+        1).
 
-        Windows begin at the first token; fewer than T tokens at the end, which fill no window, are in none.
+        Windows begin at the first token; fewer than T tokens at the end, which fill no window, are
+        in none.
         """
         windows = (len(self.tokens) - 1) // self.seq_len
         chosen = np.linspace(0, windows - 1, min(windows, batches * rows)).astype(int)
@@ -63,4 +68,6 @@ class Windows:
         return offset, torch.randperm(self.per_epoch, generator=generator)
 
     def _read(self, starts: list[int]) -> Tensor:
-        return torch.from_numpy(np.stack([self.tokens[s : s + self.seq_len + 1].astype(np.int64) for s in starts]))
+        return torch.from_numpy(
+            np.stack([self.tokens[s : s + self.seq_len + 1].astype(np.int64) for s in starts])
+        )

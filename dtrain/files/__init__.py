@@ -1,1 +1,3 @@
-"""Files that must be right: JSON that anybody may have written, writing that survives a crash, locks."""
+"""Files that must be right: JSON that anybody may have written, writing that survives a crash,
+locks.
+"""

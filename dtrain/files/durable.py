@@ -9,7 +9,9 @@ from pathlib import Path
 
 
 def sync(path: Path) -> None:
-    """Have the system write a file, or a folder's list of files, to the disk before this returns."""
+    """Have the system write a file, or a folder's list of files, to the disk before this
+    returns.
+    """
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -24,12 +26,17 @@ def digest(file: Path) -> str:
 
 
 def write(file: Path, text: str) -> None:
-    """A text that may hold names of files which are not UTF-8: what cannot be written is written out."""
+    """A text that may hold names of files which are not UTF-8: what cannot be written is
+    written out.
+    """
     file.write_text(text, encoding="utf-8", errors="backslashreplace")
 
 
 def remove(place: Path) -> None:
-    """Whatever is there, if anything is. A link goes, and what it leads to stays: it may be somebody else's."""
+    """Whatever is there, if anything is.
+
+    A link goes, and what it leads to stays: it may be somebody else's.
+    """
     if place.is_dir() and not place.is_symlink():
         shutil.rmtree(place)
     else:

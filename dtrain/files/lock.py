@@ -1,4 +1,6 @@
-"""A lock, so that only one run uses a folder: it ends with the process that holds it, however that ends."""
+"""A lock, so that only one run uses a folder: it ends with the process that holds it, however
+that ends.
+"""
 
 from __future__ import annotations
 
@@ -16,7 +18,8 @@ from typing import Any, TextIO
 from dtrain.files import records
 
 NAME = ".lock"
-UNKNOWN = (errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS, errno.EINVAL)  # said by file systems that have no locks
+# said by file systems that have no locks
+UNKNOWN = (errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS, errno.EINVAL)
 POLL_S = 0.1
 RUNS = "hydra.run.dir"
 
@@ -26,7 +29,8 @@ class Lock:
 
     Args:
         folder: that is there.
-        patience_s: how long to wait for whoever holds it: another attempt at the same run may be about to end.
+        patience_s: how long to wait for whoever holds it: another attempt at the same run may be
+            about to end.
         key: what the folder is given by.
 
     Attributes:
@@ -47,8 +51,10 @@ class Lock:
                 holder = self._read()
                 self._file.close()
                 who = f"process {holder.get('process', '?')} on {holder.get('host', '?')}"
-                raise ValueError(f"{key}={folder} is the folder of a run that is going on ({who}): "
-                                 f"wait for its end, or use another folder")  # fmt: skip
+                raise ValueError(
+                    f"{key}={folder} is the folder of a run that is going on ({who}): "
+                    f"wait for its end, or use another folder"
+                )
             time.sleep(POLL_S)
         self.before = self._read()
 
@@ -89,7 +95,8 @@ def check_free(
     *,
     key: str = RUNS,
 ) -> None:
-    """Refuse what is in the way of a run's own, and links: what was written would go to whatever they lead to.
+    """Refuse what is in the way of a run's own, and links: what was written would go to whatever
+    they lead to.
 
     Args:
         files, folders: of the run, with all that is in them; `linked`: folders that may be links.
@@ -101,5 +108,7 @@ def check_free(
         link = next((path for path in every if path.is_symlink()), None)
         if link or (os.path.lexists(folder / name) and not right(folder / name)):
             what = f"{link.relative_to(folder)} is a link" if link else f"{name} is no {kind}"
-            raise ValueError(f"{key}={folder}: {what}, and the run's own would be in its place: move it away, "
-                             f"or use another {key}")  # fmt: skip
+            raise ValueError(
+                f"{key}={folder}: {what}, and the run's own would be in its place: move it away, "
+                f"or use another {key}"
+            )

@@ -1,4 +1,5 @@
-"""JSON as its standard has it: numbers that are not finite are written as words, and read as numbers again.
+"""JSON as its standard has it: numbers that are not finite are written as words, and read as
+numbers again.
 
 What is read may come from anybody: nothing that a file holds ends in anything but a ValueError.
 """
@@ -13,7 +14,8 @@ from pathlib import Path
 from typing import Any
 
 DEEPEST, LARGEST, LINE = 64, 64 << 20, 1 << 20  # levels; bytes of a file, and of a line
-WORDS = {"NaN": math.nan, "Infinity": math.inf, "-Infinity": -math.inf}  # JavaScript's and Python's float() know them
+# JavaScript's and Python's float() know them
+WORDS = {"NaN": math.nan, "Infinity": math.inf, "-Infinity": -math.inf}
 
 
 def dumps(value: Any, **options: Any) -> str:
@@ -45,7 +47,9 @@ def too_deep(value: Any) -> bool:
     """Is it nested deeper than `DEEPEST` levels?"""
     level = [value]
     for _ in range(DEEPEST):
-        children = (e.values() if isinstance(e, dict) else e for e in level if isinstance(e, dict | list))
+        children = (
+            e.values() if isinstance(e, dict) else e for e in level if isinstance(e, dict | list)
+        )
         if not (level := [each for some in children for each in some]):
             return False
     return True
@@ -55,7 +59,8 @@ def read(file: Path) -> dict[str, Any]:
     """The object of a file.
 
     Raises:
-        ValueError: it is no regular file, larger than any of ours, no JSON or no object; says which file.
+        ValueError: it is no regular file, larger than any of ours, no JSON or no object; says which
+            file.
         OSError: it cannot be read, or is not there.
     """
     check_regular(file)
@@ -88,7 +93,8 @@ def check_regular(file: Path) -> None:
 
 
 def lines(file: Path) -> Iterator[dict[str, Any]]:
-    """The objects of a file that has one in each line; what a kill or a full disk has left of a line is none.
+    """The objects of a file that has one in each line; what a kill or a full disk has left of a
+    line is none.
 
     A last line without its end may still grow.
 
@@ -131,5 +137,9 @@ def flat(node: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     """Mappings within mappings as one, by dotted keys."""
     found: dict[str, Any] = {}
     for key, value in node.items():
-        found |= flat(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {f"{prefix}{key}": value}
+        found |= (
+            flat(value, f"{prefix}{key}.")
+            if isinstance(value, Mapping)
+            else {f"{prefix}{key}": value}
+        )
     return found

@@ -1,4 +1,6 @@
-"""torchrun for `launch/node.sh`: it ends as the first rank that failed has, and leaves it to that rank to say why."""
+"""torchrun for `launch/node.sh`: it ends as the first rank that failed has, and leaves it to
+that rank to say why.
+"""
 
 from __future__ import annotations
 
@@ -21,9 +23,11 @@ FAILED = 1
 def main() -> int:
     """Do as torchrun does with the same arguments and environment. Returns the exit status.
 
-    Of a rank that failed: 2 for a mistake of the user's, 1 for a run that broke off. 128 + N for signal N.
+    Of a rank that failed: 2 for a mistake of the user's, 1 for a run that broke off. 128 + N for
+    signal N.
     """
-    logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)  # who fails speaks for itself
+    # who fails speaks for itself
+    logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
     memory = MemoryWatch()
     try:
         torchrun(parse_args(sys.argv[1:]))
@@ -34,8 +38,10 @@ def main() -> int:
         if first.exitcode > 0:
             return first.exitcode
         why = str(memory) if first.exitcode == -signal.SIGKILL else ""
-        return _failed(f"local rank {first.local_rank} of {socket.gethostname()} ended by "
-                       f"{signal.Signals(-first.exitcode).name}{why}")  # fmt: skip
+        return _failed(
+            f"local rank {first.local_rank} of {socket.gethostname()} ended by "
+            f"{signal.Signals(-first.exitcode).name}{why}"
+        )
     except SignalException as error:
         return 128 + int(error.sigval)
     except RendezvousError as error:

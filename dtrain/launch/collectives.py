@@ -19,7 +19,10 @@ def gathered(own: T) -> list[T]:
 
 
 def agree(function: Callable[[], T], group: dist.ProcessGroup | None = None) -> T:
-    """Run `function` on rank 0; every rank returns its result or raises its error, whatever it is. A collective."""
+    """Run `function` on rank 0; every rank returns its result or raises its error, whatever it is.
+
+    A collective.
+    """
     outcome: list[Any] = [None, None]
     if dist.get_rank() == 0:
         outcome = list(_outcome(function))
@@ -30,7 +33,10 @@ def agree(function: Callable[[], T], group: dist.ProcessGroup | None = None) -> 
 
 
 def together(function: Callable[[], T], group: dist.ProcessGroup | None = None) -> list[T]:
-    """Run `function` on every rank; each returns all results by rank, or raises the first error. A collective."""
+    """Run `function` on every rank; each returns all results by rank, or raises the first error.
+
+    A collective.
+    """
     every: list[Any] = [None] * dist.get_world_size(group)
     dist.all_gather_object(every, _outcome(function), group=group)
     for _, error in every:
@@ -40,7 +46,9 @@ def together(function: Callable[[], T], group: dist.ProcessGroup | None = None) 
 
 
 def _outcome(function: Callable[[], T]) -> tuple[T | None, Exception | None]:
-    """A result, or an error that can be sent: a rank that raised alone would leave the others waiting for it."""
+    """A result, or an error that can be sent: a rank that raised alone would leave the others
+    waiting for it.
+    """
     try:
         return function(), None
     except Exception as error:

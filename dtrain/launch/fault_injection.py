@@ -1,4 +1,6 @@
-"""A rank that is slower than the others, on purpose, to see who waits for it; one that stays away: `hang_detector`."""
+"""A rank that is slower than the others, on purpose, to see who waits for it; one that stays
+away: `hang_detector`.
+"""
 
 from __future__ import annotations
 

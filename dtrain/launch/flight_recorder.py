@@ -1,4 +1,6 @@
-"""What ranks note of their collectives, compared: who is missing from which, and what the others wait in."""
+"""What ranks note of their collectives, compared: who is missing from which, and what the
+others wait in.
+"""
 
 from __future__ import annotations
 
@@ -8,17 +10,24 @@ from dataclasses import dataclass
 
 import torch.distributed as dist
 
-LOST = "a collective failed"  # how the words of a rank begin that has lost another: its launcher looks for them
+# how the words of a rank begin that has lost another: its launcher looks for them
+LOST = "a collective failed"
 
 
 def collective_failed(error: BaseException) -> bool:
-    """Is it what torch and gloo say of a collective that failed, since other ranks are gone or late?"""
-    return isinstance(error, RuntimeError) and (isinstance(error, dist.DistError) or "gloo" in str(error).lower())
+    """Is it what torch and gloo say of a collective that failed, since other ranks are gone or
+    late?
+    """
+    return isinstance(error, RuntimeError) and (
+        isinstance(error, dist.DistError) or "gloo" in str(error).lower()
+    )
 
 
 @dataclass(frozen=True)
 class Collective:
-    """A collective that a rank has begun: its number in its group, what it is, the rank's step, and is it under way?"""
+    """A collective that a rank has begun: its number in its group, what it is, the rank's step,
+    and is it under way?
+    """
 
     number: int
     what: str
@@ -34,8 +43,11 @@ class RankReport:
     groups: dict[str, list[Collective]]
 
 
-def missing(notes: Mapping[int, RankReport], groups: Mapping[str, tuple[str, Sequence[int]]]) -> str:
-    """The first collective in which the ranks of a group are not all together, in words; empty: there is none.
+def missing(
+    notes: Mapping[int, RankReport], groups: Mapping[str, tuple[str, Sequence[int]]]
+) -> str:
+    """The first collective in which the ranks of a group are not all together, in words; empty:
+    there is none.
 
     Args:
         notes: of the ranks that have answered.
@@ -46,21 +58,28 @@ def missing(notes: Mapping[int, RankReport], groups: Mapping[str, tuple[str, Seq
         theirs = {rank: notes[rank].groups.get(name, []) for rank in ranks if rank in notes}
         told = {rank: {note.number: note for note in those} for rank, those in theirs.items()}
         numbers = sorted({number for those in told.values() for number in those})
-        first = max((min(those) for those in told.values() if those), default=0)  # earlier ones may be forgotten
+        # earlier ones may be forgotten
+        first = max((min(those) for those in told.values() if those), default=0)
         for number in (n for n in numbers if n >= first):
             here = {rank: those[number] for rank, those in told.items() if number in those}
             kinds = Counter(note.what for note in here.values())
             if len(here) == len(told) and len(kinds) == 1:
                 continue
-            found.append((min(note.step for note in here.values()), _say(axis, number, told, here, kinds)))
+            found.append(
+                (min(note.step for note in here.values()), _say(axis, number, told, here, kinds))
+            )
             break
     return min(found)[1] if found else ""
 
 
 def waiting(
-    notes: Mapping[int, RankReport], groups: Mapping[str, tuple[str, Sequence[int]]], silent: Sequence[int]
+    notes: Mapping[int, RankReport],
+    groups: Mapping[str, tuple[str, Sequence[int]]],
+    silent: Sequence[int],
 ) -> str:
-    """The first collective under way in a group of which ranks do not answer, in words; empty: there is none."""
+    """The first collective under way in a group of which ranks do not answer, in words; empty:
+    there is none.
+    """
     found: dict[tuple[int, int, str, str], list[int]] = defaultdict(list)
     for name, (axis, ranks) in groups.items():
         for rank in ranks if set(ranks) & set(silent) else ():
@@ -71,21 +90,33 @@ def waiting(
         return ""
     step, number, axis, what = min(found)
     together = min(found.items())[1]
-    return f"step {step}, axis {axis}, collective {number}, {what}: {ranks_in_words(together, 'waits', 'wait')} in it"
+    return (
+        f"step {step}, axis {axis}, collective {number}, {what}: "
+        f"{ranks_in_words(together, 'waits', 'wait')} in it"
+    )
 
 
 def ranks_in_words(numbers: Iterable[int], one_does: str, several_do: str) -> str:
     """With what they do."""
     each = sorted(numbers)
-    return f"rank {each[0]} {one_does}" if len(each) == 1 else f"ranks {', '.join(map(str, each))} {several_do}"
+    return (
+        f"rank {each[0]} {one_does}"
+        if len(each) == 1
+        else f"ranks {', '.join(map(str, each))} {several_do}"
+    )
 
 
 def _say(
-    axis: str, number: int, told: dict[int, dict[int, Collective]], here: dict[int, Collective], kinds: Counter[str]
+    axis: str,
+    number: int,
+    told: dict[int, dict[int, Collective]],
+    here: dict[int, Collective],
+    kinds: Counter[str],
 ) -> str:
     best = max(kinds.values())
     usual = [kind for kind in kinds if kinds[kind] == best]
-    if len(usual) > 1:  # as many do one thing as another: right is who did it at this place of the step before, too
+    # as many do one thing as another: right is who did it at this place of the step before, too
+    if len(usual) > 1:
         before = {note.what for rank, note in here.items() if _as_before(told[rank], note)}
         usual = [kind for kind in usual if kind in before] or usual
     expected = usual[0]

@@ -1,7 +1,8 @@
 """Imported by the server from which ranks are forked, and by nothing else.
 
-What stops a whole process group (`timeout`, systemd, scancel, a terminal that is closed) reaches the server too. Were
-it to end, the launcher would take its living ranks for dead. A rank that has just been forked ends, as by default.
+What stops a whole process group (`timeout`, systemd, scancel, a terminal that is closed) reaches
+the server too. Were it to end, the launcher would take its living ranks for dead. A rank that has
+just been forked ends, as by default.
 """
 
 from __future__ import annotations

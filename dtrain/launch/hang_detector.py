@@ -1,11 +1,13 @@
 """Who is missing, when ranks wait for each other and nothing goes on.
 
-torch's flight recorders note each collective of a rank as it begins: gloo's one, NCCL's another. When nothing new has
-begun for a while, or a collective has failed, every rank hands in its notes; the first one compares them and says which
-rank is missing, from what, in which step. What ends the run is the collectives' own timeout: this only speaks, before
-it. Where it goes on after all (a first compilation takes its time), so does the watch: each inquiry has a number.
+torch's flight recorders note each collective of a rank as it begins: gloo's one, NCCL's another.
+When nothing new has begun for a while, or a collective has failed, every rank hands in its notes;
+the first one compares them and says which rank is missing, from what, in which step. What ends the
+run is the collectives' own timeout: this only speaks, before it. Where it goes on after all (a
+first compilation takes its time), so does the watch: each inquiry has a number.
 
-Source: torch's flight recorder tutorial; its notes of gloo leave out messages from one rank to another.
+Source: torch's flight recorder tutorial; its notes of gloo leave out messages from one rank to
+another.
 """
 
 from __future__ import annotations
@@ -39,14 +41,21 @@ from dtrain.launch.flight_recorder import (
 
 T = TypeVar("T")
 PATIENCE = 0.5  # of the collectives' timeout: without anything new, until ranks hand in their notes
-ANSWER = 0.25  # of it, at most this and ANSWER_S: how long the first rank waits for the notes of others
+# of it, at most this and ANSWER_S: how long the first rank waits for the notes of others
+ANSWER = 0.25
 ANSWER_S = 10.0
-RECORDERS = ("_dump_fr_trace_json", "_dump_nccl_trace_json")  # of gloo's collectives, and of NCCL's where there is one
-SILENT = "the store of the ranks does not answer: its host is gone or stopped, or the network is cut"
+# of gloo's collectives, and of NCCL's where there is one
+RECORDERS = ("_dump_fr_trace_json", "_dump_nccl_trace_json")
+SILENT = (
+    "the store of the ranks does not answer: its host is gone or stopped, or the network is cut"
+)
 
 
 def within(seconds: float, ask: Callable[[], T]) -> T | None:
-    """What the store answers; None: nothing in time. Its calls wait for ever where the network is cut."""
+    """What the store answers; None: nothing in time.
+
+    Its calls wait for ever where the network is cut.
+    """
     answers: Queue[T | None] = Queue()
 
     def put() -> None:
@@ -72,14 +81,20 @@ class HangDetector:
     Args:
         groups: of ranks, by name: the mesh's axis, and its ranks.
         timeout_s: of the collectives.
-        messages: do ranks send to each other without collectives? Of those gloo's notes tell nothing.
+        messages: do ranks send to each other without collectives? Of those gloo's notes tell
+            nothing.
     """
 
     def __init__(
-        self, groups: Mapping[str, tuple[str, Sequence[int]]], timeout_s: float, *, messages: bool = False
+        self,
+        groups: Mapping[str, tuple[str, Sequence[int]]],
+        timeout_s: float,
+        *,
+        messages: bool = False,
     ) -> None:
         self.rank, self.size, self.timeout_s = dist.get_rank(), dist.get_world_size(), timeout_s
-        self._store, self._answer_s = dist.distributed_c10d._get_default_store(), min(ANSWER * timeout_s, ANSWER_S)
+        self._store = dist.distributed_c10d._get_default_store()
+        self._answer_s = min(ANSWER * timeout_s, ANSWER_S)
         world = dist.group.WORLD
         assert world is not None
         self.groups = {str(world.group_name): ("world", list(range(self.size))), **groups}
@@ -106,7 +121,8 @@ class HangDetector:
         self._beat = time.monotonic()
 
     def explain(self) -> str:
-        """Hand in this rank's notes; the first rank that answers compares all and says what it finds.
+        """Hand in this rank's notes; the first rank that answers compares all and says what it
+        finds.
 
         Once, as long as this rank gets no further.
         """
@@ -117,7 +133,11 @@ class HangDetector:
                 self.finding = SILENT if found is None else found
                 self._round += 1
                 if self.finding:
-                    print(f"dtrain: ranks wait for each other: {self.finding}", file=sys.stderr, flush=True)
+                    print(
+                        f"dtrain: ranks wait for each other: {self.finding}",
+                        file=sys.stderr,
+                        flush=True,
+                    )
             return self.finding
 
     def _place(self) -> tuple[int, int]:
@@ -136,9 +156,11 @@ class HangDetector:
 
     @contextmanager
     def skipping(self, step: int) -> Iterator[None]:
-        """A fault to learn from: from this step on the rank stays away from the phase in which this is entered.
+        """A fault to learn from: from this step on the rank stays away from the phase in which this
+        is entered.
 
-        Were it to go on, its next collective would meet another one of the others', and gloo ends a process in that.
+        Were it to go on, its next collective would meet another one of the others', and gloo ends a
+        process in that.
         """
         if self._begun[-1][0] == step:
             threading.Event().wait()  # until the launcher ends this process
@@ -162,11 +184,23 @@ class HangDetector:
     def _look(self) -> None:
         last = -1
         while not self._end.wait(min(1.0, self.timeout_s / 20)):
-            if time.monotonic() - self._beat > self.timeout_s * PATIENCE / 2 and last != (last := _newest()):
-                self._beat = time.monotonic() - self.timeout_s * PATIENCE / 2  # a long step, in which much happens
-            asked = within(self.timeout_s, partial(self._store.check, [f"hang/{self._round}/asked"]))
-            late = time.monotonic() - self._beat > self.timeout_s * PATIENCE and self._asked_at != self._place()
-            if (late or asked is not False) and self._answered() == SILENT and not self._end.wait(self.timeout_s):
+            if time.monotonic() - self._beat > self.timeout_s * PATIENCE / 2 and last != (
+                last := _newest()
+            ):
+                # a long step, in which much happens
+                self._beat = time.monotonic() - self.timeout_s * PATIENCE / 2
+            asked = within(
+                self.timeout_s, partial(self._store.check, [f"hang/{self._round}/asked"])
+            )
+            late = (
+                time.monotonic() - self._beat > self.timeout_s * PATIENCE
+                and self._asked_at != self._place()
+            )
+            if (
+                (late or asked is not False)
+                and self._answered() == SILENT
+                and not self._end.wait(self.timeout_s)
+            ):
                 os._exit(1)  # the rank waits for the store, and would for ever
 
     def _answered(self) -> str:
@@ -178,11 +212,18 @@ class HangDetector:
     def _notes(self) -> RankReport:
         groups: dict[str, list[Collective]] = defaultdict(list)
         for entry in chain.from_iterable(_recorded()):
-            step = max((number for number, since in self._begun if since <= entry["time_created_ns"]), default=0)
+            step = max(
+                (number for number, since in self._begun if since <= entry["time_created_ns"]),
+                default=0,
+            )
             name = entry["process_group"][0]
             if name in self.groups and not entry["is_p2p"]:
-                groups[name].append(Collective(entry["collective_seq_id"], _what(entry), step, not entry["retired"]))
-        return RankReport(self._begun[-1][0], {name: notes[-200:] for name, notes in groups.items()})
+                groups[name].append(
+                    Collective(entry["collective_seq_id"], _what(entry), step, not entry["retired"])
+                )
+        return RankReport(
+            self._begun[-1][0], {name: notes[-200:] for name, notes in groups.items()}
+        )
 
     def _compare(self, key: str) -> str:
         told: dict[int, RankReport] = {}
@@ -195,13 +236,26 @@ class HangDetector:
                 return ""  # that one speaks
             time.sleep(0.05)
         silent = sorted(set(range(self.size)) - told.keys())
-        gone = ranks_in_words(silent, "does not answer: its process is", "do not answer: their processes are")
+        gone = ranks_in_words(
+            silent, "does not answer: its process is", "do not answer: their processes are"
+        )
         gone = f"{gone} gone or stopped" if silent else ""
-        steps = ", ".join(f"rank {rank} in step {notes.step}" for rank, notes in sorted(told.items()))
-        found = missing(told, self.groups) or waiting(told, self.groups, silent) or (steps if silent else "")
+        steps = ", ".join(
+            f"rank {rank} in step {notes.step}" for rank, notes in sorted(told.items())
+        )
+        found = (
+            missing(told, self.groups)
+            or waiting(told, self.groups, silent)
+            or (steps if silent else "")
+        )
         if found or gone:
             return "; ".join(filter(None, (found, gone)))
-        waits = any(note.pending for notes in told.values() for those in notes.groups.values() for note in those)
+        waits = any(
+            note.pending
+            for notes in told.values()
+            for those in notes.groups.values()
+            for note in those
+        )
         if not (waits or self._messages):
             return ""  # nobody waits: a first compilation takes its time, or a large checkpoint
         return f"all ranks have begun the same collectives ({steps})"
@@ -215,7 +269,9 @@ def _recorded() -> list[list[dict[str, Any]]]:
 
 def _newest() -> int:
     """A number that grows with each collective that begins."""
-    return sum(max((entry["record_id"] for entry in entries), default=-1) for entries in _recorded())
+    return sum(
+        max((entry["record_id"] for entry in entries), default=-1) for entries in _recorded()
+    )
 
 
 def _what(entry: dict[str, Any]) -> str:
@@ -227,5 +283,6 @@ def _what(entry: dict[str, Any]) -> str:
 def _read(text: bytes) -> RankReport:
     told = json.loads(text)
     return RankReport(
-        told["step"], {name: [Collective(**note) for note in notes] for name, notes in told["groups"].items()}
+        told["step"],
+        {name: [Collective(**note) for note in notes] for name, notes in told["groups"].items()},
     )

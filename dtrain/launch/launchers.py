@@ -1,7 +1,9 @@
-"""Other launchers' words for who a process is, said in torchrun's: RANK, WORLD_SIZE, LOCAL_RANK, LOCAL_WORLD_SIZE.
+"""Other launchers' words for who a process is, said in torchrun's: RANK, WORLD_SIZE, LOCAL_RANK,
+LOCAL_WORLD_SIZE.
 
-`deepspeed` and `python -m torch.distributed.launch` say those, and give the script an argument --local_rank=0. mpirun
-and srun have variables of their own; where the processes meet is for the user to say.
+`deepspeed` and `python -m torch.distributed.launch` say those, and give the script an argument
+--local_rank=0. mpirun and srun have variables of their own; where the processes meet is for the
+user to say.
 """
 
 from __future__ import annotations
@@ -13,18 +15,31 @@ from collections.abc import MutableMapping
 ARGUMENTS = ("--local_rank", "--local-rank")
 MEETING = ("MASTER_ADDR", "MASTER_PORT")
 THEIRS = {  # number of processes: which of them, which on its machine, how many there
-    "OMPI_COMM_WORLD_SIZE": ("OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_LOCAL_RANK", "OMPI_COMM_WORLD_LOCAL_SIZE"),
-    "MV2_COMM_WORLD_SIZE": ("MV2_COMM_WORLD_RANK", "MV2_COMM_WORLD_LOCAL_RANK", "MV2_COMM_WORLD_LOCAL_SIZE"),
+    "OMPI_COMM_WORLD_SIZE": (
+        "OMPI_COMM_WORLD_RANK",
+        "OMPI_COMM_WORLD_LOCAL_RANK",
+        "OMPI_COMM_WORLD_LOCAL_SIZE",
+    ),
+    "MV2_COMM_WORLD_SIZE": (
+        "MV2_COMM_WORLD_RANK",
+        "MV2_COMM_WORLD_LOCAL_RANK",
+        "MV2_COMM_WORLD_LOCAL_SIZE",
+    ),
     "PMI_SIZE": ("PMI_RANK", "MPI_LOCALRANKID", "MPI_LOCALNRANKS"),
-    "SLURM_STEP_NUM_TASKS": ("SLURM_PROCID", "SLURM_LOCALID", "SLURM_STEP_TASKS_PER_NODE"),  # not of a batch script
+    # not of a batch script
+    "SLURM_STEP_NUM_TASKS": ("SLURM_PROCID", "SLURM_LOCALID", "SLURM_STEP_TASKS_PER_NODE"),
 }
 
 
-def understood(arguments: list[str], environment: MutableMapping[str, str] = os.environ) -> list[str]:
-    """The arguments that are the script's; what the others and the variables say is put into the environment.
+def understood(
+    arguments: list[str], environment: MutableMapping[str, str] = os.environ
+) -> list[str]:
+    """The arguments that are the script's; what the others and the variables say is put into the
+    environment.
 
     Raises:
-        ValueError: several processes have been started, and nothing says where they meet: each would train alone.
+        ValueError: several processes have been started, and nothing says where they meet: each
+            would train alone.
     """
     kept: list[str] = []
     waiting = False
@@ -49,11 +64,13 @@ def _translate(environment: MutableMapping[str, str]) -> None:
         environment["RANK"] = environment[rank]
         if missing := [name for name in MEETING if name not in environment]:
             raise ValueError(
-                f"{size}={number}: {number} processes were started, and each would train alone: use torchrun, or set "
+                f"{size}={number}: {number} processes were started, and each would train alone: "
+                f"use torchrun, or set "
                 f"{' and '.join(missing)}, where they meet (a machine's name, a free port there)"
             )
         environment["WORLD_SIZE"] = number
         for ours, theirs in (("LOCAL_RANK", local_rank), ("LOCAL_WORLD_SIZE", local_size)):
-            if found := re.match(r"\d+", environment.get(theirs, "")):  # "4(x2)": on each of two machines
+            # "4(x2)": on each of two machines
+            if found := re.match(r"\d+", environment.get(theirs, "")):
                 environment.setdefault(ours, found[0])
         return

@@ -1,9 +1,9 @@
 """A run that is told to end: all ranks stop together after a step, with a checkpoint.
 
-Whoever is told by a signal (SIGTERM, SIGHUP, Ctrl-C's SIGINT) tells the others by a key in the store, and the first to
-see it there says after which step they stop: the next one. A step's figures are summed over all ranks, so nobody is
-further than the others' next step, and everybody sees the word in time. Under a parameter server, whose servers do not
-meet, one step more is given.
+Whoever is told by a signal (SIGTERM, SIGHUP, Ctrl-C's SIGINT) tells the others by a key in the
+store, and the first to see it there says after which step they stop: the next one. A step's figures
+are summed over all ranks, so nobody is further than the others' next step, and everybody sees the
+word in time. Under a parameter server, whose servers do not meet, one step more is given.
 """
 
 from __future__ import annotations
@@ -21,7 +21,8 @@ TOLD, AFTER = "told", "after"
 
 
 class Preemption:
-    """While the context lasts these signals do not end the process, but ask for the end of training.
+    """While the context lasts these signals do not end the process, but ask for the end of
+    training.
 
     A second SIGINT is Python's own.
 
@@ -44,7 +45,8 @@ class Preemption:
     def __exit__(self, *error: object) -> None:
         self._stops.__exit__(None, None, None)
         if self._told and isinstance(error[1], BaseException) and collective_failed(error[1]):
-            sys.exit(128 + signal.SIGTERM)  # another rank has failed, and the launcher ends the others
+            # another rank has failed, and the launcher ends the others
+            sys.exit(128 + signal.SIGTERM)
 
     def _tell(self, number: int, frame: FrameType | None) -> None:
         if number == signal.SIGINT:
@@ -60,5 +62,8 @@ class Preemption:
         return step >= int(self._store.compare_set(AFTER, "", str(step + self._margin)))
 
     def stopped_before(self, steps: int) -> bool:
-        """Has the run been stopped, with steps left to do? Also for ranks without steps of their own."""
+        """Has the run been stopped, with steps left to do?
+
+        Also for ranks without steps of their own.
+        """
         return self._store.check([AFTER]) and int(self._store.get(AFTER)) < steps

@@ -1,4 +1,6 @@
-"""Imported first by a script: until all else is imported, which takes seconds, Ctrl-C ends it without a traceback."""
+"""Imported first by a script: until all else is imported, which takes seconds, Ctrl-C ends it
+without a traceback.
+"""
 
 from __future__ import annotations
 

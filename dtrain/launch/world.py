@@ -1,4 +1,6 @@
-"""Who this rank is among the ranks of its job and of its machine, and what device and cores it has."""
+"""Who this rank is among the ranks of its job and of its machine, and what device and cores it
+has.
+"""
 
 from __future__ import annotations
 
@@ -7,15 +9,16 @@ from dataclasses import dataclass
 
 import torch
 
-VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "LOCAL_SIZE")  # the last one is DeepSpeed's
+# the last one is DeepSpeed's
+VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "LOCAL_SIZE")
 
 
 @dataclass(frozen=True)
 class World:
     """This rank's place in the job and on its machine.
 
-    `agents`: once connected, those that have started the job's ranks and may start them again: torchrun's, by names
-    that nothing else has.
+    `agents`: once connected, those that have started the job's ranks and may start them again:
+    torchrun's, by names that nothing else has.
     """
 
     rank: int = 0
@@ -38,7 +41,9 @@ class World:
         if "RANK" not in env and "WORLD_SIZE" not in env:
             return None
         if missing := [name for name in VARIABLES[:2] if name not in env]:
-            raise ValueError(f"{told} without {missing[0]}: a launcher sets both; unset them for one process")
+            raise ValueError(
+                f"{told} without {missing[0]}: a launcher sets both; unset them for one process"
+            )
         local_size = env.get("LOCAL_WORLD_SIZE", env.get("LOCAL_SIZE", env["WORLD_SIZE"]))
         world = cls(env["RANK"], env["WORLD_SIZE"], env.get("LOCAL_RANK", env["RANK"]), local_size)
         if not 0 <= world.rank < world.size:
@@ -58,13 +63,15 @@ def device_of(name: str, world: World) -> torch.device:
         ValueError: a GPU is asked for and there is none for this rank.
     """
     gpus = torch.cuda.device_count()
-    if not gpus:  # DeepSpeed, which transformers imports too, would look for one and print a line about it
+    # DeepSpeed, which transformers imports too, would look for one and print a line about it
+    if not gpus:
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
     if name == "cpu" or (name == "auto" and gpus < world.local_size):
         return torch.device("cpu")
     if gpus < world.local_size:
         raise ValueError(
-            f"device=cuda: every rank needs a GPU, {world.local_size} on this machine, and torch sees {gpus}: "
+            f"device=cuda: every rank needs a GPU, {world.local_size} on this machine, and torch "
+            f"sees {gpus}: "
             f"use device=cpu or fewer ranks"
         )
     return torch.device("cuda", world.local_rank)

@@ -35,25 +35,37 @@ def adapted(model: nn.Module) -> nn.Module:
     """The model itself, with hooks where it is not ours.
 
     Raises:
-        ValueError: it asks for targets in every call, or its first call would tell a weight's shape.
+        ValueError: it asks for targets in every call, or its first call would tell a weight's
+            shape.
     """
     if is_ours(model):
         return model
-    if lazy := [name for name, each in (*model.named_parameters(), *model.named_buffers()) if is_lazy(each)]:
+    if lazy := [
+        name for name, each in (*model.named_parameters(), *model.named_buffers()) if is_lazy(each)
+    ]:
         raise ValueError(
-            f"{lazy[0]} of {type(model).__name__} has no shape before the first call (nn.LazyLinear and its kin): "
+            f"{lazy[0]} of {type(model).__name__} has no shape before the first call "
+            f"(nn.LazyLinear and its kin): "
             f"give its sizes to the constructor"
         )
     taken = [
-        p for p in inspect.signature(model.forward).parameters.values() if p.kind not in (p.KEYWORD_ONLY, p.VAR_KEYWORD)
+        p
+        for p in inspect.signature(model.forward).parameters.values()
+        if p.kind not in (p.KEYWORD_ONLY, p.VAR_KEYWORD)
     ]
     second = taken[1] if len(taken) > 1 else None
     if second is not None and second.name in OTHERS and second.default is second.empty:
         raise ValueError(
-            f"{type(model).__name__}.forward({', '.join(p.name for p in taken)}) wants {second.name!r} in "
-            f"every call, and is called with (tokens, positions): make it optional ({second.name}=None)"
+            f"{type(model).__name__}.forward({', '.join(p.name for p in taken)}) wants "
+            f"{second.name!r} in "
+            f"every call, and is called with (tokens, positions): make it optional "
+            f"({second.name}=None)"
         )
-    if taken and taken[0].kind is not inspect.Parameter.VAR_POSITIONAL and _has_no_positions(second):
+    if (
+        taken
+        and taken[0].kind is not inspect.Parameter.VAR_POSITIONAL
+        and _has_no_positions(second)
+    ):
         model.register_forward_pre_hook(_without_positions, with_kwargs=True)
     model.register_forward_hook(_logits)
     return model
@@ -67,7 +79,9 @@ def _without_positions(
     model: nn.Module, inputs: tuple[Any, ...], named: dict[str, Any]
 ) -> tuple[tuple[Any, ...], dict[str, Any]]:
     """Numbers as many as the tokens are positions; anything else is for the model to say."""
-    if len(inputs) == 2 and all(isinstance(x, Tensor) and not x.is_floating_point() for x in inputs):
+    if len(inputs) == 2 and all(
+        isinstance(x, Tensor) and not x.is_floating_point() for x in inputs
+    ):
         inputs = inputs[:1] if inputs[0].shape == inputs[1].shape else inputs
     return inputs, {name: value for name, value in named.items() if name not in OTHERS}
 
@@ -80,7 +94,8 @@ def _logits(model: nn.Module, inputs: tuple[Any, ...], output: Any) -> Any:
         found = next((each for each in output if isinstance(each, Tensor) and each.ndim > 1), None)
     if not isinstance(found, Tensor):
         raise ValueError(
-            f"{type(model).__name__} gives a {type(output).__name__}: it must give logits, a tensor (B, T, V), "
+            f"{type(model).__name__} gives a {type(output).__name__}: it must give logits, a "
+            f"tensor (B, T, V), "
             f"alone, first in a tuple, or named `logits`"
         )
     return found

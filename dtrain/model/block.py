@@ -33,10 +33,13 @@ class Core(nn.Module):
         super().__init__()
         self.causal, self.dropout = causal, dropout
 
-    def forward(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:  # (B, H, T, D), 2 x (B, G, T, D) -> (B, H, T, D)
+    # (B, H, T, D), 2 x (B, G, T, D) -> (B, H, T, D)
+    def forward(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         dropout = self.dropout if self.training else 0.0
         grouped = q.shape[1] != k.shape[1]
-        return F.scaled_dot_product_attention(q, k, v, is_causal=self.causal, dropout_p=dropout, enable_gqa=grouped)
+        return F.scaled_dot_product_attention(
+            q, k, v, is_causal=self.causal, dropout_p=dropout, enable_gqa=grouped
+        )
 
 
 class Attention(nn.Module):
@@ -58,7 +61,8 @@ class Attention(nn.Module):
         y = self.core(q, k, v)
         return self.output(y.transpose(1, 2).flatten(2))
 
-    def _heads(self, x: Tensor) -> Tensor:  # (B, T, h * D) -> (B, h, T, D); h is this rank's share of the heads
+    # (B, T, h * D) -> (B, h, T, D); h is this rank's share of the heads
+    def _heads(self, x: Tensor) -> Tensor:
         return x.unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
 
 
@@ -73,17 +77,27 @@ class FeedForward(nn.Module):
         self.activation = ACTIVATIONS[activation]
 
     def forward(self, x: Tensor) -> Tensor:  # (B, T, C) -> (B, T, C)
-        hidden = self.activation(self.up(x)) if self.gate is None else self.activation(self.gate(x)) * self.up(x)
+        hidden = (
+            self.activation(self.up(x))
+            if self.gate is None
+            else self.activation(self.gate(x)) * self.up(x)
+        )
         return self.down(hidden)
 
 
 class Block(nn.Module):
-    """Attention, then the feed-forward layer, each with its residual; norms before (GPT) or after (BERT)."""
+    """Attention, then the feed-forward layer, each with its residual; norms before (GPT) or
+    after (BERT).
+    """
 
     def __init__(
-        self, attention: Attention, feedforward: nn.Module, norms: tuple[nn.Module, nn.Module],
-        dropout: float, norm_first: bool,
-    ) -> None:  # fmt: skip
+        self,
+        attention: Attention,
+        feedforward: nn.Module,
+        norms: tuple[nn.Module, nn.Module],
+        dropout: float,
+        norm_first: bool,
+    ) -> None:
         super().__init__()
         self.attention, self.feedforward = attention, feedforward
         self.norm1, self.norm2 = norms

@@ -1,8 +1,8 @@
 """Small models of images and of points: what a GAN is made of, and classifiers.
 
-Groups, not batches, are normalised: the samples of a batch stay independent, on however many ranks they are.
-Conditioned by class, a generator gets the class with its noise, and a discriminator adds a class's share of what it
-sees (projection: Miyato & Koyama 2018, 1802.05637).
+Groups, not batches, are normalised: the samples of a batch stay independent, on however many ranks
+they are. Conditioned by class, a generator gets the class with its noise, and a discriminator adds
+a class's share of what it sees (projection: Miyato & Koyama 2018, 1802.05637).
 
 N samples, Z noise, K classes, D hidden units; an image is (C, H, W).
 """
@@ -22,9 +22,11 @@ GROUPS = 8  # of channels that are normalised together
 
 
 class Spectral(StepAware, nn.Module):
-    """A layer whose weights, as a matrix, are divided by their largest singular value (Miyato et al. 2018, 1802.05957).
+    """A layer whose weights, as a matrix, are divided by their largest singular value (Miyato et
+    al. 2018, 1802.05957).
 
-    Power iteration goes on once a step, however many forward passes that has: so micro-batches change nothing.
+    Power iteration goes on once a step, however many forward passes that has: so micro-batches
+    change nothing.
     """
 
     weight: Tensor
@@ -73,7 +75,11 @@ class Residual(nn.Module):
 
     def __init__(self, hidden: int, linear: Callable[[int, int], nn.Module]) -> None:
         super().__init__()
-        layers = {"up": linear(hidden, 2 * hidden), "act": nn.SiLU(), "down": linear(2 * hidden, hidden)}
+        layers = {
+            "up": linear(hidden, 2 * hidden),
+            "act": nn.SiLU(),
+            "down": linear(2 * hidden, hidden),
+        }
         self.layers = nn.Sequential(OrderedDict(layers))
 
     def forward(self, x: Tensor) -> Tensor:
@@ -86,7 +92,8 @@ class MLP(nn.Module):
     Args:
         inputs, outputs: numbers of a sample.
         hidden, layers: units, and residual blocks.
-        classes: K; 0: not conditioned. A discriminator, which has one output, projects; others take the class as input.
+        classes: K; 0: not conditioned. A discriminator, which has one output, projects; others take
+            the class as input.
         spectral: divide each matrix by its spectral norm.
         shape: of what comes out: (C, H, W); None: flat.
     """
@@ -94,20 +101,29 @@ class MLP(nn.Module):
     layout = Layout(blocks="blocks", column=("blocks.*.layers.up",), row=("blocks.*.layers.down",))
 
     def __init__(
-        self, inputs: int, outputs: int, hidden: int = 64, layers: int = 2, classes: int = 0, spectral: bool = False,
+        self,
+        inputs: int,
+        outputs: int,
+        hidden: int = 64,
+        layers: int = 2,
+        classes: int = 0,
+        spectral: bool = False,
         shape: list[int] | None = None,
-    ) -> None:  # fmt: skip
+    ) -> None:
         super().__init__()
         _positive(inputs=inputs, outputs=outputs, hidden=hidden, layers=layers)
         linear = SpectralLinear if spectral else nn.Linear
         self.inputs, self.outputs, self.classes, self.shape = inputs, outputs, classes, shape
         self.projects = outputs == 1 and classes > 0
         self.input = linear(inputs + (0 if self.projects else classes), hidden)
-        self.blocks = nn.ModuleDict({str(index): Residual(hidden, linear) for index in range(layers)})
+        self.blocks = nn.ModuleDict(
+            {str(index): Residual(hidden, linear) for index in range(layers)}
+        )
         self.output = linear(hidden, outputs)
         self.projection = nn.Linear(classes, hidden, bias=False) if self.projects else None
 
-    def forward(self, x: Tensor, labels: Tensor | None = None) -> Tensor:  # (N, ...), (N,) -> (N, outputs)
+    # (N, ...), (N,) -> (N, outputs)
+    def forward(self, x: Tensor, labels: Tensor | None = None) -> Tensor:
         x = x.flatten(1).to(self.input.weight.dtype)
         shares = _shares(labels, self.classes, x)
         if shares is not None and self.projection is None:
@@ -134,7 +150,13 @@ class ConvGenerator(nn.Module):
     """
 
     def __init__(
-        self, noise: int, channels: int, size: int, width: int = 32, stages: int = 1, classes: int = 0
+        self,
+        noise: int,
+        channels: int,
+        size: int,
+        width: int = 32,
+        stages: int = 1,
+        classes: int = 0,
     ) -> None:
         super().__init__()
         _positive(noise=noise, channels=channels, size=size, width=width)
@@ -143,16 +165,21 @@ class ConvGenerator(nn.Module):
         wide = width * 2**stages
         self.input = nn.Linear(noise + classes, wide * self.start**2)
         self.norm = nn.GroupNorm(GROUPS, wide)
-        self.blocks = nn.ModuleDict({
-            str(index): nn.Sequential(
-                nn.Upsample(scale_factor=2), nn.Conv2d(wide >> index, wide >> index + 1, 3, padding=1),
-                nn.GroupNorm(GROUPS, wide >> index + 1), nn.SiLU(),
-            )
-            for index in range(stages)
-        })  # fmt: skip
+        self.blocks = nn.ModuleDict(
+            {
+                str(index): nn.Sequential(
+                    nn.Upsample(scale_factor=2),
+                    nn.Conv2d(wide >> index, wide >> index + 1, 3, padding=1),
+                    nn.GroupNorm(GROUPS, wide >> index + 1),
+                    nn.SiLU(),
+                )
+                for index in range(stages)
+            }
+        )
         self.output = nn.Conv2d(width, channels, 3, padding=1)
 
-    def forward(self, noise: Tensor, labels: Tensor | None = None) -> Tensor:  # (N, Z), (N,) -> (N, C, H, W)
+    # (N, Z), (N,) -> (N, C, H, W)
+    def forward(self, noise: Tensor, labels: Tensor | None = None) -> Tensor:
         x = noise.to(self.input.weight.dtype)
         shares = _shares(labels, self.classes, x)
         x = self.input(x if shares is None else torch.cat((x, shares), dim=1))
@@ -163,39 +190,52 @@ class ConvGenerator(nn.Module):
 
 
 class ConvNet(nn.Module):
-    """An image to scores: a discriminator's one, or one for each class. Each stage halves the sides.
+    """An image to scores: a discriminator's one, or one for each class. Each stage halves the
+    sides.
 
     Args:
         channels, size: of the image.
         outputs: scores.
-        width, stages: channels of the first stage, which double at each; 2 ** stages divides the size.
+        width, stages: channels of the first stage, which double at each; 2 ** stages divides the
+            size.
         classes: K of a discriminator that is conditioned; 0: not.
         normalise: group norms between the stages.
         spectral: divide each layer's weights by their spectral norm.
     """
 
     def __init__(
-        self, channels: int, size: int, outputs: int = 1, width: int = 32, stages: int = 2, classes: int = 0,
-        normalise: bool = False, spectral: bool = False,
-    ) -> None:  # fmt: skip
+        self,
+        channels: int,
+        size: int,
+        outputs: int = 1,
+        width: int = 32,
+        stages: int = 2,
+        classes: int = 0,
+        normalise: bool = False,
+        spectral: bool = False,
+    ) -> None:
         super().__init__()
         _positive(channels=channels, size=size, outputs=outputs, width=width)
         _fits(size, width, stages)
         linear, conv = (SpectralLinear, SpectralConv) if spectral else (nn.Linear, nn.Conv2d)
         self.outputs, self.classes = outputs, classes
         self.input = conv(channels, width, 3, padding=1)
-        self.blocks = nn.ModuleDict({
-            str(index): nn.Sequential(
-                conv(width << index, width << index + 1, 3, stride=2, padding=1),
-                nn.GroupNorm(GROUPS, width << index + 1) if normalise else nn.Identity(), nn.SiLU(),
-            )
-            for index in range(stages)
-        })  # fmt: skip
+        self.blocks = nn.ModuleDict(
+            {
+                str(index): nn.Sequential(
+                    conv(width << index, width << index + 1, 3, stride=2, padding=1),
+                    nn.GroupNorm(GROUPS, width << index + 1) if normalise else nn.Identity(),
+                    nn.SiLU(),
+                )
+                for index in range(stages)
+            }
+        )
         self.hidden = linear((width << stages) * (size >> stages) ** 2, 4 * width)
         self.output = linear(4 * width, outputs)
         self.projection = nn.Linear(classes, 4 * width, bias=False) if classes else None
 
-    def forward(self, pixels: Tensor, labels: Tensor | None = None) -> Tensor:  # (N, C, H, W), (N,) -> (N, outputs)
+    # (N, C, H, W), (N,) -> (N, outputs)
+    def forward(self, pixels: Tensor, labels: Tensor | None = None) -> Tensor:
         x = F.silu(self.input(pixels.to(self.input.weight.dtype)))
         for block in self.blocks.values():
             x = block(x)
@@ -203,7 +243,9 @@ class ConvNet(nn.Module):
         y = self.output(x)
         shares = _shares(labels, self.classes, x)
         return (
-            y if shares is None or self.projection is None else y + (self.projection(shares) * x).sum(1, keepdim=True)
+            y
+            if shares is None or self.projection is None
+            else y + (self.projection(shares) * x).sum(1, keepdim=True)
         )
 
 
@@ -220,6 +262,12 @@ def _positive(**sizes: int) -> None:
 
 def _fits(size: int, width: int, stages: int) -> None:
     if width % GROUPS:
-        raise ValueError(f"width={width} of a model must be a multiple of {GROUPS}: channels are normalised in groups")
+        raise ValueError(
+            f"width={width} of a model must be a multiple of {GROUPS}: channels are normalised "
+            f"in groups"
+        )
     if stages < 0 or size % 2**stages:
-        raise ValueError(f"stages={stages}: {size} pixels cannot be halved so often; use fewer stages or another size")
+        raise ValueError(
+            f"stages={stages}: {size} pixels cannot be halved so often; use fewer stages or "
+            f"another size"
+        )

@@ -1,9 +1,10 @@
 """Initial weights that depend on the seed and the parameter's name alone.
 
-A model that can fill one parameter at a time (`initial(name, values, generator)`) is built on the meta
-device, sharded there, and given its values one parameter at a time: drawn whole on the host, cut to this
-rank's shard. So it never exists whole on a rank, and every strategy and world size starts from the same
-weights (a sharded random generator would not: pytorch#168058). Any other model is built whole.
+A model that can fill one parameter at a time (`initial(name, values, generator)`) is built on the
+meta device, sharded there, and given its values one parameter at a time: drawn whole on the host,
+cut to this rank's shard. So it never exists whole on a rank, and every strategy and world size
+starts from the same weights (a sharded random generator would not: pytorch#168058). Any other model
+is built whole.
 """
 
 from __future__ import annotations
@@ -51,9 +52,11 @@ def build(factory: ModelFactory, seed: int) -> nn.Module:
 
 
 def _contiguous(model: nn.Module) -> nn.Module:
-    """The model, its parameters laid out row by row: neither fully_shard nor a checkpoint takes a transposed view.
+    """The model, its parameters laid out row by row: neither fully_shard nor a checkpoint takes a
+    transposed view.
 
-    And each of a buffer's numbers in a place of its own: one that was expanded could not be restored.
+    And each of a buffer's numbers in a place of its own: one that was expanded could not be
+    restored.
     """
     for parameter in model.parameters():
         parameter.data = parameter.data.contiguous()
@@ -71,10 +74,11 @@ def whole(factory: ModelFactory, seed: int, dtype: torch.dtype) -> nn.Module:
 
 
 def cast(model: nn.Module, dtype: torch.dtype, storage: torch.device, device: torch.device) -> None:
-    """Give the parameters the format `dtype` on `storage`, in place, and move the buffers to `device`.
+    """Give the parameters the format `dtype` on `storage`, in place, and move the buffers to
+    `device`.
 
-    Buffers are only widened: tables of angles keep the digits that their author gave them, and complex numbers
-    stay complex.
+    Buffers are only widened: tables of angles keep the digits that their author gave them, and
+    complex numbers stay complex.
     """
     made: dict[int, Tensor] = {}
 
@@ -84,18 +88,25 @@ def cast(model: nn.Module, dtype: torch.dtype, storage: torch.device, device: to
         place = storage if isinstance(tensor, nn.Parameter) else device
         inexact = tensor.is_floating_point() or tensor.is_complex()
         wide = torch.promote_types(tensor.dtype, dtype) if inexact else tensor.dtype
-        return made.setdefault(id(tensor), tensor.to(place, wide))  # one that two modules share stays one
+        # one that two modules share stays one
+        return made.setdefault(id(tensor), tensor.to(place, wide))
 
     model._apply(fit)
 
 
 def materialize(
-    model: nn.Module, seed: int, storage: torch.device, device: torch.device, dtype: torch.dtype,
+    model: nn.Module,
+    seed: int,
+    storage: torch.device,
+    device: torch.device,
+    dtype: torch.dtype,
     told: Callable[[str, Tensor], object] | None = None,
-) -> None:  # fmt: skip
-    """Give every parameter of `model` its initial values on `storage`, in place, and move its buffers to `device`.
+) -> None:
+    """Give every parameter of `model` its initial values on `storage`, in place, and move its
+    buffers to `device`.
 
-    Needs no communication. `told` is given each parameter's name and whole values, where they are drawn here.
+    Needs no communication. `told` is given each parameter's name and whole values, where they are
+    drawn here.
 
     Raises:
         ValueError: a buffer on the meta device: nothing tells its values.
@@ -105,16 +116,24 @@ def materialize(
         cast(model, dtype, storage, device)
     else:
         _draw(model, seed, storage, device, dtype, told)
-    write(model, {name: {k: v for k, v in own.items() if k[0] != "_"} for name, own in attributes.items()})
+    write(
+        model,
+        {name: {k: v for k, v in own.items() if k[0] != "_"} for name, own in attributes.items()},
+    )
 
 
 def _draw(
-    model: nn.Module, seed: int, storage: torch.device, device: torch.device, dtype: torch.dtype,
+    model: nn.Module,
+    seed: int,
+    storage: torch.device,
+    device: torch.device,
+    dtype: torch.dtype,
     told: Callable[[str, Tensor], object] | None,
-) -> None:  # fmt: skip
+) -> None:
     """As `materialize`, of a model that fills one parameter at a time."""
     initial: Any = model.initial
-    names = {id(parameter): name for name, parameter in model.named_parameters()}  # a tied one counts once
+    # a tied one counts once
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
     made: dict[int, nn.Parameter] = {}
     for module in model.modules():
         for key, parameter in module.named_parameters(recurse=False, remove_duplicate=False):
@@ -127,8 +146,11 @@ def _draw(
             setattr(module, key, made[id(parameter)])
         for key, buffer in module.named_buffers(recurse=False):
             if buffer.is_meta:
-                raise ValueError(f"{type(model).__name__}: buffer {key} of {type(module).__name__} has no values; give "
-                                 f"it some (device='cpu'), compute it in forward, or leave out `initial`")  # fmt: skip
+                raise ValueError(
+                    f"{type(model).__name__}: buffer {key} of {type(module).__name__} has no "
+                    f"values; give "
+                    f"it some (device='cpu'), compute it in forward, or leave out `initial`"
+                )
             setattr(module, key, buffer.to(device))
 
 
@@ -136,8 +158,12 @@ def _place(values: Tensor, like: nn.Parameter, device: torch.device) -> nn.Param
     """The whole `values`, or this rank's shard of them, placed as `like` is; cut on the host."""
     if isinstance(like, DTensor):
         made = torch.empty_like(like.detach(), device=device, dtype=values.dtype)
-        shape, offset = compute_local_shape_and_global_offset(like.shape, like.device_mesh, like.placements)
+        shape, offset = compute_local_shape_and_global_offset(
+            like.shape, like.device_mesh, like.placements
+        )
         assert isinstance(made, DTensor)
-        made.to_local().copy_(values[tuple(slice(o, o + n) for o, n in zip(offset, shape, strict=True))])
+        made.to_local().copy_(
+            values[tuple(slice(o, o + n) for o, n in zip(offset, shape, strict=True))]
+        )
         return nn.Parameter(made, requires_grad=like.requires_grad)
     return nn.Parameter(values.to(device), requires_grad=like.requires_grad)

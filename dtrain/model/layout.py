@@ -23,18 +23,19 @@ class Layout:
 
     Args:
         first: the module that turns the batch into activations (a pipeline's entry).
-        blocks: the container of repeated blocks: units of sharding, recomputation and cutting. Each takes
-            and returns activations of one shape.
+        blocks: the container of repeated blocks: units of sharding, recomputation and cutting. Each
+            takes and returns activations of one shape.
         last: the module that turns activations into outputs (a pipeline's exit).
-        column: linear layers that may be split by output features (heads, hidden units). The module that
-            holds them gives its input to nothing else.
+        column: linear layers that may be split by output features (heads, hidden units). The module
+            that holds them gives its input to nothing else.
         row: linear layers that may be split by input features; each follows a `column` layer.
-        vocabulary: embeddings that may be split by rows, and linear layers whose outputs are the logits.
-        attention: within a block, the module that mixes positions, (q, k, v) -> y, each (B, H, T, D). It
-            says whether it is `causal`, and its `dropout`.
-        experts: within a block, the module whose parameters stack its experts on dim 0: (x, counts) -> y,
-            where x (N, C) is sorted by expert and counts (E,) tells how many rows each has. Its further
-            dims are hidden units where `hidden` says so.
+        vocabulary: embeddings that may be split by rows, and linear layers whose outputs are the
+            logits.
+        attention: within a block, the module that mixes positions, (q, k, v) -> y, each (B, H, T,
+            D). It says whether it is `causal`, and its `dropout`.
+        experts: within a block, the module whose parameters stack its experts on dim 0: (x, counts)
+            -> y, where x (N, C) is sorted by expert and counts (E,) tells how many rows each has.
+            Its further dims are hidden units where `hidden` says so.
         hidden: names of the experts' parameters, with the dim of their hidden units.
         sizes: attributes of the model that the number of ranks of `column` and `row` must divide.
     """
@@ -52,17 +53,23 @@ class Layout:
 
 
 class StepAware:
-    """What a module inherits that takes part in a step besides its forward: balancing of experts."""
+    """What a module inherits that takes part in a step besides its forward: balancing of
+    experts.
+    """
 
     def before_step(self, scale: Tensor) -> None:
         """Told the factor on every loss of the step, before its first forward."""
 
     def after_step(self, total: Callable[[Tensor], Tensor]) -> None:
-        """After the optimizer's step; `total` sums over the ranks that saw different data (a collective)."""
+        """After the optimizer's step; `total` sums over the ranks that saw different data (a
+        collective).
+        """
 
 
 def layout_of(model: nn.Module) -> Layout:
-    """The model's own `layout`, or an empty one: then every strategy takes the model as one piece."""
+    """The model's own `layout`, or an empty one: then every strategy takes the model as one
+    piece.
+    """
     layout = getattr(model, "layout", None)
     return layout if isinstance(layout, Layout) else Layout()
 
@@ -79,33 +86,57 @@ def check_layout(model: nn.Module) -> None:
     """Raise ValueError for a Layout that is none, or names what is not there."""
     name, layout = type(model).__name__, getattr(model, "layout", None)
     if isinstance(layout, Mapping):
-        raise ValueError(f"the layout of {name} is a {type(layout).__name__}: write Layout(…), of dtrain.model.layout")
+        raise ValueError(
+            f"the layout of {name} is a {type(layout).__name__}: write Layout(…), of "
+            f"dtrain.model.layout"
+        )
     layout = layout_of(model)
-    singles = {key: (path,) for key in ("first", "blocks", "last") if (path := getattr(layout, key))}
+    singles = {
+        key: (path,) for key in ("first", "blocks", "last") if (path := getattr(layout, key))
+    }
     several = {key: getattr(layout, key) for key in ("column", "row", "vocabulary")}
     for key, paths in (several | singles).items():
         if not (isinstance(paths, tuple | list) and all(isinstance(path, str) for path in paths)):
-            raise ValueError(f"layout.{key} of {name} is {paths!r}: write names in a tuple, such as ('blocks.*.up',)")
+            raise ValueError(
+                f"layout.{key} of {name} is {paths!r}: write names in a tuple, such as "
+                f"('blocks.*.up',)"
+            )
         for path in () if is_ours(model) else paths:  # ours name what some of their settings have
             if next(modules_at(model, (path,)), None) is None:
                 known = ", ".join(each for each, _ in model.named_children())
-                raise ValueError(f"layout.{key} of {name} names {path!r}, and there is no such module: it has {known}")
+                raise ValueError(
+                    f"layout.{key} of {name} names {path!r}, and there is no such module: it "
+                    f"has {known}"
+                )
     if is_ours(model):
         return
     if layout.blocks and not isinstance(blocks := model.get_submodule(layout.blocks), CONTAINERS):
-        raise ValueError(f"layout.blocks of {name} names {layout.blocks!r}, which is a {type(blocks).__name__}: name a "
-                         f"ModuleList, ModuleDict or Sequential of blocks")  # fmt: skip
+        raise ValueError(
+            f"layout.blocks of {name} names {layout.blocks!r}, which is a "
+            f"{type(blocks).__name__}: name a "
+            f"ModuleList, ModuleDict or Sequential of blocks"
+        )
     for key in ("attention", "experts"):
         path = getattr(layout, key)
         if path and next(modules_at(model, (f"{layout.blocks}.*.{path}",)), None) is None:
-            known = ", ".join(each for block in blocks_of(model)[:1] for each, _ in block.named_children())
-            raise ValueError(f"layout.{key} of {name} names {path!r}, and no block has such a module: it has {known}")
+            known = ", ".join(
+                each for block in blocks_of(model)[:1] for each, _ in block.named_children()
+            )
+            raise ValueError(
+                f"layout.{key} of {name} names {path!r}, and no block has such a module: it "
+                f"has {known}"
+            )
 
 
 def is_ours(model: nn.Module) -> bool:
-    """Is it a class of dtrain itself, which its tests have tried, or one that `fully_shard` has derived from it?"""
+    """Is it a class of dtrain itself, which its tests have tried, or one that `fully_shard` has
+    derived from it?
+    """
     kinds = (each.__module__ for each in type(model).__mro__)
-    return next(each for each in kinds if not each.startswith("torch.distributed.")).split(".")[0] == "dtrain"
+    return (
+        next(each for each in kinds if not each.startswith("torch.distributed.")).split(".")[0]
+        == "dtrain"
+    )
 
 
 def of_others(model: nn.Module) -> bool:
@@ -136,11 +167,15 @@ def holders(paths: Iterable[str]) -> tuple[str, ...]:
 def experts_of(model: nn.Module) -> list[tuple[str, nn.Module]]:
     """The experts of each block that has some, with their full names."""
     layout = layout_of(model)
-    return list(modules_at(model, (f"{layout.blocks}.*.{layout.experts}",))) if layout.experts else []
+    return (
+        list(modules_at(model, (f"{layout.blocks}.*.{layout.experts}",))) if layout.experts else []
+    )
 
 
 def blocks_of(model: nn.Module) -> list[nn.Module]:
-    """The repeated blocks that are present on this rank, in order; none where the layout names none."""
+    """The repeated blocks that are present on this rank, in order; none where the layout names
+    none.
+    """
     path = layout_of(model).blocks
     return list(model.get_submodule(path).children()) if path else []
 
@@ -153,7 +188,9 @@ def shared_names(model: nn.Module) -> dict[str, str]:
 
 
 def written(model: nn.Module) -> dict[str, dict[str, Any]]:
-    """What its author has written on a model's parameters as attributes, by their names; optimizers may read it."""
+    """What its author has written on a model's parameters as attributes, by their names;
+    optimizers may read it.
+    """
     every = model.named_parameters(remove_duplicate=False)
     return {name: dict(vars(parameter)) for name, parameter in every if vars(parameter)}
 
@@ -166,63 +203,106 @@ def write(model: nn.Module, attributes: Mapping[str, Mapping[str, Any]]) -> None
 
 
 def refuse_written_tensors(model: nn.Module, where: str) -> None:
-    """Raise ValueError for tensors on parameters, where a rank has a part of the one and all of the other."""
+    """Raise ValueError for tensors on parameters, where a rank has a part of the one and all of
+    the other.
+    """
     for name, attributes in written(model).items():
         for key, value in attributes.items():
             if isinstance(value, Tensor) and value.numel() > 1:
-                raise ValueError(f"{name}.{key} of {type(model).__name__} is a tensor on a parameter, of which {where} "
-                                 f"gives a rank a part: use strategy=ddp or allreduce, or write a number")  # fmt: skip
+                raise ValueError(
+                    f"{name}.{key} of {type(model).__name__} is a tensor on a parameter, of which "
+                    f"{where} "
+                    f"gives a rank a part: use strategy=ddp or allreduce, or write a number"
+                )
 
 
 def refuse_complex(model: nn.Module, where: str) -> None:
     """Raise ValueError for complex weights, where weights are handed on together, in one format."""
     for name, parameter in model.named_parameters():
         if parameter.is_complex():
-            raise ValueError(f"{name} of {type(model).__name__} is complex, and {where} joins weights in one format: "
-                             f"use strategy=ddp, or a real parameter and torch.view_as_complex")  # fmt: skip
+            raise ValueError(
+                f"{name} of {type(model).__name__} is complex, and {where} joins weights in one "
+                f"format: "
+                f"use strategy=ddp, or a real parameter and torch.view_as_complex"
+            )
 
 
 def hooked(parameter: nn.Parameter) -> bool:
     """Does something act on its gradient as soon as there is one?"""
-    return bool(parameter._backward_hooks or getattr(parameter, "_post_accumulate_grad_hooks", None))
+    return bool(
+        parameter._backward_hooks or getattr(parameter, "_post_accumulate_grad_hooks", None)
+    )
 
 
 def refuse_gradient_hooks(model: nn.Module) -> None:
-    """Raise ValueError for weights whose gradients a hook changes: it would see a part of them, or be lost."""
+    """Raise ValueError for weights whose gradients a hook changes: it would see a part of them,
+    or be lost.
+    """
     for name, parameter in model.named_parameters():
         if hooked(parameter):
-            raise ValueError(f"{name} of {type(model).__name__} has a hook on its gradient, which would get a part of "
-                             f"it: change what flows back in `forward` instead (torch.autograd.Function), or use one "
-                             f"process without micro-batches")  # fmt: skip
+            raise ValueError(
+                f"{name} of {type(model).__name__} has a hook on its gradient, which would get a "
+                f"part of "
+                f"it: change what flows back in `forward` instead (torch.autograd.Function), or "
+                f"use one "
+                f"process without micro-batches"
+            )
 
 
 def refuse_unsaved(model: nn.Module) -> None:
-    """Raise ValueError for what no checkpoint has room for: a run would end at its first one, or resume without it."""
+    """Raise ValueError for what no checkpoint has room for: a run would end at its first one,
+    or resume without it.
+    """
     name = type(model).__name__
     for path, module in model.named_modules():
         if type(module).get_extra_state is not nn.Module.get_extra_state:
-            raise ValueError(f"{path or 'the whole'} of {name} keeps an extra state (get_extra_state), and checkpoints "
-                             f"have weights and buffers alone: keep it in a buffer")  # fmt: skip
-        kept = {n: b for n, b in module._buffers.items() if n not in module._non_persistent_buffers_set}
+            raise ValueError(
+                f"{path or 'the whole'} of {name} keeps an extra state (get_extra_state), and "
+                f"checkpoints "
+                f"have weights and buffers alone: keep it in a buffer"
+            )
+        kept = {
+            n: b for n, b in module._buffers.items() if n not in module._non_persistent_buffers_set
+        }
         for key, tensor in (module._parameters | kept).items():
-            if tensor is not None and (tensor.layout != torch.strided or tensor.is_nested or tensor.is_quantized):
+            if tensor is not None and (
+                tensor.layout != torch.strided or tensor.is_nested or tensor.is_quantized
+            ):
                 place = f"{path}.{key}".strip(".")
-                kind = tensor.dtype if tensor.is_quantized else "nested" if tensor.is_nested else tensor.layout
-                raise ValueError(f"{place} of {name} is {str(kind).removeprefix('torch.')}, and checkpoints have "
-                                 f"plain tensors alone: make it a dense one, or persistent=False")  # fmt: skip
+                kind = (
+                    tensor.dtype
+                    if tensor.is_quantized
+                    else "nested"
+                    if tensor.is_nested
+                    else tensor.layout
+                )
+                raise ValueError(
+                    f"{place} of {name} is {str(kind).removeprefix('torch.')}, and "
+                    f"checkpoints have "
+                    f"plain tensors alone: make it a dense one, or persistent=False"
+                )
 
 
 def refuse_batch_norm(model: nn.Module) -> None:
-    """Raise ValueError for a model whose statistics would be those of a part of the rows, or count some rows twice."""
+    """Raise ValueError for a model whose statistics would be those of a part of the rows, or
+    count some rows twice.
+    """
     for module in model.modules():
         batch = isinstance(module, nn.modules.batchnorm._BatchNorm)
-        instance = isinstance(module, nn.modules.instancenorm._InstanceNorm) and module.track_running_stats
-        still = not module.training and getattr(module, "running_mean", None) is not None  # its author's eval()
+        instance = (
+            isinstance(module, nn.modules.instancenorm._InstanceNorm) and module.track_running_stats
+        )
+        # its author's eval()
+        still = not module.training and getattr(module, "running_mean", None) is not None
         if (batch or instance) and not still:
             kind = "batch norm" if batch else "instance norm with running statistics"
-            raise ValueError(f"{type(model).__name__} has {kind}, whose statistics would be those of one rank's part "
-                             f"of the batch, or of a micro-batch: use GroupNorm or LayerNorm, or one process without "
-                             f"micro-batches and recomputation")  # fmt: skip
+            raise ValueError(
+                f"{type(model).__name__} has {kind}, whose statistics would be those of one "
+                f"rank's part "
+                f"of the batch, or of a micro-batch: use GroupNorm or LayerNorm, or one process "
+                f"without "
+                f"micro-batches and recomputation"
+            )
 
 
 def sequence_length(model: nn.Module | None, seq_len: int | None) -> int:
@@ -232,12 +312,14 @@ def sequence_length(model: nn.Module | None, seq_len: int | None) -> int:
         ValueError: it is longer than the model's context, or neither is told.
     """
     context = getattr(model, "context", None)
-    context = context if isinstance(context, int) else None  # a module of its author's may be called so
+    # a module of its author's may be called so
+    context = context if isinstance(context, int) else None
     if seq_len is None and context is None:
         raise ValueError("the model does not say its context: set seq_len")
     if seq_len and context and seq_len > context:
         raise ValueError(
-            f"seq_len={seq_len} is longer than the model's context={context}: use at most {context}, "
+            f"seq_len={seq_len} is longer than the model's context={context}: use at most "
+            f"{context}, "
             f"or set model.context"
         )
     return int(seq_len or context or 0)

@@ -1,15 +1,16 @@
 """Mixture of experts: a router sends each token to `top_k` of E feed-forward layers.
 
-    x (B, T, C) -> router -> k experts a token, and their weights
-    rows (B T k, C), sorted by expert -> each expert its rows -> back in their places -> weighted sum over k
+    x (B, T, C) -> router -> k experts a token, and their weights rows (B T k, C), sorted by expert
+    -> each expert its rows -> back in their places -> weighted sum over k
 
-B batch, T tokens, C width, F hidden units of an expert, E experts, k experts a token, N rows of experts.
+B batch, T tokens, C width, F hidden units of an expert, E experts, k experts a token, N rows of
+experts.
 
 Whatever the batch is divided by, a token goes the same way: its row alone decides.
 
-Sources: Shazeer et al. 2017 (1701.06538); Fedus et al. 2021 (2101.03961: Switch, capacity); Jiang et al. 2024
-(2401.04088: Mixtral); DeepSeek-V3 2024 (2412.19437: eq. 17-20, balance within a sequence); Wang et al. 2024
-(2408.15664: balance by a bias).
+Sources: Shazeer et al. 2017 (1701.06538); Fedus et al. 2021 (2101.03961: Switch, capacity); Jiang
+et al. 2024 (2401.04088: Mixtral); DeepSeek-V3 2024 (2412.19437: eq. 17-20, balance within a
+sequence); Wang et al. 2024 (2408.15664: balance by a bias).
 """
 
 from __future__ import annotations
@@ -29,11 +30,14 @@ BALANCES = ("none", "loss", "bias")
 
 
 class Router(nn.Linear):
-    """The probability of each expert, in fp32 at least: rounding must not decide where a token goes."""
+    """The probability of each expert, in fp32 at least: rounding must not decide where a token
+    goes.
+    """
 
     def forward(self, x: Tensor) -> Tensor:  # (B, T, C) -> (B, T, E)
         wide = torch.promote_types(x.dtype, torch.float32)
-        with torch.autocast("cpu" if x.is_meta else x.device.type, enabled=False):  # which knows no meta device
+        # which knows no meta device
+        with torch.autocast("cpu" if x.is_meta else x.device.type, enabled=False):
             return F.linear(x.to(wide), self.weight.to(wide)).softmax(-1)
 
 
@@ -47,32 +51,42 @@ class Experts(nn.Module):
         self.down = _matrices(n_experts, d_model, d_ff)
         self.activation = ACTIVATIONS[activation]
 
-    def forward(self, x: Tensor, counts: Tensor) -> Tensor:  # (N, C) sorted by expert, (E,) -> (N, C)
+    # (N, C) sorted by expert, (E,) -> (N, C)
+    def forward(self, x: Tensor, counts: Tensor) -> Tensor:
         parts = x.split(_sizes(counts, len(x)))
         gates = [None] * len(parts) if self.gate is None else self.gate.unbind()
         # An expert with no rows computes on none: its gradient is zero, and there on every rank.
-        return torch.cat([self._one(*each) for each in zip(parts, self.up.unbind(), gates, self.down.unbind(),
-                                                           strict=True)])  # fmt: skip
+        return torch.cat(
+            [
+                self._one(*each)
+                for each in zip(parts, self.up.unbind(), gates, self.down.unbind(), strict=True)
+            ]
+        )
 
-    def _one(self, x: Tensor, up: Tensor, gate: Tensor | None, down: Tensor) -> Tensor:  # (n, C) -> (n, C)
+    # (n, C) -> (n, C)
+    def _one(self, x: Tensor, up: Tensor, gate: Tensor | None, down: Tensor) -> Tensor:
         hidden = F.linear(x, up)
-        hidden = self.activation(hidden) if gate is None else self.activation(F.linear(x, gate)) * hidden
+        hidden = (
+            self.activation(hidden) if gate is None else self.activation(F.linear(x, gate)) * hidden
+        )
         return F.linear(hidden, down)
 
 
 class MoE(StepAware, nn.Module):
     """Experts in place of a block's feed-forward layer.
 
-    A token's output is the sum of its experts' outputs by their probabilities, which are divided by their sum;
-    a single expert's is not, or no gradient would reach the router (Switch).
+    A token's output is the sum of its experts' outputs by their probabilities, which are divided by
+    their sum; a single expert's is not, or no gradient would reach the router (Switch).
 
-    An expert takes at most ceil(capacity_factor k T / E) tokens of a row, the first ones; to the rest it adds
-    nothing, and the residual carries them on. `balance` keeps the experts equally busy:
+    An expert takes at most ceil(capacity_factor k T / E) tokens of a row, the first ones; to the
+    rest it adds nothing, and the residual carries them on. `balance` keeps the experts equally
+    busy:
 
-    loss: for each row, balance_rate E / (k T) sum over experts of (tokens sent there) x (mean probability),
-        weighted as T tokens' losses are. It acts through its gradient alone: no loss that is shown holds it.
-    bias: a number is added to each expert's probability where experts are chosen, and there only; after each
-        step it moves by balance_rate, up where an expert had fewer tokens than the mean.
+    loss: for each row, balance_rate E / (k T) sum over experts of (tokens sent there) x (mean
+        probability), weighted as T tokens' losses are. It acts through its gradient alone: no loss
+        that is shown holds it.
+    bias: a number is added to each expert's probability where experts are chosen, and there only;
+        after each step it moves by balance_rate, up where an expert had fewer tokens than the mean.
 
     Raises:
         ValueError: an option that does not fit.
@@ -82,9 +96,17 @@ class MoE(StepAware, nn.Module):
     load: Tensor | None
 
     def __init__(
-        self, d_model: int, d_ff: int, activation: str, n_experts: int, *, top_k: int = 2,
-        capacity_factor: float | None = None, balance: str = "bias", balance_rate: float = 1e-3,
-    ) -> None:  # fmt: skip
+        self,
+        d_model: int,
+        d_ff: int,
+        activation: str,
+        n_experts: int,
+        *,
+        top_k: int = 2,
+        capacity_factor: float | None = None,
+        balance: str = "bias",
+        balance_rate: float = 1e-3,
+    ) -> None:
         super().__init__()
         _check(n_experts, top_k, capacity_factor, balance, balance_rate)
         self.n_experts, self.top_k, self.capacity_factor = n_experts, top_k, capacity_factor
@@ -110,14 +132,17 @@ class MoE(StepAware, nn.Module):
         weights = probabilities.gather(-1, chosen)
         if self.top_k > 1:
             weights = weights / weights.sum(-1, keepdim=True)
-        sent = torch.zeros_like(scores, dtype=torch.long).scatter(-1, chosen, 1)  # (B, T, E), 0 or 1
+        # (B, T, E), 0 or 1
+        sent = torch.zeros_like(scores, dtype=torch.long).scatter(-1, chosen, 1)
         if self.training and self.load is not None:
-            # Where activations are recomputed every token counts twice: the signs in `after_step` are the same.
+            # Where activations are recomputed every token counts twice: the signs in `after_step`
+            # are the same.
             self.load += sent.sum((0, 1))
         y = self._apply_experts(x, chosen, sent)
         y = (y * weights.unsqueeze(-1)).sum(-2).to(x.dtype)
         if self.training and self.balance == "loss":
-            share = sent.sum(1).to(probabilities.dtype) * self.n_experts / (self.top_k * x.shape[1])  # (B, E)
+            # (B, E)
+            share = sent.sum(1).to(probabilities.dtype) * self.n_experts / (self.top_k * x.shape[1])
             loss = self.balance_rate * (share * probabilities.mean(1)).sum()
             y = _AddGradient.apply(y, loss, self.scale * x.shape[1])
         return y
@@ -131,7 +156,8 @@ class MoE(StepAware, nn.Module):
             counts = sent.sum(1).clamp(max=capacity).sum(0)
             rows = sum(_sizes(counts, rows))
         order = expert.flatten().argsort(stable=True)[:rows]
-        # Gathered by a permutation, summed over k: deterministic both ways, as adding by token index is not.
+        # Gathered by a permutation, summed over k: deterministic both ways, as adding by token
+        # index is not.
         copies = x.unsqueeze(-2).expand(-1, -1, self.top_k, -1).reshape(-1, x.shape[-1])
         y = self.experts(copies.index_select(0, order), counts)
         return y.new_zeros(len(copies), y.shape[-1]).index_copy(0, order, y).view(*chosen.shape, -1)
@@ -145,12 +171,15 @@ class MoE(StepAware, nn.Module):
         if self.bias is None or self.load is None:
             return
         load = total(self.load)
-        self.bias += self.balance_rate * (load.sum() - self.n_experts * load).sign()  # whole numbers: exact
+        # whole numbers: exact
+        self.bias += self.balance_rate * (load.sum() - self.n_experts * load).sign()
         load.zero_()
 
 
 class _AddGradient(Function):
-    """Pass `y` through; in backward, add the gradient of `scale * loss` as if it were part of the loss."""
+    """Pass `y` through; in backward, add the gradient of `scale * loss` as if it were part of
+    the loss.
+    """
 
     @staticmethod
     def forward(ctx: FunctionCtx, y: Tensor, loss: Tensor, scale: Tensor | float) -> Tensor:
@@ -167,17 +196,24 @@ def _matrices(n_experts: int, outputs: int, inputs: int) -> nn.Parameter:
 
 
 def _sizes(counts: Tensor, rows: int) -> list[int]:
-    """`counts` as numbers; on the meta device, which has no values, `rows` evenly: FLOPs depend on their sum."""
+    """`counts` as numbers; on the meta device, which has no values, `rows` evenly: FLOPs depend
+    on their sum.
+    """
     if counts.is_meta:
         return [rows // len(counts) + (i < rows % len(counts)) for i in range(len(counts))]
     return counts.tolist()
 
 
-def _check(n_experts: int, top_k: int, capacity_factor: float | None, balance: str, balance_rate: float) -> None:
+def _check(
+    n_experts: int, top_k: int, capacity_factor: float | None, balance: str, balance_rate: float
+) -> None:
     if not 1 <= top_k <= n_experts:
         raise ValueError(f"model.top_k={top_k} must be between 1 and n_experts={n_experts}")
     if capacity_factor is not None and capacity_factor <= 0:
-        raise ValueError(f"model.capacity_factor={capacity_factor} must be more than 0, or null: no token is dropped")
+        raise ValueError(
+            f"model.capacity_factor={capacity_factor} must be more than 0, or null: no token "
+            f"is dropped"
+        )
     if balance not in BALANCES:
         raise ValueError(f"model.balance={balance} is unknown: use {', '.join(BALANCES)}")
     if balance_rate < 0:

@@ -40,10 +40,14 @@ def build(node: Mapping[str, Any], where: str, vocab_size: int | None) -> nn.Mod
     if "vocab_size" in takes and vocab_size is not None:
         given.setdefault("vocab_size", vocab_size)
     needed = [
-        p.name for p in takes.values() if p.default is p.empty and p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)
+        p.name
+        for p in takes.values()
+        if p.default is p.empty and p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)
     ]
     if missing := [name for name in needed if name not in given]:
-        raise ValueError(f"{where}: {node['_target_']} needs {', '.join(missing)}: set +{where}.{missing[0]}=…")
+        raise ValueError(
+            f"{where}: {node['_target_']} needs {', '.join(missing)}: set +{where}.{missing[0]}=…"
+        )
     model = make(given, nn.Module, where)
     for name in SAID:
         if name in given and not hasattr(model, name):
@@ -56,7 +60,11 @@ def handed(node: Mapping[str, Any]) -> dict[str, Any]:
     takes = _parameters(node)
     if takes is None or any(p.kind is Parameter.VAR_KEYWORD for p in takes.values()):
         return dict(node)
-    return {key: value for key, value in node.items() if key in takes or key.startswith("_") or key not in _ours()}
+    return {
+        key: value
+        for key, value in node.items()
+        if key in takes or key.startswith("_") or key not in _ours()
+    }
 
 
 def check_asked(model: Mapping[str, Any], overrides: Sequence[str]) -> None:
@@ -68,7 +76,12 @@ def check_asked(model: Mapping[str, Any], overrides: Sequence[str]) -> None:
     kept, takes = handed(model), _parameters(model)
     for key in (override.split("=", 1)[0].lstrip("+") for override in overrides if "=" in override):
         name = key.removeprefix("model.").split(".")[0]
-        if takes is not None and key.startswith("model.") and not name.startswith("_") and name not in kept:
+        if (
+            takes is not None
+            and key.startswith("model.")
+            and not name.startswith("_")
+            and name not in kept
+        ):
             known = ", ".join(takes) or "nothing"
             raise ValueError(f"{key}: {model['_target_']} takes {known}")
 
@@ -76,7 +89,11 @@ def check_asked(model: Mapping[str, Any], overrides: Sequence[str]) -> None:
 def told(model: Mapping[str, Any]) -> Iterator[str]:
     """For a person: what a model that is not ours is given."""
     if _parameters(model) is not None:
-        given = ", ".join(secret.told(key, value) for key, value in handed(model).items() if not key.startswith("_"))
+        given = ", ".join(
+            secret.told(key, value)
+            for key, value in handed(model).items()
+            if not key.startswith("_")
+        )
         yield f"{model['_target_']} is given {given or 'nothing'}"
 
 

@@ -75,8 +75,10 @@ class Transformer(nn.Module):
         tied: does the head share the embedding's matrix?
         bias: do the linear layers and layer norms have one?
         segments: kinds of segment embedding (BERT: 2); 0: none.
-        head_transform: BERT's dense layer, activation and norm before the vocabulary; its output has a bias.
-        outputs: what the head gives for each token instead of the vocabulary: classes, say. Never tied.
+        head_transform: BERT's dense layer, activation and norm before the vocabulary; its output
+            has a bias.
+        outputs: what the head gives for each token instead of the vocabulary: classes, say. Never
+            tied.
         dropout: probability, for embeddings, attention weights and residuals.
         n_experts: experts in place of each feed-forward layer, without biases (see `MoE`); 0: none.
         top_k, capacity_factor, balance, balance_rate: how a router chooses among them.
@@ -89,57 +91,121 @@ class Transformer(nn.Module):
         first="embedding",
         blocks="blocks",
         last="head",
-        column=tuple(f"blocks.*.{n}" for n in ("attention.query", "attention.key", "attention.value",
-                                               "feedforward.up", "feedforward.gate")),
+        column=tuple(
+            f"blocks.*.{n}"
+            for n in (
+                "attention.query",
+                "attention.key",
+                "attention.value",
+                "feedforward.up",
+                "feedforward.gate",
+            )
+        ),
         row=("blocks.*.attention.output", "blocks.*.feedforward.down"),
         vocabulary=("embedding.token", "head.output"),
         attention="attention.core",
         experts="feedforward.experts",
         hidden=(("up", 1), ("gate", 1), ("down", 2)),
         sizes=("n_heads", "n_kv_heads", "d_ff"),
-    )  # fmt: skip
+    )
 
     def __init__(
-        self, vocab_size: int, context: int, d_model: int, n_layers: int, n_heads: int, *,
-        n_kv_heads: int | None = None, d_ff: int | None = None, norm: str = "layernorm", norm_eps: float = 1e-5,
-        norm_first: bool = True, activation: str = "gelu", position: str = "learned", rope_theta: float = 10000.0,
-        causal: bool = True, tied: bool = True, bias: bool = True, segments: int = 0,
-        head_transform: bool = False, outputs: int | None = None, dropout: float = 0.0, n_experts: int = 0,
-        top_k: int = 2, capacity_factor: float | None = None, balance: str = "bias", balance_rate: float = 1e-3,
-    ) -> None:  # fmt: skip
+        self,
+        vocab_size: int,
+        context: int,
+        d_model: int,
+        n_layers: int,
+        n_heads: int,
+        *,
+        n_kv_heads: int | None = None,
+        d_ff: int | None = None,
+        norm: str = "layernorm",
+        norm_eps: float = 1e-5,
+        norm_first: bool = True,
+        activation: str = "gelu",
+        position: str = "learned",
+        rope_theta: float = 10000.0,
+        causal: bool = True,
+        tied: bool = True,
+        bias: bool = True,
+        segments: int = 0,
+        head_transform: bool = False,
+        outputs: int | None = None,
+        dropout: float = 0.0,
+        n_experts: int = 0,
+        top_k: int = 2,
+        capacity_factor: float | None = None,
+        balance: str = "bias",
+        balance_rate: float = 1e-3,
+    ) -> None:
         super().__init__()
         n_kv_heads = n_heads if n_kv_heads is None else n_kv_heads
         d_ff = 4 * d_model if d_ff is None else d_ff
-        sizes = dict(vocab_size=vocab_size, context=context, d_model=d_model, n_layers=n_layers,
-                     n_heads=n_heads, n_kv_heads=n_kv_heads, d_ff=d_ff)  # fmt: skip
+        sizes = dict(
+            vocab_size=vocab_size,
+            context=context,
+            d_model=d_model,
+            n_layers=n_layers,
+            n_heads=n_heads,
+            n_kv_heads=n_kv_heads,
+            d_ff=d_ff,
+        )
         sizes |= {} if outputs is None else {"outputs": outputs}
         _check_numbers(norm_eps=norm_eps, rope_theta=rope_theta)
-        _check(sizes, {"segments": segments, "n_experts": n_experts}, norm=norm, activation=activation,
-               position=position)  # fmt: skip
+        _check(
+            sizes,
+            {"segments": segments, "n_experts": n_experts},
+            norm=norm,
+            activation=activation,
+            position=position,
+        )
         self.vocab_size, self.context, self.causal = vocab_size, context, causal
         self.segments, self.outputs = segments, outputs
         self.n_layers, self.head_dim = n_layers, d_model // n_heads
-        self.n_heads, self.n_kv_heads, self.d_ff, self.n_experts = n_heads, n_kv_heads, d_ff, n_experts
+        self.n_heads = n_heads
+        self.n_kv_heads = n_kv_heads
+        self.d_ff = d_ff
+        self.n_experts = n_experts
         self.rope_theta = rope_theta if position == "rotary" else None
 
-        make_feedforward: Callable[[], nn.Module] = partial(FeedForward, d_model, d_ff, activation, bias)
+        make_feedforward: Callable[[], nn.Module] = partial(
+            FeedForward, d_model, d_ff, activation, bias
+        )
         if n_experts:
-            make_feedforward = partial(MoE, d_model, d_ff, activation, n_experts, top_k=top_k, balance=balance,
-                                       capacity_factor=capacity_factor, balance_rate=balance_rate)  # fmt: skip
-        make_norm = partial(NORMS[norm], d_model, eps=norm_eps, **({"bias": bias} if norm == "layernorm" else {}))
+            make_feedforward = partial(
+                MoE,
+                d_model,
+                d_ff,
+                activation,
+                n_experts,
+                top_k=top_k,
+                balance=balance,
+                capacity_factor=capacity_factor,
+                balance_rate=balance_rate,
+            )
+        make_norm = partial(
+            NORMS[norm], d_model, eps=norm_eps, **({"bias": bias} if norm == "layernorm" else {})
+        )
         learned = context if position == "learned" else 0
         embedding_norm = nn.Identity() if norm_first else make_norm()
-        self.embedding = Embedding((vocab_size, learned, segments, d_model), embedding_norm, dropout)
-        self.blocks = nn.ModuleDict()  # by name, so that a pipeline stage keeps the full names of what it holds
+        self.embedding = Embedding(
+            (vocab_size, learned, segments, d_model), embedding_norm, dropout
+        )
+        # by name, so that a pipeline stage keeps the full names of what it holds
+        self.blocks = nn.ModuleDict()
         for index in range(n_layers):
             attention = Attention(d_model, n_heads, n_kv_heads, bias, Core(causal, dropout))
             norms = (make_norm(), make_norm())
-            self.blocks[str(index)] = Block(attention, make_feedforward(), norms, dropout, norm_first)
+            self.blocks[str(index)] = Block(
+                attention, make_feedforward(), norms, dropout, norm_first
+            )
         transform = nn.Sequential(nn.Linear(d_model, d_model), nn.GELU(), make_norm())
         self.head = Head(
             norm=make_norm() if norm_first else nn.Identity(),
             transform=transform if head_transform else nn.Identity(),
-            output=nn.Linear(d_model, outputs or vocab_size, bias=head_transform or outputs is not None),
+            output=nn.Linear(
+                d_model, outputs or vocab_size, bias=head_transform or outputs is not None
+            ),
         )
         if tied and outputs is None:
             self.head.output.weight = self.embedding.token.weight
@@ -149,7 +215,11 @@ class Transformer(nn.Module):
     ) -> Tensor:  # (B, T) -> (B, T, V)
         if positions is None:
             positions = torch.arange(tokens.shape[1], device=tokens.device).expand(len(tokens), -1)
-        rotary = None if self.rope_theta is None else rotary_table(positions, self.head_dim, self.rope_theta)
+        rotary = (
+            None
+            if self.rope_theta is None
+            else rotary_table(positions, self.head_dim, self.rope_theta)
+        )
         x = self.embedding(tokens, positions, segments)
         for block in self.blocks.values():
             x = block(x, rotary)
@@ -157,13 +227,17 @@ class Transformer(nn.Module):
 
     @torch.no_grad()
     def initial(self, name: str, values: Tensor, generator: torch.Generator) -> None:
-        """Fill `values`, the whole parameter `name`, as GPT-2 does: N(0, 0.02), residual layers scaled down."""
+        """Fill `values`, the whole parameter `name`, as GPT-2 does: N(0, 0.02), residual layers
+        scaled down.
+        """
         if name.endswith("bias"):
             values.zero_()
         elif values.ndim == 1:  # a norm's gain
             values.fill_(1.0)
         else:
-            residual = name.endswith(("attention.output.weight", "feedforward.down.weight", "experts.down"))
+            residual = name.endswith(
+                ("attention.output.weight", "feedforward.down.weight", "experts.down")
+            )
             std = INITIAL_STD / math.sqrt(2 * self.n_layers) if residual else INITIAL_STD
             values.normal_(0.0, std, generator=generator)
 
@@ -175,19 +249,30 @@ def _check_numbers(**numbers: float) -> None:
             raise ValueError(f"model.{name}={value} must be more than 0")
 
 
-def _check(sizes: dict[str, int], optional: dict[str, int], *, norm: str, activation: str, position: str) -> None:
+def _check(
+    sizes: dict[str, int], optional: dict[str, int], *, norm: str, activation: str, position: str
+) -> None:
     for least, group in ((1, sizes), (0, optional)):
         for name, size in group.items():
             if size < least:
                 raise ValueError(f"model.{name}={size} must be at least {least}")
     d_model, heads, kv_heads = sizes["d_model"], sizes["n_heads"], sizes["n_kv_heads"]
     if d_model % heads:
-        raise ValueError(f"model.n_heads={heads} does not divide d_model={d_model}: use {divisors(d_model)}")
+        raise ValueError(
+            f"model.n_heads={heads} does not divide d_model={d_model}: use {divisors(d_model)}"
+        )
     if heads % kv_heads:
-        raise ValueError(f"model.n_kv_heads={kv_heads} does not divide n_heads={heads}: use {divisors(heads)}")
+        raise ValueError(
+            f"model.n_kv_heads={kv_heads} does not divide n_heads={heads}: use {divisors(heads)}"
+        )
     if position == "rotary" and (d_model // heads) % 2:
-        raise ValueError(f"rotary positions need an even head width, d_model/n_heads={d_model // heads}")
-    for key, value, known in (("norm", norm, NORMS), ("activation", activation, ACTIVATIONS),
-                              ("position", position, POSITIONS)):  # fmt: skip
+        raise ValueError(
+            f"rotary positions need an even head width, d_model/n_heads={d_model // heads}"
+        )
+    for key, value, known in (
+        ("norm", norm, NORMS),
+        ("activation", activation, ACTIVATIONS),
+        ("position", position, POSITIONS),
+    ):
         if value not in known:
             raise ValueError(f"model.{key}={value} is unknown: use {', '.join(known)}")

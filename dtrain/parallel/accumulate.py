@@ -45,5 +45,7 @@ class GradientAccumulation(Executor):
         for part in divide(batch, self.micro_batches):
             with self.plan.around(), self.plan.autocast():
                 measured = update.measure(self.models, part)
-            sums = {name: sums.get(name, 0) + whole(value).double() for name, value in measured.items()}
+            sums = {
+                name: sums.get(name, 0) + whole(value).double() for name, value in measured.items()
+            }
         return sums

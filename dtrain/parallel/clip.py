@@ -1,7 +1,8 @@
 """Clipping by the norm of the whole gradient, wherever its parts are.
 
-`torch.nn.utils.clip_grad_norm_` refuses a mix of plain and distributed tensors and gathers the norm of each
-parameter by itself; here squares are summed on each rank, and one number travels for each way of sharding.
+`torch.nn.utils.clip_grad_norm_` refuses a mix of plain and distributed tensors and gathers the norm
+of each parameter by itself; here squares are summed on each rank, and one number travels for each
+way of sharding.
 """
 
 from __future__ import annotations
@@ -18,7 +19,10 @@ from dtrain.parallel.strategy import local
 
 
 def clip(model: nn.Module, plan: Plan) -> Tensor:
-    """Scale gradients to at most the plan's `clip_norm` (None: leave them); return the norm before. A collective."""
+    """Scale gradients to at most the plan's `clip_norm` (None: leave them); return the norm before.
+
+    A collective.
+    """
     gradients = [p.grad for p in model.parameters() if p.grad is not None]
     copies = {id(p.grad) for p in plan.copies(model)}
     norm = _norm([gradient for gradient in gradients if id(gradient) not in copies], plan)
@@ -42,7 +46,10 @@ def _norm(gradients: list[Tensor], plan: Plan) -> Tensor:
         groups[_sharded_over(gradient)].append(local(gradient))
     square = torch.zeros((), device=plan.device, dtype=torch.float64)
     for axes, parts in sorted(groups.items()):  # in an order of its own on each rank it would hang
-        norms = [torch.linalg.vector_norm(p, dtype=torch.promote_types(p.dtype, torch.float32)) for p in parts]
+        norms = [
+            torch.linalg.vector_norm(p, dtype=torch.promote_types(p.dtype, torch.float32))
+            for p in parts
+        ]
         part = torch.stack(norms).to(square).square().sum()
         for axis in axes:
             dist.all_reduce(part, group=plan.mesh[axis].get_group())
@@ -57,4 +64,6 @@ def _sharded_over(tensor: Tensor) -> tuple[str, ...]:
     if not isinstance(tensor, DTensor):
         return ()
     names = tensor.device_mesh.mesh_dim_names or ()
-    return tuple(name for name, p in zip(names, tensor.placements, strict=True) if not p.is_replicate())
+    return tuple(
+        name for name, p in zip(names, tensor.placements, strict=True) if not p.is_replicate()
+    )

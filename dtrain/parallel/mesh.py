@@ -1,4 +1,6 @@
-"""The axes of the mesh: their two orders, how many ranks lie along each, how many rows of a batch are a rank's."""
+"""The axes of the mesh: their two orders, how many ranks lie along each, how many rows of a
+batch are a rank's.
+"""
 
 from __future__ import annotations
 
@@ -18,15 +20,21 @@ def laid_out(strategies: Iterable[Strategy], world_size: int) -> tuple[Strategy,
     """The strategies in application order, each told its degree.
 
     Raises:
-        ValueError: an axis that there is not, two strategies on one, or degrees that do not fill the world.
+        ValueError: an axis that there is not, two strategies on one, or degrees that do not fill
+            the world.
     """
     found: dict[str, Strategy] = {}
     for strategy in strategies:
         name, axis = type(strategy).__name__, strategy.axis
         if axis not in APPLICATION_ORDER:
-            raise ValueError(f"strategy {name} is on the axis {axis}: use one of {', '.join(MESH_ORDER)}")
+            raise ValueError(
+                f"strategy {name} is on the axis {axis}: use one of {', '.join(MESH_ORDER)}"
+            )
         if axis in found:
-            raise ValueError(f"{type(found[axis]).__name__} and {name} both want the axis {axis}: choose one of them")
+            raise ValueError(
+                f"{type(found[axis]).__name__} and {name} both want the axis {axis}: choose "
+                f"one of them"
+            )
         found[axis] = strategy
     degrees = fill({axis: found[axis].degree for axis in MESH_ORDER if axis in found}, world_size)
     for axis, degree in degrees.items():
@@ -35,21 +43,30 @@ def laid_out(strategies: Iterable[Strategy], world_size: int) -> tuple[Strategy,
 
 
 def fill(degrees: dict[str, int], world_size: int) -> dict[str, int]:
-    """Replace each -1 by its share of the ranks that the other axes leave; inner axes get the larger shares.
+    """Replace each -1 by its share of the ranks that the other axes leave; inner axes get the
+    larger shares.
 
     Raises:
         ValueError: the degrees cannot fill the world exactly.
     """
     for axis, degree in degrees.items():
         if degree != REST and degree < 1:
-            raise ValueError(f"strategy.{axis}.degree={degree} must be at least 1, or -1 for the rest of the world")
-    asked = " x ".join(f"{axis}={'rest' if d == REST else d}" for axis, d in degrees.items()) or "single"
+            raise ValueError(
+                f"strategy.{axis}.degree={degree} must be at least 1, or -1 for the rest of "
+                f"the world"
+            )
+    asked = (
+        " x ".join(f"{axis}={'rest' if d == REST else d}" for axis, d in degrees.items())
+        or "single"
+    )
     fixed = prod(d for d in degrees.values() if d != REST)
     rest, free = world_size // fixed, [axis for axis, d in degrees.items() if d == REST]
     if fixed * rest != world_size or (rest > 1 and not free):
         hint = " (choose a strategy: ddp, fsdp, ...)" if not degrees else ""
-        raise ValueError(f"strategy {asked} uses {'a multiple of ' if free else ''}{fixed} "
-                         f"{'rank' if fixed == 1 else 'ranks'}, the job has {world_size}{hint}")  # fmt: skip
+        raise ValueError(
+            f"strategy {asked} uses {'a multiple of ' if free else ''}{fixed} "
+            f"{'rank' if fixed == 1 else 'ranks'}, the job has {world_size}{hint}"
+        )
     filled = dict(degrees)
     for left, axis in zip(range(len(free), 0, -1), reversed(free), strict=True):
         filled[axis] = next(d for d in range(1, rest + 1) if rest % d == 0 and d**left >= rest)
@@ -57,7 +74,8 @@ def fill(degrees: dict[str, int], world_size: int) -> dict[str, int]:
     if len(free) > 1 and any(filled[axis] == 1 for axis in free):
         least = fixed * 2 ** len(free)
         raise ValueError(
-            f"strategy {asked} needs at least 2 ranks on each of {' and '.join(free)}: {least} or more in all, the "
+            f"strategy {asked} needs at least 2 ranks on each of {' and '.join(free)}: {least} or "
+            f"more in all, the "
             f"job has {world_size}; or set strategy.{free[0]}.degree"
         )
     return filled
@@ -73,7 +91,13 @@ def rows_of_a_rank(global_batch_size: int, ranks: int, micro_batch_size: int | N
     if global_batch_size % unit:
         micro = f" x micro_batch_size={micro_batch_size}" if micro_batch_size else ""
         rows, rest = divmod(global_batch_size, ranks)
-        other = f", or micro_batch_size={divisors(rows).replace(', ', ' or ')}" if micro and not rest else ""
-        raise ValueError(f"global_batch_size={global_batch_size} is not divisible by {ranks} data-parallel ranks"
-                         f"{micro}: use global_batch_size={multiples(global_batch_size, unit)}{other}")  # fmt: skip
+        other = (
+            f", or micro_batch_size={divisors(rows).replace(', ', ' or ')}"
+            if micro and not rest
+            else ""
+        )
+        raise ValueError(
+            f"global_batch_size={global_batch_size} is not divisible by {ranks} data-parallel ranks"
+            f"{micro}: use global_batch_size={multiples(global_batch_size, unit)}{other}"
+        )
     return global_batch_size // ranks

@@ -1,6 +1,7 @@
 """Messages: what one rank hands to a collective in a step, in bytes.
 
-Payload is the size of the one whole tensor that a call is about, as this rank hands it over or receives it:
+Payload is the size of the one whole tensor that a call is about, as this rank hands it over or
+receives it:
 
     all_reduce, broadcast   the tensor
     all_gather              the gathered tensor, padding included: n times what each rank gives
@@ -20,7 +21,9 @@ from dtrain.parallel.footprint import Weight
 
 @dataclass(frozen=True)
 class Message:
-    """All calls of one collective over one axis in one optimizer step, by one rank; `bytes` is their payload."""
+    """All calls of one collective over one axis in one optimizer step, by one rank; `bytes` is
+    their payload.
+    """
 
     axis: str
     operation: str
@@ -28,10 +31,11 @@ class Message:
     bytes: int
 
     def wire_bytes(self, ranks: int, backend: str = "ring") -> float:
-        """What leaves the rank where n ranks stand in a ring; of a broadcast, the mean over the ranks.
+        """What leaves the rank where n ranks stand in a ring; of a broadcast, the mean over the
+        ranks.
 
-        gloo does so too, but for a reduce-scatter: it sums whole tensors, as an all-reduce does (torch 2.13).
-        Source: Patarasu & Yuan 2009, "Bandwidth optimal all-reduce algorithms".
+        gloo does so too, but for a reduce-scatter: it sums whole tensors, as an all-reduce does
+        (torch 2.13). Source: Patarasu & Yuan 2009, "Bandwidth optimal all-reduce algorithms".
         """
         share = (ranks - 1) / ranks
         passes = {"all_reduce": 2 * share, "send": float(ranks > 1)}
@@ -40,12 +44,18 @@ class Message:
         return self.bytes * passes.get(self.operation, share)
 
 
-def message(axis: str, operation: str, elements: Iterable[int], itemsize: int, times: int = 1) -> Message:
+def message(
+    axis: str, operation: str, elements: Iterable[int], itemsize: int, times: int = 1
+) -> Message:
     """One call for each number of elements, `times` over."""
     sizes = list(elements)
     return Message(axis, operation, times * len(sizes), times * sum(sizes) * itemsize)
 
 
 def all_reduce_each(axis: str, weights: Iterable[Weight], itemsize: int) -> Message:
-    """One all-reduce for each gradient of which this rank has some, as `parallel.strategy.add_up` sends it."""
-    return message(axis, "all_reduce", [size for weight in weights if (size := prod(weight.held))], itemsize)
+    """One all-reduce for each gradient of which this rank has some, as
+    `parallel.strategy.add_up` sends it.
+    """
+    return message(
+        axis, "all_reduce", [size for weight in weights if (size := prod(weight.held))], itemsize
+    )

@@ -15,20 +15,23 @@ OPTIMIZER_STATE = "optimizer."  # begins the names of its tensors in a checkpoin
 def parameter_groups(model: nn.Module) -> list[dict[str, Any]]:
     """Matrices decay; gains, biases and other vectors do not (weight_decay 0).
 
-    Plain parameters and those of each mesh stand apart: a fused optimizer takes one kind at a time. Where nothing
-    trains, as in a stage of a pipeline, there is one group of none.
+    Plain parameters and those of each mesh stand apart: a fused optimizer takes one kind at a time.
+    Where nothing trains, as in a stage of a pipeline, there is one group of none.
     """
     groups: dict[tuple[bool, str], dict[str, Any]] = {}
     for parameter in model.parameters():
         if parameter.requires_grad:
             decays, mesh = parameter.ndim >= 2, str(getattr(parameter, "device_mesh", ""))
-            settings: dict[str, Any] = {"params": []} if decays else {"params": [], "weight_decay": 0.0}
+            settings: dict[str, Any] = (
+                {"params": []} if decays else {"params": [], "weight_decay": 0.0}
+            )
             groups.setdefault((decays, mesh), settings)["params"].append(parameter)
     return [groups[key] for key in sorted(groups, reverse=True)] or [{"params": []}]
 
 
 def rate(step: int, steps: int, *, warmup_steps: int, min_lr_ratio: float) -> float:
-    """The factor on the learning rate at a step from 0: linear warm-up, then half a cosine to `min_lr_ratio`.
+    """The factor on the learning rate at a step from 0: linear warm-up, then half a cosine to
+    `min_lr_ratio`.
 
     Source: Loshchilov & Hutter 2016 (1608.03983).
     """
@@ -40,16 +43,21 @@ def rate(step: int, steps: int, *, warmup_steps: int, min_lr_ratio: float) -> fl
 
 @torch.no_grad()
 def fill_state(optimizer: torch.optim.Optimizer) -> None:
-    """Give every parameter its optimizer state, to be filled: a step of gradients of one at rate zero.
+    """Give every parameter its optimizer state, to be filled: a step of gradients of one at rate
+    zero.
 
-    Weights stay as they are, and states do not (a count of steps is 1): only for what a checkpoint then replaces.
+    Weights stay as they are, and states do not (a count of steps is 1): only for what a checkpoint
+    then replaces.
     """
     rates = [group["lr"] for group in optimizer.param_groups]
     for group in optimizer.param_groups:
         group["lr"] = 0.0
         for parameter in group["params"]:
             parameter.grad = torch.ones_like(parameter)  # by zeros some would divide
-    hooks, optimizer._optimizer_step_post_hooks = optimizer._optimizer_step_post_hooks, OrderedDict()
+    hooks, optimizer._optimizer_step_post_hooks = (
+        optimizer._optimizer_step_post_hooks,
+        OrderedDict(),
+    )
     optimizer.step()  # this rank's alone: nothing is exchanged
     optimizer._optimizer_step_post_hooks = hooks
     optimizer.zero_grad()
@@ -58,7 +66,8 @@ def fill_state(optimizer: torch.optim.Optimizer) -> None:
 
 
 def named_tensors(model: nn.Module, optimizer: torch.optim.Optimizer | None) -> dict[str, Tensor]:
-    """Weights and kept buffers by their names in the model, the optimizer's states by `optimizer.<name>.<key>`.
+    """Weights and kept buffers by their names in the model, the optimizer's states by
+    `optimizer.<name>.<key>`.
 
     A state that is a number of Python's becomes a tensor of fp64, exact up to 2^53: see `put_back`.
 
@@ -73,14 +82,21 @@ def named_tensors(model: nn.Module, optimizer: torch.optim.Optimizer | None) -> 
             if value is None:  # as SGD says that it has no momentum
                 continue
             if not isinstance(value, Tensor | int | float):
-                raise ValueError(f"{type(optimizer).__name__} keeps a {type(value).__name__} as {key!r} of {name}, and "
-                                 f"a checkpoint takes tensors and numbers: use another optimizer")  # fmt: skip
+                raise ValueError(
+                    f"{type(optimizer).__name__} keeps a {type(value).__name__} as {key!r} of "
+                    f"{name}, and "
+                    f"a checkpoint takes tensors and numbers: use another optimizer"
+                )
             full = f"{OPTIMIZER_STATE}{name}.{key}"
-            tensors[full] = value if isinstance(value, Tensor) else torch.tensor(value, dtype=torch.float64)
+            tensors[full] = (
+                value if isinstance(value, Tensor) else torch.tensor(value, dtype=torch.float64)
+            )
     return tensors
 
 
-def put_back(model: nn.Module, optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor]) -> None:
+def put_back(
+    model: nn.Module, optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor]
+) -> None:
     """Bring states in line with the tensors of `named_tensors`, which have been filled.
 
     Numbers are put back, what is gone is taken away, and what no first step makes is added.

@@ -1,4 +1,6 @@
-"""What an optimizer keeps besides the state of each weight: counts, lists, generators, other optimizers in it."""
+"""What an optimizer keeps besides the state of each weight: counts, lists, generators, other
+optimizers in it.
+"""
 
 from __future__ import annotations
 
@@ -18,14 +20,23 @@ HOOKS = "_optimizer_"  # begins the names of torch's own hooks
 
 def besides(optimizer: Optimizer, tolerance: float) -> dict[str, Kept]:
     """All of it, by the names that its author knows; what a checkpoint has is left out."""
-    places = {id(p): place for place, p in enumerate(p for g in optimizer.param_groups for p in g["params"])}
+    places = {
+        id(p): place
+        for place, p in enumerate(p for g in optimizer.param_groups for p in g["params"])
+    }
     found: dict[str, Any] = {}
     for key, value in vars(optimizer).items():
         if key not in ("param_groups", "state", "defaults") and not key.startswith(HOOKS):
             found[f"its {key}"] = value
     for number, group in enumerate(optimizer.param_groups):
-        found |= {f"{key!r} of group {number}": value for key, value in group.items() if key != "params"}
-    found |= {f"{key!r} of its state": value for key, value in optimizer.state.items() if id(key) not in places}
+        found |= {
+            f"{key!r} of group {number}": value for key, value in group.items() if key != "params"
+        }
+    found |= {
+        f"{key!r} of its state": value
+        for key, value in optimizer.state.items()
+        if id(key) not in places
+    }
     saved = {id(each): each for each in (optimizer, optimizer.state, *optimizer.state.values())}
     return {name: Kept(value, places, saved, tolerance) for name, value in found.items()}
 
@@ -33,14 +44,22 @@ def besides(optimizer: Optimizer, tolerance: float) -> dict[str, Kept]:
 class Kept:
     """A value as it is now, to its depths: it can be compared with another one."""
 
-    def __init__(self, value: object, places: Mapping[int, int], saved: Mapping[int, object], tolerance: float) -> None:
+    def __init__(
+        self,
+        value: object,
+        places: Mapping[int, int],
+        saved: Mapping[int, object],
+        tolerance: float,
+    ) -> None:
         self.places, self.tolerance = places, tolerance
         self.leaves = dict(self._walk(value, "", dict(saved)))
 
     def __eq__(self, other: object) -> bool:
         if not isinstance(other, Kept) or self.leaves.keys() != other.leaves.keys():
             return False
-        return all(_like(mine, other.leaves[path], self.tolerance) for path, mine in self.leaves.items())
+        return all(
+            _like(mine, other.leaves[path], self.tolerance) for path, mine in self.leaves.items()
+        )
 
     __hash__ = None  # type: ignore[assignment]
 
@@ -58,7 +77,10 @@ class Kept:
         else:
             seen[id(value)] = value  # kept, so that its id stays its own
             inner = list(_within(value))
-            yield path, (type(value), None if inner or hasattr(value, "__dict__") else _frozen(value))
+            yield (
+                path,
+                (type(value), None if inner or hasattr(value, "__dict__") else _frozen(value)),
+            )
             for key, each in inner:
                 yield from self._walk(each, f"{path}/{self.places.get(id(key), key)}", seen)
 
@@ -78,7 +100,9 @@ def _within(value: Any) -> Iterator[tuple[object, object]]:
 
 
 def _frozen(value: object) -> bytes | None:
-    """What there is of an array, a set or a generator of another library's: it is compared, and never read."""
+    """What there is of an array, a set or a generator of another library's: it is compared, and
+    never read.
+    """
     try:
         return pickle.dumps(value)
     except (AttributeError, NotImplementedError, TypeError, pickle.PicklingError):
@@ -91,5 +115,9 @@ def _like(one: object, other: object, tolerance: float) -> bool:
             one.double(), other.double(), rtol=tolerance, atol=tolerance, equal_nan=True
         )
     if isinstance(one, float) and isinstance(other, float):
-        return math.isclose(one, other, rel_tol=tolerance, abs_tol=tolerance) or one != one and other != other
+        return (
+            math.isclose(one, other, rel_tol=tolerance, abs_tol=tolerance)
+            or one != one
+            and other != other
+        )
     return one is other or one == other

@@ -1,7 +1,7 @@
 """A plan: the strategies of one run, in the order in which they act on a model.
 
-    mesh order         pp, dp, fsdp, cp, ep, tp   outermost first: little traffic on slow links, most on fast ones
-    application order  pp, tp, ep, fsdp, cp, dp   cut, split, shard; then hook the gradients of what is left
+    mesh order         pp, dp, fsdp, cp, ep, tp   outermost first: least traffic on slow links
+    application order  pp, tp, ep, fsdp, cp, dp   cut, split, shard; then hook what is left
 
 Between `fsdp` and `cp` the parameters get their values: before, they have shapes only.
 """
@@ -73,8 +73,8 @@ class Plan:
         """Check the strategies against each other and the world; no process group is needed.
 
         Raises:
-            ValueError: two strategies want one axis, the degrees do not fill the world, or a strategy
-                refuses its neighbours.
+            ValueError: two strategies want one axis, the degrees do not fill the world, or a
+                strategy refuses its neighbours.
         """
         plan = cls(laid_out(strategies, world_size), world_size, **settings)  # type: ignore[arg-type]
         for strategy in plan.strategies:
@@ -85,7 +85,9 @@ class Plan:
         """The same plan with its device mesh. A collective: every rank calls it, once."""
         if not self.degrees:
             return self
-        mesh = init_device_mesh(self.device.type, tuple(self.degrees.values()), mesh_dim_names=tuple(self.degrees))
+        mesh = init_device_mesh(
+            self.device.type, tuple(self.degrees.values()), mesh_dim_names=tuple(self.degrees)
+        )
         return replace(self, _mesh=mesh)
 
     @property
@@ -105,7 +107,9 @@ class Plan:
 
     @property
     def groups(self) -> dict[str, tuple[str, list[int]]]:
-        """The process groups along axes of several ranks, by name: the axis, and the ranks of this rank's group."""
+        """The process groups along axes of several ranks, by name: the axis, and the ranks of
+        this rank's group.
+        """
         found = {}
         for axis in (axis for axis, degree in self.degrees.items() if degree > 1):
             group = self.mesh[axis].get_group()
@@ -173,12 +177,17 @@ class Plan:
         model = self._apply(("tp", "ep"), model)
         for block in blocks_of(model):
             if self.recompute:
-                contexts: Any = {} if self.compile else {"context_fn": _twice}  # a compiled one draws by torch alone
+                # a compiled one draws by torch alone
+                contexts: Any = {} if self.compile else {"context_fn": _twice}
                 block.forward = partial(checkpoint, block.forward, use_reentrant=False, **contexts)
             if self.compile:
                 block.compile()
         model = self._apply(("fsdp",), model)
-        told = None if not of_others(model) else lambda name, values: digests.update({name: digest(values)})
+        told = (
+            None
+            if not of_others(model)
+            else lambda name, values: digests.update({name: digest(values)})
+        )
         materialize(model, seed, self.storage, self.device, self.precision.weights_dtype, told)
         model = self._apply(AFTER_VALUES, model)
         for strategy in self.strategies:
@@ -186,13 +195,18 @@ class Plan:
         return model
 
     def check_task(self, task: Task) -> None:
-        """Refuse what cannot work with this task's models, updates and batches; needs no other process."""
+        """Refuse what cannot work with this task's models, updates and batches; needs no other
+        process.
+        """
         for name, factory in task.models.items():
             model = on_meta(factory)
             model = factory() if model is None else model
             self.check_model(model)
             if name not in task.followers and not any(p.requires_grad for p in model.parameters()):
-                raise ValueError(f"nothing of {type(model).__name__} trains: requires_grad is false of all its weights")
+                raise ValueError(
+                    f"nothing of {type(model).__name__} trains: requires_grad is false of all "
+                    f"its weights"
+                )
         self.check_updates(task)
 
     def check_updates(self, task: Task) -> None:
@@ -213,12 +227,19 @@ class Plan:
         for strategy in (s for s in self.strategies if {ROWS, COLUMNS} & {*s.stepped}):
             refuse_written_tensors(model, strategy.axis)
         if (self.recompute or self.compile) and not blocks_of(model):
-            asked, name = "activation_checkpointing" if self.recompute else "compile", type(model).__name__
-            raise ValueError(f"{asked}=true acts on a model's blocks, and {name} names none in a Layout: "
-                             f"use {asked}=false, or name them (dtrain/model/layout.py)")  # fmt: skip
+            asked = "activation_checkpointing" if self.recompute else "compile"
+            name = type(model).__name__
+            raise ValueError(
+                f"{asked}=true acts on a model's blocks, and {name} names none in a Layout: "
+                f"use {asked}=false, or name them (dtrain/model/layout.py)"
+            )
 
-    def check_optimizer(self, optimizer: Callable[[nn.Module], Optimizer], micro_batches: int = 1) -> None:
-        """Refuse an optimizer that would step parts of weights to other values, or could not be resumed."""
+    def check_optimizer(
+        self, optimizer: Callable[[nn.Module], Optimizer], micro_batches: int = 1
+    ) -> None:
+        """Refuse an optimizer that would step parts of weights to other values, or could not be
+        resumed.
+        """
         alone = self.world_size == 1 and not self.strategies and micro_batches == 1
         stepped = {kind: strategy for strategy in self.strategies for kind in strategy.stepped}
         told = {kind: type(s).__name__ for kind, s in stepped.items()}
@@ -227,8 +248,9 @@ class Plan:
 
     @property
     def without_late_states(self) -> Strategy | None:
-        """The strategy that resumes no state which an optimizer begins to keep after its first step; None: there is
-        none."""
+        """The strategy that resumes no state which an optimizer begins to keep after its first
+        step; None: there is none.
+        """
         return next((s for s in self.strategies if s.engine or not s.synchronous), None)
 
     def _apply(self, axes: Sequence[str], model: nn.Module) -> nn.Module:
@@ -248,17 +270,25 @@ class Plan:
             optimizer = strategy.optimizer(optimizer, model, self)
         return optimizer
 
-    def executor(self, models: Models, optimizers: Mapping[str, Optimizer], micro_batches: int) -> Executor:
+    def executor(
+        self, models: Models, optimizers: Mapping[str, Optimizer], micro_batches: int
+    ) -> Executor:
         """The first strategy's own way to run forward and backward, or gradient accumulation."""
         if micro_batches > 1:
             for model in models.values():
                 refuse_batch_norm(model)
-        made = (strategy.executor(models, optimizers, self, micro_batches) for strategy in self.strategies)
+        made = (
+            strategy.executor(models, optimizers, self, micro_batches)
+            for strategy in self.strategies
+        )
         return next(filter(None, made), None) or GradientAccumulation(models, micro_batches, self)
 
     @property
     def casts(self) -> bool:
-        """Does a strategy cast weights and inputs itself? Then activations between blocks are narrow too."""
+        """Does a strategy cast weights and inputs itself?
+
+        Then activations between blocks are narrow too.
+        """
         return any(strategy.casts_itself for strategy in self.strategies)
 
     def autocast(self) -> AbstractContextManager:
@@ -273,7 +303,9 @@ class Plan:
 
     @contextmanager
     def around(self, twice: Models | None = None) -> Iterator[None]:
-        """The strategies' contexts for forward and backward; `twice`: models whose gradients are in the loss."""
+        """The strategies' contexts for forward and backward; `twice`: models whose gradients
+        are in the loss.
+        """
         with ExitStack() as stack:
             for strategy in self.strategies:
                 stack.enter_context(strategy.forward_backward_context(self))
@@ -300,23 +332,36 @@ class Plan:
         return [parameter for strategy in self.strategies for parameter in strategy.unused(model)]
 
     def unit_calls(self, model: nn.Module) -> dict[str, int]:
-        return {name: calls for strategy in self.strategies for name, calls in strategy.unit_calls(model).items()}
+        return {
+            name: calls
+            for strategy in self.strategies
+            for name, calls in strategy.unit_calls(model).items()
+        }
 
     def most(self, value: Tensor) -> Tensor:
         """The largest over all ranks that step together, in place. A collective."""
         for strategy in self.strategies:
             if strategy.synchronous and strategy.degree > 1:
-                dist.all_reduce(value, dist.ReduceOp.MAX, group=self.mesh[strategy.axis].get_group())
+                dist.all_reduce(
+                    value, dist.ReduceOp.MAX, group=self.mesh[strategy.axis].get_group()
+                )
         return value
 
     def reduce_gradients(self, model: nn.Module) -> None:
-        """What is left to do for a model's gradients after backward, inner axes first. A collective."""
+        """What is left to do for a model's gradients after backward, inner axes first.
+
+        A collective.
+        """
         for axis in reversed(MESH_ORDER):
             if strategy := self.strategy_on(axis):
                 strategy.reduce_gradients(model, self)
 
     def copies(self, model: nn.Module) -> list[nn.Parameter]:
-        return [parameter for strategy in self.strategies for parameter in strategy.duplicated_parameters(model)]
+        return [
+            parameter
+            for strategy in self.strategies
+            for parameter in strategy.duplicated_parameters(model)
+        ]
 
     def after_evaluation(self, models: Models) -> None:
         for strategy in self.strategies:
@@ -331,12 +376,16 @@ class Plan:
         return value
 
     def sum_over_batch_parts(self, value: Tensor) -> Tensor:
-        """The sum over the ranks that read different parts of the batch, in place: of what each stage counts."""
+        """The sum over the ranks that read different parts of the batch, in place: of what each
+        stage counts.
+        """
         for strategy in (s for s in self.strategies if s.divides):
             value = strategy.sum_over_axis(value, self)
         return value
 
 
 def _twice() -> tuple[Any, Again]:
-    """What a block's forward pass runs in, and then its second one, which draws what the first has drawn."""
+    """What a block's forward pass runs in, and then its second one, which draws what the first
+    has drawn.
+    """
     return nullcontext(), Again()

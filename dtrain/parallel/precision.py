@@ -15,11 +15,12 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp64": torch.float64}
 
 @dataclass(frozen=True)
 class Precision:
-    """Everything in one format, or mixed: matrix products in bf16, weights and optimizer states in fp32.
+    """Everything in one format, or mixed: matrix products in bf16, weights and optimizer states in
+    fp32.
 
-    Mixed precision has two ways, both torch's. Under single and ddp autocast casts the inputs of each
-    product; activations between blocks stay in fp32. Under fsdp and replicate weights travel in bf16, and
-    activations between blocks are bf16 too. Their losses differ by bf16's rounding.
+    Mixed precision has two ways, both torch's. Under single and ddp autocast casts the inputs of
+    each product; activations between blocks stay in fp32. Under fsdp and replicate weights travel
+    in bf16, and activations between blocks are bf16 too. Their losses differ by bf16's rounding.
 
     Args:
         compute: fp32, bf16 or fp64.
@@ -43,16 +44,27 @@ class Precision:
         """
         known = [item.name for item in fields(cls) if item.name != "compute"]
         if unknown := [key for key in formats if key not in known]:
-            raise ValueError(f"unknown key 'precision.{unknown[0]}': beside it are {', '.join(known)}")
+            raise ValueError(
+                f"unknown key 'precision.{unknown[0]}': beside it are {', '.join(known)}"
+            )
         return cls(compute, **formats)
 
     def __post_init__(self) -> None:
-        for key, value in (("dtype", self.compute), ("precision.weights", self.weights),
-                           ("precision.reduce", self.reduce)):  # fmt: skip
+        for key, value in (
+            ("dtype", self.compute),
+            ("precision.weights", self.weights),
+            ("precision.reduce", self.reduce),
+        ):
             if value is not None and value not in DTYPES:
                 raise ValueError(f"{key}={value} is unknown: use {', '.join(DTYPES)}")
-        if self.mixed and (self.compute_dtype, self.weights_dtype) != (torch.bfloat16, torch.float32):
-            raise ValueError(f"dtype={self.compute} with precision.weights={self.weights}: only bf16 with fp32 mix")
+        if self.mixed and (self.compute_dtype, self.weights_dtype) != (
+            torch.bfloat16,
+            torch.float32,
+        ):
+            raise ValueError(
+                f"dtype={self.compute} with precision.weights={self.weights}: only bf16 with "
+                f"fp32 mix"
+            )
 
     @property
     def compute_dtype(self) -> torch.dtype:
@@ -60,7 +72,11 @@ class Precision:
 
     @property
     def weights_dtype(self) -> torch.dtype:
-        return DTYPES[self.weights] if self.weights else torch.promote_types(torch.float32, self.compute_dtype)
+        return (
+            DTYPES[self.weights]
+            if self.weights
+            else torch.promote_types(torch.float32, self.compute_dtype)
+        )
 
     @property
     def reduce_dtype(self) -> torch.dtype:
@@ -72,10 +88,14 @@ class Precision:
 
     def autocast(self, device_type: str) -> AbstractContextManager:
         """The context of every forward pass."""
-        return torch.autocast(device_type, dtype=self.compute_dtype) if self.mixed else nullcontext()
+        return (
+            torch.autocast(device_type, dtype=self.compute_dtype) if self.mixed else nullcontext()
+        )
 
     def fsdp_policy(self) -> MixedPrecisionPolicy:
-        """What `fully_shard` gathers and reduces: weights travel in `compute`, gradients in `reduce`."""
+        """What `fully_shard` gathers and reduces: weights travel in `compute`, gradients in
+        `reduce`.
+        """
         return MixedPrecisionPolicy(
             param_dtype=self.compute_dtype if self.mixed else None, reduce_dtype=self.reduce_dtype
         )

@@ -1,11 +1,12 @@
 """Which parameters have a gradient: on every rank those of which one process would have one.
 
-    rank 0's rows use block A, rank 1's block B:   fill    A: g, 0    B: 0, g      a message for each, on both
-    neither uses block C                           settle  C: none, on both: no step, no decay, no state
+    rank 0's rows use block A, rank 1's block B:  fill    A: g, 0   B: 0, g   a message for each
+    neither uses block C:                         settle  C: none, on both    no step, no state
 
-A row, or a rank's rows, may choose what they run through: experts, adapters, layers that are dropped. One process has
-a gradient of whatever any row used, and none of what no row used. So a rank gives zeros to what its own rows did not
-use before gradients are exchanged, and after that all ranks agree by one small all-reduce on what nobody used.
+A row, or a rank's rows, may choose what they run through: experts, adapters, layers that are
+dropped. One process has a gradient of whatever any row used, and none of what no row used. So a
+rank gives zeros to what its own rows did not use before gradients are exchanged, and after that all
+ranks agree by one small all-reduce on what nobody used.
 """
 
 from __future__ import annotations
@@ -36,7 +37,8 @@ class Presence:
     def __init__(self, model: nn.Module, plan: Plan) -> None:
         self.model, self.plan = model, plan
         self._unused: set[int] = set()
-        self._parameters: dict[str, list[nn.Parameter]] = defaultdict(list)  # two stages may share one
+        # two stages may share one
+        self._parameters: dict[str, list[nn.Parameter]] = defaultdict(list)
         for piece in pieces(model) if plan.strategies else ():
             for name, parameter in plan.unwrap(piece).named_parameters():
                 if parameter.requires_grad:
@@ -60,7 +62,10 @@ class Presence:
         """
         if not self.plan.strategies:
             return
-        used = [int(any(id(p) not in self._unused for p in self._parameters[name])) for name in self._names]
+        used = [
+            int(any(id(p) not in self._unused for p in self._parameters[name]))
+            for name in self._names
+        ]
         found = self._most([*used, *self._runs()])
         self._compare(found[len(used) :])
         for name, has in zip(self._names, found, strict=False):
@@ -77,19 +82,29 @@ class Presence:
             self._compare(self._most(self._runs()))
 
     def _runs(self) -> list[int]:
-        """How often each unit ran; and the same below zero, so that the largest of those tells the least."""
+        """How often each unit ran; and the same below zero, so that the largest of those tells
+        the least.
+        """
         calls = self.plan.unit_calls(self.model)
-        return [calls.get(name, -NEVER) for name in self._units] + [-calls.get(name, NEVER) for name in self._units]
+        return [calls.get(name, -NEVER) for name in self._units] + [
+            -calls.get(name, NEVER) for name in self._units
+        ]
 
     def _most(self, numbers: list[int]) -> list[int]:
-        return list(self.plan.most(torch.tensor(numbers, dtype=torch.int32, device=self.plan.device)).tolist())
+        return list(
+            self.plan.most(
+                torch.tensor(numbers, dtype=torch.int32, device=self.plan.device)
+            ).tolist()
+        )
 
     def _compare(self, runs: list[int]) -> None:
         for name, high, low in zip(self._units, runs, runs[len(self._units) :], strict=False):
             if high != -low:
                 raise ValueError(
-                    f"{name} ran {high} times for some rank's rows and {-low} times for another's: fsdp "
-                    f"and replicate exchange a block when it runs, so all ranks must run it alike; use "
+                    f"{name} ran {high} times for some rank's rows and {-low} times for "
+                    f"another's: fsdp "
+                    f"and replicate exchange a block when it runs, so all ranks must run it "
+                    f"alike; use "
                     f"strategy=ddp, allreduce or zero1"
                 )
 
@@ -109,32 +124,46 @@ def reached(loss: Tensor) -> set[int]:
 
 
 def refuse_unused(model: nn.Module, used: set[int], plan: Plan, engine: str) -> None:
-    """Refuse to go on where some rank's rows have not used a parameter: for engines that would step it anyway.
+    """Refuse to go on where some rank's rows have not used a parameter: for engines that would step
+    it anyway.
 
     A collective.
 
     Raises:
         ValueError: names the parameters and what would do; on every rank.
     """
-    own = {name: id(parameter) for name, parameter in model.named_parameters() if parameter.requires_grad}
+    own = {
+        name: id(parameter)
+        for name, parameter in model.named_parameters()
+        if parameter.requires_grad
+    }
     names = _everywhere(list(own), plan)
     lacking = [int(name in own and own[name] not in used) for name in names]
     found = plan.most(torch.tensor(lacking, dtype=torch.uint8, device=plan.device)).tolist()
     if unused := [name for name, lacks in zip(names, found, strict=True) if lacks]:
         raise ValueError(
-            f"{unused[0]} (one of {len(unused)} weights) is not used by the rows of some rank's micro-"
-            f"batch, and {engine} steps every weight in every step: use strategy=ddp, zero1 or fsdp, or "
+            f"{unused[0]} (one of {len(unused)} weights) is not used by the rows of some "
+            f"rank's micro-"
+            f"batch, and {engine} steps every weight in every step: use strategy=ddp, zero1 or "
+            f"fsdp, or "
             f"freeze what is never used (requires_grad=False)"
         )
 
 
-def completed(tensors: dict[str, Tensor], model: nn.Module, group: dist.ProcessGroup) -> dict[str, Tensor]:
-    """With zeros for states that other ranks of the group have and this one does not, in one order. A collective."""
+def completed(
+    tensors: dict[str, Tensor], model: nn.Module, group: dist.ProcessGroup
+) -> dict[str, Tensor]:
+    """With zeros for states that other ranks of the group have and this one does not, in one order.
+
+    A collective.
+    """
     shapes = {name: (tuple(t.shape), t.dtype) for name, t in tensors.items()}
     every: list[dict[str, tuple[tuple[int, ...], torch.dtype]]] = [{}] * group.size()
     dist.all_gather_object(every, shapes, group=group)
     parameters, found = dict(model.named_parameters()), {}
-    for name, (shape, dtype) in sorted((item for each in every for item in each.items()), key=lambda item: item[0]):
+    for name, (shape, dtype) in sorted(
+        (item for each in every for item in each.items()), key=lambda item: item[0]
+    ):
         parameter = parameters.get(name.removeprefix(OPTIMIZER_STATE).rpartition(".")[0])
         if name in tensors:
             found[name] = tensors[name]
@@ -146,7 +175,10 @@ def completed(tensors: dict[str, Tensor], model: nn.Module, group: dist.ProcessG
 
 
 def _everywhere(names: list[str], plan: Plan) -> list[str]:
-    """The names that ranks along `pp` have, in one order; elsewhere all have the same. A collective."""
+    """The names that ranks along `pp` have, in one order; elsewhere all have the same.
+
+    A collective.
+    """
     if not plan.strategy_on("pp"):
         return names
     group = plan.mesh["pp"].get_group()

@@ -1,7 +1,7 @@
 """The one abstraction: what a strategy may change about training.
 
-A `Plan` folds its strategies over the model, the batch and the sums, in a fixed order; strategies on
-different axes therefore compose without knowing each other.
+A `Plan` folds its strategies over the model, the batch and the sums, in a fixed order; strategies
+on different axes therefore compose without knowing each other.
 """
 
 from __future__ import annotations
@@ -27,20 +27,24 @@ if TYPE_CHECKING:
     from dtrain.task.base import Task, Update
 
 EARLIER = {  # what strategies' and executors' own methods and attributes were called before
-    "splits": "divides", "casts": "casts_itself", "cut": "split_into_stages", "around": "forward_backward_context",
-    "second_order": "double_backward_context", "copies": "duplicated_parameters", "total": "sum_over_axis",
-    "norm": "combine_norm",
-    "leaves_out": "skips_nonfinite_steps", "tensors": "state_tensors", "restore": "load_state_tensors",
-    "held": "tensors_by_kind",
+    "splits": "divides", "casts": "casts_itself", "cut": "split_into_stages",
+    "around": "forward_backward_context", "second_order": "double_backward_context",
+    "copies": "duplicated_parameters", "total": "sum_over_axis", "norm": "combine_norm",
+    "leaves_out": "skips_nonfinite_steps", "tensors": "state_tensors",
+    "restore": "load_state_tensors", "held": "tensors_by_kind",
 }  # fmt: skip
 REST = -1  # a degree: all the ranks that the other axes leave
 
 
 class Executor(ABC):
-    """How an update's forward and backward are run; and, for an engine, the rest of a step and its state."""
+    """How an update's forward and backward are run; and, for an engine, the rest of a step and
+    its state.
+    """
 
-    skips_nonfinite_steps = False  # does `step` change nothing where a gradient is not finite, and go on?
-    leaves_gradients = True  # are they in `.grad` after `train`, and the loop's to exchange and clip?
+    # does `step` change nothing where a gradient is not finite, and go on?
+    skips_nonfinite_steps = False
+    # are they in `.grad` after `train`, and the loop's to exchange and clip?
+    leaves_gradients = True
 
     def __init_subclass__(cls, **more: object) -> None:
         super().__init_subclass__(**more)
@@ -48,14 +52,19 @@ class Executor(ABC):
 
     @abstractmethod
     def train(self, update: Update, batch: Batch, scale: Tensor) -> Tensor:
-        """Fill `.grad` from this rank's part of the batch; return its summed loss times `scale`, detached."""
+        """Fill `.grad` from this rank's part of the batch; return its summed loss times
+        `scale`, detached.
+        """
 
     @abstractmethod
     def evaluate(self, update: Update, batch: Batch) -> Sums:
         """This rank's sums of every measure of the update (loss, count, ...), without gradients."""
 
     def norm(self, model: str) -> Tensor | None:
-        """The norm of the whole gradient, if an engine clips with its step; None: the loop clips. A collective."""
+        """The norm of the whole gradient, if an engine clips with its step; None: the loop clips.
+
+        A collective.
+        """
         return None
 
     def step(self, model: str, optimizer: Optimizer) -> None:
@@ -63,14 +72,18 @@ class Executor(ABC):
         optimizer.step()
 
     def make_states(self, model: str, optimizer: Optimizer) -> None:
-        """Give every parameter its states, to be filled from a checkpoint, where no step has made them."""
+        """Give every parameter its states, to be filled from a checkpoint, where no step has
+        made them.
+        """
         if not optimizer.state:
             fill_state(optimizer)
 
     def state_tensors(self, model: str) -> dict[str, Tensor] | None:
-        """What an engine keeps: weights by their full names, states by `optimizer.<name>.<key>`. A collective.
+        """What an engine keeps: weights by their full names, states by `optimizer.<name>.<key>`. A
+        collective.
 
-        Whole ones, or distributed; each on one rank at least. None: they are in the model and its optimizer.
+        Whole ones, or distributed; each on one rank at least. None: they are in the model and its
+        optimizer.
         """
         return None
 
@@ -78,16 +91,18 @@ class Executor(ABC):
         """Hand the same tensors, filled from a checkpoint, back to the engine. A collective."""
 
     def tensors_by_kind(self, model: str) -> dict[str, list[Tensor]] | None:
-        """An engine's tensors on this rank: `parameters`, `gradients` and `optimizer`; None: as above."""
+        """An engine's tensors on this rank: `parameters`, `gradients` and `optimizer`; None: as
+        above.
+        """
         return None
 
 
 class Strategy:
     """One way to use the ranks along one axis of the mesh.
 
-    Every method has a default that does nothing, so a strategy states only what it changes. Each method
-    that takes a plan is called on every rank alike, in the same order, and may communicate over
-    `plan.mesh[self.axis]`.
+    Every method has a default that does nothing, so a strategy states only what it changes. Each
+    method that takes a plan is called on every rank alike, in the same order, and may communicate
+    over `plan.mesh[self.axis]`.
     """
 
     name: ClassVar[str] = ""  # what it is called where a run is told
@@ -96,8 +111,10 @@ class Strategy:
     engine: ClassVar[str] = ""  # the library whose engine trains, if one does
     synchronous: bool = True  # is every step's loss that of one process?
     asynchronous: ClassVar[bool] = False  # do its ranks train without meeting in every step?
-    divides: ClassVar[str] = "rows"  # what ranks along `axis` divide of a batch: "rows", "tokens" or ""
-    stepped: tuple[str, ...] = ()  # which parts of a weight does a rank's optimizer step? See `checks/stepping.py`
+    # what ranks along `axis` divide of a batch: "rows", "tokens" or ""
+    divides: ClassVar[str] = "rows"
+    # which parts of a weight does a rank's optimizer step? See `checks/stepping.py`
+    stepped: tuple[str, ...] = ()
 
     def __init_subclass__(cls, **more: object) -> None:
         super().__init_subclass__(**more)
@@ -106,28 +123,40 @@ class Strategy:
     def __init__(self, degree: int = REST) -> None:
         self.degree = degree  # ranks along `axis`
         self.offloads = False  # are parameters kept in host memory?
-        self.splits_backward = False  # are the gradients of weights computed apart from those of inputs?
+        # are the gradients of weights computed apart from those of inputs?
+        self.splits_backward = False
 
     @property
     def parts(self) -> int:
-        """Into how many parts the axis divides the batch; the gradients of the parts are averaged."""
+        """Into how many parts the axis divides the batch; the gradients of the parts are
+        averaged.
+        """
         return self.degree if self.divides else 1
 
     def check(self, plan: Plan) -> None:
-        """Raise ValueError, naming the remedy, if this plan cannot work. No process group exists yet."""
+        """Raise ValueError, naming the remedy, if this plan cannot work.
+
+        No process group exists yet.
+        """
 
     def check_model(self, model: nn.Module, plan: Plan) -> None:
-        """Likewise, if it cannot work with this model, whose parameters may be on the meta device."""
+        """Likewise, if it cannot work with this model, whose parameters may be on the meta
+        device.
+        """
 
     def check_task(self, task: Task, plan: Plan) -> None:
         """Likewise, with this task's batches and updates."""
 
-    def rehearsals(self, model: nn.Module, inputs: Sequence[Tensor], plan: Plan) -> Iterator[Rehearsal]:
+    def rehearsals(
+        self, model: nn.Module, inputs: Sequence[Tensor], plan: Plan
+    ) -> Iterator[Rehearsal]:
         """What the ranks along `axis` compute of a whole model, in this process: for the probe."""
         yield from ()
 
     def micro_batches(self, rows: int, micro_batch_size: int | None) -> int | None:
-        """Into how many micro-batches a rank's rows are divided, or None: as `micro_batch_size` says."""
+        """Into how many micro-batches a rank's rows are divided, or None: as `micro_batch_size`
+        says.
+        """
         return None
 
     def shard(self, batch: Batch, plan: Plan) -> Batch:
@@ -137,14 +166,16 @@ class Strategy:
         return list(divide(batch, self.degree))[plan.mesh[self.axis].get_local_rank()]
 
     def split_into_stages(self, model: nn.Module, plan: Plan) -> list[nn.Module]:
-        """The pieces of the model that this rank holds, in order; their parameters keep their full names."""
+        """The pieces of the model that this rank holds, in order; their parameters keep their
+        full names.
+        """
         return [model]
 
     def parallelize(self, model: nn.Module, plan: Plan) -> nn.Module:
         """The model, or piece of it, that this rank trains: split, sharded or wrapped.
 
-        On the axes `tp`, `ep` and `fsdp` parameters are still on the meta device; on `cp` and `dp` they
-        have their values.
+        On the axes `tp`, `ep` and `fsdp` parameters are still on the meta device; on `cp` and `dp`
+        they have their values.
         """
         return model
 
@@ -153,7 +184,9 @@ class Strategy:
         return model
 
     def verify(self, model: nn.Module, plan: Plan) -> None:
-        """Assert that the model is what was asked for: wrapper, placements, sizes of the local shards."""
+        """Assert that the model is what was asked for: wrapper, placements, sizes of the local
+        shards.
+        """
 
     def optimizer(self, optimizer: Optimizer, model: nn.Module, plan: Plan) -> Optimizer:
         """The optimizer this rank steps."""
@@ -178,27 +211,39 @@ class Strategy:
         return shape
 
     def sync_gradients(self, model: nn.Module, enabled: bool) -> None:
-        """Switch the communication of gradients within backward: off for every micro-batch but the last."""
+        """Switch the communication of gradients within backward: off for every micro-batch but
+        the last.
+        """
 
     def begin_update(self, model: nn.Module) -> None:
         """Forget which parameters earlier backward passes have reached."""
 
     def finish_backward(self, model: nn.Module) -> None:
-        """After this rank's last backward pass: let those go on that wait for gradients which it has not made."""
+        """After this rank's last backward pass: let those go on that wait for gradients which
+        it has not made.
+        """
 
     def unused(self, model: nn.Module) -> Iterable[nn.Parameter]:
-        """Parameters that this rank's rows have not used, though they have a gradient: zeros, that it was given."""
+        """Parameters that this rank's rows have not used, though they have a gradient: zeros,
+        that it was given.
+        """
         return ()
 
     def unit_calls(self, model: nn.Module) -> dict[str, int]:
-        """How often each unit whose messages all ranks must send alike has run in this update, by its name."""
+        """How often each unit whose messages all ranks must send alike has run in this update,
+        by its name.
+        """
         return {}
 
     def reduce_gradients(self, model: nn.Module, plan: Plan) -> None:
-        """Finish the gradients after the last backward pass of an update, before they are clipped."""
+        """Finish the gradients after the last backward pass of an update, before they are
+        clipped.
+        """
 
     def combine_norm(self, norm: Tensor, plan: Plan) -> Tensor:
-        """What is told of the gradient's norm, where ranks along `axis` have gradients of their own. A collective."""
+        """What is told of the gradient's norm, where ranks along `axis` have gradients of their
+        own. A collective.
+        """
         return norm
 
     def duplicated_parameters(self, model: nn.Module) -> list[nn.Parameter]:
@@ -209,29 +254,38 @@ class Strategy:
         """Put away what a forward pass without a backward has left behind."""
 
     def sum_over_axis(self, value: Tensor, plan: Plan) -> Tensor:
-        """The sum of `value` over the ranks along `axis` that hold different parts of it, in place."""
+        """The sum of `value` over the ranks along `axis` that hold different parts of it, in
+        place.
+        """
         if self.divides:
             dist.all_reduce(value, group=plan.mesh[self.axis].get_group())
         return value
 
     def footprint(self, footprint: Footprint, plan: Plan) -> Footprint:
-        """What the strategy leaves on the rank at `footprint.place` of what those before it have left there."""
+        """What the strategy leaves on the rank at `footprint.place` of what those before it
+        have left there.
+        """
         return footprint
 
     def cost(self, footprint: Footprint, plan: Plan) -> list[Message]:
-        """What that rank hands to collectives in an optimizer step; the footprint is what all strategies left."""
+        """What that rank hands to collectives in an optimizer step; the footprint is what all
+        strategies left.
+        """
         return []
 
 
 def _refuse_earlier_names(cls: type, base: type) -> None:
-    """Raise TypeError for what nobody would call any more: such a class would train something else without a word."""
+    """Raise TypeError for what nobody would call any more: such a class would train something
+    else without a word.
+    """
     for earlier, now in EARLIER.items():
         if earlier in vars(cls) and hasattr(base, now):
             raise TypeError(f"{cls.__name__}.{earlier}: it is {now} now")
 
 
 def check_options(axis: str, *options: tuple[str, object, bool, str]) -> None:
-    """Refuse what an option cannot be: of (name, value, does it fit, what would) the first that does not fit.
+    """Refuse what an option cannot be: of (name, value, does it fit, what would) the first that
+    does not fit.
 
     Raises:
         ValueError: names the option, its value and what would fit.
@@ -252,19 +306,27 @@ def whole(tensor: Tensor) -> Tensor:
 
 
 def gradients(model: nn.Module) -> Mapping[str, Tensor]:
-    """This rank's part of every gradient of the model, by the parameter's name; a shared one once."""
+    """This rank's part of every gradient of the model, by the parameter's name; a shared one
+    once.
+    """
     return {name: local(p.grad) for name, p in model.named_parameters() if p.grad is not None}
 
 
 def average(tensors: Iterable[Tensor], group: dist.ProcessGroup, dtype: torch.dtype) -> None:
-    """Replace each tensor by its mean over the group. A collective: all ranks have the same shapes, in one order."""
+    """Replace each tensor by its mean over the group.
+
+    A collective: all ranks have the same shapes, in one order.
+    """
     for tensor in tensors:
         add_up(tensor, group, dtype)
         tensor.div_(group.size())
 
 
 def add_up(tensor: Tensor, group: dist.ProcessGroup, dtype: torch.dtype) -> None:
-    """Replace a tensor by its sum over the group, which travels and is summed as `dtype`. A collective."""
+    """Replace a tensor by its sum over the group, which travels and is summed as `dtype`.
+
+    A collective.
+    """
     if tensor.numel():
         travelling = tensor.to(dtype)
         dist.all_reduce(travelling, group=group)

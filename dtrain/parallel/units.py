@@ -1,13 +1,14 @@
-"""What `fully_shard` and `replicate` exchange together: a block, or all the rest; and whether all ranks run it alike.
+"""What `fully_shard` and `replicate` exchange together: a block, or all the rest; and whether all
+ranks run it alike.
 
-    rank 0:  block A, block B, back      rank 1:  block A, back      A's messages meet, and B's meet another's
+    rank 0:  block A, block B, back   rank 1:  block A, back   A's messages meet; B's meet another's
 
 A unit's weights are gathered when it runs, and its gradients are reduced when its backward pass
 ends, whatever other ranks do. Messages of two sizes that meet end a process in gloo, or hang; of
-one size they are taken for each other's. So where somebody else's code decides what runs, ranks call
-what they run next through the store, before its messages, until it is the same in each update; and of
-every model they compare how often each block has run before anything is done with what came of it
-(`presence`).
+one size they are taken for each other's. So where somebody else's code decides what runs, ranks
+call what they run next through the store, before its messages, until it is the same in each update;
+and of every model they compare how often each block has run before anything is done with what came
+of it (`presence`).
 """
 
 from __future__ import annotations
@@ -31,10 +32,11 @@ AT_ONCE_S, POLL_S = 0.02, 0.001
 class Roll:
     """What the ranks of one model say that they run next.
 
-    Each counts itself in at a place of the update, under the name of what it runs there; who waits for long writes
-    where it is, so that those who wait for each other find it out. As long as a rank runs what all have run in the
-    updates before it calls nothing, and needs no messages. When it comes to run something else it calls again: so do
-    all, or they wait for it in the messages of a unit, which it does not send.
+    Each counts itself in at a place of the update, under the name of what it runs there; who waits
+    for long writes where it is, so that those who wait for each other find it out. As long as a
+    rank runs what all have run in the updates before it calls nothing, and needs no messages. When
+    it comes to run something else it calls again: so do all, or they wait for it in the messages of
+    a unit, which it does not send.
 
     Args:
         ranks: who must run the same.
@@ -46,7 +48,8 @@ class Roll:
         self.now: list[str] = []
         self.same = True  # so far in this update
         self._store = dist.distributed_c10d._get_default_store()
-        made = self._store.add(f"units/{dist.get_rank()}", 1)  # models of this process: as many as of the others
+        # models of this process: as many as of the others
+        made = self._store.add(f"units/{dist.get_rank()}", 1)
         self._key = f"units/{'-'.join(map(str, ranks))}/{made}"
         self._times: Counter[str] = Counter()
 
@@ -56,11 +59,12 @@ class Roll:
         self.updates += 1
 
     def call(self, unit: str) -> None:
-        """Say it, and wait for the others to say theirs, where this rank has not run the same in the updates before.
+        """Say it, and wait for the others to say theirs, where this rank has not run the same in
+        the updates before.
 
         Raises:
-            ValueError: some say another, or say nothing for half of the collectives' timeout where they had called no
-                more; on every rank that waits.
+            ValueError: some say another, or say nothing for half of the collectives' timeout where
+                they had called no more; on every rank that waits.
             dist.DistError: some do not come in that timeout.
         """
         place, settled = len(self.now), self.alike >= ALIKE
@@ -91,29 +95,33 @@ class Roll:
         if not self._store.check(keys):
             return
         said = [each.decode() for each in self._store.multi_get(keys)]
-        if all(each.startswith(f"{at}/") for each in said) and (alike := said.count(f"{at}/{unit}")) < len(said):
+        if all(each.startswith(f"{at}/") for each in said) and (
+            alike := said.count(f"{at}/{unit}")
+        ) < len(said):
             raise ValueError(_apart(f"{alike} of {len(said)} ranks go", unit))
 
 
 def _apart(who: str, unit: str) -> str:
     return (
-        f"{who} on to {unit}, and others to something else: fsdp and replicate exchange a block when it runs, so all "
+        f"{who} on to {unit}, and others to something else: fsdp and replicate exchange a block "
+        f"when it runs, so all "
         f"ranks must run it alike; use strategy=ddp, allreduce or zero1"
     )
 
 
 class Unit:
-    """What `fully_shard` or `replicate` exchange together, watched: how often it ran, and which gradients it had."""
+    """What `fully_shard` or `replicate` exchange together, watched: how often it ran, and which
+    gradients it had.
+    """
 
     def __init__(self, group: Any, name: str, roll: Roll | None) -> None:
         self.group, self.name, self.roll, self.calls = group, name, roll, 0
         self.used: set[int] = set()  # its parameters that backward has reached in this update
-        self.twice = False  # is a first backward pass part of the loss? It gives no weight a gradient
-        self._forward, self._backward, self._complete = (
-            group.pre_forward,
-            group.pre_backward,
-            group.post_backward,
-        )
+        # is a first backward pass part of the loss? It gives no weight a gradient
+        self.twice = False
+        self._forward = group.pre_forward
+        self._backward = group.pre_backward
+        self._complete = group.post_backward
         group.pre_forward, group.pre_backward, group.post_backward = (
             self.forward,
             self.backward,
@@ -132,13 +140,17 @@ class Unit:
         self._backward(*options)
 
     def complete(self, *none: Any) -> None:
-        """Before gradients are exchanged: zeros for those that this rank's rows do not have, as all ranks send alike.
+        """Before gradients are exchanged: zeros for those that this rank's rows do not have, as all
+        ranks send alike.
 
-        And those of one unit in one format: what waits from earlier micro-batches may be in that of the sum.
+        And those of one unit in one format: what waits from earlier micro-batches may be in that of
+        the sum.
         """
         parameters = [p for p in self.group.fsdp_params if hasattr(p, "_unsharded_param")]
         waiting = any(parameter.unsharded_accumulated_grad is not None for parameter in parameters)
-        reached = waiting or any(parameter._unsharded_param.grad is not None for parameter in parameters)
+        reached = waiting or any(
+            parameter._unsharded_param.grad is not None for parameter in parameters
+        )
         fill = self.group.reduce_grads and self.calls and (reached or not self.twice)
         for parameter in parameters:
             whole = parameter._unsharded_param
@@ -181,7 +193,12 @@ def twice(model: nn.Module, are: bool) -> None:
 
 def unused(model: nn.Module) -> list[nn.Parameter]:
     """What has a gradient of zeros alone, since backward has not reached it."""
-    return [p.sharded_param for unit in units(model) for p in unit.group.fsdp_params if id(p) not in unit.used]
+    return [
+        p.sharded_param
+        for unit in units(model)
+        for p in unit.group.fsdp_params
+        if id(p) not in unit.used
+    ]
 
 
 def unit_calls(model: nn.Module) -> dict[str, int]:
@@ -190,15 +207,23 @@ def unit_calls(model: nn.Module) -> dict[str, int]:
 
 
 def refuse_sharing(model: nn.Module, strategy: str) -> None:
-    """Raise ValueError for a weight that stands in two units, which would each keep a copy of their own."""
+    """Raise ValueError for a weight that stands in two units, which would each keep a copy of
+    their own.
+    """
     path = layout_of(model).blocks
 
     def unit(name: str) -> str:
-        return ".".join(name.split(".")[: path.count(".") + 2]) if path and name.startswith(f"{path}.") else ""
+        return (
+            ".".join(name.split(".")[: path.count(".") + 2])
+            if path and name.startswith(f"{path}.")
+            else ""
+        )
 
     for one, other in shared_names(model).items():
         if unit(one) != unit(other):
             raise ValueError(
-                f"{type(model).__name__} shares {other} with {one}, and strategy {strategy} exchanges each block by "
-                f"itself: use strategy=ddp, allreduce or zero1, or keep what is shared in one block or outside of all"
+                f"{type(model).__name__} shares {other} with {one}, and strategy {strategy} "
+                f"exchanges each block by "
+                f"itself: use strategy=ddp, allreduce or zero1, or keep what is shared in one "
+                f"block or outside of all"
             )

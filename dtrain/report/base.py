@@ -37,7 +37,9 @@ class Logger:
         """Something that a person should know."""
 
     def profile(self, found: dict[str, Any], ranks: Sequence[Sequence[Span]], title: str) -> None:
-        """What the instruments measured beside what was predicted, and what every rank did in one step."""
+        """What the instruments measured beside what was predicted, and what every rank did in
+        one step.
+        """
 
     def finish(self, summary: dict[str, Any]) -> None:
         """After the last step. Not called when the run breaks off; `close` is."""

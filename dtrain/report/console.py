@@ -45,13 +45,17 @@ class Console(Logger):
                 TimeRemainingColumn(),
             )
             self._progress = Progress(*columns, console=self._terminal)
-            self._task = self._progress.add_task("steps", total=run.steps, completed=run.first_step, figures="")
+            self._task = self._progress.add_task(
+                "steps", total=run.steps, completed=run.first_step, figures=""
+            )
             self._progress.start()
 
     def step(self, figures: dict[str, Any]) -> None:
         line = f"loss {figures['loss']:.4f}  {figures['tokens_per_second']:,.0f} tokens/s"
         found = [
-            f"{name.removeprefix('val_')} {value:.4f}" for name, value in figures.items() if name.startswith("val_")
+            f"{name.removeprefix('val_')} {value:.4f}"
+            for name, value in figures.items()
+            if name.startswith("val_")
         ]
         held_out = f"  validation {', '.join(found)}" if found else ""
         if self._progress:
@@ -70,9 +74,11 @@ class Console(Logger):
     def finish(self, summary: dict[str, Any]) -> None:
         self._stop()
         mfu = f", MFU {summary['mfu']:.1%}" if summary.get("mfu") else ""
-        self._print(f"loss {summary['loss']:.4f}, {summary['tokens_per_second']:,.0f} tokens/s, "
-                    f"{summary['step_seconds_median'] * 1e3:.0f} ms a step{mfu}, "
-                    f"process memory at most {summary['peak_memory_bytes'] / MB:,.0f} MB a rank")  # fmt: skip
+        self._print(
+            f"loss {summary['loss']:.4f}, {summary['tokens_per_second']:,.0f} tokens/s, "
+            f"{summary['step_seconds_median'] * 1e3:.0f} ms a step{mfu}, "
+            f"process memory at most {summary['peak_memory_bytes'] / MB:,.0f} MB a rank"
+        )
         if summary.get("checkpoint"):
             self._print(f"weights: {summary['checkpoint']}")
 
@@ -90,7 +96,9 @@ class Console(Logger):
 
 @contextmanager
 def preparing(data: Data, *, shown: bool) -> Iterator[Callable[[str, int], None]]:
-    """Show that data are being prepared, once there is something to show, if it is to be `shown` at all."""
+    """Show that data are being prepared, once there is something to show, if it is to be
+    `shown` at all.
+    """
     terminal = Terminal(quiet=not shown)
     status = terminal.status("")
     begun = False
@@ -104,7 +112,9 @@ def preparing(data: Data, *, shown: bool) -> Iterator[Callable[[str, int], None]
             else:
                 terminal.print(f"preparing the data {data.name}", soft_wrap=True)
         if documents % 20 == 0:
-            status.update(Text(in_line(f"preparing the data {data.name}: {what}, {documents:,} documents")))
+            status.update(
+                Text(in_line(f"preparing the data {data.name}: {what}, {documents:,} documents"))
+            )
 
     try:
         yield progress
@@ -122,7 +132,9 @@ def show(name: str, info: ModelSize) -> None:
     for part, parameters in info.parameters.items():
         made.add_row(f"parameters, {part}", f"{parameters:,}")
     made.add_row("parameters", f"{info.total:,}", end_section=True)
-    made.add_row("forward and backward a token", amount(info.flops_per_token, "FLOP"), end_section=True)
+    made.add_row(
+        "forward and backward a token", amount(info.flops_per_token, "FLOP"), end_section=True
+    )
     kinds = {
         "weights": info.weight_bytes,
         "gradients": info.gradient_bytes,

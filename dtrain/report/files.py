@@ -1,4 +1,6 @@
-"""The run's folder: `metrics.jsonl`, an object a step; `summary.json`, written at the end; `profile/`, if asked for."""
+"""The run's folder: `metrics.jsonl`, an object a step; `summary.json`, written at the end;
+`profile/`, if asked for.
+"""
 
 from __future__ import annotations
 
@@ -32,7 +34,8 @@ def summary_in(folder: Path) -> dict[str, Any]:
 
 
 class Files(Logger):
-    """Machine-readable figures. A resumed run in the same folder goes on after the steps it has taken up.
+    """Machine-readable figures. A resumed run in the same folder goes on after the steps it has
+    taken up.
 
     Args:
         pictures: draw the profile, beside its trace?
@@ -58,7 +61,10 @@ class Files(Logger):
     def step(self, figures: dict[str, Any]) -> None:
         assert self._metrics is not None
         if not os.fstat(self._metrics.fileno()).st_nlink:
-            raise OSError(f"{self._metrics.name} was removed while the run went on: what it would write is lost")
+            raise OSError(
+                f"{self._metrics.name} was removed while the run went on: what it would write "
+                f"is lost"
+            )
         try:
             self._metrics.write(records.dumps(figures) + "\n")
             self._metrics.flush()  # other programs follow the file

@@ -1,4 +1,6 @@
-"""One log file per rank: its warnings, errors and log records, also those the console does not show."""
+"""One log file per rank: its warnings, errors and log records, also those the console does not
+show.
+"""
 
 from __future__ import annotations
 
@@ -30,7 +32,10 @@ class _File(logging.FileHandler):
 
 @contextmanager
 def writing(folder: Path, rank: int) -> Iterator[Path]:
-    """Write `logs/rank<r>.log`. On ranks but 0 standard output and error go there too, libraries' included."""
+    """Write `logs/rank<r>.log`.
+
+    On ranks but 0 standard output and error go there too, libraries' included.
+    """
     file = folder / "logs" / f"rank{rank}.log"
     file.parent.mkdir(parents=True, exist_ok=True)
     handler = _File(file)

@@ -28,7 +28,9 @@ def show_job(job: Told) -> None:
 
 
 def show_sweep(jobs: Sequence[Told]) -> None:
-    """A line for each job, with what is its own and the losses that it has left, or why not; nothing without any."""
+    """A line for each job, with what is its own and the losses that it has left, or why not;
+    nothing without any.
+    """
     if not jobs:
         return
     alike = set.intersection(*(set(job.overrides) for job in jobs)) if len(jobs) > 1 else set()
@@ -41,7 +43,9 @@ def show_sweep(jobs: Sequence[Told]) -> None:
     for job in jobs:
         left = (job.folder / SUMMARY).exists() and not job.reason  # else it is another run's
         summary = summary_in(job.folder) if left else {}
-        loss, held_out, rate = (summary.get(key) for key in ("loss", "val_loss", "tokens_per_second"))
+        loss, held_out, rate = (
+            summary.get(key) for key in ("loss", "val_loss", "tokens_per_second")
+        )
         figures = [_figure(loss, ".4f"), _figure(held_out, ".4f"), _figure(rate, ",.0f")]
         own = " ".join(each for each in job.overrides if each not in alike)
         made.add_row(job.number, own, *figures, str(job.folder))

@@ -20,7 +20,10 @@ class Sheet:
     rows: list[tuple[str, ...]]
 
     def show(self) -> None:
-        """Print it. Where the terminal is narrow the words are folded, but for the first of a row."""
+        """Print it.
+
+        Where the terminal is narrow the words are folded, but for the first of a row.
+        """
         made = Table(title=self.title, title_justify="left", box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
         for index, name in enumerate(self.columns):
             made.add_column(name, no_wrap=index == 0, overflow="fold")
@@ -31,7 +34,9 @@ class Sheet:
     def markdown(self) -> str:
         """The same for a document."""
         lines = [self.columns, ("---",) * len(self.columns), *self.rows]
-        table = "\n".join("| " + " | ".join(word.replace("|", r"\|") for word in line) + " |" for line in lines)
+        table = "\n".join(
+            "| " + " | ".join(word.replace("|", r"\|") for word in line) + " |" for line in lines
+        )
         return f"{self.title}:\n\n{table}\n"
 
 

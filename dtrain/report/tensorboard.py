@@ -18,7 +18,9 @@ class TensorBoard(Logger):
         try:
             from torch.utils.tensorboard import SummaryWriter
         except ImportError:
-            raise ValueError("logger=tensorboard needs `tensorboard`: pip install 'dtrain[tensorboard]'") from None
+            raise ValueError(
+                "logger=tensorboard needs `tensorboard`: pip install 'dtrain[tensorboard]'"
+            ) from None
         self._make = SummaryWriter
         self._writer: SummaryWriter | None = None
 

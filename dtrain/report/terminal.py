@@ -15,13 +15,17 @@ from rich.console import Console
 from rich.text import Text
 
 HIDDEN = ("Cc", "Cf", "Cs", "Co", "Cn", "Zl", "Zp")  # kinds of characters, as Unicode has them
-GONE = (errno.EPIPE, errno.EIO, errno.EBADF)  # a pipe (`| head`), a terminal, a file that its reader has closed
+# a pipe (`| head`), a terminal, a file that its reader has closed
+GONE = (errno.EPIPE, errno.EIO, errno.EBADF)
 
 
 def shown(text: str) -> str:
-    """A text for a terminal or a page: what would steer them (escape sequences, bells, other directions) is written
-    out. It may be the name of somebody's file or column."""
-    return "".join(c if c in "\n\t" or unicodedata.category(c) not in HIDDEN else ascii(c)[1:-1] for c in text)
+    """A text for a terminal or a page: what would steer them (escape sequences, bells, other
+    directions) is written out. It may be the name of somebody's file or column.
+    """
+    return "".join(
+        c if c in "\n\t" or unicodedata.category(c) not in HIDDEN else ascii(c)[1:-1] for c in text
+    )
 
 
 def in_line(text: str) -> str:
@@ -30,7 +34,9 @@ def in_line(text: str) -> str:
 
 
 class Terminal(Console):
-    """rich's console; a text, a cell or a title is one line of text as it stands, and never markup."""
+    """rich's console; a text, a cell or a title is one line of text as it stands, and never
+    markup.
+    """
 
     def __init__(self, **options: Any) -> None:
         super().__init__(highlight=False, markup=False, emoji=False, **options)
@@ -50,7 +56,9 @@ def in_markdown(text: str) -> str:
 
 
 def keep_open() -> None:
-    """Let this process's standard streams take whatever is written, also if they are closed, or will be."""
+    """Let this process's standard streams take whatever is written, also if they are closed, or
+    will be.
+    """
     for number, flags in enumerate((os.O_RDONLY, os.O_WRONLY, os.O_WRONLY)):
         try:
             os.fstat(number)
@@ -68,12 +76,16 @@ def keep_open() -> None:
 
 def _lasting(stream: Any, number: int) -> io.TextIOWrapper:
     if stream is None:
-        return io.TextIOWrapper(io.BufferedWriter(_Lasting(number, "w", closefd=False)), "utf-8", "backslashreplace")
+        return io.TextIOWrapper(
+            io.BufferedWriter(_Lasting(number, "w", closefd=False)), "utf-8", "backslashreplace"
+        )
     stream.flush()
     return io.TextIOWrapper(
-        io.BufferedWriter(_Lasting(number, "w", closefd=False)), stream.encoding, stream.errors,
+        io.BufferedWriter(_Lasting(number, "w", closefd=False)),
+        stream.encoding,
+        stream.errors,
         line_buffering=stream.line_buffering or stream.write_through,
-    )  # fmt: skip
+    )
 
 
 class _Lasting(io.FileIO):

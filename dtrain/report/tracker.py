@@ -20,23 +20,30 @@ class Tracker(Logger):
         ValueError: no such tracker, or its package or Accelerate is not installed.
     """
 
-    def __init__(self, name: str, project: str = "dtrain", options: dict[str, Any] | None = None) -> None:
+    def __init__(
+        self, name: str, project: str = "dtrain", options: dict[str, Any] | None = None
+    ) -> None:
         try:
             from accelerate import PartialState
             from accelerate.tracking import LOGGER_TYPE_TO_CLASS, get_available_trackers
         except ImportError:
-            raise ValueError("logger=tracker needs `accelerate`: pip install 'dtrain[accelerate]'") from None
+            raise ValueError(
+                "logger=tracker needs `accelerate`: pip install 'dtrain[accelerate]'"
+            ) from None
         known = sorted(LOGGER_TYPE_TO_CLASS)
         if name not in known:
             raise ValueError(f"logger.tracker.name={name} is unknown: use {', '.join(known)}")
         if name not in [str(available) for available in get_available_trackers()]:
-            raise ValueError(f"logger.tracker.name={name}: its package is not installed: pip install {name}")
+            raise ValueError(
+                f"logger.tracker.name={name}: its package is not installed: pip install {name}"
+            )
         self._class, self._state = LOGGER_TYPE_TO_CLASS[name], PartialState
         self._project, self._options = project, options or {}
         self._tracker: Any = None
 
     def start(self, run: Run) -> None:
-        self._state(cpu=True)  # its trackers ask it which rank this is; the process group is there already
+        # its trackers ask it which rank this is; the process group is there already
+        self._state(cpu=True)
         folder = {"logging_dir": str(run.folder)} if self._class.requires_logging_directory else {}
         self._tracker = self._class(self._project, **folder, **self._options)
         if hasattr(self._tracker, "start"):
@@ -44,7 +51,10 @@ class Tracker(Logger):
         self._tracker.store_init_configuration(_flat(run.config))
 
     def step(self, figures: dict[str, Any]) -> None:
-        self._tracker.log({k: v for k, v in figures.items() if k != "step" and v is not None}, step=figures["step"])
+        self._tracker.log(
+            {k: v for k, v in figures.items() if k != "step" and v is not None},
+            step=figures["step"],
+        )
 
     def close(self) -> None:
         if self._tracker is not None:
@@ -54,4 +64,6 @@ class Tracker(Logger):
 
 def _flat(config: Any) -> dict[str, Any]:
     """With dotted keys and plain values: some trackers take no others."""
-    return {k: v if isinstance(v, int | float | str | bool) else str(v) for k, v in flat(config).items()}
+    return {
+        k: v if isinstance(v, int | float | str | bool) else str(v) for k, v in flat(config).items()
+    }

@@ -1,4 +1,6 @@
-"""The parts of a run, built and checked without any other process: most of a user's mistakes end here."""
+"""The parts of a run, built and checked without any other process: most of a user's mistakes
+end here.
+"""
 
 from __future__ import annotations
 
@@ -33,7 +35,8 @@ from dtrain.strategy.parameter_server.strategy import ParameterServer
 from dtrain.task.base import Sizes, Task
 
 AUGMENT = (TextChange, ImageChange, Mixup)
-COMPILERS = tuple(filter(None, (os.environ.get("CXX"), "g++", "clang++")))  # what torch.compile uses on a CPU
+# what torch.compile uses on a CPU
+COMPILERS = tuple(filter(None, (os.environ.get("CXX"), "g++", "clang++")))
 
 
 @dataclass(frozen=True)
@@ -46,7 +49,8 @@ class Parts:
     plan: Plan
     logger: Logger
     tried: tuple[str, ...] = ()  # what the probe has to say
-    written: dict[str, Any] = field(default_factory=dict)  # the configuration, as it may be written down
+    # the configuration, as it may be written down
+    written: dict[str, Any] = field(default_factory=dict)
 
     @property
     def asynchronous(self) -> bool:
@@ -63,23 +67,39 @@ def assemble(config: Config, world: World) -> Parts:
     precision = Precision.of(config.dtype, config.precision)
     strategies = strategies_of(config)
     plan = Plan.of(
-        strategies, world.size, precision=precision, device=device_of(config.device, world),
-        recompute=config.activation_checkpointing, compile=config.compile, clip_norm=config.clip_norm,
-    )  # fmt: skip
+        strategies,
+        world.size,
+        precision=precision,
+        device=device_of(config.device, world),
+        recompute=config.activation_checkpointing,
+        compile=config.compile,
+        clip_norm=config.clip_norm,
+    )
     if config.compile and plan.device.type == "cpu" and not any(map(shutil.which, COMPILERS)):
-        raise ValueError(f"compile=true needs a C++ compiler, and there is none of {', '.join(COMPILERS)}")
+        raise ValueError(
+            f"compile=true needs a C++ compiler, and there is none of {', '.join(COMPILERS)}"
+        )
     micro_batches = plan.micro_batches(config.global_batch_size, config.micro_batch_size)
     refuse_contradictions(plan, micro_batches)
     if config.profile and config.steps < RECORDED:
-        raise ValueError(f"profile=true looks at a run's first {RECORDED} steps, steps={config.steps} are too few")
+        raise ValueError(
+            f"profile=true looks at a run's first {RECORDED} steps, steps={config.steps} are "
+            f"too few"
+        )
     inject = config.inject
-    for name, rank in (("missed_collective", inject.missed_collective.rank), ("straggler", inject.straggler.rank)):
+    for name, rank in (
+        ("missed_collective", inject.missed_collective.rank),
+        ("straggler", inject.straggler.rank),
+    ):
         if rank is not None and rank >= world.size:
-            raise ValueError(f"inject.{name}.rank={rank} is none of the {world.size} ranks of this run")
+            raise ValueError(
+                f"inject.{name}.rank={rank} is none of the {world.size} ranks of this run"
+            )
         for server in (s for s in strategies if isinstance(s, ParameterServer)):
             if rank is not None and (name == "missed_collective" or rank < server.servers):
                 raise ValueError(
-                    f"inject.{name}.rank={rank} does nothing under strategy parameter_server: its ranks meet in no "
+                    f"inject.{name}.rank={rank} does nothing under strategy parameter_server: its "
+                    f"ranks meet in no "
                     f"collective; inject.straggler.rank={server.servers} or above slows a worker"
                 )
     logger = All([make(node, Logger, f"logger.{name}") for name, node in config.logger.items()])
@@ -102,12 +122,22 @@ def task_and_plan(config: Config, world: World) -> tuple[Task, Plan]:
 
 
 def task_of(config: Config, *, shown: bool = True) -> tuple[Data, Task]:
-    """The data, prepared here if they are not in the cache (`shown`: tell of it), and the task on them."""
+    """The data, prepared here if they are not in the cache (`shown`: tell of it), and the task
+    on them.
+    """
     data = make(config.data, Data, "data", parts=(Source, Tokenizer))
     with preparing(data, shown=shown) as progress:
         data.prepare(progress)
     sizes = Sizes(config.seed, config.global_batch_size, config.seq_len, config.eval.batches)
-    return data, make(config.task, Task, "task", parts=AUGMENT, models=model_factories(config), data=data, sizes=sizes)
+    return data, make(
+        config.task,
+        Task,
+        "task",
+        parts=AUGMENT,
+        models=model_factories(config),
+        data=data,
+        sizes=sizes,
+    )
 
 
 def model_factories(config: Config) -> dict[str, ModelFactory]:
@@ -115,13 +145,17 @@ def model_factories(config: Config) -> dict[str, ModelFactory]:
     words = (config.data.get("tokenizer") or {}).get("vocab_size")
     if "_target_" in config.model:
         return {"model": partial(own.build, config.model, "model", words)}
-    return {name: partial(own.build, node, f"model.{name}", words) for name, node in config.model.items()}
+    return {
+        name: partial(own.build, node, f"model.{name}", words)
+        for name, node in config.model.items()
+    }
 
 
 def optimizer_of(node: dict[str, Any], model: nn.Module) -> Optimizer:
     """The configured optimizer of a model's parameters."""
     if node.get("fused") and any(p.is_complex() for p in model.parameters()):
         raise ValueError(
-            "optimizer.fused=true takes no complex weights, of which the model has some: set optimizer.fused=false"
+            "optimizer.fused=true takes no complex weights, of which the model has some: set "
+            "optimizer.fused=false"
         )
     return make(node, Optimizer, "optimizer", params=parameter_groups(model))

@@ -1,12 +1,13 @@
 """Checkpoints: one form for every plan, whole or not there.
 
     checkpoints/step-00000040/shard-*.safetensors   each rank's part of weights and optimizer states
-                              checkpoint.json       step, tokens, every file's size and SHA-256, and its own
+                              checkpoint.json       step, tokens, size and SHA-256 of every file
     checkpoints/latest -> step-00000040
 
-torch's distributed checkpoint (DCP) writes and reshards; the files are safetensors, so that loading never
-unpickles anything. A checkpoint is written under another name, checked off in `checkpoint.json`, synced and
-renamed: a kill at any moment leaves the ones before it as they were. The folder is shared by all nodes.
+torch's distributed checkpoint (DCP) writes and reshards; the files are safetensors, so that loading
+never unpickles anything. A checkpoint is written under another name, checked off in
+`checkpoint.json`, synced and renamed: a kill at any moment leaves the ones before it as they were.
+The folder is shared by all nodes.
 """
 
 from __future__ import annotations
@@ -23,14 +24,26 @@ import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch import Tensor
-from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader, HuggingFaceStorageWriter
+from torch.distributed.checkpoint.hf_storage import (
+    HuggingFaceStorageReader,
+    HuggingFaceStorageWriter,
+)
 from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
 from torch.distributed.tensor import DTensor
 
 from dtrain.files.durable import remove, sync
 from dtrain.launch.collectives import agree, gathered, together
 from dtrain.parallel.optimizer import OPTIMIZER_STATE
-from dtrain.run.checkpoint_files import MANIFEST, about, describe, differs, files_of, outline, sealed, whole
+from dtrain.run.checkpoint_files import (
+    MANIFEST,
+    about,
+    describe,
+    differs,
+    files_of,
+    outline,
+    sealed,
+    whole,
+)
 
 PARTIAL = ".partial-"
 VERSION = 1
@@ -47,12 +60,18 @@ class Checkpoints:
     """
 
     def __init__(
-        self, folder: Path, *, keep_last: int, asynchronous: bool = False, ranks: list[int] | None = None
+        self,
+        folder: Path,
+        *,
+        keep_last: int,
+        asynchronous: bool = False,
+        ranks: list[int] | None = None,
     ) -> None:
         self.folder, self.keep_last, self.asynchronous = folder, keep_last, asynchronous
         # A group of its own: a thread's collectives must not mix with the training's.
         self._group = dist.new_group(ranks, backend="gloo")
-        self._stager = DefaultStager(StagingOptions(False, False, False, False))  # plain copies in host memory
+        # plain copies in host memory
+        self._stager = DefaultStager(StagingOptions(False, False, False, False))
         self._thread: threading.Thread | None = None
         self._error: BaseException | None = None
         agree(lambda: clear(self.folder))
@@ -66,7 +85,8 @@ class Checkpoints:
         """Write the tensors and `about` (JSON) as the state before `step`.
 
         Raises:
-            OSError: this or the last asynchronous save could not be written; earlier ones are whole.
+            OSError: this or the last asynchronous save could not be written; earlier ones are
+                whole.
         """
         self.wait()
         tensors = _apart({name: _written(name, tensor, {}) for name, tensor in tensors.items()})
@@ -100,25 +120,39 @@ class Checkpoints:
             shutil.rmtree(partial, ignore_errors=True)
             raise
 
-    def _fill(self, partial: Path, step: int, tensors: dict[str, Tensor], about: dict[str, Any]) -> None:
+    def _fill(
+        self, partial: Path, step: int, tensors: dict[str, Tensor], about: dict[str, Any]
+    ) -> None:
         writer = HuggingFaceStorageWriter(str(partial), save_distributed=True)
         try:
             dcp.save(tensors, storage_writer=writer, process_group=self._group)
         except dcp.CheckpointException as error:
-            causes = sorted({str(cause).strip().splitlines()[0] for cause, _ in error.failures.values()})
-            raise OSError(f"checkpoint of step {step} could not be written: {'; '.join(causes)}") from error
+            causes = sorted(
+                {str(cause).strip().splitlines()[0] for cause, _ in error.failures.values()}
+            )
+            raise OSError(
+                f"checkpoint of step {step} could not be written: {'; '.join(causes)}"
+            ) from error
         files = described(partial, agree(lambda: _written_in(partial), self._group), self._group)
         agree(lambda: self._publish(partial, step, about, files), self._group)
 
-    def _publish(self, partial: Path, step: int, about: dict[str, Any], files: dict[str, Any]) -> None:
-        _write_synced(partial / MANIFEST, sealed({"version": VERSION, "step": step, **about, "files": files}))
+    def _publish(
+        self, partial: Path, step: int, about: dict[str, Any], files: dict[str, Any]
+    ) -> None:
+        _write_synced(
+            partial / MANIFEST, sealed({"version": VERSION, "step": step, **about, "files": files})
+        )
         sync(partial)
         written = whole(self.folder)
         if written:  # what is written last is the newest, also where the clock was set back
             newest = (written[-1] / MANIFEST).stat().st_mtime_ns + 1
-            os.utime(partial / MANIFEST, ns=(newest, max(newest, (partial / MANIFEST).stat().st_mtime_ns)))
+            os.utime(
+                partial / MANIFEST,
+                ns=(newest, max(newest, (partial / MANIFEST).stat().st_mtime_ns)),
+            )
         final = self.folder / f"step-{step:08d}"
-        for again in itertools.count(2):  # a resumed run comes by the same step again: nothing is replaced
+        # a resumed run comes by the same step again: nothing is replaced
+        for again in itertools.count(2):
             if not os.path.lexists(final):
                 break
             final = self.folder / f"step-{step:08d}-{again}"
@@ -135,7 +169,9 @@ class Checkpoints:
 
 
 def clear(folder: Path) -> None:
-    """Remove what a process that was killed has left half-written, or half-removed, among a run's checkpoints."""
+    """Remove what a process that was killed has left half-written, or half-removed, among a
+    run's checkpoints.
+    """
     for left in folder.glob(f"{PARTIAL}*"):
         remove(left)
 
@@ -144,10 +180,14 @@ def _written_in(folder: Path) -> list[str]:
     return sorted(file.name for file in folder.glob("*.safetensors"))
 
 
-def described(folder: Path, names: list[str], group: dist.ProcessGroup | None = None) -> dict[str, dict[str, Any]]:
-    """Sizes and checksums of these files of a folder. A collective: each rank reads its share of them.
+def described(
+    folder: Path, names: list[str], group: dist.ProcessGroup | None = None
+) -> dict[str, dict[str, Any]]:
+    """Sizes and checksums of these files of a folder. A collective: each rank reads its share of
+    them.
 
-    So that the others do not wait for one that reads a large model alone, until their patience ends.
+    So that the others do not wait for one that reads a large model alone, until their patience
+    ends.
     """
     rank, size = dist.get_rank(group), dist.get_world_size(group)
     own = names[rank::size]
@@ -156,7 +196,10 @@ def described(folder: Path, names: list[str], group: dist.ProcessGroup | None = 
 
 
 def verified(path: Path) -> str:
-    """What is wrong with the files of a checkpoint, or an empty string. A collective, the same on every rank."""
+    """What is wrong with the files of a checkpoint, or an empty string.
+
+    A collective, the same on every rank.
+    """
     if said := agree(lambda: outline(path)):
         return said
     found = described(path, agree(lambda: files_of(path)))
@@ -166,12 +209,13 @@ def verified(path: Path) -> str:
 def load(path: Path, states: list[dict[str, Tensor]], *, late: bool = False) -> None:
     """Fill the tensors of `states`, whatever their sharding, from the checkpoint. A collective.
 
-    Every rank gives equally many states. An optimizer has no state of a weight that no step has used: what is made
-    here of such states, and is not there, is taken out of `states`. `late`: what is there, and comes after some steps
-    alone, is put into `states`; an engine would not take it.
+    Every rank gives equally many states. An optimizer has no state of a weight that no step has
+    used: what is made here of such states, and is not there, is taken out of `states`. `late`: what
+    is there, and comes after some steps alone, is put into `states`; an engine would not take it.
 
     Raises:
-        ValueError: the checkpoint is of another model; the first differing tensor and both shapes are named.
+        ValueError: the checkpoint is of another model; the first differing tensor and both shapes
+            are named.
     """
     reader, saved, ours = _shapes(path, states)
     if late:
@@ -186,14 +230,22 @@ def load(path: Path, states: list[dict[str, Tensor]], *, late: bool = False) -> 
     for name in sorted(ours | saved, key=lambda n: (n.startswith("optimizer."), n)):
         if ours.get(name) != saved.get(name):
             kind = "optimizer" if name.startswith("optimizer.") else "model"
-            raise ValueError(f"{path} is of another {kind}: {name} is {saved.get(name, 'absent')} there, "
-                             f"{ours.get(name, 'absent')} here")  # fmt: skip
+            raise ValueError(
+                f"{path} is of another {kind}: {name} is {saved.get(name, 'absent')} there, "
+                f"{ours.get(name, 'absent')} here"
+            )
     for tensors in states:
-        dcp.load({name: _written(name, tensor, saved) for name, tensor in tensors.items()}, storage_reader=reader)
+        dcp.load(
+            {name: _written(name, tensor, saved) for name, tensor in tensors.items()},
+            storage_reader=reader,
+        )
 
 
-def load_weights(path: Path, states: list[dict[str, Tensor]], *, taken: list[str], new: list[str]) -> None:
-    """Fill those tensors of `states` that the checkpoint has too, in the same shape; all others stay. A collective.
+def load_weights(
+    path: Path, states: list[dict[str, Tensor]], *, taken: list[str], new: list[str]
+) -> None:
+    """Fill those tensors of `states` that the checkpoint has too, in the same shape; all others
+    stay. A collective.
 
     Args:
         path, states: as `load` takes them; optimizer states are left alone.
@@ -208,17 +260,30 @@ def load_weights(path: Path, states: list[dict[str, Tensor]], *, taken: list[str
     new += [name for name in sorted(weights) if saved.get(name) != weights[name]]
     if not taken:
         name = new[0]
-        raise ValueError(f"init_from: nothing in {path} fits this model: {name} is {saved.get(name, 'absent')} there, "
-                         f"{weights[name]} here")  # fmt: skip
+        raise ValueError(
+            f"init_from: nothing in {path} fits this model: {name} is "
+            f"{saved.get(name, 'absent')} there, "
+            f"{weights[name]} here"
+        )
     for tensors in states:
-        known = {name: _written(name, tensor, saved) for name, tensor in tensors.items() if name in taken}
+        known = {
+            name: _written(name, tensor, saved) for name, tensor in tensors.items() if name in taken
+        }
         dcp.load(known, storage_reader=reader)
 
 
-def _add_late(reader: Any, saved: dict[str, Any], ours: dict[str, Any], states: list[dict[str, Tensor]]) -> None:
-    """Make room for states that come after some steps, of weights that have others: no first step has made them."""
+def _add_late(
+    reader: Any, saved: dict[str, Any], ours: dict[str, Any], states: list[dict[str, Tensor]]
+) -> None:
+    """Make room for states that come after some steps, of weights that have others: no first
+    step has made them.
+    """
     owners = {name.rpartition(".")[0] for name in ours}
-    late = [n for n in saved if n.startswith(OPTIMIZER_STATE) and n not in ours and n.rpartition(".")[0] in owners]
+    late = [
+        n
+        for n in saved
+        if n.startswith(OPTIMIZER_STATE) and n not in ours and n.rpartition(".")[0] in owners
+    ]
     metadata = reader.read_metadata().state_dict_metadata if late else {}
     for full in late:
         owner = full.rpartition(".")[0]
@@ -227,18 +292,25 @@ def _add_late(reader: Any, saved: dict[str, Any], ours: dict[str, Any], states: 
             dtype, like = metadata[full].properties.dtype, part[weight]
             same = saved[full] == tuple(_written(full, like, saved).shape)
             dtype = like.dtype if same and like.is_complex() else dtype
-            part[full] = torch.empty_like(like, dtype=dtype) if same else torch.empty(saved[full], dtype=dtype)
+            part[full] = (
+                torch.empty_like(like, dtype=dtype)
+                if same
+                else torch.empty(saved[full], dtype=dtype)
+            )
         ours[full] = saved[full]
 
 
 def _apart(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The tensors; copies of those that lie among the numbers of others, or not row by row: the format takes no such
-    views."""
+    """The tensors; copies of those that lie among the numbers of others, or not row by row: the
+    format takes no such views.
+    """
     found, end = dict(tensors), 0
     here = {name: t.to_local() if isinstance(t, DTensor) else t for name, t in tensors.items()}
     for name in sorted((n for n, t in here.items() if t.numel()), key=lambda n: here[n].data_ptr()):
         tensor, begin = here[name], here[name].data_ptr()
-        last = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
+        last = sum(
+            (size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True)
+        )
         if begin < end or not tensor.is_contiguous():
             found[name] = tensors[name].clone().contiguous()
         end = max(end, begin + (last + 1) * tensor.itemsize)
@@ -246,19 +318,31 @@ def _apart(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def _written(name: str, tensor: Tensor, saved: dict[str, Any]) -> Tensor:
-    """A tensor as the format takes it, in the same memory: complex numbers as their two parts, in a last dim.
+    """A tensor as the format takes it, in the same memory: complex numbers as their two parts, in a
+    last dim.
 
     Unless the checkpoint, whose shapes are `saved`, has them as they are.
     """
-    return torch.view_as_real(tensor) if tensor.is_complex() and saved.get(name) != tuple(tensor.shape) else tensor
+    return (
+        torch.view_as_real(tensor)
+        if tensor.is_complex() and saved.get(name) != tuple(tensor.shape)
+        else tensor
+    )
 
 
-def _shapes(path: Path, states: list[dict[str, Tensor]]) -> tuple[Any, dict[str, Any], dict[str, Any]]:
+def _shapes(
+    path: Path, states: list[dict[str, Tensor]]
+) -> tuple[Any, dict[str, Any], dict[str, Any]]:
     """A reader of the checkpoint, and the shapes of all tensors there and of all ranks here."""
     reader = HuggingFaceStorageReader(str(path))
-    saved = {n: tuple(getattr(m, "size", ())) for n, m in reader.read_metadata().state_dict_metadata.items()}
+    saved = {
+        n: tuple(getattr(m, "size", ()))
+        for n, m in reader.read_metadata().state_dict_metadata.items()
+    }
     ours: dict[str, tuple[int, ...]] = {}
-    for theirs in gathered({n: tuple(_written(n, t, saved).shape) for part in states for n, t in part.items()}):
+    for theirs in gathered(
+        {n: tuple(_written(n, t, saved).shape) for part in states for n, t in part.items()}
+    ):
         ours |= theirs
     return reader, saved, ours
 

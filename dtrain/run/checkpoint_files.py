@@ -19,7 +19,16 @@ from dtrain.files import records
 from dtrain.files.durable import digest, sync
 
 CHECKPOINTS, MANIFEST, SHARD = "checkpoints", "checkpoint.json", ".safetensors"
-NO_HEADER = (ValueError, KeyError, TypeError, AttributeError, IndexError, OverflowError, RecursionError, RuntimeError)
+NO_HEADER = (
+    ValueError,
+    KeyError,
+    TypeError,
+    AttributeError,
+    IndexError,
+    OverflowError,
+    RecursionError,
+    RuntimeError,
+)
 AUTO = "auto"  # resume from the run's newest, if it has any
 
 
@@ -28,8 +37,8 @@ def named(resume: str, run_folder: Path, outputs: Path, *, key: str = "resume") 
 
     Args:
         key: of the configuration, for what is said.
-        resume: a checkpoint, a folder of them, a run's folder; or `latest`: this run's newest, or else the
-            newest of all runs below `outputs`.
+        resume: a checkpoint, a folder of them, a run's folder; or `latest`: this run's newest, or
+            else the newest of all runs below `outputs`.
 
     Raises:
         ValueError: none there; says where.
@@ -37,7 +46,9 @@ def named(resume: str, run_folder: Path, outputs: Path, *, key: str = "resume") 
     if resume == "latest":
         found = whole(run_folder / "checkpoints")
         if not found:
-            runs = [whole(folder) for folder in _below(outputs) if os.path.lexists(folder / "latest")]
+            runs = [
+                whole(folder) for folder in _below(outputs) if os.path.lexists(folder / "latest")
+            ]
             found = max((run for run in runs if run), key=lambda run: _written(run[-1]), default=[])
         where = f"{run_folder} or below {outputs}"
     else:
@@ -54,7 +65,9 @@ def named(resume: str, run_folder: Path, outputs: Path, *, key: str = "resume") 
 
 
 def run_of(places: Iterable[Path], agents: frozenset[str]) -> Path | None:
-    """The run below these folders that ranks of one of these agents were at, as its checkpoints tell."""
+    """The run below these folders that ranks of one of these agents were at, as its checkpoints
+    tell.
+    """
     found = []
     for place in places if agents else ():
         for path in (path for folder in _below(place) for path in folder.glob("step-*")):
@@ -65,7 +78,9 @@ def run_of(places: Iterable[Path], agents: frozenset[str]) -> Path | None:
 
 
 def _below(place: Path) -> Iterator[Path]:
-    """The folders of checkpoints of the runs below a folder; links on the way to a run are not followed."""
+    """The folders of checkpoints of the runs below a folder; links on the way to a run are not
+    followed.
+    """
     for above, names, _ in os.walk(place):
         if CHECKPOINTS in names:
             names.remove(CHECKPOINTS)
@@ -73,7 +88,11 @@ def _below(place: Path) -> Iterator[Path]:
 
 
 def first_whole(
-    newest_first: list[Path], verify: Callable[[Path], str], *, fallback: bool, note: Callable[[str], None]
+    newest_first: list[Path],
+    verify: Callable[[Path], str],
+    *,
+    fallback: bool,
+    note: Callable[[str], None],
 ) -> Path:
     """The first of these checkpoints.
 
@@ -92,7 +111,8 @@ def first_whole(
             raise ValueError(f"checkpoint {path} is damaged: {damage}; there is no earlier one")
         if not fallback:
             raise ValueError(
-                f"checkpoint {path} is damaged: {damage}; checkpoint.fallback=true would take {older.name}"
+                f"checkpoint {path} is damaged: {damage}; checkpoint.fallback=true would take "
+                f"{older.name}"
             )
         note(f"checkpoint {path} is damaged: {damage}; falling back to {older.name}")
     raise AssertionError("no checkpoint was given")
@@ -142,11 +162,16 @@ def differs(path: Path, found: dict[str, dict[str, Any]]) -> str:
         if found[name] != expected:
             return f"{name} does not have its SHA-256"
     try:
-        tensors: dict[str, Any] = HuggingFaceStorageReader(str(path)).read_metadata().state_dict_metadata
+        tensors: dict[str, Any] = (
+            HuggingFaceStorageReader(str(path)).read_metadata().state_dict_metadata
+        )
     except (SafetensorError, *NO_HEADER) as error:
         return f"the header of a shard is none of ours: {type(error).__name__}: {str(error)[:80]}"
     for name, tensor in tensors.items():  # whoever reads it makes room for all of it
-        odd = any(len(part.offsets) != len(part.sizes) or min(part.offsets, default=0) < 0 for part in tensor.chunks)
+        odd = any(
+            len(part.offsets) != len(part.sizes) or min(part.offsets, default=0) < 0
+            for part in tensor.chunks
+        )
         if odd or sum(math.prod(part.sizes) for part in tensor.chunks) != math.prod(tensor.size):
             return f"its parts of {name} do not make it up"
     return ""
@@ -160,25 +185,38 @@ def about(path: Path) -> dict[str, Any]:
         OSError: it cannot be read.
     """
     manifest = records.read(path / MANIFEST)
-    if absent := [key for key in ("step", "tokens", "files") if manifest.get(key) in (None, {}, [])]:
+    if absent := [
+        key for key in ("step", "tokens", "files") if manifest.get(key) in (None, {}, [])
+    ]:
         raise ValueError(f"{MANIFEST} tells no {absent[0]}")
     files, agents = manifest["files"], manifest.get("agents", [])
-    fits = {key: type(manifest[key]) is int and 0 <= manifest[key] < 1 << 63 for key in ("step", "tokens")}
+    fits = {
+        key: type(manifest[key]) is int and 0 <= manifest[key] < 1 << 63
+        for key in ("step", "tokens")
+    }
     fits["files"] = isinstance(files, dict)
     fits["agents"] = isinstance(agents, list) and all(isinstance(agent, str) for agent in agents)
     if wrong := [key for key, right in fits.items() if not right]:
         raise ValueError(f"{MANIFEST} has {wrong[0]}={str(manifest[wrong[0]])[:40]}")
     for name, found in files.items():
         if Path(name).name != name or not name.endswith(SHARD) or not name.isprintable():
-            raise ValueError(f"{MANIFEST} names the file {name[:80]!r}, which is none of a checkpoint's")
-        if not (isinstance(found, dict) and type(found.get("bytes")) is int and isinstance(found.get("sha256"), str)):
+            raise ValueError(
+                f"{MANIFEST} names the file {name[:80]!r}, which is none of a checkpoint's"
+            )
+        if not (
+            isinstance(found, dict)
+            and type(found.get("bytes")) is int
+            and isinstance(found.get("sha256"), str)
+        ):
             raise ValueError(f"{MANIFEST} does not tell bytes and SHA-256 of {name!r}")
     return manifest
 
 
 def sealed(manifest: dict[str, Any]) -> dict[str, Any]:
     """The manifest, with the checksum of all else in it."""
-    rest = json.loads(json.dumps({key: value for key, value in manifest.items() if key != "sha256"}))
+    rest = json.loads(
+        json.dumps({key: value for key, value in manifest.items() if key != "sha256"})
+    )
     return {**rest, "sha256": hashlib.sha256(json.dumps(rest, sort_keys=True).encode()).hexdigest()}
 
 
@@ -192,9 +230,13 @@ def steps_of(path: Path) -> int:
 
 
 def whole(folder: Path) -> list[Path]:
-    """The published checkpoints of a folder, in the order in which they were written; a link there stays one."""
+    """The published checkpoints of a folder, in the order in which they were written; a link
+    there stays one.
+    """
     here = folder.resolve()
-    return sorted((here / p.name for p in folder.glob("step-*") if (p / MANIFEST).exists()), key=_written)
+    return sorted(
+        (here / p.name for p in folder.glob("step-*") if (p / MANIFEST).exists()), key=_written
+    )
 
 
 def _written(path: Path) -> tuple[int, str]:

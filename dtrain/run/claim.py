@@ -17,7 +17,13 @@ from dtrain.run import checkpoint_files
 OUTPUTS = Path("outputs")  # where Hydra puts runs by default
 RESUMABLE = "resumable"  # a file in the folder of a run that was told to stop
 HYDRA = ".hydra"  # a folder in it, as Hydra has it: what was asked for
-MADE = ("metrics.jsonl", "summary.json", f"checkpoints/step-*/{checkpoint_files.MANIFEST}", "tensorboard/*")  # by a run
+# by a run
+MADE = (
+    "metrics.jsonl",
+    "summary.json",
+    f"checkpoints/step-*/{checkpoint_files.MANIFEST}",
+    "tensorboard/*",
+)
 FILES = ("metrics.jsonl", "metrics.new", "summary.json", RESUMABLE)
 FOLDERS = ("tensorboard", "logs", "pictures", "profile")
 LEFT = (*FILES, checkpoint_files.CHECKPOINTS, *FOLDERS)
@@ -36,8 +42,8 @@ def claimed(folder: Path, world: World, config: Config, files: Mapping[str, str]
         files: to be left in `.hydra`, by name.
 
     Raises:
-        ValueError: another run goes on there, or has left its figures or weights and is neither resumed nor
-            overwritten; or something else is in the way.
+        ValueError: another run goes on there, or has left its figures or weights and is neither
+            resumed nor overwritten; or something else is in the way.
         OSError: the folder cannot be written.
     """
     held: list[Lock] = []
@@ -48,9 +54,13 @@ def claimed(folder: Path, world: World, config: Config, files: Mapping[str, str]
             lock.close()
 
 
-def _claim(folder: Path, world: World, config: Config, files: Mapping[str, str], held: list[Lock]) -> Path:
+def _claim(
+    folder: Path, world: World, config: Config, files: Mapping[str, str], held: list[Lock]
+) -> Path:
     if config.overwrite and config.resume is not None:
-        raise ValueError(f"overwrite=true begins anew, resume={config.resume} goes on: leave one of them out")
+        raise ValueError(
+            f"overwrite=true begins anew, resume={config.resume} goes on: leave one of them out"
+        )
     before = checkpoint_files.run_of((folder, OUTPUTS), world.agents)
     if before and before.resolve() != folder.resolve():
         with suppress(OSError):
@@ -62,7 +72,9 @@ def _claim(folder: Path, world: World, config: Config, files: Mapping[str, str],
     patience_s = RESTARTED_S if restarted else 0.0
     held.append(lock := Lock(folder, patience_s=patience_s))
     agents = lock.before.get("agents")
-    again = bool(before) or (isinstance(agents, list) and any(agent in agents for agent in world.agents))
+    again = bool(before) or (
+        isinstance(agents, list) and any(agent in agents for agent in world.agents)
+    )
     if not (again or _goes_on(config, folder)):
         _make_room(folder, config)
     check_free(folder, (*FILES, TOKENIZER), FOLDERS, (checkpoint_files.CHECKPOINTS,))
@@ -77,12 +89,17 @@ def _claim(folder: Path, world: World, config: Config, files: Mapping[str, str],
 
 
 def _elsewhere(checkpoints: Path, patience_s: float) -> Lock:
-    """Hold the folder, on another disk say, that a link leads to: another run may have the same link."""
+    """Hold the folder, on another disk say, that a link leads to: another run may have the same
+    link.
+    """
     there, own = checkpoints.resolve(), checkpoints.parent.resolve()
     for at in (there, *there.parents[:2]):
         if at != own and any(os.path.lexists(at / name) for name in (HYDRA, *FILES)):
-            raise ValueError(f"the link {checkpoints} leads into another run's folder, {at}: lead it to a folder of "
-                             f"its own, or use another hydra.run.dir")  # fmt: skip
+            raise ValueError(
+                f"the link {checkpoints} leads into another run's folder, {at}: lead it to a "
+                f"folder of "
+                f"its own, or use another hydra.run.dir"
+            )
     lock = Lock(there, patience_s=patience_s, key=checkpoint_files.CHECKPOINTS)
     lock.leave()
     return lock
@@ -99,13 +116,24 @@ def _goes_on(config: Config, folder: Path) -> bool:
 
 def _make_room(folder: Path, config: Config) -> None:
     """Refuse a folder that holds a run; or remove what the run has left."""
-    found = [path for pattern in MADE for path in sorted(folder.glob(pattern)) if path.lstat().st_size]
+    found = [
+        path for pattern in MADE for path in sorted(folder.glob(pattern)) if path.lstat().st_size
+    ]
     if found and not config.overwrite:
-        raise ValueError(f"hydra.run.dir={folder} holds a run ({found[0].relative_to(folder)}): resume=auto goes on "
-                         f"with it, overwrite=true removes it, another hydra.run.dir leaves it alone")  # fmt: skip
+        raise ValueError(
+            f"hydra.run.dir={folder} holds a run ({found[0].relative_to(folder)}): resume=auto "
+            f"goes on "
+            f"with it, overwrite=true removes it, another hydra.run.dir leaves it alone"
+        )
     source = config.init_from and Path(config.init_from).expanduser().resolve()
-    if found and source and (config.init_from == "latest" or source.is_relative_to(folder.resolve())):
-        raise ValueError(f"overwrite=true would remove what init_from={config.init_from} is to be taken from: "
-                         f"use another hydra.run.dir")  # fmt: skip
+    if (
+        found
+        and source
+        and (config.init_from == "latest" or source.is_relative_to(folder.resolve()))
+    ):
+        raise ValueError(
+            f"overwrite=true would remove what init_from={config.init_from} is to be taken from: "
+            f"use another hydra.run.dir"
+        )
     for name in LEFT if config.overwrite else ():
         remove(folder / name)

@@ -1,4 +1,6 @@
-"""Where a run's weights come from: an earlier attempt, a checkpoint that was asked for, or nothing."""
+"""Where a run's weights come from: an earlier attempt, a checkpoint that was asked for, or
+nothing.
+"""
 
 from __future__ import annotations
 
@@ -20,32 +22,52 @@ from dtrain.train import Trainer
 
 
 def finished(job: Parts, folder: Path, world: World) -> dict[str, Any] | None:
-    """The summary that the run has left, if it is begun again and there is nothing left to do. A collective."""
+    """The summary that the run has left, if it is begun again and there is nothing left to do.
+
+    A collective.
+    """
 
     def look() -> dict[str, Any] | None:
         newest = _newest(job, folder, world)
-        if newest and checkpoint_files.steps_of(newest) >= job.config.steps and (folder / SUMMARY).exists():
-            job.logger.note(f"{newest} has done all {job.config.steps} steps: nothing is left to do")
-            return {key: value for key, value in summary_in(folder).items() if key != RESUMABLE}  # it was not stopped
+        if (
+            newest
+            and checkpoint_files.steps_of(newest) >= job.config.steps
+            and (folder / SUMMARY).exists()
+        ):
+            job.logger.note(
+                f"{newest} has done all {job.config.steps} steps: nothing is left to do"
+            )
+            # it was not stopped
+            return {key: value for key, value in summary_in(folder).items() if key != RESUMABLE}
         return None
 
     return agree(look)
 
 
 def _newest(job: Parts, folder: Path, world: World, steps: float = math.inf) -> Path | None:
-    """The run's newest checkpoint, of fewer steps if there is one, if it was restarted or goes on by itself."""
-    if job.config.resume != checkpoint_files.AUTO and not checkpoint_files.run_of((folder,), world.agents):
+    """The run's newest checkpoint, of fewer steps if there is one, if it was restarted or goes
+    on by itself.
+    """
+    if job.config.resume != checkpoint_files.AUTO and not checkpoint_files.run_of(
+        (folder,), world.agents
+    ):
         return None
     every = checkpoint_files.whole(folder / "checkpoints")
     return next(
-        (path for path in reversed(every) if checkpoint_files.steps_of(path) < steps), every[-1] if every else None
+        (path for path in reversed(every) if checkpoint_files.steps_of(path) < steps),
+        every[-1] if every else None,
     )
 
 
 def take_weights(trainer: Trainer, job: Parts, folder: Path, world: World) -> None:
-    """From a checkpoint to go on with, or to begin with; and say where a model's own come from. A collective."""
+    """From a checkpoint to go on with, or to begin with; and say where a model's own come from.
+
+    A collective.
+    """
     for model in trainer.models.values():
-        for origin in {str(module.origin) for module in model.modules() if hasattr(module, "origin")}:
+        for origin in {
+            str(module.origin) for module in model.modules() if hasattr(module, "origin")
+        }:
             job.logger.note(origin)
     own = agree(lambda: _newest(job, folder, world, job.config.steps))
     asked = None if job.config.resume == checkpoint_files.AUTO else job.config.resume
@@ -55,15 +77,20 @@ def take_weights(trainer: Trainer, job: Parts, folder: Path, world: World) -> No
         _begin(trainer, job, job.config.init_from, folder)
     elif int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)):
         job.logger.note(
-            f"restarted; no checkpoint of an earlier attempt in {folder} or {OUTPUTS.resolve()}: begun anew"
+            f"restarted; no checkpoint of an earlier attempt in {folder} or {OUTPUTS.resolve()}: "
+            f"begun anew"
         )
 
 
 def _begin(trainer: Trainer, job: Parts, path: str, folder: Path) -> None:
     """Take what fits of another run's weights; say what does not."""
     note = job.logger.note
-    newest_first = agree(lambda: checkpoint_files.named(path, folder, OUTPUTS.resolve(), key="init_from"))
-    found = checkpoint_files.first_whole(newest_first, checkpoint.verified, fallback=False, note=note)
+    newest_first = agree(
+        lambda: checkpoint_files.named(path, folder, OUTPUTS.resolve(), key="init_from")
+    )
+    found = checkpoint_files.first_whole(
+        newest_first, checkpoint.verified, fallback=False, note=note
+    )
     taken: list[str] = []
     new: list[str] = []
     trainer.begin(partial(checkpoint.load_weights, found, taken=taken, new=new))
@@ -74,14 +101,19 @@ def _resume(trainer: Trainer, job: Parts, resume: str, folder: Path) -> None:
     config, note = job.config, job.logger.note
     newest_first = agree(lambda: checkpoint_files.named(resume, folder, OUTPUTS.resolve()))
     fallback = config.checkpoint.fallback
-    found = checkpoint_files.first_whole(newest_first, checkpoint.verified, fallback=fallback, note=note)
+    found = checkpoint_files.first_whole(
+        newest_first, checkpoint.verified, fallback=fallback, note=note
+    )
     theirs = checkpoint_files.about(found)
     if isinstance(schedule := theirs.get("schedule"), dict):  # of an earlier version
         now = {f"schedule.{key}": value for key, value in schedule.items()}
-        theirs["lr_schedule"] = {RENAMED.get(key, key).split(".")[1]: value for key, value in now.items()}
+        theirs["lr_schedule"] = {
+            RENAMED.get(key, key).split(".")[1]: value for key, value in now.items()
+        }
     if theirs["step"] >= config.steps:
         raise ValueError(
-            f"resume: {found} has done {theirs['step']} steps already, steps={config.steps}: ask for more steps"
+            f"resume: {found} has done {theirs['step']} steps already, steps={config.steps}: ask "
+            f"for more steps"
         )
     trainer.load(partial(checkpoint.load, found, late=job.plan.without_late_states is None))
     trainer.next_step, trainer.tokens = theirs["step"], theirs["tokens"]
@@ -95,8 +127,19 @@ def _resume(trainer: Trainer, job: Parts, resume: str, folder: Path) -> None:
 
 def _curve(job: Parts) -> dict[str, Any]:
     """What decides the loss curve besides the weights: kept in a checkpoint to compare."""
-    keys = ("seed", "steps", "dtype", "precision", "global_batch_size", "seq_len", "clip_norm", "optimizer",
-            "lr_schedule", "model", "task")  # fmt: skip
+    keys = (
+        "seed",
+        "steps",
+        "dtype",
+        "precision",
+        "global_batch_size",
+        "seq_len",
+        "clip_norm",
+        "optimizer",
+        "lr_schedule",
+        "model",
+        "task",
+    )
     return {"data": job.data.describe()} | {key: job.written[key] for key in keys}
 
 

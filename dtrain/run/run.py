@@ -43,11 +43,13 @@ from dtrain.task.batch import Sums
 from dtrain.train import Phase, Settings, Trainer
 
 
-def run(config: Config, world: World, folder: Path, strategy: str, asked: Asked | None = None) -> dict[str, Any]:
+def run(
+    config: Config, world: World, folder: Path, strategy: str, asked: Asked | None = None
+) -> dict[str, Any]:
     """Train as configured; every rank of the job calls it. Returns the summary, on every rank.
 
-    A run that is told to stop (SIGTERM, SIGHUP, SIGINT) returns how to go on with it, under `resumable`, and whether
-    this rank was sent SIGINT, under `interrupted`; nothing else.
+    A run that is told to stop (SIGTERM, SIGHUP, SIGINT) returns how to go on with it, under
+    `resumable`, and whether this rank was sent SIGINT, under `interrupted`; nothing else.
 
     Args:
         folder: of the run; what rank 0 says counts.
@@ -68,13 +70,17 @@ def run(config: Config, world: World, folder: Path, strategy: str, asked: Asked 
         raise Hang(f"{LOST}: {str(error).splitlines()[0]}") from error
 
 
-def _run(config: Config, world: World, folder: Path, strategy: str, asked: Asked | None) -> dict[str, Any]:
+def _run(
+    config: Config, world: World, folder: Path, strategy: str, asked: Asked | None
+) -> dict[str, Any]:
     job = assemble(config, world)
     asked = asked or Asked(job.written)
     job = replace(job, written=asked.config)
     device = job.plan.device
     with ExitStack() as stack:
-        connection = connected(world, device, threads=config.launch.threads, timeout_s=config.launch.timeout_s)
+        connection = connected(
+            world, device, threads=config.launch.threads, timeout_s=config.launch.timeout_s
+        )
         stack.enter_context(connection)
         refuse_differences(asdict(config), job.data.describe(), job.written)
         world = replace(world, agents=agents())
@@ -84,7 +90,9 @@ def _run(config: Config, world: World, folder: Path, strategy: str, asked: Asked
         stack.callback(job.logger.close)
         if summary := finished(job, folder, world):
             return summary
-        watch = HangDetector(job.plan.groups, config.launch.timeout_s, messages=job.plan.degrees.get("pp", 1) > 1)
+        watch = HangDetector(
+            job.plan.groups, config.launch.timeout_s, messages=job.plan.degrees.get("pp", 1) > 1
+        )
         if not job.asynchronous:  # whose ranks may wait as long as they like
             stack.enter_context(watch)
         with watch.explaining():
@@ -93,24 +101,39 @@ def _run(config: Config, world: World, folder: Path, strategy: str, asked: Asked
 
 def _train(
     job: Parts, world: World, folder: Path, strategy: str, stack: ExitStack, watch: HangDetector
-) -> dict[str, Any]:  # fmt: skip
+) -> dict[str, Any]:
     config, plan = job.config, job.plan
     meter, peak_source = meter_of(job, world)
     peak_memory.reset_peak(plan.device)
     settings = Settings(
-        config.steps, config.seed, config.global_batch_size, config.micro_batch_size,
-        config.lr_schedule.warmup_steps, config.lr_schedule.min_lr_ratio,
-    )  # fmt: skip
+        config.steps,
+        config.seed,
+        config.global_batch_size,
+        config.micro_batch_size,
+        config.lr_schedule.warmup_steps,
+        config.lr_schedule.min_lr_ratio,
+    )
     optimizer = partial(optimizer_of, config.optimizer)
     profile, phase = _instruments(job, optimizer, stack, watch)
     trainer = _trainer(job, world, optimizer, settings, phase)
     apart = trainer if isinstance(trainer, ParameterServerTrainer) else None
     take_weights(trainer, job, folder, world)
     if profile and config.steps - trainer.next_step < RECORDED:
-        raise ValueError(f"profile=true needs {RECORDED} steps, {config.steps - trainer.next_step} are left: use more")
+        raise ValueError(
+            f"profile=true needs {RECORDED} steps, {config.steps - trainer.next_step} are left: "
+            f"use more"
+        )
     checkpoints = _checkpoints(config, folder, apart, stack)
-    about = Run(strategy, plan.degrees, world.size, trainer.next_step, config.steps, folder,
-                facts(job, meter, peak_source), job.written)  # fmt: skip
+    about = Run(
+        strategy,
+        plan.degrees,
+        world.size,
+        trainer.next_step,
+        config.steps,
+        folder,
+        facts(job, meter, peak_source),
+        job.written,
+    )
     job.logger.start(about)
     if world.rank == 0:
         job.data.leave(folder)
@@ -135,12 +158,17 @@ def _train(
         said = agree(lambda: _resumable(job, folder, figures["step"]))
         return {RESUMABLE: said, "interrupted": preemption.interrupted}
     figures = agree(lambda: figures) if apart else figures  # a worker has none
-    summary = summary_of(job, world, strategy, figures, meter, peak_source) | {"checkpoint": checkpoints.newest}
+    summary = summary_of(job, world, strategy, figures, meter, peak_source) | {
+        "checkpoint": checkpoints.newest
+    }
     return _told(job, summary, apart, profile)
 
 
 def _told(
-    job: Parts, summary: dict[str, Any], apart: ParameterServerTrainer | None, profile: Profile | None
+    job: Parts,
+    summary: dict[str, Any],
+    apart: ParameterServerTrainer | None,
+    profile: Profile | None,
 ) -> dict[str, Any]:
     """The summary with what the instruments have found, once the loggers have it. A collective."""
     if apart:
@@ -153,11 +181,19 @@ def _told(
     return summary
 
 
-def _checkpoints(config: Config, folder: Path, apart: ParameterServerTrainer | None, stack: ExitStack) -> Checkpoints:
-    """Where the run's go; also where none is asked for, since somebody may stop it. A collective."""
+def _checkpoints(
+    config: Config, folder: Path, apart: ParameterServerTrainer | None, stack: ExitStack
+) -> Checkpoints:
+    """Where the run's go; also where none is asked for, since somebody may stop it.
+
+    A collective.
+    """
     options, ranks = config.checkpoint, apart.saving if apart else None
     made = Checkpoints(
-        folder / "checkpoints", keep_last=options.keep_last, asynchronous=options.asynchronous, ranks=ranks
+        folder / "checkpoints",
+        keep_last=options.keep_last,
+        asynchronous=options.asynchronous,
+        ranks=ranks,
     )
     stack.callback(made.wait)
     return made
@@ -188,18 +224,27 @@ def _instruments(
 
 
 def _trainer(
-    job: Parts, world: World, optimizer: Callable[[nn.Module], Optimizer], settings: Settings, phase: Phase
+    job: Parts,
+    world: World,
+    optimizer: Callable[[nn.Module], Optimizer],
+    settings: Settings,
+    phase: Phase,
 ) -> Trainer:
     """A collective."""
     if job.asynchronous:
         parts = partial(task_and_plan, job.config, world)
-        return ParameterServerTrainer(job.task, job.plan, optimizer, settings, job.config, world, parts)
+        return ParameterServerTrainer(
+            job.task, job.plan, optimizer, settings, job.config, world, parts
+        )
     return Trainer(job.task, job.plan, optimizer, settings, phase)
 
 
 def _predicted(job: Parts, optimizer: Callable[[nn.Module], Optimizer]) -> Cost | None:
     """What this rank should cost; None, with a note, where a model cannot be told from shapes."""
-    sizes = {"global_batch_size": job.config.global_batch_size, "micro_batch_size": job.config.micro_batch_size}
+    sizes = {
+        "global_batch_size": job.config.global_batch_size,
+        "micro_batch_size": job.config.micro_batch_size,
+    }
     try:
         return fold(trace(job.task, job.plan, optimizer, **sizes), job.plan, dist.get_rank())  # type: ignore[arg-type]
     except ValueError as error:
@@ -218,8 +263,13 @@ def _saves(config: Config, step: int) -> bool:
 
 
 def _resumable(job: Parts, folder: Path, step: int) -> str:
-    """Say how to go on with a run that was told to stop, here and in a file for whoever started it."""
-    said = f"stopped after step {step} of {job.config.steps}, as it was told; resumable: {typed('resume', str(folder))}"
+    """Say how to go on with a run that was told to stop, here and in a file for whoever started
+    it.
+    """
+    said = (
+        f"stopped after step {step} of {job.config.steps}, as it was told; resumable: "
+        f"{typed('resume', str(folder))}"
+    )
     write(folder / RESUMABLE, f"{said}\n")
     job.logger.note(said)
     return said

@@ -1,4 +1,6 @@
-"""The figures of a run: what is measured, what a person is told at the start, what is left at the end."""
+"""The figures of a run: what is measured, what a person is told at the start, what is left at
+the end.
+"""
 
 from __future__ import annotations
 
@@ -25,25 +27,38 @@ def meter_of(job: Parts, world: World) -> tuple[Throughput, str]:
     """A meter that knows the model's operations a token and this rank's peak. A collective."""
     stated = job.config.measure.peak_flops
     dist.barrier()  # the ranks measure at the same time, as they will compute at the same time
-    peak, source = (stated, "stated") if stated else flops.peak(job.plan.device, job.plan.precision.compute_dtype)
+    peak, source = (
+        (stated, "stated")
+        if stated
+        else flops.peak(job.plan.device, job.plan.precision.compute_dtype)
+    )
     total = torch.tensor(peak, dtype=torch.float64, device=job.plan.device)
     dist.all_reduce(total)
     return Throughput(
-        skip_steps=job.config.measure.skip_steps, world_size=world.size,
-        flops_per_token=flops_per_token(job.task), peak_flops=total.item() / world.size,
-    ), source  # fmt: skip
+        skip_steps=job.config.measure.skip_steps,
+        world_size=world.size,
+        flops_per_token=flops_per_token(job.task),
+        peak_flops=total.item() / world.size,
+    ), source
 
 
 def flops_per_token(task: Task) -> float | None:
-    """Operations of one step over the tokens (or samples) it trains on: counted on one row, on meta tensors.
+    """Operations of one step over the tokens (or samples) it trains on: counted on one row, on meta
+    tensors.
 
     None if a model cannot run there.
     """
-    models = {name: model for name, factory in task.models.items() if (model := on_meta(factory)) is not None}
+    models = {
+        name: model
+        for name, factory in task.models.items()
+        if (model := on_meta(factory)) is not None
+    }
     row = {name: tensor[:1] for name, tensor in task.batch(0).items()}
     batch = {name: tensor.to("meta") for name, tensor in row.items()}
     try:
-        total = sum((flops.count(partial(update.loss, models, batch)) for update in task.updates), start=0)
+        total = sum(
+            (flops.count(partial(update.loss, models, batch)) for update in task.updates), start=0
+        )
         return total / task.size(row)
     except Exception:  # of a user's model: it may fail in any way
         logging.getLogger("dtrain").warning(
@@ -54,30 +69,49 @@ def flops_per_token(task: Task) -> float | None:
 
 def facts(job: Parts, meter: Throughput, peak_source: str) -> tuple[str, ...]:
     """Lines for a person."""
-    whole = [factory() if (model := on_meta(factory)) is None else model for factory in job.task.models.values()]
-    parameters = sum(p.numel() for model in whole for p in model.parameters())  # an engine may have put them away
+    whole = [
+        factory() if (model := on_meta(factory)) is None else model
+        for factory in job.task.models.values()
+    ]
+    # an engine may have put them away
+    parameters = sum(p.numel() for model in whole for p in model.parameters())
     precision, config = job.plan.precision, job.config
     weights = str(precision.weights_dtype).removeprefix("torch.")
     data = ", ".join(
-        f"{key} {value:,}" if isinstance(value, int) else f"{key} {value}" for key, value in job.data.describe().items()
+        f"{key} {value:,}" if isinstance(value, int) else f"{key} {value}"
+        for key, value in job.data.describe().items()
     )
-    epoch = f", {rows / config.global_batch_size:,.1f} steps an epoch" if (rows := job.task.epoch) else ""
+    epoch = (
+        f", {rows / config.global_batch_size:,.1f} steps an epoch"
+        if (rows := job.task.epoch)
+        else ""
+    )
     return (
         f"model: {parameters:,} parameters; computes in {precision.compute}, weights in {weights}",
         f"data: {data}",
-        *([f"left out of the data: {in_words(job.data.left_out)}"] if any(job.data.left_out.values()) else []),
+        *(
+            [f"left out of the data: {in_words(job.data.left_out)}"]
+            if any(job.data.left_out.values())
+            else []
+        ),
         *own.told(config.model),
         *([f"task: {job.task.told}"] if job.task.told else []),
         *job.tried,
         f"batch: {config.global_batch_size} rows over {job.plan.row_parts} x "
-        f"{job.plan.micro_batches(config.global_batch_size, config.micro_batch_size)} micro-batches{epoch}",
+        f"{job.plan.micro_batches(config.global_batch_size, config.micro_batch_size)} "
+        f"micro-batches{epoch}",
         f"device: {job.plan.device.type}, {torch.get_num_threads()} threads a process; "
         f"peak {(meter.peak_flops or math.nan) / 1e9:,.0f} GFLOP/s a rank ({peak_source})",
     )
 
 
 def summary_of(
-    job: Parts, world: World, strategy: str, figures: dict[str, Any], meter: Throughput, peak_source: str
+    job: Parts,
+    world: World,
+    strategy: str,
+    figures: dict[str, Any],
+    meter: Throughput,
+    peak_source: str,
 ) -> dict[str, Any]:
     """The whole of a run for `summary.json`. A collective."""
     peaks = gathered(peak_memory.peak_bytes(job.plan.device))
@@ -94,7 +128,8 @@ def summary_of(
         "peak_memory_bytes": max(peaks),
         "peak_memory_bytes_by_rank": peaks,
         "tokens": figures["tokens"],
-        "data": job.data.describe() | ({"left_out": dict(job.data.left_out)} if job.data.left_out else {}),
+        "data": job.data.describe()
+        | ({"left_out": dict(job.data.left_out)} if job.data.left_out else {}),
         "environment": environment.describe(),
         "config": job.written,
     }

@@ -46,13 +46,15 @@ class DDP(Strategy):
     def check(self, plan: Plan) -> None:
         if others := [s.axis for s in plan.strategies if s is not self]:
             raise ValueError(
-                f"strategy ddp stands alone: beside {', '.join(others)} it would train wrong weights; "
+                f"strategy ddp stands alone: beside {', '.join(others)} it would train wrong "
+                f"weights; "
                 f"use replicate in its place"
             )
 
         if plan.precision.reduce_dtype != plan.precision.weights_dtype:
             raise ValueError(
-                f"strategy ddp sums gradients in the weights' format, not in precision.reduce={plan.precision.reduce}: "
+                f"strategy ddp sums gradients in the weights' format, not in "
+                f"precision.reduce={plan.precision.reduce}: "
                 f"use replicate or fsdp"
             )
 
@@ -71,7 +73,9 @@ class DDP(Strategy):
         return model.module if isinstance(model, DistributedDataParallel) else model
 
     def verify(self, model: nn.Module, plan: Plan) -> None:
-        assert isinstance(model, DistributedDataParallel), f"ddp was asked for, the model is a {type(model).__name__}"
+        assert isinstance(model, DistributedDataParallel), (
+            f"ddp was asked for, the model is a {type(model).__name__}"
+        )
 
     def sync_gradients(self, model: nn.Module, enabled: bool) -> None:
         assert isinstance(model, DistributedDataParallel)
@@ -92,7 +96,9 @@ class DDP(Strategy):
         self._used.clear()  # likewise, before each update
 
     def finish_backward(self, model: nn.Module) -> None:
-        """DDP sends a bucket when it is full; a gradient that this rank's rows do not have would be waited for."""
+        """DDP sends a bucket when it is full; a gradient that this rank's rows do not have
+        would be waited for.
+        """
         parameters = [p for p in model.parameters() if p.requires_grad]
         left = [parameter for parameter in parameters if id(parameter) not in self._passed]
         if isinstance(model, DistributedDataParallel) and 0 < len(left) < len(parameters):
@@ -104,13 +110,19 @@ class DDP(Strategy):
         return [p for p in model.parameters() if p.grad is not None and id(p) not in self._used]
 
     def cost(self, footprint: Footprint, plan: Plan) -> list[Message]:
-        sizes = [n for piece in footprint.pieces for n in self._buckets(piece, footprint.weight_bytes)]
+        sizes = [
+            n for piece in footprint.pieces for n in self._buckets(piece, footprint.weight_bytes)
+        ]
         return [message(self.axis, "all_reduce", sizes, footprint.weight_bytes)]
 
     def _buckets(self, piece: ModelPart, itemsize: int) -> list[int]:
-        """Elements of each bucket, in every update that reaches it: filled as backward completes gradients."""
+        """Elements of each bucket, in every update that reaches it: filled as backward
+        completes gradients.
+        """
         sizes = [0]
-        for weight in sorted((w for w in piece.weights if w.ready is not None), key=lambda w: w.ready or 0):
+        for weight in sorted(
+            (w for w in piece.weights if w.ready is not None), key=lambda w: w.ready or 0
+        ):
             sizes[-1] += weight.elements
             limit = self.first_bucket_mb if len(sizes) == 1 else self.bucket_mb
             if sizes[-1] * itemsize >= int(limit * 2**20):

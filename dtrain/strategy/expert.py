@@ -1,16 +1,17 @@
-"""Expert parallel: each rank holds E/n of the experts, and every token travels to those it was sent to.
+"""Expert parallel: each rank holds E/n of the experts, and every token travels to those it was sent
+to.
 
     rank 0: its rows -> attention, router \\          / experts 0, 1 \\          / sum over k -> ...
                                            all-to-all                all-to-all
     rank 1: its rows -> attention, router /          \\ experts 2, 3 /          \\ sum over k -> ...
 
-All else is on every rank, as in data parallel: the gradients of the dense weights are averaged over `ep`.
-Those of an expert are whole where it is, for the tokens of all ranks came to it.
-Cost a block and micro-batch, per rank: 2 all-to-alls of its tokens (k B T rows of C, of which (n-1)/n leave
-it) forward and 2 backward, with E counts ahead; a step: one all-reduce of the dense gradients. The busiest
-rank sets the pace. Memory: 1/n of the experts' weights, gradients and moments.
-Sources: Lepikhin et al. 2020, GShard (2006.16668); Fedus et al. 2021, Switch (2101.03961);
-Rajbhandari et al. 2022, DeepSpeed-MoE (2201.05596).
+All else is on every rank, as in data parallel: the gradients of the dense weights are averaged over
+`ep`. Those of an expert are whole where it is, for the tokens of all ranks came to it. Cost a block
+and micro-batch, per rank: 2 all-to-alls of its tokens (k B T rows of C, of which (n-1)/n leave it)
+forward and 2 backward, with E counts ahead; a step: one all-reduce of the dense gradients. The
+busiest rank sets the pace. Memory: 1/n of the experts' weights, gradients and moments. Sources:
+Lepikhin et al. 2020, GShard (2006.16668); Fedus et al. 2021, Switch (2101.03961); Rajbhandari et
+al. 2022, DeepSpeed-MoE (2201.05596).
 """
 
 from __future__ import annotations
@@ -58,23 +59,28 @@ class ExpertParallel(Strategy):
         numbers = {p.shape[0] for _, experts in experts_of(model) for p in experts.parameters()}
         if not numbers:
             raise ValueError(
-                f"{type(model).__name__} has no experts (model.n_experts=0): nothing to spread over ep; "
+                f"{type(model).__name__} has no experts (model.n_experts=0): nothing to spread "
+                f"over ep; "
                 f"use model=moe, or a strategy on dp"
             )
         for number in numbers:
             if number % self.degree:
                 raise ValueError(
-                    f"n_experts={number} is not divisible by ep={self.degree}: use {divisors(number)} ranks along ep"
+                    f"n_experts={number} is not divisible by ep={self.degree}: use "
+                    f"{divisors(number)} ranks along ep"
                 )
 
-    def rehearsals(self, model: nn.Module, inputs: Sequence[Tensor], plan: Plan) -> Iterator[Rehearsal]:
+    def rehearsals(
+        self, model: nn.Module, inputs: Sequence[Tensor], plan: Plan
+    ) -> Iterator[Rehearsal]:
         what = f"with its experts spread over ep={self.degree}"
         yield Rehearsal(what, model, spread(model, self.degree), STACKED)
 
     def parallelize(self, model: nn.Module, plan: Plan) -> nn.Module:
         group = plan.mesh[self.axis].get_group()
         for _, experts in experts_of(model):
-            split_already = "forward" in vars(experts)  # by tensor parallelism: that forward finds its own weights
+            # by tensor parallelism: that forward finds its own weights
+            split_already = "forward" in vars(experts)
             forward = experts.forward if split_already else with_local_weights(experts)
             for name, parameter in list(experts.named_parameters()):
                 owner, _, key = name.rpartition(".")
@@ -84,12 +90,25 @@ class ExpertParallel(Strategy):
 
     def _mine(self, parameter: nn.Parameter, plan: Plan) -> nn.Parameter:
         """This rank's experts: sharded over `ep`, and within as the parameter was before."""
-        inner, placements = ((parameter.device_mesh.mesh_dim_names or (), parameter.placements)
-                             if isinstance(parameter, DTensor) else ((), ()))  # fmt: skip
-        mine = local(parameter.detach()).chunk(self.degree)[plan.mesh[self.axis].get_local_rank()].clone()
+        inner, placements = (
+            (parameter.device_mesh.mesh_dim_names or (), parameter.placements)
+            if isinstance(parameter, DTensor)
+            else ((), ())
+        )
+        mine = (
+            local(parameter.detach())
+            .chunk(self.degree)[plan.mesh[self.axis].get_local_rank()]
+            .clone()
+        )
         mesh = plan.mesh[(self.axis, *inner)]
-        made = DTensor.from_local(mine, mesh, (Shard(0), *placements), run_check=False, shape=parameter.shape,
-                                  stride=parameter.stride())  # fmt: skip
+        made = DTensor.from_local(
+            mine,
+            mesh,
+            (Shard(0), *placements),
+            run_check=False,
+            shape=parameter.shape,
+            stride=parameter.stride(),
+        )
         return nn.Parameter(made, requires_grad=parameter.requires_grad)
 
     def verify(self, model: nn.Module, plan: Plan) -> None:
@@ -97,13 +116,16 @@ class ExpertParallel(Strategy):
             for name, parameter in experts.named_parameters():
                 assert self._shards(parameter), f"{name} is not sharded over {self.axis}"
                 rows, here = parameter.shape[0] // self.degree, local(parameter).shape[0]
-                assert here == rows or plan.strategy_on("fsdp"), f"{name}: {here} experts here, not {rows}"
+                assert here == rows or plan.strategy_on("fsdp"), (
+                    f"{name}: {here} experts here, not {rows}"
+                )
 
     def reduce_gradients(self, model: nn.Module, plan: Plan) -> None:
         dense = []
         for parameter in model.parameters():
             if parameter.grad is not None and self._shards(parameter):
-                local(parameter.grad).div_(self.degree)  # the sum of what each rank's part of the batch gave
+                # the sum of what each rank's part of the batch gave
+                local(parameter.grad).div_(self.degree)
             elif parameter.grad is not None:
                 dense.append(local(parameter.grad))
         average(dense, plan.mesh[self.axis].get_group(), plan.precision.reduce_dtype)
@@ -118,27 +140,50 @@ class ExpertParallel(Strategy):
         here = footprint.place[self.axis]
 
         def spread(piece: ModelPart) -> ModelPart:
-            experts = {f"{path}.{key}" for path, e in experts_of(piece.outline) for key, _ in e.named_parameters()}
-            return piece.map(lambda w: w.split(self.axis, 0, self.degree, here) if w.name in experts else w)
+            experts = {
+                f"{path}.{key}"
+                for path, e in experts_of(piece.outline)
+                for key, _ in e.named_parameters()
+            }
+            return piece.map(
+                lambda w: w.split(self.axis, 0, self.degree, here) if w.name in experts else w
+            )
 
         return footprint.map(spread)
 
     def cost(self, footprint: Footprint, plan: Plan) -> list[Message]:
-        """Exact in sum over the ranks along the axis; a rank's own as if every expert had as many rows."""
+        """Exact in sum over the ranks along the axis; a rank's own as if every expert had as
+        many rows.
+        """
         m = footprint.micro_batches
         dense = [weight for weight in footprint.gradients if self.axis not in weight.axes]
         found = [all_reduce_each(self.axis, dense, footprint.reduce_bytes)]
         for call in footprint.calls_at(lambda layout: (f"{layout.blocks}.*.{layout.experts}",)):
             rows, counts = map(prod, call.inputs)
             found.append(message(self.axis, "all_to_all", [counts], torch.long.itemsize, m))
-            found.append(message(self.axis, "all_to_all", [rows] * (1 + call.returns), footprint.activation_bytes, m))
-            found.append(message(self.axis, "all_to_all", [rows] * (1 + call.graded), footprint.compute_bytes, m))
+            found.append(
+                message(
+                    self.axis,
+                    "all_to_all",
+                    [rows] * (1 + call.returns),
+                    footprint.activation_bytes,
+                    m,
+                )
+            )
+            found.append(
+                message(
+                    self.axis, "all_to_all", [rows] * (1 + call.graded), footprint.compute_bytes, m
+                )
+            )
         return found
 
 
 def with_local_weights(experts: nn.Module) -> Forward:
-    """The module's forward as it is now, computing with this rank's part of its parameters as they will be."""
-    inner = copy.copy(experts)  # of one dictionary of parameters: what replaces one there is seen here
+    """The module's forward as it is now, computing with this rank's part of its parameters as
+    they will be.
+    """
+    # of one dictionary of parameters: what replaces one there is seen here
+    inner = copy.copy(experts)
 
     @torch.compiler.disable  # sizes are known when tokens come, and weights are this rank's part
     def forward(x: Tensor, counts: Tensor) -> Tensor:
@@ -150,13 +195,16 @@ def with_local_weights(experts: nn.Module) -> Forward:
 
 
 def _exchange(forward: Forward, group: dist.ProcessGroup) -> Forward:
-    """`forward` on the rows that all ranks have for the experts here; each gets its own back, in its order."""
+    """`forward` on the rows that all ranks have for the experts here; each gets its own back,
+    in its order.
+    """
 
     @torch.compiler.disable
     def exchanged(x: Tensor, counts: Tensor) -> Tensor:
         theirs = torch.empty_like(counts)
         dist.all_to_all_single(theirs, counts, group=group)
-        by_rank = theirs.view(group.size(), -1)  # (n, E/n): rows from each rank for each expert here
+        # (n, E/n): rows from each rank for each expert here
+        by_rank = theirs.view(group.size(), -1)
         send, receive = counts.view(group.size(), -1).sum(1).tolist(), by_rank.sum(1).tolist()
         experts = torch.arange(by_rank.shape[1], device=x.device).repeat(group.size())
         order = experts.repeat_interleave(theirs).argsort(stable=True)  # from by rank to by expert
@@ -168,10 +216,14 @@ def _exchange(forward: Forward, group: dist.ProcessGroup) -> Forward:
 
 
 class _AllToAll(torch.autograd.Function):
-    """Send the first `send[0]` rows to rank 0, and so on; the gradient travels back the same way."""
+    """Send the first `send[0]` rows to rank 0, and so on; the gradient travels back the same
+    way.
+    """
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, send: list[int], receive: list[int], group: dist.ProcessGroup) -> Tensor:
+    def forward(
+        ctx: Any, x: Tensor, send: list[int], receive: list[int], group: dist.ProcessGroup
+    ) -> Tensor:
         ctx.way_back = receive, send, group
         y = x.new_empty(sum(receive), *x.shape[1:])
         dist.all_to_all_single(y, x.contiguous(), receive, send, group=group)

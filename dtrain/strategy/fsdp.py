@@ -4,11 +4,11 @@
     backward:  all-gather them again -> compute -> reduce-scatter the block's gradients
     step:      each rank updates its own slice, with its own slice of Adam's moments
 
-Cost a micro-batch, per rank: all-gather of all weights twice (once without resharding: ZeRO-2), and a
-step: reduce-scatter of all gradients; each moves (n-1)/n of the bytes. Memory between steps: 1/n of all
-three kinds. In a step of several micro-batches the whole gradient stays until the last one's
-reduce-scatter, unless each of them is reduced.
-Sources: Rajbhandari et al. 2020, "ZeRO" (1910.02054); Zhao et al. 2023, "PyTorch FSDP" (2304.11277).
+Cost a micro-batch, per rank: all-gather of all weights twice (once without resharding: ZeRO-2), and
+a step: reduce-scatter of all gradients; each moves (n-1)/n of the bytes. Memory between steps: 1/n
+of all three kinds. In a step of several micro-batches the whole gradient stays until the last one's
+reduce-scatter, unless each of them is reduced. Sources: Rajbhandari et al. 2020, "ZeRO"
+(1910.02054); Zhao et al. 2023, "PyTorch FSDP" (2304.11277).
 """
 
 from __future__ import annotations
@@ -34,7 +34,10 @@ from dtrain.strategy.replicate import Replicate, fsdp_module, kept_gathered, res
 if TYPE_CHECKING:
     from dtrain.parallel.plan import Plan
 
-ELSEWHERE = "a block may use no weight of another one, of which a rank has a part then: use strategy=ddp or allreduce"
+ELSEWHERE = (
+    "a block may use no weight of another one, of which a rank has a part then: use strategy=ddp "
+    "or allreduce"
+)
 
 
 class FSDP(Strategy):
@@ -42,8 +45,8 @@ class FSDP(Strategy):
 
     Args:
         degree: ranks along `fsdp`; -1: the rest of the world.
-        reshard_after_forward: free the gathered weights after forward (ZeRO-3) or keep them until backward
-            has used them (ZeRO-2: less traffic, more memory).
+        reshard_after_forward: free the gathered weights after forward (ZeRO-3) or keep them until
+            backward has used them (ZeRO-2: less traffic, more memory).
         reduce_each: reduce-scatter the gradients of every micro-batch: less memory, more traffic.
         cpu_offload: keep shards, gradients and moments in host memory and step there (for GPUs).
     """
@@ -54,9 +57,13 @@ class FSDP(Strategy):
     casts_itself = True
 
     def __init__(
-        self, degree: int = REST, *, reshard_after_forward: bool = True, reduce_each: bool = False,
+        self,
+        degree: int = REST,
+        *,
+        reshard_after_forward: bool = True,
+        reduce_each: bool = False,
         cpu_offload: bool = False,
-    ) -> None:  # fmt: skip
+    ) -> None:
         super().__init__(degree)
         self.reshard_after_forward, self.reduce_each = reshard_after_forward, reduce_each
         self.offloads = cpu_offload
@@ -66,11 +73,16 @@ class FSDP(Strategy):
         if pipeline is None:
             return
         if self.reduce_each:
-            raise ValueError("strategy.fsdp.reduce_each=true: a pipeline reduces once a step; use reduce_each=false")
+            raise ValueError(
+                "strategy.fsdp.reduce_each=true: a pipeline reduces once a step; use "
+                "reduce_each=false"
+            )
         if self.reshard_after_forward and pipeline.splits_backward:
             schedule = getattr(pipeline, "schedule", type(pipeline).__name__)
-            raise ValueError(f"schedule {schedule} computes the gradients of weights after those of inputs, and "
-                             f"resharded weights miss them: use strategy.fsdp.reshard_after_forward=false")  # fmt: skip
+            raise ValueError(
+                f"schedule {schedule} computes the gradients of weights after those of inputs, and "
+                f"resharded weights miss them: use strategy.fsdp.reshard_after_forward=false"
+            )
 
     def check_model(self, model: nn.Module, plan: Plan) -> None:
         refuse_sharing(model, "fsdp")
@@ -78,12 +90,21 @@ class FSDP(Strategy):
         for name, parameter in model.named_parameters():
             if not parameter.ndim or not parameter.numel():
                 what = "has no numbers" if parameter.ndim else "is a single number"
-                raise ValueError(f"{name} of {type(model).__name__} {what}, and fsdp divides by rows: "
-                                 f"give it the shape (1,), or use strategy=ddp, allreduce or zero1")  # fmt: skip
+                raise ValueError(
+                    f"{name} of {type(model).__name__} {what}, and fsdp divides by rows: "
+                    f"give it the shape (1,), or use strategy=ddp, allreduce or zero1"
+                )
 
-    def rehearsals(self, model: nn.Module, inputs: Sequence[Tensor], plan: Plan) -> Iterator[Rehearsal]:
+    def rehearsals(
+        self, model: nn.Module, inputs: Sequence[Tensor], plan: Plan
+    ) -> Iterator[Rehearsal]:
         if blocks_of(model):
-            yield Rehearsal("with each block's weights in its own call alone", model, unit_by_unit(model), ELSEWHERE)
+            yield Rehearsal(
+                "with each block's weights in its own call alone",
+                model,
+                unit_by_unit(model),
+                ELSEWHERE,
+            )
 
     def parallelize(self, model: nn.Module, plan: Plan) -> nn.Module:
         settings: dict[str, Any] = {
@@ -100,22 +121,35 @@ class FSDP(Strategy):
         return model
 
     def _mesh_axes(self, plan: Plan) -> tuple[str, ...]:
-        """Both axes beside `replicate`: fully_shard then overlaps the all-reduce with the backward pass."""
+        """Both axes beside `replicate`: fully_shard then overlaps the all-reduce with the
+        backward pass.
+        """
         return ("dp", "fsdp") if isinstance(plan.strategy_on("dp"), Replicate) else ("fsdp",)
 
     def verify(self, model: nn.Module, plan: Plan) -> None:
         for name, parameter in model.named_parameters():
             assert isinstance(parameter, DTensor), f"{name} is not sharded over {self.axis}"
             mine = parameter.shape[0]
-            # Inner axes first: where tensor parallelism has cut rows, each of its slices is cut again.
+            # Inner axes first: where tensor parallelism has cut rows, each of its slices is cut
+            # again.
             for axis, placement in reversed(
-                list(zip(parameter.device_mesh.mesh_dim_names or (), parameter.placements, strict=True))
+                list(
+                    zip(
+                        parameter.device_mesh.mesh_dim_names or (),
+                        parameter.placements,
+                        strict=True,
+                    )
+                )
             ):
                 if isinstance(placement, Shard | _StridedShard) and placement.dim == 0:
                     chunk = -(-mine // plan.degrees[axis])
                     mine = max(0, min(chunk, mine - plan.mesh[axis].get_local_rank() * chunk))
-                assert axis != self.axis or not placement.is_replicate(), f"{name} is {placement} over {axis}"
-            assert local(parameter).shape[0] == mine, f"{name}: {local(parameter).shape[0]} rows here, not {mine}"
+                assert axis != self.axis or not placement.is_replicate(), (
+                    f"{name} is {placement} over {axis}"
+                )
+            assert local(parameter).shape[0] == mine, (
+                f"{name}: {local(parameter).shape[0]} rows here, not {mine}"
+            )
 
     def double_backward_context(self, model: nn.Module) -> AbstractContextManager:
         return kept_gathered(model)
@@ -137,7 +171,9 @@ class FSDP(Strategy):
 
     def footprint(self, footprint: Footprint, plan: Plan) -> Footprint:
         here = footprint.place[self.axis]
-        return footprint.map(lambda piece: piece.map(lambda w: w.shard(self.axis, self.degree, here)))
+        return footprint.map(
+            lambda piece: piece.map(lambda w: w.shard(self.axis, self.degree, here))
+        )
 
     def cost(self, footprint: Footprint, plan: Plan) -> list[Message]:
         gathered = []
@@ -145,9 +181,14 @@ class FSDP(Strategy):
             for unit, weights in piece.units.items():
                 size = self.degree * sum(weight.padded(self.degree) for weight in weights)
                 gathered += [size] * self._gathers(piece.passes_of(unit, footprint.micro_batches))
-        reduced = [self.degree * size for size in footprint.unit_gradients(self.degree, each=self.reduce_each)]
-        return [message(self.axis, "all_gather", gathered, footprint.compute_bytes),
-                message(self.axis, "reduce_scatter", reduced, footprint.reduce_bytes)]  # fmt: skip
+        reduced = [
+            self.degree * size
+            for size in footprint.unit_gradients(self.degree, each=self.reduce_each)
+        ]
+        return [
+            message(self.axis, "all_gather", gathered, footprint.compute_bytes),
+            message(self.axis, "reduce_scatter", reduced, footprint.reduce_bytes),
+        ]
 
     def _gathers(self, passes: tuple[str, ...]) -> int:
         """How often a unit's weights are needed and not here."""

@@ -1,21 +1,22 @@
-"""Local SGD, DiLoCo and federated averaging: each rank trains alone; every H steps their weights meet.
+"""Local SGD, DiLoCo and federated averaging: each rank trains alone; every H steps their weights
+meet.
 
     inner, H times:  w_r <- w_r - optimizer(g_r)                  on every rank r, of its own rows
-    outer:           D = mean over the ranks of (w0 - w_r)        the pseudo-gradient: the only message
+    outer:           D = mean over the ranks of (w0 - w_r)        pseudo-gradient: the only message
                      v <- m v + D;  w0 <- w0 - lr (D + m v)       Nesterov (or plain) momentum
                      w_r <- w0
 
-With lr 1 and m 0 the new w0 is the mean of the weights: local SGD, and the averaging of federated runs. DiLoCo is inner
-AdamW, lr 0.7, m 0.9. `num_fragments` exchanges the weights in parts, at different steps; `sync_delay` goes on training
-while a message is under way, and takes what has come, mixed with its own weights, so many steps later (streaming
-DiLoCo).
+With lr 1 and m 0 the new w0 is the mean of the weights: local SGD, and the averaging of federated
+runs. DiLoCo is inner AdamW, lr 0.7, m 0.9. `num_fragments` exchanges the weights in parts, at
+different steps; `sync_delay` goes on training while a message is under way, and takes what has
+come, mixed with its own weights, so many steps later (streaming DiLoCo).
 
-Not a synchronous strategy: its losses are not one process's. A figure told of a step is the mean over the ranks.
-Evaluations and checkpoints are of the ranks' mean; a run that resumes begins there, with the mean of their moments too,
-and without the messages that were under way.
-Cost of H steps, per rank: one all-reduce of the weights, 2 (n-1)/n times their bytes on a ring: 1/H of ddp's. Memory,
-where the outer step is more than a mean: w0 and v, twice the weights.
-Sources: Stich 2019, "Local SGD" (1805.09767); McMahan et al. 2016, federated averaging (1602.05629); Douillard et al.
+Not a synchronous strategy: its losses are not one process's. A figure told of a step is the mean
+over the ranks. Evaluations and checkpoints are of the ranks' mean; a run that resumes begins there,
+with the mean of their moments too, and without the messages that were under way. Cost of H steps,
+per rank: one all-reduce of the weights, 2 (n-1)/n times their bytes on a ring: 1/H of ddp's.
+Memory, where the outer step is more than a mean: w0 and v, twice the weights. Sources: Stich 2019,
+"Local SGD" (1805.09767); McMahan et al. 2016, federated averaging (1602.05629); Douillard et al.
 2023, DiLoCo (2311.08105); Douillard et al. 2025, "Streaming DiLoCo" (2501.18512).
 """
 
@@ -48,7 +49,8 @@ START, VELOCITY, STEPS = "outer_start", "outer_velocity", "outer_steps"
 
 
 class LocalSGD(Strategy):
-    """Each rank (or group of ranks that share a model) along `dp` trains alone, but for the outer steps.
+    """Each rank (or group of ranks that share a model) along `dp` trains alone, but for the outer
+    steps.
 
     Args:
         degree: ranks along `dp`; -1: the rest of the world.
@@ -64,21 +66,40 @@ class LocalSGD(Strategy):
     synchronous = False
 
     def __init__(
-        self, degree: int = REST, *, sync_every: int = 8, outer_lr: float = 1.0, outer_momentum: float = 0.0,
-        nesterov: bool = True, num_fragments: int = 1, sync_delay: int = 0, keep_local: float = 0.5,
-    ) -> None:  # fmt: skip
+        self,
+        degree: int = REST,
+        *,
+        sync_every: int = 8,
+        outer_lr: float = 1.0,
+        outer_momentum: float = 0.0,
+        nesterov: bool = True,
+        num_fragments: int = 1,
+        sync_delay: int = 0,
+        keep_local: float = 0.5,
+    ) -> None:
         super().__init__(degree)
         self.sync_every, self.num_fragments = sync_every, num_fragments
         self.sync_delay, self.keep_local = sync_delay, keep_local
         self.outer_lr, self.outer_momentum, self.nesterov = outer_lr, outer_momentum, nesterov
         check_options(
             self.axis,
-            ("sync_every", sync_every, sync_every >= 1, "at least 1"), ("outer_lr", outer_lr, outer_lr > 0, "above 0"),
+            ("sync_every", sync_every, sync_every >= 1, "at least 1"),
+            ("outer_lr", outer_lr, outer_lr > 0, "above 0"),
             ("outer_momentum", outer_momentum, 0 <= outer_momentum < 1, "from 0 to below 1"),
-            ("num_fragments", num_fragments, 1 <= num_fragments <= sync_every, f"from 1 to sync_every={sync_every}"),
-            ("sync_delay", sync_delay, 0 <= sync_delay < sync_every, f"from 0 to below sync_every={sync_every}"),
+            (
+                "num_fragments",
+                num_fragments,
+                1 <= num_fragments <= sync_every,
+                f"from 1 to sync_every={sync_every}",
+            ),
+            (
+                "sync_delay",
+                sync_delay,
+                0 <= sync_delay < sync_every,
+                f"from 0 to below sync_every={sync_every}",
+            ),
             ("keep_local", keep_local, 0 <= keep_local < 1, "from 0 to below 1"),
-        )  # fmt: skip
+        )
 
     @property
     def remembers(self) -> bool:
@@ -88,19 +109,24 @@ class LocalSGD(Strategy):
     def check(self, plan: Plan) -> None:
         if plan.strategy_on("pp"):
             raise ValueError(
-                "strategy local_sgd has a step of its own, and so has pipeline: use fsdp or tensor beside it"
+                "strategy local_sgd has a step of its own, and so has pipeline: use fsdp or "
+                "tensor beside it"
             )
 
     def check_model(self, model: nn.Module, plan: Plan) -> None:
         if self.num_fragments > (number := sum(p.requires_grad for p in model.parameters())):
             raise ValueError(
-                f"strategy.dp.num_fragments={self.num_fragments} are more than the model's {number} weights"
+                f"strategy.dp.num_fragments={self.num_fragments} are more than the model's "
+                f"{number} weights"
             )
 
     def check_task(self, task: Task, plan: Plan) -> None:
         if task.followers:
-            raise ValueError(f"task {type(task).__name__} has a model that follows another, and each rank's would "
-                             f"follow its own: use ddp")  # fmt: skip
+            raise ValueError(
+                f"task {type(task).__name__} has a model that follows another, and each "
+                f"rank's would "
+                f"follow its own: use ddp"
+            )
 
     def combine_norm(self, norm: Tensor, plan: Plan) -> Tensor:
         """Root mean square over the ranks: each has clipped by its own."""
@@ -108,7 +134,9 @@ class LocalSGD(Strategy):
         dist.all_reduce(square, group=plan.mesh[self.axis].get_group())
         return (square / self.degree).sqrt()
 
-    def executor(self, models: Models, optimizers: Mapping[str, Optimizer], plan: Plan, micro_batches: int) -> Executor:
+    def executor(
+        self, models: Models, optimizers: Mapping[str, Optimizer], plan: Plan, micro_batches: int
+    ) -> Executor:
         return LocalSGDExecutor(self, models, optimizers, micro_batches, plan)
 
     def footprint(self, footprint: Footprint, plan: Plan) -> Footprint:
@@ -118,8 +146,13 @@ class LocalSGD(Strategy):
 
     def cost(self, footprint: Footprint, plan: Plan) -> list[Message]:
         if self.sync_every > 1:
-            raise ValueError(f"local_sgd's messages are of each {self.sync_every}th step, not of every step")
-        sizes = [[weight for weight in piece.weights if weight.ready is not None] for piece in footprint.pieces]
+            raise ValueError(
+                f"local_sgd's messages are of each {self.sync_every}th step, not of every step"
+            )
+        sizes = [
+            [weight for weight in piece.weights if weight.ready is not None]
+            for piece in footprint.pieces
+        ]
         elements = [sum(prod(weight.held) for weight in weights) for weights in sizes]
         return [message(self.axis, "all_reduce", elements, footprint.reduce_bytes)]
 
@@ -138,12 +171,19 @@ class LocalSGDExecutor(GradientAccumulation):
     """Inner steps as everywhere, outer steps between the ranks of `dp`."""
 
     def __init__(
-        self, strategy: LocalSGD, models: Models, optimizers: Mapping[str, Optimizer], micro_batches: int, plan: Plan
+        self,
+        strategy: LocalSGD,
+        models: Models,
+        optimizers: Mapping[str, Optimizer],
+        micro_batches: int,
+        plan: Plan,
     ) -> None:
         super().__init__(models, micro_batches, plan)
         self.strategy, self.optimizers = strategy, optimizers
         self.group = plan.mesh[strategy.axis].get_group()
-        self.states: dict[str, dict[nn.Parameter, dict[str, Tensor]]] = {name: {} for name in optimizers}
+        self.states: dict[str, dict[nn.Parameter, dict[str, Tensor]]] = {
+            name: {} for name in optimizers
+        }
         self.underway: dict[str, list[PendingAllReduce]] = {name: [] for name in optimizers}
 
     @torch.no_grad()
@@ -155,30 +195,39 @@ class LocalSGDExecutor(GradientAccumulation):
             states[parameter][STEPS] += 1
         done = int(states[parameters[0]][STEPS])
         for index in range(self.strategy.num_fragments):
-            if (done + index * self.strategy.sync_every // self.strategy.num_fragments) % self.strategy.sync_every == 0:
+            if (
+                done + index * self.strategy.sync_every // self.strategy.num_fragments
+            ) % self.strategy.sync_every == 0:
                 self._send(model, parameters[index :: self.strategy.num_fragments], done)
         while self.underway[model] and self.underway[model][0].due <= done:
             self._receive(model, self.underway[model].pop(0))
 
     def _send(self, model: str, parameters: list[nn.Parameter], done: int) -> None:
-        """Hand the fragment's pseudo-gradients (or, where a mean is enough, its weights) to one all-reduce."""
+        """Hand the fragment's pseudo-gradients (or, where a mean is enough, its weights) to one
+        all-reduce.
+        """
         states = self.states[model]
         if self.strategy.remembers:
             values = [local(states[p][START]) - local(p) for p in parameters]
         else:
             values = [local(p) for p in parameters]
         flat = torch.cat([value.flatten() for value in values])
-        if self.strategy.remembers:  # whole weights do not travel in a narrower format: they would stay rounded
+        # whole weights do not travel in a narrower format: they would stay rounded
+        if self.strategy.remembers:
             flat = flat.to(self.plan.precision.reduce_dtype)
         work = dist.all_reduce(flat, group=self.group, async_op=self.strategy.sync_delay > 0)
-        self.underway[model].append(PendingAllReduce(done + self.strategy.sync_delay, parameters, flat, work))
+        self.underway[model].append(
+            PendingAllReduce(done + self.strategy.sync_delay, parameters, flat, work)
+        )
 
     def _receive(self, model: str, message: PendingAllReduce) -> None:
         """The outer step of a fragment."""
         if message.work:
             message.work.wait()
         s, states = self.strategy, self.states[model]
-        means = (message.flat / self.group.size()).split([local(p).numel() for p in message.parameters])
+        means = (message.flat / self.group.size()).split(
+            [local(p).numel() for p in message.parameters]
+        )
         for parameter, mean in zip(message.parameters, means, strict=True):
             weight, state = local(parameter), states[parameter]
             mean = mean.view_as(weight).to(weight.dtype)
@@ -198,14 +247,18 @@ class LocalSGDExecutor(GradientAccumulation):
     def _begin(self, model: str) -> None:
         """Make the outer step's states, before the first inner step.
 
-        They stand apart from the optimizer's, which would take them for its own of a weight that it has not met.
+        They stand apart from the optimizer's, which would take them for its own of a weight that it
+        has not met.
         """
         if self.states[model]:
             return
         for parameter in self._parameters(model):
             state = self.states[model][parameter] = {STEPS: torch.zeros(())}
             if self.strategy.remembers:
-                state |= {START: parameter.detach().clone(), VELOCITY: torch.zeros_like(parameter.detach())}
+                state |= {
+                    START: parameter.detach().clone(),
+                    VELOCITY: torch.zeros_like(parameter.detach()),
+                }
 
     def make_states(self, model: str, optimizer: Optimizer) -> None:
         super().make_states(model, optimizer)
@@ -213,17 +266,27 @@ class LocalSGDExecutor(GradientAccumulation):
 
     def tensors_by_kind(self, model: str) -> dict[str, list[Tensor]]:
         parameters, own = list(self.models[model].parameters()), self.optimizers[model].state
-        kept = [value for states in (own, self.states[model]) for state in states.values() for value in state.values()]
-        return {"parameters": list(parameters), "gradients": [p.grad for p in parameters if p.grad is not None],
-                "optimizer": [value for value in kept if isinstance(value, Tensor)]}  # fmt: skip
+        kept = [
+            value
+            for states in (own, self.states[model])
+            for state in states.values()
+            for value in state.values()
+        ]
+        return {
+            "parameters": list(parameters),
+            "gradients": [p.grad for p in parameters if p.grad is not None],
+            "optimizer": [value for value in kept if isinstance(value, Tensor)],
+        }
 
     def _live(self, model: str) -> dict[str, Tensor]:
         """The weights, buffers and states by their names, as far as there are any."""
         whole = self.plan.unwrap(self.models[model])
         found = named_tensors(whole, self.optimizers[model])
         for name, parameter in whole.named_parameters():
-            found |= {f"{OPTIMIZER_STATE}{name}.{key}": value
-                      for key, value in self.states[model].get(parameter, {}).items()}  # fmt: skip
+            found |= {
+                f"{OPTIMIZER_STATE}{name}.{key}": value
+                for key, value in self.states[model].get(parameter, {}).items()
+            }
         return found
 
     @torch.no_grad()
@@ -252,7 +315,9 @@ class LocalSGDExecutor(GradientAccumulation):
                 tensor.copy_(tensors[name])
 
     def _average(self, tensors: Iterable[Tensor]) -> None:
-        """Over the ranks, in place, each in its own format; counts of whole numbers are alike everywhere."""
+        """Over the ranks, in place, each in its own format; counts of whole numbers are alike
+        everywhere.
+        """
         for tensor in tensors:
             if tensor.is_floating_point():
                 average([tensor], self.group, tensor.dtype)

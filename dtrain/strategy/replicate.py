@@ -2,11 +2,11 @@
 
     alone:         as ddp: every rank holds all of W; all-reduce of the gradients
     beside fsdp:   hybrid sharding (HSDP). Ranks form a grid; each row of it shards W, and the rows
-                   hold the same. Gradients are reduce-scattered along a row, then all-reduced across rows.
+                   hold the same. Gradients: reduce-scatter along a row, all-reduce across rows.
 
-Cost a step, per rank: one all-reduce of the gradients it holds (all of them, or 1/f beside fsdp of degree f), in
-precision.reduce: 2 (n-1)/n times their bytes on a ring.
-Source: Zhao et al. 2023, "PyTorch FSDP" (2304.11277), section 3.2.2 for hybrid sharding.
+Cost a step, per rank: one all-reduce of the gradients it holds (all of them, or 1/f beside fsdp of
+degree f), in precision.reduce: 2 (n-1)/n times their bytes on a ring. Source: Zhao et al. 2023,
+"PyTorch FSDP" (2304.11277), section 3.2.2 for hybrid sharding.
 """
 
 from __future__ import annotations
@@ -49,7 +49,10 @@ class Replicate(Strategy):
         self.beside_fsdp = plan.strategy_on("fsdp") is not None
         if self.beside_fsdp:
             return model  # fully_shard was given both axes and does the all-reduce too
-        settings: dict[str, Any] = {"mesh": plan.mesh[self.axis], "mp_policy": plan.precision.fsdp_policy()}
+        settings: dict[str, Any] = {
+            "mesh": plan.mesh[self.axis],
+            "mp_policy": plan.precision.fsdp_policy(),
+        }
         for block in blocks_of(model):
             replicate(block, **settings)
         replicate(model, **settings)
@@ -61,7 +64,9 @@ class Replicate(Strategy):
             assert isinstance(parameter, DTensor), f"{name} is not replicated over {self.axis}"
             names = parameter.device_mesh.mesh_dim_names or ()
             assert self.axis in names, f"{name} lives on {names}, not on {self.axis}"
-            assert parameter.placements[names.index(self.axis)].is_replicate(), f"{name}: {parameter.placements}"
+            assert parameter.placements[names.index(self.axis)].is_replicate(), (
+                f"{name}: {parameter.placements}"
+            )
 
     def double_backward_context(self, model: nn.Module) -> AbstractContextManager:
         return kept_gathered(model)
@@ -79,7 +84,8 @@ class Replicate(Strategy):
         reshard(model)
 
     def sync_gradients(self, model: nn.Module, enabled: bool) -> None:
-        if self.beside_fsdp:  # which says whether gradients are reduce-scattered; the all-reduce waits for the last
+        # which says whether gradients are reduce-scattered; the all-reduce waits for the last
+        if self.beside_fsdp:
             fsdp_module(model).set_requires_all_reduce(enabled)
         else:
             fsdp_module(model).set_requires_gradient_sync(enabled)
@@ -91,13 +97,16 @@ class Replicate(Strategy):
 
 def fsdp_module(model: nn.Module) -> FSDPModule:
     """The model, known to be what `fully_shard` or `replicate` has made of it."""
-    assert isinstance(model, FSDPModule), f"{type(model).__name__} is neither sharded nor replicated"
+    assert isinstance(model, FSDPModule), (
+        f"{type(model).__name__} is neither sharded nor replicated"
+    )
     return model
 
 
 @contextmanager
 def kept_gathered(model: nn.Module) -> Iterator[None]:
-    """Keep gathered weights from one backward pass to the next, which needs them, and free them after that.
+    """Keep gathered weights from one backward pass to the next, which needs them, and free them
+    after that.
 
     Were they not freed, the next forward pass would not see what the optimizer does.
     """
@@ -113,7 +122,9 @@ def kept_gathered(model: nn.Module) -> Iterator[None]:
 
 
 def reshard(model: nn.Module) -> None:
-    """Free gathered weights: where forward keeps them for backward, an evaluation would leave them behind."""
+    """Free gathered weights: where forward keeps them for backward, an evaluation would leave
+    them behind.
+    """
     for module in model.modules():
         if isinstance(module, FSDPModule):
             module.reshard()

@@ -1,14 +1,15 @@
-"""ZeRO-1: data parallel whose optimizer state is divided: each rank steps its own share of the weights.
+"""ZeRO-1: data parallel whose optimizer state is divided: each rank steps its own share of the
+weights.
 
     backward:  every rank has every gradient, averaged (all-reduce)
     step:      rank 0 updates W0 with its moments of W0; rank 1 updates W1 with its moments of W1
     then:      rank 0 broadcasts W0, rank 1 broadcasts W1 -> all of W on every rank
 
-Whole parameters are given out, the largest first, each to the rank that has least: so any optimizer works.
-Cost a step, per rank: all-reduce of the gradients and broadcasts of all weights, together 3 (n-1)/n times their
-bytes, where ddp has 2 (and so would ZeRO's own reduce-scatter and all-gather: see zero2). Memory: of the
-optimizer's states 1/n, or as much as the largest tensor's.
-Source: Rajbhandari et al. 2020, "ZeRO" (1910.02054), P_os.
+Whole parameters are given out, the largest first, each to the rank that has least: so any optimizer
+works. Cost a step, per rank: all-reduce of the gradients and broadcasts of all weights, together 3
+(n-1)/n times their bytes, where ddp has 2 (and so would ZeRO's own reduce-scatter and all-gather:
+see zero2). Memory: of the optimizer's states 1/n, or as much as the largest tensor's. Source:
+Rajbhandari et al. 2020, "ZeRO" (1910.02054), P_os.
 """
 
 from __future__ import annotations
@@ -70,19 +71,36 @@ class Zero1(AllReduce):
         return footprint.map(lambda piece: piece.map(lambda w: replace(w, stepped=id(w) in mine)))
 
     def cost(self, footprint: Footprint, plan: Plan) -> list[Message]:
-        sent = [sum(prod(w.held) for w in share) for shares in self._shares(footprint) for share in shares if share]
-        return [*super().cost(footprint, plan), message(self.axis, "broadcast", sent, footprint.weight_bytes)]
+        sent = [
+            sum(prod(w.held) for w in share)
+            for shares in self._shares(footprint)
+            for share in shares
+            if share
+        ]
+        return [
+            *super().cost(footprint, plan),
+            message(self.axis, "broadcast", sent, footprint.weight_bytes),
+        ]
 
     def _shares(self, footprint: Footprint) -> list[list[list[Weight]]]:
-        """Of each model. Weights of one size are given out in the order of the model, not of its optimizer."""
+        """Of each model.
+
+        Weights of one size are given out in the order of the model, not of its optimizer.
+        """
         by_model: dict[str, list[Weight]] = {}
         for piece in footprint.pieces:
-            by_model.setdefault(piece.model, []).extend(w for w in piece.weights if w.ready is not None)
+            by_model.setdefault(piece.model, []).extend(
+                w for w in piece.weights if w.ready is not None
+            )
         return [shared_out(weights, self.degree) for weights in by_model.values()]
 
 
-def shared_out(parameters: list[P], shares: int, size: Callable[[P], int] = lambda p: p.numel()) -> list[list[P]]:
-    """The parameters in `shares` lists of about equal size, by their global sizes: the same on every rank."""
+def shared_out(
+    parameters: list[P], shares: int, size: Callable[[P], int] = lambda p: p.numel()
+) -> list[list[P]]:
+    """The parameters in `shares` lists of about equal size, by their global sizes: the same on
+    every rank.
+    """
     given: list[list[P]] = [[] for _ in range(shares)]
     sizes = [0] * shares
     for parameter in sorted(parameters, key=lambda p: -size(p)):
@@ -100,7 +118,11 @@ def _broadcast(parameters: list[nn.Parameter], owner: int, group: dist.ProcessGr
         return
     size = sum(value.numel() for value in values)
     mine = group.rank() == owner
-    message = torch.cat([value.flatten() for value in values]) if mine else values[0].new_empty(size)
+    message = (
+        torch.cat([value.flatten() for value in values]) if mine else values[0].new_empty(size)
+    )
     dist.broadcast(message, group=group, group_src=owner)
-    for value, received in zip(values, message.split([value.numel() for value in values]), strict=True):
+    for value, received in zip(
+        values, message.split([value.numel() for value in values]), strict=True
+    ):
         value.copy_(received.view_as(value))

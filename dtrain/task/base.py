@@ -1,7 +1,7 @@
 """What is trained: models, batches, and the updates made from each batch.
 
-Every loss is a sum and every update says how many items the global batch holds; the loop divides. So
-rows, tokens, micro-batches and uneven masks change nothing in the gradient.
+Every loss is a sum and every update says how many items the global batch holds; the loop divides.
+So rows, tokens, micro-batches and uneven masks change nothing in the gradient.
 """
 
 from __future__ import annotations
@@ -137,16 +137,21 @@ class Task(ABC):
 
     models: dict[str, ModelFactory]
     updates: tuple[Update, ...]
-    mixes_tokens: bool = False  # does its loss compare the tokens of a row, and so take whole outputs?
+    # does its loss compare the tokens of a row, and so take whole outputs?
+    mixes_tokens: bool = False
     told: str = ""  # for a person, at the start of a run
 
     @abstractmethod
     def batch(self, step: int) -> Batch:
-        """The global batch of a step, from 0: a function of (seed, step), the same on every rank."""
+        """The global batch of a step, from 0: a function of (seed, step), the same on every
+        rank.
+        """
 
     @property
     def epoch(self) -> float | None:
-        """Rows that are read before one is read again; None: it is not known, or there are no such rows."""
+        """Rows that are read before one is read again; None: it is not known, or there are no
+        such rows.
+        """
         return None
 
     @property
@@ -163,8 +168,14 @@ class Task(ABC):
         """Tokens (or samples) in a global batch: what throughput counts."""
 
     def describe(self, totals: Sums) -> dict[str, float]:
-        """Metrics to report, from the sums of every measure over the validation batches: by default their means."""
-        return {name: float(total / totals["count"]) for name, total in totals.items() if name != "count"}
+        """Metrics to report, from the sums of every measure over the validation batches: by
+        default their means.
+        """
+        return {
+            name: float(total / totals["count"])
+            for name, total in totals.items()
+            if name != "count"
+        }
 
     def pictures(self, totals: Sums) -> dict[str, Figure]:
         """Pictures of the same sums, by name."""
@@ -178,12 +189,16 @@ def the_model(models: dict[str, ModelFactory], task: str) -> ModelFactory:
         ValueError: the configuration has several.
     """
     if set(models) != {"model"}:
-        raise ValueError(f"task {task} trains one model, the configuration has {', '.join(models) or 'none'}")
+        raise ValueError(
+            f"task {task} trains one model, the configuration has {', '.join(models) or 'none'}"
+        )
     return models["model"]
 
 
 def as_weights(x: Tensor, model: nn.Module) -> Tensor:
-    """In the number format of the model's weights, if it is one of real numbers: a layer takes no other."""
+    """In the number format of the model's weights, if it is one of real numbers: a layer takes
+    no other.
+    """
     if not x.is_floating_point():
         return x
     weight = next((p for p in model.parameters() if p.is_floating_point()), x)

@@ -29,7 +29,9 @@ def divide(batch: Batch, parts: int) -> Iterator[Batch]:
     """
     for name, tensor in batch.items():
         if len(tensor) % parts:
-            raise ValueError(f"{len(tensor)} rows of {name!r} do not divide into {parts} equal parts")
+            raise ValueError(
+                f"{len(tensor)} rows of {name!r} do not divide into {parts} equal parts"
+            )
     chunks = {name: tensor.chunk(parts) for name, tensor in batch.items()}
     for index in range(parts):
         yield {name: tensors[index] for name, tensors in chunks.items()}
@@ -37,7 +39,9 @@ def divide(batch: Batch, parts: int) -> Iterator[Batch]:
 
 @contextmanager
 def evaluating(models: Models) -> Iterator[None]:
-    """Models in evaluation; then each module is as it was: what its author keeps in evaluation stays there."""
+    """Models in evaluation; then each module is as it was: what its author keeps in evaluation
+    stays there.
+    """
     were = [(module, module.training) for model in models.values() for module in model.modules()]
     trained = {name: model.training for name, model in models.items()}
     for model in models.values():

@@ -29,7 +29,8 @@ class CausalLM(Task):
         augment: changes of the training rows; hidden tokens are inputs only.
 
     Raises:
-        ValueError: several models, a tokenizer or a sequence too large for the model, too little text.
+        ValueError: several models, a tokenizer or a sequence too large for the model, too little
+            text.
     """
 
     def __init__(
@@ -40,17 +41,25 @@ class CausalLM(Task):
         *,
         augment: Mapping[str, TextChange] | None = None,
     ) -> None:
-        self.augment, self.seed, self.marks = changes(augment, TextChange, "texts"), sizes.seed, data.tokenizer.marks
+        self.augment = changes(augment, TextChange, "texts")
+        self.seed = sizes.seed
+        self.marks = data.tokenizer.marks
         if self.augment:
             data.tokenizer.need("hidden", why="task.augment")
         model = on_meta(the_model(models, "causal_lm"))
         if getattr(model, "causal", True) is False:
-            raise ValueError("task causal_lm needs a model that sees one side only: set model.causal=true")
-        self.models, self._batch_size, self._eval_batches = models, sizes.global_batch_size, sizes.eval_batches
+            raise ValueError(
+                "task causal_lm needs a model that sees one side only: set model.causal=true"
+            )
+        self.models = models
+        self._batch_size = sizes.global_batch_size
+        self._eval_batches = sizes.eval_batches
         seq_len = fitting(model, data, sizes.seq_len)
         self._train = data.windows("train", seq_len=seq_len, seed=sizes.seed)
         self._validation = data.windows("validation", seq_len=seq_len, seed=sizes.seed)
-        self.updates = (Supervised("model", ("tokens", "positions"), cross_entropy, valid, correct),)
+        self.updates = (
+            Supervised("model", ("tokens", "positions"), cross_entropy, valid, correct),
+        )
 
     @property
     def epoch(self) -> float:
@@ -60,7 +69,10 @@ class CausalLM(Task):
         rows = self._train.batch(step, self._batch_size)
         if not self.augment:
             return _pairs(rows)
-        changed = [self._changed(row, generator(self.seed, "augment", step, place)) for place, row in enumerate(rows)]
+        changed = [
+            self._changed(row, generator(self.seed, "augment", step, place))
+            for place, row in enumerate(rows)
+        ]
         batch = _pairs(torch.stack(changed))
         unknown = (batch["targets"] == self.marks.hidden) | (batch["targets"] == FILL)
         tokens = batch["tokens"].masked_fill(batch["tokens"] == FILL, self.marks.end)
@@ -91,7 +103,9 @@ class CausalLM(Task):
 
 def cross_entropy(logits: Tensor, batch: Batch) -> Tensor:
     """Summed over the targets that count, in fp32 at least: (B, T, V), (B, T) -> ()."""
-    return F.cross_entropy(wide(logits).flatten(0, 1), batch["targets"].flatten(), ignore_index=IGNORE, reduction="sum")
+    return F.cross_entropy(
+        wide(logits).flatten(0, 1), batch["targets"].flatten(), ignore_index=IGNORE, reduction="sum"
+    )
 
 
 def valid(batch: Batch) -> Tensor:
@@ -112,18 +126,28 @@ def _pairs(rows: Tensor) -> Batch:  # (B, T + 1) -> inputs and targets, one posi
 def filled_up(batch: Batch, rows: int) -> Batch:
     """With rows that do not count, so that every batch has as many."""
     if missing := rows - len(batch["targets"]):
-        batch = {name: torch.cat((t, t[:1].expand(missing, *t.shape[1:]))) for name, t in batch.items()}
+        batch = {
+            name: torch.cat((t, t[:1].expand(missing, *t.shape[1:]))) for name, t in batch.items()
+        }
         batch["targets"][-missing:] = IGNORE
     return batch
 
 
-def fitting(model: nn.Module | None, data: Text | Rows, seq_len: int | None, outputs: int | None = None) -> int:
-    """The sequence length, checked with vocabulary and outputs against what the model says of itself."""
+def fitting(
+    model: nn.Module | None, data: Text | Rows, seq_len: int | None, outputs: int | None = None
+) -> int:
+    """The sequence length, checked with vocabulary and outputs against what the model says of
+    itself.
+    """
     if (has := getattr(model, "outputs", outputs)) != outputs:
-        raise ValueError(f"model.outputs={'null' if has is None else has}: the task needs "
-                         f"{outputs or 'null: the vocabulary'}")  # fmt: skip
+        raise ValueError(
+            f"model.outputs={'null' if has is None else has}: the task needs "
+            f"{outputs or 'null: the vocabulary'}"
+        )
     length, vocab_size = sequence_length(model, seq_len), getattr(model, "vocab_size", None)
     if vocab_size and data.vocab_size > vocab_size:
-        raise ValueError(f"model.vocab_size={vocab_size} is less than the tokenizer's {data.vocab_size} ids: "
-                         f"set model.vocab_size={data.vocab_size}")  # fmt: skip
+        raise ValueError(
+            f"model.vocab_size={vocab_size} is less than the tokenizer's {data.vocab_size} ids: "
+            f"set model.vocab_size={data.vocab_size}"
+        )
     return length

@@ -1,7 +1,8 @@
 """Classification of texts: a label for each row.
 
-The label is what the head says of one token: the first mark of a row, or the last where the model sees one side only.
-So every strategy that trains a language model trains a classifier. What the head gives for other tokens does not count.
+The label is what the head says of one token: the first mark of a row, or the last where the model
+sees one side only. So every strategy that trains a language model trains a classifier. What the
+head gives for other tokens does not count.
 """
 
 from __future__ import annotations
@@ -35,23 +36,42 @@ class Classification(Classifier, OfRows):
     """
 
     def __init__(
-        self, models: dict[str, ModelFactory], data: Rows, sizes: Sizes, *, text: str = "text", label: str = "label",
-        examples: int | None = None, augment: Mapping[str, TextChange] | None = None,
-    ) -> None:  # fmt: skip
-        self.models, self.augment, self.text, self.label = models, changes(augment, TextChange, "texts"), text, label
+        self,
+        models: dict[str, ModelFactory],
+        data: Rows,
+        sizes: Sizes,
+        *,
+        text: str = "text",
+        label: str = "label",
+        examples: int | None = None,
+        augment: Mapping[str, TextChange] | None = None,
+    ) -> None:
+        self.models = models
+        self.augment = changes(augment, TextChange, "texts")
+        self.text = text
+        self.label = label
         for where, row in data.all():
             text_of(row, text, where, "task.text")
             if label not in row:
-                raise ValueError(f"{where} has no {label!r}, only {', '.join(map(str, row))}: set task.label")
+                raise ValueError(
+                    f"{where} has no {label!r}, only {', '.join(map(str, row))}: set task.label"
+                )
             if missing(row[label]) or row[label] == "":
-                raise ValueError(f"{where}: field {label!r} is empty or null: leave such rows out, or set task.label")
+                raise ValueError(
+                    f"{where}: field {label!r} is empty or null: leave such rows out, or set "
+                    f"task.label"
+                )
         self.classes = several([str(row[label]) for _, row in data.all()], label, data)
         model = on_meta(the_model(models, "classification"))
         self.causal = bool(getattr(model, "causal", False))
-        data.tokenizer.need(*[] if self.causal else ["first"], *["hidden"] if augment else [], why="classification")
+        data.tokenizer.need(
+            *[] if self.causal else ["first"], *["hidden"] if augment else [], why="classification"
+        )
         self.length = fitting(model, data, sizes.seq_len, len(self.classes))
         self.take(data, sizes, examples)
-        self.updates = (Supervised("model", ("tokens", "positions"), cross_entropy, valid, confused),)
+        self.updates = (
+            Supervised("model", ("tokens", "positions"), cross_entropy, valid, confused),
+        )
 
     def texts(self, row: dict[str, Any]) -> list[str]:
         return [row[self.text]]

@@ -4,10 +4,11 @@
     generator:     be taken for real
     average:       follows the generator's weights; what is drawn and measured is its work
 
-Every random number is the batch's, a function of (seed, step): so ranks, micro-batches and resuming change nothing.
-Sources: Goodfellow et al. 2014 (1406.2661); hinge: Lim & Ye 2017 (1705.02894); WGAN-GP: Gulrajani et al. 2017
-(1704.00028); averaged generators: Yazici et al. 2018 (1806.04498); Fréchet distance: Heusel et al. 2017 (1706.08500);
-precision and recall: Kynkäänniemi et al. 2019 (1904.06991).
+Every random number is the batch's, a function of (seed, step): so ranks, micro-batches and resuming
+change nothing. Sources: Goodfellow et al. 2014 (1406.2661); hinge: Lim & Ye 2017 (1705.02894);
+WGAN-GP: Gulrajani et al. 2017 (1704.00028); averaged generators: Yazici et al. 2018 (1806.04498);
+Fréchet distance: Heusel et al. 2017 (1706.08500); precision and recall: Kynkäänniemi et al. 2019
+(1904.06991).
 """
 
 from __future__ import annotations
@@ -30,7 +31,8 @@ from dtrain.task.batch import Batch, Models, Sums
 from dtrain.task.pictures import image_grid, points
 from dtrain.task.sample_quality import frechet_distance, precision_recall
 
-# By name: the loss of scores that should be high (real), and of those that should be low. Both are summed.
+# By name: the loss of scores that should be high (real), and of those that should be low. Both are
+# summed.
 LOSSES: dict[str, tuple[Callable[[Tensor], Tensor], Callable[[Tensor], Tensor]]] = {
     "non_saturating": (lambda high: F.softplus(-high).sum(), lambda low: F.softplus(low).sum()),
     "hinge": (lambda high: F.relu(1 - high).sum(), lambda low: F.relu(1 + low).sum()),
@@ -43,13 +45,15 @@ DRAWN = 64  # samples in a picture
 
 
 class GAN(Task):
-    """Batches: real0 ..., labels0 ..., noise0 ..., mix0 ... for each of the discriminator's updates; noise, labels.
+    """Batches: real0 ..., labels0 ..., noise0 ..., mix0 ... for each of the discriminator's
+    updates; noise, labels.
 
     Args:
         loss: non_saturating, hinge or wgan_gp.
         discriminator_steps: updates of the discriminator before each of the generator's.
         penalty: weight of WGAN-GP's gradient penalty.
-        average: share of the averaged generator that stays at a step; 0: it is the generator itself.
+        average: share of the averaged generator that stays at a step; 0: it is the generator
+            itself.
         conditional: give both models the samples' classes.
         samples: drawn and measured in an evaluation, rounded up to whole batches.
 
@@ -58,18 +62,32 @@ class GAN(Task):
     """
 
     def __init__(
-        self, models: dict[str, ModelFactory], data: Samples, sizes: Sizes, *, loss: str = "non_saturating",
-        discriminator_steps: int = 1, penalty: float = 10.0, average: float = 0.99, conditional: bool = False,
+        self,
+        models: dict[str, ModelFactory],
+        data: Samples,
+        sizes: Sizes,
+        *,
+        loss: str = "non_saturating",
+        discriminator_steps: int = 1,
+        penalty: float = 10.0,
+        average: float = 0.99,
+        conditional: bool = False,
         samples: int = 512,
-    ) -> None:  # fmt: skip
+    ) -> None:
         if set(models) != {"generator", "discriminator"}:
-            raise ValueError(f"task gan trains generator and discriminator, the configuration has {', '.join(models)}: "
-                             f"use model=gan_ring, gan_digits, gan_mnist or gan_mlp")  # fmt: skip
+            raise ValueError(
+                f"task gan trains generator and discriminator, the configuration has "
+                f"{', '.join(models)}: "
+                f"use model=gan_ring, gan_digits, gan_mnist or gan_mlp"
+            )
         if loss not in LOSSES:
             raise ValueError(f"task.loss={loss} is unknown: use {', '.join(LOSSES)}")
         if discriminator_steps < 1 or not 0 <= average < 1:
-            raise ValueError(f"task.discriminator_steps={discriminator_steps} must be at least 1, and task.average="
-                             f"{average} from 0 to less than 1")  # fmt: skip
+            raise ValueError(
+                f"task.discriminator_steps={discriminator_steps} must be at least 1, and "
+                f"task.average="
+                f"{average} from 0 to less than 1"
+            )
         if conditional and not data.classes:
             raise ValueError(f"task.conditional=true: data {data.name} bears no classes")
         self.data, self.sizes, self.conditional, self.penalty = data, sizes, conditional, penalty
@@ -83,40 +101,65 @@ class GAN(Task):
         if average:  # made of the same seed and names: it begins as the generator
             self.models["average"] = models["generator"]
         self.shown = "average" if average else "generator"
-        then = partial(follow, leader="generator", follower="average", stays=average) if average else None
+        then = (
+            partial(follow, leader="generator", follower="average", stays=average)
+            if average
+            else None
+        )
         self.steps = discriminator_steps
         self.loss, self.penalised = loss, loss == "wgan_gp"
         self.updates = (
-            *(LossUpdate("discriminator", partial(self._discriminate, str(index)), self._count,
-                         measures=lambda models, batch: {}, second_order=self.penalised)
-              for index in range(self.steps)),
-            LossUpdate("generator", self._generate, self._count, measures=self._measures, then=then),
-        )  # fmt: skip
+            *(
+                LossUpdate(
+                    "discriminator",
+                    partial(self._discriminate, str(index)),
+                    self._count,
+                    measures=lambda models, batch: {},
+                    second_order=self.penalised,
+                )
+                for index in range(self.steps)
+            ),
+            LossUpdate(
+                "generator", self._generate, self._count, measures=self._measures, then=then
+            ),
+        )
 
     def _check(self, models: dict[str, ModelFactory]) -> int:
         """Do the models fit the samples? Returns the size of the noise."""
-        generator_, discriminator = (on_meta(models[name]) for name in ("generator", "discriminator"))
+        generator_, discriminator = (
+            on_meta(models[name]) for name in ("generator", "discriminator")
+        )
         classes = len(self.data.classes) if self.conditional else 0
         for name, model in (("generator", generator_), ("discriminator", discriminator)):
             has = getattr(model, "classes", classes)
             if has != classes:
-                raise ValueError(f"model.{name}.classes={has}: the task needs {classes} (task.conditional="
-                                 f"{str(self.conditional).lower()})")  # fmt: skip
+                raise ValueError(
+                    f"model.{name}.classes={has}: the task needs {classes} (task.conditional="
+                    f"{str(self.conditional).lower()})"
+                )
         noise = getattr(generator_, "inputs", None)
         if generator_ is None or discriminator is None or noise is None:
-            raise ValueError("task gan needs models with shapes: a generator that says its `inputs`")
+            raise ValueError(
+                "task gan needs models with shapes: a generator that says its `inputs`"
+            )
         given = (torch.zeros(2, dtype=torch.long, device="meta"),) if classes else ()
         try:
             made = generator_(torch.empty(2, noise, device="meta"), *given)
             scores = discriminator(torch.empty(2, *self.data.shape, device="meta"), *given)
         except Exception as error:  # of a user's model: it may fail in any way
-            raise ValueError(f"the models do not take samples of {self.data.shape}: {in_words(error)}") from error
+            raise ValueError(
+                f"the models do not take samples of {self.data.shape}: {in_words(error)}"
+            ) from error
         if tuple(made.shape[1:]) != self.data.shape:
-            raise ValueError(f"model.generator makes {tuple(made.shape[1:])}, the samples of {self.data.name} are "
-                             f"{self.data.shape}")  # fmt: skip
+            raise ValueError(
+                f"model.generator makes {tuple(made.shape[1:])}, the samples of "
+                f"{self.data.name} are "
+                f"{self.data.shape}"
+            )
         if tuple(scores.shape) != (2, 1):
             raise ValueError(
-                f"model.discriminator.outputs={scores.shape[-1]}: a discriminator gives one score a sample"
+                f"model.discriminator.outputs={scores.shape[-1]}: a discriminator gives one score "
+                f"a sample"
             )
         return noise
 
@@ -127,8 +170,11 @@ class GAN(Task):
             counts = self.data.split["train"][1].bincount(minlength=len(classes))
             least = int(counts.argmin())
             if len(counts) < 2 or counts[least] < FEWEST:
-                raise ValueError(f"data {self.data.name}: {counts[least]} samples of class {classes[least]} to learn: "
-                                 f"two or more classes need {FEWEST} each, to measure by")  # fmt: skip
+                raise ValueError(
+                    f"data {self.data.name}: {counts[least]} samples of class {classes[least]} "
+                    f"to learn: "
+                    f"two or more classes need {FEWEST} each, to measure by"
+                )
 
     @property
     def epoch(self) -> float:
@@ -140,9 +186,12 @@ class GAN(Task):
         batch = self._drawn(rows, chance)
         for index in range(self.steps):
             chosen = rows_of(step * self.steps + index, rows, len(values), self.sizes.seed)
-            batch |= {f"real{index}": values[chosen], f"labels{index}": labels[chosen],
-                      f"noise{index}": torch.randn(rows, self.noise, generator=chance),
-                      f"mix{index}": torch.rand(rows, generator=chance)}  # fmt: skip
+            batch |= {
+                f"real{index}": values[chosen],
+                f"labels{index}": labels[chosen],
+                f"noise{index}": torch.randn(rows, self.noise, generator=chance),
+                f"mix{index}": torch.rand(rows, generator=chance),
+            }
         return batch
 
     def validation(self) -> Iterator[Batch]:
@@ -161,11 +210,15 @@ class GAN(Task):
             good = nearest < NEAR * self.data.deviation
             counts = torch.bincount(mode[good], minlength=len(self.data.centres))
             due = len(nearest) / len(counts)
-            return {"modes": float((counts >= COVERED * due).sum()), "good": float(good.double().mean())}
+            return {
+                "modes": float((counts >= COVERED * due).sum()),
+                "good": float(good.double().mean()),
+            }
         if not self.data.classes:
             return {}
         real, made = (
-            self.data.features(v) for v in (self.data.split["validation"][0][: self.samples], totals["samples"])
+            self.data.features(v)
+            for v in (self.data.split["validation"][0][: self.samples], totals["samples"])
         )
         precision, recall = precision_recall(real, made)
         return {"frechet": frechet_distance(real, made), "precision": precision, "recall": recall}
@@ -180,7 +233,9 @@ class GAN(Task):
         return {"noise": torch.randn(rows, self.noise, generator=chance), "labels": labels}
 
     def _discriminate(self, index: str, models: Models, batch: Batch) -> Tensor:
-        real, labels, noise, mix = (batch[f"{name}{index}"] for name in ("real", "labels", "noise", "mix"))
+        real, labels, noise, mix = (
+            batch[f"{name}{index}"] for name in ("real", "labels", "noise", "mix")
+        )
         discriminator, given = models["discriminator"], self._given(labels)
         with torch.no_grad():
             fake = models["generator"](as_weights(noise, models["generator"]), *given)
@@ -191,7 +246,9 @@ class GAN(Task):
         if self.penalised:
             shares = mix.to(fake.dtype).view(-1, *[1] * (fake.ndim - 1))
             between = (shares * real + (1 - shares) * fake).requires_grad_()
-            (slope,) = torch.autograd.grad(discriminator(between, *given).sum(), between, create_graph=True)
+            (slope,) = torch.autograd.grad(
+                discriminator(between, *given).sum(), between, create_graph=True
+            )
             loss = loss + self.penalty * (wide(slope).flatten(1).norm(dim=1) - 1).square().sum()
         return loss
 
@@ -208,7 +265,9 @@ class GAN(Task):
         return torch.tensor(len(batch["noise"]))
 
     def _measures(self, models: Models, batch: Batch) -> Sums:
-        """Each sample at its place among all that are drawn: so the sum over the ranks has them all."""
+        """Each sample at its place among all that are drawn: so the sum over the ranks has them
+        all.
+        """
         noise = as_weights(batch["noise"], models[self.shown])
         made = models[self.shown](noise, *self._given(batch["labels"])).flatten(1).double()
         samples = made.new_zeros(self.samples, made.shape[1])
@@ -219,7 +278,9 @@ class GAN(Task):
 @torch.no_grad()
 def follow(models: Models, *, leader: str, follower: str, stays: float) -> None:
     """Move the follower's weights towards the leader's: each rank its own parts of them."""
-    for ours, theirs in zip(models[follower].parameters(), models[leader].parameters(), strict=True):
+    for ours, theirs in zip(
+        models[follower].parameters(), models[leader].parameters(), strict=True
+    ):
         ours.lerp_(theirs.detach().to(ours.dtype), 1 - stays)
     for held, given in zip(models[follower].buffers(), models[leader].buffers(), strict=True):
         held.copy_(given)

@@ -19,7 +19,8 @@ from dtrain.task.rows import Classifier, check_examples, confusion
 
 
 class ImageClassification(Classifier):
-    """An image's class. Batches: pixels (B, C, H, W), targets (B, K), the shares of the classes: zeros do not count.
+    """An image's class. Batches: pixels (B, C, H, W), targets (B, K), the shares of the classes:
+    zeros do not count.
 
     Args:
         examples: labelled images to train on, drawn by the seed; None: all.
@@ -30,15 +31,22 @@ class ImageClassification(Classifier):
     """
 
     def __init__(
-        self, models: dict[str, ModelFactory], data: Samples, sizes: Sizes, *, examples: int | None = None,
+        self,
+        models: dict[str, ModelFactory],
+        data: Samples,
+        sizes: Sizes,
+        *,
+        examples: int | None = None,
         augment: Mapping[str, ImageChange | Mixup] | None = None,
-    ) -> None:  # fmt: skip
+    ) -> None:
         self.models, self.data, self.sizes, self.classes = models, data, sizes, data.classes
         several = changes(augment, (ImageChange, Mixup), "images")
         self.changes = [change for change in several if isinstance(change, ImageChange)]
         self.mixup = next((change for change in several if isinstance(change, Mixup)), None)
         if not data.classes:
-            raise ValueError(f"data {data.name} bears no classes: put images into a folder for each")
+            raise ValueError(
+                f"data {data.name} bears no classes: put images into a folder for each"
+            )
         self._check(the_model(models, "image_classification"))
         check_examples(examples)
         self._train = self._drawn("train", examples, sizes.seed)
@@ -68,7 +76,9 @@ class ImageClassification(Classifier):
         chosen = rows_of(step, size, len(values), seed)
         pixels, targets = values[chosen], self._shares(labels[chosen])
         if self.changes:
-            pixels = torch.stack([self._changed(image, step, place) for place, image in enumerate(pixels)])
+            pixels = torch.stack(
+                [self._changed(image, step, place) for place, image in enumerate(pixels)]
+            )
         if self.mixup:
             pixels, targets = self.mixup.mix(pixels, targets, generator(seed, "mixup", step))
         return {"pixels": pixels, "targets": targets}
@@ -77,10 +87,13 @@ class ImageClassification(Classifier):
         size = self.sizes.global_batch_size
         values, labels = self._drawn("validation", self.sizes.eval_batches * size, 0)
         for first in range(0, len(values), size):
-            pixels, targets = values[first : first + size], self._shares(labels[first : first + size])
+            pixels = values[first : first + size]
+            targets = self._shares(labels[first : first + size])
             missing = size - len(pixels)  # rows that do not count
-            yield {"pixels": torch.cat((pixels, pixels[:1].expand(missing, -1, -1, -1))),
-                   "targets": torch.cat((targets, targets.new_zeros(missing, targets.shape[1])))}  # fmt: skip
+            yield {
+                "pixels": torch.cat((pixels, pixels[:1].expand(missing, -1, -1, -1))),
+                "targets": torch.cat((targets, targets.new_zeros(missing, targets.shape[1]))),
+            }
 
     def size(self, batch: Batch) -> int:
         return len(batch["pixels"])

@@ -1,8 +1,9 @@
 """BERT's pre-training: find hidden tokens, and tell whether two parts of a row belong together.
 
-Of the text's tokens (or whole words) 15 % are to be found; of these 80 % are hidden, 10 % replaced by any token and
-10 % left as they are, anew at each step. With `pairs` a row is two parts, and its first mark stands for the question:
-its answer is one more token to be found, `yes` or `no`, so that no strategy needs to know of a second head.
+Of the text's tokens (or whole words) 15 % are to be found; of these 80 % are hidden, 10 % replaced
+by any token and 10 % left as they are, anew at each step. With `pairs` a row is two parts, and its
+first mark stands for the question: its answer is one more token to be found, `yes` or `no`, so that
+no strategy needs to know of a second head.
 
 Sources: Devlin et al. 2018 (1810.04805); sentence order: Lan et al. 2019, ALBERT (1909.11942).
 """
@@ -30,40 +31,63 @@ HIDDEN, REPLACED = 0.8, 0.1  # of the tokens to be found; the others are left as
 
 
 class MaskedLM(Task):
-    """An encoder on windows of a corpus. Batches: tokens, positions, targets (with pairs: segments), each (B, T).
+    """An encoder on windows of a corpus. Batches: tokens, positions, targets (with pairs:
+    segments), each (B, T).
 
     Args:
         probability: share of the tokens to be found.
         whole_words: hide words, not tokens.
-        pairs: next_sentence (the second part is another row's in half of the rows), sentence_order (the parts are
-            swapped in half of the rows), or None.
+        pairs: next_sentence (the second part is another row's in half of the rows), sentence_order
+            (the parts are swapped in half of the rows), or None.
 
     Raises:
         ValueError: a causal model, sizes that do not fit, an unknown option.
     """
 
     def __init__(
-        self, models: dict[str, ModelFactory], data: Text, sizes: Sizes, *,
-        probability: float = 0.15, whole_words: bool = False, pairs: str | None = None,
-    ) -> None:  # fmt: skip
+        self,
+        models: dict[str, ModelFactory],
+        data: Text,
+        sizes: Sizes,
+        *,
+        probability: float = 0.15,
+        whole_words: bool = False,
+        pairs: str | None = None,
+    ) -> None:
         if not 0 < probability < 1:
             raise ValueError(f"task.probability={probability} must be more than 0 and less than 1")
         if pairs not in PAIRS:
-            raise ValueError(f"task.pairs={pairs} is unknown: use {', '.join(str(p or 'null') for p in PAIRS)}")
+            raise ValueError(
+                f"task.pairs={pairs} is unknown: use {', '.join(str(p or 'null') for p in PAIRS)}"
+            )
         if pairs == "next_sentence" and sizes.global_batch_size < 2:
-            raise ValueError("task.pairs=next_sentence takes parts of other rows: use global_batch_size=2 or more")
+            raise ValueError(
+                "task.pairs=next_sentence takes parts of other rows: use global_batch_size=2 "
+                "or more"
+            )
         model = on_meta(the_model(models, "masked_lm"))
         if getattr(model, "causal", False):
-            raise ValueError("task masked_lm needs a model that sees both sides: set model.causal=false")
+            raise ValueError(
+                "task masked_lm needs a model that sees both sides: set model.causal=false"
+            )
         self.models, self.sizes, self.probability, self.pairs = models, sizes, probability, pairs
         self.marks, self.vocab_size = data.tokenizer.marks, data.vocab_size
         asked = ("between", "yes", "no") if pairs else ()
-        data.tokenizer.need("hidden", "first", *asked, why="masked_lm with pairs" if pairs else "masked_lm")
-        self.words = [torch.from_numpy(table) for table in data.tokenizer.words()] if whole_words else None
-        length = fitting(model, data, sizes.seq_len) - (2 if pairs else 1)  # of text, beside the marks
+        data.tokenizer.need(
+            "hidden", "first", *asked, why="masked_lm with pairs" if pairs else "masked_lm"
+        )
+        self.words = (
+            [torch.from_numpy(table) for table in data.tokenizer.words()] if whole_words else None
+        )
+        # of text, beside the marks
+        length = fitting(model, data, sizes.seq_len) - (2 if pairs else 1)
         if length < 2:
-            raise ValueError(f"seq_len={length + (2 if pairs else 1)} leaves no text beside the marks")
-        self._windows = {side: data.windows(side, seq_len=length - 1, seed=sizes.seed) for side in SPLITS}
+            raise ValueError(
+                f"seq_len={length + (2 if pairs else 1)} leaves no text beside the marks"
+            )
+        self._windows = {
+            side: data.windows(side, seq_len=length - 1, seed=sizes.seed) for side in SPLITS
+        }
         segmented = pairs and bool(getattr(model, "segments", 0))
         inputs = ("tokens", "positions", *(("segments",) if segmented else ()))
         self.updates = (Supervised("model", inputs, cross_entropy, valid, self._measures),)
@@ -80,19 +104,31 @@ class MaskedLM(Task):
         for index, rows in enumerate(
             self._windows["validation"].sweep(self.sizes.eval_batches, self.sizes.global_batch_size)
         ):
-            yield filled_up(self._hide(rows, generator(0, "validation", index)), self.sizes.global_batch_size)
+            yield filled_up(
+                self._hide(rows, generator(0, "validation", index)), self.sizes.global_batch_size
+            )
 
     def size(self, batch: Batch) -> int:
         return batch["tokens"].numel()
 
     def describe(self, totals: Sums) -> dict[str, float]:
         means = super().describe(totals)
-        found = {"loss": means["loss"], "perplexity": math.exp(min(means["loss"], 700.0)), "accuracy": means["correct"]}
-        return found | ({"pair_accuracy": float(totals["pairs_correct"] / totals["pairs"])} if self.pairs else {})
+        found = {
+            "loss": means["loss"],
+            "perplexity": math.exp(min(means["loss"], 700.0)),
+            "accuracy": means["correct"],
+        }
+        return found | (
+            {"pair_accuracy": float(totals["pairs_correct"] / totals["pairs"])}
+            if self.pairs
+            else {}
+        )
 
     def _hide(self, text: Tensor, chance: torch.Generator) -> Batch:
         tokens, answers, segments = self._rows(text, chance)
-        marks = torch.tensor([self.marks.end, self.marks.hidden, self.marks.first, self.marks.between])
+        marks = torch.tensor(
+            [self.marks.end, self.marks.hidden, self.marks.first, self.marks.between]
+        )
         chosen = self._draw(tokens, chance) & ~torch.isin(tokens, marks)
         fate = torch.rand(tokens.shape, generator=chance)
         others = torch.randint(KEPT, self.vocab_size, tokens.shape, generator=chance)
@@ -101,7 +137,12 @@ class MaskedLM(Task):
         tokens = torch.where(chosen & (fate >= HIDDEN) & (fate < HIDDEN + REPLACED), others, tokens)
         if answers is not None:
             targets[:, 0] = answers
-        return {"tokens": tokens, "positions": positions(tokens), "targets": targets, "segments": segments}
+        return {
+            "tokens": tokens,
+            "positions": positions(tokens),
+            "targets": targets,
+            "segments": segments,
+        }
 
     def _rows(self, text: Tensor, chance: torch.Generator) -> tuple[Tensor, Tensor | None, Tensor]:
         """Rows with their marks, the answers, and which part each token belongs to."""
@@ -113,16 +154,24 @@ class MaskedLM(Task):
             tokens = torch.cat((column(self.marks.first), text), dim=1)
             return tokens, None, torch.zeros_like(tokens)
         one, other = text.tensor_split(2, dim=1)
-        false = (torch.rand(len(text), 1, generator=chance) < 0.5) & (len(text) > 1 or self.pairs == "sentence_order")
+        false = (torch.rand(len(text), 1, generator=chance) < 0.5) & (
+            len(text) > 1 or self.pairs == "sentence_order"
+        )
         if self.pairs == "next_sentence":
             other = torch.where(false, other.roll(1, dims=0), other)
             parts = torch.cat((one, column(self.marks.between), other), dim=1)
         else:
             swapped = torch.cat((other, column(self.marks.between), one), dim=1)
-            parts = torch.where(false, swapped, torch.cat((one, column(self.marks.between), other), dim=1))
+            parts = torch.where(
+                false, swapped, torch.cat((one, column(self.marks.between), other), dim=1)
+            )
         tokens = torch.cat((column(self.marks.first), parts), dim=1)
         between = tokens == self.marks.between
-        return tokens, torch.where(false[:, 0], self.marks.no, self.marks.yes), between.cumsum(1) - between.long()
+        return (
+            tokens,
+            torch.where(false[:, 0], self.marks.no, self.marks.yes),
+            between.cumsum(1) - between.long(),
+        )
 
     def _draw(self, tokens: Tensor, chance: torch.Generator) -> Tensor:
         """Which tokens are to be found: each by itself, or each word as its first token is."""

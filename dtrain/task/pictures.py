@@ -25,13 +25,23 @@ def confusion_matrix(counts: Tensor, classes: Sequence[str]) -> Figure:
     if len(classes) > NUMBERED:  # too many to name
         axes.set(xlabel="said", ylabel="true")
         return figure
-    for (row, column), share in zip(((r, c) for r in range(len(classes)) for c in range(len(classes))),
-                                    shares.flatten().tolist(), strict=True):  # fmt: skip
+    for (row, column), share in zip(
+        ((r, c) for r in range(len(classes)) for c in range(len(classes))),
+        shares.flatten().tolist(),
+        strict=True,
+    ):
         if number := int(counts[row, column]):
             axes.text(
-                column, row, str(number), ha="center", va="center", color="white" if share > 0.5 else "black", size=8
+                column,
+                row,
+                str(number),
+                ha="center",
+                va="center",
+                color="white" if share > 0.5 else "black",
+                size=8,
             )
-    axes.set_xticks(range(len(classes)), classes, rotation=90, parse_math=False)  # names, and no formulas
+    # names, and no formulas
+    axes.set_xticks(range(len(classes)), classes, rotation=90, parse_math=False)
     axes.set_yticks(range(len(classes)), classes, parse_math=False)
     axes.set(xlabel="said", ylabel="true")
     return figure
@@ -51,7 +61,12 @@ def image_grid(images: Tensor) -> Figure:
     figure = _figure(figsize=(6, 6))
     for place, image in enumerate(images):
         axes = figure.add_subplot(side, side, place + 1)
-        axes.imshow((image[0] if len(image) == 1 else image.permute(1, 2, 0)).numpy(), cmap="gray", vmin=0, vmax=1)
+        axes.imshow(
+            (image[0] if len(image) == 1 else image.permute(1, 2, 0)).numpy(),
+            cmap="gray",
+            vmin=0,
+            vmax=1,
+        )
         axes.set_axis_off()
     return figure
 

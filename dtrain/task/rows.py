@@ -1,4 +1,6 @@
-"""What tasks on labelled rows share: which rows a step reads, and what classifiers are measured by."""
+"""What tasks on labelled rows share: which rows a step reads, and what classifiers are measured
+by.
+"""
 
 from __future__ import annotations
 
@@ -31,17 +33,28 @@ class OfRows(Task):
         check_examples(examples)
         self.data, self.sizes = data, sizes
         self._train = drawn(data.split["train"], examples, sizes.seed)
-        self.told = f"trains on {len(self._train):,} of {len(data.split['train']):,} rows{self._cut()}"
+        self.told = (
+            f"trains on {len(self._train):,} of {len(data.split['train']):,} rows{self._cut()}"
+        )
 
     def _cut(self) -> str:
-        """How much of its texts a row of the sequence length leaves out, in words; of some rows, not to read all."""
-        looked, room = self._train[:: max(1, len(self._train) // LOOKED_AT)], self.length - self.row_marks
-        lengths = [sum(len(self.data.tokenizer.encode(text)) for text in self.texts(row)) for _, row in looked]
+        """How much of its texts a row of the sequence length leaves out, in words; of some
+        rows, not to read all.
+        """
+        looked = self._train[:: max(1, len(self._train) // LOOKED_AT)]
+        room = self.length - self.row_marks
+        lengths = [
+            sum(len(self.data.tokenizer.encode(text)) for text in self.texts(row))
+            for _, row in looked
+        ]
         if not (cut := sum(length > room for length in lengths)):
             return ""
         lost = sum(max(0, length - room) for length in lengths) / sum(lengths)
-        return (f"; {cut:,} of the {len(looked):,} looked at are longer than seq_len={self.length} and cut: {lost:.1%} "
-                f"of the tokens are left out")  # fmt: skip
+        return (
+            f"; {cut:,} of the {len(looked):,} looked at are longer than seq_len={self.length} "
+            f"and cut: {lost:.1%} "
+            f"of the tokens are left out"
+        )
 
     @abstractmethod
     def texts(self, row: dict[str, Any]) -> list[str]:
@@ -66,7 +79,9 @@ class OfRows(Task):
         size = self.sizes.global_batch_size
         rows = drawn(self.data.split["validation"], self.sizes.eval_batches * size, 0)
         for first in range(0, len(rows), size):
-            yield filled_up(stacked(self.encode(*row, None) for row in rows[first : first + size]), size)
+            yield filled_up(
+                stacked(self.encode(*row, None) for row in rows[first : first + size]), size
+            )
 
     def size(self, batch: Batch) -> int:
         return batch["tokens"].numel()
@@ -121,7 +136,9 @@ def several(labels: Sequence[str], name: str, data: Rows) -> list[str]:
 
 
 def confusion(logits: Tensor, targets: Tensor) -> Tensor:
-    """How often each class (rows) was taken for each other (columns): (N, K), (N,) -> (K, K), in fp64."""
+    """How often each class (rows) was taken for each other (columns): (N, K), (N,) -> (K, K),
+    in fp64.
+    """
     kinds = logits.shape[-1]
     counts = targets != IGNORE
     pairs = targets[counts] * kinds + logits.argmax(-1)[counts]

@@ -3,8 +3,9 @@
     first mark | question | mark between | text        the model says two numbers for each token:
     begin and end are each chosen by a softmax over the row's tokens
 
-A text that is too long is cut around its answer, in training and evaluation: that is easier than to search all of it.
-Source: Devlin et al. 2018 (1810.04805), section 4.2; data: Rajpurkar et al. 2016 (1606.05250).
+A text that is too long is cut around its answer, in training and evaluation: that is easier than to
+search all of it. Source: Devlin et al. 2018 (1810.04805), section 4.2; data: Rajpurkar et al. 2016
+(1606.05250).
 """
 
 from __future__ import annotations
@@ -43,40 +44,64 @@ class SpanQA(OfRows):
         self.models = models
         for where, row in data.all():
             if missing := [field for field in FIELDS if field not in row]:
-                raise ValueError(f"{where} has no field {missing[0]!r}, only {', '.join(map(str, row))}: a question "
-                                 f"has {', '.join(FIELDS)}")  # fmt: skip
+                raise ValueError(
+                    f"{where} has no field {missing[0]!r}, only {', '.join(map(str, row))}: a "
+                    f"question "
+                    f"has {', '.join(FIELDS)}"
+                )
             for field in FIELDS[:3]:
                 text_of(row, field, where, "the rows' fields")
             start, answer = row["start"], row["answer"]
             if not isinstance(start, int):
-                raise ValueError(f"{where}: start={start!r} must be a whole number (CSV has none: use JSON lines)")
+                raise ValueError(
+                    f"{where}: start={start!r} must be a whole number (CSV has none: use "
+                    f"JSON lines)"
+                )
             if not answer or row["context"][start : start + len(answer)] != answer:
-                raise ValueError(f"{where}: the answer {answer!r} does not stand at character {start}")
+                raise ValueError(
+                    f"{where}: the answer {answer!r} does not stand at character {start}"
+                )
         self.length = fitting(on_meta(the_model(models, "span_qa")), data, sizes.seq_len, 2)
         if self.length < SHORTEST:
-            raise ValueError(f"seq_len={self.length} is too short for a question and its text: use {SHORTEST} or more")
+            raise ValueError(
+                f"seq_len={self.length} is too short for a question and its text: use "
+                f"{SHORTEST} or more"
+            )
         data.tokenizer.need("first", "between", why="span_qa")
         self.take(data, sizes)
-        self.updates = (Supervised("model", ("tokens", "positions"), _criterion, _count, _measures),)
+        self.updates = (
+            Supervised("model", ("tokens", "positions"), _criterion, _count, _measures),
+        )
 
     def texts(self, row: dict[str, Any]) -> list[str]:
         return [row["question"], row["context"]]
 
     def encode(self, where: str, row: dict[str, Any], chance: torch.Generator | None) -> Batch:
         tokenizer, start = self.data.tokenizer, row["start"]
-        pieces = (row["question"], row["context"][:start], row["answer"], row["context"][start + len(row["answer"]) :])
-        question, before, answer, after = (tokenizer.encode(piece).astype("int64").tolist() for piece in pieces)
+        pieces = (
+            row["question"],
+            row["context"][:start],
+            row["answer"],
+            row["context"][start + len(row["answer"]) :],
+        )
+        question, before, answer, after = (
+            tokenizer.encode(piece).astype("int64").tolist() for piece in pieces
+        )
         head = [tokenizer.marks.first, *question[: self.length // 2 - 2], tokenizer.marks.between]
         answer = answer[: self.length - len(head)]
         spare = self.length - len(head) - len(answer)
-        # How much of what does not fit is cut off before the answer is the row's own, and never changes.
+        # How much of what does not fit is cut off before the answer is the row's own, and never
+        # changes.
         least, most = min(max(0, spare - len(after)), len(before)), min(spare, len(before))
         kept = int(torch.randint(least, most + 1, (), generator=generator(0, where)))
         first = len(head) + kept
         tokens = [*head, *before[len(before) - kept :], *answer, *after][: self.length]
         tokens += [tokenizer.marks.end] * (self.length - len(tokens))
-        return {"tokens": torch.tensor(tokens), "positions": torch.arange(self.length),
-                "targets": torch.tensor([first, first + len(answer) - 1])}  # fmt: skip
+        return {
+            "tokens": torch.tensor(tokens),
+            "positions": torch.arange(self.length),
+            "targets": torch.tensor([first, first + len(answer) - 1]),
+        }
 
 
 def _logits(outputs: Tensor) -> Tensor:  # (B, T, 2) -> (B, 2, T)
@@ -85,7 +110,12 @@ def _logits(outputs: Tensor) -> Tensor:  # (B, T, 2) -> (B, 2, T)
 
 def _criterion(outputs: Tensor, batch: Batch) -> Tensor:
     logits = _logits(outputs)
-    return F.cross_entropy(logits.flatten(0, 1), batch["targets"].flatten(), ignore_index=IGNORE, reduction="sum") / 2
+    return (
+        F.cross_entropy(
+            logits.flatten(0, 1), batch["targets"].flatten(), ignore_index=IGNORE, reduction="sum"
+        )
+        / 2
+    )
 
 
 def _count(batch: Batch) -> Tensor:

@@ -17,51 +17,70 @@ from dtrain.task.rows import Classifier, OfRows, confused, several
 
 
 class TokenClassification(Classifier, OfRows):
-    """The tag of each word, said at its last token. Batches: tokens, positions, targets, each (B, T).
+    """The tag of each word, said at its last token. Batches: tokens, positions, targets, each (B,
+    T).
 
     Args:
         words, tags: the rows' fields, lists of equal length.
 
     Raises:
-        ValueError: a field is missing or of another length, there is one tag only, or sizes do not fit.
+        ValueError: a field is missing or of another length, there is one tag only, or sizes do not
+            fit.
     """
 
     def __init__(
-        self, models: dict[str, ModelFactory], data: Rows, sizes: Sizes, *, words: str = "words", tags: str = "tags"
+        self,
+        models: dict[str, ModelFactory],
+        data: Rows,
+        sizes: Sizes,
+        *,
+        words: str = "words",
+        tags: str = "tags",
     ) -> None:
         self.models, self.words, self.tags = models, words, tags
         for where, row in data.all():
             _check(where, row, words, tags)
-        self.classes = several([str(tag) for _, row in data.all() for tag in row[tags]], "tag", data)
+        self.classes = several(
+            [str(tag) for _, row in data.all() for tag in row[tags]], "tag", data
+        )
         model = on_meta(the_model(models, "token_classification"))
         self.length = fitting(model, data, sizes.seq_len, len(self.classes))
         self.take(data, sizes)
-        self.updates = (Supervised("model", ("tokens", "positions"), cross_entropy, valid, confused),)
+        self.updates = (
+            Supervised("model", ("tokens", "positions"), cross_entropy, valid, confused),
+        )
 
     def texts(self, row: dict[str, Any]) -> list[str]:
         return [f"{' ' if index else ''}{word}" for index, word in enumerate(row[self.words])]
 
     def encode(self, where: str, row: dict[str, Any], chance: torch.Generator | None) -> Batch:
         tokenizer, at = self.data.tokenizer, 1
-        tokens, targets = torch.full((self.length,), tokenizer.marks.end), torch.full((self.length,), IGNORE)
+        tokens = torch.full((self.length,), tokenizer.marks.end)
+        targets = torch.full((self.length,), IGNORE)
         tokens[0] = tokenizer.marks.first
         for index, (word, tag) in enumerate(zip(row[self.words], row[self.tags], strict=True)):
-            ids = torch.from_numpy(tokenizer.encode(f"{' ' if index else ''}{word}").astype("int64"))
+            ids = torch.from_numpy(
+                tokenizer.encode(f"{' ' if index else ''}{word}").astype("int64")
+            )
             if not len(ids):
                 continue
             if at + len(ids) > self.length:
                 break
             tokens[at : at + len(ids)] = ids
             at += len(ids)
-            targets[at - 1] = self.classes.index(str(tag))  # where a model that sees one side only has seen the word
+            # where a model that sees one side only has seen the word
+            targets[at - 1] = self.classes.index(str(tag))
         return {"tokens": tokens, "positions": torch.arange(self.length), "targets": targets}
 
 
 def _check(where: str, row: dict[str, Any], words: str, tags: str) -> None:
     for field in (words, tags):
         if not isinstance(row.get(field), list):
-            raise ValueError(f"{where}: field {field!r} is no list; it has {', '.join(map(str, row))}: set task.words "
-                             f"and task.tags")  # fmt: skip
+            raise ValueError(
+                f"{where}: field {field!r} is no list; it has {', '.join(map(str, row))}: set "
+                f"task.words "
+                f"and task.tags"
+            )
     if len(row[words]) != len(row[tags]):
         raise ValueError(f"{where}: {len(row[words])} words and {len(row[tags])} tags")
     for field in (words, tags):

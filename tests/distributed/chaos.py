@@ -1,5 +1,6 @@
-"""Faults, drawn by a seed and put into short runs. For each: the run completes on the curve of a run that nothing happened
-to, or it stops with a clear line, from where it can be resumed onto that curve; and nothing of it stays behind.
+"""Faults, drawn by a seed and put into short runs. For each: the run completes on the curve of a
+run that nothing happened to, or it stops with a clear line, from where it can be resumed onto that
+curve; and nothing of it stays behind.
 
     python tests/distributed/chaos.py --faults 200 --seed 0
 """
@@ -37,7 +38,8 @@ from dtrain.run.checkpoint_files import verify, whole  # noqa: E402
 register()
 ALONE = ("--standalone", "--nproc-per-node", "2")
 STEPS, EVERY, TIMEOUT_S = 60, 5, 12
-LIMIT_S = 400  # for a run with a fault in it, whatever happens: its own timeout, torchrun's 30 s, a slow machine
+# for a run with a fault in it, whatever happens: its own timeout, torchrun's 30 s, a slow machine
+LIMIT_S = 400
 STRATEGIES = ("ddp", "fsdp", "zero1", "zero2")
 COMPLETED, STOPPED = "completed", "stopped and resumed"
 CLOCK = """
@@ -70,8 +72,8 @@ class Broken(AssertionError):
 class Case:
     """One run that a fault is put into.
 
-    `folder` holds its run, what it prints and torchrun's temporary files; `mark` is in the environment of all of its
-    processes, so that those left behind are found.
+    `folder` holds its run, what it prints and torchrun's temporary files; `mark` is in the
+    environment of all of its processes, so that those left behind are found.
     """
 
     kind: str
@@ -91,18 +93,39 @@ class Case:
         return self.folder / "run"
 
     def words(self, *settings: str) -> list[str]:
-        return training(f"strategy={self.strategy}", f"steps={STEPS}", f"checkpoint.every={EVERY}", "resume=auto",
-                        f"launch.timeout_s={TIMEOUT_S}", "global_batch_size=4", "seq_len=32", *settings)  # fmt: skip
+        return training(
+            f"strategy={self.strategy}",
+            f"steps={STEPS}",
+            f"checkpoint.every={EVERY}",
+            "resume=auto",
+            f"launch.timeout_s={TIMEOUT_S}",
+            "global_batch_size=4",
+            "seq_len=32",
+            *settings,
+        )
 
     def start(self, *settings: str, launcher: Sequence[str] = ALONE) -> subprocess.Popen[str]:
         """The run under torchrun."""
         (self.folder / "tmp").mkdir(parents=True, exist_ok=True)
-        return start(self.folder, *TORCHRUN, *launcher, "--max-restarts", str(self.restarts),
-                     *self.words("hydra.run.dir=run", *settings), before=self.before, cold=True, DTRAIN_CACHE=str(self.cache),
-                     CHAOS=self.mark, TMPDIR=str(self.folder / "tmp"), OMP_NUM_THREADS="1", **self.environment)  # fmt: skip
+        return start(
+            self.folder,
+            *TORCHRUN,
+            *launcher,
+            "--max-restarts",
+            str(self.restarts),
+            *self.words("hydra.run.dir=run", *settings),
+            before=self.before,
+            cold=True,
+            DTRAIN_CACHE=str(self.cache),
+            CHAOS=self.mark,
+            TMPDIR=str(self.folder / "tmp"),
+            OMP_NUM_THREADS="1",
+            **self.environment,
+        )
 
     def go_on(self, *settings: str) -> None:
-        """The run again, whatever has started it before: by this process, whose ranks need no start of their own.
+        """The run again, whatever has started it before: by this process, whose ranks need no start
+        of their own.
 
         Raises:
             ValueError, RanksFailed: it cannot.
@@ -117,8 +140,12 @@ class Case:
         found = {}
         for entry in Path("/proc").glob("[0-9]*"):
             try:
-                if f"CHAOS={self.mark}".encode() in (entry / "environ").read_bytes() and alive(int(entry.name)):
-                    found[int(entry.name)] = (entry / "cmdline").read_bytes().replace(b"\0", b" ").decode()
+                if f"CHAOS={self.mark}".encode() in (entry / "environ").read_bytes() and alive(
+                    int(entry.name)
+                ):
+                    found[int(entry.name)] = (
+                        (entry / "cmdline").read_bytes().replace(b"\0", b" ").decode()
+                    )
             except (FileNotFoundError, ProcessLookupError, PermissionError):
                 continue
         return found
@@ -126,12 +153,19 @@ class Case:
     def ranks(self) -> list[int]:
         """Processes that are ranks: they run the script, and torchrun is their parent."""
         lines = self.processes().items()
-        return sorted(pid for pid, line in lines if "train.py" in line and "distributed.run" not in line)
+        return sorted(
+            pid for pid, line in lines if "train.py" in line and "distributed.run" not in line
+        )
 
     def last(self) -> int:
         return max(curve(self.run), default=0)
 
-    def until(self, condition: Callable[[], object], process: subprocess.Popen[str], seconds: float = LIMIT_S) -> bool:
+    def until(
+        self,
+        condition: Callable[[], object],
+        process: subprocess.Popen[str],
+        seconds: float = LIMIT_S,
+    ) -> bool:
         """Wait for it, or for the run's end; was it so?"""
         deadline = time.monotonic() + seconds
         while time.monotonic() < deadline and process.poll() is None:
@@ -261,7 +295,10 @@ def mount(*words: str) -> int:
 
 
 def damaged(case: Case, damage: Callable[[Path], None]) -> list[subprocess.Popen[str]]:
-    """A file of the newest checkpoint is damaged after its run was killed. It must be refused by its name."""
+    """A file of the newest checkpoint is damaged after its run was killed.
+
+    It must be refused by its name.
+    """
     process = case.start()
     case.until(lambda: case.last() >= 3 * EVERY + case.random.randrange(20), process)
     case.kill([process.pid])
@@ -335,14 +372,18 @@ def jumped_clock(case: Case) -> list[subprocess.Popen[str]]:
     if not shutil.which("cc"):
         raise NotHere("there is no C compiler to make a clock with")
     subprocess.run(
-        ["cc", "-shared", "-fPIC", "-x", "c", "-", "-o", str(library), "-ldl"], input=CLOCK, text=True, check=True
+        ["cc", "-shared", "-fPIC", "-x", "c", "-", "-o", str(library), "-ldl"],
+        input=CLOCK,
+        text=True,
+        check=True,
     )
     case.environment = {"LD_PRELOAD": str(library), "CHAOS_CLOCK": str(clock)}
     process = case.start()
     case.some_step(process)
     hours = case.random.choice((-30, -2, 2, 30))
     clock.write_text(str(hours * 3600))
-    for manifest in case.run.glob("checkpoints/step-*/checkpoint.json"):  # the disk's clock is the kernel's
+    # the disk's clock is the kernel's
+    for manifest in case.run.glob("checkpoints/step-*/checkpoint.json"):
         told = manifest.stat().st_mtime_ns - hours * 3600 * 10**9
         os.utime(manifest, ns=(told, told))
     case.said, case.hit = f"{hours:+d} hours", True
@@ -352,10 +393,12 @@ def jumped_clock(case: Case) -> list[subprocess.Popen[str]]:
 
 
 FAULTS: dict[str, Fault] = {
-    "a rank killed": killed_rank, "killed while saving": killed_while_saving, "killed at the rendezvous": killed_at_the_rendezvous,
-    "killed while preparing data": killed_while_preparing, "torchrun killed": killed_launcher, "told to end": told_to_end,
-    "a rank stopped": stopped_rank, "disk full": full_disk, "a file cut short": truncated, "a bit flipped": flipped,
-    "network cut": cut_network, "rendezvous host restarted": restarted_host, "clock jumped": jumped_clock,
+    "a rank killed": killed_rank, "killed while saving": killed_while_saving,
+    "killed at the rendezvous": killed_at_the_rendezvous,
+    "killed while preparing data": killed_while_preparing, "torchrun killed": killed_launcher,
+    "told to end": told_to_end, "a rank stopped": stopped_rank, "disk full": full_disk,
+    "a file cut short": truncated, "a bit flipped": flipped, "network cut": cut_network,
+    "rendezvous host restarted": restarted_host, "clock jumped": jumped_clock,
 }  # fmt: skip
 
 
@@ -376,12 +419,22 @@ def wait(processes: list[subprocess.Popen[str]]) -> None:
 @functools.cache
 def expected(strategy: str, cache: Path, folder: Path) -> dict[int, tuple[float, float]]:
     """The curve of a run that nothing happens to."""
-    case = Case("none", folder / f"whole-{strategy}", strategy, 0, random.Random(0), cache, f"whole-{strategy}")
+    case = Case(
+        "none",
+        folder / f"whole-{strategy}",
+        strategy,
+        0,
+        random.Random(0),
+        cache,
+        f"whole-{strategy}",
+    )
     case.go_on()
     return curve(case.run)
 
 
-def check(case: Case, processes: list[subprocess.Popen[str]], want: dict[int, tuple[float, float]]) -> str:
+def check(
+    case: Case, processes: list[subprocess.Popen[str]], want: dict[int, tuple[float, float]]
+) -> str:
     """What became of the run; it is resumed if it has stopped.
 
     Raises:
@@ -405,24 +458,33 @@ def check(case: Case, processes: list[subprocess.Popen[str]], want: dict[int, tu
         resume(case, last)
     if (found := curve(case.run)) != want:
         raise Broken(
-            f"another curve: {next(s for s in want if found.get(s) != want[s])} is the first step that differs"
+            f"another curve: {next(s for s in want if found.get(s) != want[s])} is the first step "
+            f"that differs"
         )
     for checkpoint in whole(case.run / "checkpoints"):
         if damage := verify(checkpoint):
             raise Broken(f"{checkpoint.name}: {damage}")
-    if left := [*case.run.rglob(".partial-*"), *case.run.rglob(".writable"), *case.run.rglob("resumable")]:
+    if left := [
+        *case.run.rglob(".partial-*"),
+        *case.run.rglob(".writable"),
+        *case.run.rglob("resumable"),
+    ]:
         raise Broken(f"files are left: {left}")
     return outcome
 
 
 def resume(case: Case, last: int) -> None:
     spoken = re.search(
-        r"^dtrain: |exitcode +: -9|resumable: |^torch.*Rendezvous\w+Error", printed(case.folder), re.MULTILINE
+        r"^dtrain: |exitcode +: -9|resumable: |^torch.*Rendezvous\w+Error",
+        printed(case.folder),
+        re.MULTILINE,
     )
     if not spoken and FAULTS[case.kind] is not killed_launcher:
         raise Broken("it stopped without a word")
     sound = [path for path in whole(case.run / "checkpoints") if not verify(path)]
-    newest = max((json.loads((path / "checkpoint.json").read_text())["step"] for path in sound), default=0)
+    newest = max(
+        (json.loads((path / "checkpoint.json").read_text())["step"] for path in sound), default=0
+    )
     if last - newest > 2 * EVERY:
         raise Broken(f"step {last} was done, and the newest checkpoint is of step {newest}")
     try:
@@ -455,7 +517,8 @@ def one(kind: str, seed: int, folder: Path, cache: Path) -> tuple[str, str]:
         outcome = check(case, FAULTS[kind](case), want)
     except Broken as error:
         raise Broken(
-            f"{kind}, seed {seed}, {strategy}, {restarts} restarts {case.said}: {error} (see {case.folder})"
+            f"{kind}, seed {seed}, {strategy}, {restarts} restarts {case.said}: {error} (see "
+            f"{case.folder})"
         ) from None
     finally:
         for pid in case.processes():
@@ -474,11 +537,15 @@ def drawn(faults: int, seed: int) -> list[tuple[str, int]]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="Put faults into short runs, and look what becomes of them.")
+    parser = argparse.ArgumentParser(
+        description="Put faults into short runs, and look what becomes of them."
+    )
     parser.add_argument("--faults", type=int, default=200)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--only", default="", help="a kind of fault")
-    parser.add_argument("--part", default="1/1", help="of several that run at a time: 1/3, 2/3, 3/3")
+    parser.add_argument(
+        "--part", default="1/1", help="of several that run at a time: 1/3, 2/3, 3/3"
+    )
     options = parser.parse_args()
     folder = Path(tempfile.mkdtemp(prefix="chaos-"))
     counts: dict[str, Counter[str]] = {kind: Counter() for kind in FAULTS}
@@ -496,11 +563,16 @@ def main() -> None:
             outcome, about = "BROKEN", str(error)
             reasons.append(about)
         counts[kind][outcome] += 1
-        print(f"{number:4} {kind:28} {outcome:20} {time.monotonic() - begun:5.0f} s  {about}", flush=True)
+        print(
+            f"{number:4} {kind:28} {outcome:20} {time.monotonic() - begun:5.0f} s  {about}",
+            flush=True,
+        )
     print(f"\n{'fault':30}{'tried':>7}{COMPLETED:>12}{STOPPED:>22}{'not tried':>12}{'broken':>8}")
     for kind, each in counts.items():
         tried = sum(each.values()) - each["not tried"]
-        print(f"{kind:30}{tried:7}{each[COMPLETED]:12}{each[STOPPED]:22}{each['not tried']:12}{each['BROKEN']:8}")
+        print(
+            f"{kind:30}{tried:7}{each[COMPLETED]:12}{each[STOPPED]:22}{each['not tried']:12}{each['BROKEN']:8}"
+        )
     print(*reasons, sep="\n")
     if not reasons:
         shutil.rmtree(folder)

@@ -1,4 +1,6 @@
-"""Thirteen faults in thirteen runs (`make chaos` tries 200): each is survived, or refused with a word, and leaves nothing."""
+"""Thirteen faults in thirteen runs (`make chaos` tries 200): each is survived, or refused with
+a word, and leaves nothing.
+"""
 
 from __future__ import annotations
 

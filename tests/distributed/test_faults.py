@@ -20,7 +20,19 @@ import torch.distributed as dist
 import warm
 from hypothesis import given
 from hypothesis import strategies as st
-from runs import ROOT, TORCHRUN, alive, curve, free_port, printed, ranks, start, training, two_nodes, until
+from runs import (
+    ROOT,
+    TORCHRUN,
+    alive,
+    curve,
+    free_port,
+    printed,
+    ranks,
+    start,
+    training,
+    two_nodes,
+    until,
+)
 from torch.distributed.device_mesh import init_device_mesh
 
 from dtrain.launch.preemption import Preemption
@@ -71,14 +83,24 @@ def test_every_group_has_the_timeout_that_is_asked_for() -> None:
             dist.new_group([0]),
             init_device_mesh("cpu", (1,), mesh_dim_names=("dp",)).get_group(),
         ]
-        assert {g._get_backend(torch.device("cpu")).options._timeout for g in groups} == {timedelta(seconds=7)}  # type: ignore[union-attr]
+        assert {g._get_backend(torch.device("cpu")).options._timeout for g in groups} == {
+            timedelta(seconds=7)
+        }  # type: ignore[union-attr]
     assert dist.distributed_c10d.default_pg_timeout > timedelta(seconds=7)
 
 
-@given(turns=st.lists(st.integers(0, 2), min_size=1, max_size=60), at=st.integers(0, 40), whom=st.integers(0, 2),
-       further=st.integers(1, 2))  # fmt: skip
-def test_all_ranks_stop_after_the_same_step(turns: list[int], at: int, whom: int, further: int) -> None:
-    """Three ranks look after each of their steps, in a drawn order; none is more than `further` steps ahead."""
+@given(
+    turns=st.lists(st.integers(0, 2), min_size=1, max_size=60),
+    at=st.integers(0, 40),
+    whom=st.integers(0, 2),
+    further=st.integers(1, 2),
+)
+def test_all_ranks_stop_after_the_same_step(
+    turns: list[int], at: int, whom: int, further: int
+) -> None:
+    """Three ranks look after each of their steps, in a drawn order; none is more than `further`
+    steps ahead.
+    """
     store = dist.HashStore()
     with mock.patch.object(dist.distributed_c10d, "_get_default_store", lambda: store):
         each = [Preemption(further) for _ in range(3)]
@@ -86,7 +108,8 @@ def test_all_ranks_stop_after_the_same_step(turns: list[int], at: int, whom: int
     for moment, rank in enumerate([*turns, *[0, 1, 2] * 40]):
         if moment == at:
             each[whom]._tell(signal.SIGTERM, None)
-        if rank not in stopped and done[rank] - min(done) < further:  # the others have begun its next step, or ended
+        # the others have begun its next step, or ended
+        if rank not in stopped and done[rank] - min(done) < further:
             done[rank] += 1
             if each[rank].stops_after(done[rank]):
                 stopped[rank] = done[rank]
@@ -97,12 +120,24 @@ def test_all_ranks_stop_after_the_same_step(turns: list[int], at: int, whom: int
 def test_killed_ranks_come_back_and_the_curve_is_the_same(
     tmp_path: Path, whole: dict[int, tuple[float, float]]
 ) -> None:
-    """kill -9 of each rank; bit for bit, in the folder of the first attempt, with no setting for it."""
-    process = start(tmp_path, *TORCHRUN, "--standalone", "--nproc-per-node", "2", "--max-restarts", "2",
-                    *training(*SETTINGS))  # fmt: skip
+    """kill -9 of each rank; bit for bit, in the folder of the first attempt, with no setting
+    for it.
+    """
+    process = start(
+        tmp_path,
+        *TORCHRUN,
+        "--standalone",
+        "--nproc-per-node",
+        "2",
+        "--max-restarts",
+        "2",
+        *training(*SETTINGS),
+    )
     for rank, step in ((1, 12), (0, 34)):
-        until(lambda: any(max(curve(run), default=0) >= step for run in tmp_path.glob("outputs/*/*")),  # noqa: B023
-              said=lambda: printed(tmp_path))  # fmt: skip
+        until(
+            lambda: any(max(curve(run), default=0) >= step for run in tmp_path.glob("outputs/*/*")),  # noqa: B023
+            said=lambda: printed(tmp_path),
+        )
         os.kill(ranks(next(tmp_path.glob("outputs/*/*")))[rank], signal.SIGKILL)
     assert process.wait(120) == 0, printed(tmp_path)
     (run,) = tmp_path.glob("outputs/*/*")  # the folders of later attempts are gone
@@ -117,8 +152,13 @@ def test_a_lost_node_leaves_the_rest_to_another_number_of_ranks(
 ) -> None:
     """torchrun --nnodes 1:2: one of the two is killed, agent and rank; the other goes on alone."""
     port, conf = free_port(), "last_call_timeout=5,keep_alive_interval=1,keep_alive_max_attempt=3"
-    command = [*TORCHRUN, *two_nodes(f"localhost:{port}", conf, "1:2"), "--max-restarts", "2",
-               *training(*SETTINGS, "strategy=ddp", "hydra.run.dir=run")]  # fmt: skip
+    command = [
+        *TORCHRUN,
+        *two_nodes(f"localhost:{port}", conf, "1:2"),
+        "--max-restarts",
+        "2",
+        *training(*SETTINGS, "strategy=ddp", "hydra.run.dir=run"),
+    ]
     first = start(tmp_path, *command)
     second = start(tmp_path, *command)
     until(lambda: max(curve(tmp_path / "run"), default=0) >= 15, said=lambda: printed(tmp_path))
@@ -137,8 +177,12 @@ def test_a_lost_node_leaves_the_rest_to_another_number_of_ranks(
 
 
 def listens(agent: subprocess.Popen[str], port: int) -> bool:
-    listening = {line.split()[9] for name in ("tcp", "tcp6") for line in Path(f"/proc/net/{name}").read_text().splitlines()[1:]
-                 if line.split()[1].endswith(f":{port:04X}") and line.split()[3] == "0A"}  # fmt: skip
+    listening = {
+        line.split()[9]
+        for name in ("tcp", "tcp6")
+        for line in Path(f"/proc/net/{name}").read_text().splitlines()[1:]
+        if line.split()[1].endswith(f":{port:04X}") and line.split()[3] == "0A"
+    }
     return any(f"socket:[{inode}]" in warm.opened_by(agent.pid) for inode in listening)
 
 
@@ -155,31 +199,55 @@ def test_a_run_that_is_told_to_end_is_resumable(
     os.kill(ranks(tmp_path / "run")[1] if whom == "a rank" else process.pid, signal.SIGTERM)
     assert process.wait(60) == 0, printed(tmp_path)
     said = (tmp_path / "run" / "resumable").read_text()
-    step = int(re.match(r"stopped after step (\d+) of 60, as it was told; resumable: resume=", said)[1])  # type: ignore[index]
+    step = int(
+        re.match(r"stopped after step (\d+) of 60, as it was told; resumable: resume=", said)[1]
+    )  # type: ignore[index]
     assert said.strip() in printed(tmp_path) and "Traceback" not in printed(tmp_path)
-    assert max(curve(tmp_path / "run")) == step < 60 and not (tmp_path / "run" / "summary.json").exists()
+    assert (
+        max(curve(tmp_path / "run")) == step < 60
+        and not (tmp_path / "run" / "summary.json").exists()
+    )
     assert start(tmp_path, *STANDALONE, *training(*settings)).wait(120) == 0, printed(tmp_path)
     assert curve(tmp_path / "run") == whole and not (tmp_path / "run" / "resumable").exists()
 
 
 @pytest.mark.deep
 def test_a_parameter_server_that_is_told_to_end_is_resumable(tmp_path: Path) -> None:
-    settings = ["strategy=parameter_server", "steps=400", "launch.nproc=3", "hydra.run.dir=run", "resume=auto"]
+    settings = [
+        "strategy=parameter_server",
+        "steps=400",
+        "launch.nproc=3",
+        "hydra.run.dir=run",
+        "resume=auto",
+    ]
     process = start(tmp_path, sys.executable, *training(*settings))
     until(lambda: max(curve(tmp_path / "run"), default=0) >= 5, said=lambda: printed(tmp_path))
     process.terminate()
     assert process.wait(60) == 0, printed(tmp_path)
     step = max(curve(tmp_path / "run"))
     assert f"stopped after step {step} of 400" in (tmp_path / "run" / "resumable").read_text()
-    assert start(tmp_path, sys.executable, *training(*settings, f"steps={step + 5}")).wait(90) == 0, printed(tmp_path)
+    assert (
+        start(tmp_path, sys.executable, *training(*settings, f"steps={step + 5}")).wait(90) == 0
+    ), printed(tmp_path)
     assert list(curve(tmp_path / "run")) == list(range(1, step + 6))
 
 
 @pytest.mark.parametrize("strategy", ["fsdp", pytest.param("pipeline", marks=pytest.mark.deep)])
 def test_a_stopped_rank_is_named(strategy: str, tmp_path: Path) -> None:
-    """SIGSTOP: within the timeout, with rank, axis, collective and step; the launcher then ends all."""
-    process = start(tmp_path, sys.executable, *training(f"strategy={strategy}", "steps=5000", "launch.timeout_s=8",
-                                                        "launch.nproc=2", "hydra.run.dir=run"))  # fmt: skip
+    """SIGSTOP: within the timeout, with rank, axis, collective and step; the launcher then ends
+    all.
+    """
+    process = start(
+        tmp_path,
+        sys.executable,
+        *training(
+            f"strategy={strategy}",
+            "steps=5000",
+            "launch.timeout_s=8",
+            "launch.nproc=2",
+            "hydra.run.dir=run",
+        ),
+    )
     until(lambda: max(curve(tmp_path / "run"), default=0) >= 3, said=lambda: printed(tmp_path))
     pids = ranks(tmp_path / "run")
     os.kill(pids[1], signal.SIGSTOP)
@@ -188,7 +256,10 @@ def test_a_stopped_rank_is_named(strategy: str, tmp_path: Path) -> None:
         if strategy == "fsdp"
         else r"rank 0 in step \d+"
     )
-    told = f"dtrain: ranks wait for each other: {where}; rank 1 does not answer: its process is gone or stopped"
+    told = (
+        f"dtrain: ranks wait for each other: {where}; rank 1 does not answer: its process is gone "
+        f"or stopped"
+    )
     until(lambda: re.search(told, printed(tmp_path)), said=lambda: printed(tmp_path))
     assert "a collective failed" not in re.split(told, printed(tmp_path))[0]
     assert process.wait(90) == 1 and "Traceback" not in printed(tmp_path), printed(tmp_path)
@@ -196,8 +267,10 @@ def test_a_stopped_rank_is_named(strategy: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(("what", "said"), [
-    ("setting", r"rank 1 on \S+ is to run something else than rank 0 on \S+: optimizer.lr is 0.\d+ there, 0.\d+ here$"),
-    pytest.param("code", r"rank 1 on \S+ is to run something else than rank 0 on \S+: the code of dtrain/parallel/clip.py is \w+ there, \w+ here$", marks=pytest.mark.deep),
+    ("setting",
+     r"rank 1 on \S+ is to run something else than rank 0 on \S+: optimizer.lr is 0.\d+ there, 0.\d+ here$"),
+    pytest.param("code",
+                 r"rank 1 on \S+ is to run something else than rank 0 on \S+: the code of dtrain/parallel/clip.py is \w+ there, \w+ here$", marks=pytest.mark.deep),
 ], ids=["setting", "code"])  # fmt: skip
 def test_ranks_that_differ_are_refused(what: str, said: str, tmp_path: Path) -> None:
     """One node has another setting, or another version of a file."""
@@ -209,7 +282,9 @@ def test_ranks_that_differ_are_refused(what: str, said: str, tmp_path: Path) -> 
         other = ["optimizer.lr=0.25"]
     else:
         for name in ("dtrain", "configs", "hydra_plugins"):
-            shutil.copytree(ROOT / name, tmp_path / "copy" / name, ignore=shutil.ignore_patterns("__pycache__"))
+            shutil.copytree(
+                ROOT / name, tmp_path / "copy" / name, ignore=shutil.ignore_patterns("__pycache__")
+            )
         with (tmp_path / "copy" / "dtrain" / "parallel" / "clip.py").open("a") as file:
             file.write("# newer\n")
         environment = {"PYTHONPATH": str(tmp_path / "copy")}
@@ -222,7 +297,9 @@ def test_ranks_that_differ_are_refused(what: str, said: str, tmp_path: Path) -> 
 
 
 def test_ranks_end_with_a_launcher_that_is_killed(tmp_path: Path) -> None:
-    process = start(tmp_path, *STANDALONE, *training("strategy=ddp", "steps=5000", "hydra.run.dir=run"))
+    process = start(
+        tmp_path, *STANDALONE, *training("strategy=ddp", "steps=5000", "hydra.run.dir=run")
+    )
     until(lambda: curve(tmp_path / "run"), said=lambda: printed(tmp_path))
     pids = ranks(tmp_path / "run")
     process.kill()
@@ -232,8 +309,12 @@ def test_ranks_end_with_a_launcher_that_is_killed(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("resume", ["auto", pytest.param("latest", marks=pytest.mark.deep)])
-def test_resume_auto_begins_where_there_is_nothing_and_latest_does_not(resume: str, tmp_path: Path) -> None:
-    process = start(tmp_path, sys.executable, *training("steps=2", "hydra.run.dir=run", f"resume={resume}"))
+def test_resume_auto_begins_where_there_is_nothing_and_latest_does_not(
+    resume: str, tmp_path: Path
+) -> None:
+    process = start(
+        tmp_path, sys.executable, *training("steps=2", "hydra.run.dir=run", f"resume={resume}")
+    )
     assert process.wait(60) == (0 if resume == "auto" else 2), printed(tmp_path)
     assert len(curve(tmp_path / "run")) == (2 if resume == "auto" else 0)
 

@@ -1,4 +1,6 @@
-"""A memory limit that lets the kernel kill a rank, and one on processes: by a control group of this test's own."""
+"""A memory limit that lets the kernel kill a rank, and one on processes: by a control group of
+this test's own.
+"""
 
 from __future__ import annotations
 
@@ -26,7 +28,9 @@ class Hungry(CausalLM):
 
 @pytest.fixture
 def within() -> Iterator[Callable[[str, str, str], tuple[str, ...]]]:
-    """Words that put what follows into a group of its own with a limit: of a controller, by its older and newer file."""
+    """Words that put what follows into a group of its own with a limit: of a controller, by its
+    older and newer file.
+    """
     made: list[Path] = []
 
     def of(controller: str, file: str, value: str) -> tuple[str, ...]:
@@ -52,15 +56,22 @@ def _removed(group: Path) -> bool:
 
 
 def run(folder: Path, before: tuple[str, ...], *settings: str) -> int:
-    command = [sys.executable, *training("launch.nproc=2", "strategy=ddp", "steps=4", "hydra.run.dir=run", *settings)]
+    command = [
+        sys.executable,
+        *training("launch.nproc=2", "strategy=ddp", "steps=4", "hydra.run.dir=run", *settings),
+    ]
     process = start(folder, *command, before=before, PYTHONPATH=str(folder))
     return process.wait(300)
 
 
 @pytest.mark.deep
-def test_a_rank_that_is_killed_for_want_of_memory_is_told_so(tmp_path: Path, within, cache: Path) -> None:
+def test_a_rank_that_is_killed_for_want_of_memory_is_told_so(
+    tmp_path: Path, within, cache: Path
+) -> None:
     (tmp_path / "hungry.py").write_text(HUNGRY)
-    status = run(tmp_path, within("memory", "memory.limit_in_bytes", "2000M"), "task._target_=hungry.Hungry")
+    status = run(
+        tmp_path, within("memory", "memory.limit_in_bytes", "2000M"), "task._target_=hungry.Hungry"
+    )
     said = printed(tmp_path).splitlines()[-1]
     assert status == 1 and said.startswith(
         "dtrain: rank 1 ended with signal 9: the kernel has ended a process for want of"
@@ -78,7 +89,9 @@ def test_too_few_processes_are_said(processes: int, tmp_path: Path, within, cach
 
 @pytest.mark.deep
 @pytest.mark.parametrize(("files", "ended"), [(64, {0}), (24, {1, 2})])
-def test_few_open_files_are_enough_or_said(files: int, ended: set[int], tmp_path: Path, cache: Path) -> None:
+def test_few_open_files_are_enough_or_said(
+    files: int, ended: set[int], tmp_path: Path, cache: Path
+) -> None:
     status = run(tmp_path, ("sh", "-c", f'ulimit -n {files} && exec "$@"', "sh"))
     said = printed(tmp_path).splitlines()[-1]
     assert status in ended and said.startswith("weights: " if 0 in ended else "dtrain: "), said

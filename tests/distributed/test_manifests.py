@@ -1,4 +1,6 @@
-"""launch/kubernetes is what Kubernetes and Kubeflow take, by their own schemas; no cluster has seen it here."""
+"""launch/kubernetes is what Kubernetes and Kubeflow take, by their own schemas; no cluster has
+seen it here.
+"""
 
 from __future__ import annotations
 
@@ -10,11 +12,18 @@ from typing import Any
 import pytest
 import yaml
 
-kubernetes_validate = pytest.importorskip("kubernetes_validate", reason="pip install kubernetes-validate")
-models = pytest.importorskip("kubeflow_trainer_api.models", reason="pip install kubeflow-trainer-api")
+kubernetes_validate = pytest.importorskip(
+    "kubernetes_validate", reason="pip install kubernetes-validate"
+)
+models = pytest.importorskip(
+    "kubeflow_trainer_api.models", reason="pip install kubeflow-trainer-api"
+)
 
 KUBERNETES = "1.37"
-KUBEFLOW = {"TrainJob": models.TrainerV1alpha1TrainJob, "TrainingRuntime": models.TrainerV1alpha1TrainingRuntime}
+KUBEFLOW = {
+    "TrainJob": models.TrainerV1alpha1TrainJob,
+    "TrainingRuntime": models.TrainerV1alpha1TrainingRuntime,
+}
 FOLDER = Path(__file__).parent.parent.parent / "launch" / "kubernetes"
 MANIFESTS = [
     pytest.param(manifest, id=f"{file.stem}-{manifest['kind']}")
@@ -23,16 +32,17 @@ MANIFESTS = [
 ]
 PODS = {
     "Job": lambda manifest: manifest["spec"]["template"]["spec"],
-    "TrainingRuntime": lambda m: m["spec"]["template"]["spec"]["replicatedJobs"][0]["template"]["spec"]["template"][
+    "TrainingRuntime": lambda m: m["spec"]["template"]["spec"]["replicatedJobs"][0]["template"][
         "spec"
-    ],
+    ]["template"]["spec"],
 }
 
 
 def validate(manifest: dict[str, Any]) -> None:
     """Raise ValueError for what the schema of its kind does not know, or knows otherwise."""
     if model := KUBEFLOW.get(manifest["kind"]):
-        if (known := model.from_dict(manifest).to_dict()) != manifest:  # it leaves out what it does not know
+        # it leaves out what it does not know
+        if (known := model.from_dict(manifest).to_dict()) != manifest:
             raise ValueError(f"unknown keys: of {manifest} the schema knows {known}")
         return
     try:
@@ -64,10 +74,13 @@ def _mistype(manifest: dict[str, Any]) -> None:
 
 @pytest.mark.parametrize("broken", [_misspell, _misspell_deeply, _mistype])
 @pytest.mark.parametrize("manifest", MANIFESTS)
-def test_a_broken_manifest_is_refused(manifest: dict[str, Any], broken: Callable[[dict[str, Any]], None]) -> None:
+def test_a_broken_manifest_is_refused(
+    manifest: dict[str, Any], broken: Callable[[dict[str, Any]], None]
+) -> None:
     manifest = copy.deepcopy(manifest)
     broken(manifest)
-    with pytest.raises((ValueError, TypeError, AttributeError)):  # the latter two: Kubeflow's own, of wrong types
+    # the latter two: Kubeflow's own, of wrong types
+    with pytest.raises((ValueError, TypeError, AttributeError)):
         validate(manifest)
 
 
@@ -79,4 +92,6 @@ def test_pods_have_few_rights_and_time_to_end(manifest: dict[str, Any]) -> None:
     assert pod["terminationGracePeriodSeconds"] >= 60 and pod["restartPolicy"] == "Never"
     for container in pod["containers"]:
         rights = container["securityContext"]
-        assert not rights["allowPrivilegeEscalation"] and rights["capabilities"] == {"drop": ["ALL"]}
+        assert not rights["allowPrivilegeEscalation"] and rights["capabilities"] == {
+            "drop": ["ALL"]
+        }

@@ -1,4 +1,7 @@
-"""torchrun on two hosts, and the cable between them pulled out for a while. Network namespaces: needs root."""
+"""torchrun on two hosts, and the cable between them pulled out for a while.
+
+Network namespaces: needs root.
+"""
 
 from __future__ import annotations
 
@@ -16,16 +19,28 @@ STEPS = 80
 
 def both(hosts: Hosts, folder: Path, *settings: str) -> list:
     """A run with one rank on each."""
-    command = training("strategy=fsdp", f"steps={STEPS}", "checkpoint.every=5", "hydra.run.dir=run", *settings)
+    command = training(
+        "strategy=fsdp", f"steps={STEPS}", "checkpoint.every=5", "hydra.run.dir=run", *settings
+    )
     return [
-        start(folder, *TORCHRUN, *hosts.node(host), *command, before=hosts.on(host), GLOO_SOCKET_IFNAME=DEVICE)
+        start(
+            folder,
+            *TORCHRUN,
+            *hosts.node(host),
+            *command,
+            before=hosts.on(host),
+            GLOO_SOCKET_IFNAME=DEVICE,
+        )
         for host in (0, 1)
     ]
 
 
 @pytest.mark.deep
 def test_a_cable_pulled_out(hosts: Hosts, tmp_path: Path) -> None:
-    """For a moment: training goes on. For longer than the timeout: both ends say so and end, and resume."""
+    """For a moment: training goes on.
+
+    For longer than the timeout: both ends say so and end, and resume.
+    """
     cut = tmp_path / "cut"
     processes = both(hosts, cut, "launch.timeout_s=8")
     until(lambda: max(curve(cut / "run"), default=0) >= 12, said=lambda: printed(cut))
@@ -42,10 +57,14 @@ def test_a_cable_pulled_out(hosts: Hosts, tmp_path: Path) -> None:
         hosts.cable(plugged=True)
     assert [process.wait(400) for process in processes] == [1, 1], printed(cut)
     assert "rank 1 does not answer: its process is gone or stopped" in printed(cut)
-    assert "dtrain: rank 1: a collective failed: " in printed(cut) and "dtrain/train.py" not in printed(cut)
+    assert "dtrain: rank 1: a collective failed: " in printed(
+        cut
+    ) and "dtrain/train.py" not in printed(cut)
     newest = whole(cut / "run" / "checkpoints")[-1]
     assert verify(newest) == ""
-    assert [process.wait(400) for process in both(hosts, cut, "resume=auto")] == [0, 0], printed(cut)
+    assert [process.wait(400) for process in both(hosts, cut, "resume=auto")] == [0, 0], printed(
+        cut
+    )
 
     reference = tmp_path / "whole"
     assert [process.wait(400) for process in both(hosts, reference)] == [0, 0], printed(reference)

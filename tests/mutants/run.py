@@ -1,7 +1,9 @@
-"""Put small faults into copies of the product, one at a time, and see which of them the tests find: `make mutants`.
+"""Put small faults into copies of the product, one at a time, and see which of them the tests find:
+`make mutants`.
 
-A fault is `<room>/<name>.patch`: what a user would see, then a unified diff. Each is tried with the test that found it
-last time (`found.tsv`), and if that one passes, with all quick tests that its room names below, until one fails.
+A fault is `<room>/<name>.patch`: what a user would see, then a unified diff. Each is tried with the
+test that found it last time (`found.tsv`), and if that one passes, with all quick tests that its
+room names below, until one fails.
 """
 
 from __future__ import annotations
@@ -28,27 +30,71 @@ import pytest
 HERE = Path(__file__).parent
 ROOT = HERE.parent.parent
 KNOWN = HERE / "found.tsv"
-NEEDED = ("dtrain", "configs", "tests", "scripts", "hydra_plugins", "launch", "docs", "docker", "examples", "pyproject.toml",
-          "README.md", "CONTRIBUTING.md", "SECURITY.md", "Makefile", "constraints.txt")  # fmt: skip
+NEEDED = (
+    "dtrain",
+    "configs",
+    "tests",
+    "scripts",
+    "hydra_plugins",
+    "launch",
+    "docs",
+    "docker",
+    "examples",
+    "pyproject.toml",
+    "README.md",
+    "CONTRIBUTING.md",
+    "SECURITY.md",
+    "Makefile",
+    "constraints.txt",
+)
 # The tests that see a room's faults, those that are quick first.
 ROOMS = {
-    "loop": "plain_loop loop_promises presence stepping precision plan refusals measure own_model model exact experts cost",
-    "strategy": "plan pipeline precision figures refusals presence own_model plain_loop local_sgd context experts exact cost instruments",
+    "loop": (
+        "plain_loop loop_promises presence stepping precision plan refusals measure own_model "
+        "model exact experts cost"
+    ),
+    "strategy": (
+        "plan pipeline precision figures refusals presence own_model plain_loop local_sgd context "
+        "experts exact cost instruments"
+    ),
     "engine": "presence_engines deepspeed accelerate",
     "server": "server at_once listening parameter_server",
     "model": "model moe own_model images loop_promises plain_loop hf tasks",
     "data": "data files tokenizers kept preparation images loop_promises tasks",
     "task": "plain_loop loop_promises preparation images tasks data",
-    "checkpoint": "durability agree folder checkpoint stepping presence distributed/manifests cli loop_promises",
-    "launch": "launch agree folder listening started watch ending durability refusals instruments cli distributed/docker distributed/faults",
+    "checkpoint": (
+        "durability agree folder checkpoint stepping presence distributed/manifests cli "
+        "loop_promises"
+    ),
+    "launch": (
+        "launch agree folder listening started watch ending durability refusals instruments cli "
+        "distributed/docker distributed/faults"
+    ),
     "cost": "figures measure instruments cost compare",
-    "report": "figures reports records images messages at_once measure compare instruments data cli",
+    "report": (
+        "figures reports records images messages at_once measure compare instruments data cli"
+    ),
     "config": "messages configs refusals data cli capabilities docs",
 }
 # What each copy would have to import anew, of others.
-LIBRARIES = ("torch", "torch.distributed.run", "torch.distributed.tensor", "torch.distributed.fsdp", "torch._dynamo", "hydra",
-             "numpy", "sklearn.metrics", "scipy.linalg", "PIL.Image", "matplotlib", "plotly", "safetensors.torch",
-             "tokenizers", "torch.distributed.checkpoint", "torch.distributed.pipelining")  # fmt: skip
+LIBRARIES = (
+    "torch",
+    "torch.distributed.run",
+    "torch.distributed.tensor",
+    "torch.distributed.fsdp",
+    "torch._dynamo",
+    "hydra",
+    "numpy",
+    "sklearn.metrics",
+    "scipy.linalg",
+    "PIL.Image",
+    "matplotlib",
+    "plotly",
+    "safetensors.torch",
+    "tokenizers",
+    "torch.distributed.checkpoint",
+    "torch.distributed.pipelining",
+)
 FOUND, MISSED, BROKEN = "found", "NOT FOUND", "broken"
 LIMIT_S = 900
 
@@ -71,7 +117,8 @@ class Outcome:
 
 def tests_of(room: str) -> list[str]:
     return [
-        str(Path("tests") / word).replace(Path(word).name, f"test_{Path(word).name}.py") for word in ROOMS[room].split()
+        str(Path("tests") / word).replace(Path(word).name, f"test_{Path(word).name}.py")
+        for word in ROOMS[room].split()
     ]
 
 
@@ -86,14 +133,18 @@ def copied(folder: Path) -> None:
 
 
 def attempt(patch: Path, known: str, folder: Path) -> None:
-    """What a child does with one fault in a copy of the tree; it leaves its outcome in a file there."""
+    """What a child does with one fault in a copy of the tree; it leaves its outcome in a file
+    there.
+    """
     name, begun = f"{patch.parent.name}/{patch.stem}", time.monotonic()
 
     def outcome(result: str, by: str) -> None:
         (folder / "outcome").write_text(f"{result}\t{time.monotonic() - begun:.0f}\t{name}\t{by}")
 
     copied(folder)
-    applied = subprocess.run(["git", "apply", str(patch)], cwd=folder, capture_output=True, text=True)
+    applied = subprocess.run(
+        ["git", "apply", str(patch)], cwd=folder, capture_output=True, text=True
+    )
     if applied.returncode:
         return outcome(BROKEN, f"does not apply: {applied.stderr.strip().splitlines()[-1]}")
     files = [file for file in tests_of(patch.parent.name) if (ROOT / file).exists()]
@@ -145,7 +196,9 @@ def pytest_in(folder: Path, tests: list[str]) -> int:
 
 
 def forked(function: Callable[[], int], output: Path) -> tuple[int, str]:
-    """The status of what a fork of this process does, which has imported the libraries, and what it prints."""
+    """The status of what a fork of this process does, which has imported the libraries, and
+    what it prints.
+    """
     if not (pid := os.fork()):
         with output.open("w") as file:
             os.dup2(file.fileno(), 1)
@@ -166,12 +219,19 @@ def forked(function: Callable[[], int], output: Path) -> tuple[int, str]:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("names", nargs="*", help="only faults whose room/name has one of these words")
+    parser.add_argument(
+        "names", nargs="*", help="only faults whose room/name has one of these words"
+    )
     parser.add_argument("--workers", type=int, default=3)
     asked = parser.parse_args()
-    patches = [p for p in sorted(HERE.glob("*/*.patch"))
-               if not asked.names or any(word in f"{p.parent.name}/{p.stem}" for word in asked.names)]  # fmt: skip
-    known = dict(line.split("\t") for line in KNOWN.read_text().splitlines()) if KNOWN.exists() else {}
+    patches = [
+        p
+        for p in sorted(HERE.glob("*/*.patch"))
+        if not asked.names or any(word in f"{p.parent.name}/{p.stem}" for word in asked.names)
+    ]
+    known = (
+        dict(line.split("\t") for line in KNOWN.read_text().splitlines()) if KNOWN.exists() else {}
+    )
     for library in LIBRARIES:
         importlib.import_module(library)
     begun, outcomes, at_work = time.monotonic(), [], {}
@@ -201,12 +261,20 @@ def main() -> int:
             print(f"{each.result:9} {each.seconds:4} s  {each.name:60} {each.by}", flush=True)
             if each.result == FOUND:
                 known[each.name] = each.by
-                KNOWN.write_text("".join(f"{name}\t{test}\n" for name, test in sorted(known.items())))
+                KNOWN.write_text(
+                    "".join(f"{name}\t{test}\n" for name, test in sorted(known.items()))
+                )
     finally:
         shutil.rmtree(place, ignore_errors=True)
-    count = {result: sum(each.result == result for each in outcomes) for result in (FOUND, MISSED, BROKEN)}
-    print(f"{count[FOUND]} of {len(outcomes)} found, {count[MISSED]} not found, {count[BROKEN]} broken, "
-          f"{time.monotonic() - begun:.0f} s")  # fmt: skip
+    count = {
+        result: sum(each.result == result for each in outcomes)
+        for result in (FOUND, MISSED, BROKEN)
+    }
+    print(
+        f"{count[FOUND]} of {len(outcomes)} found, {count[MISSED]} not found, {count[BROKEN]} "
+        f"broken, "
+        f"{time.monotonic() - begun:.0f} s"
+    )
     return int(count[FOUND] < len(outcomes))
 
 

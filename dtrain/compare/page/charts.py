@@ -64,7 +64,8 @@ def tradeoff(results: Results) -> Chart:
     return Chart(
         "tradeoff",
         "Throughput against memory",
-        "Full circles are the Pareto front: nothing else is both faster and leaner. Left out here: what trains "
+        "Full circles are the Pareto front: nothing else is both faster and leaner. Left out "
+        "here: what trains "
         "another model, is not synchronous, or uses more ranks than were asked for.",
         POINT,
         figure,
@@ -76,20 +77,35 @@ def losses(results: Results) -> Chart:
     figure.update_layout(xaxis_title="step", hovermode="x")
     told = [row for row in results.ran if row.synchronous and row.loss_difference is not None]
     worst = max(told, key=lambda row: row.loss_difference or 0, default=None)
-    words = f" The greatest difference of a synchronous strategy from its reference is {worst.loss_difference:.1e} " \
-            f"({worst.strategy})." if worst else ""  # fmt: skip
-    return Chart("losses", "Loss curves", f"What trains the same, synchronously, draws one line.{words}", TRACE, figure)
+    words = (
+        f" The greatest difference of a synchronous strategy from its reference is "
+        f"{worst.loss_difference:.1e} "
+        f"({worst.strategy})."
+        if worst
+        else ""
+    )
+    return Chart(
+        "losses",
+        "Loss curves",
+        f"What trains the same, synchronously, draws one line.{words}",
+        TRACE,
+        figure,
+    )
 
 
 def pace(results: Results) -> Chart:
-    figure, until = _curves(results, lambda row: row.seconds), equal_time(results.comparable or results.ran)
+    figure = _curves(results, lambda row: row.seconds)
+    until = equal_time(results.comparable or results.ran)
     figure.add_vline(x=until, line={"dash": "dot", "width": 1, "color": "#888888"})
     figure.update_layout(xaxis_title="seconds in steps", xaxis_rangemode="tozero")
     words = "The same curves, over the time that the steps took."
     if results.loose:
         judged = [*results.comparable[:1], *results.loose]
         told = "; ".join(f"{row.strategy} {loss_at(row, until):.4f}" for row in judged)
-        words += f" What is not synchronous is to be judged here: after {until:.1f} s (dotted) the loss is {told}."
+        words += (
+            f" What is not synchronous is to be judged here: after {until:.1f} s (dotted) the "
+            f"loss is {told}."
+        )
     return Chart("pace", "Loss against time", words, TRACE, figure)
 
 
@@ -98,8 +114,14 @@ def _curves(results: Results, along: Callable[[Row], Sequence[float]]) -> go.Fig
     figure = go.Figure()
     for row in results.ran:
         line = {"color": family(row)[1], "dash": "solid" if row.synchronous else "dash"}
-        figure.add_scatter(x=along(row), y=row.losses, name=in_html(row.strategy), mode="lines", line=line,
-                           customdata=[row.strategy])  # fmt: skip
+        figure.add_scatter(
+            x=along(row),
+            y=row.losses,
+            name=in_html(row.strategy),
+            mode="lines",
+            line=line,
+            customdata=[row.strategy],
+        )
     return figure.update_layout(yaxis_title="loss")
 
 
@@ -117,13 +139,21 @@ def throughput(results: Results) -> Chart:
         error_x={
             "type": "data",
             "symmetric": False,
-            "array": [m - (r.tokens_per_second or 0) for r, (_, m) in zip(rows, spread, strict=True)],
-            "arrayminus": [(r.tokens_per_second or 0) - m for r, (m, _) in zip(rows, spread, strict=True)],
+            "array": [
+                m - (r.tokens_per_second or 0) for r, (_, m) in zip(rows, spread, strict=True)
+            ],
+            "arrayminus": [
+                (r.tokens_per_second or 0) - m for r, (m, _) in zip(rows, spread, strict=True)
+            ],
         },
         showlegend=False,
     )
     figure.update_layout(xaxis_title="tokens/s", meta={"rows": len(rows)})
-    words = "whiskers go to the least and the greatest of the repeats" if results.asked > 1 else "one run each"
+    words = (
+        "whiskers go to the least and the greatest of the repeats"
+        if results.asked > 1
+        else "one run each"
+    )
     return Chart("throughput", "Throughput", f"Median over the repeats; {words}.", POINT, figure)
 
 
@@ -141,7 +171,9 @@ def steps(results: Results) -> Chart:
             customdata=[row.strategy],
             hoverinfo="x",
         )
-    figure.update_layout(xaxis_title="milliseconds a step", xaxis_rangemode="tozero", meta={"rows": len(rows)})
+    figure.update_layout(
+        xaxis_title="milliseconds a step", xaxis_rangemode="tozero", meta={"rows": len(rows)}
+    )
     return Chart(
         "steps",
         "Step time",
@@ -156,7 +188,11 @@ def scaling(results: Results) -> Chart:
     figure, groups = go.Figure(), defaultdict(list)
     for row in results.ran:
         groups[row.strategy.split(" @")[0]].append(row)
-    several = {name: sorted(rows, key=lambda row: row.ranks) for name, rows in groups.items() if len(rows) > 1}
+    several = {
+        name: sorted(rows, key=lambda row: row.ranks)
+        for name, rows in groups.items()
+        if len(rows) > 1
+    }
     for name, rows in several.items():
         figure.add_scatter(
             x=[r.ranks for r in rows],
@@ -168,19 +204,36 @@ def scaling(results: Results) -> Chart:
         )
     sizes = sorted({row.ranks for rows in several.values() for row in rows})
     figure.add_scatter(
-        x=sizes, y=[100] * len(sizes), name="ideal", mode="lines", line={"dash": "dot", "color": "#888888"}
+        x=sizes,
+        y=[100] * len(sizes),
+        name="ideal",
+        mode="lines",
+        line={"dash": "dot", "color": "#888888"},
     )
     figure.update_layout(
-        xaxis_title="ranks", yaxis_title="efficiency in %", yaxis_rangemode="tozero", xaxis_tickvals=sizes
+        xaxis_title="ranks",
+        yaxis_title="efficiency in %",
+        yaxis_rangemode="tozero",
+        xaxis_tickvals=sizes,
     )
     kind = (
-        "the same global batch on every world size" if results.scaling == "strong" else "the same batch for each rank"
+        "the same global batch on every world size"
+        if results.scaling == "strong"
+        else "the same batch for each rank"
     )
-    return Chart("scaling", f"Scaling, {results.scaling}",
-                 f"Throughput a rank over that of the smallest world size: {kind}.", POINT, figure)  # fmt: skip
+    return Chart(
+        "scaling",
+        f"Scaling, {results.scaling}",
+        f"Throughput a rank over that of the smallest world size: {kind}.",
+        POINT,
+        figure,
+    )
 
 
 def _tip(row: Row) -> str:
-    return (f"<b>{in_html(row.strategy)}</b> on {row.ranks}<br>{row.tokens_per_second:,.0f} tokens/s<br>"
-            f"{size(memory_of(row))} of {kind_of_memory(row)} a rank<br>"
-            f"{size(row.wire_bytes or 0)} sent a step")  # fmt: skip
+    return (
+        f"<b>{in_html(row.strategy)}</b> on {row.ranks}<br>{row.tokens_per_second:,.0f} "
+        f"tokens/s<br>"
+        f"{size(memory_of(row))} of {kind_of_memory(row)} a rank<br>"
+        f"{size(row.wire_bytes or 0)} sent a step"
+    )

@@ -1,4 +1,6 @@
-"""`report.html`: one file that needs no network, with the figures, their numbers and the words around them."""
+"""`report.html`: one file that needs no network, with the figures, their numbers and the words
+around them.
+"""
 
 from __future__ import annotations
 
@@ -22,15 +24,19 @@ from dtrain.report.amounts import size
 from dtrain.report.terminal import shown
 
 HOLDS = {  # what the coordinate i of n on an axis says of a rank
-    "dp": "rows {i} of {n}", "fsdp": "rows and shard {i} of {n}", "tp": "slice {i} of {n} of each matrix",
-    "pp": "stage {i} of {n}", "cp": "tokens {i} of {n}", "ep": "experts {i} of {n}",
+    "dp": "rows {i} of {n}", "fsdp": "rows and shard {i} of {n}",
+    "tp": "slice {i} of {n} of each matrix", "pp": "stage {i} of {n}", "cp": "tokens {i} of {n}",
+    "ep": "experts {i} of {n}",
 }  # fmt: skip
 COLUMNS = {  # figure: its title, and what is to be known of it
     "ranks": ("ranks", "processes"),
     "loss": ("loss", "of the last step"),
     "loss_difference": (
         "Δloss",
-        "greatest difference from the reference, over all steps; not sync.: it need not be the same",
+        (
+            "greatest difference from the reference, over all steps; not sync.: it need not be "
+            "the same"
+        ),
     ),
     "tokens_per_second": ("tokens/s", "median of the repeats"),
     "step_seconds": ("step ms", "median"),
@@ -40,7 +46,9 @@ COLUMNS = {  # figure: its title, and what is to be known of it
 }
 
 
-def document(results: Results, traces: dict[str, list[dict[str, Any]]], link: Callable[[str], str]) -> str:
+def document(
+    results: Results, traces: dict[str, list[dict[str, Any]]], link: Callable[[str], str]
+) -> str:
     """The page.
 
     Args:
@@ -55,16 +63,25 @@ def document(results: Results, traces: dict[str, list[dict[str, Any]]], link: Ca
         lstrip_blocks=True,
         finalize=lambda value: shown(value) if type(value) is str else value,
     )
-    drawn, best = charts(results) if results.ran else [], front(results.comparable) if results.ran else []
+    drawn = charts(results) if results.ran else []
+    best = front(results.comparable) if results.ran else []
     steps = sum(sum(each["step_seconds"]) for row in results.ran for each in row.repeats)
     return environment.get_template("page.html").render(
-        results=results, verdicts=verdicts(results) if results.ran else [], charts=drawn, columns=COLUMNS, best=best,
-        rows=[(row, dict(zip(COLUMNS, cells(row), strict=True))) for row in results.ran], values=_values,
-        missing=[row for row in results.rows if row.reason or not row.ran], data=_embedded,
+        results=results,
+        verdicts=verdicts(results) if results.ran else [],
+        charts=drawn,
+        columns=COLUMNS,
+        best=best,
+        rows=[(row, dict(zip(COLUMNS, cells(row), strict=True))) for row in results.ran],
+        values=_values,
+        missing=[row for row in results.rows if row.reason or not row.ran],
+        data=_embedded,
         colour=lambda row: family(row)[1],
-        cards=[_card(row, traces.get(row.strategy), link) for row in results.ran], plotly=get_plotlyjs(), steps=steps,
+        cards=[_card(row, traces.get(row.strategy), link) for row in results.ran],
+        plotly=get_plotlyjs(),
+        steps=steps,
         facts={name: value for name, value in results.facts.items() if value is not None},
-    )  # fmt: skip
+    )
 
 
 def _values(row: Row, figure: str) -> str:
@@ -77,12 +94,19 @@ def _embedded(value: Any) -> str:
     return str(text).replace("<", "\\u003c")
 
 
-def _card(row: Row, events: list[dict[str, Any]] | None, link: Callable[[str], str]) -> dict[str, Any]:
+def _card(
+    row: Row, events: list[dict[str, Any]] | None, link: Callable[[str], str]
+) -> dict[str, Any]:
     """What is told of one strategy."""
     return {
-        "row": row, "family": family(row), "mesh": _mesh(row), "messages": _messages(row), "memory": _memory(row),
-        "files": [(file, link(file)) for file in row.files], "chart": gantt(events, row) if events else None,
-    }  # fmt: skip
+        "row": row,
+        "family": family(row),
+        "mesh": _mesh(row),
+        "messages": _messages(row),
+        "memory": _memory(row),
+        "files": [(file, link(file)) for file in row.files],
+        "chart": gantt(events, row) if events else None,
+    }
 
 
 def _mesh(row: Row) -> list[tuple[str, str]]:
@@ -97,7 +121,9 @@ def _mesh(row: Row) -> list[tuple[str, str]]:
     for rank in range(row.ranks):
         at = place(row.mesh, rank)
         words = [HOLDS[axis].format(i=at[axis] + 1, n=degree) for axis, degree in axes.items()]
-        words += ["and its share of what the engine divides"] * any("deepspeed" in file for file in row.files)
+        words += ["and its share of what the engine divides"] * any(
+            "deepspeed" in file for file in row.files
+        )
         found.append((f"rank {rank}", "; ".join(words) or "everything"))
     return found
 
@@ -112,11 +138,19 @@ def _messages(row: Row) -> list[dict[str, Any]]:
         n = row.mesh.get(key[0], 1)
         either = seen.get(key) or told[key]
         times = Message(*key, 1, 1).wire_bytes(n)
-        found.append({
-            "axis": key[0], "operation": key[1], "measured": seen.get(key), "predicted": told.get(key),
-            "known": row.traffic_predicted[busiest] is not None,
-            "formula": f"{_factor(key[1], n)} × {size(either['bytes'])} = {size(times * either['bytes'])}",
-        })  # fmt: skip
+        found.append(
+            {
+                "axis": key[0],
+                "operation": key[1],
+                "measured": seen.get(key),
+                "predicted": told.get(key),
+                "known": row.traffic_predicted[busiest] is not None,
+                "formula": (
+                    f"{_factor(key[1], n)} × {size(either['bytes'])} = "
+                    f"{size(times * either['bytes'])}"
+                ),
+            }
+        )
     return found
 
 
@@ -126,5 +160,11 @@ def _factor(operation: str, n: int) -> str:
 
 def _memory(row: Row) -> list[tuple[str, str, str]]:
     """Kind, the most that was measured on the fullest rank, what was predicted."""
-    return [(name, size(kind["most"] or 0), "–" if kind["predicted"] is None else size(kind["predicted"]))
-            for name, kind in row.fullest.items()]  # fmt: skip
+    return [
+        (
+            name,
+            size(kind["most"] or 0),
+            "–" if kind["predicted"] is None else size(kind["predicted"]),
+        )
+        for name, kind in row.fullest.items()
+    ]

@@ -17,7 +17,9 @@ EXPOSED = "#d62f2f"
 
 
 def gantt(events: Iterable[dict[str, Any]], row: Row) -> Chart:
-    """A step of every rank: its work, below it its communication, and below that in red what nothing covers."""
+    """A step of every rank: its work, below it its communication, and below that in red what
+    nothing covers.
+    """
     spans = [event for event in events if event["ph"] == "X"]
     bars: dict[tuple[str, str], list[tuple[float, float, float, float, str]]] = defaultdict(list)
     ranks = sorted({event["pid"] for event in spans})
@@ -28,12 +30,15 @@ def gantt(events: Iterable[dict[str, Any]], row: Row) -> Chart:
             talk = event["cat"] == COMMUNICATION
             if event["cat"] != COMPUTE and name in COLOURS:
                 lane = (rank + 0.34, 0.18) if talk else (rank, 0.44)
-                bars[name, COLOURS[name]].append((event["ts"] / 1e3, event["dur"] / 1e3, *lane, event["name"]))
+                bars[name, COLOURS[name]].append(
+                    (event["ts"] / 1e3, event["dur"] / 1e3, *lane, event["name"])
+                )
         for start, end in _exposed(own):
             bars["exposed communication", EXPOSED].append(
                 (start / 1e3, (end - start) / 1e3, rank + 0.5, 0.08, "exposed")
             )
-    figure, begin = go.Figure(), min((bar[0] for found in bars.values() for bar in found), default=0.0)
+    figure = go.Figure()
+    begin = min((bar[0] for found in bars.values() for bar in found), default=0.0)
     for (name, colour), found in bars.items():
         starts, lengths, places, heights, words = (list(each) for each in zip(*found, strict=True))
         starts = [start - begin for start in starts]
@@ -53,9 +58,15 @@ def gantt(events: Iterable[dict[str, Any]], row: Row) -> Chart:
         barmode="overlay",
         xaxis_title="milliseconds",
         meta={"rows": 1.6 * len(ranks)},
-        yaxis={"tickvals": ranks, "ticktext": [f"rank {rank}" for rank in ranks], "autorange": "reversed"},
+        yaxis={
+            "tickvals": ranks,
+            "ticktext": [f"rank {rank}" for rank in ranks],
+            "autorange": "reversed",
+        },
     )
-    return Chart(f"gantt-{row.strategy}", f"One step of {row.strategy}", _caption(row), TRACE, figure)
+    return Chart(
+        f"gantt-{row.strategy}", f"One step of {row.strategy}", _caption(row), TRACE, figure
+    )
 
 
 def _caption(row: Row) -> str:
@@ -71,11 +82,16 @@ def _caption(row: Row) -> str:
 
 
 def _exposed(events: list[dict[str, Any]]) -> list[Interval]:
-    """Microseconds in which a rank communicates and computes nothing, but for less than a thousandth of all."""
+    """Microseconds in which a rank communicates and computes nothing, but for less than a
+    thousandth of all.
+    """
 
     def covered(kind: str) -> list[Interval]:
-        return merged((int(e["ts"]), int(e["ts"] + e["dur"])) for e in events
-                      if e["cat"] == kind and not e["name"].startswith("send"))  # fmt: skip
+        return merged(
+            (int(e["ts"]), int(e["ts"] + e["dur"]))
+            for e in events
+            if e["cat"] == kind and not e["name"].startswith("send")
+        )
 
     found = without(covered(COMMUNICATION), covered(COMPUTE))
     least = total(merged((int(e["ts"]), int(e["ts"] + e["dur"])) for e in events)) / 1000

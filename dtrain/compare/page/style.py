@@ -1,4 +1,6 @@
-"""How a figure of the page is made: its words, its colours, and what a reader may leave out of it."""
+"""How a figure of the page is made: its words, its colours, and what a reader may leave out of
+it.
+"""
 
 from __future__ import annotations
 
@@ -8,16 +10,23 @@ import plotly.graph_objects as go
 
 from dtrain.compare.results import Row
 
-# A figure by trace has one trace for each strategy; one by point has all strategies in each trace, as its `customdata`.
-# So the page can leave out the strategies that a reader does not want to see.
+# A figure by trace has one trace for each strategy; one by point has all strategies in each trace,
+# as its `customdata`. So the page can leave out the strategies that a reader does not want to see.
 TRACE, POINT = "trace", "point"
 FAMILIES = {  # by the axes of a mesh; what is on several is composed
-    "": ("one process", "#7a7a7a"), "dp": ("data parallel", "#2f6fb5"), "fsdp": ("sharded data", "#1b9a8a"),
+    "": ("one process", "#7a7a7a"), "dp": ("data parallel", "#2f6fb5"),
+    "fsdp": ("sharded data", "#1b9a8a"),
     "tp": ("tensor", "#d9822b"), "pp": ("pipeline", "#8e5ab8"), "cp": ("context", "#c2447a"),
     "ep": ("experts", "#8a6d3b"), "+": ("composed", "#b8443c"),
 }  # fmt: skip
-KINDS = {"parameters": "#2f6fb5", "gradients": "#d9822b", "optimizer": "#8e5ab8", "activations": "#1b9a8a",
-         "communication": "#c2447a", "other": "#9a9a9a"}  # fmt: skip
+KINDS = {
+    "parameters": "#2f6fb5",
+    "gradients": "#d9822b",
+    "optimizer": "#8e5ab8",
+    "activations": "#1b9a8a",
+    "communication": "#c2447a",
+    "other": "#9a9a9a",
+}
 TICK = {"symbol": "line-ns-open", "size": 16, "color": "#111111", "line": {"width": 2}}
 
 

@@ -1,15 +1,16 @@
 """Does a user's model compute the same when it is divided? Tried on a few rows, before training.
 
-    rows alone, and together       batch norm and other statistics of rows, in outputs and gradients
-    twice, and once                counts, averages and weights that a forward pass moves; what no checkpoint holds
-    as another rank                what reads which rank it is on
-    stage after stage, and whole   what stands in `forward` between the modules of the Layout
-    tokens apart, and together     what mixes tokens outside attention
-    layers split, and whole        layers that are not cut where the Layout says
-    an original, and its layout    what a model of `transformers` computes between its modules
+    rows alone, and together      batch norm and other statistics of rows, in outputs and gradients
+    twice, and once               counts, averages and weights that a forward pass moves; what no
+                                  checkpoint holds
+    as another rank               what reads which rank it is on
+    stage after stage, and whole  what stands in `forward` between the modules of the Layout
+    tokens apart, and together    what mixes tokens outside attention
+    layers split, and whole       layers that are not cut where the Layout says
+    an original, and its layout   what a model of `transformers` computes between its modules
 
-In training and in evaluation. It needs no other process. Weights are those of the seed, each moved a little, so that
-nothing that begins at zero hides; dropout makes numbers smaller, always alike.
+In training and in evaluation. It needs no other process. Weights are those of the seed, each moved
+a little, so that nothing that begins at zero hides; dropout makes numbers smaller, always alike.
 Classes of dtrain itself are not tried: its tests do. docs/own-model.md says what it can find.
 """
 
@@ -78,22 +79,31 @@ def _tried(task: Task, plan: Plan, micro_batches: int, seed: int) -> tuple[str, 
     tried = [name for name, model in outlines.items() if model is None or not proven(model)]
     if not tried:
         return ()
-    too_large = [n for n in tried if offers(outlines[n], "initial") and _size(outlines[n]) > LARGEST]
+    too_large = [
+        n for n in tried if offers(outlines[n], "initial") and _size(outlines[n]) > LARGEST
+    ]
     if too_large:
         return (
-            f"probe: {too_large[0]} is too large to be tried whole: nothing says that it computes the "
+            f"probe: {too_large[0]} is too large to be tried whole: nothing says that it "
+            f"computes the "
             f"same when divided",
         )
     batch = {name: tensor[:ROWS].clone() for name, tensor in task.batch(0).items()}
     notes = tuple(_try(task, plan, batch, tried, micro_batches, seed))
     return (
-        f"probe: the model was tried on {len(next(iter(batch.values())))} rows in {time.perf_counter() - begun:.2f} s",
+        (
+            f"probe: the model was tried on {len(next(iter(batch.values())))} rows in "
+            f"{time.perf_counter() - begun:.2f} s"
+        ),
         *notes,
     )
 
 
 def proven(model: nn.Module) -> bool:
-    """Has dtrain's own suite tried all of it? A model of somebody else's within a class of ours is not ours."""
+    """Has dtrain's own suite tried all of it?
+
+    A model of somebody else's within a class of ours is not ours.
+    """
     return is_ours(model) and not offers(model, "original")
 
 
@@ -101,13 +111,18 @@ def _size(model: nn.Module | None) -> int:
     return sum(p.numel() for p in model.parameters()) if model is not None else 0
 
 
-def _try(task: Task, plan: Plan, batch: Batch, tried: list[str], micro_batches: int, seed: int) -> Iterator[str]:
+def _try(
+    task: Task, plan: Plan, batch: Batch, tried: list[str], micro_batches: int, seed: int
+) -> Iterator[str]:
     try:
         models, dtype = _running(task, batch, seed, (torch.float64, torch.float32))
     except ValueError:
         if plan.device.type == "cpu":
             raise
-        yield f"probe: the model does not run on the host, so nothing was tried ({plan.device.type} is asked for)"
+        yield (
+            f"probe: the model does not run on the host, so nothing was tried ({plan.device.type} "
+            f"is asked for)"
+        )
         return
     tolerance = TOLERANCES[dtype]
     for name in tried:
@@ -115,7 +130,9 @@ def _try(task: Task, plan: Plan, batch: Batch, tried: list[str], micro_batches: 
             _try_original(task, name, models[name], batch, seed, tolerance)
     for model in models.values():
         _move(model)
-    rehearsed = [each for each in plan.strategies if type(each).rehearsals is not Strategy.rehearsals]
+    rehearsed = [
+        each for each in plan.strategies if type(each).rehearsals is not Strategy.rehearsals
+    ]
     # A forward pass may leave things in attributes.
     untouched = {name: _copy(models[name]) for name in tried if rehearsed}
     for update in task.updates:
@@ -130,7 +147,10 @@ def _try(task: Task, plan: Plan, batch: Batch, tried: list[str], micro_batches: 
             refuse_gradient_hooks(run.model)
         drawn = _draws(run, tolerance)
         if drawn:
-            yield "probe: the model draws numbers of its own in training, so it was tried in evaluation alone"
+            yield (
+                "probe: the model draws numbers of its own in training, so it was tried in "
+                "evaluation alone"
+            )
         else:
             try_as_another_rank(run, tolerance)
         for training in (True, False)[drawn:]:
@@ -147,7 +167,9 @@ def _try(task: Task, plan: Plan, batch: Batch, tried: list[str], micro_batches: 
                         _compare(rehearsal, run, tolerance)
 
 
-def _running(task: Task, batch: Batch, seed: int, dtypes: tuple[torch.dtype, ...]) -> tuple[Models, torch.dtype]:
+def _running(
+    task: Task, batch: Batch, seed: int, dtypes: tuple[torch.dtype, ...]
+) -> tuple[Models, torch.dtype]:
     """The models, whole, in the first format in which the updates run."""
     for dtype in dtypes:
         models = {name: whole(factory, seed, dtype) for name, factory in task.models.items()}
@@ -185,8 +207,11 @@ class Late(ValueError):
 def _refuse_made(models: Models, there: dict[str, set[str]]) -> None:
     for name, model in models.items():
         if made := sorted(set(dict(model.named_parameters())) - there[name]):
-            raise Late(f"{made[0]} of {type(model).__name__} is made by its first forward pass: no optimizer would "
-                       f"train it, and ranks would draw others: make it in the constructor")  # fmt: skip
+            raise Late(
+                f"{made[0]} of {type(model).__name__} is made by its first forward pass: no "
+                f"optimizer would "
+                f"train it, and ranks would draw others: make it in the constructor"
+            )
 
 
 def _copy(model: nn.Module) -> nn.Module:
@@ -194,13 +219,17 @@ def _copy(model: nn.Module) -> nn.Module:
         return twin(model)
     except RuntimeError as error:
         raise ValueError(
-            f"{type(model).__name__} cannot be copied, to be tried in parts ({in_words(error)}): a tensor among its "
-            f"attributes is computed, as by the old torch.nn.utils.weight_norm (that of parametrizations is not); or "
+            f"{type(model).__name__} cannot be copied, to be tried in parts ({in_words(error)}): "
+            f"a tensor among its "
+            f"attributes is computed, as by the old torch.nn.utils.weight_norm (that of "
+            f"parametrizations is not); or "
             f"use a strategy on dp"
         ) from error
 
 
-def _try_original(task: Task, name: str, model: Any, batch: Batch, seed: int, tolerance: float) -> None:
+def _try_original(
+    task: Task, name: str, model: Any, batch: Batch, seed: int, tolerance: float
+) -> None:
     """Compare a model that was made of another one with that."""
     torch.manual_seed(seed)
     (update,) = (u for u in task.updates if u.trains == name)
@@ -215,12 +244,14 @@ def _try_original(task: Task, name: str, model: Any, batch: Batch, seed: int, to
             found = model(*inputs)
         except Exception as error:
             raise ValueError(
-                f"model.layout: {model.kind} does not run in parts ({in_words(error)}): use model.layout=null, "
+                f"model.layout: {model.kind} does not run in parts ({in_words(error)}): use "
+                f"model.layout=null, "
                 f"with a strategy on dp or fsdp"
             ) from error
     if (far := difference(found, expected)) > tolerance:
         raise ValueError(
-            f"model.layout: in parts {model.kind} gives other logits than the original, by {far:.2g} of the "
+            f"model.layout: in parts {model.kind} gives other logits than the original, by "
+            f"{far:.2g} of the "
             f"largest: it computes something between its modules (a window, a multiplier); use "
             f"model.layout=null, with a strategy on dp or fsdp"
         )
@@ -238,7 +269,8 @@ def _seeded(seed: int) -> Iterator[None]:
 
 
 def _compare(rehearsal: Rehearsal, run: Run, tolerance: float) -> None:
-    name, parameters = type(run.model).__name__, [p for p in run.model.parameters() if p.requires_grad]
+    name = type(run.model).__name__
+    parameters = [p for p in run.model.parameters() if p.requires_grad]
     before = buffers(run.model)
 
     def forward_and_backward(way: Forward) -> tuple[Any, Tensor | None]:
@@ -253,21 +285,28 @@ def _compare(rehearsal: Rehearsal, run: Run, tolerance: float) -> None:
         # First: what the whole leaves in attributes is not for its parts.
         found, found_slopes = forward_and_backward(rehearsal.divided)
     except Exception as error:
-        raise ValueError(f"{name} does not run {rehearsal.what} ({in_words(error)}): {rehearsal.hint}") from error
+        raise ValueError(
+            f"{name} does not run {rehearsal.what} ({in_words(error)}): {rehearsal.hint}"
+        ) from error
     expected, expected_slopes = forward_and_backward(rehearsal.whole)
     if not isinstance(found, Tensor) or found.shape != expected.shape:
         shape = tuple(found.shape) if isinstance(found, Tensor) else type(found).__name__
-        raise ValueError(f"{name} {rehearsal.what} gives {shape}, whole {tuple(expected.shape)}: {rehearsal.hint}")
+        raise ValueError(
+            f"{name} {rehearsal.what} gives {shape}, whole {tuple(expected.shape)}: "
+            f"{rehearsal.hint}"
+        )
     if (far := difference(found, expected)) > tolerance:
         raise ValueError(
-            f"{name} {rehearsal.what} computes something else than whole: outputs differ by {far:.2g} of the "
+            f"{name} {rehearsal.what} computes something else than whole: outputs differ by "
+            f"{far:.2g} of the "
             f"largest. {rehearsal.hint}"
         )
     if found_slopes is None or expected_slopes is None:
         return
     if (far := difference(found_slopes, expected_slopes)) > tolerance * LOOSER:
         raise ValueError(
-            f"{name} {rehearsal.what} has other gradients than whole, by {far:.2g} of the largest: what its "
+            f"{name} {rehearsal.what} has other gradients than whole, by {far:.2g} of the "
+            f"largest: what its "
             f"forward does between its modules to them alone (detach) is lost. {rehearsal.hint}"
         )
 
@@ -276,14 +315,20 @@ def _compare(rehearsal: Rehearsal, run: Run, tolerance: float) -> None:
 def _move(model: nn.Module) -> None:
     for name, parameter in model.named_parameters():
         if parameter.is_floating_point():
-            noise = torch.empty(parameter.shape).normal_(0, MOVED, generator=generator(0, "probe", name))
+            noise = torch.empty(parameter.shape).normal_(
+                0, MOVED, generator=generator(0, "probe", name)
+            )
             parameter.add_(noise.to(parameter.dtype))
 
 
 class _NoDropout(TorchFunctionMode):
-    """Dropout makes numbers smaller: the same each time, and seen where it is done once too often."""
+    """Dropout makes numbers smaller: the same each time, and seen where it is done once too
+    often.
+    """
 
-    def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def __torch_function__(
+        self, function: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
         kwargs = kwargs or {}
         if function in DROPS:
             x, p, training = (

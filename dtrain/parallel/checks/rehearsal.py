@@ -1,6 +1,8 @@
-"""What the ranks along an axis compute together, computed in one process: what the probe compares with the whole model.
+"""What the ranks along an axis compute together, computed in one process: what the probe compares
+with the whole model.
 
-    split    n copies of the rows; a copy has its slice of what `column` layers give, a `row` layer reads them all
+    split    n copies of the rows; a copy has its slice of what `column` layers give, a
+             `row` layer reads them all
     experts  each part of the experts by itself; what they give is joined
 
 B rows, T tokens, n ranks.
@@ -52,11 +54,18 @@ def twin(model: nn.Module) -> nn.Module:
 
 
 def refuse_foreign(piece: nn.Module, given: Tensor, output: Tensor, model: nn.Module) -> None:
-    """Raise ValueError if a piece of a model has used a weight that is not its own: one that stands in a list, say."""
+    """Raise ValueError if a piece of a model has used a weight that is not its own: one that
+    stands in a list, say.
+    """
     names = {id(parameter): name for name, parameter in model.named_parameters()}
     own = {id(parameter) for parameter in piece.parameters()}
-    if foreign := [names[i] for i in _leaves([output.grad_fn], {given.grad_fn}) if i in names and i not in own]:
-        raise ValueError(f"one of them uses {foreign[0]}, which another has: let them share it as a parameter of both")
+    if foreign := [
+        names[i] for i in _leaves([output.grad_fn], {given.grad_fn}) if i in names and i not in own
+    ]:
+        raise ValueError(
+            f"one of them uses {foreign[0]}, which another has: let them share it as a "
+            f"parameter of both"
+        )
 
 
 def unit_by_unit(model: nn.Module) -> Forward:
@@ -64,9 +73,16 @@ def unit_by_unit(model: nn.Module) -> Forward:
     made = twin(model)
     for block in blocks_of(made):
         present = dict(block.named_parameters(remove_duplicate=False))
-        absent = {name: nn.Parameter(weight.to("meta"), requires_grad=False) for name, weight in present.items()}
-        block.register_forward_pre_hook(lambda block, inputs, present=present: _give(block, present))
-        block.register_forward_hook(lambda block, inputs, output, absent=absent: _give(block, absent))
+        absent = {
+            name: nn.Parameter(weight.to("meta"), requires_grad=False)
+            for name, weight in present.items()
+        }
+        block.register_forward_pre_hook(
+            lambda block, inputs, present=present: _give(block, present)
+        )
+        block.register_forward_hook(
+            lambda block, inputs, output, absent=absent: _give(block, absent)
+        )
         _give(block, absent)
     return made
 
@@ -78,7 +94,9 @@ def _give(block: nn.Module, weights: dict[str, nn.Parameter]) -> None:
 
 
 def split(model: nn.Module, n: int, sequence_parallel: bool) -> Rehearsal:
-    """The model with its `column` and `row` layers on n ranks: their outputs stand below each other."""
+    """The model with its `column` and `row` layers on n ranks: their outputs stand below each
+    other.
+    """
     layout, made = layout_of(model), twin(model)
 
     def copies(x: Tensor) -> list[Tensor]:
@@ -93,7 +111,9 @@ def split(model: nn.Module, n: int, sequence_parallel: bool) -> Rehearsal:
     def own_tokens(module: nn.Module, inputs: Any, output: Tensor) -> Tensor:
         return torch.cat([x.chunk(n, 1)[rank] for rank, x in enumerate(copies(output))])
 
-    def all_tokens(module: nn.Module, inputs: tuple[Any, ...], named: dict[str, Any]) -> tuple[tuple[Any, ...], dict]:
+    def all_tokens(
+        module: nn.Module, inputs: tuple[Any, ...], named: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict]:
         first = next(iter(named)) if not inputs else None
         x = inputs[0] if first is None else named[first]
         x = torch.cat(copies(x), 1).repeat(n, *[1] * (x.ndim - 1))
@@ -107,7 +127,11 @@ def split(model: nn.Module, n: int, sequence_parallel: bool) -> Rehearsal:
         experts.forward = _by_hidden(experts, dict(layout.hidden), n)
     if sequence_parallel:
         routers = holders(path for path, _ in experts_of(made))
-        heads = [path for path, layer in modules_at(made, layout.vocabulary) if isinstance(layer, nn.Linear)]
+        heads = [
+            path
+            for path, layer in modules_at(made, layout.vocabulary)
+            if isinstance(layer, nn.Linear)
+        ]
         columns = holders(path for path, _ in modules_at(made, layout.column))
         for path in {*columns, *routers, *heads}:
             made.get_submodule(path).register_forward_pre_hook(all_tokens, with_kwargs=True)
@@ -156,7 +180,9 @@ def _by_expert(experts: nn.Module, n: int) -> Forward:
     def forward(x: Tensor, counts: Tensor) -> Tensor:
         rows = x.split([int(part.sum()) for part in counts.chunk(n)])
         weights = dict(plain.named_parameters())
-        parts = ({name: weight.chunk(n)[rank] for name, weight in weights.items()} for rank in range(n))
+        parts = (
+            {name: weight.chunk(n)[rank] for name, weight in weights.items()} for rank in range(n)
+        )
         return torch.cat(
             [
                 functional_call(plain, part, (mine, own))
@@ -168,25 +194,29 @@ def _by_expert(experts: nn.Module, n: int) -> Forward:
 
 
 class Unmixed(nn.Module):
-    """In the place of attention: what it gives for a token depends on that token's query, key and value alone."""
+    """In the place of attention: what it gives for a token depends on that token's query, key
+    and value alone.
+    """
 
     def __init__(self, core: Any) -> None:
         super().__init__()
         self.causal, self.dropout = core.causal, core.dropout
 
-    def forward(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:  # (B, H, T, D), 2 x (B, G, T, D) -> (B, H, T, D)
+    # (B, H, T, D), 2 x (B, G, T, D) -> (B, H, T, D)
+    def forward(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], dim=1) for x in (k, v))
         return v + q.cos().sum(-1, keepdim=True) + k.sin().sum(-1, keepdim=True)
 
 
 def between(model: nn.Module, run: Callable[[], Tensor]) -> set[str]:
-    """Parameters that act on what `column` layers give before `row` layers read it: each rank uses them on a slice.
+    """Parameters that act on what `column` layers give before `row` layers read it: each rank uses
+    them on a slice.
 
     Raises:
         DoesNotRun: the model fails.
-        ValueError: one of them acts elsewhere too, so that its gradient is neither whole nor a sum of the ranks'; or
-            the module that holds `column` layers gives its input to something else, or has weights before them: what
-            they get there is a distributed tensor.
+        ValueError: one of them acts elsewhere too, so that its gradient is neither whole nor a sum
+            of the ranks'; or the module that holds `column` layers gives its input to something
+            else, or has weights before them: what they get there is a distributed tensor.
     """
     layout, seen = layout_of(model), _Seen()
     hooks = seen.hooks(model, layout)
@@ -200,8 +230,16 @@ def between(model: nn.Module, run: Callable[[], Tensor]) -> set[str]:
             hook.remove()
     names = {id(parameter): name for name, parameter in model.named_parameters()}
     reached = [names[i] for i in _leaves(seen.inside, seen.ends) if i in names]
-    also = {names[i] for i in _leaves([*seen.outside, output.grad_fn], {*seen.inside, *seen.ends}) if i in names}
-    layers = [p for _, layer in modules_at(model, (*layout.column, *layout.row)) for p in layer.parameters()]
+    also = {
+        names[i]
+        for i in _leaves([*seen.outside, output.grad_fn], {*seen.inside, *seen.ends})
+        if i in names
+    }
+    layers = [
+        p
+        for _, layer in modules_at(model, (*layout.column, *layout.row))
+        for p in layer.parameters()
+    ]
     found = set(reached) - {names[id(p)] for p in layers if id(p) in names}
     early = sorted(names[i] for i in _leaves(seen.outside, seen.begun) if i in names)
     _refuse_mixed(type(model).__name__, seen, early, sorted(found & also))
@@ -214,9 +252,10 @@ class DoesNotRun(Exception):
 
 @dataclass
 class _Seen:
-    """Nodes of the graph of a forward pass: `inside` go into row layers, `outside` into column layers, whose results
-    are the `ends`; `begun` are the inputs of the modules that hold column layers, `given` a mark on each such input and
-    what the module gives."""
+    """Nodes of the graph of a forward pass: `inside` go into row layers, `outside` into column
+    layers, whose results are the `ends`; `begun` are the inputs of the modules that hold column
+    layers, `given` a mark on each such input and what the module gives.
+    """
 
     inside: list[Any] = field(default_factory=list)
     outside: list[Any] = field(default_factory=list)
@@ -226,9 +265,14 @@ class _Seen:
 
     def hooks(self, model: nn.Module, layout: Layout) -> list[Any]:
         """What looks at them as they come."""
-        found: list[Any] = [layer.register_forward_hook(self._begins) for _, layer in modules_at(model, layout.column)]
+        found: list[Any] = [
+            layer.register_forward_hook(self._begins)
+            for _, layer in modules_at(model, layout.column)
+        ]
         found += [
-            layer.register_forward_pre_hook(lambda module, inputs: self.inside.extend(x.grad_fn for x in inputs))
+            layer.register_forward_pre_hook(
+                lambda module, inputs: self.inside.extend(x.grad_fn for x in inputs)
+            )
             for _, layer in modules_at(model, layout.row)
         ]
         for path in holders(path for path, _ in modules_at(model, layout.column)):
@@ -243,7 +287,9 @@ class _Seen:
         self.ends.add(output.grad_fn)
         self.outside.extend(x.grad_fn for x in inputs)
 
-    def _marked(self, path: str, module: nn.Module, inputs: tuple[Any, ...], named: dict[str, Any]) -> Any:
+    def _marked(
+        self, path: str, module: nn.Module, inputs: tuple[Any, ...], named: dict[str, Any]
+    ) -> Any:
         first = next(iter(named)) if not inputs else None
         x, mark = inputs[0] if first is None else named[first], torch.zeros((), requires_grad=True)
         self.given[path] = mark, []
@@ -260,12 +306,14 @@ def _refuse_mixed(name: str, seen: _Seen, early: list[str], both: list[str]) -> 
     for path, (mark, outputs) in seen.given.items():
         if id(mark) in set(_leaves(outputs, seen.ends)):
             raise ValueError(
-                f"{path or 'the whole'} of {name} holds `column` layers, and gives its input to something else "
+                f"{path or 'the whole'} of {name} holds `column` layers, and gives its input to "
+                f"something else "
                 f"besides (a residual, a gate): put them into a module of their own"
             )
     if early:
         raise ValueError(
-            f"{early[0]} of {name} acts within the module that holds `column` layers, before them: let it act "
+            f"{early[0]} of {name} acts within the module that holds `column` layers, before "
+            f"them: let it act "
             f"before that module"
         )
     if both:
@@ -276,7 +324,9 @@ def _refuse_mixed(name: str, seen: _Seen, early: list[str], both: list[str]) -> 
 
 
 def _leaves(starts: list[Any], ends: set[Any]) -> Iterator[int]:
-    """The parameters, by their ids, that one comes to from some nodes of a graph without passing its ends."""
+    """The parameters, by their ids, that one comes to from some nodes of a graph without
+    passing its ends.
+    """
     seen, left = set(ends), [node for node in starts if node is not None and node not in ends]
     while left:
         node = left.pop()

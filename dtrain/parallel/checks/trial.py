@@ -1,4 +1,6 @@
-"""A model's forward pass taken apart by its rows: what a part of a batch would get otherwise than all of it."""
+"""A model's forward pass taken apart by its rows: what a part of a batch would get otherwise
+than all of it.
+"""
 
 from __future__ import annotations
 
@@ -25,7 +27,8 @@ class Run:
 
     def __init__(self, update: Any, models: Models, batch: Batch) -> None:
         self.update, self.models, self.batch = update, models, batch
-        self.weights = {name: p.detach().clone() for name, p in self.model.named_parameters()}  # before any of it
+        # before any of it
+        self.weights = {name: p.detach().clone() for name, p in self.model.named_parameters()}
 
     @property
     def inputs(self) -> tuple[Tensor, ...]:
@@ -74,8 +77,10 @@ def try_rows(run: Run, tolerance: float, again: bool) -> None:
     far = difference(run.alone(), together)
     if far > tolerance:
         raise ValueError(
-            f"the rows of a batch are not computed apart in {name}: alone and together they differ by "
-            f"{far:.2g} of the largest output. Statistics of rows, as batch norm's, would be those of a "
+            f"the rows of a batch are not computed apart in {name}: alone and together they "
+            f"differ by "
+            f"{far:.2g} of the largest output. Statistics of rows, as batch norm's, would be "
+            f"those of a "
             f"part: use GroupNorm or LayerNorm, or one process without micro-batches"
         )
     run(EVERYTHING if again else slice(0, 1))
@@ -88,14 +93,17 @@ def try_rows(run: Run, tolerance: float, again: bool) -> None:
         if difference(other[key], value) > tolerance:
             why = "twice for a step" if again else "of a part of the rows"
             raise ValueError(
-                f"{key} of {name} is moved by each forward pass, and would be moved {why}: use one process "
+                f"{key} of {name} is moved by each forward pass, and would be moved {why}: use "
+                f"one process "
                 f"without micro-batches and recomputation, or keep it still"
             )
 
 
 @torch.no_grad()
 def try_large_weights(run: Run) -> None:
-    """Weights that training would make much larger, of either sign: some bounds are met by those alone."""
+    """Weights that training would make much larger, of either sign: some bounds are met by
+    those alone.
+    """
     before = buffers(run.model)
     try:
         for factor in LARGE:
@@ -118,8 +126,10 @@ def _refuse_changed(run: Run, weights: dict[str, Tensor]) -> None:
     for key, weight in run.model.named_parameters():
         if difference(weight.detach(), weights[key]) > 0:
             raise ValueError(
-                f"{key} of {type(run.model).__name__} is changed by its forward pass (max_norm, clamp_): ranks that "
-                f"hold a part, or a copy, would train another: change it in the optimizer's step, or use one process"
+                f"{key} of {type(run.model).__name__} is changed by its forward pass (max_norm, "
+                f"clamp_): ranks that "
+                f"hold a part, or a copy, would train another: change it in the optimizer's step, "
+                f"or use one process"
             )
 
 
@@ -131,20 +141,26 @@ def try_gradients_of_rows(run: Run, tolerance: float) -> None:
         sums = [torch.zeros_like(p) for p in parameters]
         for rows in parts:
             with torch.enable_grad():
-                output = run.update.outputs(run.models, {key: tensor[rows] for key, tensor in run.batch.items()})
+                output = run.update.outputs(
+                    run.models, {key: tensor[rows] for key, tensor in run.batch.items()}
+                )
             for total, gradient in zip(sums, gradients(output, parameters, rows), strict=True):
                 total += gradient
             put_back(run.model, before)
         found.append(torch.cat([each.flatten() for each in sums]) if sums else torch.zeros(0))
     if (far := difference(*found)) > tolerance * LOOSER:
         raise ValueError(
-            f"the gradients of a batch are not those of its rows in {name}: together and alone they differ by "
-            f"{far:.2g} of the largest. A hook or a backward of one's own that looks at the whole batch "
+            f"the gradients of a batch are not those of its rows in {name}: together and alone "
+            f"they differ by "
+            f"{far:.2g} of the largest. A hook or a backward of one's own that looks at the "
+            f"whole batch "
             f"would look at a part: let the loss hold it, or use one process without micro-batches"
         )
 
 
-def gradients(output: Tensor, parameters: list[nn.Parameter], rows: slice = EVERYTHING) -> list[Tensor]:
+def gradients(
+    output: Tensor, parameters: list[nn.Parameter], rows: slice = EVERYTHING
+) -> list[Tensor]:
     """Of a sum of the outputs, each with a factor of its own; zeros where there are none.
 
     Args:
@@ -153,7 +169,9 @@ def gradients(output: Tensor, parameters: list[nn.Parameter], rows: slice = EVER
     if not (output.requires_grad and parameters):
         return [torch.zeros_like(p) for p in parameters]
     shape = (max(ROWS, len(output)), *output.shape[1:])  # drawn for fewer rows they would be others
-    factors = torch.empty(shape, dtype=torch.float64).normal_(generator=generator(0, "probe", "factors"))
+    factors = torch.empty(shape, dtype=torch.float64).normal_(
+        generator=generator(0, "probe", "factors")
+    )
     factors = factors[rows][: len(output)]
     real = torch.view_as_real(output).sum(-1) if output.is_complex() else output
     total = (real * factors.to(real.dtype)).sum()
@@ -164,11 +182,15 @@ def gradients(output: Tensor, parameters: list[nn.Parameter], rows: slice = EVER
 
 def try_as_another_rank(run: Run, tolerance: float) -> None:
     ranks = (
-        mock.patch.dict(os.environ, RANK=rank, LOCAL_RANK=rank, WORLD_SIZE="2", LOCAL_WORLD_SIZE="2") for rank in "01"
+        mock.patch.dict(
+            os.environ, RANK=rank, LOCAL_RANK=rank, WORLD_SIZE="2", LOCAL_WORLD_SIZE="2"
+        )
+        for rank in "01"
     )
     if difference(*run.under(*ranks)) > tolerance:
         raise ValueError(
-            f"{type(run.model).__name__} computes something else where RANK or LOCAL_RANK is another: ranks would "
+            f"{type(run.model).__name__} computes something else where RANK or LOCAL_RANK is "
+            f"another: ranks would "
             f"train different models"
         )
 
@@ -185,11 +207,15 @@ def difference(found: Tensor, expected: Tensor) -> float:
         return float("inf")
     there = expected.isfinite()
     far = torch.where(there, found - expected, 0).abs().max()
-    return (far / torch.where(there, expected, 0).abs().max().clamp(min=1e-30)).item() if far else 0.0
+    return (
+        (far / torch.where(there, expected, 0).abs().max().clamp(min=1e-30)).item() if far else 0.0
+    )
 
 
 def buffers(model: nn.Module) -> dict[str, Tensor]:
-    aware = {id(b) for m in model.modules() if isinstance(m, StepAware) for b in m.buffers(recurse=False)}
+    aware = {
+        id(b) for m in model.modules() if isinstance(m, StepAware) for b in m.buffers(recurse=False)
+    }
     return {name: b.clone() for name, b in model.named_buffers() if id(b) not in aware}
 
 

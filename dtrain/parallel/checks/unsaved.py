@@ -1,4 +1,6 @@
-"""What a model keeps that no checkpoint holds: counts and generators in attributes, buffers that are not persistent."""
+"""What a model keeps that no checkpoint holds: counts and generators in attributes, buffers
+that are not persistent.
+"""
 
 from __future__ import annotations
 
@@ -13,13 +15,14 @@ from dtrain.parallel.optimizer_extras import Kept
 
 
 def try_again(run: Run, tolerance: float) -> Iterator[str]:
-    """Call the model twice alike: weights, saved buffers and the global generators as they were before.
+    """Call the model twice alike: weights, saved buffers and the global generators as they were
+    before.
 
     Yields lines for a person: what changes, though its outputs do not follow.
 
     Raises:
-        ValueError: the second outputs are others, or a buffer that is not saved goes on: a run that resumes would not
-            go on where it stopped.
+        ValueError: the second outputs are others, or a buffer that is not saved goes on: a run that
+            resumes would not go on where it stopped.
     """
     model, name = run.model, type(run.model).__name__
     unsaved, found = _not_persistent(model), []
@@ -28,25 +31,39 @@ def try_again(run: Run, tolerance: float) -> Iterator[str]:
         put_back(model, saved)
         set_weights(model, run.weights)
         seed_everything(0)
-        found.append((run(EVERYTHING), _attributes(model, tolerance), {k: b.clone() for k, b in unsaved.items()}))
+        found.append(
+            (
+                run(EVERYTHING),
+                _attributes(model, tolerance),
+                {k: b.clone() for k, b in unsaved.items()},
+            )
+        )
     (first, before, moved), (second, after, again) = found
     put_back(model, saved)
     changed = sorted(key for key in before | after if before.get(key) != after.get(key))
     for key, buffer in moved.items():
         if difference(again[key], buffer) > tolerance:
             raise ValueError(
-                f"{key} of {name} goes on with each forward pass, and no checkpoint holds it, so that no run could "
+                f"{key} of {name} goes on with each forward pass, and no checkpoint holds it, so "
+                f"that no run could "
                 f"resume: leave persistent=False out"
             )
     if (far := difference(second, first)) > tolerance:
-        what = f"{', '.join(changed[:3])} of {name} goes" if changed else f"something that {name} keeps goes"
+        what = (
+            f"{', '.join(changed[:3])} of {name} goes"
+            if changed
+            else f"something that {name} keeps goes"
+        )
         raise ValueError(
-            f"{what} on with each forward pass, its outputs follow (by {far:.2g} of the largest), and no checkpoint "
-            f"holds it, so that no run could resume: make it a buffer, or draw by torch's global generator"
+            f"{what} on with each forward pass, its outputs follow (by {far:.2g} of the largest), "
+            f"and no checkpoint "
+            f"holds it, so that no run could resume: make it a buffer, or draw by torch's global "
+            f"generator"
         )
     if changed:
         yield (
-            f"probe: {', '.join(changed[:3])} of {name} changes with each forward pass, and no checkpoint holds it: a "
+            f"probe: {', '.join(changed[:3])} of {name} changes with each forward pass, and no "
+            f"checkpoint holds it: a "
             f"resumed run begins it anew"
         )
 

@@ -1,4 +1,6 @@
-"""Accelerate's `Accelerator` under our loop, and what `accelerate launch` may have asked of this process."""
+"""Accelerate's `Accelerator` under our loop, and what `accelerate launch` may have asked of
+this process.
+"""
 
 from __future__ import annotations
 
@@ -35,7 +37,12 @@ class AccelerateExecutor(GradientAccumulation):
     """Micro-batches through the models and optimizers that an Accelerator has prepared."""
 
     def __init__(
-        self, accelerator: Any, models: Models, optimizers: dict[str, Any], micro_batches: int, plan: Plan
+        self,
+        accelerator: Any,
+        models: Models,
+        optimizers: dict[str, Any],
+        micro_batches: int,
+        plan: Plan,
     ) -> None:
         super().__init__(models, micro_batches, plan)
         self.accelerator, self.optimizers = accelerator, optimizers
@@ -59,7 +66,9 @@ class AccelerateLocalSGDExecutor(AccelerateExecutor):
         from accelerate.local_sgd import LocalSGD
 
         super().__init__(*parts)
-        self.alone = {name: LocalSGD(self.accelerator, model, every) for name, model in self.models.items()}
+        self.alone = {
+            name: LocalSGD(self.accelerator, model, every) for name, model in self.models.items()
+        }
         with ExitStack() as stack:
             for each in self.alone.values():
                 stack.enter_context(each)
@@ -76,7 +85,10 @@ class AccelerateLocalSGDExecutor(AccelerateExecutor):
 
     @torch.no_grad()
     def evaluate(self, update: Update, batch: Batch) -> Sums:
-        own = {name: parameter.data for name, parameter in self.models[update.trains].named_parameters()}
+        own = {
+            name: parameter.data
+            for name, parameter in self.models[update.trains].named_parameters()
+        }
         self.alone[update.trains]._sync_and_avg_model_params()
         try:
             return super().evaluate(update, batch)
@@ -86,7 +98,9 @@ class AccelerateLocalSGDExecutor(AccelerateExecutor):
 
     def state_tensors(self, model: str) -> dict[str, Tensor]:
         live = completed(self._live(model), self.models[model].module, dist.group.WORLD)  # type: ignore[arg-type]
-        return {name: self.accelerator.reduce(t.clone(), reduction="mean") for name, t in live.items()}
+        return {
+            name: self.accelerator.reduce(t.clone(), reduction="mean") for name, t in live.items()
+        }
 
     @torch.no_grad()
     def load_state_tensors(self, model: str, tensors: dict[str, Tensor]) -> None:
@@ -101,7 +115,8 @@ class AccelerateLocalSGDExecutor(AccelerateExecutor):
 
 @contextmanager
 def accelerator_of(plan: Plan, micro_batches: int, **settings: Any) -> Iterator[Any]:
-    """A fresh Accelerator on the process group that is there; what it changes of the process is put back.
+    """A fresh Accelerator on the process group that is there; what it changes of the process is put
+    back.
 
     Raises:
         RuntimeError: it does not see the ranks that there are, and would train each apart.
@@ -110,21 +125,42 @@ def accelerator_of(plan: Plan, micro_batches: int, **settings: Any) -> Iterator[
     from accelerate.state import AcceleratorState, GradientState
     from accelerate.utils import GradientAccumulationPlugin
 
-    AcceleratorState._reset_state(True)  # all of them are of the process, and there may have been another run
+    # all of them are of the process, and there may have been another run
+    AcceleratorState._reset_state(True)
     GradientState._reset_state()
     before, threads = dict(os.environ), torch.get_num_threads()
     rank, size = str(dist.get_rank()), str(dist.get_world_size())
-    asked = {"RANK": rank, "WORLD_SIZE": size, "LOCAL_RANK": str(plan.device.index or rank), "LOCAL_WORLD_SIZE": size}
-    before |= {key: value for key, value in asked.items() if key not in before}  # DeepSpeed goes on to ask
+    asked = {
+        "RANK": rank,
+        "WORLD_SIZE": size,
+        "LOCAL_RANK": str(plan.device.index or rank),
+        "LOCAL_WORLD_SIZE": size,
+    }
+    # DeepSpeed goes on to ask
+    before |= {key: value for key, value in asked.items() if key not in before}
     os.environ |= before
-    steps = GradientAccumulationPlugin(num_steps=micro_batches, adjust_scheduler=False, sync_with_dataloader=False)
-    cpu = plan.device.type == "cpu" and "deepspeed_plugin" not in settings  # with cpu=True a plugin would be left out
+    steps = GradientAccumulationPlugin(
+        num_steps=micro_batches, adjust_scheduler=False, sync_with_dataloader=False
+    )
+    # with cpu=True a plugin would be left out
+    cpu = plan.device.type == "cpu" and "deepspeed_plugin" not in settings
     try:
-        accelerator = Accelerator(cpu=cpu, mixed_precision="no", device_placement=False, dynamo_backend="no",
-                                  gradient_accumulation_plugin=steps, **settings)  # fmt: skip
+        accelerator = Accelerator(
+            cpu=cpu,
+            mixed_precision="no",
+            device_placement=False,
+            dynamo_backend="no",
+            gradient_accumulation_plugin=steps,
+            **settings,
+        )
         torch.set_num_threads(threads)
-        if (accelerator.num_processes, accelerator.process_index) != (dist.get_world_size(), dist.get_rank()):
-            raise RuntimeError(f"Accelerate sees rank {accelerator.process_index} of {accelerator.num_processes}")
+        if (accelerator.num_processes, accelerator.process_index) != (
+            dist.get_world_size(),
+            dist.get_rank(),
+        ):
+            raise RuntimeError(
+                f"Accelerate sees rank {accelerator.process_index} of {accelerator.num_processes}"
+            )
         yield accelerator
     finally:
         os.environ.clear()
@@ -134,11 +170,19 @@ def accelerator_of(plan: Plan, micro_batches: int, **settings: Any) -> Iterator[
 def prepared(
     accelerator: Any, models: Models, optimizers: Mapping[str, Optimizer], kind: type
 ) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Models and optimizers as Accelerate makes them ready; asserts that the models became what was asked for."""
+    """Models and optimizers as Accelerate makes them ready; asserts that the models became what
+    was asked for.
+    """
     attributes = {name: written(model) for name, model in models.items()}
-    made = {name: accelerator.prepare(model, optimizers[name]) for name, model in models.items() if name in optimizers}
+    made = {
+        name: accelerator.prepare(model, optimizers[name])
+        for name, model in models.items()
+        if name in optimizers
+    }
     for name, (model, _) in made.items():
-        assert isinstance(model, kind), f"{kind.__name__} was asked for, {name} is a {type(model).__name__}"
+        assert isinstance(model, kind), (
+            f"{kind.__name__} was asked for, {name} is a {type(model).__name__}"
+        )
         write(accelerator.unwrap_model(model), attributes[name])
     return {name: model for name, (model, _) in made.items()}, {
         name: optimizer for name, (_, optimizer) in made.items()
@@ -148,7 +192,9 @@ def prepared(
 def check_installed() -> None:
     """Raise ValueError if Accelerate is not there."""
     if find_spec("accelerate") is None:
-        raise ValueError("this strategy needs the package accelerate: pip install 'dtrain[accelerate]'")
+        raise ValueError(
+            "this strategy needs the package accelerate: pip install 'dtrain[accelerate]'"
+        )
 
 
 def checked(where: str, kind: type, settings: dict[str, Any]) -> Any:
@@ -160,7 +206,8 @@ def checked(where: str, kind: type, settings: dict[str, Any]) -> Any:
 
 
 def refuse_contradictions(plan: Plan, micro_batches: int) -> None:
-    """What `accelerate launch` and its configuration file say, if they say it, must be what the run does.
+    """What `accelerate launch` and its configuration file say, if they say it, must be what the run
+    does.
 
     Raises:
         ValueError: it is not; names both.
@@ -172,14 +219,21 @@ def refuse_contradictions(plan: Plan, micro_batches: int) -> None:
         and "MASTER_PORT" in os.environ
         and "RANK" not in os.environ
     ):
-        raise ValueError("accelerate launch --cpu has started one process alone: use ACCELERATE_USE_CPU=true "
-                         "accelerate launch --multi_gpu --num_processes N, or torchrun")  # fmt: skip
+        raise ValueError(
+            "accelerate launch --cpu has started one process alone: use ACCELERATE_USE_CPU=true "
+            "accelerate launch --multi_gpu --num_processes N, or torchrun"
+        )
     for key, kind in LAUNCHED.items():
         if says.get(key, "").lower() == "true" and kind not in kinds:
-            raise ValueError(f"accelerate launch says {key}=true, which is {kind}, and the strategy is "
-                             f"{' with '.join(kinds) or 'single'}")  # fmt: skip
+            raise ValueError(
+                f"accelerate launch says {key}=true, which is {kind}, and the strategy is "
+                f"{' with '.join(kinds) or 'single'}"
+            )
     run: dict[str, tuple[object, str]]
-    run = {"MIXED_PRECISION": (plan.precision.compute, "dtype"), "DYNAMO_BACKEND": ("no", "compile=true instead of it")}
+    run = {
+        "MIXED_PRECISION": (plan.precision.compute, "dtype"),
+        "DYNAMO_BACKEND": ("no", "compile=true instead of it"),
+    }
     if "AccelerateDeepSpeed" in kinds and says.get("ACCELERATE_USE_DEEPSPEED"):
         zero = next(s for s in plan.strategies if s.axis == "dp").zero  # type: ignore[attr-defined]
         run |= {
@@ -189,15 +243,24 @@ def refuse_contradictions(plan: Plan, micro_batches: int) -> None:
             )
             for what in ("optimizer", "param")
         }
-        run |= {"DEEPSPEED_ZERO_STAGE": (zero["stage"], "strategy.dp.deepspeed.zero_optimization.stage"),
-                "GRADIENT_ACCUMULATION_STEPS": (micro_batches, "micro_batch_size"),
-                "GRADIENT_CLIPPING": (plan.clip_norm, "clip_norm"),
-                "DEEPSPEED_CONFIG_FILE": ("none", "strategy.dp.deepspeed")}  # fmt: skip
+        run |= {
+            "DEEPSPEED_ZERO_STAGE": (
+                zero["stage"],
+                "strategy.dp.deepspeed.zero_optimization.stage",
+            ),
+            "GRADIENT_ACCUMULATION_STEPS": (micro_batches, "micro_batch_size"),
+            "GRADIENT_CLIPPING": (plan.clip_norm, "clip_norm"),
+            "DEEPSPEED_CONFIG_FILE": ("none", "strategy.dp.deepspeed"),
+        }
     for key, (ours, setting) in run.items():
         said = says.get(f"ACCELERATE_{key}", "").lower()
-        unsaid = ("", "no", "none", "1") if key == "GRADIENT_ACCUMULATION_STEPS" else ("", "no", "none")
+        unsaid = (
+            ("", "no", "none", "1") if key == "GRADIENT_ACCUMULATION_STEPS" else ("", "no", "none")
+        )
         if said not in unsaid and said != str(ours).lower() and not _same_number(said, ours):
-            raise ValueError(f"accelerate launch says ACCELERATE_{key}={said}, the run {ours}: set {setting}")
+            raise ValueError(
+                f"accelerate launch says ACCELERATE_{key}={said}, the run {ours}: set {setting}"
+            )
 
 
 def _same_number(said: str, ours: object) -> bool:

@@ -1,13 +1,14 @@
-"""Hugging Face's Accelerate in the place of our own wrappers: its `Accelerator` prepares models and optimizers.
+"""Hugging Face's Accelerate in the place of our own wrappers: its `Accelerator` prepares models and
+optimizers.
 
     accelerate_ddp        DistributedDataParallel, as it makes it
-    accelerate_local_sgd  no gradient travels; every `sync_every` steps the ranks' weights are averaged
-    accelerate_fsdp       fully_shard, by its FSDP2 plugin; on GPUs alone: on a CPU it would quietly train DDP
+    accelerate_local_sgd  no gradient travels; every `sync_every` steps the weights are averaged
+    accelerate_fsdp       fully_shard, by its FSDP2 plugin; GPUs only: a CPU would quietly train DDP
     accelerate_deepspeed  DeepSpeed's engine, by its DeepSpeed plugin
 
-What `accelerate launch` and its configuration file say reaches a process by its environment (`library.py`).
-Costs a step are those of `ddp`, `fsdp` and `deepspeed`. Source: https://huggingface.co/docs/accelerate, release 1.15;
-local SGD: Stich 2019 (1805.09767).
+What `accelerate launch` and its configuration file say reaches a process by its environment
+(`library.py`). Costs a step are those of `ddp`, `fsdp` and `deepspeed`. Source:
+https://huggingface.co/docs/accelerate, release 1.15; local SGD: Stich 2019 (1805.09767).
 """
 
 from __future__ import annotations
@@ -61,9 +62,12 @@ class AccelerateDDP(DDP):
 
     name = "accelerate_ddp"
 
-    def __init__(self, degree: int = REST, bucket_mb: float = 25.0, ddp: dict[str, Any] | None = None) -> None:
+    def __init__(
+        self, degree: int = REST, bucket_mb: float = 25.0, ddp: dict[str, Any] | None = None
+    ) -> None:
         super().__init__(degree, bucket_mb)
-        if bucket_mb == 25.0:  # torch's default, which Accelerate does not pass on: then the first is of 1 MiB
+        # torch's default, which Accelerate does not pass on: then the first is of 1 MiB
+        if bucket_mb == 25.0:
             self.first_bucket_mb = 1.0
         self.settings = {"bucket_cap_mb": bucket_mb, "gradient_as_bucket_view": True} | (ddp or {})
 
@@ -71,7 +75,9 @@ class AccelerateDDP(DDP):
         super().check(plan)
         check_installed()
         if plan.world_size < 2:
-            raise ValueError("Accelerate wraps nothing on one rank: use strategy=single, or 2 or more ranks")
+            raise ValueError(
+                "Accelerate wraps nothing on one rank: use strategy=single, or 2 or more ranks"
+            )
         from accelerate.utils import DistributedDataParallelKwargs
 
         checked("strategy.dp.ddp", DistributedDataParallelKwargs, self.settings)
@@ -82,12 +88,16 @@ class AccelerateDDP(DDP):
     def verify(self, model: nn.Module, plan: Plan) -> None:
         """Nothing yet: see `prepared`."""
 
-    def executor(self, models: Models, optimizers: Mapping[str, Optimizer], plan: Plan, micro_batches: int) -> Executor:
+    def executor(
+        self, models: Models, optimizers: Mapping[str, Optimizer], plan: Plan, micro_batches: int
+    ) -> Executor:
         from accelerate.utils import DistributedDataParallelKwargs
 
         for model in models.values():
             self.watch(model)
-        with accelerator_of(plan, 1, kwargs_handlers=[DistributedDataParallelKwargs(**self.settings)]) as accelerator:
+        with accelerator_of(
+            plan, 1, kwargs_handlers=[DistributedDataParallelKwargs(**self.settings)]
+        ) as accelerator:
             wrapped, steppers = prepared(accelerator, models, optimizers, DistributedDataParallel)
         return self.by(accelerator, models | wrapped, steppers, micro_batches, plan)
 
@@ -95,7 +105,8 @@ class AccelerateDDP(DDP):
         return AccelerateExecutor(*parts)
 
     def sync_gradients(self, model: nn.Module, enabled: bool) -> None:
-        if isinstance(model, DistributedDataParallel):  # a model that only follows another is not wrapped
+        # a model that only follows another is not wrapped
+        if isinstance(model, DistributedDataParallel):
             super().sync_gradients(model, enabled)
 
     def cost(self, footprint: Footprint, plan: Plan) -> list[Message]:
@@ -107,8 +118,9 @@ class AccelerateDDP(DDP):
 class AccelerateLocalSGD(AccelerateDDP):
     """Accelerate's local SGD over `dp`: not a synchronous strategy. It stands alone.
 
-    Each rank trains by itself. Evaluations and checkpoints are of the average of the ranks' weights, and of their
-    moments: a run that resumes begins from those on every rank, so its curve is not quite that of one run.
+    Each rank trains by itself. Evaluations and checkpoints are of the average of the ranks'
+    weights, and of their moments: a run that resumes begins from those on every rank, so its curve
+    is not quite that of one run.
 
     Args:
         degree, bucket_mb: as above.
@@ -129,45 +141,63 @@ class AccelerateLocalSGD(AccelerateDDP):
 
     def check_task(self, task: Task, plan: Plan) -> None:
         if task.followers:
-            raise ValueError(f"task {type(task).__name__} has a model that follows another, and each rank's would "
-                             f"follow its own: use accelerate_ddp")  # fmt: skip
+            raise ValueError(
+                f"task {type(task).__name__} has a model that follows another, and each "
+                f"rank's would "
+                f"follow its own: use accelerate_ddp"
+            )
 
     def sync_gradients(self, model: nn.Module, enabled: bool) -> None:
         """Never."""
 
     def cost(self, footprint: Footprint, plan: Plan) -> list[Message]:
         if self.sync_every > 1:
-            raise ValueError(f"local SGD's messages are of each {self.sync_every}th step, not of every step")
+            raise ValueError(
+                f"local SGD's messages are of each {self.sync_every}th step, not of every step"
+            )
         weights = [weight.elements for piece in footprint.pieces for weight in piece.weights]
         return [message(self.axis, "all_reduce", weights, footprint.weight_bytes)]
 
 
 class AccelerateFSDP(FSDP):
-    """Accelerate's FSDP2 over `fsdp`: a unit for each block, one for the last norm, one for all the rest.
+    """Accelerate's FSDP2 over `fsdp`: a unit for each block, one for the last norm, one for all the
+    rest.
 
     Args:
         degree: ranks along `fsdp`; -1: the rest of the world.
-        reshard_after_forward: free the gathered weights after forward, or keep them until backward has used them.
+        reshard_after_forward: free the gathered weights after forward, or keep them until backward
+            has used them.
         plugin: further settings of Accelerate's `FullyShardedDataParallelPlugin`.
-        parallelism: settings of its `ParallelismConfig`, for meshes of two dimensions (`dp_replicate_size`, ...).
+        parallelism: settings of its `ParallelismConfig`, for meshes of two dimensions
+            (`dp_replicate_size`, ...).
     """
 
     name = "accelerate_fsdp"
 
     def __init__(
-        self, degree: int = REST, *, reshard_after_forward: bool = True, plugin: dict[str, Any] | None = None,
+        self,
+        degree: int = REST,
+        *,
+        reshard_after_forward: bool = True,
+        plugin: dict[str, Any] | None = None,
         parallelism: dict[str, int] | None = None,
-    ) -> None:  # fmt: skip
+    ) -> None:
         super().__init__(degree, reshard_after_forward=reshard_after_forward)
         self.plugin, self.parallelism = plugin or {}, parallelism or {}
 
     def check(self, plan: Plan) -> None:
         check_installed()
         if others := [s.axis for s in plan.strategies if s is not self]:
-            raise ValueError(f"strategy accelerate_fsdp stands alone, not beside {', '.join(others)}: use fsdp there")
+            raise ValueError(
+                f"strategy accelerate_fsdp stands alone, not beside {', '.join(others)}: use "
+                f"fsdp there"
+            )
         if plan.device.type == "cpu":
-            raise ValueError("Accelerate makes FSDP of its FSDP plugin on GPUs and the like alone (state.py leaves "
-                             "MULTI_CPU out): on a CPU it would quietly train DDP; use strategy=fsdp")  # fmt: skip
+            raise ValueError(
+                "Accelerate makes FSDP of its FSDP plugin on GPUs and the like alone "
+                "(state.py leaves "
+                "MULTI_CPU out): on a CPU it would quietly train DDP; use strategy=fsdp"
+            )
 
     def parallelize(self, model: nn.Module, plan: Plan) -> nn.Module:
         return model
@@ -175,18 +205,32 @@ class AccelerateFSDP(FSDP):
     def verify(self, model: nn.Module, plan: Plan) -> None:
         """Nothing yet: see `executor`."""
 
-    def executor(self, models: Models, optimizers: Mapping[str, Optimizer], plan: Plan, micro_batches: int) -> Executor:
+    def executor(
+        self, models: Models, optimizers: Mapping[str, Optimizer], plan: Plan, micro_batches: int
+    ) -> Executor:
         from accelerate.utils import FullyShardedDataParallelPlugin, ParallelismConfig
 
         (model,) = models.values()
         kinds = sorted({type(block).__name__ for block in blocks_of(model)})
-        settings: dict[str, Any] = {"fsdp_plugin": checked("strategy.fsdp.plugin", FullyShardedDataParallelPlugin, {
-            "fsdp_version": 2, "reshard_after_forward": self.reshard_after_forward, "cpu_ram_efficient_loading": False,
-            "auto_wrap_policy": "transformer_based_wrap" if kinds else "no_wrap",
-            "transformer_cls_names_to_wrap": kinds or None, "mixed_precision_policy": plan.precision.fsdp_policy(),
-            } | self.plugin)}  # fmt: skip
+        settings: dict[str, Any] = {
+            "fsdp_plugin": checked(
+                "strategy.fsdp.plugin",
+                FullyShardedDataParallelPlugin,
+                {
+                    "fsdp_version": 2,
+                    "reshard_after_forward": self.reshard_after_forward,
+                    "cpu_ram_efficient_loading": False,
+                    "auto_wrap_policy": "transformer_based_wrap" if kinds else "no_wrap",
+                    "transformer_cls_names_to_wrap": kinds or None,
+                    "mixed_precision_policy": plan.precision.fsdp_policy(),
+                }
+                | self.plugin,
+            )
+        }
         if self.parallelism:
-            settings["parallelism_config"] = checked("strategy.fsdp.parallelism", ParallelismConfig, self.parallelism)
+            settings["parallelism_config"] = checked(
+                "strategy.fsdp.parallelism", ParallelismConfig, self.parallelism
+            )
         with accelerator_of(plan, 1, **settings) as accelerator:
             wrapped, steppers = prepared(accelerator, models, optimizers, FSDPModule)
         for each in wrapped.values():
@@ -195,7 +239,9 @@ class AccelerateFSDP(FSDP):
         for name, parameter in next(iter(wrapped.values())).named_parameters():
             assert isinstance(parameter, DTensor), f"{name} is not sharded"
             most = -(-parameter.shape[0] // shards)
-            assert local(parameter).shape[0] <= most, f"{name}: {local(parameter).shape[0]} rows here, not {most}"
+            assert local(parameter).shape[0] <= most, (
+                f"{name}: {local(parameter).shape[0]} rows here, not {most}"
+            )
         return AccelerateExecutor(accelerator, wrapped, steppers, micro_batches, plan)
 
     def check_task(self, task: Task, plan: Plan) -> None:
@@ -215,38 +261,54 @@ class AccelerateDeepSpeed(DeepSpeed):
     def check(self, plan: Plan) -> None:
         check_installed()
         if find_spec("transformers") is None:
-            raise ValueError("Accelerate's DeepSpeed plugin needs the package transformers: pip install transformers")
+            raise ValueError(
+                "Accelerate's DeepSpeed plugin needs the package transformers: pip install "
+                "transformers"
+            )
         super().check(plan)
         if not self.stage:
-            raise ValueError("strategy accelerate_deepspeed is for stages 1, 2 and 3: use accelerate_ddp for stage 0")
+            raise ValueError(
+                "strategy accelerate_deepspeed is for stages 1, 2 and 3: use accelerate_ddp "
+                "for stage 0"
+            )
 
     def check_task(self, task: Task, plan: Plan) -> None:
         _one_model(task, "accelerate_deepspeed")
 
     def footprint(self, footprint: Footprint, plan: Plan) -> Footprint:
         made = super().footprint(footprint, plan)
-        return replace(made, held=made.held and (made.held[0], 0, made.held[2]))  # a gradient ends in the backward pass
+        # a gradient ends in the backward pass
+        return replace(made, held=made.held and (made.held[0], 0, made.held[2]))
 
-    def executor(self, models: Models, optimizers: Mapping[str, Optimizer], plan: Plan, micro_batches: int) -> Executor:
+    def executor(
+        self, models: Models, optimizers: Mapping[str, Optimizer], plan: Plan, micro_batches: int
+    ) -> Executor:
         deepspeed = imported()
         from accelerate.utils import DeepSpeedPlugin, InitProcessGroupKwargs
         from deepspeed import DeepSpeedEngine
 
         fresh(deepspeed, plan)
 
-        os.environ.pop("ACCELERATE_CONFIG_DS_FIELDS", None)  # what they say is what we say: it has been compared
+        # what they say is what we say: it has been compared
+        os.environ.pop("ACCELERATE_CONFIG_DS_FIELDS", None)
         plugin = DeepSpeedPlugin(hf_ds_config=self.config(plan, micro_batches))
         backend = InitProcessGroupKwargs(backend=dist.get_backend())
-        with accelerator_of(plan, micro_batches, deepspeed_plugin=plugin, kwargs_handlers=[backend]) as accelerator:
+        with accelerator_of(
+            plan, micro_batches, deepspeed_plugin=plugin, kwargs_handlers=[backend]
+        ) as accelerator:
             engines, _ = prepared(accelerator, models, optimizers, DeepSpeedEngine)
         plugin.dschf = None  # by which transformers would make its next models as slices of ZeRO 3
         for engine in engines.values():
             self.verify_engine(engine, self.degree)
-        return AccelerateDeepSpeedExecutor(accelerator, self.stage, engines, micro_batches, plan, models)
+        return AccelerateDeepSpeedExecutor(
+            accelerator, self.stage, engines, micro_batches, plan, models
+        )
 
 
 class AccelerateDeepSpeedExecutor(DeepSpeedExecutor):
-    """A DeepSpeed engine that clips and steps at the end of the last micro-batch's backward pass."""
+    """A DeepSpeed engine that clips and steps at the end of the last micro-batch's backward
+    pass.
+    """
 
     def __init__(self, accelerator: Any, *parts: Any) -> None:
         super().__init__(*parts)
@@ -266,5 +328,8 @@ class AccelerateDeepSpeedExecutor(DeepSpeedExecutor):
 
 def _one_model(task: Task, strategy: str) -> None:
     if len(task.models) > 1:
-        raise ValueError(f"task {type(task).__name__} trains {len(task.models)} models, and strategy {strategy} takes "
-                         f"one: use accelerate_ddp")  # fmt: skip
+        raise ValueError(
+            f"task {type(task).__name__} trains {len(task.models)} models, and strategy "
+            f"{strategy} takes "
+            f"one: use accelerate_ddp"
+        )

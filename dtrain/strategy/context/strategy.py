@@ -1,16 +1,18 @@
-"""Context parallel: each rank holds a slice of every sequence; attention alone needs the other slices.
+"""Context parallel: each rank holds a slice of every sequence; attention alone needs the other
+slices.
 
-    balanced, n = 2:  sequence 0 1 2 3 -> rank 0: 0 3, rank 1: 1 2  (a causal mask leaves both equal work)
+    balanced, n = 2:  sequence 0 1 2 3 -> rank 0: 0 3, rank 1: 1 2  (equal work under a causal mask)
     ring, forward:    queries stay; keys and values go round, one hop while those at hand are used
     ring, backward:   keys and values go round again, their gradients behind them, home after n hops
-    ulysses:          all-to-all: my tokens of all heads -> all tokens of my heads -> attention -> back
+    ulysses:          all-to-all: my tokens, all heads -> all tokens, my heads -> attention -> back
 
-Cost a block and micro-batch, per rank, with S bytes in its queries and g = key heads / query heads: ring 2g(n-1)S
-forward, 2g(2n-1)S backward (in bf16 2g(3n-1)S: gradients go round in fp32); ulysses (2+2g)S(n-1)/n forward and again
-backward; n divides the heads (if not the key heads: g = 1, they are repeated). Activations: 1/n. A step: one all-
-reduce for each gradient, after backward.
-Sources: Liu et al. 2023, "Ring Attention" (2310.01889); Jacobs et al. 2023, "DeepSpeed Ulysses" (2309.14509);
-Llama team 2024 (2407.21783: early and late chunks); Dao et al. 2022, "FlashAttention" (2205.14135: the merge).
+Cost a block and micro-batch, per rank, with S bytes in its queries and g = key heads / query heads:
+ring 2g(n-1)S forward, 2g(2n-1)S backward (in bf16 2g(3n-1)S: gradients go round in fp32); ulysses
+(2+2g)S(n-1)/n forward and again backward; n divides the heads (if not the key heads: g = 1, they
+are repeated). Activations: 1/n. A step: one all-reduce for each gradient, after backward. Sources:
+Liu et al. 2023, "Ring Attention" (2310.01889); Jacobs et al. 2023, "DeepSpeed Ulysses"
+(2309.14509); Llama team 2024 (2407.21783: early and late chunks); Dao et al. 2022, "FlashAttention"
+(2205.14135: the merge).
 """
 
 from __future__ import annotations
@@ -41,13 +43,19 @@ MIXED = (
     "mean), or counts positions by itself: use the `positions` that it is given, or a strategy on "
     "another axis"
 )
-NOT_PLAIN = "its attention is not softmax(q k' / sqrt(D)) v at this length (a window?): use strategy.cp.method=ulysses"
-HEADS_DIFFER = "its attention treats heads differently: use strategy.cp.method=ring, or another axis"
+NOT_PLAIN = (
+    "its attention is not softmax(q k' / sqrt(D)) v at this length (a window?): use "
+    "strategy.cp.method=ulysses"
+)
+HEADS_DIFFER = (
+    "its attention treats heads differently: use strategy.cp.method=ring, or another axis"
+)
 METHODS: dict[str, Any] = {"ring": Ring, "ulysses": Ulysses}
 
 
 class ContextParallel(Strategy):
-    """Cut sequences over `cp`, and exchange within the module that the model's Layout names `attention`.
+    """Cut sequences over `cp`, and exchange within the module that the model's Layout names
+    `attention`.
 
     Args:
         degree: ranks along `cp`; -1: the rest of the world.
@@ -66,60 +74,98 @@ class ContextParallel(Strategy):
 
     def check(self, plan: Plan) -> None:
         if self.method not in METHODS:
-            raise ValueError(f"strategy.cp.method={self.method} is unknown: use {', '.join(METHODS)}")
+            raise ValueError(
+                f"strategy.cp.method={self.method} is unknown: use {', '.join(METHODS)}"
+            )
 
     def check_model(self, model: nn.Module, plan: Plan) -> None:
         cores = _cores(model)
         if not cores or len(cores) < len(blocks_of(model)):
-            raise ValueError(f"{type(model).__name__} names no `attention` in its Layout: nothing to exchange over cp; "
-                             f"use a strategy on dp or fsdp")  # fmt: skip
+            raise ValueError(
+                f"{type(model).__name__} names no `attention` in its Layout: nothing to exchange "
+                f"over cp; "
+                f"use a strategy on dp or fsdp"
+            )
         if self.method == "ring" and (dropout := max(core.dropout for core in cores)):
-            raise ValueError(f"ring attention cannot drop attention weights (dropout={dropout}): "
-                             f"use strategy.cp.method=ulysses or model.dropout=0")  # fmt: skip
+            raise ValueError(
+                f"ring attention cannot drop attention weights (dropout={dropout}): "
+                f"use strategy.cp.method=ulysses or model.dropout=0"
+            )
         if self.method == "ring" and not all(is_plain(core) for core in cores):
-            raise ValueError(f"the attention of {type(model).__name__} is not softmax(q k' / sqrt(D)) v, as a ring "
-                             f"computes it: use strategy.cp.method=ulysses")  # fmt: skip
+            raise ValueError(
+                f"the attention of {type(model).__name__} is not softmax(q k' / sqrt(D)) v, as "
+                f"a ring "
+                f"computes it: use strategy.cp.method=ulysses"
+            )
         if any(getattr(module, "whole_rows", False) for module in model.modules()):
-            raise ValueError(f"the experts of {type(model).__name__} count the tokens of whole sequences, which cp="
-                             f"{self.degree} cuts: use model.capacity_factor=null and model.balance=bias")  # fmt: skip
+            raise ValueError(
+                f"the experts of {type(model).__name__} count the tokens of whole sequences, "
+                f"which cp="
+                f"{self.degree} cuts: use model.capacity_factor=null and model.balance=bias"
+            )
         tp, heads = plan.degrees.get("tp", 1), getattr(model, "n_heads", 0)
         if self.method == "ulysses" and not heads:
             raise ValueError(
-                f"{type(model).__name__} does not say its number of heads (n_heads): use strategy.cp.method=ring"
+                f"{type(model).__name__} does not say its number of heads (n_heads): use "
+                f"strategy.cp.method=ring"
             )
         if self.method == "ulysses" and (mine := heads // tp) % self.degree:
             split = f" / tp={tp}" if tp > 1 else ""
-            raise ValueError(f"n_heads={heads}{split} is not divisible by cp={self.degree}: use {divisors(mine)}")
+            raise ValueError(
+                f"n_heads={heads}{split} is not divisible by cp={self.degree}: use {divisors(mine)}"
+            )
 
     def check_task(self, task: Task, plan: Plan) -> None:
         lengths = {name: t.shape[1] if t.ndim > 1 else 1 for name, t in task.batch(0).items()}
         if not any("positions" in getattr(update, "inputs", ()) for update in task.updates):
-            raise ValueError(f"task {type(task).__name__} tells its model no `positions`: each rank would count its "
-                             f"own tokens from 0; name them in its update's inputs, or use strategy=ddp")  # fmt: skip
+            raise ValueError(
+                f"task {type(task).__name__} tells its model no `positions`: each rank would "
+                f"count its "
+                f"own tokens from 0; name them in its update's inputs, or use strategy=ddp"
+            )
         length = max(lengths.values())
         if whole := [name for name, each in lengths.items() if each != length]:
-            raise ValueError(f"`{whole[0]}` of the batch is not one value a token: cp={self.degree} cannot cut it; "
-                             f"use a strategy on another axis")  # fmt: skip
+            raise ValueError(
+                f"`{whole[0]}` of the batch is not one value a token: cp={self.degree} cannot "
+                f"cut it; "
+                f"use a strategy on another axis"
+            )
         self._check_length(length)
 
     def _check_length(self, length: int) -> None:
         parts = self.degree * self.chunks
         if length % parts:
             near = multiples(length, parts)
-            factor, why = ("2 x ", " (each rank takes two chunks of the balanced ring)") if self.balanced else ("", "")
+            factor, why = (
+                ("2 x ", " (each rank takes two chunks of the balanced ring)")
+                if self.balanced
+                else ("", "")
+            )
             other = ", or strategy.cp.balanced=false" if length % self.degree == 0 else ""
-            raise ValueError(f"seq_len={length} is not divisible by {factor}cp={self.degree}{why}: use {near}{other}")
+            raise ValueError(
+                f"seq_len={length} is not divisible by {factor}cp={self.degree}{why}: use "
+                f"{near}{other}"
+            )
 
     def shard(self, batch: Batch, plan: Plan) -> Batch:
         rank = plan.mesh[self.axis].get_local_rank()
-        return {name: self._mine(tensor, rank) if tensor.ndim > 1 else tensor for name, tensor in batch.items()}
+        return {
+            name: self._mine(tensor, rank) if tensor.ndim > 1 else tensor
+            for name, tensor in batch.items()
+        }
 
     def _mine(self, tensor: Tensor, rank: int) -> Tensor:  # (B, T, ...) -> (B, T/n, ...)
         self._check_length(tensor.shape[1])  # of every batch, as lengths may differ
         chunks = tensor.tensor_split(self.degree * self.chunks, dim=1)
-        return torch.cat((chunks[rank], chunks[-1 - rank]), dim=1) if self.balanced else chunks[rank].contiguous()
+        return (
+            torch.cat((chunks[rank], chunks[-1 - rank]), dim=1)
+            if self.balanced
+            else chunks[rank].contiguous()
+        )
 
-    def rehearsals(self, model: nn.Module, inputs: Sequence[Tensor], plan: Plan) -> Iterator[Rehearsal]:
+    def rehearsals(
+        self, model: nn.Module, inputs: Sequence[Tensor], plan: Plan
+    ) -> Iterator[Rehearsal]:
         apart, path, ranks = twin(model), layout_of(model).attention, range(self.degree)
         core, tokens = _cores(model)[0], max(x.shape[1] for x in inputs if x.ndim > 1)
         for block in blocks_of(apart):
@@ -142,7 +188,9 @@ class ContextParallel(Strategy):
 
     def _core(self, core: Any, tokens: int) -> Rehearsal:
         """The model's attention, and what stands in for it on the ranks: at this length."""
-        q, k, v = torch.randn(3, 1, 2, tokens, 4, generator=torch.Generator().manual_seed(0)).double()
+        q, k, v = torch.randn(
+            3, 1, 2, tokens, 4, generator=torch.Generator().manual_seed(0)
+        ).double()
 
         def whole(*_: Tensor) -> Tensor:
             return core(q, k, v)
@@ -159,15 +207,21 @@ class ContextParallel(Strategy):
     def parallelize(self, model: nn.Module, plan: Plan) -> nn.Module:
         path, group = layout_of(model).attention, plan.mesh[self.axis].get_group()
         for block in blocks_of(model):
-            block.set_submodule(path, METHODS[self.method](block.get_submodule(path), group, self.balanced))
+            block.set_submodule(
+                path, METHODS[self.method](block.get_submodule(path), group, self.balanced)
+            )
         return model
 
     def verify(self, model: nn.Module, plan: Plan) -> None:
         for core in _cores(model):
-            assert type(core) is METHODS[self.method], f"attention is {type(core).__name__}, not {self.method}"
+            assert type(core) is METHODS[self.method], (
+                f"attention is {type(core).__name__}, not {self.method}"
+            )
 
     def reduce_gradients(self, model: nn.Module, plan: Plan) -> None:
-        average(gradients(model).values(), plan.mesh[self.axis].get_group(), plan.precision.reduce_dtype)
+        average(
+            gradients(model).values(), plan.mesh[self.axis].get_group(), plan.precision.reduce_dtype
+        )
 
     def footprint(self, footprint: Footprint, plan: Plan) -> Footprint:
         if self.method == "ring":
@@ -176,7 +230,9 @@ class ContextParallel(Strategy):
         def swapped(piece: ModelPart) -> ModelPart:
             """What attention gives is kept by its own backward, and again as rows of all heads."""
             layout = layout_of(piece.outline)
-            cores = {call.path for call in piece.calls_at((f"{layout.blocks}.*.{layout.attention}",))}
+            cores = {
+                call.path for call in piece.calls_at((f"{layout.blocks}.*.{layout.attention}",))
+            }
             more = (kept for kept in piece.kept if kept.path in cores and len(kept.shape) == 4)
             return replace(piece, kept=(*piece.kept, *more))
 
@@ -193,11 +249,19 @@ class ContextParallel(Strategy):
                 sizes = [prod(x) for x in (q, kv, kv, q)] * both_ways
                 found.append(message(self.axis, "all_to_all", sizes, itemsize, m))
             else:
-                found.append(message(self.axis, "send", [2 * prod(k)] * (n - 1) * both_ways, itemsize, m))
-                found.append(message(self.axis, "send", [2 * prod(k)] * n * call.graded, max(4, itemsize), m))
+                found.append(
+                    message(self.axis, "send", [2 * prod(k)] * (n - 1) * both_ways, itemsize, m)
+                )
+                found.append(
+                    message(self.axis, "send", [2 * prod(k)] * n * call.graded, max(4, itemsize), m)
+                )
         return found
 
 
 def _cores(model: nn.Module) -> list[Any]:
     path = layout_of(model).attention
-    return [core for block in blocks_of(model) for _, core in modules_at(block, (path,))] if path else []
+    return (
+        [core for block in blocks_of(model) for _, core in modules_at(block, (path,))]
+        if path
+        else []
+    )

@@ -1,12 +1,13 @@
 """Tensor parallelism by DeepSpeed's AutoTP, beside its ZeRO on `dp`.
 
-    Y = f(X A) B,  A = [A1 | A2] cut by columns,  B = [B1 / B2] cut by rows: as `tensor`; embedding and head are whole
+    Y = f(X A) B,  A = [A1 | A2] cut by columns,  B = [B1 / B2] cut by rows: as `tensor`,
+    but embedding and head are whole
 
-Which layers are cut by columns and which by rows comes from the model's Layout. DeepSpeed's groups of ranks are
-those of `tp`, next to each other.
-Cost a block and micro-batch, per rank: 2 all-reduces of (B, T, C) forward, one for each layer that shares the input
-backward (query, key, value, up: where `tensor` needs two).
-Source: https://www.deepspeed.ai/tutorials/autotp-training/; Shoeybi et al. 2019, Megatron-LM (1909.08053).
+Which layers are cut by columns and which by rows comes from the model's Layout. DeepSpeed's groups
+of ranks are those of `tp`, next to each other. Cost a block and micro-batch, per rank: 2
+all-reduces of (B, T, C) forward, one for each layer that shares the input backward (query, key,
+value, up: where `tensor` needs two). Source: https://www.deepspeed.ai/tutorials/autotp-training/;
+Shoeybi et al. 2019, Megatron-LM (1909.08053).
 """
 
 from __future__ import annotations
@@ -33,7 +34,8 @@ if TYPE_CHECKING:
 
 
 class AutoTP(Strategy):
-    """Split the layers that the model's Layout names `column` and `row` over `tp`, by DeepSpeed's engine.
+    """Split the layers that the model's Layout names `column` and `row` over `tp`, by DeepSpeed's
+    engine.
 
     Args:
         degree: ranks along `tp`; -1: the rest of the world.
@@ -47,43 +49,72 @@ class AutoTP(Strategy):
 
     def check(self, plan: Plan) -> None:
         if getattr(plan.strategy_on("dp"), "stage", None) is None or len(plan.strategies) > 2:
-            raise ValueError("strategy autotp is DeepSpeed's: use strategy=deepspeed_autotp, or tensor beside others")
+            raise ValueError(
+                "strategy autotp is DeepSpeed's: use strategy=deepspeed_autotp, or tensor "
+                "beside others"
+            )
 
     def check_model(self, model: nn.Module, plan: Plan) -> None:
         layout, n = layout_of(model), self.degree
         if not layout.column:
-            raise ValueError(f"{type(model).__name__} names no `column` layers in its Layout: nothing to split over "
-                             f"tp; use a strategy on dp or fsdp")  # fmt: skip
+            raise ValueError(
+                f"{type(model).__name__} names no `column` layers in its Layout: nothing to "
+                f"split over "
+                f"tp; use a strategy on dp or fsdp"
+            )
         if layout.experts and list(modules_at(model, (f"{layout.blocks}.*.{layout.experts}",))):
             raise ValueError("DeepSpeed's AutoTP does not cut experts: use strategy=tensor")
         for size in layout.sizes:
             if (number := getattr(model, size, None)) and number % n:
-                raise ValueError(f"{size}={number} is not divisible by tp={n}: use {divisors(number)}")
+                raise ValueError(
+                    f"{size}={number} is not divisible by tp={n}: use {divisors(number)}"
+                )
 
     def check_task(self, task: Task, plan: Plan) -> None:
         if task.followers:
-            raise ValueError(f"{', '.join(task.followers)} of task {type(task).__name__} follows another model and is "
-                             f"not trained: DeepSpeed's AutoTP cuts only what it trains; "
-                             f"use strategy=tensor")  # fmt: skip
+            raise ValueError(
+                f"{', '.join(task.followers)} of task {type(task).__name__} follows another "
+                f"model and is "
+                f"not trained: DeepSpeed's AutoTP cuts only what it trains; "
+                f"use strategy=tensor"
+            )
 
-    def rehearsals(self, model: nn.Module, inputs: Sequence[Tensor], plan: Plan) -> Iterator[Rehearsal]:
+    def rehearsals(
+        self, model: nn.Module, inputs: Sequence[Tensor], plan: Plan
+    ) -> Iterator[Rehearsal]:
         yield split(model, self.degree, False)
 
     def settings(self, model: nn.Module) -> dict[str, Any]:
         """What DeepSpeed's configuration says of it."""
         layout = layout_of(model)
-        specs = [{"patterns": [rf".*{re.escape(path)}\.weight$".replace(r"\*", "[^.]+") for path in paths],
-                  "partition_type": kind}
-                 for kind, paths in (("column", layout.column), ("row", layout.row), ("skip", layout.vocabulary))
-                 if paths]  # fmt: skip
-        return {"autotp_size": self.degree, "partition_config": {"use_default_specs": False, "layer_specs": specs}}
+        specs = [
+            {
+                "patterns": [
+                    rf".*{re.escape(path)}\.weight$".replace(r"\*", "[^.]+") for path in paths
+                ],
+                "partition_type": kind,
+            }
+            for kind, paths in (
+                ("column", layout.column),
+                ("row", layout.row),
+                ("skip", layout.vocabulary),
+            )
+            if paths
+        ]
+        return {
+            "autotp_size": self.degree,
+            "partition_config": {"use_default_specs": False, "layer_specs": specs},
+        }
 
     def joined(self, model: nn.Module, tensors: dict[str, Tensor], plan: Plan) -> dict[str, Tensor]:
         """The same tensors, whole: what each rank along `tp` has of them. A collective."""
         dims, found = _dims(model), dict(tensors)
         for name, tensor in sorted(tensors.items()):
             if (dim := dims.get(_parameter(name))) is not None and tensor.ndim:
-                parts = [torch.empty_like(tensor, memory_format=torch.contiguous_format) for _ in range(self.degree)]
+                parts = [
+                    torch.empty_like(tensor, memory_format=torch.contiguous_format)
+                    for _ in range(self.degree)
+                ]
                 dist.all_gather(parts, tensor.contiguous(), group=plan.mesh[self.axis].get_group())
                 found[name] = torch.cat(parts, dim)
         return found
@@ -104,7 +135,9 @@ class AutoTP(Strategy):
             if dim is not None:
                 parameter = model.get_parameter(name)
                 mine = getattr(parameter, "ds_shape", parameter.shape)[dim]
-                assert mine * self.degree == whole[name][dim], f"{name}: {mine} of {whole[name][dim]} on {self.degree}"
+                assert mine * self.degree == whole[name][dim], (
+                    f"{name}: {mine} of {whole[name][dim]} on {self.degree}"
+                )
 
     def cost(self, footprint: Footprint, plan: Plan) -> list[Message]:
         raise ValueError("the messages of DeepSpeed's AutoTP are not told")
@@ -116,10 +149,16 @@ def _dims(model: nn.Module) -> dict[str, int | None]:
     for path, layer in modules_at(model, layout.column):
         dims |= {f"{path}.{key}": 0 for key, _ in layer.named_parameters()}
     for path, layer in modules_at(model, layout.row):
-        dims |= {f"{path}.{key}": 1 if key == "weight" else None for key, _ in layer.named_parameters()}
+        dims |= {
+            f"{path}.{key}": 1 if key == "weight" else None for key, _ in layer.named_parameters()
+        }
     return dims
 
 
 def _parameter(name: str) -> str:
     """The parameter that a tensor belongs to: itself, or that whose state it is."""
-    return name.removeprefix(OPTIMIZER_STATE).rpartition(".")[0] if name.startswith(OPTIMIZER_STATE) else name
+    return (
+        name.removeprefix(OPTIMIZER_STATE).rpartition(".")[0]
+        if name.startswith(OPTIMIZER_STATE)
+        else name
+    )

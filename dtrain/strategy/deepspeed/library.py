@@ -1,4 +1,6 @@
-"""DeepSpeed as a library: imported without its talk, in our process group, one run after another."""
+"""DeepSpeed as a library: imported without its talk, in our process group, one run after
+another.
+"""
 
 from __future__ import annotations
 
@@ -14,22 +16,28 @@ import torch.distributed as dist
 if TYPE_CHECKING:
     from dtrain.parallel.plan import Plan
 
-STALE_S = 900  # a lock on an extension that is being compiled is older than that if nobody compiles it
+# a lock on an extension that is being compiled is older than that if nobody compiles it
+STALE_S = 900
 
 
 def imported() -> Any:
-    """DeepSpeed, without the lines that it prints as it is imported; on a machine without GPUs it is told so."""
+    """DeepSpeed, without the lines that it prints as it is imported; on a machine without GPUs
+    it is told so.
+    """
     if not torch.cuda.is_available():
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
     import deepspeed
 
-    # Sums in shared memory, for inference: compiled at first use, and a killed build's lock makes all later runs wait.
+    # Sums in shared memory, for inference: compiled at first use, and a killed build's lock makes
+    # all later runs wait.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     return deepspeed
 
 
 def check_zero(zero: dict[str, Any]) -> None:
-    """Raise ValueError for whatever DeepSpeed's own schema, or this machine, finds wrong with `zero_optimization`."""
+    """Raise ValueError for whatever DeepSpeed's own schema, or this machine, finds wrong with
+    `zero_optimization`.
+    """
     from pydantic import ValidationError
 
     imported()
@@ -43,17 +51,24 @@ def check_zero(zero: dict[str, Any]) -> None:
         raise ValueError(f"{where}={first['input']}: {first['msg']}") from None
     for what in ("offload_optimizer", "offload_param"):
         if (zero.get(what) or {}).get("device") == "nvme" and not reaches_disks():
-            raise ValueError(f"strategy.dp.deepspeed.zero_optimization.{what}.device=nvme: DeepSpeed cannot build "
-                             f"its asynchronous I/O; install libaio-dev and a compiler, or use cpu")  # fmt: skip
+            raise ValueError(
+                f"strategy.dp.deepspeed.zero_optimization.{what}.device=nvme: DeepSpeed "
+                f"cannot build "
+                f"its asynchronous I/O; install libaio-dev and a compiler, or use cpu"
+            )
 
 
 def check_fp16(said: str) -> None:
-    """Raise ValueError, about the setting as it was `said`, where DeepSpeed's accelerator has no fp16."""
+    """Raise ValueError, about the setting as it was `said`, where DeepSpeed's accelerator has
+    no fp16.
+    """
     imported()
     from deepspeed.accelerator import get_accelerator
 
     if not get_accelerator().is_fp16_supported():
-        raise ValueError(f"{said} needs a GPU, and DeepSpeed found none that computes in fp16: use dtype=bf16")
+        raise ValueError(
+            f"{said} needs a GPU, and DeepSpeed found none that computes in fp16: use dtype=bf16"
+        )
 
 
 def reaches_disks() -> bool:
@@ -65,19 +80,30 @@ def reaches_disks() -> bool:
 
 
 def fresh(deepspeed: Any, plan: Plan) -> None:
-    """DeepSpeed in the process group that is there, without the groups of an earlier run of this process."""
-    os.environ.setdefault("LOCAL_RANK", str(plan.device.index or dist.get_rank()))  # it asks for one
+    """DeepSpeed in the process group that is there, without the groups of an earlier run of
+    this process.
+    """
+    # it asks for one
+    os.environ.setdefault("LOCAL_RANK", str(plan.device.index or dist.get_rank()))
     deepspeed.init_distributed(dist_backend=dist.get_backend())
     free_builds()
-    for name in ("_DATA_PARALLEL_GROUP", "_MODEL_PARALLEL_GROUP", "_TENSOR_MODEL_PARALLEL_GROUP", "mpu"):
+    for name in (
+        "_DATA_PARALLEL_GROUP",
+        "_MODEL_PARALLEL_GROUP",
+        "_TENSOR_MODEL_PARALLEL_GROUP",
+        "mpu",
+    ):
         setattr(deepspeed.utils.groups, name, None)
 
 
 def free_builds() -> None:
-    """Take away the lock of a build that was killed: all later ones of what it compiles would wait for it."""
+    """Take away the lock of a build that was killed: all later ones of what it compiles would
+    wait for it.
+    """
     from torch.utils.cpp_extension import get_default_build_root
 
-    own = os.environ.get("TORCH_EXTENSIONS_DIR")  # by torch's habit there is a folder for each version
+    # by torch's habit there is a folder for each version
+    own = os.environ.get("TORCH_EXTENSIONS_DIR")
     locks = Path(own).glob("*/lock") if own else Path(get_default_build_root()).glob("*/*/lock")
     for lock in locks:
         with suppress(FileNotFoundError):

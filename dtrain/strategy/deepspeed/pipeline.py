@@ -1,12 +1,14 @@
 """Pipeline parallelism by DeepSpeed's PipelineModule and its engine, with its ZeRO stage 1 on `dp`.
 
     pp 0:  embedding, blocks 0, 1  ->  activations  ->  pp 1:  blocks 2, 3, head      schedule: 1F1B
-    the engine runs forward, backward, exchange, clipping and step; a matrix that both ends share is summed over them
+    the engine runs forward, backward, exchange, clipping and step;
+    the gradient of a matrix that both ends share is summed over them
 
-The stages are those of `pipeline`: each is one layer of a PipelineModule. Evaluations run as `pipeline`'s.
-Cost a micro-batch, per rank: its activation to the next stage, its gradient to the one before; then as DeepSpeed's
-stage 1 along `dp`, and one all-reduce of the shared matrix between first and last stage.
-Source: https://www.deepspeed.ai/tutorials/pipeline/; Narayanan et al. 2019, PipeDream (1806.03377).
+The stages are those of `pipeline`: each is one layer of a PipelineModule. Evaluations run as
+`pipeline`'s. Cost a micro-batch, per rank: its activation to the next stage, its gradient to the
+one before; then as DeepSpeed's stage 1 along `dp`, and one all-reduce of the shared matrix between
+first and last stage. Source: https://www.deepspeed.ai/tutorials/pipeline/; Narayanan et al. 2019,
+PipeDream (1806.03377).
 """
 
 from __future__ import annotations
@@ -47,7 +49,13 @@ class DeepSpeedPipeline(PipelineParallel):
     name = "deepspeed_pipeline"
     engine = "deepspeed"
 
-    def __init__(self, degree: int = REST, *, micro_batches: int | None = None, split: list[int] | None = None) -> None:
+    def __init__(
+        self,
+        degree: int = REST,
+        *,
+        micro_batches: int | None = None,
+        split: list[int] | None = None,
+    ) -> None:
         super().__init__(degree, micro_batches=micro_batches, split=split)
 
     def check(self, plan: Plan) -> None:
@@ -55,10 +63,15 @@ class DeepSpeedPipeline(PipelineParallel):
         zero = plan.strategy_on("dp")
         if not isinstance(zero, DeepSpeed) or len(plan.strategies) > 2:
             raise ValueError(
-                "strategy deepspeed_pipeline goes with DeepSpeed's ZeRO on dp alone: use strategy=pipeline"
+                "strategy deepspeed_pipeline goes with DeepSpeed's ZeRO on dp alone: use "
+                "strategy=pipeline"
             )
         if zero.stage != 1:
-            reason = "tells no norm, and counts a matrix that both ends share twice" if not zero.stage else "refuses it"
+            reason = (
+                "tells no norm, and counts a matrix that both ends share twice"
+                if not zero.stage
+                else "refuses it"
+            )
             raise ValueError(f"DeepSpeed's pipeline {reason} at stage {zero.stage}: use stage 1")
 
     def check_model(self, model: nn.Module, plan: Plan) -> None:
@@ -67,13 +80,18 @@ class DeepSpeedPipeline(PipelineParallel):
         for stage in range(self.stages):
             piece = self._piece(copy.deepcopy(model), stage, counts)
             if not any(parameter.requires_grad for parameter in piece.parameters()):
-                raise ValueError(f"nothing trains in stage {stage} of {self.stages}, and DeepSpeed's pipeline steps "
-                                 f"every stage: use strategy=pipeline, or another strategy.pp.split")  # fmt: skip
+                raise ValueError(
+                    f"nothing trains in stage {stage} of {self.stages}, and DeepSpeed's "
+                    f"pipeline steps "
+                    f"every stage: use strategy=pipeline, or another strategy.pp.split"
+                )
 
     def reduce_gradients(self, model: nn.Module, plan: Plan) -> None:
         """The engine has."""
 
-    def executor(self, models: Models, optimizers: Mapping[str, Optimizer], plan: Plan, micro_batches: int) -> Executor:
+    def executor(
+        self, models: Models, optimizers: Mapping[str, Optimizer], plan: Plan, micro_batches: int
+    ) -> Executor:
         deepspeed, zero = imported(), plan.strategy_on("dp")
         assert isinstance(zero, DeepSpeed)
         ((name, model),) = models.items()
@@ -82,27 +100,42 @@ class DeepSpeedPipeline(PipelineParallel):
         flow = DeepSpeedPipelineExecutor(self, {stage: piece}, self.outline, plan, micro_batches)
         with redirect_stdout(io.StringIO()):  # a table of the stages
             module = deepspeed.pipe.PipelineModule(
-                [self._layer(each, flow.layer) for each in range(self.stages)], num_stages=self.stages,
-                loss_fn=flow.loss, partition_method="uniform",
-            )  # fmt: skip
+                [self._layer(each, flow.layer) for each in range(self.stages)],
+                num_stages=self.stages,
+                loss_fn=flow.loss,
+                partition_method="uniform",
+            )
             config = zero.config(plan, micro_batches)
-            flow.engine = deepspeed.initialize(model=module, optimizer=optimizers[name], config=config)[0]
+            flow.engine = deepspeed.initialize(
+                model=module, optimizer=optimizers[name], config=config
+            )[0]
         # Its `train_batch` calls `train()`, which would wake what its author keeps in evaluation.
         flow.engine.module.train = lambda mode=True: flow.engine.module
-        for key, parameter in piece.named_parameters():  # of a shared layer DeepSpeed takes all for shared
+        # of a shared layer DeepSpeed takes all for shared
+        for key, parameter in piece.named_parameters():
             parameter.ds_pipe_replicated = stage > 0 and key in self.tied  # type: ignore[attr-defined]
         for parameter in (p for p in piece.parameters() if p.requires_grad):
-            parameter.register_post_accumulate_grad_hook(lambda parameter: flow.used.add(id(parameter)))
+            parameter.register_post_accumulate_grad_hook(
+                lambda parameter: flow.used.add(id(parameter))
+            )
         zero.verify_engine(flow.engine, zero.degree)
-        assert flow.engine.num_stages == self.degree, f"{flow.engine.num_stages} stages, not {self.degree}"
+        assert flow.engine.num_stages == self.degree, (
+            f"{flow.engine.num_stages} stages, not {self.degree}"
+        )
         return flow
 
     def _layer(self, stage: int, module: nn.Module) -> Any:
-        """What DeepSpeed takes for a layer: the whole stage, which is there on its own rank alone."""
+        """What DeepSpeed takes for a layer: the whole stage, which is there on its own rank
+        alone.
+        """
         from deepspeed.pipe import LayerSpec, TiedLayerSpec
 
         kind = TiedLayerSpec if self.tied and stage in (0, self.stages - 1) else LayerSpec
-        named = {"tied_weight_attr": [f"piece.{name}" for name in self.tied]} if kind is TiedLayerSpec else {}
+        named = (
+            {"tied_weight_attr": [f"piece.{name}" for name in self.tied]}
+            if kind is TiedLayerSpec
+            else {}
+        )
         spec = kind(*(["ends"] if named else []), nn.Identity, **named)
         spec.build = lambda log=False: module
         return spec
@@ -112,7 +145,9 @@ class DeepSpeedPipeline(PipelineParallel):
 
 
 class Layer(nn.Module):
-    """A stage that is called with activations alone: it knows the other inputs, micro-batch by micro-batch."""
+    """A stage that is called with activations alone: it knows the other inputs, micro-batch by
+    micro-batch.
+    """
 
     def __init__(self, piece: nn.Module) -> None:
         super().__init__()
@@ -148,7 +183,9 @@ class DeepSpeedPipelineExecutor(PipelineExecutor):
         first = update.inputs[0]
         self.used.clear()
         with self.plan.around(), self.plan.autocast():
-            self.engine.train_batch(iter([(part[first], torch.tensor(i)) for i, part in enumerate(parts)]))
+            self.engine.train_batch(
+                iter([(part[first], torch.tensor(i)) for i, part in enumerate(parts)])
+            )
         refuse_unused(self.layer.piece, self.used, self.plan, "DeepSpeed")
         return torch.stack(losses).detach().sum() if losses else self._zero()
 

@@ -1,10 +1,11 @@
 """Ulysses by DeepSpeed's DistributedAttention, beside its ZeRO on `dp`.
 
-    my tokens of all heads -> all-to-all -> all tokens of my heads -> attention -> all-to-all -> back
+    my tokens of all heads -> all-to-all -> all tokens of my heads -> attention -> all-to-all ->
+    back
 
-DeepSpeed sums gradients, and divides the optimizer's states, over the ranks of `cp` and `dp` together.
-Cost a block and micro-batch, per rank: four all-to-alls forward (queries, keys, values, output) and four backward.
-Source: Jacobs et al. 2023, "DeepSpeed Ulysses" (2309.14509).
+DeepSpeed sums gradients, and divides the optimizer's states, over the ranks of `cp` and `dp`
+together. Cost a block and micro-batch, per rank: four all-to-alls forward (queries, keys, values,
+output) and four backward. Source: Jacobs et al. 2023, "DeepSpeed Ulysses" (2309.14509).
 """
 
 from __future__ import annotations
@@ -40,15 +41,22 @@ class DeepSpeedUlysses(ContextParallel):
     def check(self, plan: Plan) -> None:
         zero = plan.strategy_on("dp")
         if not zero or zero.engine != self.engine or len(plan.strategies) > 2:
-            raise ValueError("strategy deepspeed_ulysses goes with DeepSpeed's ZeRO on dp alone: use strategy=context "
-                             "strategy.cp.method=ulysses")  # fmt: skip
+            raise ValueError(
+                "strategy deepspeed_ulysses goes with DeepSpeed's ZeRO on dp alone: use "
+                "strategy=context "
+                "strategy.cp.method=ulysses"
+            )
         if self.degree < 2:
-            raise ValueError(f"strategy.cp.degree={self.degree}: DeepSpeed's Ulysses takes 2 or more ranks")
+            raise ValueError(
+                f"strategy.cp.degree={self.degree}: DeepSpeed's Ulysses takes 2 or more ranks"
+            )
 
     def check_model(self, model: nn.Module, plan: Plan) -> None:
         super().check_model(model, plan)
         if (heads := getattr(model, "n_kv_heads", 0)) % self.degree:
-            raise ValueError(f"n_kv_heads={heads} is not divisible by cp={self.degree}: use {divisors(heads)}")
+            raise ValueError(
+                f"n_kv_heads={heads} is not divisible by cp={self.degree}: use {divisors(heads)}"
+            )
 
     def parallelize(self, model: nn.Module, plan: Plan) -> nn.Module:
         imported()
@@ -59,7 +67,9 @@ class DeepSpeedUlysses(ContextParallel):
 
     def verify(self, model: nn.Module, plan: Plan) -> None:
         for core in _cores(model):
-            assert isinstance(core, Swapping), f"attention is {type(core).__name__}, not DeepSpeed's"
+            assert isinstance(core, Swapping), (
+                f"attention is {type(core).__name__}, not DeepSpeed's"
+            )
 
     def reduce_gradients(self, model: nn.Module, plan: Plan) -> None:
         """The engine has, along both axes."""
@@ -69,14 +79,18 @@ class DeepSpeedUlysses(ContextParallel):
 
 
 class Swapping(nn.Module):
-    """DeepSpeed's DistributedAttention around a core, which has heads before tokens: (B, H, T, D)."""
+    """DeepSpeed's DistributedAttention around a core, which has heads before tokens: (B, H, T,
+    D).
+    """
 
     def __init__(self, core: Any, group: Any) -> None:
         from deepspeed.sequence.layer import DistributedAttention
 
         super().__init__()
         self.causal, self.dropout = core.causal, core.dropout
-        self.distributed = DistributedAttention(Transposed(core), group, scatter_idx=2, gather_idx=1)
+        self.distributed = DistributedAttention(
+            Transposed(core), group, scatter_idx=2, gather_idx=1
+        )
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         y = self.distributed(*(x.transpose(1, 2).contiguous() for x in (q, k, v)), 0)

@@ -1,17 +1,17 @@
 """ZeRO by DeepSpeed's own engine: it takes over the backward pass, the gradients and the optimizer.
 
     stage 0   as ddp: all-reduce of the gradients
-    stage 1   each rank keeps the fp32 weights and the optimizer's states of one slice of all weights, laid flat
+    stage 1   each rank keeps the fp32 weights and optimizer states of one slice of all weights
     stage 2   and of the gradients its slice alone
     stage 3   and of the weights: gathered for a module's forward and backward pass, then let go
 
     backward:  every gradient in a bucket, which is summed over the ranks as soon as it is full
     step:      each rank its slice; stages 1 and 2 then all-gather the weights
 
-`deepspeed` is DeepSpeed's own configuration, every key of it: offload, buckets, overlap, quantisation. What the run
-sets already (sizes of a batch, clipping, the optimizer) is dtrain's to say, and refused there.
-Sources: Rajbhandari et al. 2020, "ZeRO" (1910.02054); Ren et al. 2021, "ZeRO-Offload" (2101.06840).
-Cost a step, per rank: see `messages` of `engine_state.py`.
+`deepspeed` is DeepSpeed's own configuration, every key of it: offload, buckets, overlap,
+quantisation. What the run sets already (sizes of a batch, clipping, the optimizer) is dtrain's to
+say, and refused there. Sources: Rajbhandari et al. 2020, "ZeRO" (1910.02054); Ren et al. 2021,
+"ZeRO-Offload" (2101.06840). Cost a step, per rank: see `messages` of `engine_state.py`.
 """
 
 from __future__ import annotations
@@ -58,9 +58,10 @@ FP16 = "strategy.dp.deepspeed.fp16.enabled=true"
 PADDING = 8  # elements that each slice may be filled up with
 OWNED = {  # keys of DeepSpeed's configuration that the run has a word of its own for
     "train_batch_size": "global_batch_size", "train_micro_batch_size_per_gpu": "micro_batch_size",
-    "gradient_accumulation_steps": "micro_batch_size", "gradient_clipping": "clip_norm", "optimizer": "optimizer",
-    "scheduler": "lr_schedule", "bf16": "dtype=bf16", "torch_autocast": "dtype=bf16",
-    "prescale_gradients": "nothing: losses are scaled", "gradient_predivide_factor": "nothing: losses are scaled",
+    "gradient_accumulation_steps": "micro_batch_size", "gradient_clipping": "clip_norm",
+    "optimizer": "optimizer", "scheduler": "lr_schedule", "bf16": "dtype=bf16",
+    "torch_autocast": "dtype=bf16", "prescale_gradients": "nothing: losses are scaled",
+    "gradient_predivide_factor": "nothing: losses are scaled",
 }  # fmt: skip
 
 
@@ -69,7 +70,8 @@ class DeepSpeed(Strategy):
 
     Args:
         degree: ranks along `dp`; -1: the rest of the world.
-        deepspeed: DeepSpeed's configuration (https://www.deepspeed.ai/docs/config-json/), as nested keys.
+        deepspeed: DeepSpeed's configuration (https://www.deepspeed.ai/docs/config-json/), as nested
+            keys.
     """
 
     name = "deepspeed"
@@ -88,50 +90,83 @@ class DeepSpeed(Strategy):
             raise ValueError(f"{said} is for the run to say: use {OWNED[key]}")
         if self.zero.get("round_robin_gradients"):  # _hp_mapping then names the wrong weights
             raise ValueError(
-                "strategy.dp.deepspeed.zero_optimization.round_robin_gradients=true: DeepSpeed 0.19 loses "
+                "strategy.dp.deepspeed.zero_optimization.round_robin_gradients=true: DeepSpeed "
+                "0.19 loses "
                 "count of its slices; use false"
             )
         if self.stage not in (0, 1, 2, 3):
-            raise ValueError(f"strategy.dp.deepspeed.zero_optimization.stage={self.stage} must be 0, 1, 2 or 3")
+            raise ValueError(
+                f"strategy.dp.deepspeed.zero_optimization.stage={self.stage} must be 0, 1, 2 or 3"
+            )
 
     def check(self, plan: Plan) -> None:
         if others := [s.axis for s in plan.strategies if s is not self and s.engine != self.engine]:
             beside = ", ".join(others)
-            raise ValueError(f"strategy {self.name} stands alone, not beside {beside}: use fsdp or zero1 there")
+            raise ValueError(
+                f"strategy {self.name} stands alone, not beside {beside}: use fsdp or zero1 there"
+            )
         if find_spec("deepspeed") is None:
-            raise ValueError(f"strategy {self.name} needs the package deepspeed: pip install 'dtrain[deepspeed]'")
+            raise ValueError(
+                f"strategy {self.name} needs the package deepspeed: pip install 'dtrain[deepspeed]'"
+            )
         self.casts_itself = plan.precision.mixed
         if plan.precision.weights_dtype != torch.float32:
-            raise ValueError(f"strategy {self.name} keeps its weights in fp32, dtype={plan.precision.compute} does "
-                             f"not: use fp32 or bf16")  # fmt: skip
+            raise ValueError(
+                f"strategy {self.name} keeps its weights in fp32, "
+                f"dtype={plan.precision.compute} does "
+                f"not: use fp32 or bf16"
+            )
         if _autotp(plan) and not self.stage:
-            raise ValueError("strategy deepspeed_autotp is for stages 1, 2 and 3: use strategy=tensor for stage 0")
+            raise ValueError(
+                "strategy deepspeed_autotp is for stages 1, 2 and 3: use strategy=tensor "
+                "for stage 0"
+            )
         if self.casts_itself and not self.stage:
-            raise ValueError("DeepSpeed's stage 0 keeps no weights in fp32 beside dtype=bf16: use stage 1, 2 or 3")
+            raise ValueError(
+                "DeepSpeed's stage 0 keeps no weights in fp32 beside dtype=bf16: use stage 1, "
+                "2 or 3"
+            )
         if plan.precision.reduce:
-            raise ValueError(f"precision.reduce={plan.precision.reduce} is not for strategy {self.name}: set "
-                             f"strategy.dp.deepspeed.communication_data_type")  # fmt: skip
+            raise ValueError(
+                f"precision.reduce={plan.precision.reduce} is not for strategy {self.name}: set "
+                f"strategy.dp.deepspeed.communication_data_type"
+            )
         if plan.compile:
-            raise ValueError("compile=true compiles blocks before DeepSpeed hooks into them: use compile=false")
+            raise ValueError(
+                "compile=true compiles blocks before DeepSpeed hooks into them: use compile=false"
+            )
         check_zero(self.zero)
         if self.fp16:
             if plan.precision.mixed or not self.stage or len(plan.strategies) > 1:
-                at = f"dtype={plan.precision.compute}, stage {self.stage}, {len(plan.strategies)} axes"
-                raise ValueError(f"{FP16} is for dtype=fp32 and stage 1, 2 or 3 alone, not {at}: use dtype=bf16 there")
+                at = (
+                    f"dtype={plan.precision.compute}, stage {self.stage}, "
+                    f"{len(plan.strategies)} axes"
+                )
+                raise ValueError(
+                    f"{FP16} is for dtype=fp32 and stage 1, 2 or 3 alone, not {at}: use "
+                    f"dtype=bf16 there"
+                )
             check_fp16(FP16)
 
     def check_task(self, task: Task, plan: Plan) -> None:
         if any(update.second_order for update in task.updates):
-            raise ValueError(f"a loss of task {type(task).__name__} holds gradients, and DeepSpeed takes every "
-                             f"backward pass for the step's: use another loss, or strategy=zero1")  # fmt: skip
+            raise ValueError(
+                f"a loss of task {type(task).__name__} holds gradients, and DeepSpeed takes every "
+                f"backward pass for the step's: use another loss, or strategy=zero1"
+            )
         if (
             self.stage != 1 and len({update.trains for update in task.updates}) > 1
         ):  # 0 lets no other engine call backward; 2 and 3 reduce at once
-            raise ValueError(f"task {type(task).__name__} trains {len(task.models)} models, and DeepSpeed's stage "
-                             f"{self.stage} takes every gradient for its own model's: use stage 1")  # fmt: skip
+            raise ValueError(
+                f"task {type(task).__name__} trains {len(task.models)} models, and "
+                f"DeepSpeed's stage "
+                f"{self.stage} takes every gradient for its own model's: use stage 1"
+            )
 
     def optimizer(self, optimizer: Optimizer, model: nn.Module, plan: Plan) -> Optimizer:
-        """DeepSpeed's compiled AdamW for states in host memory, where it can be built; else torch's."""
+        """DeepSpeed's compiled AdamW for states in host memory, where it can be built; else
+        torch's.
+        """
         self.refuse_written(optimizer, model)
         device = (self.zero.get("offload_optimizer") or {}).get("device", "none")
         if device == "none" or not isinstance(optimizer, torch.optim.AdamW):
@@ -140,26 +175,37 @@ class DeepSpeed(Strategy):
         from deepspeed.ops.adam import DeepSpeedCPUAdam
 
         try:
-            groups = [{key: group[key] for key in ("params", "lr", "betas", "eps", "weight_decay")}
-                      for group in optimizer.param_groups]  # fmt: skip
+            groups = [
+                {key: group[key] for key in ("params", "lr", "betas", "eps", "weight_decay")}
+                for group in optimizer.param_groups
+            ]
             return DeepSpeedCPUAdam(groups, adamw_mode=True)
         except Exception as error:  # a compiler may fail in any way
             reason = (str(error).strip() or type(error).__name__).splitlines()[-1]
-            logging.getLogger("dtrain").warning("DeepSpeed's CPU Adam cannot be built, torch's steps: %s", reason)
+            logging.getLogger("dtrain").warning(
+                "DeepSpeed's CPU Adam cannot be built, torch's steps: %s", reason
+            )
             self.settings = self.settings | {"zero_force_ds_cpu_optimizer": False}
             return optimizer
 
     def refuse_written(self, optimizer: Optimizer, model: nn.Module) -> None:
-        """Refuse what an author's optimizer may read on parameters: it would get flat slices of many of them."""
+        """Refuse what an author's optimizer may read on parameters: it would get flat slices of
+        many of them.
+        """
         if type(optimizer).__module__.split(".")[0] == "torch":
             return
         for name, attributes in written(model).items() if self.stage else ():
             for key in (k for k in attributes if not k.startswith(("ds_", "_hf_", "_is_hf_"))):
-                raise ValueError(f"{name}.{key} is written on a parameter, and {type(optimizer).__name__} may read it: "
-                                 f"strategy {self.name} gives it flat slices; "
-                                 f"use strategy=fsdp or zero1")  # fmt: skip
+                raise ValueError(
+                    f"{name}.{key} is written on a parameter, and {type(optimizer).__name__} may "
+                    f"read it: "
+                    f"strategy {self.name} gives it flat slices; "
+                    f"use strategy=fsdp or zero1"
+                )
 
-    def executor(self, models: Models, optimizers: Mapping[str, Optimizer], plan: Plan, micro_batches: int) -> Executor:
+    def executor(
+        self, models: Models, optimizers: Mapping[str, Optimizer], plan: Plan, micro_batches: int
+    ) -> Executor:
         deepspeed = imported()
         fresh(deepspeed, plan)
         config, engines = self.config(plan, micro_batches), {}
@@ -180,11 +226,14 @@ class DeepSpeed(Strategy):
     def config(self, plan: Plan, micro_batches: int) -> dict[str, Any]:
         clipping = (plan.clip_norm or 0.0) if self.stage else 0.0  # at stage 0 the loop clips
         return self.settings | {
-            "train_micro_batch_size_per_gpu": 1, "gradient_accumulation_steps": micro_batches,
-            "gradient_clipping": clipping, "zero_allow_untested_optimizer": True,
-            "steps_per_print": 1 << 60, "sequence_parallel_size": plan.degrees.get("cp", 1),
+            "train_micro_batch_size_per_gpu": 1,
+            "gradient_accumulation_steps": micro_batches,
+            "gradient_clipping": clipping,
+            "zero_allow_untested_optimizer": True,
+            "steps_per_print": 1 << 60,
+            "sequence_parallel_size": plan.degrees.get("cp", 1),
             **({"bf16": {"enabled": True}} if plan.precision.mixed else {}),
-        }  # fmt: skip
+        }
 
     def verify_engine(self, engine: Any, ranks: int) -> None:
         """Asked = got: the stage, and that a rank keeps its share alone."""
@@ -193,12 +242,14 @@ class DeepSpeed(Strategy):
         seen = engine.seq_dp_world_size if ranks != self.degree else engine.dp_world_size
         assert seen == ranks, f"DeepSpeed sees {seen} ranks, not {ranks}"
         if self.stage:
-            kept, every = sum(flat.numel() for flat in flats(engine)), sum(map(elements, engine.module.parameters()))
+            kept = sum(flat.numel() for flat in flats(engine))
+            every = sum(map(elements, engine.module.parameters()))
             most = -(-every // ranks) + PADDING * ranks * len(list(engine.module.parameters()))
             assert kept <= most, f"{kept} fp32 weights on this rank, of {every} on {ranks}"
 
     def sync_gradients(self, model: nn.Module, enabled: bool) -> None:
-        if boundary := getattr(model, "set_gradient_accumulation_boundary", None):  # a model that follows has none
+        # a model that follows has none
+        if boundary := getattr(model, "set_gradient_accumulation_boundary", None):
             boundary(enabled)
 
     def footprint(self, footprint: Footprint, plan: Plan) -> Footprint:
@@ -206,23 +257,30 @@ class DeepSpeed(Strategy):
             return footprint
         if self.fp16:
             footprint = replace(footprint, compute_bytes=2)
-        return replace(footprint, held=held(footprint, self.degree, footprint.place[self.axis], self.stage))
+        return replace(
+            footprint, held=held(footprint, self.degree, footprint.place[self.axis], self.stage)
+        )
 
     def cost(self, footprint: Footprint, plan: Plan) -> list[Message]:
         if self.fp16:
-            raise ValueError("DeepSpeed's messages are not told with fp16, which asks for steps to be left out")
+            raise ValueError(
+                "DeepSpeed's messages are not told with fp16, which asks for steps to be left out"
+            )
         return messages(footprint, self.axis, self.degree, self.zero)
 
 
 class DeepSpeedExecutor(GradientAccumulation):
-    """Micro-batches through DeepSpeed's engines, which exchange gradients, clip and step by themselves.
+    """Micro-batches through DeepSpeed's engines, which exchange gradients, clip and step by
+    themselves.
 
     What is not trained has no engine, and stays as it is in `models`.
     """
 
     leaves_gradients = False
 
-    def __init__(self, stage: int, engines: dict[str, Any], micro_batches: int, plan: Plan, models: Models) -> None:
+    def __init__(
+        self, stage: int, engines: dict[str, Any], micro_batches: int, plan: Plan, models: Models
+    ) -> None:
         super().__init__(models | engines, micro_batches, plan)
         self.stage, self.engines = stage, engines
 
@@ -242,7 +300,8 @@ class DeepSpeedExecutor(GradientAccumulation):
         if self.stage < 3:
             return zero.scaled_global_norm().double() / zero.loss_scale
         norms = torch.stack(zero._get_norm_groups()).double()
-        return norms.where(norms >= 0, math.inf).norm() / zero.loss_scale  # -1 is said of what is not finite
+        # -1 is said of what is not finite
+        return norms.where(norms >= 0, math.inf).norm() / zero.loss_scale
 
     def step(self, model: str, optimizer: Optimizer) -> None:
         self.engines[model].step()
@@ -275,7 +334,9 @@ class DeepSpeedExecutor(GradientAccumulation):
 
 
 def owners(engine: Any) -> dict[str, int]:
-    """Which of the ranks that share the states keeps which weight whole while a checkpoint is written or read."""
+    """Which of the ranks that share the states keeps which weight whole while a checkpoint is
+    written or read.
+    """
     sharing = dist.get_world_size(engine.optimizer.dp_process_group)
     shares = shared_out(list(engine.module.parameters()), sharing, elements)
     ranks = {id(parameter): rank for rank, share in enumerate(shares) for parameter in share}

@@ -1,7 +1,9 @@
-"""One worker and one parameter server: messages both ways, over a process group that is theirs alone.
+"""One worker and one parameter server: messages both ways, over a process group that is theirs
+alone.
 
-Each link fails by itself: when a worker dies, its server sees an error on this link and goes on with all others; when
-the worker comes back, both make a new one. torch.distributed's messages between two ranks carry it.
+Each link fails by itself: when a worker dies, its server sees an error on this link and goes on
+with all others; when the worker comes back, both make a new one. torch.distributed's messages
+between two ranks carry it.
 """
 
 from __future__ import annotations
@@ -24,7 +26,9 @@ class PeerLost(RuntimeError):
 
 @contextmanager
 def _telling() -> Iterator[None]:
-    """What torch says of a connection that is lost, by its own name: other errors are no sign of that."""
+    """What torch says of a connection that is lost, by its own name: other errors are no sign
+    of that.
+    """
     try:
         yield
     except (RuntimeError, dist.DistError) as error:
@@ -74,7 +78,9 @@ class Connection:
     def tell(self, flags: list[bool]) -> None:
         """Yes or no, for each of so many things that the other side knows."""
         with _telling():
-            self._group.send([torch.tensor([*flags, True], dtype=torch.uint8)], self._other, 1).wait()
+            self._group.send(
+                [torch.tensor([*flags, True], dtype=torch.uint8)], self._other, 1
+            ).wait()
 
     def told(self, number: int) -> list[bool]:
         flags = torch.zeros(number + 1, dtype=torch.uint8)  # one more: a message is not empty

@@ -2,11 +2,11 @@
 
     none        as they are
     fp16, bf16  half the bytes
-    top_k       the largest of each gradient's elements, and where they are; the rest is added to the next one
-    power_sgd   of each matrix two thin ones, P Q' ~ M; the rest is added to the next one
+    top_k       each gradient's largest elements and where they are; the rest joins the next one
+    power_sgd   of each matrix two thin ones, P Q' ~ M; the rest joins the next one
 
-A worker has one encoder; what it keeps between steps (the rest, Q) is its own.
-Sources: Stich et al. 2018, sparsified SGD with memory (1809.07599); Vogels et al. 2019, PowerSGD (1905.13727).
+A worker has one encoder; what it keeps between steps (the rest, Q) is its own. Sources: Stich et
+al. 2018, sparsified SGD with memory (1809.07599); Vogels et al. 2019, PowerSGD (1905.13727).
 """
 
 from __future__ import annotations
@@ -32,19 +32,28 @@ class GradientCompression:
     """
 
     def __init__(
-        self, method: str, shapes: Sequence[Size], dtype: torch.dtype, *, share: float = 0.01, rank: int = 2
+        self,
+        method: str,
+        shapes: Sequence[Size],
+        dtype: torch.dtype,
+        *,
+        share: float = 0.01,
+        rank: int = 2,
     ) -> None:
         self.method, self.shapes, self.dtype = method, list(shapes), dtype
         self.kept = [max(1, round(share * prod(shape))) for shape in shapes]
         self.ranks = [self._thin(shape, rank) for shape in shapes]
         self._pieces_of_a_message = self._empty()
-        self.size = sum(piece.numel() * piece.element_size() for piece in self._pieces_of_a_message)  # in bytes
+        # in bytes
+        self.size = sum(piece.numel() * piece.element_size() for piece in self._pieces_of_a_message)
         self._rest: list[Tensor] = []
         self._q: dict[int, Tensor] = {}
 
     @staticmethod
     def _thin(shape: Size, rank: int) -> int:
-        """The rank at which a gradient travels; 0: whole, since two thin matrices would not be smaller."""
+        """The rank at which a gradient travels; 0: whole, since two thin matrices would not be
+        smaller.
+        """
         n, m = (shape[0], prod(shape[1:])) if len(shape) > 1 else (0, 0)
         return rank if rank * (n + m) < n * m else 0
 
@@ -59,10 +68,13 @@ class GradientCompression:
                 ]
             elif self.method == "power_sgd" and rank:
                 made += [
-                    torch.empty(size, rank, dtype=self.dtype, device="meta") for size in (shape[0], prod(shape[1:]))
+                    torch.empty(size, rank, dtype=self.dtype, device="meta")
+                    for size in (shape[0], prod(shape[1:]))
                 ]
             else:
-                made.append(torch.empty(shape, dtype=NARROW.get(self.method, self.dtype), device="meta"))
+                made.append(
+                    torch.empty(shape, dtype=NARROW.get(self.method, self.dtype), device="meta")
+                )
         return made
 
     @torch.no_grad()
@@ -71,7 +83,11 @@ class GradientCompression:
         if self.method in ("top_k", "power_sgd"):
             rest = self._rest or [torch.zeros_like(gradient) for gradient in gradients]
             gradients = [gradient + left for gradient, left in zip(gradients, rest, strict=True)]
-        pieces = [piece for index, gradient in enumerate(gradients) for piece in self._pieces(index, gradient)]
+        pieces = [
+            piece
+            for index, gradient in enumerate(gradients)
+            for piece in self._pieces(index, gradient)
+        ]
         message = torch.cat([piece.contiguous().view(-1).view(torch.uint8) for piece in pieces])
         if self.method in ("top_k", "power_sgd"):
             self._rest = [g - sent for g, sent in zip(gradients, self.decode(message), strict=True)]
@@ -85,7 +101,9 @@ class GradientCompression:
         if self.method == "power_sgd" and (rank := self.ranks[index]):
             matrix = gradient.flatten(1)
             if index not in self._q:
-                drawn = torch.randn(matrix.shape[1], rank, generator=torch.Generator().manual_seed(index))
+                drawn = torch.randn(
+                    matrix.shape[1], rank, generator=torch.Generator().manual_seed(index)
+                )
                 self._q[index] = drawn.to(matrix)
             p = torch.linalg.qr(matrix @ self._q[index]).Q
             self._q[index] = matrix.T @ p
@@ -97,12 +115,19 @@ class GradientCompression:
         """The gradients, as far as the message tells them."""
         empty = self._pieces_of_a_message
         parts = message.split([piece.numel() * piece.element_size() for piece in empty])
-        pieces = [part.clone().view(like.dtype).view(like.shape) for part, like in zip(parts, empty, strict=True)]
+        pieces = [
+            part.clone().view(like.dtype).view(like.shape)
+            for part, like in zip(parts, empty, strict=True)
+        ]
         found = []
         for shape, rank in zip(self.shapes, self.ranks, strict=True):
             if self.method == "top_k":
                 values, where = pieces.pop(0), pieces.pop(0)
-                found.append(torch.zeros(prod(shape), dtype=self.dtype).index_add(0, where.long(), values).view(shape))
+                found.append(
+                    torch.zeros(prod(shape), dtype=self.dtype)
+                    .index_add(0, where.long(), values)
+                    .view(shape)
+                )
             elif self.method == "power_sgd" and rank:
                 found.append((pieces.pop(0) @ pieces.pop(0).T).view(shape))
             else:

@@ -1,19 +1,21 @@
 """A parameter server: workers push gradients and pull weights, and nobody waits for anybody.
 
-    worker 1:  pull w(3) ... gradient ... push -> w(5) = w(4) - lr g(w(3))     staleness 1: one update came between
-    worker 2:  pull w(2) .............. gradient .............. push -> w(6)   staleness 3
+    worker 1:  pull w(3) ... gradient ... push -> w(5) = w(4) - lr g(w(3))   staleness 1: one update
+    worker 2:  pull w(2) .......... gradient .......... push -> w(6)         came between; here 3
     server:    applies each as it comes
 
-`mode=sync` waits for the gradients of all of a batch's parts, and is ddp; `bounded` lets no worker be more than
-`max_staleness` gradients ahead of the slowest; `async` lets all run. The first `servers` ranks hold the weights, in
-shares; the others compute. Every worker's gradient is of one part of a global batch, 1/W of its rows: in `async` and
-`bounded` each is an update of its own, so a step (a global batch) has W of them.
+`mode=sync` waits for the gradients of all of a batch's parts, and is ddp; `bounded` lets no worker
+be more than `max_staleness` gradients ahead of the slowest; `async` lets all run. The first
+`servers` ranks hold the weights, in shares; the others compute. Every worker's gradient is of one
+part of a global batch, 1/W of its rows: in `async` and `bounded` each is an update of its own, so a
+step (a global batch) has W of them.
 
-Workers are processes that their ranks look after: one that dies is started again, and its gradient given to another.
-Cost a step, per rank: a worker sends its gradients (or what `compression` leaves of them), a server the weights to each
-of the W workers: the server's link is what everything goes through.
-Sources: Li et al. 2014, "Scaling Distributed Machine Learning with the Parameter Server"; Dean et al. 2012, DistBelief;
-Ho et al. 2013, stale-synchronous parallel; Zhang et al. 2015, rates divided by staleness (1511.05950).
+Workers are processes that their ranks look after: one that dies is started again, and its gradient
+given to another. Cost a step, per rank: a worker sends its gradients (or what `compression` leaves
+of them), a server the weights to each of the W workers: the server's link is what everything goes
+through. Sources: Li et al. 2014, "Scaling Distributed Machine Learning with the Parameter Server";
+Dean et al. 2012, DistBelief; Ho et al. 2013, stale-synchronous parallel; Zhang et al. 2015, rates
+divided by staleness (1511.05950).
 """
 
 from __future__ import annotations
@@ -42,9 +44,11 @@ class ParameterServer(Strategy):
         mode: async, bounded or sync.
         max_staleness: in `bounded`: how many gradients a worker may be ahead of the slowest.
         servers: ranks that share the weights.
-        divide_by_staleness: divide the learning rate of a gradient by its staleness, where that is above 1.
+        divide_by_staleness: divide the learning rate of a gradient by its staleness, where that is
+            above 1.
         compression: none, fp16, bf16, top_k or power_sgd, of gradients on their way to the server.
-        top_k_fraction: share of the elements that top_k sends; power_sgd_rank: of power_sgd's matrices.
+        top_k_fraction: share of the elements that top_k sends; power_sgd_rank: of power_sgd's
+            matrices.
         restarts: how often a worker that dies is started again.
     """
 
@@ -54,10 +58,18 @@ class ParameterServer(Strategy):
     asynchronous = True
 
     def __init__(
-        self, degree: int = REST, *, mode: str = ASYNC, max_staleness: int = 4, servers: int = 1,
-        divide_by_staleness: bool = False, compression: str = "none", top_k_fraction: float = 0.01,
-        power_sgd_rank: int = 2, restarts: int = 3,
-    ) -> None:  # fmt: skip
+        self,
+        degree: int = REST,
+        *,
+        mode: str = ASYNC,
+        max_staleness: int = 4,
+        servers: int = 1,
+        divide_by_staleness: bool = False,
+        compression: str = "none",
+        top_k_fraction: float = 0.01,
+        power_sgd_rank: int = 2,
+        restarts: int = 3,
+    ) -> None:
         super().__init__(degree)
         self.stepped = (APART,) if servers > 1 else ()
         self.mode, self.bound, self.servers, self.restarts = mode, max_staleness, servers, restarts
@@ -68,10 +80,11 @@ class ParameterServer(Strategy):
             ("mode", mode, mode in MODES, f"one of {', '.join(MODES)}"),
             ("compression", compression, compression in METHODS, f"one of {', '.join(METHODS)}"),
             ("max_staleness", max_staleness, max_staleness >= 0, "at least 0"),
-            ("servers", servers, servers >= 1, "at least 1"), ("restarts", restarts, restarts >= 0, "at least 0"),
+            ("servers", servers, servers >= 1, "at least 1"),
+            ("restarts", restarts, restarts >= 0, "at least 0"),
             ("top_k_fraction", top_k_fraction, 0 < top_k_fraction <= 1, "above 0, at most 1"),
             ("power_sgd_rank", power_sgd_rank, power_sgd_rank >= 1, "at least 1"),
-        )  # fmt: skip
+        )
 
     @property
     def synchronous(self) -> bool:  # type: ignore[override]
@@ -88,30 +101,48 @@ class ParameterServer(Strategy):
 
     def check(self, plan: Plan) -> None:
         if others := [strategy.axis for strategy in plan.strategies if strategy is not self]:
-            raise ValueError(f"strategy parameter_server stands alone, not beside {', '.join(others)}: "
-                             f"leave them out, or use replicate in its place")  # fmt: skip
+            raise ValueError(
+                f"strategy parameter_server stands alone, not beside {', '.join(others)}: "
+                f"leave them out, or use replicate in its place"
+            )
         if self.workers < 1:
-            raise ValueError(f"strategy parameter_server has {self.degree} ranks for {self.servers} servers and the "
-                             f"workers: start {self.servers + 1} or more")  # fmt: skip
+            raise ValueError(
+                f"strategy parameter_server has {self.degree} ranks for {self.servers} servers "
+                f"and the "
+                f"workers: start {self.servers + 1} or more"
+            )
         if plan.compile:
-            raise ValueError("strategy parameter_server does not compile its workers' models: use compile=false")
+            raise ValueError(
+                "strategy parameter_server does not compile its workers' models: use compile=false"
+            )
         if self.compression == "power_sgd" and plan.precision.weights_dtype == torch.bfloat16:
-            raise ValueError("strategy.dp.compression=power_sgd orthogonalises, which no CPU does in bf16: keep "
-                             "weights in fp32 (precision=bf16)")  # fmt: skip
+            raise ValueError(
+                "strategy.dp.compression=power_sgd orthogonalises, which no CPU does in bf16: keep "
+                "weights in fp32 (precision=bf16)"
+            )
         if plan.device.type != "cpu":
-            raise ValueError("strategy parameter_server sends by gloo, from host memory: use device=cpu")
+            raise ValueError(
+                "strategy parameter_server sends by gloo, from host memory: use device=cpu"
+            )
 
     def check_model(self, model: nn.Module, plan: Plan) -> None:
         if self.servers > (number := len(list(model.parameters()))):
-            raise ValueError(f"strategy.dp.servers={self.servers} are more than the model's {number} weights")
+            raise ValueError(
+                f"strategy.dp.servers={self.servers} are more than the model's {number} weights"
+            )
         kept = model.state_dict().keys()
         if [name for name, _ in model.named_buffers() if name in kept] or any(
             isinstance(module, StepAware) for module in model.modules()
         ):
-            raise ValueError(f"{type(model).__name__} keeps more than weights from step to step (loads, power "
-                             f"iterations), which workers do not push: use ddp")  # fmt: skip
+            raise ValueError(
+                f"{type(model).__name__} keeps more than weights from step to step (loads, power "
+                f"iterations), which workers do not push: use ddp"
+            )
 
     def check_task(self, task: Task, plan: Plan) -> None:
         if self.servers > 1 and task.followers:
-            raise ValueError(f"task {type(task).__name__} has a model that follows another, whose weights are on "
-                             f"several servers: use strategy.dp.servers=1")  # fmt: skip
+            raise ValueError(
+                f"task {type(task).__name__} has a model that follows another, whose weights "
+                f"are on "
+                f"several servers: use strategy.dp.servers=1"
+            )

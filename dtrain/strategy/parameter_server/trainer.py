@@ -1,6 +1,6 @@
 """A run under a parameter server, as its ranks see it.
 
-rank 0 .. S-1   keep the weights (`Server`); the loop on them sees a step for each global batch's worth of gradients
+rank 0 .. S-1   keep the weights (`Server`); a step of their loop is one global batch of gradients
 other ranks     look after a worker process each (`work`), and start another one where it dies
 """
 
@@ -37,31 +37,49 @@ from dtrain.train import Settings, Step
 
 
 class ParameterServerTrainer(Server):
-    """The trainer of one rank. Making one is a collective; training is not. Arguments: see `Server`, `work`."""
+    """The trainer of one rank.
+
+    Making one is a collective; training is not. Arguments: see `Server`, `work`.
+    """
 
     def __init__(
-        self, task: Task, plan: Plan, optimizer: Callable[[nn.Module], Optimizer], settings: Settings,
-        config: Config, world: World, parts: MakeParts,
-    ) -> None:  # fmt: skip
+        self,
+        task: Task,
+        plan: Plan,
+        optimizer: Callable[[nn.Module], Optimizer],
+        settings: Settings,
+        config: Config,
+        world: World,
+        parts: MakeParts,
+    ) -> None:
         strategy = plan.strategy_on("dp")
         assert isinstance(strategy, ParameterServer)
         self._parts = parts  # for each life of a worker
         self.saving = list(range(strategy.servers))  # ranks that write checkpoints
         self._store, address = _shared_store()
-        super().__init__(task, plan, optimizer, settings, config, world, address, dist.new_group(self.saving))
-        for model in filter(of_others, self.models.values()):  # which each rank has made, as its worker will
-            refuse_other_weights({name: digest(tensor) for name, tensor in tensors_of(model)}, type(model).__name__)
+        super().__init__(
+            task, plan, optimizer, settings, config, world, address, dist.new_group(self.saving)
+        )
+        # which each rank has made, as its worker will
+        for model in filter(of_others, self.models.values()):
+            refuse_other_weights(
+                {name: digest(tensor) for name, tensor in tensors_of(model)}, type(model).__name__
+            )
         self._begun = self._begun_version = 0  # steps and updates of earlier runs
         self._seconds = 0.0  # of this one's
 
     def steps(self) -> Iterator[Step]:
-        """On a server the steps of all workers together; on other ranks none, until the training has ended."""
+        """On a server the steps of all workers together; on other ranks none, until the
+        training has ended.
+        """
         if self.rank >= self.strategy.servers:
             self._look_after_a_worker()
             return
         self._begun = self.next_step
         total, self.applied = self.settings.steps * self.of_a_step, self.next_step * self.of_a_step
-        self.board = WorkQueue(total, self.strategy.workers, self.strategy.mode, self.strategy.bound, self.applied)
+        self.board = WorkQueue(
+            total, self.strategy.workers, self.strategy.mode, self.strategy.bound, self.applied
+        )
         self.once = SeenItems(self.applied)
         self.version = self._begun_version = self.applied // (
             self.strategy.workers if self.strategy.mode == SYNC else 1
@@ -72,7 +90,10 @@ class ParameterServerTrainer(Server):
                 group["params"] = [p for p in group["params"] if id(p) in mine]
             for parameter in [p for p in optimizer.state if id(p) not in mine]:
                 del optimizer.state[parameter]  # that a checkpoint has filled: another server's
-        threads = [threading.Thread(target=self.attend, args=(w,), daemon=True) for w in range(self.strategy.workers)]
+        threads = [
+            threading.Thread(target=self.attend, args=(w,), daemon=True)
+            for w in range(self.strategy.workers)
+        ]
         for thread in threads:
             thread.start()
         try:
@@ -93,12 +114,16 @@ class ParameterServerTrainer(Server):
             with self.lock:  # held while the loop evaluates or saves: nothing changes meanwhile
                 while self.applied < (self.next_step + 1) * self.of_a_step:
                     if self.failure or not any(thread.is_alive() for thread in threads):
-                        raise self.failure or RuntimeError("every worker of the parameter server is gone")
+                        raise self.failure or RuntimeError(
+                            "every worker of the parameter server is gone"
+                        )
                     self.lock.wait(1.0)
                 if self.strategy.servers > 1:
-                    with self.released():  # another server may lack a gradient, which somebody computes on our weights
+                    # another server may lack a gradient, which somebody computes on our weights
+                    with self.released():
                         dist.barrier(group=self.servers)
-                seconds, begun = time.perf_counter() - begun, time.perf_counter()  # workers compute while it evaluates
+                # workers compute while it evaluates
+                seconds, begun = time.perf_counter() - begun, time.perf_counter()
                 yield self._told(tokens, seconds)
                 self.lock.notify_all()
 
@@ -127,9 +152,13 @@ class ParameterServerTrainer(Server):
         )
 
     def figures(self) -> dict[str, float]:
-        """For the line of a step: updates of the weights so far, gradients, and their mean staleness."""
+        """For the line of a step: updates of the weights so far, gradients, and their mean
+        staleness.
+        """
         gradients = sum(self.staleness.values())
-        mean = sum(staleness * times for staleness, times in self.staleness.items()) / max(1, gradients)
+        mean = sum(staleness * times for staleness, times in self.staleness.items()) / max(
+            1, gradients
+        )
         return {"updates": self.version, "gradients": gradients, "staleness": mean}
 
     def _look_after_a_worker(self) -> None:
@@ -137,7 +166,15 @@ class ParameterServerTrainer(Server):
         context = multiprocessing.get_context("forkserver")
         context.set_forkserver_preload(PRELOADED)
         for life in range(self.strategy.restarts + 1):
-            arguments = (os.getpid(), work, self._parts, self.config, self.world, self.address, life)
+            arguments = (
+                os.getpid(),
+                work,
+                self._parts,
+                self.config,
+                self.world,
+                self.address,
+                life,
+            )
             process = context.Process(target=tied, args=arguments)
             process.start()
             log.info("worker %d, process %d", worker, process.pid)
@@ -172,25 +209,40 @@ class ParameterServerTrainer(Server):
         return super().state()
 
     def report(self) -> dict[str, Any]:
-        """What a profile tells of other strategies, as far as there is such a thing here. A collective of all ranks."""
+        """What a profile tells of other strategies, as far as there is such a thing here.
+
+        A collective of all ranks.
+        """
         names = ("gradients", "compute_seconds", "wait_seconds")
         updates = self.version - self._begun_version
         told = {
-            "mode": self.strategy.mode, "servers": self.strategy.servers, "updates": updates,
-            "updates_per_second": updates / (self._seconds or 1.0), "most_ahead": self.board.widest,
-            "staleness": dict(sorted(self.staleness.items())), "lives": dict(self.lives),
-            "workers": {w: dict(zip(names, each, strict=True)) for w, each in sorted(self.spent.items())},
-        }  # fmt: skip
+            "mode": self.strategy.mode,
+            "servers": self.strategy.servers,
+            "updates": updates,
+            "updates_per_second": updates / (self._seconds or 1.0),
+            "most_ahead": self.board.widest,
+            "staleness": dict(sorted(self.staleness.items())),
+            "lives": dict(self.lives),
+            "workers": {
+                w: dict(zip(names, each, strict=True)) for w, each in sorted(self.spent.items())
+            },
+        }
         every = gathered((told, dict(self.traffic), self.next_step - self._begun))
         servers, steps = every[: self.strategy.servers], max(1, every[0][2])
         sent = [[_added(traffic.values(), "sent")] for _, traffic, _ in servers]
         for worker in range(self.strategy.workers):
-            sent.append([_added([traffic.get(worker, {}) for _, traffic, _ in servers], "received")])
+            sent.append(
+                [_added([traffic.get(worker, {}) for _, traffic, _ in servers], "received")]
+            )
         ranks = [[_message(size, calls, steps) for size, calls in each] for each in sent]
         return {
-            "ranks": [{"traffic": each, "traffic_predicted": None, "memory": None, "time": None} for each in ranks],
-            "bubble": None, "asynchronous": servers[0][0],
-        }  # fmt: skip
+            "ranks": [
+                {"traffic": each, "traffic_predicted": None, "memory": None, "time": None}
+                for each in ranks
+            ],
+            "bubble": None,
+            "asynchronous": servers[0][0],
+        }
 
 
 def _added(links: Iterable[Mapping[str, int]], way: str) -> tuple[int, int]:
@@ -201,20 +253,33 @@ def _added(links: Iterable[Mapping[str, int]], way: str) -> tuple[int, int]:
 
 def _message(size: int, calls: int, steps: int) -> dict[str, Any]:
     """Of a step, as a profile tells it."""
-    return {"axis": "dp", "operation": "send", "calls": calls / steps, "bytes": size // steps,
-            "wire_bytes": size / steps}  # fmt: skip
+    return {
+        "axis": "dp",
+        "operation": "send",
+        "calls": calls / steps,
+        "bytes": size // steps,
+        "wire_bytes": size / steps,
+    }
 
 
 def _shared_store() -> tuple[dist.Store, tuple[str, int]]:
-    """A store that every process of the run reaches, workers that come back too, and its address. A collective."""
+    """A store that every process of the run reaches, workers that come back too, and its address.
+
+    A collective.
+    """
     store, host = None, address_of_first()
     address = host, 0
     if dist.get_rank() == 0:
         family = socket.getaddrinfo(host, None)[0][0]
-        listener = socket.create_server((host, 0), family=family)  # torch's own would listen on all interfaces
+        # torch's own would listen on all interfaces
+        listener = socket.create_server((host, 0), family=family)
         address = host, int(listener.getsockname()[1])
         store = dist.TCPStore(
-            host, address[1], is_master=True, wait_for_workers=False, master_listen_fd=listener.detach()
+            host,
+            address[1],
+            is_master=True,
+            wait_for_workers=False,
+            master_listen_fd=listener.detach(),
         )
     told = [address]
     dist.broadcast_object_list(told, src=0)

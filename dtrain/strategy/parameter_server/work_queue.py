@@ -1,15 +1,16 @@
 """What a parameter server knows of its workers: who computes which gradient, and who has to wait.
 
-No tensors and no sockets are here. The work of a run is a list of items: item i is part i mod W of round i div W, and a
-round is one update of one global batch. A worker asks for an item, computes its gradient on the weights of that moment,
-and hands it in.
+No tensors and no sockets are here. The work of a run is a list of items: item i is part i mod W of
+round i div W, and a round is one update of one global batch. A worker asks for an item, computes
+its gradient on the weights of that moment, and hands it in.
 
     sync      an item is given out when all rounds before its own are finished
-    bounded   ... when the worker is at most `bound` items ahead of the slowest (stale-synchronous parallel)
+    bounded   ... when the worker is at most `bound` items ahead of the slowest
     async     ... at once
 
-A worker that dies gives its item back; the next one that asks gets it. So each item is finished once, whoever lives.
-Source: Ho et al. 2013, "More Effective Distributed ML via a Stale Synchronous Parallel Parameter Server".
+A worker that dies gives its item back; the next one that asks gets it. So each item is finished
+once, whoever lives. Source: Ho et al. 2013, "More Effective Distributed ML via a Stale Synchronous
+Parallel Parameter Server".
 """
 
 from __future__ import annotations
@@ -52,7 +53,9 @@ class WorkQueue:
         return self.finished >= self.total
 
     def join(self, worker: int) -> None:
-        """A worker, new or come back: it begins with the slowest, so that nobody waits for what it has missed."""
+        """A worker, new or come back: it begins with the slowest, so that nobody waits for what
+        it has missed.
+        """
         self.clocks[worker] = min(self.clocks.values(), default=0)
 
     def leave(self, worker: int) -> None:
@@ -88,7 +91,9 @@ class WorkQueue:
 
 @dataclass
 class SeenItems:
-    """Which items a server has taken: one that a worker computed again, when another had died, comes twice."""
+    """Which items a server has taken: one that a worker computed again, when another had died,
+    comes twice.
+    """
 
     begin: int = 0  # all before it are taken
     _beyond: set[int] = field(default_factory=set)

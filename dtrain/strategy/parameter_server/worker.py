@@ -1,4 +1,6 @@
-"""A worker of a parameter server: a process that pulls weights, computes one gradient, and pushes it."""
+"""A worker of a parameter server: a process that pulls weights, computes one gradient, and
+pushes it.
+"""
 
 from __future__ import annotations
 
@@ -32,7 +34,9 @@ PULL, PUSH, BYE = 0, 1, 2  # what a worker says
 WORK, WAIT, STOP = 0, 1, 2  # and a server
 
 
-def work(parts: MakeParts, config: Config, world: World, address: tuple[str, int], life: int) -> None:
+def work(
+    parts: MakeParts, config: Config, world: World, address: tuple[str, int], life: int
+) -> None:
     """What the process does, in one of its lives, until the servers have no more work.
 
     Args:
@@ -68,14 +72,23 @@ class Worker:
         assert isinstance(strategy, ParameterServer)
         self.config, self.strategy = config, strategy
         self.number = world.rank - strategy.servers
-        self.plan = Plan((), 1, plan.precision, plan.device, plan.recompute, clip_norm=plan.clip_norm)
+        self.plan = Plan(
+            (), 1, plan.precision, plan.device, plan.recompute, clip_norm=plan.clip_norm
+        )
         micro_batches = plan.micro_batches(config.global_batch_size, config.micro_batch_size)
-        self.models = {name: self.plan.parallelize(make, config.seed) for name, make in self.task.models.items()}
+        self.models = {
+            name: self.plan.parallelize(make, config.seed)
+            for name, make in self.task.models.items()
+        }
         self.executor = self.plan.executor(self.models, {}, micro_batches)
         self.shares = shares_of(self.task, self.models, strategy.servers)
-        self.own = [{u.trains: of_model(self.models[u.trains], share) for u in self.task.updates}
-                    for share in self.shares]  # fmt: skip
-        self.encoders = [{name: compression(strategy, each) for name, each in own.items()} for own in self.own]
+        self.own = [
+            {u.trains: of_model(self.models[u.trains], share) for u in self.task.updates}
+            for share in self.shares
+        ]
+        self.encoders = [
+            {name: compression(strategy, each) for name, each in own.items()} for own in self.own
+        ]
         self._batch: tuple[int, Batch] = (-1, {})
         self.computed = self.waited = 0.0
 
@@ -86,17 +99,22 @@ class Worker:
             begun = time.perf_counter()
             name, gradients, used, loss, norm = self._gradient(item)
             self.computed += time.perf_counter() - begun
-            for server in reversed(range(len(links))):  # the first one last: it counts what is finished
+            # the first one last: it counts what is finished
+            for server in reversed(range(len(links))):
                 own = [gradients[id(p)] for p in self.own[server][name]]
                 has = [id(p) in used for p in self.own[server][name]]
-                links[server].say(PUSH, versions[server], item, loss, norm, self.computed, self.waited)
+                links[server].say(
+                    PUSH, versions[server], item, loss, norm, self.computed, self.waited
+                )
                 links[server].tell(has)
                 links[server].send(self.encoders[server][name].encode(own))
         for link in links:
             link.say(BYE)
 
     def _pull(self, links: list[Connection]) -> tuple[int, list[int]] | None:
-        """The weights of all servers, an item, and the servers' versions; None: there is no more work."""
+        """The weights of all servers, an item, and the servers' versions; None: there is no
+        more work.
+        """
         begun, item, versions = time.perf_counter(), 0, []
         for link, share in zip(links, self.shares, strict=True):
             link.say(PULL, 0, item)
@@ -107,13 +125,17 @@ class Worker:
             versions.append(int(heard[1]))
             item = int(heard[2])
             weights = torch.empty(sum(p.numel() for p in share), dtype=share[0].dtype)
-            for parameter, part in zip(share, link.receive(weights).split([p.numel() for p in share]), strict=True):
+            for parameter, part in zip(
+                share, link.receive(weights).split([p.numel() for p in share]), strict=True
+            ):
                 parameter.data.copy_(part.view_as(parameter))
         self.waited += time.perf_counter() - begun
         return item, versions
 
     def _gradient(self, item: int) -> tuple[str, dict[int, Tensor], set[int], float, float]:
-        """The model whose gradient item i is, the gradient by parameter, those used, the loss, the gradient's norm."""
+        """The model whose gradient item i is, the gradient by parameter, those used, the loss,
+        the gradient's norm.
+        """
         workers, updates = self.strategy.workers, self.task.updates
         rounds, part = divmod(item, workers)
         step, index = divmod(rounds, len(updates))
@@ -123,12 +145,18 @@ class Worker:
         scale = workers / update.count(batch).clamp(min=1).double()
         seed_everything(hash((self.config.seed, step, part, 0)) % 2**63)
         model = self.models[update.trains]
-        rows = {name: tensor.to(self.plan.device) for name, tensor in list(divide(batch, workers))[part].items()}
+        rows = {
+            name: tensor.to(self.plan.device)
+            for name, tensor in list(divide(batch, workers))[part].items()
+        }
         with slowed(self.config.inject.straggler, self.number + self.strategy.servers):
             loss = self.executor.train(update, rows, scale)
-        norm = clip(model, self.plan) if self.strategy.mode != SYNC else torch.zeros(())  # the server clips the whole
+        # the server clips the whole
+        norm = clip(model, self.plan) if self.strategy.mode != SYNC else torch.zeros(())
         used = {id(p) for p in model.parameters() if p.grad is not None}
-        found = {id(p): torch.zeros_like(p) if p.grad is None else p.grad for p in model.parameters()}
+        found = {
+            id(p): torch.zeros_like(p) if p.grad is None else p.grad for p in model.parameters()
+        }
         for each in self.models.values():
             each.zero_grad()
         return update.trains, found, used, loss.item(), norm.item()
@@ -148,7 +176,12 @@ def of_model(model: nn.Module, share: list[nn.Parameter]) -> list[nn.Parameter]:
 
 def compression(strategy: ParameterServer, parameters: list[nn.Parameter]) -> GradientCompression:
     """How the gradients of these parameters travel."""
-    shapes, dtype = [p.shape for p in parameters], parameters[0].dtype if parameters else torch.float32
+    shapes = [p.shape for p in parameters]
+    dtype = parameters[0].dtype if parameters else torch.float32
     return GradientCompression(
-        strategy.compression, shapes, dtype, share=strategy.top_k_fraction, rank=strategy.power_sgd_rank
+        strategy.compression,
+        shapes,
+        dtype,
+        share=strategy.top_k_fraction,
+        rank=strategy.power_sgd_rank,
     )

@@ -1,4 +1,6 @@
-"""A model cut into stages: how its blocks are divided, what one stage keeps, and how micro-batches flow through."""
+"""A model cut into stages: how its blocks are divided, what one stage keeps, and how
+micro-batches flow through.
+"""
 
 from __future__ import annotations
 
@@ -27,8 +29,8 @@ if TYPE_CHECKING:
 def keep_name(model: nn.Module, alias: str, name: str) -> None:
     """Register the parameter `alias` at `name` too, where the module that had it is gone.
 
-    So a stage's copy of a shared parameter bears the name that it has in the whole model: it starts from the
-    same values, and is saved and loaded as the same.
+    So a stage's copy of a shared parameter bears the name that it has in the whole model: it starts
+    from the same values, and is saved and loaded as the same.
     """
     owner = model
     *path, key = name.split(".")
@@ -40,10 +42,11 @@ def keep_name(model: nn.Module, alias: str, name: str) -> None:
 
 
 def split_evenly(model: nn.Module, stages: int) -> list[int]:
-    """How many blocks each stage gets, at least one, so that the costliest stage costs as little as can be.
+    """How many blocks each stage gets, at least one, so that the costliest stage costs as little as
+    can be.
 
-    A module's cost is the size of the matrices that its activations are multiplied by; the first stage has the
-    model's first module too, the last one its last.
+    A module's cost is the size of the matrices that its activations are multiplied by; the first
+    stage has the model's first module too, the last one its last.
     """
     layout = layout_of(model)
     costs = [_products(block) for block in blocks_of(model)]
@@ -51,8 +54,14 @@ def split_evenly(model: nn.Module, stages: int) -> list[int]:
 
     @lru_cache
     def best(start: int, stage: int) -> tuple[int, int, tuple[int, ...]]:
-        """(the greatest cost, sum of squares, blocks of each stage) from this block and stage on."""
-        ends = [len(costs)] if stage == stages - 1 else range(start + 1, len(costs) - (stages - stage - 1) + 1)
+        """(the greatest cost, sum of squares, blocks of each stage) from this block and stage
+        on.
+        """
+        ends = (
+            [len(costs)]
+            if stage == stages - 1
+            else range(start + 1, len(costs) - (stages - stage - 1) + 1)
+        )
         found = []
         for end in ends:
             cost = sum(costs[start:end]) + first * (stage == 0) + last * (stage == stages - 1)
@@ -86,7 +95,8 @@ class MarkedStage(PipelineStage):
 
 
 class PipelineExecutor(Executor):
-    """The executor of a pipeline: torch's schedule over this rank's stages. Its updates are `Supervised`.
+    """The executor of a pipeline: torch's schedule over this rank's stages. Its updates are
+    `Supervised`.
 
     Args:
         pipeline: which stages, which schedule.
@@ -110,7 +120,8 @@ class PipelineExecutor(Executor):
         self.criterion: Callable[[Tensor, Tensor], Tensor]  # of the step that runs
         self.shapes: dict[str, tuple[int, ...]] = {}
         self.schedule: Any = None  # built with the first batch, which tells the shapes
-        self.measured: dict[str, tuple[int, ...]] | None = None  # shapes of what an evaluation measures
+        # shapes of what an evaluation measures
+        self.measured: dict[str, tuple[int, ...]] | None = None
 
     def train(self, update: Any, batch: Batch, scale: Tensor) -> Tensor:
         losses: list[Tensor] = []
@@ -123,10 +134,14 @@ class PipelineExecutor(Executor):
         if self.schedule is None:
             self.schedule, self.shapes = self._build(parts[0], update), _shapes(parts[0])
         if _shapes(parts[0]) != self.shapes:
-            raise ValueError(f"a pipeline's micro-batches keep their shape: the first had {self.shapes}, one now has "
-                             f"{_shapes(parts[0])}")  # fmt: skip
+            raise ValueError(
+                f"a pipeline's micro-batches keep their shape: the first had {self.shapes}, one "
+                f"now has "
+                f"{_shapes(parts[0])}"
+            )
         self.criterion = criterion
-        # torch hands each part of the target to the loss: an index, by which the loss finds its micro-batch.
+        # torch hands each part of the target to the loss: an index, by which the loss finds its
+        # micro-batch.
         target = torch.arange(self.micro_batches) if self.last in self.stages else None
         inputs, named = self._arguments(update, batch)
         with self.plan.around(), self.plan.autocast():
@@ -135,7 +150,9 @@ class PipelineExecutor(Executor):
 
     @torch.no_grad()
     def evaluate(self, update: Any, batch: Batch) -> Sums:
-        """Forward only, stage by stage: each rank goes on to its next micro-batch when it has sent this one."""
+        """Forward only, stage by stage: each rank goes on to its next micro-batch when it has
+        sent this one.
+        """
         sums: Sums = {}
         parts = list(divide(batch, self.micro_batches))
         hidden = self._activation(parts[0], update.inputs)
@@ -145,9 +162,14 @@ class PipelineExecutor(Executor):
                     sums[name] = sums.get(name, 0) + whole(value).double()
         if self.measured is None:  # every rank sums the same, though one alone measures
             told = [_shapes(sums)]
-            dist.broadcast_object_list(told, group=self.group, group_src=self.pipeline.owner(self.last))
+            dist.broadcast_object_list(
+                told, group=self.group, group_src=self.pipeline.owner(self.last)
+            )
             self.measured = told[0]
-        return {name: sums[name] if name in sums else self._zero(shape) for name, shape in self.measured.items()}
+        return {
+            name: sums[name] if name in sums else self._zero(shape)
+            for name, shape in self.measured.items()
+        }
 
     def _measure(self, update: Any, part: Batch, hidden: Tensor) -> Sums:
         inputs, named = self._arguments(update, part)
@@ -158,14 +180,18 @@ class PipelineExecutor(Executor):
                 dist.recv(x, group=self.group, group_src=self.pipeline.owner(stage - 1))
             x = piece(x, **named)
             if stage < self.last and self.pipeline.owner(stage + 1) != here:
-                dist.send(x.contiguous(), group=self.group, group_dst=self.pipeline.owner(stage + 1))
+                dist.send(
+                    x.contiguous(), group=self.group, group_dst=self.pipeline.owner(stage + 1)
+                )
         return update.measured(x, part) if self.last in self.stages else {}
 
     def _zero(self, shape: tuple[int, ...] = ()) -> Tensor:
         return torch.zeros(shape, device=self.plan.device, dtype=torch.float64)
 
     def _arguments(self, update: Any, batch: Batch) -> tuple[tuple[Tensor, ...], dict[str, Tensor]]:
-        """The first input enters at the first stage; every stage knows the others, such as positions."""
+        """The first input enters at the first stage; every stage knows the others, such as
+        positions.
+        """
         first, *others = update.inputs
         names = list(inspect.signature(self.outline.forward).parameters)[1:]
         inputs = (batch[first],) if 0 in self.stages else ()
@@ -175,14 +201,21 @@ class PipelineExecutor(Executor):
         """The schedule; built once, since it prepares its messages with its first step."""
         hidden, first = self._activation(part, update.inputs), part[update.inputs[0]].to("meta")
         for stage, piece in self.stages.items():
-            if stage < self.last:  # what travels has one format, also where autocast made the block's last product
+            # what travels has one format, also where autocast made the block's last product
+            if stage < self.last:
                 piece.register_forward_hook(lambda module, args, output: output.to(hidden.dtype))
                 if not any(parameter.requires_grad for parameter in piece.parameters()):
                     piece.register_forward_hook(_end_of_backward)
         made = [
             MarkedStage(
-                piece, stage, self.last + 1, self.plan.device, hidden if stage else first, hidden, group=self.group
-            )  # fmt: skip
+                piece,
+                stage,
+                self.last + 1,
+                self.plan.device,
+                hidden if stage else first,
+                hidden,
+                group=self.group,
+            )
             for stage, piece in self.stages.items()
         ]
         kind = self.pipeline.kind
@@ -201,14 +234,27 @@ class PipelineExecutor(Executor):
         with torch.no_grad():
             self.outline(*(part[name].to("meta") for name in inputs))
         hook.remove()
-        dtype = self.plan.precision.compute_dtype if self.plan.casts else self.plan.precision.weights_dtype
-        return torch.empty(self.plan.activation(shapes[0]), dtype=dtype, device="meta", requires_grad=True)
+        dtype = (
+            self.plan.precision.compute_dtype
+            if self.plan.casts
+            else self.plan.precision.weights_dtype
+        )
+        return torch.empty(
+            self.plan.activation(shapes[0]), dtype=dtype, device="meta", requires_grad=True
+        )
 
 
 def sum_ends(
-    name: str, stages: dict[int, nn.Module], last: int, owner: Callable[[int], int], group: dist.ProcessGroup
+    name: str,
+    stages: dict[int, nn.Module],
+    last: int,
+    owner: Callable[[int], int],
+    group: dist.ProcessGroup,
 ) -> None:
-    """Give a parameter that first and last stage share the sum of both gradients, on both. Their ranks call it."""
+    """Give a parameter that first and last stage share the sum of both gradients, on both.
+
+    Their ranks call it.
+    """
     ends = [stages[stage].get_parameter(name) for stage in (0, last) if stage in stages]
     gradients = [local(end.grad) for end in ends if end.grad is not None]
     if len(gradients) == 2:  # a V schedule: both on this rank
@@ -225,8 +271,14 @@ def sum_ends(
 
 
 def _end_of_backward(module: nn.Module, inputs: Any, output: Tensor) -> Tensor:
-    """A hook on a stage in which nothing trains: the gradient that comes to it ends in its output."""
-    return output if output.requires_grad or not torch.is_grad_enabled() else output.detach().requires_grad_()
+    """A hook on a stage in which nothing trains: the gradient that comes to it ends in its
+    output.
+    """
+    return (
+        output
+        if output.requires_grad or not torch.is_grad_enabled()
+        else output.detach().requires_grad_()
+    )
 
 
 def _shapes(batch: Batch) -> dict[str, tuple[int, ...]]:

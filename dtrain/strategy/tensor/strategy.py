@@ -1,19 +1,21 @@
-"""Tensor parallel: each rank computes every layer on its slice of the heads, hidden units and vocabulary.
+"""Tensor parallel: each rank computes every layer on its slice of the heads, hidden units and
+vocabulary.
 
     Y = f(X A) B,  A = [A1 | A2] cut by columns,  B = [B1 / B2] cut by rows:
     rank 0: f(X A1) B1 \\
     rank 1: f(X A2) B2 /  all-reduce: the sum is Y, the same on both ranks
-    sequence parallel: what lies between (norms, residuals) is cut by tokens; all-gather X, reduce-scatter Y
+    sequence parallel: what lies between (norms, residuals) is cut by tokens;
+                       all-gather X, reduce-scatter Y
 
-Embedding and head are cut by vocabulary; the loss needs each token's largest logit, the sum of exponentials and the
-target's logit only, so whole logits do not travel (but in evaluation, where anything may be measured). On GPUs torch
-can overlap these messages with the products (asynchronous TP: torch.compile and symmetric memory); on a CPU it
-cannot.
-Cost a block and micro-batch, per rank: 2 all-reduces forward and 2 backward, each 2 (n-1)/n times the bytes of
-(B, T, C); with sequence parallelism each becomes an all-gather and a reduce-scatter: the same bytes, 1/n of the
-memory between layers, and a step's all-reduce of what is not split, such as norms. Besides, a micro-batch: one for
-the embedding, three of (B, T) for the loss. Memory: 1/n of what is split.
-Sources: Shoeybi et al. 2019, Megatron-LM (1909.08053); Korthikanti et al. 2022 (2205.05198).
+Embedding and head are cut by vocabulary; the loss needs each token's largest logit, the sum of
+exponentials and the target's logit only, so whole logits do not travel (but in evaluation, where
+anything may be measured). On GPUs torch can overlap these messages with the products (asynchronous
+TP: torch.compile and symmetric memory); on a CPU it cannot. Cost a block and micro-batch, per rank:
+2 all-reduces forward and 2 backward, each 2 (n-1)/n times the bytes of (B, T, C); with sequence
+parallelism each becomes an all-gather and a reduce-scatter: the same bytes, 1/n of the memory
+between layers, and a step's all-reduce of what is not split, such as norms. Besides, a micro-batch:
+one for the embedding, three of (B, T) for the loss. Memory: 1/n of what is split. Sources: Shoeybi
+et al. 2019, Megatron-LM (1909.08053); Korthikanti et al. 2022 (2205.05198).
 """
 
 from __future__ import annotations
@@ -40,7 +42,16 @@ from torch.distributed.tensor.parallel import (
 from torch.nn.utils.parametrize import is_parametrized
 
 from dtrain.model.initialize import on_meta, whole
-from dtrain.model.layout import divisors, experts_of, holders, layout_of, modules_at, multiples, of_others, shared_names
+from dtrain.model.layout import (
+    divisors,
+    experts_of,
+    holders,
+    layout_of,
+    modules_at,
+    multiples,
+    of_others,
+    shared_names,
+)
 from dtrain.parallel.checks.rehearsal import DoesNotRun, Rehearsal, between, split
 from dtrain.parallel.checks.stepping import COLUMNS, REGROUPED, ROWS
 from dtrain.parallel.footprint import Footprint, ModelPart, Shape
@@ -59,7 +70,7 @@ from dtrain.strategy.tensor.layers import (
     split_dims,
     split_parameter,
     summed,
-)  # fmt: skip
+)
 from dtrain.task.batch import pieces
 
 if TYPE_CHECKING:
@@ -81,7 +92,9 @@ class TensorParallel(Strategy):
     stepped = (ROWS, COLUMNS, REGROUPED)
     divides = ""
 
-    def __init__(self, degree: int = REST, *, sequence_parallel: bool = False, loss_parallel: bool = True) -> None:
+    def __init__(
+        self, degree: int = REST, *, sequence_parallel: bool = False, loss_parallel: bool = True
+    ) -> None:
         super().__init__(degree)
         self.sequence_parallel, self.loss_parallel = sequence_parallel, loss_parallel
         # Of each model its parameters, and those that act on slices.
@@ -90,29 +103,44 @@ class TensorParallel(Strategy):
     def check_model(self, model: nn.Module, plan: Plan) -> None:
         name, layout, n = type(model).__name__, layout_of(model), self.degree
         if not layout.column:
-            raise ValueError(f"{name} names no `column` layers in its Layout: nothing to split over tp; use a strategy "
-                             f"on dp or fsdp")  # fmt: skip
+            raise ValueError(
+                f"{name} names no `column` layers in its Layout: nothing to split over tp; use a "
+                f"strategy "
+                f"on dp or fsdp"
+            )
         if self.sequence_parallel and not layout.first:
             raise ValueError(
-                f"{name} names no `first` module in its Layout: no tokens to cut; use sequence_parallel=false"
+                f"{name} names no `first` module in its Layout: no tokens to cut; use "
+                f"sequence_parallel=false"
             )
         for size in layout.sizes:
             if (number := getattr(model, size, None)) and number % n:
-                raise ValueError(f"{size}={number} is not divisible by tp={n}: use {divisors(number)}")
+                raise ValueError(
+                    f"{size}={number} is not divisible by tp={n}: use {divisors(number)}"
+                )
         for path, layer in modules_at(model, (*layout.column, *layout.row, *layout.vocabulary)):
             if is_parametrized(layer):
-                raise ValueError(f"{path} of {name} computes its weight of others (nn.utils.parametrize), of which "
-                                 f"no slice is a rank's: use a strategy on dp or fsdp")  # fmt: skip
+                raise ValueError(
+                    f"{path} of {name} computes its weight of others (nn.utils.parametrize), "
+                    f"of which "
+                    f"no slice is a rank's: use a strategy on dp or fsdp"
+                )
         for path, layer in modules_at(model, layout.column):
             if isinstance(layer, nn.Linear) and layer.out_features % n:
-                raise ValueError(f"the {layer.out_features} outputs of {name}'s {path} are not divisible by tp={n}: "
-                                 f"use {divisors(layer.out_features)}")  # fmt: skip
+                raise ValueError(
+                    f"the {layer.out_features} outputs of {name}'s {path} are not divisible by "
+                    f"tp={n}: "
+                    f"use {divisors(layer.out_features)}"
+                )
         refuse_lost_rows(model, n, plan.degrees.get("fsdp", 1))
 
     def check_task(self, task: Task, plan: Plan) -> None:
         if self.loss_parallel and task.mixes_tokens:
-            raise ValueError(f"the loss of task {type(task).__name__} compares the tokens of a row, and takes whole "
-                             f"outputs: use strategy.tp.loss_parallel=false")  # fmt: skip
+            raise ValueError(
+                f"the loss of task {type(task).__name__} compares the tokens of a row, and "
+                f"takes whole "
+                f"outputs: use strategy.tp.loss_parallel=false"
+            )
         self._find_between(task)
         if not self.sequence_parallel:
             return
@@ -120,9 +148,14 @@ class TensorParallel(Strategy):
         parts = self.degree * plan.degrees.get("cp", 1)
         if length % parts:
             near = multiples(length, parts)
-            raise ValueError(f"seq_len={length} is not divisible by {parts} (tp x cp, sequence_parallel): use {near}")
+            raise ValueError(
+                f"seq_len={length} is not divisible by {parts} (tp x cp, sequence_parallel): "
+                f"use {near}"
+            )
 
-    def rehearsals(self, model: nn.Module, inputs: Sequence[Tensor], plan: Plan) -> Iterator[Rehearsal]:
+    def rehearsals(
+        self, model: nn.Module, inputs: Sequence[Tensor], plan: Plan
+    ) -> Iterator[Rehearsal]:
         yield split(model, self.degree, self.sequence_parallel)
 
     def _find_between(self, task: Task) -> None:
@@ -144,7 +177,8 @@ class TensorParallel(Strategy):
                     found = between(models[name], partial(update.loss, models, batch))
                 except DoesNotRun as error:
                     raise ValueError(
-                        f"{type(models[name]).__name__} does not run on two rows, so nothing tells what tp would "
+                        f"{type(models[name]).__name__} does not run on two rows, so nothing "
+                        f"tells what tp would "
                         f"divide: {error}; let it run on one process first"
                     ) from error
             everything = {n for n, _ in models[name].named_parameters()}
@@ -153,7 +187,9 @@ class TensorParallel(Strategy):
     def _of_slices(self, model: nn.Module) -> set[str]:
         """Of a model, or a piece of one, the parameters that act on slices."""
         names = {name for name, _ in model.named_parameters()}
-        return next((found & names for every, found in self.between.values() if names <= every), set())
+        return next(
+            (found & names for every, found in self.between.values() if names <= every), set()
+        )
 
     def parallelize(self, model: nn.Module, plan: Plan) -> nn.Module:
         outer: Placement = Shard(1) if self.sequence_parallel else Replicate()
@@ -174,11 +210,14 @@ class TensorParallel(Strategy):
             elif isinstance(layer, nn.Linear):
                 logits: Placement = Shard(-1) if self.loss_parallel else Replicate()
                 styles[path] = ColwiseParallel(
-                    input_layouts=outer, output_layouts=logits, use_local_output=not self.loss_parallel
+                    input_layouts=outer,
+                    output_layouts=logits,
+                    use_local_output=not self.loss_parallel,
                 )
         for path, style in styles.items():
             parallelize_module(model.get_submodule(path), mesh, style, src_data_rank=None)
-        for alias, name in shared.items():  # what was one parameter is one again: whichever of its places was split
+        # what was one parameter is one again: whichever of its places was split
+        for alias, name in shared.items():
             split = next((n for n in (name, alias) if is_split(model.get_parameter(n))), name)
             for place in (name, alias):
                 path, _, key = place.rpartition(".")
@@ -191,7 +230,9 @@ class TensorParallel(Strategy):
     def _join_edges(self, model: nn.Module, mesh: DeviceMesh, outer: Placement) -> None:
         layout = layout_of(model)
         for holder in holders(path for path, _ in modules_at(model, layout.column)):
-            model.get_submodule(holder).register_forward_pre_hook(gather(mesh, outer), with_kwargs=True)
+            model.get_submodule(holder).register_forward_pre_hook(
+                gather(mesh, outer), with_kwargs=True
+            )
         if self.sequence_parallel:
             for _, first_module in modules_at(model, (layout.first,)):
                 first_module.register_forward_hook(cut(mesh))
@@ -218,23 +259,35 @@ class TensorParallel(Strategy):
     def reduce_gradients(self, model: nn.Module, plan: Plan) -> None:
         for piece in pieces(model):
             for parameter in piece.parameters():
-                if isinstance(parameter.grad, DTensor):  # an embedding's is made whole: keep this rank's rows of it
+                # an embedding's is made whole: keep this rank's rows of it
+                if isinstance(parameter.grad, DTensor):
                     assert isinstance(parameter, DTensor)
                     parameter.grad = parameter.grad.redistribute(placements=parameter.placements)
             for _, parameter in self._partial(piece):
                 if parameter.grad is not None and not is_split(parameter):
-                    add_up(local(parameter.grad), plan.mesh[self.axis].get_group(), plan.precision.reduce_dtype)
+                    add_up(
+                        local(parameter.grad),
+                        plan.mesh[self.axis].get_group(),
+                        plan.precision.reduce_dtype,
+                    )
 
     def footprint(self, footprint: Footprint, plan: Plan) -> Footprint:
         here = footprint.place[self.axis]
 
         def split(piece: ModelPart) -> ModelPart:
             dims, layout = split_dims(piece.outline), layout_of(piece.outline)
-            cores = {call.path for call in piece.calls_at((f"{layout.blocks}.*.{layout.attention}",))}
-            calls = (call.cut(1, self.degree, here) if call.path in cores else call for call in piece.calls)
+            cores = {
+                call.path for call in piece.calls_at((f"{layout.blocks}.*.{layout.attention}",))
+            }
+            calls = (
+                call.cut(1, self.degree, here) if call.path in cores else call
+                for call in piece.calls
+            )
             kept = kept_by_rank(piece, self.degree, self.sequence_parallel, self.loss_parallel)
             return replace(piece, calls=tuple(calls), kept=tuple(kept)).map(
-                lambda w: w.split(self.axis, dims[w.name], self.degree, here) if w.name in dims else w
+                lambda w: (
+                    w.split(self.axis, dims[w.name], self.degree, here) if w.name in dims else w
+                )
             )
 
         return footprint.map(split)
@@ -255,20 +308,25 @@ class TensorParallel(Strategy):
 
     def _loss(self, logits: Shape, itemsize: int, micro_batches: int) -> Message:
         tokens = prod(logits[:-1])
-        if self.loss_parallel:  # each token's largest logit, sum of exponentials and target's logit, in fp32 at least
+        # each token's largest logit, sum of exponentials and target's logit, in fp32 at least
+        if self.loss_parallel:
             return message(self.axis, "all_reduce", [tokens] * 3, max(4, itemsize), micro_batches)
         padded = self.degree * -(-logits[-1] // self.degree)
         return message(self.axis, "all_gather", [tokens * padded], itemsize, micro_batches)
 
     def _partial(self, piece: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
-        """Parameters of whose gradient each rank has a part: of some tokens, or of some features."""
+        """Parameters of whose gradient each rank has a part: of some tokens, or of some
+        features.
+        """
         whole, between = self._see_all(piece), self._of_slices(piece)
         for name, parameter in piece.named_parameters():
             if name in between or (self.sequence_parallel and id(parameter) not in whole):
                 yield name, parameter
 
     def _see_all(self, piece: nn.Module) -> set[int]:
-        """Parameters to which every token comes though they are not split: of the first module, and of routers."""
+        """Parameters to which every token comes though they are not split: of the first module,
+        and of routers.
+        """
         routers = holders(path for path, _ in experts_of(piece))
         modules = [module for _, module in modules_at(piece, (layout_of(piece).first, *routers))]
         return {id(parameter) for module in modules for parameter in module.parameters()}
