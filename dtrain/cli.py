@@ -24,30 +24,36 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 
 from dtrain.compare import command as comparison
-from dtrain.config.errors import USER_ERRORS, check_words, explain, of_the_system
-from dtrain.config.outside import looking_at
+from dtrain.config.errors import USER_ERRORS, check_overrides, explain, system_error
+from dtrain.config.outside import refuse_foreign_settings
 from dtrain.config.schema import (
     CONFIGS,
     Comparison,
     Config,
     check_axes,
-    checked,
     refuse_unknown,
     register,
+    validated,
 )
-from dtrain.config.secret import Asked, asked_again, masked_override, written
-from dtrain.cost.model_size import info as count
+from dtrain.config.secret import Asked, masked_override, printable, replayable
+from dtrain.cost.model_size import model_size as count
 from dtrain.files.lock import Lock
 from dtrain.launch import quiet
 from dtrain.launch.hang_detector import Hang
-from dtrain.launch.launchers import understood
-from dtrain.launch.rank_processes import TOLD, RanksFailed, leave_words, spawn, tie
+from dtrain.launch.launchers import script_arguments
+from dtrain.launch.rank_processes import (
+    TOLD,
+    RanksFailed,
+    exit_with_parent,
+    spawn,
+    write_error_file,
+)
 from dtrain.launch.world import World
 from dtrain.model import own
 from dtrain.parallel.precision import Precision
-from dtrain.report.console import show
+from dtrain.report.console import show_model_size
 from dtrain.report.sweep import Told, show_job, show_sweep
-from dtrain.report.terminal import in_line, keep_open, shown
+from dtrain.report.terminal import keep_open, on_one_line, without_control_characters
 from dtrain.run.assemble import assemble, model_factories, strategies_of
 from dtrain.run.checkpoint import clear
 from dtrain.run.checkpoint_files import CHECKPOINTS
@@ -103,12 +109,12 @@ def main(config_name: str, task: Callable[[DictConfig], Any]) -> None:
     """Run `task` with the configuration that the command line composes; exit with a line for
     each mistake.
     """
-    quiet.over()
+    quiet.restore_interrupt()
     os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra hands errors on; they are said in one line here
     keep_open()
     register()
     with _explaining(config_name):
-        sys.argv[1:] = understood(sys.argv[1:])
+        sys.argv[1:] = script_arguments(sys.argv[1:])
     if word := WORDS.get(config_name, {}).get(" ".join(sys.argv[1:])):
         with _explaining(config_name):
             module, name = word
@@ -121,7 +127,7 @@ def main(config_name: str, task: Callable[[DictConfig], Any]) -> None:
         _add_settings(_settings_of_a_plain_file())
     world = _world()
     if "TORCHELASTIC_RUN_ID" in os.environ:
-        tie(os.getppid())  # a kill -9 of torchrun would leave its ranks
+        exit_with_parent(os.getppid())  # a kill -9 of torchrun would leave its ranks
     TOLD.clear()
     if world and world.rank:
         _be_silent()
@@ -140,8 +146,8 @@ def main(config_name: str, task: Callable[[DictConfig], Any]) -> None:
             return task(config)
 
     try:
-        with _explaining(config_name), looking_at(config_name):
-            check_words(sys.argv[1:], WORDS.get(config_name, {}))
+        with _explaining(config_name), refuse_foreign_settings(config_name):
+            check_overrides(sys.argv[1:], WORDS.get(config_name, {}))
             hydra.main(version_base="1.3", config_path=str(CONFIGS), config_name=config_name)(
                 guarded
             )()
@@ -167,7 +173,7 @@ def train(config: DictConfig) -> float:
     """The job of `scripts/train.py`: returns the validation loss (or else the loss) for a
     sweeper.
     """
-    settings = checked(config)
+    settings = validated(config)
     own.check_asked(settings.model, _words())
     folder, name = Path(HydraConfig.get().runtime.output_dir), strategy_name()
     if name:
@@ -203,7 +209,7 @@ def compare(config: DictConfig) -> None:
             f"compare takes no other configuration than its own, and --config-name is "
             f"{hydra_config.job.config_name}: give its settings as key=value"
         )
-    settings = checked(config)
+    settings = validated(config)
     assert isinstance(settings, Comparison)
     asked = _words()
     own.check_asked(settings.model, asked)
@@ -251,9 +257,9 @@ def _asked(config: DictConfig) -> Asked:
     """
     hydras: Any = HydraConfig.instance().cfg
     words = [*map(masked_override, _words())]
-    parts = {"config": asked_again(config), "hydra": asked_again(hydras), "overrides": words}
+    parts = {"config": replayable(config), "hydra": replayable(hydras), "overrides": words}
     return Asked(
-        written(config), {f"{name}.yaml": OmegaConf.to_yaml(part) for name, part in parts.items()}
+        printable(config), {f"{name}.yaml": OmegaConf.to_yaml(part) for name, part in parts.items()}
     )
 
 
@@ -275,10 +281,10 @@ def start(
         ValueError: a mistake that can be known before any rank is started.
         RanksFailed: a rank ended with an error.
     """
-    settings = checked(config)
+    settings = validated(config)
     nproc = settings.launch.nproc
     assemble(settings, World(0, nproc, 0, nproc))
-    arguments = (settings, folder, name, asked or Asked(written(config)))
+    arguments = (settings, folder, name, asked or Asked(printable(config)))
     try:
         return spawn(_rank, *arguments, nproc=nproc, output=output)
     except KeyboardInterrupt:
@@ -302,7 +308,7 @@ def _rank(settings: Config, folder: Path, name: str, asked: Asked) -> dict[str, 
         except (*USER_ERRORS, *RUN_ERRORS):
             raise
         except (RuntimeError, MemoryError) as error:
-            if of_the_system(error):
+            if system_error(error):
                 raise
             return _crashed(error)
         except KeyboardInterrupt:
@@ -313,25 +319,25 @@ def _rank(settings: Config, folder: Path, name: str, asked: Asked) -> dict[str, 
 
 def _crashed(error: Exception) -> NoReturn:
     _show_traceback()
-    leave_words(_in_a_line(error))
+    write_error_file(_in_a_line(error))
     sys.exit(FAILED)
 
 
 def _show_traceback() -> None:
-    print(shown(traceback.format_exc()), end="", file=sys.stderr, flush=True)
+    print(without_control_characters(traceback.format_exc()), end="", file=sys.stderr, flush=True)
 
 
 def _in_a_line(error: Exception) -> str:
-    return in_line(f"{type(error).__name__}: {error}".splitlines()[0])
+    return on_one_line(f"{type(error).__name__}: {error}".splitlines()[0])
 
 
 def info(config: DictConfig) -> None:
     """The job of `scripts/info.py`."""
-    settings = checked(config)
+    settings = validated(config)
     own.check_asked(settings.model, _words())
     precision = Precision.of(settings.dtype, settings.precision)
     for name, factory in model_factories(settings).items():
-        show(name, count(factory, precision, settings.seq_len))
+        show_model_size(name, count(factory, precision, settings.seq_len))
 
 
 def strategy_name() -> str:
@@ -415,7 +421,7 @@ def _explaining(config_name: str) -> Iterator[None]:
     except KeyboardInterrupt:
         _exit("interrupted", INTERRUPTED)
     except (RuntimeError, MemoryError) as error:
-        if not of_the_system(error):
+        if not system_error(error):
             raise
         _exit(explain(error, config_name), USAGE)
 
@@ -470,7 +476,7 @@ def _exit(line: str, status: int) -> NoReturn:
     rank = int(told) if (told := os.environ.get("RANK", "")).isdecimal() else 0
     if os.environ.get("DTRAIN_TRACEBACK"):
         _show_traceback()
-    leave_words(line := in_line(line))
+    write_error_file(line := on_one_line(line))
     if rank:
         time.sleep(GRACE_S)
     print(f"dtrain: {f'rank {rank}: ' if rank else ''}{line}", file=sys.stderr, flush=True)

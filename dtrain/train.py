@@ -18,8 +18,8 @@ from torch.optim import Optimizer
 
 from dtrain.data.seeded import seed_everything
 from dtrain.model.layout import StepAware
-from dtrain.parallel.clip import clip
-from dtrain.parallel.optimizer import OPTIMIZER_STATE, named_tensors, put_back, rate
+from dtrain.parallel.clip import clip_gradients
+from dtrain.parallel.optimizer import OPTIMIZER_STATE, lr_factor, named_tensors, restore_state
 from dtrain.parallel.plan import Plan
 from dtrain.parallel.presence import Presence
 from dtrain.parallel.spans import EXCHANGE, FIGURES, FORWARD_BACKWARD, OPTIMIZER
@@ -175,7 +175,7 @@ class Trainer:
                     presence.settle()
                 loss = self.plan.total(part.clone()).item() / self.plan.batch_parts
                 known = self._executor.norm(update.trains)
-                norm = (clip(model, self.plan) if known is None else known).item()
+                norm = (clip_gradients(model, self.plan) if known is None else known).item()
             if not (
                 math.isfinite(loss)
                 and (math.isfinite(norm) or self._executor.skips_nonfinite_steps)
@@ -195,7 +195,7 @@ class Trainer:
 
     def _set_rate(self, step: int) -> None:
         s = self.settings
-        factor = rate(step, s.steps, warmup_steps=s.warmup_steps, min_lr_ratio=s.min_lr_ratio)
+        factor = lr_factor(step, s.steps, warmup_steps=s.warmup_steps, min_lr_ratio=s.min_lr_ratio)
         for name, optimizer in self.optimizers.items():
             for group, base in zip(optimizer.param_groups, self._rates[name], strict=True):
                 group["lr"] = base * factor
@@ -312,7 +312,7 @@ class Trainer:
             }
             self._executor.load_state_tensors(name, own)
             for piece in pieces(model) if name in self.optimizers else ():
-                put_back(self.plan.unwrap(piece), self.optimizers[name], own)
+                restore_state(self.plan.unwrap(piece), self.optimizers[name], own)
 
 
 def _within(model_name: str, key: str) -> str:

@@ -20,7 +20,7 @@ from dtrain.data.seeded import generator
 from dtrain.model.layout import ModelFactory
 from dtrain.task.base import Sizes, Supervised, Task, positions
 from dtrain.task.batch import Batch
-from dtrain.task.causal_lm import IGNORE, correct, cross_entropy, valid
+from dtrain.task.causal_lm import IGNORE, count_correct, count_targets, cross_entropy
 
 LETTERS = range(97, 123)
 
@@ -33,7 +33,9 @@ class Reverse(Task):
     ) -> None:
         self.models, self.sizes, self.letters = models, sizes, letters
         self.updates = (
-            Supervised("model", ("tokens", "positions"), cross_entropy, valid, correct),
+            Supervised(
+                "model", ("tokens", "positions"), cross_entropy, count_targets, count_correct
+            ),
         )
 
     def batch(self, step: int) -> Batch:

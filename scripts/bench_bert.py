@@ -21,7 +21,7 @@ from sklearn.pipeline import make_pipeline
 from dtrain.data.rows import Rows
 from dtrain.data.stdlib_rows import Functions
 from dtrain.data.tokenizer import Bytes
-from dtrain.task.rows import drawn
+from dtrain.task.rows import random_rows
 
 LABELS, SEEDS = (100, 500, None), (0, 1, 2)  # None: all that there are
 BERT = Path("outputs/bert")
@@ -46,7 +46,7 @@ def run(*settings: str) -> dict[str, float]:
 
 def baseline(data: Rows, labels: int | None, seed: int) -> float:
     """Accuracy of TF-IDF and logistic regression on the same rows."""
-    train, held_out = drawn(data.split["train"], labels, seed), data.split["validation"]
+    train, held_out = random_rows(data.split["train"], labels, seed), data.split["validation"]
     model = make_pipeline(
         TfidfVectorizer(token_pattern=r"\w+", sublinear_tf=True),
         LogisticRegression(C=100, max_iter=1000),

@@ -11,10 +11,10 @@ from statistics import median
 import torch.distributed as dist
 from hydra import compose, initialize_config_dir
 
-from dtrain.config.schema import CONFIGS, checked, register
+from dtrain.config.schema import CONFIGS, register, validated
 from dtrain.cost.profile import Profile
 from dtrain.launch.rank_processes import spawn
-from dtrain.launch.rendezvous import connected
+from dtrain.launch.rendezvous import process_group
 from dtrain.launch.world import World
 from dtrain.run.assemble import assemble
 from dtrain.run.run import optimizer_of
@@ -27,10 +27,10 @@ def ratios(overrides: list[str]) -> list[float]:
     """Of each pair of steps on one rank: seconds with over seconds without."""
     register()
     with initialize_config_dir(str(CONFIGS), version_base="1.3"):
-        config = checked(compose("train", overrides=overrides))
+        config = validated(compose("train", overrides=overrides))
     world = World.of_environment() or World()
     job = assemble(config, world)
-    with connected(
+    with process_group(
         world, job.plan.device, threads=config.launch.threads, timeout_s=config.launch.timeout_s
     ):
         plan, seconds = job.plan.connect(), {True: [], False: []}  # type: ignore[var-annotated]

@@ -17,11 +17,11 @@ from torch import Tensor, nn
 
 from dtrain.model.layout import Layout
 from dtrain.model.transformer import Transformer
-from dtrain.parallel.clip import clip
+from dtrain.parallel.clip import clip_gradients
 from dtrain.parallel.optimizer import parameter_groups
 from dtrain.parallel.plan import Plan
 from dtrain.parallel.precision import Precision
-from dtrain.parallel.strategy import Strategy, whole
+from dtrain.parallel.strategy import Strategy, full_tensor
 from dtrain.run import checkpoint_files
 from dtrain.run.checkpoint_files import verify
 from dtrain.strategy.allreduce import AllReduce
@@ -35,7 +35,7 @@ from dtrain.strategy.tensor.strategy import TensorParallel
 from dtrain.strategy.zero1 import Zero1
 from dtrain.task.base import LossUpdate, Supervised, Task
 from dtrain.task.batch import Batch, Models, pieces
-from dtrain.task.causal_lm import IGNORE, correct, cross_entropy, valid
+from dtrain.task.causal_lm import IGNORE, count_correct, count_targets, cross_entropy
 from dtrain.train import Settings, Trainer
 
 # 61 rows do not divide by 2, 3 or 4: shards are uneven; 24 tokens do, twice over
@@ -63,7 +63,9 @@ class NextToken(Task):
         }
         self.models = {"model": partial(Transformer, VOCAB, CONTEXT, **settings)}
         self.updates = (
-            Supervised("model", ("tokens", "positions"), cross_entropy, valid, correct),
+            Supervised(
+                "model", ("tokens", "positions"), cross_entropy, count_targets, count_correct
+            ),
         )
 
     def batch(self, step: int) -> Batch:
@@ -153,8 +155,11 @@ def find(
     resume: str, run: Path, outputs: Path, *, fallback: bool, note: Callable[[str], object]
 ) -> Path:
     """The checkpoint that `resume` names, whole and undamaged."""
-    return checkpoint_files.first_whole(
-        checkpoint_files.named(resume, run, outputs), verify, fallback=fallback, note=note
+    return checkpoint_files.first_undamaged(
+        checkpoint_files.resume_candidates(resume, run, outputs),
+        verify,
+        fallback=fallback,
+        note=note,
     )
 
 
@@ -360,7 +365,7 @@ def finish(made: Trainer) -> Outcome:
             outcome.losses.append(step.loss)
             outcome.norms.append(step.grad_norm)
     outcome.metrics = made.evaluate()
-    outcome.weights = {name: whole(t).clone() for name, t in made.state().items()}
+    outcome.weights = {name: full_tensor(t).clone() for name, t in made.state().items()}
     return outcome
 
 
@@ -374,9 +379,9 @@ def keeping_gradients(made: Trainer, outcome: Outcome) -> Iterator[None]:
             for parameter_name, parameter in made.plan.unwrap(piece).named_parameters():
                 if parameter.grad is not None:
                     outcome.gradients.setdefault(
-                        f"{name}.{parameter_name}", whole(parameter.grad).detach().clone()
+                        f"{name}.{parameter_name}", full_tensor(parameter.grad).detach().clone()
                     )
-        return clip(model, *others)
+        return clip_gradients(model, *others)
 
     with mock.patch("dtrain.train.clip", clipping):
         yield

@@ -14,7 +14,7 @@ import torch
 import torch.distributed as dist
 from worlds import World
 
-from dtrain.launch.collectives import agree, together
+from dtrain.launch.collectives import on_all_ranks, on_rank_zero
 from dtrain.run import checkpoint, checkpoint_files
 
 
@@ -45,9 +45,11 @@ def _errors(size: int) -> list[str]:
         AssertionError("never"),
         MemoryError(),
     ]
-    told = [_said(lambda error=error: agree(lambda: _fail(error), group)) for error in errors]  # type: ignore[misc]
-    told.append(_said(lambda: together(lambda: _fail(Odd(3, 4)) if rank else rank, group)))
-    told.append(_said(lambda: together(lambda: 10 * rank, group)))
+    told = [
+        _said(lambda error=error: on_rank_zero(lambda: _fail(error), group)) for error in errors
+    ]  # type: ignore[misc]
+    told.append(_said(lambda: on_all_ranks(lambda: _fail(Odd(3, 4)) if rank else rank, group)))
+    told.append(_said(lambda: on_all_ranks(lambda: 10 * rank, group)))
     return told
 
 
@@ -76,13 +78,13 @@ def _read_by(folder: str) -> tuple[list[str], list[str], str, str]:
     is found then, and when a byte has changed.
     """
     read: list[str] = []
-    describe = checkpoint_files.describe
+    describe = checkpoint_files.file_digest
 
     def noted(file: Path) -> dict[str, object]:
         read.append(file.name)
         return describe(file)
 
-    with mock.patch.object(checkpoint, "describe", noted):
+    with mock.patch.object(checkpoint, "file_digest", noted):
         # A tensor a rank: each writes a shard of its own.
         made = checkpoint.Checkpoints(Path(folder), keep_last=1)
         made.save(1, {f"of.{dist.get_rank()}": torch.ones(8)}, {"tokens": 1})

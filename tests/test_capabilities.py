@@ -15,7 +15,7 @@ from dtrain import cli
 from dtrain.compare import capabilities
 from dtrain.compare.capabilities import reasons
 from dtrain.compare.survey import PARTLY, RANKS, REFUSED, SAME_AXIS, WORKS, Combination, survey
-from dtrain.config.schema import CONFIGS, checked, options, register
+from dtrain.config.schema import CONFIGS, options, register, validated
 from dtrain.launch.world import World
 from dtrain.run.assemble import assemble
 from dtrain.run.run import optimizer_of
@@ -59,7 +59,7 @@ def one_step(strategy: str, task: str, experts: bool, size: int) -> float:
         else ["model=tiny", f"model.n_experts={8 * experts}"]
     )
     with initialize_config_dir(str(CONFIGS), version_base="1.3"):
-        config = checked(
+        config = validated(
             compose("train", [f"strategy={strategy}", f"task={task}", *model, "steps=1"])
         )
         job = assemble(config, World(dist.get_rank(), size, dist.get_rank(), size))

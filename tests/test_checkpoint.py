@@ -40,13 +40,13 @@ from cases import (
 
 from dtrain.config.schema import Config, LRSchedule
 from dtrain.launch.world import World
-from dtrain.parallel.strategy import local
+from dtrain.parallel.strategy import local_part
 from dtrain.report.base import Logger
 from dtrain.run import checkpoint_files
 from dtrain.run.assemble import Parts
 from dtrain.run.checkpoint import Checkpoints, _apart, load, load_weights
-from dtrain.run.checkpoint_files import about, run_of, verify
-from dtrain.run.resume import identity, take_weights
+from dtrain.run.checkpoint_files import read_manifest, run_of, verify
+from dtrain.run.resume import manifest_fields, take_weights
 
 STEPS, SAVED_AT = 6, 4
 EXACT, CROSS = 0.0, 1e-12  # the same strategy: bit for bit; another one: rounding in fp64
@@ -67,7 +67,7 @@ def _train(
     if resume:
         path = find(folder, Path(folder), Path(folder), fallback=False, note=print)
         made.load(partial(load, path))
-        made.next_step, made.tokens = about(path)["step"], about(path)["tokens"]
+        made.next_step, made.tokens = read_manifest(path)["step"], read_manifest(path)["tokens"]
     checkpoints = (
         Checkpoints(Path(folder), keep_last=1, asynchronous=asynchronous) if save else None
     )
@@ -205,10 +205,12 @@ def _several(folder: str, steps: list[int], keep_last: int) -> None:
 
 def _staged_apart(folder: str) -> bool:
     made = trainer(Case("next_token", "fsdp", steps=1), 2)
-    tensors = {name: local(tensor) for name, tensor in made.state().items()}
+    tensors = {name: local_part(tensor) for name, tensor in made.state().items()}
     staged = Checkpoints(Path(folder), keep_last=1, asynchronous=True)._stager.stage(made.state())
     return all(
-        local(staged[name]).data_ptr() != t.data_ptr() for name, t in tensors.items() if t.numel()
+        local_part(staged[name]).data_ptr() != t.data_ptr()
+        for name, t in tensors.items()
+        if t.numel()
     )
 
 
@@ -249,7 +251,7 @@ def test_a_clock_that_was_set_back_makes_no_checkpoint_old(world, three: Path) -
     assert sorted(p.name for p in three.glob("step-*")) == ["step-00000004", "step-00000005"]
     assert (
         (three / "latest").resolve().name
-        == checkpoint_files.whole(three)[-1].name
+        == checkpoint_files.published(three)[-1].name
         == "step-00000005"
     )
 
@@ -319,7 +321,9 @@ def _told(path: Path, **told: Any) -> None:
     """Let the manifest say this, and have its SHA-256."""
     manifest = {**json.loads((path / "checkpoint.json").read_text()), **told}
     (path / "checkpoint.json").write_text(
-        json.dumps(checkpoint_files.sealed({k: v for k, v in manifest.items() if v != "none"}))
+        json.dumps(
+            checkpoint_files.with_checksum({k: v for k, v in manifest.items() if v != "none"})
+        )
     )
 
 
@@ -330,7 +334,7 @@ def _shard(path: Path) -> Path:
 def _linked(path: Path) -> None:
     """The same file, but elsewhere."""
     _shard(path).rename(path.parent.parent / "elsewhere")
-    _shard_name = sorted(about(path)["files"])[0]
+    _shard_name = sorted(read_manifest(path)["files"])[0]
     (path / _shard_name).symlink_to(path.parent.parent / "elsewhere")
 
 
@@ -350,7 +354,7 @@ def _header(path: Path, header: Any, length: int | None = None) -> None:
     _shard(path).write_bytes(
         struct.pack("<Q", len(text) if length is None else length) + text + bytes(8)
     )
-    _told(path, files={_shard(path).name: checkpoint_files.describe(_shard(path))})
+    _told(path, files={_shard(path).name: checkpoint_files.file_digest(_shard(path))})
 
 
 def _parts(path: Path, told: Any, shape: int = 2) -> None:
@@ -496,7 +500,7 @@ def test_what_somebody_else_has_made_is_refused_by_name_and_disturbs_no_other_ru
         checkpoint_files.steps_of(newest) in (0, 3)
         and run_of([three.parent], frozenset({"x"})) is None
     )
-    assert checkpoint_files.named("latest", tmp_path / "new", tmp_path)[0] == newest
+    assert checkpoint_files.resume_candidates("latest", tmp_path / "new", tmp_path)[0] == newest
 
 
 def test_what_is_kept_last_is_of_this_run_alone(alone, tmp_path: Path) -> None:
@@ -520,7 +524,7 @@ def test_what_is_kept_last_is_of_this_run_alone(alone, tmp_path: Path) -> None:
         "step-00000002",
         "step-00000003",
     ]
-    assert (here / "step-00000002").is_symlink() and about(here / "latest")["step"] == 3
+    assert (here / "step-00000002").is_symlink() and read_manifest(here / "latest")["step"] == 3
 
 
 def test_links_are_not_followed_to_runs(tmp_path: Path) -> None:
@@ -535,7 +539,7 @@ def test_links_are_not_followed_to_runs(tmp_path: Path) -> None:
     for name in "xy":
         (tmp_path / "outputs" / name).symlink_to(".")
     assert run_of([tmp_path / "outputs"], frozenset({"agent"})) == mine
-    assert checkpoint_files.named("latest", tmp_path / "new", tmp_path / "outputs") == [
+    assert checkpoint_files.resume_candidates("latest", tmp_path / "new", tmp_path / "outputs") == [
         far / "step-00000001"
     ]
 
@@ -560,7 +564,7 @@ def test_a_restart_finds_the_run_of_its_own_launch(tmp_path: Path) -> None:
         checkpoint.mkdir(parents=True)
         (checkpoint / "checkpoint.json").write_text(
             json.dumps(
-                checkpoint_files.sealed(
+                checkpoint_files.with_checksum(
                     {"step": step, "tokens": 0, "agents": agents, "files": FILES}
                 )
             )
@@ -643,7 +647,7 @@ def test_kill_9_during_a_save_leaves_the_last_one_whole(seed: int, tmp_path: Pat
         if line.endswith("\n")
     ]
     latest = (tmp_path / "checkpoints" / "latest").resolve()
-    assert verify(latest) == "" and about(latest)["step"] >= steps_done[-1] - 1
+    assert verify(latest) == "" and read_manifest(latest)["step"] >= steps_done[-1] - 1
     for left in tmp_path.glob("checkpoints/step-*"):
         assert verify(left) == ""
 
@@ -683,7 +687,9 @@ def test_a_save_that_failed_is_told_once_and_no_other_is_lost(
             checkpoints.wait()
     checkpoints.save(4, tensors, {"tokens": 4})
     checkpoints.wait()
-    assert [(about(path)["step"], verify(path)) for path in checkpoint_files.whole(tmp_path)] == [
+    assert [
+        (read_manifest(path)["step"], verify(path)) for path in checkpoint_files.published(tmp_path)
+    ] == [
         (1, ""),
         (4, ""),
     ]
@@ -759,7 +765,7 @@ def resumed(alone, tmp_path_factory: pytest.TempPathFactory) -> Callable[..., li
         return Parts(told, described, made.task, made.plan, Notes(), written=asdict(told))
 
     next(made.steps())
-    told = identity(job({"name": "ours", "digest": "1"}), made, World())
+    told = manifest_fields(job({"name": "ours", "digest": "1"}), made, World())
     Checkpoints(folder / "checkpoints", keep_last=1).save(3, made.state(), told)
 
     def resume(data: dict[str, Any], **settings: Any) -> list[str]:

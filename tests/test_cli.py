@@ -21,8 +21,8 @@ import warm
 from hydra.core.global_hydra import GlobalHydra
 
 from dtrain import cli
-from dtrain.launch.rank_processes import stops_go_to
-from dtrain.run.checkpoint_files import about, verify
+from dtrain.launch.rank_processes import on_stop_signals
+from dtrain.run.checkpoint_files import read_manifest, verify
 from dtrain.run.claim import RESUMABLE
 from hydra_plugins.dtrain_torchrun import _outcome
 
@@ -535,7 +535,7 @@ def test_a_killed_rank_is_named(tmp_path: Path, cache: Path) -> None:
     ]
     process = warm.popen(command, cwd=tmp_path, env=environment)
     latest = tmp_path / "run" / "checkpoints" / "latest"
-    wait_for(lambda: latest.exists() and about(latest)["step"] >= 3)
+    wait_for(lambda: latest.exists() and read_manifest(latest)["step"] >= 3)
     log = (tmp_path / "run" / "logs" / "rank1.log").read_text()
     os.kill(int(re.search(r"process (\d+)", log)[1]), signal.SIGKILL)  # type: ignore[index]
     _, err = process.communicate(timeout=240)
@@ -566,7 +566,7 @@ def test_a_sweep_ends_where_a_job_had_done_all_its_steps_when_it_was_told_to(
 
     def told(settings, *_) -> dict[str, str]:
         begun.append(settings.optimizer["lr"])
-        with stops_go_to(lambda number, frame: None):
+        with on_stop_signals(lambda number, frame: None):
             os.kill(os.getpid(), signal.SIGTERM)
         return {"val_loss": 1.0}
 

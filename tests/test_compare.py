@@ -35,14 +35,14 @@ from dtrain.compare.entries import Case, Entry, cases_of
 from dtrain.compare.page import charts, costs, page, step
 from dtrain.compare.page.style import FAMILIES, KINDS, Chart, family
 from dtrain.compare.results import FIGURES, Results, Row, read
-from dtrain.compare.runner import cells
+from dtrain.compare.runner import row_in_words
 from dtrain.compare.verdict import (
     differences,
     efficiency,
     equal_time,
-    front,
     loss_at,
     memory_of,
+    pareto_front,
     size,
     verdicts,
 )
@@ -180,7 +180,7 @@ def test_every_case_has_a_label_and_a_folder_of_its_own() -> None:
 @given(st.lists(st.tuples(st.integers(1, 5), st.integers(1, 5)), min_size=1, max_size=12))
 def test_the_front_is_what_nothing_beats(points: list[tuple[int, int]]) -> None:
     rows = [row(str(i), (float(speed),), memory) for i, (speed, memory) in enumerate(points)]
-    found = front(rows)
+    found = pareto_front(rows)
     assert found
     for each in rows:
         beaten = any(
@@ -623,7 +623,7 @@ def test_strategies_stand_side_by_side_and_one_that_fails_stops_no_other(ran) ->
         for kinds in found["fsdp"].memory
     )
     assert not found["accelerate_local_sgd"].synchronous and found["ddp"].synchronous
-    assert cells(found["accelerate_local_sgd"])[2] == "not sync."
+    assert row_in_words(found["accelerate_local_sgd"])[2] == "not sync."
     assert len(found["ddp"].seconds) == 6 and found["ddp"].seconds == sorted(found["ddp"].seconds)
     # those that no instrument disturbs
     assert [len(each["step_seconds"]) for each in found["ddp"].repeats] == [2, 2]
@@ -681,7 +681,7 @@ def assert_tells_the_results(text: str, found: Results) -> None:
     assert seen.missing == [each.strategy for each in found.rows if each.reason or not each.ran]
     assert len(seen.values) == len(found.ran) * len(page.COLUMNS)
     for each in found.ran:
-        for figure, words in zip(page.COLUMNS, cells(each), strict=True):
+        for figure, words in zip(page.COLUMNS, row_in_words(each), strict=True):
             assert seen.values[each.strategy, figure] == (getattr(each, figure), words)
 
 

@@ -25,7 +25,7 @@ from dtrain import cli
 from dtrain.compare import command
 from dtrain.config import aliases, constructor
 from dtrain.config.errors import explain
-from dtrain.config.schema import checked, make, register
+from dtrain.config.schema import build, register, validated
 from dtrain.data.base import Data
 from dtrain.data.sources import Source
 from dtrain.data.tokenizer import Tokenizer
@@ -111,13 +111,13 @@ def test_every_option_of_every_group_composes(path: Path) -> None:
     group = path.parent.relative_to(CONFIGS).as_posix()
     prefix = "+" if group in ("experiment", "task/augment") else ""
     config = composed(f"{prefix}{group}={path.stem}", *NEEDED.get(path.stem, []))
-    assert checked(config).steps >= 1
+    assert validated(config).steps >= 1
 
 
 @pytest.mark.parametrize("name", options("strategy"))
 def test_every_strategy_builds_a_plan(name: str) -> None:
     nodes = OmegaConf.to_container(composed(f"strategy={name}").strategy)
-    strategies = [make(node, Strategy, f"strategy.{axis}") for axis, node in nodes.items()]
+    strategies = [build(node, Strategy, f"strategy.{axis}") for axis, node in nodes.items()]
     assert all(strategy.axis == axis for strategy, axis in zip(strategies, nodes, strict=True))
     if name == "accelerate_fsdp":  # whose refusal tests/test_accelerate.py has
         with pytest.raises(ValueError, match="on a CPU"):
@@ -132,7 +132,7 @@ def test_every_strategy_builds_a_plan(name: str) -> None:
 def test_every_model_has_its_published_size(name: str) -> None:
     node = OmegaConf.to_container(composed(f"model={name}"), resolve=True)["model"]
     with torch.device("meta"):
-        size = sum(p.numel() for p in make(node, nn.Module, "model").parameters())
+        size = sum(p.numel() for p in build(node, nn.Module, "model").parameters())
     assert (
         size == PUBLISHED[name]
         if name in PUBLISHED
@@ -142,20 +142,20 @@ def test_every_model_has_its_published_size(name: str) -> None:
 
 @pytest.mark.parametrize("name", options("data"))
 def test_every_data_builds(name: str) -> None:
-    node = checked(composed(f"data={name}", *NEEDED.get(name, []))).data
-    assert make(node, Data, "data", parts=(Source, Tokenizer)).name == name
+    node = validated(composed(f"data={name}", *NEEDED.get(name, []))).data
+    assert build(node, Data, "data", parts=(Source, Tokenizer)).name == name
 
 
 @pytest.mark.parametrize("name", options("logger"))
 def test_every_logger_builds(name: str) -> None:
-    nodes = checked(composed(f"logger={name}", *NEEDED.get(name, []))).logger
-    assert all(isinstance(make(node, Logger, "logger"), Logger) for node in nodes.values())
+    nodes = validated(composed(f"logger={name}", *NEEDED.get(name, []))).logger
+    assert all(isinstance(build(node, Logger, "logger"), Logger) for node in nodes.values())
 
 
 @pytest.mark.parametrize("name", options("optimizer"))
 def test_every_optimizer_builds(name: str) -> None:
-    node = checked(composed(f"optimizer={name}")).optimizer
-    assert make(node, torch.optim.Optimizer, "optimizer", params=[nn.Parameter(torch.zeros(2))])
+    node = validated(composed(f"optimizer={name}")).optimizer
+    assert build(node, torch.optim.Optimizer, "optimizer", params=[nn.Parameter(torch.zeros(2))])
 
 
 @pytest.mark.parametrize(
@@ -170,7 +170,7 @@ def test_every_optimizer_builds(name: str) -> None:
     ],
 )
 def test_dtype_and_precision_agree(overrides: list[str], expected: tuple) -> None:
-    config = checked(composed(*overrides))
+    config = validated(composed(*overrides))
     precision = Precision.of(config.dtype, config.precision)
     assert (precision.compute, precision.weights_dtype, precision.reduce_dtype) == expected
 
@@ -286,7 +286,7 @@ def test_a_strategys_name_says_what_is_built() -> None:
     assert options("strategy") == sorted(STRATEGIES)
     for name, expected in STRATEGIES.items():
         nodes = OmegaConf.to_container(option_of("strategy", name))
-        made = [make(node, Strategy, f"strategy.{axis}") for axis, node in nodes.items()]  # type: ignore[union-attr]
+        made = [build(node, Strategy, f"strategy.{axis}") for axis, node in nodes.items()]  # type: ignore[union-attr]
         assert [(type(each), vars(each)) for each in made] == [
             (type(each), vars(each)) for each in expected
         ], name
@@ -320,7 +320,9 @@ def test_an_optimizers_and_a_precisions_name_say_what_they_are() -> None:
     assert (options("optimizer"), options("precision")) == (sorted(OPTIMIZERS), sorted(FORMATS))
     for name, (kind, settings) in OPTIMIZERS.items():
         node = OmegaConf.to_container(option_of("optimizer", name))
-        made = make(node, torch.optim.Optimizer, "optimizer", params=[nn.Parameter(torch.zeros(2))])  # type: ignore[arg-type]
+        made = build(
+            node, torch.optim.Optimizer, "optimizer", params=[nn.Parameter(torch.zeros(2))]
+        )  # type: ignore[arg-type]
         (group,) = made.param_groups
         found = {
             key: tuple(value) if isinstance(value, list) else value for key, value in group.items()
@@ -449,13 +451,20 @@ def reached(folder: Path, overrides: list[str]) -> dict[str, Any]:
             wrapped = mock.Mock(wraps=getattr(import_module(module), name))
             return stack.enter_context(mock.patch(where, wrapped))
 
-        names = ("Trainer", "Checkpoints", "HangDetector", "connected", "slowed", "take_weights")
+        names = (
+            "Trainer",
+            "Checkpoints",
+            "HangDetector",
+            "process_group",
+            "slowed",
+            "take_weights",
+        )
         trainer, checkpoints, watch, connected, slowed, taken = (
             seen(f"dtrain.run.run.{name}") for name in names
         )
         meter = seen("dtrain.run.summary.Throughput")
         save = stack.enter_context(mock.patch.object(Checkpoints, "save"))
-        run(checked(config), World(), folder / "run", "single")
+        run(validated(config), World(), folder / "run", "single")
     task, plan, _, settings, _ = trainer.call_args.args
     made, job = taken.call_args.args[:2]
     batch = task.batch(0)["tokens"]
@@ -551,14 +560,14 @@ def test_what_was_checked_is_built_as_it_stands() -> None:
     text = "${oc.env:HOME}"
     parts = ["${now:%Y}", {"a": "${x}", "b": r"\${y}"}, "{_target_: builtins.print}"]
     node = {"_target_": "test_configs.Kept", "text": text, "parts": parts, "more": {"c": None}}
-    assert make(node, nn.Module, "model").given == (text, parts, {"more": {"c": None}})
+    assert build(node, nn.Module, "model").given == (text, parts, {"more": {"c": None}})
     within = {"_target_": "torch.nn.Linear", "in_features": 2, "out_features": 3}
     node = {"_target_": "torch.nn.Sequential", "_args_": [within, {**within, "in_features": 3}]}
-    assert [layer.in_features for layer in make(node, nn.Module, "model", parts=(nn.Module,))] == [
+    assert [layer.in_features for layer in build(node, nn.Module, "model", parts=(nn.Module,))] == [
         2,
         3,
     ]
-    made = make(
+    made = build(
         {"_target_": "test_configs.Kept", "text": "", "parts": [{**within, "_partial_": True}]},
         nn.Module,
         "model",
@@ -568,12 +577,12 @@ def test_what_was_checked_is_built_as_it_stands() -> None:
 
 
 ASKS: dict[str, Callable[[dict[str, Any]], Any]] = {
-    "build": lambda node: own.build(node, "model", 3),
-    "handed": own.handed,
+    "build": lambda node: own.build_model(node, "model", 3),
+    "handed": own.accepted_settings,
     "check_asked": lambda node: own.check_asked(node, ["model.depth=1"]),
-    "told": lambda node: list(own.told(node)),
+    "told": lambda node: list(own.settings_in_words(node)),
     "class_of": lambda node: command._class_of(node["_target_"]),
-    "make": lambda node: make(node, nn.Module, "model"),
+    "make": lambda node: build(node, nn.Module, "model"),
 }
 
 
@@ -626,7 +635,7 @@ def test_a_runs_own_configuration_of_an_earlier_version_is_told_the_new_names(
     del config["lr_schedule"]
     config["schedule"] = {"warmup_steps": 3}
     with pytest.raises(Exception) as found:  # noqa: B017  OmegaConf's, told by `explain`
-        checked(config)
+        validated(config)
     assert explain(found.value, "train") == "unknown key 'schedule': here it is lr_schedule"
 
 
@@ -647,6 +656,6 @@ def test_ranks_are_given_what_was_checked(monkeypatch: pytest.MonkeyPatch, tmp_p
     function, arguments = cli.start(config, tmp_path, "ddp")
     monkeypatch.setattr(cli.World, "of_environment", lambda: cli.World())
     got = function(*pickle.loads(arguments))
-    assert (got.model["a"], got.model["b"]) == ("${oc.env:A_NAME}", "${foo}") and got == checked(
+    assert (got.model["a"], got.model["b"]) == ("${oc.env:A_NAME}", "${foo}") and got == validated(
         config
     )

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 from cases import CONTEXT, GAN, ROWS, NextToken, adamw
 
-from dtrain.cost.predict import Cost, fold, place
+from dtrain.cost.predict import Cost, coordinates, fold
 from dtrain.cost.profile import Profile
 from dtrain.cost.trace import trace
 from dtrain.model.moe import MoE
@@ -205,7 +205,7 @@ def settled(costs: list[Cost], plan: Plan) -> list[Cost]:
 
 def _beside(axis: str, rank: int, plan: Plan) -> tuple[int, ...]:
     return tuple(
-        coordinate for name, coordinate in place(plan.degrees, rank).items() if name != axis
+        coordinate for name, coordinate in coordinates(plan.degrees, rank).items() if name != axis
     )
 
 

@@ -26,7 +26,7 @@ from torch.utils.cpp_extension import _get_build_directory
 from dtrain.parallel.plan import Plan
 from dtrain.parallel.precision import Precision
 from dtrain.strategy.deepspeed.autotp import AutoTP
-from dtrain.strategy.deepspeed.library import fresh
+from dtrain.strategy.deepspeed.library import fresh_groups
 from dtrain.strategy.deepspeed.pipeline import DeepSpeedPipeline
 from dtrain.strategy.deepspeed.ulysses import DeepSpeedUlysses
 from dtrain.strategy.deepspeed.zero import DeepSpeed
@@ -461,5 +461,5 @@ def test_a_lock_is_taken_away_if_nobody_builds_any_more(
         locks[name].touch()
         os.utime(locks[name], (time.time() - age_s,) * 2)
         assert tmp_path in locks[name].parents
-    fresh(mock.Mock(), Plan.of([], 1))
+    fresh_groups(mock.Mock(), Plan.of([], 1))
     assert not locks["killed"].exists() and locks["runs"].exists()

@@ -24,7 +24,7 @@ from worlds import World
 from dtrain import cli
 from dtrain.launch.preemption import Preemption
 from dtrain.run.checkpoint import Checkpoints, load
-from dtrain.run.checkpoint_files import MANIFEST, about, verify
+from dtrain.run.checkpoint_files import MANIFEST, read_manifest, verify
 from dtrain.task.causal_lm import CausalLM
 
 RANKS = 2
@@ -133,7 +133,9 @@ def test_the_last_to_be_kept_are_the_last_that_were_written(keep_last: int, tmp_
     kept = ["step-00000002-2", "step-00000003"][:keep_last]
     assert sorted(path.name for path in tmp_path.glob("step-*")) == kept
     latest = tmp_path / "latest"
-    assert latest.resolve(strict=True).name == "step-00000002-2" and about(latest)["step"] == 2
+    assert (
+        latest.resolve(strict=True).name == "step-00000002-2" and read_manifest(latest)["step"] == 2
+    )
     assert find(str(tmp_path), tmp_path, tmp_path, fallback=False, note=print) == latest.resolve()
 
 
@@ -172,7 +174,9 @@ def test_one_wrong_bit_in_any_file_is_found(copied: tuple[Path, Path]) -> None:
     """In the first, a middle or the last byte of each shard: whoever finds it names the file."""
     path = copied[1]
     shards = sorted(path.glob("*.safetensors"))
-    assert [shard.name for shard in shards] == sorted(about(path)["files"]) and len(shards) == RANKS
+    assert [shard.name for shard in shards] == sorted(read_manifest(path)["files"]) and len(
+        shards
+    ) == RANKS
     for shard in shards:
         whole_ = shard.read_bytes()
         for place in (0, len(whole_) // 2, len(whole_) - 1):
@@ -185,7 +189,7 @@ def test_one_wrong_bit_in_any_file_is_found(copied: tuple[Path, Path]) -> None:
 @pytest.mark.parametrize("key", ["step", "tokens", "files"])
 def test_a_manifest_changed_by_hand_is_refused(key: str, copied: tuple[Path, Path]) -> None:
     path = copied[1]
-    told = about(path)
+    told = read_manifest(path)
     told[key] = dict(list(told[key].items())[:1]) if key == "files" else told[key] + 1
     (path / MANIFEST).write_text(json.dumps(told))
     assert verify(path) == f"{MANIFEST} does not have its SHA-256"
@@ -339,7 +343,7 @@ def test_sigterm_ends_a_run_one_step_later_with_its_checkpoint(runs: dict[str, P
     last = TOLD_IN + 1
     assert [line["step"] for line in _lines(runs["told"])] == list(range(1, last + 1))
     (written,) = (runs["told"] / "checkpoints").glob("step-*")
-    assert about(written)["step"] == last and written.name == f"step-{last:08d}"
+    assert read_manifest(written)["step"] == last and written.name == f"step-{last:08d}"
     said = (runs["told"] / "resumable").read_text()
     assert said.startswith(f"stopped after step {last} of {STEPS}")
     assert f"resume={runs['told']}" in said

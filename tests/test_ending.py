@@ -20,9 +20,9 @@ from runs import ROOT, alive, ranks, until
 from test_cli import PYTHON, call  # noqa: F401
 
 from dtrain.cli import start
-from dtrain.launch.rank_processes import PRELOADED, tied
+from dtrain.launch.rank_processes import PRELOADED, run_and_exit_with_parent
 from dtrain.report.terminal import keep_open
-from dtrain.run.checkpoint_files import MANIFEST, about, sealed, verify
+from dtrain.run.checkpoint_files import MANIFEST, read_manifest, verify, with_checksum
 from dtrain.task.causal_lm import CausalLM
 
 QUICK = [
@@ -57,7 +57,7 @@ def ended(folder: Path, process: warm.Process, pids: dict[int, int]) -> tuple[in
     _, err = process.communicate(60)
     assert (folder / "run" / "resumable").exists(), err
     latest = folder / "run" / "checkpoints" / "latest"
-    assert about(latest)["step"] == steps(folder) and verify(latest.resolve()) == ""
+    assert read_manifest(latest)["step"] == steps(folder) and verify(latest.resolve()) == ""
     assert len(pids) == 2 and not any(alive(pid) for pid in pids.values())
     until(lambda: not os.path.exists(f"/proc/{process.pid}"), 10)
     with pytest.raises(ProcessLookupError):  # the fork server's, too
@@ -149,7 +149,7 @@ def test_sigterm_while_a_large_checkpoint_is_verified_ends_at_once(
         file.truncate(16 << 30)  # of which nothing is on the disk
     files = {shard.name: {"bytes": 16 << 30, "sha256": ""}}
     (shard.parent / MANIFEST).write_text(
-        json.dumps(sealed({"step": 1, "tokens": 0, "files": files}))
+        json.dumps(with_checksum({"step": 1, "tokens": 0, "files": files}))
     )
     environment = {**os.environ, "DTRAIN_CACHE": str(cache)}
     process = warm.popen(
@@ -205,8 +205,11 @@ def test_ctrl_c_is_pythons_own_again_in_a_rank_that_is_forked() -> None:
     )  # as the fork server, which has imported dtrain.launch.quiet, had it
     terms = [(number, signal.getsignal(number)) for number in (signal.SIGTERM, signal.SIGHUP)]
     try:
-        with mock.patch("dtrain.launch.rank_processes.tie"):
-            assert tied(0, signal.getsignal, signal.SIGINT) == signal.default_int_handler
+        with mock.patch("dtrain.launch.rank_processes.exit_with_parent"):
+            assert (
+                run_and_exit_with_parent(0, signal.getsignal, signal.SIGINT)
+                == signal.default_int_handler
+            )
     finally:
         for number, handler in [*terms, (signal.SIGINT, before)]:
             signal.signal(number, handler)
@@ -254,7 +257,7 @@ def test_an_interrupted_save_leaves_nothing_behind(call, tmp_path: Path) -> None
         assert list((tmp_path / "run" / "checkpoints").glob(".partial-*"))
         raise KeyboardInterrupt
 
-    with mock.patch("dtrain.run.checkpoint.described", interrupted):
+    with mock.patch("dtrain.run.checkpoint.file_digests", interrupted):
         assert call(*QUICK, "steps=1")[::2] == (130, "dtrain: interrupted\n")
     assert not list((tmp_path / "run" / "checkpoints").iterdir())
 

@@ -26,7 +26,7 @@ from torch import nn
 from dtrain.model.transformer import Transformer
 from dtrain.parallel.plan import Plan
 from dtrain.parallel.precision import Precision
-from dtrain.parallel.strategy import Strategy, local
+from dtrain.parallel.strategy import Strategy, local_part
 from dtrain.run.checkpoint import Checkpoints, load
 from dtrain.strategy.allreduce import AllReduce
 from dtrain.strategy.expert import ExpertParallel
@@ -162,7 +162,7 @@ def test_the_bias_moves_and_the_balance_loss_acts(alone) -> None:
 def _share(case: Case) -> float:
     parameters = dict(trainer(case).models["model"].named_parameters())
     experts = [p for name, p in parameters.items() if ".experts." in name]
-    return sum(local(p).numel() for p in experts) / sum(p.numel() for p in experts)
+    return sum(local_part(p).numel() for p in experts) / sum(p.numel() for p in experts)
 
 
 def test_each_rank_holds_its_share_of_the_experts(world) -> None:

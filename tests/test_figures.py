@@ -35,7 +35,7 @@ from dtrain.parallel.plan import Plan
 from dtrain.parallel.spans import PHASE, STAGE
 from dtrain.report.console import Console
 from dtrain.report.instruments import _mb
-from dtrain.run.summary import facts, meter_of, summary_of
+from dtrain.run.summary import facts, summary_of, throughput_meter
 from dtrain.strategy.ddp import DDP
 from dtrain.strategy.pipeline.stages import split_evenly
 from dtrain.strategy.pipeline.strategy import PipelineParallel
@@ -96,7 +96,7 @@ def test_no_moment_of_communication_counts_twice(
 SPAN = st.tuples(st.integers(-20, 110), st.integers(1, 40)).map(lambda s: (s[0], sum(s)))
 
 
-@given(st.lists(SPAN, max_size=6).map(timeline.merged), st.lists(SPAN, max_size=6))
+@given(st.lists(SPAN, max_size=6).map(timeline.union), st.lists(SPAN, max_size=6))
 def test_shares_are_those_of_the_moments(computing: Intervals, talking: Intervals) -> None:
     """Counted second by second; what lies before or after the step is no part of it."""
     step = set(range(100))
@@ -233,7 +233,7 @@ def _summary(stated: float | None) -> dict[str, Any]:
         mock.patch("dtrain.run.summary.peak_memory.peak_bytes", return_value=10 + 20 * rank),
         mock.patch("dtrain.run.summary.environment.describe", return_value={}),
     ):
-        meter, source = meter_of(job, world)
+        meter, source = throughput_meter(job, world)
         meter.add(ROWS * CONTEXT, 2.0)
         figures = {"step": 1, "loss": 3.0, "tokens": ROWS * CONTEXT}
         return summary_of(job, world, "ddp", figures, meter, source)

@@ -22,8 +22,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from dtrain.data.formats import CHUNK, utf8
-from dtrain.data.paths import CACHE, SIGNATURE, files_at, in_words
-from dtrain.data.prepare import clean, cleaned, prepare
+from dtrain.data.paths import CACHE, SIGNATURE, files_at, left_out_in_words
+from dtrain.data.prepare import normalize_and_count, normalized, prepare
 from dtrain.data.rows import Rows
 from dtrain.data.sources import Files, HuggingFace, Squad
 from dtrain.data.tokenizer import Bytes, FromFile
@@ -87,7 +87,7 @@ def test_links_are_followed_and_what_is_no_text_of_the_user_is_counted(tmp_path:
     names, left_out = named(f"{folder}/**/*.*")
     assert sorted(names) == ["a.txt", "b.txt", "e.txt", "f.txt"]
     assert left_out["folders of runs"] == 2 and left_out["folders of caches"] == 2
-    assert in_words(left_out).count("folders of") == 2
+    assert left_out_in_words(left_out).count("folders of") == 2
 
 
 def test_a_run_in_the_folder_of_its_data_is_refused(tmp_path: Path) -> None:
@@ -351,16 +351,16 @@ def test_what_separates_words_goes_on_to_separate_them(text: str) -> None:
     is lost is counted.
     """
     lost = Counter[str]()
-    made = cleaned(text, lost)
+    made = normalize_and_count(text, lost)
     silent = str.maketrans(dict.fromkeys("\x07\x1b\x7f"))
     assert len(made.split()) == len(text.translate(silent).split())
-    assert made == clean(made) and lost["control characters"] == sum(
+    assert made == normalized(made) and lost["control characters"] == sum(
         c in "\x07\x1b\x7f" for c in text
     )
 
 
 def test_composed_characters_stay_composed() -> None:
-    assert clean("e\x07\u0301") == "é\n" == clean(clean("e\x07\u0301"))
+    assert normalized("e\x07\u0301") == "é\n" == normalized(normalized("e\x07\u0301"))
 
 
 # Formats

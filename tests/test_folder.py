@@ -107,8 +107,8 @@ def test_what_stands_in_a_finished_runs_summary_is_looked_at(call: Call, tmp_pat
 
 @pytest.fixture
 def alone() -> Any:
-    """`agree` without a process group."""
-    with mock.patch.object(claim, "agree", lambda function: function()):
+    """`on_rank_zero` without a process group."""
+    with mock.patch.object(claim, "on_rank_zero", lambda function: function()):
         yield
 
 

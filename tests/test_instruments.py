@@ -30,12 +30,25 @@ from test_configs import composed
 
 from dtrain.compare.page import step
 from dtrain.compare.results import Row
-from dtrain.config.schema import checked
+from dtrain.config.schema import validated
 from dtrain.cost.memory import MemoryTracker
 from dtrain.cost.profile import RECORDED, Profile
-from dtrain.cost.timeline import COMMUNICATION, Span, Timeline, common, merged, total, without
+from dtrain.cost.timeline import (
+    COMMUNICATION,
+    Span,
+    Timeline,
+    difference,
+    intersection,
+    length,
+    union,
+)
 from dtrain.cost.traffic import CommunicationCounter
-from dtrain.launch.flight_recorder import Collective, RankReport, missing, waiting
+from dtrain.launch.flight_recorder import (
+    Collective,
+    RankReport,
+    missing_from_collective,
+    waiting_in_collective,
+)
 from dtrain.launch.hang_detector import Hang, HangDetector, _read, within
 from dtrain.launch.world import World
 from dtrain.parallel.messages import Message
@@ -58,9 +71,9 @@ def _covered(intervals: list[tuple[int, int]]) -> set[int]:
 
 @given(INTERVALS, INTERVALS)
 def test_intervals_cover_what_their_moments_do(ours: list, theirs: list) -> None:
-    one, other = merged(ours), merged(theirs)
-    assert _covered(one) == _covered(ours) and total(one) == len(_covered(ours))
-    assert _covered(common(one, other)) == _covered(ours) & _covered(theirs)
+    one, other = union(ours), union(theirs)
+    assert _covered(one) == _covered(ours) and length(one) == len(_covered(ours))
+    assert _covered(intersection(one, other)) == _covered(ours) & _covered(theirs)
     assert all(a[1] < b[0] for a, b in zip(one, one[1:], strict=False))
 
 
@@ -185,12 +198,12 @@ INTERVALS = st.lists(
 
 @given(ours=INTERVALS, theirs=INTERVALS)
 def test_what_two_cover_and_what_one_covers_alone_make_up_the_one(ours: list, theirs: list) -> None:
-    ours, theirs = merged(ours), merged(theirs)
-    assert total(common(ours, theirs)) + total(without(ours, theirs)) == total(ours)
+    ours, theirs = union(ours), union(theirs)
+    assert length(intersection(ours, theirs)) + length(difference(ours, theirs)) == length(ours)
     points = {x for start, end in ours for x in range(start, end)} - {
         x for start, end in theirs for x in range(start, end)
     }
-    assert total(without(ours, theirs)) == len(points)
+    assert length(difference(ours, theirs)) == len(points)
 
 
 def test_a_trace_is_chromes(tmp_path: Path) -> None:
@@ -233,7 +246,7 @@ GROUPS = {"g": ("dp", [0, 1, 2])}
 
 def test_who_has_not_begun_a_collective_is_missing() -> None:
     notes = {0: _notes("a", "b"), 1: _notes("a"), 2: _notes("a", "b")}
-    said = missing(notes, GROUPS)
+    said = missing_from_collective(notes, GROUPS)
     assert said == (
         "step 1, axis dp, collective 2, b: ranks 0, 2 wait in it; rank 1 is missing: it has "
         "begun a last, in step 1"
@@ -241,7 +254,9 @@ def test_who_has_not_begun_a_collective_is_missing() -> None:
 
 
 def test_who_is_in_another_collective_is_missing() -> None:
-    said = missing({0: _notes("a", "b"), 1: _notes("a", "b"), 2: _notes("a", "c")}, GROUPS)
+    said = missing_from_collective(
+        {0: _notes("a", "b"), 1: _notes("a", "b"), 2: _notes("a", "c")}, GROUPS
+    )
     assert "collective 2, b: ranks 0, 1 wait" in said and "rank 2 is missing: it is in c" in said
 
 
@@ -252,9 +267,11 @@ def test_of_two_the_one_that_differs_from_its_step_before_is_missing() -> None:
             2, {"g": before + [Collective(n, what, 2) for n, what in enumerate(later, 4)]}
         )
 
-    said = missing({0: steps("x", "loss"), 1: steps("x", "norm")}, {"g": ("dp", [0, 1])})
+    said = missing_from_collective(
+        {0: steps("x", "loss"), 1: steps("x", "norm")}, {"g": ("dp", [0, 1])}
+    )
     assert "collective 5, loss: rank 0 waits in it; rank 1 is missing: it is in norm" in said
-    assert missing({0: steps("x"), 1: steps("x")}, {"g": ("dp", [0, 1])}) == ""
+    assert missing_from_collective({0: steps("x"), 1: steps("x")}, {"g": ("dp", [0, 1])}) == ""
 
 
 def test_what_ranks_wait_in_for_one_that_does_not_answer() -> None:
@@ -264,9 +281,11 @@ def test_what_ranks_wait_in_for_one_that_does_not_answer() -> None:
         )
 
     groups = {"g": ("dp", [0, 1, 2]), "h": ("tp", [0, 3])}
-    said = waiting({0: notes(4, 7), 1: notes(4, 7)}, groups, [2])
+    said = waiting_in_collective({0: notes(4, 7), 1: notes(4, 7)}, groups, [2])
     assert said == "step 7, axis dp, collective 4, all_reduce: ranks 0, 1 wait in it"
-    assert waiting({0: notes(4, 7), 1: notes(4, 7)}, groups, [3]) == ""  # of another group
+    assert (
+        waiting_in_collective({0: notes(4, 7), 1: notes(4, 7)}, groups, [3]) == ""
+    )  # of another group
 
 
 def test_a_skipped_collective_is_named(tmp_path: Path) -> None:
@@ -411,7 +430,7 @@ def test_a_trace_is_in_microseconds_from_the_first_span(tmp_path: Path) -> None:
             "dp",
         ),
     ]
-    told = step_chart.trace([spans])
+    told = step_chart.chrome_trace([spans])
     found = {
         event["name"]: (event["ts"], event["dur"])
         for event in told["traceEvents"]
@@ -438,7 +457,7 @@ def test_steps_that_an_instrument_slows_down_are_not_measured(tmp_path: Path) ->
         "global_batch_size=8",
     )
     config.logger = {"files": {"_target_": "dtrain.report.files.Files", "pictures": False}}
-    summary = run(checked(config), World(), tmp_path, "single")
+    summary = run(validated(config), World(), tmp_path, "single")
     lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     counted = [line["step_seconds"] for line in lines if line["step"] in (2, 5, 6, 7)]
     assert len(lines) == 7 and summary["measured_steps"] == len(counted)
@@ -649,7 +668,7 @@ def test_what_a_recorder_has_forgotten_is_not_missing() -> None:
         0: _notes("a", "b", "c"),
         1: RankReport(1, {"g": _notes("a", "b", "c").groups["g"][2:]}),
     }
-    assert missing(notes, {"g": ("dp", [0, 1])}) == ""
+    assert missing_from_collective(notes, {"g": ("dp", [0, 1])}) == ""
 
 
 def test_of_several_groups_the_one_that_stopped_first_is_told() -> None:
@@ -668,9 +687,11 @@ def test_of_several_groups_the_one_that_stopped_first_is_told() -> None:
             2: at("h", tp, "a", "b"),
             3: at("h", tp, "a"),
         }
-        assert missing(told, groups).startswith(f"step 3, {first}, collective 2, b")
+        assert missing_from_collective(told, groups).startswith(f"step 3, {first}, collective 2, b")
         both = {0: at("g", dp, "a"), 2: at("h", tp, "b")}
-        assert waiting(both, groups, [1, 3]).startswith(f"step 3, {first}, collective 1")
+        assert waiting_in_collective(both, groups, [1, 3]).startswith(
+            f"step 3, {first}, collective 1"
+        )
 
 
 # What a person reads of them
@@ -705,7 +726,7 @@ def test_tables_show_what_was_measured_beside_what_was_predicted(
         "memory": None,
         "time": {"step": 2.0, "compute": 0.0625},
     }
-    instruments.show(
+    instruments.show_profile(
         {"ranks": [first, second], "bubble": {"measured": 0.5, "theory": 0.333, "micro_batches": 2}}
     )
     said = [

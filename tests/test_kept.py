@@ -17,7 +17,7 @@ import torch
 from torch import nn
 
 from dtrain.data import cache as caches
-from dtrain.data.cache import MANIFEST, kept
+from dtrain.data.cache import MANIFEST, cached_folder
 from dtrain.data.images import Digits, Folder, HubImages, Samples
 from dtrain.data.paths import CACHE, files_at
 from dtrain.data.prepare import Corpus, prepare
@@ -25,7 +25,7 @@ from dtrain.data.rows import Rows
 from dtrain.data.sources import Files, Source
 from dtrain.data.stdlib_rows import Functions
 from dtrain.data.tokenizer import BPE, Bytes
-from dtrain.report.console import preparing
+from dtrain.report.console import preparation_progress
 from dtrain.task.base import Sizes
 from dtrain.task.batch import Models
 from dtrain.task.gan import GAN
@@ -85,7 +85,7 @@ def test_what_is_not_as_it_was_written_is_made_anew(
     DAMAGE[damage](Path(first.folder) / name)
     again = corpus()
     assert contents(again) == expected and again == first
-    assert caches.whole(Path(first.folder))
+    assert caches.is_complete(Path(first.folder))
 
 
 @pytest.mark.parametrize("name", ["train.bin", "corpus.json"])
@@ -182,7 +182,7 @@ def test_a_file_that_changes_while_it_is_read_is_refused(
 def test_the_lock_of_another_user_serves_too(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    folder = kept(tmp_path, "x", dict, lambda folder: None)
+    folder = cached_folder(tmp_path, "x", dict, lambda folder: None)
     lock, opened = tmp_path / f"{folder.name}.lock", os.open
     assert lock.exists()
     (folder / MANIFEST).unlink()
@@ -193,7 +193,9 @@ def test_the_lock_of_another_user_serves_too(
         return opened(path, flags, *more, **named)
 
     monkeypatch.setattr(os, "open", refuse)
-    assert kept(tmp_path, "x", dict, lambda folder: None) == folder and caches.whole(folder)
+    assert cached_folder(tmp_path, "x", dict, lambda folder: None) == folder and caches.is_complete(
+        folder
+    )
 
 
 def test_a_full_disk_is_said_and_leaves_nothing(
@@ -374,7 +376,7 @@ def test_that_data_are_kept_is_said_only_where_they_are(
             unreadable="skip",
             cache=cache,
         )
-        with preparing(data, shown=True) as progress:
+        with preparation_progress(data, shown=True) as progress:
             data.prepare(progress)
         printed = capsys.readouterr().out
         if said is None:

@@ -23,8 +23,14 @@ from dtrain.config.schema import Straggler
 from dtrain.launch import consistency, rank_processes, rendezvous
 from dtrain.launch.consistency import refuse_differences
 from dtrain.launch.fault_injection import slowed
-from dtrain.launch.rank_processes import ABORTED, RanksFailed, leave_words, processes_left, spawn
-from dtrain.launch.rendezvous import connected
+from dtrain.launch.rank_processes import (
+    ABORTED,
+    RanksFailed,
+    processes_left,
+    spawn,
+    write_error_file,
+)
+from dtrain.launch.rendezvous import process_group
 from dtrain.launch.world import World
 
 CPU = torch.device("cpu")
@@ -42,7 +48,7 @@ def _words(rank: int, at: float, words: str, folder: Path) -> str:
         mock.patch("dtrain.launch.rank_processes.time.time", lambda: at),
     ):
         if words:
-            leave_words(words)
+            write_error_file(words)
     return str(file)
 
 
@@ -227,7 +233,7 @@ def test_what_is_ignored_stays_so_but_sigterm_which_nodes_ignore_until_ranks_lis
 ) -> None:
     before, told = signal.signal(number, signal.SIG_IGN), []
     try:
-        with rank_processes.stops_go_to(lambda number, frame: told.append(number)):
+        with rank_processes.on_stop_signals(lambda number, frame: told.append(number)):
             os.kill(os.getpid(), number)
         assert told == [number] * heard and signal.getsignal(number) == signal.SIG_IGN
     finally:
@@ -246,7 +252,7 @@ def test_a_rank_has_the_threads_that_were_asked_for(asked: int | None, local_siz
     before = torch.get_num_threads()
     torch.set_num_threads(7)
     try:
-        with connected(World(local_size=local_size), CPU, threads=asked, timeout_s=10):
+        with process_group(World(local_size=local_size), CPU, threads=asked, timeout_s=10):
             share = max(1, len(os.sched_getaffinity(0)) // local_size)
             assert torch.get_num_threads() == (asked or share)
         assert torch.get_num_threads() == 7 and not dist.is_initialized()
@@ -279,7 +285,7 @@ def test_a_straggler_takes_so_many_times_as_long(factor: float) -> None:
 
 @contextmanager
 def _ranks(size: int) -> Iterator[Callable[[Callable[[int], None]], list[str]]]:
-    """Threads as ranks, whose `gathered` meets: what each has raised."""
+    """Threads as ranks, whose `all_gather_object` meets: what each has raised."""
     meeting, own, given = threading.Barrier(size), threading.local(), [None] * size
 
     def gathered(mine: Any) -> list[Any]:
@@ -306,7 +312,7 @@ def _ranks(size: int) -> Iterator[Callable[[Callable[[int], None]], list[str]]]:
             thread.join(60)
         return said
 
-    with mock.patch.object(consistency, "gathered", gathered):
+    with mock.patch.object(consistency, "all_gather_object", gathered):
         yield run
 
 
@@ -350,13 +356,13 @@ def test_an_agents_name_does_not_tell_the_rendezvous_secret(
     """It is written into checkpoints; outside Linux nothing else tells one torchrun from the
     next of its number.
     """
-    monkeypatch.setattr(rendezvous, "gathered", lambda own: [own])
+    monkeypatch.setattr(rendezvous, "all_gather_object", lambda own: [own])
     monkeypatch.delenv(rendezvous.MEETING, raising=False)
     monkeypatch.setattr(Path, "exists", lambda _: False)  # no /proc
     named = {}
     for secret in ("0123456789abcdef", "another", "0123456789abcdef"):
         monkeypatch.setenv("TORCHELASTIC_RUN_ID", secret)
-        (agent,) = rendezvous.agents()
+        (agent,) = rendezvous.elastic_agents()
         assert secret not in agent and named.setdefault(secret, agent) == agent
     assert len(set(named.values())) == 2
 

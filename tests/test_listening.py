@@ -142,9 +142,9 @@ def test_where_rank_0_is_reached_is_what_another_machine_says_of_its_name(
         (["127.0.1.1"] * 2, "127.0.1.1"),
         (["::1", "fd00::7"], "fd00::7"),
     ):
-        monkeypatch.setattr(rendezvous, "gathered", lambda own, seen=seen: seen)
+        monkeypatch.setattr(rendezvous, "all_gather_object", lambda own, seen=seen: seen)
         assert rendezvous.address_of_first() == expected
-    monkeypatch.setattr(rendezvous, "gathered", lambda own: [own, own])
+    monkeypatch.setattr(rendezvous, "all_gather_object", lambda own: [own, own])
     monkeypatch.setenv("MASTER_ADDR", "localhost")
     assert ipaddress.ip_address(rendezvous.address_of_first()).is_loopback
     monkeypatch.setenv(MEETING, "/a/file")

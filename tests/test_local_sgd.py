@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 from test_checkpoint import _train
 
 from dtrain.cost.profile import Profile
-from dtrain.parallel.strategy import whole
+from dtrain.parallel.strategy import full_tensor
 from dtrain.strategy.ddp import DDP
 from dtrain.strategy.fsdp import FSDP
 from dtrain.strategy.local_sgd import LocalSGD
@@ -58,7 +58,7 @@ def trained(
     trainer = made(strategies, size, optimizer, clip_norm)
     steps = list(trainer.steps())
     state = {
-        name: whole(t).clone()
+        name: full_tensor(t).clone()
         for name, t in trainer.state().items()
         if not name.startswith("optimizer.")
     }

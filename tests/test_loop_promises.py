@@ -27,12 +27,12 @@ from dtrain.launch.world import World
 from dtrain.model.images import MLP
 from dtrain.model.initialize import materialize
 from dtrain.model.transformer import Transformer
-from dtrain.parallel.optimizer import rate
-from dtrain.parallel.strategy import local
+from dtrain.parallel.optimizer import lr_factor
+from dtrain.parallel.strategy import local_part
 from dtrain.report.base import All
 from dtrain.run.assemble import Parts, optimizer_of
 from dtrain.run.checkpoint import Checkpoints
-from dtrain.run.resume import identity, take_weights
+from dtrain.run.resume import manifest_fields, take_weights
 from dtrain.task.base import Task
 from dtrain.task.batch import Batch
 from dtrain.task.causal_lm import CausalLM
@@ -128,7 +128,7 @@ def dropped(strategy: str, size: int, seed: int) -> list[tuple[Tensor, Tensor]]:
     embedding = made.plan.unwrap(made.models["model"]).embedding
 
     def note(module: nn.Module, inputs: tuple[Any, ...], output: Tensor) -> None:
-        seen.append((inputs[0].clone(), local(output) == 0))
+        seen.append((inputs[0].clone(), local_part(output) == 0))
 
     embedding.register_forward_hook(note)
     steps = made.steps()
@@ -372,12 +372,14 @@ def test_the_average_is_the_sum_of_all_generators_by_age(alone) -> None:
 @pytest.mark.parametrize("min_lr_ratio", [0.0, 0.1, 1.0])
 def test_rates_rise_in_steps_to_the_whole_and_fall_to_their_share(min_lr_ratio: float) -> None:
     """Exactly, at the warm-up's first and last steps and at the end."""
-    factors = [rate(step, 30, warmup_steps=10, min_lr_ratio=min_lr_ratio) for step in range(32)]
+    factors = [
+        lr_factor(step, 30, warmup_steps=10, min_lr_ratio=min_lr_ratio) for step in range(32)
+    ]
     assert factors[:10] == [(step + 1) / 10 for step in range(10)]
     assert factors[10] == 1.0
     assert factors[20] == pytest.approx((1 + min_lr_ratio) / 2, rel=TOLERANCE)
     assert factors[30:] == [min_lr_ratio] * 2
-    assert rate(0, 30, warmup_steps=0, min_lr_ratio=min_lr_ratio) == 1.0
+    assert lr_factor(0, 30, warmup_steps=0, min_lr_ratio=min_lr_ratio) == 1.0
     falls = [later < earlier for earlier, later in zip(factors[10:30], factors[11:31], strict=True)]
     assert falls == [min_lr_ratio < 1] * 20
 
@@ -441,7 +443,7 @@ def test_a_run_that_is_taken_up_goes_on_bit_for_bit(alone, tmp_path: Path) -> No
         found.append(curve(step))
         if step.step == SAVED_AT:
             checkpoints = Checkpoints(tmp_path / "checkpoints", keep_last=1)
-            checkpoints.save(SAVED_AT, first.state(), identity(job, first, world))
+            checkpoints.save(SAVED_AT, first.state(), manifest_fields(job, first, world))
             break
     torch.manual_seed(5)
     take_weights(second, job, tmp_path, world)

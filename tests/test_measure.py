@@ -22,10 +22,10 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from dtrain.cost import environment, flops, peak_memory
 from dtrain.cost.environment import cores, describe
-from dtrain.cost.model_size import info
+from dtrain.cost.model_size import model_size
 from dtrain.cost.throughput import Throughput
 from dtrain.model.transformer import Transformer
-from dtrain.parallel.optimizer import parameter_groups, rate
+from dtrain.parallel.optimizer import lr_factor, parameter_groups
 from dtrain.parallel.precision import Precision
 from dtrain.run.summary import flops_per_token
 from dtrain.task import sample_quality
@@ -43,21 +43,21 @@ def test_flops_are_the_textbooks(layers: int, heads: int, per_head: int, seq_len
     appendix B).
     """
     width, vocab = heads * per_head, 64
-    found = info(partial(Transformer, vocab, 32, width, layers, heads), Precision(), seq_len)
+    found = model_size(partial(Transformer, vocab, 32, width, layers, heads), Precision(), seq_len)
     weights = layers * 12 * width * width + vocab * width
     assert found.flops_per_token == 6 * weights + 12 * layers * width * seq_len
 
 
 def test_a_tasks_flops_are_its_models() -> None:
     task = NextToken()
-    expected = info(task.models["model"], Precision(), CONTEXT).flops_per_token
+    expected = model_size(task.models["model"], Precision(), CONTEXT).flops_per_token
     assert flops_per_token(task) == expected
 
 
 def test_info_allocates_nothing_and_counts_bytes() -> None:
     gc.collect()
     before = peak_memory.peak_bytes(torch.device("cpu"))
-    found = info(partial(Transformer, 50257, 1024, 12288, 4, 96), Precision("bf16"), None)
+    found = model_size(partial(Transformer, 50257, 1024, 12288, 4, 96), Precision("bf16"), None)
     assert found.total > 7e9 and peak_memory.peak_bytes(torch.device("cpu")) - before < 200e6
     assert found.weight_bytes == found.gradient_bytes == 4 * found.total
     assert found.optimizer_bytes == 8 * found.total
@@ -116,7 +116,7 @@ def test_matrices_decay_and_vectors_do_not() -> None:
 
 
 def test_the_rate_warms_up_and_falls_to_its_end() -> None:
-    rates = [rate(step, 100, warmup_steps=10, min_lr_ratio=0.1) for step in range(101)]
+    rates = [lr_factor(step, 100, warmup_steps=10, min_lr_ratio=0.1) for step in range(101)]
     assert rates[:3] == [0.1, 0.2, pytest.approx(0.3)] and rates[9] == rates[10] == 1.0
     assert all(a >= b for a, b in zip(rates[10:], rates[11:], strict=False)) and rates[
         100
@@ -307,7 +307,7 @@ def test_a_models_parts_and_bytes_are_those_of_its_shapes(
         "blocks: norm2": layers * norms,
         "head": norms + (0 if tied else v * c),
     }
-    found = info(
+    found = model_size(
         partial(Transformer, v, t, c, layers, heads, tied=tied, bias=bias, **model), precision, None
     )
     assert found.parameters == parts and found.seq_len == t

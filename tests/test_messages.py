@@ -25,9 +25,9 @@ from dtrain import cli
 from dtrain.compare.entries import Entry
 from dtrain.config import constructor
 from dtrain.config.aliases import ALIASES, RENAMED, ours
-from dtrain.config.errors import check_words
-from dtrain.config.override import read, setting, typed, value_of
-from dtrain.config.schema import CONFIGS, make, options, register
+from dtrain.config.errors import check_overrides
+from dtrain.config.override import for_a_shell, parsed, setting, value_of
+from dtrain.config.schema import CONFIGS, build, options, register
 from dtrain.parallel.strategy import Strategy
 from dtrain.run.run import _resumable
 
@@ -65,10 +65,10 @@ NAMES = [
 @pytest.mark.parametrize("name", NAMES)
 def test_what_is_printed_can_be_typed(name: str) -> None:
     """By a shell and then by Hydra: both give the text back."""
-    (word,) = shlex.split(typed("resume", name))
-    found = read(word)
-    assert found and value_of(found) == name and value_of(read(setting("k", name))) == name
-    assert typed("resume", "/plain/name") == "resume=/plain/name"
+    (word,) = shlex.split(for_a_shell("resume", name))
+    found = parsed(word)
+    assert found and value_of(found) == name and value_of(parsed(setting("k", name))) == name
+    assert for_a_shell("resume", "/plain/name") == "resume=/plain/name"
 
 
 def test_a_stopped_run_says_how_to_go_on_also_where_its_folders_name_is_not_utf8(
@@ -88,13 +88,15 @@ def test_a_stopped_run_says_a_resume_that_can_be_typed(tmp_path: Path) -> None:
     job: Any = SimpleNamespace(config=SimpleNamespace(steps=3), logger=mock.Mock())
     said = _resumable(job, folder, 2)
     (word,) = shlex.split(said.partition("resumable: ")[2])
-    assert value_of(read(word)) == str(folder) and (folder / "resumable").read_text() == f"{said}\n"
+    assert (
+        value_of(parsed(word)) == str(folder) and (folder / "resumable").read_text() == f"{said}\n"
+    )
 
 
 def test_an_entry_of_a_comparison_may_hold_any_path() -> None:
     """Its command is Hydra's to read, and a shell's."""
     entry = Entry.of("fsdp 'data.source.path=/x/a=b (1).txt' strategy.fsdp.degree=2")
-    assert [value_of(read(word)) for word in entry.overrides] == ["fsdp", "/x/a=b (1).txt", 2]
+    assert [value_of(parsed(word)) for word in entry.overrides] == ["fsdp", "/x/a=b (1).txt", 2]
 
 
 WORDS = [
@@ -124,7 +126,7 @@ WORDS = [
 def test_a_word_that_hydra_cannot_take_is_told_what_to_type(words: list[str], told: str) -> None:
     register()
     with mock.patch.object(sys, "argv", ["info.py", *words]), pytest.raises(ValueError) as found:
-        check_words(words, ("capabilities", "readme"))
+        check_overrides(words, ("capabilities", "readme"))
     assert told in str(found.value)
 
 
@@ -142,7 +144,7 @@ def test_what_hydra_takes_passes() -> None:
         ["seed=1,2", "-m"],
         ["data/tokenizer=bytes", "resume=null"],
     ):
-        check_words(words)
+        check_overrides(words)
 
 
 # Keys and choices, as the command tells them
@@ -251,7 +253,7 @@ def test_what_had_another_name_is_told_by_its_new_one(
         )
         node = {"_target_": f"dtrain.strategy.{target}", old.removeprefix("strategy.dp."): 1}
         with pytest.raises(ValueError, match=f": here it is {new}$"):
-            make(node, Strategy, "strategy.dp")
+            build(node, Strategy, "strategy.dp")
     elif "=" not in old:
         first = RENAMED.get(old.split(".")[0], new)
         assert f": here it is {first}\n" in said(f"+{old}=1")
@@ -353,7 +355,7 @@ RANGES = [
 @pytest.mark.parametrize(("given", "told"), RANGES, ids=str)
 def test_a_constructors_refusal_names_the_key(given: dict[str, Any], told: str) -> None:
     with pytest.raises(ValueError) as found:
-        make(
+        build(
             ADAMW | given, torch.optim.Optimizer, "optimizer", params=[nn.Parameter(torch.ones(1))]
         )
     assert str(found.value).startswith(told)
@@ -387,7 +389,7 @@ def test_a_users_constructor_that_breaks_is_told_with_its_node() -> None:
         ({"heads": 4}, "model: IndexError: list index out of range"),
     ):
         with pytest.raises(ValueError) as found:
-            make(node | {"width": 4} | given, nn.Module, "model")
+            build(node | {"width": 4} | given, nn.Module, "model")
         assert str(found.value).startswith(told) and "(DTRAIN_TRACEBACK=1 shows where)" in str(
             found.value
         )
@@ -402,5 +404,5 @@ class Refusing(nn.Module):
 
 def test_a_refusal_that_names_a_setting_stays_as_it_is() -> None:
     with pytest.raises(ValueError) as found:
-        make({"_target_": "test_messages.Refusing"}, nn.Module, "model", data=3)
+        build({"_target_": "test_messages.Refusing"}, nn.Module, "model", data=3)
     assert str(found.value) == "seq_len=9 is too long"

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from dtrain.cost.model_size import info
+from dtrain.cost.model_size import model_size
 from dtrain.model.block import FeedForward
 from dtrain.model.initialize import materialize
 from dtrain.model.layout import StepAware
@@ -240,7 +240,7 @@ def test_flops_are_those_of_the_experts_a_token_is_sent_to(
     )
     active = 4 * width * width + E * width + options.get("top_k", 2) * matrices * width * hidden
     expected = 6 * (layers * active + vocab * width) + 12 * layers * width * seq_len
-    assert info(model, Precision(), seq_len).flops_per_token == expected
+    assert model_size(model, Precision(), seq_len).flops_per_token == expected
 
 
 def test_the_router_computes_in_fp32_where_all_else_is_bf16() -> None:

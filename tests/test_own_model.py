@@ -33,10 +33,10 @@ from cases import (
 from omegaconf import OmegaConf
 from own_models import MODELS, OwnModel
 
-from dtrain.cost.model_size import info
+from dtrain.cost.model_size import model_size
 from dtrain.cost.trace import trace
 from dtrain.model.adapt import adapted
-from dtrain.model.initialize import build, cast, whole
+from dtrain.model.initialize import build, build_with_values, cast
 from dtrain.model.layout import refuse_batch_norm
 from dtrain.parallel.checks.probe import probe
 from dtrain.parallel.plan import Plan
@@ -462,7 +462,10 @@ def test_what_does_not_run_on_meta_tensors_is_not_predicted() -> None:
 
 
 def test_whole_takes_the_seed() -> None:
-    assert whole(MODELS["Good"], 0, torch.float64).first.token.weight.dtype == torch.float64
+    assert (
+        build_with_values(MODELS["Good"], 0, torch.float64).first.token.weight.dtype
+        == torch.float64
+    )
 
 
 USERS = '''
@@ -628,7 +631,7 @@ def test_a_layout_gives_the_originals_logits_or_is_refused(
 )
 def test_info_counts_models_of_users(model: str, said: str) -> None:
     try:
-        found = info(MODELS[model], Precision("fp32"), None)
+        found = model_size(MODELS[model], Precision("fp32"), None)
     except ValueError as error:
         assert said and said in str(error)
     else:

@@ -21,7 +21,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from runs import until
 
-from dtrain.run.checkpoint_files import about
+from dtrain.run.checkpoint_files import read_manifest
 from dtrain.strategy.fsdp import FSDP
 from dtrain.strategy.parameter_server.gradient_compression import METHODS, GradientCompression
 from dtrain.strategy.parameter_server.strategy import ParameterServer
@@ -316,7 +316,7 @@ def test_a_killed_worker_stops_nobody_and_comes_back(
     assert told["updates"] == 120 and told["lives"] == {"0": 1, "1": 2}
     assert len(processes(tmp_path, servers + 1)) == 2
     assert "worker 1 is gone" in (tmp_path / "run" / "logs" / "rank0.log").read_text()
-    assert about(tmp_path / "run" / "checkpoints" / "latest")["step"] == 60
+    assert read_manifest(tmp_path / "run" / "checkpoints" / "latest")["step"] == 60
 
 
 @pytest.mark.deep
@@ -382,12 +382,12 @@ def test_a_killed_server_goes_on_from_its_checkpoint(tmp_path: Path, cache: Path
     cut = tmp_path / "cut"
     process = started(cut, cache, *same)
     latest = cut / "run" / "checkpoints" / "latest"
-    until(lambda: latest.exists() and about(latest)["step"] >= 20)
+    until(lambda: latest.exists() and read_manifest(latest)["step"] >= 20)
     server = int(re.search(r"process (\d+)", (cut / "run" / "logs" / "rank0.log").read_text())[1])  # type: ignore[index]
     os.kill(server, signal.SIGKILL)
     assert process.wait(timeout=240) != 0
     process.communicate()
-    at = about(latest)["step"]
+    at = read_manifest(latest)["step"]
     found = run(cut, cache, *same, "resume=latest")
     assert (
         losses(found)[at:] == pytest.approx(losses(expected)[at:], rel=1e-12)

@@ -27,7 +27,7 @@ from dtrain.data.windows import Windows
 from dtrain.model.images import ConvNet
 from dtrain.model.transformer import Transformer
 from dtrain.parallel.optimizer import parameter_groups
-from dtrain.parallel.strategy import whole
+from dtrain.parallel.strategy import full_tensor
 from dtrain.task.base import Sizes, Task
 from dtrain.task.causal_lm import CausalLM
 from dtrain.task.image_classification import ImageClassification
@@ -267,7 +267,7 @@ def trained(case: Case, size: int) -> Trace:
         trace.rates.append(step.lr)
         trace.tokens.append(step.tokens)
     trace.metrics = made.evaluate()
-    trace.tensors = {name: whole(tensor).clone() for name, tensor in made.state().items()}
+    trace.tensors = {name: full_tensor(tensor).clone() for name, tensor in made.state().items()}
     return trace
 
 

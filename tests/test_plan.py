@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from dtrain.model.transformer import Transformer
-from dtrain.parallel.mesh import fill
+from dtrain.parallel.mesh import fill_degrees
 from dtrain.parallel.plan import Plan
 from dtrain.parallel.strategy import Strategy
 from dtrain.strategy.ddp import DDP
@@ -28,7 +28,7 @@ from dtrain.strategy.tensor.layers import refuse_lost_rows
 )
 def test_degrees_fill_the_world_or_are_refused(degrees: dict[str, int], world: int) -> None:
     try:
-        filled = fill(degrees, world)
+        filled = fill_degrees(degrees, world)
     except ValueError as error:
         assert str(world) in str(error) and "\n" not in str(error)
         return
@@ -49,7 +49,7 @@ def test_degrees_fill_the_world_or_are_refused(degrees: dict[str, int], world: i
 def test_the_rest_of_the_world_is_shared_out(
     degrees: dict[str, int], world: int, expected: dict[str, int]
 ) -> None:
-    assert fill(degrees, world) == expected
+    assert fill_degrees(degrees, world) == expected
 
 
 @pytest.mark.parametrize(

@@ -15,7 +15,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from dtrain.data.prepare import Corpus, clean, prepare
+from dtrain.data.prepare import Corpus, normalized, prepare
 from dtrain.data.sources import Files
 from dtrain.data.tokenizer import BPE, KEPT, Bytes, Tokenizer
 from dtrain.data.windows import Windows
@@ -24,12 +24,12 @@ from dtrain.task.base import Sizes, Supervised
 from dtrain.task.causal_lm import (
     IGNORE,
     CausalLM,
-    correct,
+    count_correct,
+    count_targets,
     cross_entropy,
-    filled_up,
-    valid,
+    padded_batch,
 )
-from dtrain.task.rows import confused
+from dtrain.task.rows import token_confusion
 
 VOCAB = 420  # ids: enough for words that stand in one document only
 EPOCHS = 150  # so many that each of a few offsets is drawn
@@ -64,21 +64,21 @@ def test_documents_that_are_all_on_one_side_are_cut_in_two(
     """Training has the beginning, validation the end: together each token once, ends included."""
     made = tokenizer()
     corpus = prepared(tmp_path, TEXTS[:number], made, fraction)
-    ends = [[*made.encode(clean(text)).tolist(), made.marks.end] for text in TEXTS[:number]]
+    ends = [[*made.encode(normalized(text)).tolist(), made.marks.end] for text in TEXTS[:number]]
     every = sum(ends, [])
     train, validation = parts(corpus)
     assert (corpus.train_tokens, corpus.validation_tokens) == (len(train), len(validation))
     if isinstance(made, Bytes):
         assert train + validation == every
         assert len(validation) == int(fraction * len(every)) > 0
-    assert made.decode(train) + made.decode(validation) == "".join(map(clean, TEXTS[:number]))
+    assert made.decode(train) + made.decode(validation) == "".join(map(normalized, TEXTS[:number]))
     assert (train + validation).count(made.marks.end) == corpus.documents == number
 
 
 @pytest.mark.parametrize("text", ["a", "ab", "abc\n" * 5])
 def test_the_shortest_text_leaves_a_token_for_each_part(text: str, tmp_path: Path) -> None:
     train, validation = parts(prepared(tmp_path, [text], Bytes()))
-    assert bytes(train + validation) == clean(text).encode() + b"\0" and len(validation) == 1
+    assert bytes(train + validation) == normalized(text).encode() + b"\0" and len(validation) == 1
 
 
 def test_copies_of_one_document_are_one_document(tmp_path: Path) -> None:
@@ -189,7 +189,7 @@ def test_a_target_is_the_next_token_of_its_row(language: CausalLM) -> None:
 def test_rows_that_fill_up_an_evaluation_have_no_targets(language: CausalLM) -> None:
     """Of 13 rows in fours the last batch has one: the global count is of that alone."""
     batches = list(language.validation())
-    assert [int(valid(batch)) for batch in batches] == [28, 28, 28, 7]
+    assert [int(count_targets(batch)) for batch in batches] == [28, 28, 28, 7]
     counts = batches[-1]["targets"] != IGNORE
     assert counts[0].all() and not counts[1:].any()
 
@@ -202,10 +202,10 @@ def drawn(seed: int, *shape: int) -> Tensor:
 
 
 def _measures(logits: Tensor, batch: dict[str, Tensor]) -> dict[str, Tensor]:
-    return correct(logits, batch) | confused(logits, batch)
+    return count_correct(logits, batch) | token_confusion(logits, batch)
 
 
-OF_TOKENS = Supervised("model", (), cross_entropy, valid, _measures)
+OF_TOKENS = Supervised("model", (), cross_entropy, count_targets, _measures)
 OF_SPANS = Supervised("model", (), span_qa._criterion, span_qa._count, span_qa._measures)
 SPANS = [[1, 3], [2, 2], [0, 5]]
 NAMED = [[4, 0, 1, 3, IGNORE, IGNORE], [0, 1, 2, 3, 4, 0], [2, 2, 2, 1, 1, 4]]  # padding in a row
@@ -234,7 +234,7 @@ def test_what_does_not_count_changes_no_sum_and_gets_no_gradient(
     assert float(expected["loss"]) == pytest.approx(by_hand, rel=ROUNDING)
     assert expected["count"] == counted
 
-    filled = filled_up({name: tensor.clone() for name, tensor in batch.items()}, ROWS + 2)
+    filled = padded_batch({name: tensor.clone() for name, tensor in batch.items()}, ROWS + 2)
     for seed in (3, 4):
         more = torch.cat((said, drawn(seed, 2, TOKENS, outputs))).requires_grad_()
         found = update.measured(more, filled)

@@ -23,11 +23,11 @@ from torch import Tensor, nn
 
 from dtrain.model.layout import Layout
 from dtrain.run.checkpoint import Checkpoints, load
-from dtrain.run.checkpoint_files import about
+from dtrain.run.checkpoint_files import read_manifest
 from dtrain.strategy.local_sgd import LocalSGD
 from dtrain.task.base import Supervised, Task
 from dtrain.task.batch import Batch
-from dtrain.task.causal_lm import correct, cross_entropy, valid
+from dtrain.task.causal_lm import count_correct, count_targets, cross_entropy
 from dtrain.train import Settings, Trainer
 
 WORDS, TOKENS, ROWS, WIDTH = 11, 4, 12, 8
@@ -105,7 +105,9 @@ class Rows(Task):
 
     def __init__(self, model: type[nn.Module] = Ways) -> None:
         self.models = {"model": model}
-        self.updates = (Supervised("model", ("tokens", "ways"), cross_entropy, valid, correct),)
+        self.updates = (
+            Supervised("model", ("tokens", "ways"), cross_entropy, count_targets, count_correct),
+        )
 
     def batch(self, step: int) -> Batch:
         tokens = torch.randint(
@@ -243,7 +245,7 @@ def _steps_of(folder: str) -> dict[str, float]:
     first = made("single", 1, None)
     Checkpoints(Path(folder), keep_last=1).save(0, first.state(), {"tokens": 0})
     path = find(folder, Path(folder), Path(folder), fallback=False, note=print)
-    assert about(path)["step"] == 0
+    assert read_manifest(path)["step"] == 0
     second = made("single", 1, None)
     second.load(partial(load, path))
     return {"first": finish(first).losses[-1], "second": finish(second).losses[-1]}

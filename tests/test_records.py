@@ -16,7 +16,7 @@ from dtrain.files import records
 from dtrain.report.base import Run
 from dtrain.report.files import Files
 from dtrain.report.sweep import Told, show_sweep
-from dtrain.report.terminal import shown
+from dtrain.report.terminal import without_control_characters
 from hydra_plugins.dtrain_torchrun import _outcome
 
 VALUES = {
@@ -109,9 +109,9 @@ HOSTILE = "a\x1b]0;owned\x07b\x9bc\u202ed\u200be\x7f\r"
 
 def test_what_would_steer_a_terminal_is_written_out() -> None:
     """And nothing else: letters of all the world, blanks and line ends stay."""
-    assert shown(HOSTILE) == r"a\x1b]0;owned\x07b\x9bc\u202ed\u200be\x7f\r"
+    assert without_control_characters(HOSTILE) == r"a\x1b]0;owned\x07b\x9bc\u202ed\u200be\x7f\r"
     plain = "größer 日本語 नमस्ते 😀\u3000\u00a0\ttab\nline \\x1b"
-    assert shown(plain) == plain
+    assert without_control_characters(plain) == plain
 
 
 @pytest.mark.parametrize(

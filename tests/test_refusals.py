@@ -32,7 +32,7 @@ import dtrain
 from dtrain import cli
 from dtrain.compare.command import Failed
 from dtrain.config.errors import NO_MORE_PROCESSES
-from dtrain.config.schema import CONFIGS, Comparison, check_axes, checked, make, register
+from dtrain.config.schema import CONFIGS, Comparison, build, check_axes, register, validated
 from dtrain.data.base import Data
 from dtrain.data.rows import Rows
 from dtrain.data.sources import Source, StandardLibrary
@@ -282,7 +282,7 @@ def composed(name: str, *overrides: str) -> Any:
 
 def run(*overrides: str, ranks: int = 1) -> None:
     """Ask for a run, as far as that needs no data."""
-    assemble(checked(composed("train", "model=tiny", *overrides)), World(0, ranks, 0, ranks))
+    assemble(validated(composed("train", "model=tiny", *overrides)), World(0, ranks, 0, ranks))
 
 
 def both(*names: str) -> None:
@@ -295,21 +295,21 @@ def both(*names: str) -> None:
 
 def built(target: str, **arguments: Any) -> Strategy:
     """Ask for a strategy by its class."""
-    return make({"_target_": target, **arguments}, Strategy, "strategy.dp")
+    return build({"_target_": target, **arguments}, Strategy, "strategy.dp")
 
 
 def text(**tokenizer: Any) -> Data:
     """Ask for text with this tokenizer."""
     source = {"_target_": "dtrain.data.sources.StandardLibrary"}
     node = {"_target_": "dtrain.data.text.Text", "name": "x", "cache": "x", "source": source}
-    return make(node | {"tokenizer": tokenizer}, Data, "data", parts=(Source, Tokenizer))
+    return build(node | {"tokenizer": tokenizer}, Data, "data", parts=(Source, Tokenizer))
 
 
 def task_of_rows() -> Task:
     """Ask for a language model of labelled rows."""
     data = Rows("functions", StandardLibrary(), Bytes())
     node, sizes = {"_target_": "dtrain.task.causal_lm.CausalLM"}, Sizes(0, 1, None, 1)
-    return make(node, Task, "task", models={"model": GPT}, data=data, sizes=sizes)
+    return build(node, Task, "task", models={"model": GPT}, data=data, sizes=sizes)
 
 
 def without_compilers() -> None:
@@ -988,7 +988,7 @@ REFUSALS = {
         lambda: built(DDP_CLASS, depth=3), "strategy.dp", "'depth'", "unexpected keyword argument"
     ),
     "an argument that is missing": Refusal(
-        lambda: make({"_target_": "dtrain.data.sources.Files"}, Source, "data.source"),
+        lambda: build({"_target_": "dtrain.data.sources.Files"}, Source, "data.source"),
         "data.source: ",
         "'path'",
         "missing a required argument",
@@ -1006,7 +1006,7 @@ REFUSALS = {
         "must be float, not str",
     ),
     "no class": Refusal(
-        lambda: make({"degree": 2}, Strategy, "strategy.dp"),
+        lambda: build({"degree": 2}, Strategy, "strategy.dp"),
         "strategy.dp",
         "has no _target_",
         "nothing says what to build",
@@ -1069,13 +1069,13 @@ REFUSALS = {
         lambda: run("~steps"), "steps", "has no value", "set steps=…"
     ),
     "a range of another's": Refusal(
-        lambda: make({"_target_": "torch.nn.Dropout", "p": 3}, nn.Module, "model"),
+        lambda: build({"_target_": "torch.nn.Dropout", "p": 3}, nn.Module, "model"),
         "model.p",
         "=3",
         "has to be between 0 and 1",
     ),
     "a part with a range": Refusal(
-        lambda: make(
+        lambda: build(
             {"_target_": "test_refusals.Holding", "part": {"_target_": "torch.nn.Dropout", "p": 3}},
             nn.Module,
             "model",
@@ -1093,7 +1093,7 @@ REFUSALS = {
         lambda: run("lr_schedule.min_lr_ratio=1.5"), "lr_schedule.min_lr_ratio", "=1.5", "at most 1"
     ),
     "a number that is none": Refusal(
-        lambda: make(
+        lambda: build(
             {"_target_": "torch.optim.AdamW", "lr": math.inf},
             torch.optim.Optimizer,
             "optimizer",
@@ -1104,7 +1104,7 @@ REFUSALS = {
         "a finite number",
     ),
     "a size beyond all": Refusal(
-        lambda: make(
+        lambda: build(
             {"_target_": "torch.nn.Linear", "in_features": 10**30, "out_features": 1},
             nn.Module,
             "model",
@@ -1294,12 +1294,12 @@ def test_every_option_with_a_range_is_held_to_it(comparison: Any) -> None:
     """Just beyond each end; the message has the name in full, the value and the range."""
     names = {name for name, *_ in BOUNDED}
     assert len(names) > 20 and {"launch.threads", "measure.peak_flops", "repeats"} <= names
-    assert checked(comparison).steps >= 1
+    assert validated(comparison).steps >= 1
     for name, value, remedy in BOUNDED:
         config = deepcopy(comparison)
         OmegaConf.update(config, name, value)
         with pytest.raises(ValueError) as found:
-            checked(config)
+            validated(config)
         assert str(found.value) == f"{name}={OmegaConf.select(config, name)} {remedy}"
 
 
@@ -1312,7 +1312,7 @@ def test_what_is_no_number_is_in_no_range(comparison: Any) -> None:
         config = deepcopy(comparison)
         OmegaConf.update(config, name, float("nan"))
         with pytest.raises(ValueError, match=f"{name}=nan must be {bound}"):
-            checked(config)
+            validated(config)
 
 
 # Exit statuses

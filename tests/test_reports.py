@@ -26,7 +26,7 @@ from dtrain.config import errors
 from dtrain.cost.model_size import ModelSize
 from dtrain.report import rank_log
 from dtrain.report.base import Run
-from dtrain.report.console import Console, preparing, show
+from dtrain.report.console import Console, preparation_progress, show_model_size
 from dtrain.report.sweep import Told, show_job, show_sweep
 from dtrain.report.tables import Sheet, put_between
 from dtrain.report.tensorboard import TensorBoard
@@ -262,7 +262,7 @@ TOLD_AS = r"a\x1b[2J[red]b[/x]:smile:\u202e\nforged\udcff"
 
 
 def _sizes(folder: Path) -> None:
-    show(HOSTILE, ModelSize({HOSTILE: 1}, 1, 1, 1, 1, 1))
+    show_model_size(HOSTILE, ModelSize({HOSTILE: 1}, 1, 1, 1, 1, 1))
 
 
 def _begin_and_end(folder: Path) -> None:
@@ -283,7 +283,7 @@ def _begin_and_end(folder: Path) -> None:
 
 def _prepare(folder: Path) -> None:
     data: Any = SimpleNamespace(name=HOSTILE, kept=Path(HOSTILE))
-    with preparing(data, shown=True) as progress:
+    with preparation_progress(data, shown=True) as progress:
         progress(HOSTILE, 20)
 
 

@@ -18,8 +18,8 @@ from omegaconf import OmegaConf
 
 from dtrain.compare import command
 from dtrain.config.constructor import named
-from dtrain.config.schema import make
-from dtrain.config.secret import HIDDEN, is_secret, masked, masked_override, written
+from dtrain.config.schema import build
+from dtrain.config.secret import HIDDEN, is_secret, masked, masked_override, printable
 from dtrain.model import own
 from dtrain.report.base import Logger, Run
 from hydra_plugins import dtrain_torchrun
@@ -210,7 +210,7 @@ def test_whatever_way_leads_to_the_environment(monkeypatch: pytest.MonkeyPatch) 
         "l": "${oc.decode:${oc.env:HIDDEN_NODE}}", "m": {"n": "${l}"},
     })  # fmt: skip
     c = {"d": ["at ${b}", "${.0}", 7], "e": "plain"}
-    assert written(config) == {
+    assert printable(config) == {
         "a": "${oc.env:HIDDEN_NAME}",
         "b": "${a}",
         "c": c,
@@ -300,14 +300,14 @@ def test_what_a_class_of_the_users_is_given_or_says_hides_it(
     mine = {"_target_": "test_secret.Service", **node, "account": PLAIN} | {
         "_target_": "test_secret.Service"
     }
-    assert list(own.told(mine)) == [
+    assert list(own.settings_in_words(mine)) == [
         f"test_secret.Service is given api_key={HIDDEN}, more={{'auth': {{'pin': '{HIDDEN}'}}}}, "
         f"size=3, account={PLAIN}"
     ]
     with pytest.raises(
         ValueError, match=re.escape(f"logger.s.api_key={HIDDEN} must be int, not str")
     ):
-        make({"_target_": "test_secret.Counted", "api_key": PLAIN}, Logger, "logger.s")
+        build({"_target_": "test_secret.Counted", "api_key": PLAIN}, Logger, "logger.s")
 
 
 class Counted(Logger):

@@ -18,9 +18,9 @@ from runs import free_port
 from test_cli import PYTHON, call  # noqa: F401
 
 from dtrain.launch import rank_processes
-from dtrain.launch.launchers import understood
+from dtrain.launch.launchers import script_arguments
 from dtrain.launch.rank_processes import spawn
-from dtrain.launch.rendezvous import connected
+from dtrain.launch.rendezvous import process_group
 from dtrain.launch.world import World
 
 Call = Callable[..., tuple[int, str, str]]
@@ -58,15 +58,15 @@ WHO = {"RANK": "3", "WORLD_SIZE": "4", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "2
 def test_processes_of_mpirun_and_srun_are_ranks_or_refused(theirs: dict[str, str]) -> None:
     """Never as many runs of one rank in one folder."""
     environment = theirs | MEET
-    assert understood(["steps=3"], environment) == ["steps=3"]
+    assert script_arguments(["steps=3"], environment) == ["steps=3"]
     assert {name: environment[name] for name in WHO} == WHO
     with pytest.raises(
         ValueError,
         match=r"=4: 4 processes were started, and each would train alone: use torchrun, or set "
         r"MASTER_ADDR and MASTER_PORT",
     ):
-        understood([], dict(theirs))
-    assert understood([], environment := theirs | {"RANK": "0", "WORLD_SIZE": "9"}) == []
+        script_arguments([], dict(theirs))
+    assert script_arguments([], environment := theirs | {"RANK": "0", "WORLD_SIZE": "9"}) == []
     assert environment["RANK"] == "0"  # torchrun within srun says more
 
 
@@ -81,7 +81,7 @@ def test_processes_of_mpirun_and_srun_are_ranks_or_refused(theirs: dict[str, str
 )
 def test_one_process_is_one_process(quiet: dict[str, str]) -> None:
     environment = dict(quiet)
-    assert understood(["steps=3"], environment) == ["steps=3"] and environment == quiet
+    assert script_arguments(["steps=3"], environment) == ["steps=3"] and environment == quiet
 
 
 @pytest.mark.parametrize(
@@ -89,10 +89,13 @@ def test_one_process_is_one_process(quiet: dict[str, str]) -> None:
 )
 def test_an_argument_that_names_the_local_rank_is_no_setting(words: list[str]) -> None:
     environment: dict[str, str] = {}
-    assert understood([*words, "steps=3", "model=tiny"], environment) == ["steps=3", "model=tiny"]
+    assert script_arguments([*words, "steps=3", "model=tiny"], environment) == [
+        "steps=3",
+        "model=tiny",
+    ]
     assert environment == {"LOCAL_RANK": "1"}
     told = {"LOCAL_RANK": "0"}
-    assert understood(words, told) == [] and told == {"LOCAL_RANK": "0"}
+    assert script_arguments(words, told) == [] and told == {"LOCAL_RANK": "0"}
 
 
 @pytest.mark.parametrize(("told", "said"), [
@@ -136,7 +139,7 @@ def test_the_environment_is_after_a_run_as_it_was(monkeypatch: pytest.MonkeyPatc
     """
     monkeypatch.setenv("KEPT", "as it was")
     before = dict(os.environ)
-    with connected(World(), torch.device("cpu"), threads=1, timeout_s=10):
+    with process_group(World(), torch.device("cpu"), threads=1, timeout_s=10):
         os.environ.update(RANK="0", WORLD_SIZE="1", KEPT="changed")
     assert dict(os.environ) == before
 

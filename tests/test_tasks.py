@@ -41,7 +41,7 @@ from scipy.linalg import sqrtm
 from sklearn.metrics import accuracy_score, f1_score
 from torch import Tensor
 
-from dtrain.config.schema import CONFIGS, checked, register
+from dtrain.config.schema import CONFIGS, register, validated
 from dtrain.data.augment import Crop, Cutout, Flip, Mixup, SpanMask, TextCrop, TokenDrop
 from dtrain.data.images import Folder, HubImages, Ring, Samples, to_tensor
 from dtrain.data.rows import Rows
@@ -58,7 +58,7 @@ from dtrain.run.checkpoint import Checkpoints, load
 from dtrain.task.base import Sizes, Task
 from dtrain.task.causal_lm import IGNORE, CausalLM
 from dtrain.task.classification import Classification
-from dtrain.task.gan import GAN, follow
+from dtrain.task.gan import GAN, move_towards
 from dtrain.task.image_classification import ImageClassification
 from dtrain.task.masked_lm import MaskedLM
 from dtrain.task.rows import confusion, scores
@@ -934,7 +934,7 @@ def test_what_does_not_go_together_is_said_in_a_line(
         initialize_config_dir(str(CONFIGS), version_base="1.3"),
         pytest.raises(ValueError, match=message) as caught,
     ):
-        task_of(checked(compose("train", overrides.split())), shown=False)
+        task_of(validated(compose("train", overrides.split())), shown=False)
     assert "\n" not in str(caught.value)
 
 
@@ -969,7 +969,7 @@ def test_an_averaged_generator_has_its_leader_s_buffers() -> None:
         "average": MLP(4, 2, 8, spectral=True),
     }
     for _ in range(20):
-        follow(models, leader="generator", follower="average", stays=0.5)
+        move_towards(models, leader="generator", follower="average", stays=0.5)
     noise = torch.randn(5, 4)
     torch.testing.assert_close(
         models["average"](noise), models["generator"](noise), rtol=1e-3, atol=1e-3

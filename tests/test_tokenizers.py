@@ -21,9 +21,9 @@ from test_configs import composed
 from tokenizers import Tokenizer as Library
 from tokenizers import decoders, models, normalizers, pre_tokenizers
 
-from dtrain.config.schema import checked, make
+from dtrain.config.schema import build, validated
 from dtrain.data.base import Data
-from dtrain.data.prepare import clean, prepare
+from dtrain.data.prepare import normalized, prepare
 from dtrain.data.rows import Rows
 from dtrain.data.sources import Files, Source
 from dtrain.data.tokenizer import BPE, KEPT, Bytes, FromFile, Tokenizer, count_ids
@@ -90,7 +90,7 @@ def test_the_end_is_the_token_that_is_called_so(name: str, tmp_path: Path) -> No
     made = corpus(TEXT, tokenizer, tmp_path)
     assert tokenizer.marks.end == tokenizer.vocab_size - 1 and "end" not in tokenizer.missing
     assert whole(made).count(tokenizer.marks.end) == 1 and whole(made)[-1] == tokenizer.marks.end
-    assert tokenizer.decode(whole(made)) == clean(TEXT)
+    assert tokenizer.decode(whole(made)) == normalized(TEXT)
 
 
 def test_an_end_of_any_other_name_is_asked_for(tmp_path: Path) -> None:
@@ -116,7 +116,7 @@ def test_ids_may_have_gaps(step: int, tmp_path: Path) -> None:
     tokenizer = saved(characters("</s>", step=step), tmp_path)
     made = corpus(TEXT, tokenizer, tmp_path)
     assert tokenizer.vocab_size == 29 * step + 1 and max(whole(made)) == 29 * step
-    assert tokenizer.decode(whole(made)) == clean(TEXT)
+    assert tokenizer.decode(whole(made)) == normalized(TEXT)
     refused = pytest.raises(
         ValueError, match=f"data.tokenizer.vocab_size=30: .* has {29 * step + 1} ids"
     )
@@ -129,18 +129,18 @@ def test_a_configuration_takes_the_size_of_the_vocabulary_from_the_file(tmp_path
     (tmp_path / "my tokenizer").mkdir()
     characters("</s>", step=7).save(str(tmp_path / "my tokenizer" / "tokenizer.json"))
     for place in ("my tokenizer", "my tokenizer/tokenizer.json"):
-        config = checked(
+        config = validated(
             composed("data/tokenizer=file", f"data.tokenizer.path='{tmp_path}/{place}'")
         )
-        made = make(config.data, Data, "data", parts=(Source, Tokenizer))
+        made = build(config.data, Data, "data", parts=(Source, Tokenizer))
         assert made.vocab_size == config.model["vocab_size"] == 7 * 29 + 1
     for word, said in (
         (f"data.tokenizer.path={tmp_path}/none", "none: No such file"),
         ("seed=1", "path"),
     ):
         with pytest.raises((ValueError, MissingMandatoryValue), match=said) as found:
-            make(
-                checked(composed("data/tokenizer=file", word)).data,
+            build(
+                validated(composed("data/tokenizer=file", word)).data,
                 Data,
                 "data",
                 parts=(Source, Tokenizer),

@@ -8,14 +8,14 @@ import re
 from pathlib import Path
 
 from dtrain.compare.survey import ITSELF, PARTLY, REFUSED, SAME_AXIS, Combination, survey
-from dtrain.config.about import about
+from dtrain.config.about import strategy_comment
 from dtrain.config.schema import CONFIGS
 from dtrain.report.tables import Sheet, put_between
 
 BEGIN, END = "<!-- capabilities -->\n", "<!-- /capabilities -->\n"
 
 
-def sheets() -> list[Sheet]:
+def survey_tables() -> list[Sheet]:
     """The survey as a person reads it."""
     trials = survey()
     pairs = {
@@ -46,7 +46,7 @@ def sheets() -> list[Sheet]:
                     " ".join(t.axes),
                     "".join(s.divides or "nothing" for s in t.strategies),
                     t.tasks,
-                    about(t.name),
+                    strategy_comment(t.name),
                 )
                 for t in alone
             ],
@@ -62,7 +62,7 @@ def sheets() -> list[Sheet]:
         Sheet(
             "Compositions that have a name",
             ("strategy", "mesh", "tasks", "in a sentence"),
-            [(t.name, " x ".join(t.axes), t.tasks, about(t.name)) for t in composed],
+            [(t.name, " x ".join(t.axes), t.tasks, strategy_comment(t.name)) for t in composed],
         ),
         Sheet(
             "Refusals",
@@ -97,13 +97,13 @@ def reasons(trials: list[Combination]) -> dict[str, list[str]]:
 
 def show() -> None:
     """Print what goes with what."""
-    for sheet in sheets():
+    for sheet in survey_tables():
         sheet.show()
 
 
 def markdown() -> str:
     """The same as a block of the README."""
-    return "\n".join(sheet.markdown() for sheet in sheets())
+    return "\n".join(sheet.markdown() for sheet in survey_tables())
 
 
 def write(document: Path = CONFIGS.parent / "README.md") -> None:

@@ -21,7 +21,7 @@ from dtrain.compare.condition import Condition
 from dtrain.compare.entries import Case, cases_of
 from dtrain.compare.results import FILE, Results, Row, read
 from dtrain.compare.verdict import differences
-from dtrain.config.about import about
+from dtrain.config.about import strategy_comment
 from dtrain.config.constructor import imported
 from dtrain.config.schema import CONFIGS, Comparison
 from dtrain.config.secret import masked_override
@@ -258,7 +258,7 @@ def _row(case: Case, config: DictConfig, own: list[str], settings: Comparison) -
         case.ranks,
         overrides=[masked_override(each) for each in case.overrides],
         command=f"{begin} scripts/train.py {shlex.join(said)}",
-        about=" ".join(about(name) for name in case.entry.strategy.split("+")),
+        about=" ".join(strategy_comment(name) for name in case.entry.strategy.split("+")),
         cost=[text for each in classes if (text := _cost(each))],
         files=[_shown(Path(inspect.getfile(each))) for each in classes],
         trained=[*map(masked_override, case.entry.trained)],

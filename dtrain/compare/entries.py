@@ -10,7 +10,7 @@ import shlex
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 
-from dtrain.config.override import read, setting
+from dtrain.config.override import parsed, setting
 from dtrain.config.secret import masked_override
 
 RANKS, ROWS = "launch.nproc", "global_batch_size"
@@ -44,7 +44,7 @@ class Entry:
                 raise ValueError(f"strategies: {each!r} of {text!r} must be key=value")
         return cls(
             strategy,
-            tuple(each if read(each) else setting(*each.split("=", 1)) for each in settings),
+            tuple(each if parsed(each) else setting(*each.split("=", 1)) for each in settings),
         )
 
     @property

@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from dtrain.compare.results import Results
-from dtrain.compare.runner import cells
+from dtrain.compare.runner import row_in_words
 from dtrain.compare.verdict import verdicts
 from dtrain.report.tables import Sheet
-from dtrain.report.terminal import in_line, in_markdown, shown
+from dtrain.report.terminal import for_markdown, on_one_line, without_control_characters
 
 COLUMNS = (
     "strategy",
@@ -23,15 +23,17 @@ COLUMNS = (
 )
 
 
-def sheet(results: Results, label: Callable[[str], str] = shown) -> Sheet:
+def sheet(results: Results, label: Callable[[str], str] = without_control_characters) -> Sheet:
     """Every row that ran."""
-    return Sheet("Strategies", COLUMNS, [(label(row.strategy), *cells(row)) for row in results.ran])
+    return Sheet(
+        "Strategies", COLUMNS, [(label(row.strategy), *row_in_words(row)) for row in results.ran]
+    )
 
 
 def document(results: Results) -> str:
     """`report.md`."""
     facts = ", ".join(
-        f"{in_markdown(name)} {in_markdown(str(value))}"
+        f"{for_markdown(name)} {for_markdown(str(value))}"
         for name, value in results.facts.items()
         if value is not None
     )
@@ -40,24 +42,24 @@ def document(results: Results) -> str:
     lines = [
         "# Strategies side by side",
         "",
-        f"`{in_line(results.command)}`",
+        f"`{on_one_line(results.command)}`",
         "",
         f"{facts}.",
         f"{where}; {results.made}.",
         "",
         *(
-            f"* **{v.title}**: {in_markdown(v.strategy)}, {v.figure} ({in_markdown(v.note)})"
+            f"* **{v.title}**: {for_markdown(v.strategy)}, {v.figure} ({for_markdown(v.note)})"
             for v in verdicts(results)
         ),
         "",
-        sheet(results, in_markdown).markdown(),
+        sheet(results, for_markdown).markdown(),
         LEGEND,
         "",
     ]
     for row in results.rows:
         if row.reason:
             said = "failed" if row.failed else "not possible here"
-            lines.append(f"* {in_markdown(row.strategy)}: {said}: {in_markdown(row.reason)}")
+            lines.append(f"* {for_markdown(row.strategy)}: {said}: {for_markdown(row.reason)}")
     return "\n".join(lines).rstrip() + "\n"
 
 

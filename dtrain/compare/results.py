@@ -14,7 +14,7 @@ from typing import Any, Union, get_args, get_origin, get_type_hints
 
 from dtrain.files import records
 from dtrain.parallel.messages import Message
-from dtrain.report.terminal import shown
+from dtrain.report.terminal import without_control_characters
 
 SCHEMA = 1
 FILE = "results.json"
@@ -282,7 +282,12 @@ class Results:
             for row in self.rows:
                 figures = (getattr(row, name) for name in FIGURES)
                 table.writerow(
-                    [shown(row.strategy), *figures, shown(row.reference or ""), shown(row.reason)]
+                    [
+                        without_control_characters(row.strategy),
+                        *figures,
+                        without_control_characters(row.reference or ""),
+                        without_control_characters(row.reason),
+                    ]
                 )
 
 
@@ -348,7 +353,7 @@ def _fits(value: Any, hint: Any) -> bool:
 def _shown(value: Any) -> Any:
     """Somebody else's texts, fit to be shown."""
     if isinstance(value, dict):
-        return {shown(key): _shown(each) for key, each in value.items()}
+        return {without_control_characters(key): _shown(each) for key, each in value.items()}
     if isinstance(value, list):
         return [_shown(each) for each in value]
-    return shown(value) if isinstance(value, str) else value
+    return without_control_characters(value) if isinstance(value, str) else value

@@ -27,8 +27,8 @@ from dtrain.compare.entries import Case
 from dtrain.compare.results import Results, Row
 from dtrain.compare.verdict import verdicts
 from dtrain.files import records
-from dtrain.report.amounts import size
-from dtrain.report.terminal import Terminal, in_line, shown
+from dtrain.report.amounts import in_bytes
+from dtrain.report.terminal import Terminal, on_one_line, without_control_characters
 
 POLL_S = 0.2
 WIDE = 106  # columns of a terminal that has room for all figures
@@ -48,12 +48,15 @@ class Follower:
             for what in ("description", "fields[figures]")
         )
         columns = (name, BarColumn(30), MofNCompleteColumn(), TimeElapsedColumn(), figures)
-        width = max(len(in_line(case.label)) for case in cases)
+        width = max(len(on_one_line(case.label)) for case in cases)
         self.steps, self.console, self._plain = steps, console, not console.is_terminal
         self.bars = Progress(*columns, console=console)
         self._tasks = {
             case.label: self.bars.add_task(
-                f"{in_line(case.label):<{width}}", total=steps * repeats, start=False, figures=""
+                f"{on_one_line(case.label):<{width}}",
+                total=steps * repeats,
+                start=False,
+                figures="",
             )
             for case in cases
         }
@@ -166,7 +169,7 @@ def run_all(
                         not isinstance(error, ValueError),
                     )
                     # it may hold names of anybody's files and columns
-                    row.reason = shown(" ".join(row.reason.split()))
+                    row.reason = without_control_characters(" ".join(row.reason.split()))
                 results.seconds = time.monotonic() - begun
                 follower.finish(row, repeat)
                 save()
@@ -207,12 +210,12 @@ def table(results: Results, *, wide: bool) -> Table:
     for title in kept:
         made.add_column(title, justify="right", no_wrap=True)
     for row in results.ran:
-        words = dict(zip(titles, cells(row), strict=True))
+        words = dict(zip(titles, row_in_words(row), strict=True))
         made.add_row(row.strategy, *(words[title] for title in kept))
     return made
 
 
-def cells(row: Row) -> list[str]:
+def row_in_words(row: Row) -> list[str]:
     """A row's figures in words, in the order of the table."""
     difference = "–" if row.loss_difference is None else f"{row.loss_difference:.1e}"
     if not row.synchronous:
@@ -223,7 +226,7 @@ def cells(row: Row) -> list[str]:
         difference,
         f"{row.tokens_per_second:,.0f}",
         f"{(row.step_seconds or 0) * 1e3:,.0f}",
-        size(row.memory_bytes) if row.memory_bytes else "–",
-        size(row.wire_bytes or 0),
+        in_bytes(row.memory_bytes) if row.memory_bytes else "–",
+        in_bytes(row.wire_bytes or 0),
         "–" if row.exposed_share is None else f"{row.exposed_share:.0%}",
     ]

@@ -17,7 +17,7 @@ from hydra import compose, initialize_config_dir
 from omegaconf import DictConfig, OmegaConf
 from torch import nn
 
-from dtrain.config.schema import CONFIGS, Config, checked, make, options
+from dtrain.config.schema import CONFIGS, Config, build, options, validated
 from dtrain.model.initialize import on_meta
 from dtrain.parallel.mesh import MESH_ORDER
 from dtrain.parallel.plan import Plan
@@ -84,7 +84,8 @@ def survey() -> list[Combination]:
             name: _strategies(run, compose(f"strategy/{name}")) for name in options("strategy")
         }
         configs = {
-            name: checked(compose("train", overrides=[f"task={name}"])) for name in options("task")
+            name: validated(compose("train", overrides=[f"task={name}"]))
+            for name in options("task")
         }
     jobs = {
         name: [(each, task_of(each)[1]) for each in _with_models(config)]
@@ -119,7 +120,7 @@ def _strategies(run: DictConfig, chosen: DictConfig) -> list[Strategy]:
     """Those of one YAML, whose values may refer to the run's."""
     nodes: Any = OmegaConf.to_container(OmegaConf.merge(run, chosen).strategy, resolve=True)
     return [
-        make({**node, "degree": RANKS}, Strategy, f"strategy.{axis}")
+        build({**node, "degree": RANKS}, Strategy, f"strategy.{axis}")
         for axis, node in nodes.items()
     ]
 

@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from dtrain.compare.results import Results, Row
-from dtrain.report.amounts import size
+from dtrain.report.amounts import in_bytes
 
 
 @dataclass(frozen=True)
@@ -43,13 +43,13 @@ def verdicts(results: Results) -> list[Verdict]:
         Verdict(
             f"leanest in {kind_of_memory(leanest)}",
             leanest.strategy,
-            f"{size(memory_of(leanest))} a rank",
+            f"{in_bytes(memory_of(leanest))} a rank",
             _most(rows, memory_of),
         ),
         Verdict(
             "fewest bytes sent",
             quietest.strategy,
-            f"{size(quietest.wire_bytes or 0)} a step",
+            f"{in_bytes(quietest.wire_bytes or 0)} a step",
             _most(rows, lambda row: row.wire_bytes or 0),
         ),
     ]
@@ -59,7 +59,7 @@ def _most(rows: Sequence[Row], figure: Callable[[Row], float]) -> str:
     worst = max(rows, key=figure)
     if len(rows) == 1:
         return "alone"
-    return f"most: {worst.strategy}, {size(figure(worst))}"
+    return f"most: {worst.strategy}, {in_bytes(figure(worst))}"
 
 
 def _lead(rows: Sequence[Row], first: Row) -> str:
@@ -91,7 +91,7 @@ def kind_of_memory(row: Row) -> str:
     return "tensor memory" if row.memory_bytes else "process memory"
 
 
-def front(rows: Sequence[Row]) -> list[Row]:
+def pareto_front(rows: Sequence[Row]) -> list[Row]:
     """The Pareto front of throughput against memory: no other row is better in one and as good
     in the other.
     """

@@ -7,7 +7,7 @@ import re
 from dtrain.config.schema import CONFIGS
 
 
-def about(strategy: str) -> str:
+def strategy_comment(strategy: str) -> str:
     """The comment with which a strategy's YAML begins."""
     found = re.search("# *(.*)", (CONFIGS / "strategy" / f"{strategy}.yaml").read_text())
     return found[1] if found else ""

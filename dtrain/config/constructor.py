@@ -15,7 +15,7 @@ from types import UnionType
 from typing import Any, Union, get_args, get_origin
 
 from dtrain.config.aliases import moved
-from dtrain.config.secret import without
+from dtrain.config.secret import text_without
 
 NOT_THEIRS = (
     os.path.dirname(os.path.dirname(__file__)),
@@ -106,7 +106,7 @@ def misfit(value: Any, hint: Any) -> str:
     return " or ".join(names.get(kind, getattr(kind, "__name__", str(kind))) for kind in kinds)
 
 
-def in_words(error: Exception) -> str:
+def error_in_words(error: Exception) -> str:
     """An error of somebody else's code, and the line of theirs in which it was raised, if one
     of it is theirs.
     """
@@ -143,9 +143,9 @@ def named(error: Exception, node: Any, where: str, keys: Collection[str]) -> Exc
     said = (
         text
         if isinstance(error, ValueError)
-        else f"{in_words(error)} (DTRAIN_TRACEBACK=1 shows where)"
+        else f"{error_in_words(error)} (DTRAIN_TRACEBACK=1 shows where)"
     )
-    return ValueError(without("; ".join([f"{settings}: {said}", *takes]), given, where))
+    return ValueError(text_without("; ".join([f"{settings}: {said}", *takes]), given, where))
 
 
 def _numbers(value: Any) -> list[Any]:

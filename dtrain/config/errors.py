@@ -18,7 +18,7 @@ from omegaconf import OmegaConf
 from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 
 from dtrain.config.aliases import RENAMED, ours
-from dtrain.config.override import read, typed, value_of
+from dtrain.config.override import for_a_shell, parsed, value_of
 from dtrain.config.schema import CONFIGS, options
 from dtrain.config.secret import masked_override
 
@@ -45,7 +45,7 @@ NO_MORE_MEMORY = re.compile(
 FEW = 40  # names that are told in one line
 
 
-def check_words(arguments: Sequence[str], known: Collection[str] = ()) -> None:
+def check_overrides(arguments: Sequence[str], known: Collection[str] = ()) -> None:
     """Refuse what Hydra would refuse in words of its grammar. `known`: what may stand there beside
     key=value.
 
@@ -68,19 +68,20 @@ def check_words(arguments: Sequence[str], known: Collection[str] = ()) -> None:
             )
         if "=" not in word and not word.startswith("~"):
             raise ValueError(_no_setting(word, before, known))
-        found, word = read(word), masked_override(word)
+        found, word = parsed(word), masked_override(word)
         key, _, value = word.partition("=")
         name = key.lstrip("+~")
         if not name:
             raise ValueError(f"{word} names no key: write key=value")
         if found is None:
             raise ValueError(
-                f"{word} is not in Hydra's grammar: as a text it is written {typed(key, value)}"
+                f"{word} is not in Hydra's grammar: as a text it is written "
+                f"{for_a_shell(key, value)}"
             )
         if found.is_sweep_override() and not flags.multirun:
             raise ValueError(
                 f"{word} has several values: a list is {key}=[{value}], one text "
-                f"{typed(key, value)}, "
+                f"{for_a_shell(key, value)}, "
                 f"and a run for each takes --multirun"
             )
         if (
@@ -119,7 +120,7 @@ def _a_group(word: str, group: str) -> str:
     return f"{word}: {group} is a group: choose {group}=NAME, of {', '.join(options(group))}{own}"
 
 
-def of_the_system(error: BaseException) -> str:
+def system_error(error: BaseException) -> str:
     """What a RuntimeError or MemoryError means where it is the system that does not let us; or
     nothing.
     """
@@ -138,7 +139,7 @@ def of_the_system(error: BaseException) -> str:
 
 def explain(error: BaseException, config_name: str) -> str:
     """One line: what is wrong, the value, and what would work."""
-    if said := of_the_system(error):
+    if said := system_error(error):
         return said
     text = str(error)
     for pattern, told in PATTERNS.items():
@@ -246,7 +247,7 @@ def _file(error: OSError, name: str) -> str:
     if stands and isinstance(error, FileExistsError | NotADirectoryError):
         why = f"{stands} is a file, and no folder"
     for word in sys.argv[1:]:
-        value = value_of(found) if (found := read(word)) else None
+        value = value_of(found) if (found := parsed(word)) else None
         if (
             isinstance(value, str)
             and value

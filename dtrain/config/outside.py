@@ -28,7 +28,7 @@ from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
 from dtrain.config.schema import CONFIGS
-from dtrain.config.secret import asked_again
+from dtrain.config.secret import replayable
 
 ALLOWED = "allow_hydra_code=true"
 RUN = (
@@ -47,7 +47,7 @@ LOAD, READ = ConfigLoaderImpl.load_configuration, ConfigRepository.load_config
 
 
 @contextmanager
-def looking_at(script: str) -> Iterator[None]:
+def refuse_foreign_settings(script: str) -> Iterator[None]:
     """While it lasts, refuse what files of other folders than ours set of Hydra's that runs code,
     or could.
 
@@ -184,4 +184,4 @@ def _mask(file: Path) -> None:
     if file.is_file():
         config = OmegaConf.load(file)
         assert isinstance(config, DictConfig)
-        file.write_text(OmegaConf.to_yaml(OmegaConf.create(asked_again(config))))
+        file.write_text(OmegaConf.to_yaml(OmegaConf.create(replayable(config))))

@@ -12,7 +12,7 @@ from hydra.core.override_parser.types import Override, Quote, QuotedString
 from hydra.errors import HydraException
 
 
-def read(word: str) -> Override | None:
+def parsed(word: str) -> Override | None:
     """What Hydra reads in a word; None: its grammar has no such word."""
     try:
         return OverridesParser.create().parse_override(word)
@@ -31,13 +31,13 @@ def setting(key: str, text: str) -> str:
     otherwise, or not at all.
     """
     plain = f"{key}={text}"
-    found = read(plain)
+    found = parsed(plain)
     if found is not None and not found.is_sweep_override() and value_of(found) == text:
         return plain
     return f"{key}={QuotedString(text=text, quote=Quote.single).with_quotes()}"
 
 
-def typed(key: str, text: str) -> str:
+def for_a_shell(key: str, text: str) -> str:
     """The same for a person to type: in a shell's quotes, if that needs them."""
     word = setting(key, text)
     if shlex.quote(word) == word:

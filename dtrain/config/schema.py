@@ -23,7 +23,7 @@ from omegaconf import MISSING, DictConfig, OmegaConf
 from dtrain.config.aliases import RENAMED
 from dtrain.config.constructor import arguments as given_by
 from dtrain.config.constructor import imported, misfit, named
-from dtrain.config.secret import told
+from dtrain.config.secret import masked_setting
 
 CONFIGS = Path(__file__).resolve().parents[2] / "configs"
 T = TypeVar("T")
@@ -181,7 +181,7 @@ def check_axes(names: list[str]) -> None:
             holders[axis] = name
 
 
-def checked(config: DictConfig) -> Config:
+def validated(config: DictConfig) -> Config:
     """The composed configuration, resolved, with every range checked.
 
     One that was composed before, a run's own `.hydra/config.yaml`, has lost its schema: it is given
@@ -242,7 +242,7 @@ def _check_ranges(node: Any, prefix: str) -> None:
             raise ValueError(f"{name}={value} must be at most {rule['most']}")
 
 
-def make(
+def build(
     node: Mapping[str, Any],
     kind: type[T],
     where: str,
@@ -322,7 +322,7 @@ def _check_arguments(target: type, given: dict[str, Any], more: dict[str, Any], 
         _check_number(value, f"{where}.{name}", target)
         if wanted := misfit(value, hints.get(name, object)):
             said = "" if isinstance(value, list) else f", not {type(value).__name__}"
-            raise ValueError(f"{told(f'{where}.{name}', value)} must be {wanted}{said}")
+            raise ValueError(f"{masked_setting(f'{where}.{name}', value)} must be {wanted}{said}")
 
 
 def _check_number(value: Any, name: str, target: type) -> None:

@@ -116,23 +116,23 @@ def masked_override(word: str) -> str:
     return f"{key}{equals}{WITHIN.sub(hidden, text)}"
 
 
-def told(name: str, value: Any) -> str:
+def masked_setting(name: str, value: Any) -> str:
     """A setting for a person: `name=value`, likewise."""
     return f"{name}={masked(value, name)}"
 
 
-def without(text: str, value: Any, name: str) -> str:
+def text_without(text: str, value: Any, name: str) -> str:
     """A text without what is hidden of a value."""
     if isinstance(value, Mapping | list):
         for key, each in value.items() if isinstance(value, Mapping) else enumerate(value):
-            text = without(text, each, f"{name}.{key}")
+            text = text_without(text, each, f"{name}.{key}")
     elif masked(value, name) != value:
         for each in IN_ADDRESS.findall(str(value)) or [str(value)]:
             text = text.replace(each, HIDDEN)
     return text
 
 
-def asked_again(config: DictConfig) -> dict[str, Any]:
+def replayable(config: DictConfig) -> dict[str, Any]:
     """A composed configuration as Hydra keeps it, masked: where a secret stood nothing does,
     and it is asked for.
     """
@@ -145,7 +145,7 @@ def asked_again(config: DictConfig) -> dict[str, Any]:
     return found
 
 
-def written(config: DictConfig) -> dict[str, Any]:
+def printable(config: DictConfig) -> dict[str, Any]:
     """A composed configuration as it may be written down: resolved, and masked.
 
     A text, list or mapping that comes out of the environment stands there as the interpolation that

@@ -27,7 +27,7 @@ from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 
-from dtrain.cost.predict import curve
+from dtrain.cost.predict import bytes_over_time
 
 KINDS = ("parameters", "gradients", "optimizer", "activations", "communication", "other")
 
@@ -171,7 +171,9 @@ class MemoryTracker(TorchDispatchMode):
         return found
 
     def _curve(self, kind: str = "") -> dict[int, int]:
-        return curve(self._lifetime(entry) for entry in self.entries if kind in ("", entry.what))
+        return bytes_over_time(
+            self._lifetime(entry) for entry in self.entries if kind in ("", entry.what)
+        )
 
     def _lifetime(self, entry: Entry) -> tuple[int, int, int]:
         return entry.born, self._now if entry.died is None else entry.died, entry.bytes

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from dtrain.config.constructor import in_words
+from dtrain.config.constructor import error_in_words
 from dtrain.cost import flops
 from dtrain.model.initialize import on_meta
 from dtrain.model.layout import ModelFactory, layout_of, sequence_length
@@ -33,7 +33,7 @@ class ModelSize:
         return sum(self.parameters.values())
 
 
-def info(factory: ModelFactory, precision: Precision, seq_len: int | None) -> ModelSize:
+def model_size(factory: ModelFactory, precision: Precision, seq_len: int | None) -> ModelSize:
     """Count a language model: (B, T) tokens in, logits out.
 
     Raises:
@@ -51,7 +51,7 @@ def info(factory: ModelFactory, precision: Precision, seq_len: int | None) -> Mo
     except Exception as error:  # of a user's model: it may fail in any way
         raise ValueError(
             f"the model does not run on meta tensors, so its operations cannot be told: "
-            f"{in_words(error)}"
+            f"{error_in_words(error)}"
         ) from error
     size = torch.finfo(precision.weights_dtype).bits // 8
     total = sum(p.numel() for p in model.parameters())

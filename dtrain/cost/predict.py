@@ -52,7 +52,7 @@ class Cost:
 
 def fold(footprint: Footprint, plan: Plan, rank: int = 0) -> Cost:
     """What the plan costs a rank; needs no process group."""
-    footprint = replace(footprint, place=place(plan.degrees, rank))
+    footprint = replace(footprint, place=coordinates(plan.degrees, rank))
     for strategy in plan.strategies:
         footprint = strategy.footprint(footprint, plan)
     totals: dict[tuple[str, str], tuple[int, int]] = {}
@@ -111,10 +111,12 @@ def activations(footprint: Footprint) -> int:
 
 
 def _peak(kept: Iterable[Activation]) -> int:
-    return max(curve((each.born, each.died, each.bytes) for each in kept).values(), default=0)
+    return max(
+        bytes_over_time((each.born, each.died, each.bytes) for each in kept).values(), default=0
+    )
 
 
-def curve(lifetimes: Iterable[tuple[int, int, int]]) -> dict[int, int]:
+def bytes_over_time(lifetimes: Iterable[tuple[int, int, int]]) -> dict[int, int]:
     """The bytes that are there from each moment at which they change; of (born, died, bytes),
     both moments included.
     """
@@ -126,7 +128,7 @@ def curve(lifetimes: Iterable[tuple[int, int, int]]) -> dict[int, int]:
     return dict(zip(moments, accumulate(change[moment] for moment in moments), strict=True))
 
 
-def place(degrees: Mapping[str, int], rank: int) -> dict[str, int]:
+def coordinates(degrees: Mapping[str, int], rank: int) -> dict[str, int]:
     """A rank's coordinate on each axis; the last axis changes fastest."""
     found = {}
     for axis, degree in reversed(list(degrees.items())):

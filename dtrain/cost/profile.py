@@ -18,9 +18,9 @@ import torch.distributed as dist
 
 from dtrain.cost.memory import KINDS, MemoryTracker
 from dtrain.cost.predict import Cost
-from dtrain.cost.timeline import Span, Timeline, total
+from dtrain.cost.timeline import Span, Timeline, length
 from dtrain.cost.traffic import CommunicationCounter
-from dtrain.launch.collectives import gathered
+from dtrain.launch.collectives import all_gather_object
 from dtrain.parallel.messages import Message
 from dtrain.parallel.plan import Plan
 from dtrain.parallel.spans import FIGURES, OPTIMIZER, PHASE, STAGE, mark
@@ -121,7 +121,7 @@ class Profile:
 
         A collective.
         """
-        ranks = gathered((self._own(), self.timeline.spans))
+        ranks = all_gather_object((self._own(), self.timeline.spans))
         spans = [each for _, each in ranks]
         return {"ranks": [own for own, _ in ranks], "bubble": self._bubble(spans)}, spans
 
@@ -175,7 +175,7 @@ class Profile:
             return None
         begin = min(s.start for spans in stages for s in spans)
         end = max(s.end for spans in stages for s in spans)
-        busy = sum(total((s.start, s.end) for s in spans) for spans in stages)
+        busy = sum(length((s.start, s.end) for s in spans) for spans in stages)
         micro_batches = 1 + max(span.micro_batch for span in stages[0])
         return {
             "measured": 1 - busy / (len(stages) * (end - begin)),

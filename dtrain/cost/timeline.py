@@ -82,20 +82,20 @@ class Timeline:
         begin, end = min(start for start, _ in phases), max(end for _, end in phases)
         # what comes before or after it, such as this measurement's own, is no part of it
         step = [(begin, end)]
-        computing = common(self._of(COMPUTE), step)  # merged when they were read
-        messages = merged(
+        computing = intersection(self._of(COMPUTE), step)  # merged when they were read
+        messages = union(
             (s.start, s.end) for s in self.spans if s.kind == COMMUNICATION and s.name != "send"
         )
-        talking = common(messages, step)
-        overlapped = total(common(computing, talking))
-        seconds = [x / 1e9 for x in (end - begin, total(computing), total(talking), overlapped)]
+        talking = intersection(messages, step)
+        overlapped = length(intersection(computing, talking))
+        seconds = [x / 1e9 for x in (end - begin, length(computing), length(talking), overlapped)]
         return Shares(seconds[0], seconds[1], seconds[2], seconds[2] - seconds[3], seconds[3])
 
     def _of(self, kind: str) -> list[Interval]:
         return [(span.start, span.end) for span in self.spans if span.kind == kind]
 
 
-def merged(intervals: Iterable[Interval], gap: int = 0) -> list[Interval]:
+def union(intervals: Iterable[Interval], gap: int = 0) -> list[Interval]:
     """Disjoint intervals in order that cover the same; those less than `gap` apart are joined."""
     found: list[Interval] = []
     for start, end in sorted(intervals):
@@ -106,7 +106,7 @@ def merged(intervals: Iterable[Interval], gap: int = 0) -> list[Interval]:
     return found
 
 
-def common(ours: list[Interval], theirs: list[Interval]) -> list[Interval]:
+def intersection(ours: list[Interval], theirs: list[Interval]) -> list[Interval]:
     """What two lists of disjoint intervals, in order, both cover."""
     found, i, j = [], 0, 0
     while i < len(ours) and j < len(theirs):
@@ -120,20 +120,20 @@ def common(ours: list[Interval], theirs: list[Interval]) -> list[Interval]:
     return found
 
 
-def without(ours: list[Interval], theirs: list[Interval]) -> list[Interval]:
+def difference(ours: list[Interval], theirs: list[Interval]) -> list[Interval]:
     """What the first of two lists of disjoint intervals, in order, covers and the second does
     not.
     """
     if not ours:
         return []
     ends = [ours[0][0], *(t for interval in theirs for t in interval), ours[-1][1]]
-    return common(
+    return intersection(
         ours,
         [(start, end) for start, end in zip(ends[::2], ends[1::2], strict=True) if start < end],
     )
 
 
-def total(intervals: Iterable[Interval]) -> int:
+def length(intervals: Iterable[Interval]) -> int:
     """The length of disjoint intervals."""
     return sum(end - start for start, end in intervals)
 
@@ -159,7 +159,7 @@ def _spans(events: list[Any], device: str) -> Iterator[Span]:
         if device == "cuda"
         else _operations(events, {e.start_thread_id() for e in marks})
     )
-    for start, end in merged(computing, 0 if device == "cuda" else GAP):
+    for start, end in union(computing, 0 if device == "cuda" else GAP):
         yield Span(COMPUTE, "compute", start, end)
     yield from _collectives(events, device, sorted(messages))
 
@@ -203,10 +203,10 @@ def _operations(events: list[Any], threads: set[int]) -> Iterator[Interval]:
     """
     for thread in threads:
         own = [e for e in events if e.start_thread_id() == thread and not e.is_async()]
-        yield from without(_covered(own, OPERATIONS), _covered(own, WAITS))
+        yield from difference(_covered(own, OPERATIONS), _covered(own, WAITS))
 
 
 def _covered(events: list[Any], names: tuple[str, ...]) -> list[Interval]:
-    return merged(
+    return union(
         (event.start_ns(), event.end_ns()) for event in events if event.name().startswith(names)
     )

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.utils.checkpoint import checkpoint
 
-from dtrain.config.constructor import in_words
+from dtrain.config.constructor import error_in_words
 from dtrain.cost.memory import MemoryTracker
 from dtrain.model.initialize import cast, on_meta
 from dtrain.model.layout import blocks_of, layout_of
@@ -60,7 +60,9 @@ def trace(
             for index, update in enumerate(task.updates):
                 recorder.run(index, partial(update.loss, models, batch))
     except Exception as error:  # of a user's model: it may fail in any way
-        raise ValueError(f"a model does not run on meta tensors: {in_words(error)}") from error
+        raise ValueError(
+            f"a model does not run on meta tensors: {error_in_words(error)}"
+        ) from error
     finally:
         recorder.close()
     trained = Counter(update.trains for update in task.updates)

@@ -28,7 +28,7 @@ class TextChange(ABC):
         """
 
 
-def changes(
+def augmentations(
     augment: Mapping[str, Any] | None, kinds: type | tuple[type, ...], of: str
 ) -> list[Any]:
     """The changes that a task is asked for.

@@ -19,7 +19,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from dtrain.data.paths import CACHE, SIGNATURE, place
+from dtrain.data.paths import CACHE, SIGNATURE, expanded
 from dtrain.files import records
 from dtrain.files.durable import digest, sync
 
@@ -28,7 +28,7 @@ KEY = "data.cache"
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
-def kept(
+def cached_folder(
     cache: str | Path,
     name: str,
     settings: Callable[[], Mapping[str, Any]],
@@ -52,7 +52,7 @@ def kept(
         raise ValueError(f"data.name={name} is a folder's name: it cannot hold a slash")
     asked = settings()
     fingerprint = hashlib.sha256(json.dumps(asked, sort_keys=True).encode()).hexdigest()[:16]
-    at = place(str(cache), f"{KEY} (DTRAIN_CACHE)")
+    at = expanded(str(cache), f"{KEY} (DTRAIN_CACHE)")
     folder = at / f"{name}-{fingerprint}"
 
     def made(partial: Path) -> None:
@@ -60,11 +60,11 @@ def kept(
         refuse_changed(name, asked, settings)
 
     try:
-        if not whole(folder):
+        if not is_complete(folder):
             at.mkdir(parents=True, exist_ok=True)
             (at / CACHE).exists() or (at / CACHE).write_text(SIGNATURE)
             with _locked(at / f"{folder.name}.lock"):
-                if not whole(folder):
+                if not is_complete(folder):
                     _make(folder, made)
     except OSError as error:
         if error.errno in FULL:
@@ -100,7 +100,7 @@ def _files(settings: Mapping[str, Any]) -> list[tuple[str, int, int]]:
     ]
 
 
-def whole(folder: Path) -> bool:
+def is_complete(folder: Path) -> bool:
     """Is it there, as it was written?
 
     Sizes are compared, and digests of files that are not older than the manifest: whatever changes
@@ -126,7 +126,7 @@ def whole(folder: Path) -> bool:
 
 
 @contextmanager
-def reading(file: Path, *theirs: type[Exception]) -> Iterator[None]:
+def refuse_altered_content(file: Path, *theirs: type[Exception]) -> Iterator[None]:
     """Refuse a kept file whose content is not as ours is: somebody else may have made it, and its
     manifest.
 

@@ -18,11 +18,11 @@ from safetensors import SafetensorError
 from safetensors.torch import load, save
 from torch import Tensor
 
-from dtrain.config.constructor import in_words
+from dtrain.config.constructor import error_in_words
 from dtrain.data.base import Data, Progress
-from dtrain.data.cache import kept, reading
+from dtrain.data.cache import cached_folder, refuse_altered_content
 from dtrain.data.features import Features
-from dtrain.data.paths import files_at, stamp
+from dtrain.data.paths import file_stamps, files_at
 from dtrain.data.seeded import generator
 from dtrain.files import records
 
@@ -85,14 +85,14 @@ class Samples(Data):
 
         if self.cache is None or self.settings() is None:
             return self.read(progress)
-        self.kept = kept(
+        self.kept = cached_folder(
             self.cache, self.name, lambda: {"version": VERSION} | (self.settings() or {}), make
         )
-        with reading(self.kept / ABOUT):
+        with refuse_altered_content(self.kept / ABOUT):
             about = records.read(self.kept / ABOUT)
             self.classes, self.skipped = list(about["classes"]), list(about["skipped"])
             self.left_out = Counter(dict(about["left_out"]))
-        with reading(self.kept / SAMPLES, SafetensorError):
+        with refuse_altered_content(self.kept / SAMPLES, SafetensorError):
             found = load((self.kept / SAMPLES).read_bytes())
             return found["values"], found["labels"]
 
@@ -192,7 +192,7 @@ class Folder(Samples):
 
     def settings(self) -> dict[str, Any]:
         sizes = {"size": self.size, "grey": self.grey, "unreadable": self.unreadable}
-        return {"files": stamp(files_at(self.path, "data.path"))} | sizes
+        return {"files": file_stamps(files_at(self.path, "data.path"))} | sizes
 
     def read(self, progress: Progress) -> tuple[Tensor, Tensor]:
         self.left_out.clear()
@@ -270,7 +270,7 @@ class HubImages(Samples):
         }
 
     def read(self, progress: Progress) -> tuple[Tensor, Tensor]:
-        from dtrain.data.sources import HuggingFace, missing
+        from dtrain.data.sources import HuggingFace, is_missing
 
         made, names = [], []
         for where, row in HuggingFace(self.source, split=self.side).rows(undecoded=self.image):
@@ -283,7 +283,7 @@ class HubImages(Samples):
                 raise ValueError(
                     f"{where}: {self.image!r} is {type(file).__name__}, no image: set data.image"
                 )
-            if self.label and missing(row[self.label]):
+            if self.label and is_missing(row[self.label]):
                 raise ValueError(
                     f"{where} has no {self.label!r}: leave such rows out, or set data.label=null"
                 )
@@ -368,7 +368,7 @@ def decoded(file: Any, size: int, grey: bool) -> Tensor:
         with Image.open(file, formats=FORMATS) as image:
             return to_tensor(image, size, grey)
     except Exception as error:
-        raise ValueError(in_words(error)) from error
+        raise ValueError(error_in_words(error)) from error
 
 
 def to_tensor(image: Any, size: int, grey: bool) -> Tensor:

@@ -29,7 +29,7 @@ MARKS = (
 )
 
 
-def place(path: str, key: str) -> Path:
+def expanded(path: str, key: str) -> Path:
     """A path as a user gives it, with `~` as the home folder.
 
     Raises:
@@ -67,7 +67,7 @@ def files_at(path: str | list[str], key: str, left_out: Counter[str] | None = No
 
 
 def _at(path: str, key: str, left_out: Counter[str]) -> list[Path]:
-    at = place(path, key)
+    at = expanded(path, key)
     if at.is_dir():
         _refuse_run(at, f"{key}={path}")
         found = sorted(_inside(at, left_out, (), Counter()))
@@ -80,21 +80,21 @@ def _at(path: str, key: str, left_out: Counter[str]) -> list[Path]:
         found = sorted(_matching(at, f"{key}={path}", left_out))
     if not found:
         brackets = ", where [[] stands for [" if "[" in path else ""
-        said = f" (left out: {in_words(left_out)})" if left_out else ""
+        said = f" (left out: {left_out_in_words(left_out)})" if left_out else ""
         raise ValueError(
             f"{key}={path}: no such file, and no file in it or matching it{brackets}{said}"
         )
     return found
 
 
-def stamp(files: Iterable[Path]) -> list[tuple[str, int, int]]:
+def file_stamps(files: Iterable[Path]) -> list[tuple[str, int, int]]:
     """What tells cheaply whether files have changed: place, size and time of each."""
     return [
         (os.path.abspath(file), (found := file.stat()).st_size, found.st_mtime_ns) for file in files
     ]
 
 
-def in_words(left_out: Mapping[str, int]) -> str:
+def left_out_in_words(left_out: Mapping[str, int]) -> str:
     """What is left out, by kind, in a line."""
     return ", ".join(f"{number:,} {kind}" for kind, number in sorted(left_out.items()) if number)
 

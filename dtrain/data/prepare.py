@@ -21,8 +21,8 @@ from typing import Any
 import numpy as np
 
 from dtrain.data.base import Progress
-from dtrain.data.cache import kept, reading
-from dtrain.data.paths import in_words
+from dtrain.data.cache import cached_folder, refuse_altered_content
+from dtrain.data.paths import left_out_in_words
 from dtrain.data.sources import Source
 from dtrain.data.tokenizer import Tokenizer
 from dtrain.files import records
@@ -68,12 +68,12 @@ class Corpus:
         }
 
 
-def clean(text: str) -> str:
+def normalized(text: str) -> str:
     """Unicode NFC, newlines as \\n, no control characters, no blanks at the ends of lines."""
-    return cleaned(text, Counter())
+    return normalize_and_count(text, Counter())
 
 
-def cleaned(text: str, left_out: Counter[str]) -> str:
+def normalize_and_count(text: str, left_out: Counter[str]) -> str:
     """The clean text; counts the characters that it lacks."""
     text = text.replace("\r\n", "\n").replace("\r", "\n").translate(PARTING)
     printable = text.translate(CONTROLS)
@@ -117,9 +117,11 @@ def prepare(
         )
         texts.file.unlink()
 
-    folder = kept(cache, name, lambda: of_ours | {"source": source.describe()} | of_theirs, make)
+    folder = cached_folder(
+        cache, name, lambda: of_ours | {"source": source.describe()} | of_theirs, make
+    )
     tokenizer.load(folder)
-    with reading(folder / "corpus.json"):
+    with refuse_altered_content(folder / "corpus.json"):
         return _told(folder)
 
 
@@ -159,7 +161,7 @@ class _Texts:
         with self.file.open("wb") as stream:
             for name, raw in source.documents():
                 lost = Counter[str]()
-                text = cleaned(raw, lost)
+                text = normalize_and_count(raw, lost)
                 try:
                     encoded, name_of_it = text.encode(), name.encode(errors="replace")
                 except UnicodeEncodeError:
@@ -183,7 +185,7 @@ class _Texts:
                     progress("reading", len(self._places))
         self.left_out += source.left_out
         if not self._places:
-            told = f" ({in_words(self.left_out)})" if self.left_out else ""
+            told = f" ({left_out_in_words(self.left_out)})" if self.left_out else ""
             raise ValueError(f"the data hold no text: every document is empty{told}")
         alone = len({held_out for *_, held_out in self._places}) == 1
         # characters, ends among them

@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from dtrain.data.base import Data, Progress
-from dtrain.data.cache import kept, reading, refuse_changed
-from dtrain.data.sources import Source, missing
+from dtrain.data.cache import cached_folder, refuse_altered_content, refuse_changed
+from dtrain.data.sources import Source, is_missing
 from dtrain.data.tokenizer import BPE, KEPT, Tokenizer
 from dtrain.files import records
 
@@ -77,7 +77,7 @@ class Rows(Data):
                     f"{where} has no field {self.group!r}, only {', '.join(row)}: set data.group"
                 )
             group = row[self.group] if self.group else None
-            if self.group and (missing(group) or group == ""):
+            if self.group and (is_missing(group) or group == ""):
                 self.left_out[f"rows without {self.group}, each a group of its own"] += 1
                 group = None
             digest = hashlib.blake2b(
@@ -117,11 +117,14 @@ class Rows(Data):
 
         if self.cache is not None:
             try:
-                self.kept = kept(self.cache, self.name, settings, make)
+                self.kept = cached_folder(self.cache, self.name, settings, make)
             except _NoJSON:
                 pass  # they are read each time
             else:
-                with reading(file := self.kept / FILE), file.open(encoding="utf-8") as lines:
+                with (
+                    refuse_altered_content(file := self.kept / FILE),
+                    file.open(encoding="utf-8") as lines,
+                ):
                     self.left_out = Counter(dict(records.parse(next(lines, ""))))
                     return [(str(where), dict(row)) for where, row in map(records.parse, lines)]
         if not read:

@@ -52,7 +52,7 @@ def _order(total: int, seed: int, epoch: int) -> list[int]:
     return torch.randperm(total, generator=generator(seed, "epoch", epoch)).tolist()
 
 
-def rows_of(step: int, rows: int, total: int, seed: int) -> list[int]:
+def shuffled_rows(step: int, rows: int, total: int, seed: int) -> list[int]:
     """Which `rows` of `total` samples a step reads: each is read once an epoch, in an order of
     the epoch's own.
     """
@@ -60,6 +60,6 @@ def rows_of(step: int, rows: int, total: int, seed: int) -> list[int]:
     return [_order(total, seed, index // total)[index % total] for index in wanted]
 
 
-def some(total: int, number: int | None, seed: int) -> list[int]:
+def random_subset(total: int, number: int | None, seed: int) -> list[int]:
     """So many of `total` samples, at random; None: all."""
     return torch.randperm(total, generator=generator(seed, "examples"))[:number].tolist()

@@ -15,9 +15,9 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from dtrain.config.constructor import in_words
+from dtrain.config.constructor import error_in_words
 from dtrain.data.formats import format_of, parsed, rows_of, utf8
-from dtrain.data.paths import files_at, place, stamp
+from dtrain.data.paths import expanded, file_stamps, files_at
 
 # Packages of the standard library, without tests and tables (encodings). Where a Python lacks one
 # (Debian's has no idlelib, 3.13 no lib2to3) the corpus is smaller: its digest stands in the log.
@@ -58,7 +58,7 @@ class Source(ABC):
     def documents(self) -> Iterator[tuple[str, str]]:
         """(name, text) of each row that has one."""
         for where, row in self.rows_with([self.field]):
-            if missing(row.get(self.field, "")):
+            if is_missing(row.get(self.field, "")):
                 self.left_out["rows without a text (null)"] += 1
             else:
                 yield where, text_of(row, self.field, where)
@@ -81,7 +81,7 @@ class StandardLibrary(Source):
         return sorted(kept, key=lambda f: f.relative_to(self._root).as_posix())
 
     def describe(self) -> dict[str, Any]:
-        return {"kind": "standard library", "files": stamp(self._files())}
+        return {"kind": "standard library", "files": file_stamps(self._files())}
 
     def rows(self) -> Iterator[tuple[str, dict[str, Any]]]:
         for file in self._files():
@@ -115,7 +115,12 @@ class Files(Source):
 
     def describe(self) -> dict[str, Any]:
         files = files_at(self.path, "data.source.path")
-        return {"kind": "files", "format": self.format, "field": self.field, "files": stamp(files)}
+        return {
+            "kind": "files",
+            "format": self.format,
+            "field": self.field,
+            "files": file_stamps(files),
+        }
 
     def rows(self) -> Iterator[tuple[str, dict[str, Any]]]:
         return self._read(None)
@@ -174,7 +179,7 @@ class HuggingFace(Source):
         except ImportError:
             raise ValueError("data=hub needs `datasets`: pip install 'dtrain[hub]'") from None
         if self._rows is None:
-            folder = place(self.name, "data.source.name")
+            folder = expanded(self.name, "data.source.name")
             with self._said("loaded"):
                 if any(
                     (folder / f"{kind}.json").exists()
@@ -228,7 +233,7 @@ class HuggingFace(Source):
             yield
         except Exception as error:
             raise ValueError(
-                f"data.source.name={self.name} cannot be {done}: {in_words(error)}"
+                f"data.source.name={self.name} cannot be {done}: {error_in_words(error)}"
             ) from error
 
 
@@ -243,7 +248,7 @@ class Squad(Source):
         self.path = path
 
     def describe(self) -> dict[str, Any]:
-        return {"kind": "squad", "files": stamp(files_at(self.path, "data.source.path"))}
+        return {"kind": "squad", "files": file_stamps(files_at(self.path, "data.source.path"))}
 
     def rows(self) -> Iterator[tuple[str, dict[str, Any]]]:
         self.left_out.clear()
@@ -289,7 +294,7 @@ def _skipped(path: Path) -> bool:
     return any(part.startswith(LEFT_OUT) for part in path.parts)
 
 
-def missing(value: Any) -> bool:
+def is_missing(value: Any) -> bool:
     """Is it null, or NaN, which pandas has in its place?"""
     return value is None or (isinstance(value, float) and math.isnan(value))
 
@@ -305,7 +310,7 @@ def text_of(row: dict[str, Any], field: str, where: str, key: str = "data.source
         raise ValueError(
             f"{where} has no field {field!r}, only {', '.join(map(str, row)) or 'none'}: set {key}"
         )
-    if missing(row[field]):
+    if is_missing(row[field]):
         raise ValueError(f"{where}: field {field!r} is null: leave such rows out, or set {key}")
     if not isinstance(text := row[field], str):
         raise ValueError(f"{where}: field {field!r} is {type(text).__name__}, not text")

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from dtrain.data.paths import stamp
+from dtrain.data.paths import file_stamps
 from dtrain.data.sources import LEFT_OUT, Source
 
 PACKAGES = (
@@ -35,7 +35,10 @@ class _Parsed(Source):
         self._root = Path(sysconfig.get_paths()["stdlib"])
 
     def describe(self) -> dict[str, Any]:
-        return {"kind": type(self).__name__, "files": stamp([file for _, file in self._files()])}
+        return {
+            "kind": type(self).__name__,
+            "files": file_stamps([file for _, file in self._files()]),
+        }
 
     def _functions(self) -> Iterator[tuple[str, str, str, Function]]:
         """(package, file, source, the function's syntax), methods and inner functions too."""

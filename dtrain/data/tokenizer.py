@@ -21,7 +21,7 @@ import numpy as np
 from omegaconf import DictConfig, OmegaConf
 
 from dtrain.data.library_file import first_line, one_by_one, opened
-from dtrain.data.paths import place
+from dtrain.data.paths import expanded
 from dtrain.files import records
 
 KEPT = 9  # ids for marks
@@ -324,7 +324,7 @@ def _read(path: str) -> tuple[Path, Any]:
         import tokenizers
     except ImportError:
         raise ValueError("tokenizer files need `tokenizers`: pip install 'dtrain[bpe]'") from None
-    file = place(path, "data.tokenizer.path")
+    file = expanded(path, "data.tokenizer.path")
     file = file / BPE.FILE if file.is_dir() else file
     return file, opened(tokenizers, file, f"data.tokenizer.path={path}")
 
@@ -339,7 +339,7 @@ def count_ids(path: str) -> int:
     why.
     """
     try:
-        file = place(path, "data.tokenizer.path")
+        file = expanded(path, "data.tokenizer.path")
         return _count_ids(path, file.stat().st_mtime_ns)
     except (OSError, ValueError, RuntimeError):
         return 0

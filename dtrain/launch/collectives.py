@@ -11,14 +11,14 @@ import torch.distributed as dist
 T = TypeVar("T")
 
 
-def gathered(own: T) -> list[T]:
+def all_gather_object(own: T) -> list[T]:
     """What each rank gives, by rank. A collective."""
     every: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(every, own)
     return every
 
 
-def agree(function: Callable[[], T], group: dist.ProcessGroup | None = None) -> T:
+def on_rank_zero(function: Callable[[], T], group: dist.ProcessGroup | None = None) -> T:
     """Run `function` on rank 0; every rank returns its result or raises its error, whatever it is.
 
     A collective.
@@ -32,7 +32,7 @@ def agree(function: Callable[[], T], group: dist.ProcessGroup | None = None) -> 
     return outcome[0]
 
 
-def together(function: Callable[[], T], group: dist.ProcessGroup | None = None) -> list[T]:
+def on_all_ranks(function: Callable[[], T], group: dist.ProcessGroup | None = None) -> list[T]:
     """Run `function` on every rank; each returns all results by rank, or raises the first error.
 
     A collective.

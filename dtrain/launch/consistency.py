@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from dtrain.config.secret import HIDDEN
 from dtrain.files.records import flat
-from dtrain.launch.collectives import gathered
+from dtrain.launch.collectives import all_gather_object
 
 ROOT = Path(__file__).parent.parent
 
@@ -39,10 +39,10 @@ def refuse_differences(
     """
     own = _facts(config, data, written)
     digest = hashlib.sha256(json.dumps(own, sort_keys=True, default=str).encode()).hexdigest()
-    digests = gathered(digest)
+    digests = all_gather_object(digest)
     if len(set(digests)) == 1:
         return
-    every, hosts = gathered(own), gathered(socket.gethostname())
+    every, hosts = all_gather_object(own), all_gather_object(socket.gethostname())
     rank = next(rank for rank, each in enumerate(digests) if each != digests[0])
     first, other = every[0], every[rank]
     names = sorted(name for name in first | other if first.get(name) != other.get(name))
@@ -84,7 +84,7 @@ def refuse_other_weights(digests: Mapping[str, int], model: str) -> None:
     Raises:
         ValueError: on every rank alike, naming the first that the ranks do not have alike.
     """
-    every = gathered(dict(digests))
+    every = all_gather_object(dict(digests))
     for rank, theirs in enumerate(every):
         first = next(r for r in range(rank + 1) if every[r].keys() == theirs.keys())
         if moved := [

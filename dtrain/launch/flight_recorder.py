@@ -43,7 +43,7 @@ class RankReport:
     groups: dict[str, list[Collective]]
 
 
-def missing(
+def missing_from_collective(
     notes: Mapping[int, RankReport], groups: Mapping[str, tuple[str, Sequence[int]]]
 ) -> str:
     """The first collective in which the ranks of a group are not all together, in words; empty:
@@ -72,7 +72,7 @@ def missing(
     return min(found)[1] if found else ""
 
 
-def waiting(
+def waiting_in_collective(
     notes: Mapping[int, RankReport],
     groups: Mapping[str, tuple[str, Sequence[int]]],
     silent: Sequence[int],

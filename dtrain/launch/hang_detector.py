@@ -34,9 +34,9 @@ from dtrain.launch.flight_recorder import (
     Collective,
     RankReport,
     collective_failed,
-    missing,
+    missing_from_collective,
     ranks_in_words,
-    waiting,
+    waiting_in_collective,
 )
 
 T = TypeVar("T")
@@ -244,8 +244,8 @@ class HangDetector:
             f"rank {rank} in step {notes.step}" for rank, notes in sorted(told.items())
         )
         found = (
-            missing(told, self.groups)
-            or waiting(told, self.groups, silent)
+            missing_from_collective(told, self.groups)
+            or waiting_in_collective(told, self.groups, silent)
             or (steps if silent else "")
         )
         if found or gone:

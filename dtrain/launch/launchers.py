@@ -31,7 +31,7 @@ THEIRS = {  # number of processes: which of them, which on its machine, how many
 }
 
 
-def understood(
+def script_arguments(
     arguments: list[str], environment: MutableMapping[str, str] = os.environ
 ) -> list[str]:
     """The arguments that are the script's; what the others and the variables say is put into the

@@ -15,7 +15,7 @@ from types import FrameType
 import torch.distributed as dist
 
 from dtrain.launch.flight_recorder import collective_failed
-from dtrain.launch.rank_processes import stops_go_to
+from dtrain.launch.rank_processes import on_stop_signals
 
 TOLD, AFTER = "told", "after"
 
@@ -38,7 +38,7 @@ class Preemption:
         self._store = dist.PrefixStore("preempt", dist.distributed_c10d._get_default_store())
 
     def __enter__(self) -> Preemption:
-        self._stops = stops_go_to(self._tell)
+        self._stops = on_stop_signals(self._tell)
         self._stops.__enter__()
         return self
 

@@ -10,7 +10,7 @@ if signal.getsignal(signal.SIGINT) == signal.default_int_handler:  # not where i
     signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
-def over() -> None:
+def restore_interrupt() -> None:
     """From now on it is Python's KeyboardInterrupt again."""
     if signal.getsignal(signal.SIGINT) == signal.SIG_DFL:
         signal.signal(signal.SIGINT, signal.default_int_handler)

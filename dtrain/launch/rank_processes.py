@@ -70,12 +70,12 @@ class RanksFailed(RuntimeError):
         self.status, self.said = status, said
 
 
-def tie(starter: int) -> None:
+def exit_with_parent(starter: int) -> None:
     """End this process when that one, which has started it, is gone, however it ended."""
     threading.Thread(target=_end_with, args=(starter,), daemon=True).start()
 
 
-def tied(starter: int, function: Callable[..., Any], *arguments: Any) -> Any:
+def run_and_exit_with_parent(starter: int, function: Callable[..., Any], *arguments: Any) -> Any:
     """Call the function in a rank that ends when the process that has started the ranks is
     gone, however it ended.
     """
@@ -84,7 +84,7 @@ def tied(starter: int, function: Callable[..., Any], *arguments: Any) -> Any:
             signal.signal(
                 number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL
             )
-    tie(starter)
+    exit_with_parent(starter)
     return function(*arguments)
 
 
@@ -101,7 +101,7 @@ def _end_with(process: int) -> None:
     os._exit(1)
 
 
-def leave_words(line: str) -> None:
+def write_error_file(line: str) -> None:
     """Let whoever has started this rank know why it ends."""
     if file := os.environ.get(ERROR_FILE):
         now = time.time()  # torchrun takes whole seconds
@@ -284,7 +284,12 @@ def _started(
 ) -> PContext:
     try:
         return start_processes(
-            "dtrain", tied, starts, environments, logs, start_method="forkserver"
+            "dtrain",
+            run_and_exit_with_parent,
+            starts,
+            environments,
+            logs,
+            start_method="forkserver",
         )
     except EOFError:  # of the server: it could not fork, and has said so in a traceback of its own
         for rank in multiprocessing.active_children():
@@ -317,7 +322,7 @@ def start_tracker() -> None:
 
 
 @contextmanager
-def stops_go_to(handler: Callable[[int, FrameType | None], None]) -> Iterator[None]:
+def on_stop_signals(handler: Callable[[int, FrameType | None], None]) -> Iterator[None]:
     """Signals that ask for the end call it; one that is ignored stays so: `nohup` does that to
     SIGHUP.
 
@@ -358,5 +363,5 @@ def _passing_on(told: list[int]) -> Iterator[None]:
         if again or not ranks:
             raise KeyboardInterrupt
 
-    with stops_go_to(tell):
+    with on_stop_signals(tell):
         yield

@@ -21,7 +21,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from dtrain.launch.collectives import gathered
+from dtrain.launch.collectives import all_gather_object
 from dtrain.launch.flight_recorder import collective_failed
 from dtrain.launch.rank_processes import MEETING
 from dtrain.launch.world import World, cores
@@ -31,7 +31,7 @@ NOTES = 4096  # collectives that torch's flight recorder remembers, for whoever 
 
 
 @contextmanager
-def connected(
+def process_group(
     world: World, device: torch.device, *, threads: int | None, timeout_s: float
 ) -> Iterator[None]:
     """Set this process's threads and device, and be in the process group while the context lasts.
@@ -90,10 +90,10 @@ def _store(world: World, timeout: timedelta) -> dist.Store:
     if file := os.environ.get(MEETING):
         return dist.FileStore(file, world.size)
     shared, *_ = next(dist.rendezvous("env://", timeout=timeout))
-    return dist.PrefixStore(f"dtrain/{meet(shared, world, timeout)}", shared)
+    return dist.PrefixStore(f"dtrain/{agree_on_attempt(shared, world, timeout)}", shared)
 
 
-def meet(store: dist.Store, world: World, timeout: timedelta) -> str:
+def agree_on_attempt(store: dist.Store, world: World, timeout: timedelta) -> str:
     """A name that all ranks of this attempt get, and none of an earlier one: rank 0 gives it to who
     asks.
 
@@ -134,11 +134,13 @@ def address_of_first() -> str:
     """
     host = os.environ.get("MASTER_ADDR")
     apart = host and MEETING not in os.environ
-    every = gathered(str(socket.getaddrinfo(host, None)[0][4][0]) if apart else "127.0.0.1")
+    every = all_gather_object(
+        str(socket.getaddrinfo(host, None)[0][4][0]) if apart else "127.0.0.1"
+    )
     return next((each for each in every if not ip_address(each).is_loopback), every[0])
 
 
-def agents() -> frozenset[str]:
+def elastic_agents() -> frozenset[str]:
     """The elastic agents of all ranks, if torchrun has started them. A collective."""
     own, agent = "", os.getppid()
     if "TORCHELASTIC_RUN_ID" in os.environ and MEETING not in os.environ:
@@ -147,4 +149,4 @@ def agents() -> frozenset[str]:
         digest = hashlib.sha256(os.environ["TORCHELASTIC_RUN_ID"].encode()).hexdigest()
         begun = stat.read_text().rsplit(")", 1)[1].split()[19] if stat.exists() else digest
         own = f"{socket.gethostname()}:{agent}:{begun}"
-    return frozenset(filter(None, gathered(own)))
+    return frozenset(filter(None, all_gather_object(own)))

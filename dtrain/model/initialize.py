@@ -20,7 +20,7 @@ from torch.distributed.tensor._utils import compute_local_shape_and_global_offse
 
 from dtrain.data.seeded import generator, seed_everything
 from dtrain.model.adapt import adapted
-from dtrain.model.layout import ModelFactory, offers, write, written
+from dtrain.model.layout import ModelFactory, attributes_set, offers, set_attributes
 
 _WITH_VALUES: WeakSet[ModelFactory] = WeakSet()  # those that make no model without
 
@@ -66,7 +66,7 @@ def _contiguous(model: nn.Module) -> nn.Module:
     return model
 
 
-def whole(factory: ModelFactory, seed: int, dtype: torch.dtype) -> nn.Module:
+def build_with_values(factory: ModelFactory, seed: int, dtype: torch.dtype) -> nn.Module:
     """The model with all its values, on the host."""
     model, host = build(factory, seed), torch.device("cpu")
     materialize(model, seed, host, host, dtype)
@@ -111,12 +111,12 @@ def materialize(
     Raises:
         ValueError: a buffer on the meta device: nothing tells its values.
     """
-    attributes = written(model)
+    attributes = attributes_set(model)
     if not offers(model, "initial") or not any(p.is_meta for p in model.parameters()):
         cast(model, dtype, storage, device)
     else:
         _draw(model, seed, storage, device, dtype, told)
-    write(
+    set_attributes(
         model,
         {name: {k: v for k, v in own.items() if k[0] != "_"} for name, own in attributes.items()},
     )

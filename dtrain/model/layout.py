@@ -139,7 +139,7 @@ def is_ours(model: nn.Module) -> bool:
     )
 
 
-def of_others(model: nn.Module) -> bool:
+def is_foreign(model: nn.Module) -> bool:
     """Does somebody else's code compute it, a class of theirs or one of `transformers`?"""
     return not is_ours(model) or hasattr(model, "original")
 
@@ -187,7 +187,7 @@ def shared_names(model: nn.Module) -> dict[str, str]:
     return {name: first[id(parameter)] for name, parameter in names if name != first[id(parameter)]}
 
 
-def written(model: nn.Module) -> dict[str, dict[str, Any]]:
+def attributes_set(model: nn.Module) -> dict[str, dict[str, Any]]:
     """What its author has written on a model's parameters as attributes, by their names;
     optimizers may read it.
     """
@@ -195,7 +195,7 @@ def written(model: nn.Module) -> dict[str, dict[str, Any]]:
     return {name: dict(vars(parameter)) for name, parameter in every if vars(parameter)}
 
 
-def write(model: nn.Module, attributes: Mapping[str, Mapping[str, Any]]) -> None:
+def set_attributes(model: nn.Module, attributes: Mapping[str, Mapping[str, Any]]) -> None:
     """Write it on the parameters that stand there now, which may be others."""
     for name, parameter in model.named_parameters(remove_duplicate=False):
         for key, value in attributes.get(name, {}).items():
@@ -206,7 +206,7 @@ def refuse_written_tensors(model: nn.Module, where: str) -> None:
     """Raise ValueError for tensors on parameters, where a rank has a part of the one and all of
     the other.
     """
-    for name, attributes in written(model).items():
+    for name, attributes in attributes_set(model).items():
         for key, value in attributes.items():
             if isinstance(value, Tensor) and value.numel() > 1:
                 raise ValueError(
@@ -227,7 +227,7 @@ def refuse_complex(model: nn.Module, where: str) -> None:
             )
 
 
-def hooked(parameter: nn.Parameter) -> bool:
+def has_gradient_hook(parameter: nn.Parameter) -> bool:
     """Does something act on its gradient as soon as there is one?"""
     return bool(
         parameter._backward_hooks or getattr(parameter, "_post_accumulate_grad_hooks", None)
@@ -239,7 +239,7 @@ def refuse_gradient_hooks(model: nn.Module) -> None:
     or be lost.
     """
     for name, parameter in model.named_parameters():
-        if hooked(parameter):
+        if has_gradient_hook(parameter):
             raise ValueError(
                 f"{name} of {type(model).__name__} has a hook on its gradient, which would get a "
                 f"part of "

@@ -16,7 +16,7 @@ from torch import nn
 
 from dtrain.config import secret
 from dtrain.config.constructor import imported
-from dtrain.config.schema import CONFIGS, make
+from dtrain.config.schema import CONFIGS, build
 
 SAID = (
     "vocab_size",
@@ -24,7 +24,7 @@ SAID = (
 )  # what a model says of itself: that which it was given, if it does not
 
 
-def build(node: Mapping[str, Any], where: str, vocab_size: int | None) -> nn.Module:
+def build_model(node: Mapping[str, Any], where: str, vocab_size: int | None) -> nn.Module:
     """The model of a node of the configuration.
 
     Args:
@@ -35,8 +35,8 @@ def build(node: Mapping[str, Any], where: str, vocab_size: int | None) -> nn.Mod
     """
     takes = _parameters(node)
     if takes is None:
-        return make(node, nn.Module, where)
-    given = handed(node)
+        return build(node, nn.Module, where)
+    given = accepted_settings(node)
     if "vocab_size" in takes and vocab_size is not None:
         given.setdefault("vocab_size", vocab_size)
     needed = [
@@ -48,14 +48,14 @@ def build(node: Mapping[str, Any], where: str, vocab_size: int | None) -> nn.Mod
         raise ValueError(
             f"{where}: {node['_target_']} needs {', '.join(missing)}: set +{where}.{missing[0]}=…"
         )
-    model = make(given, nn.Module, where)
+    model = build(given, nn.Module, where)
     for name in SAID:
         if name in given and not hasattr(model, name):
             setattr(model, name, given[name])
     return model
 
 
-def handed(node: Mapping[str, Any]) -> dict[str, Any]:
+def accepted_settings(node: Mapping[str, Any]) -> dict[str, Any]:
     """The node without those settings of dtrain's models that its constructor does not take."""
     takes = _parameters(node)
     if takes is None or any(p.kind is Parameter.VAR_KEYWORD for p in takes.values()):
@@ -73,7 +73,7 @@ def check_asked(model: Mapping[str, Any], overrides: Sequence[str]) -> None:
     Raises:
         ValueError: names it, and what the constructor takes.
     """
-    kept, takes = handed(model), _parameters(model)
+    kept, takes = accepted_settings(model), _parameters(model)
     for key in (override.split("=", 1)[0].lstrip("+") for override in overrides if "=" in override):
         name = key.removeprefix("model.").split(".")[0]
         if (
@@ -86,12 +86,12 @@ def check_asked(model: Mapping[str, Any], overrides: Sequence[str]) -> None:
             raise ValueError(f"{key}: {model['_target_']} takes {known}")
 
 
-def told(model: Mapping[str, Any]) -> Iterator[str]:
+def settings_in_words(model: Mapping[str, Any]) -> Iterator[str]:
     """For a person: what a model that is not ours is given."""
     if _parameters(model) is not None:
         given = ", ".join(
-            secret.told(key, value)
-            for key, value in handed(model).items()
+            secret.masked_setting(key, value)
+            for key, value in accepted_settings(model).items()
             if not key.startswith("_")
         )
         yield f"{model['_target_']} is given {given or 'nothing'}"

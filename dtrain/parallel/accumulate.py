@@ -9,7 +9,7 @@ from torch import Tensor
 
 from dtrain.parallel.footprint import BACKWARD, FORWARD
 from dtrain.parallel.spans import PHASE, mark
-from dtrain.parallel.strategy import Executor, whole
+from dtrain.parallel.strategy import Executor, full_tensor
 from dtrain.task.batch import Batch, Models, Sums, divide
 
 if TYPE_CHECKING:
@@ -29,7 +29,7 @@ class GradientAccumulation(Executor):
             for index, part in enumerate(divide(batch, self.micro_batches), start=1):
                 self.plan.sync_gradients(self.models, enabled=index == self.micro_batches)
                 with self.plan.autocast(), mark(PHASE, FORWARD):
-                    loss = whole(update.loss(self.models, part)) * scale
+                    loss = full_tensor(update.loss(self.models, part)) * scale
                 with mark(PHASE, BACKWARD):
                     self.backward(update, loss)
                 total += loss.detach()
@@ -46,6 +46,7 @@ class GradientAccumulation(Executor):
             with self.plan.around(), self.plan.autocast():
                 measured = update.measure(self.models, part)
             sums = {
-                name: sums.get(name, 0) + whole(value).double() for name, value in measured.items()
+                name: sums.get(name, 0) + full_tensor(value).double()
+                for name, value in measured.items()
             }
         return sums

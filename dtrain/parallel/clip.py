@@ -15,10 +15,10 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from dtrain.parallel.plan import Plan
-from dtrain.parallel.strategy import local
+from dtrain.parallel.strategy import local_part
 
 
-def clip(model: nn.Module, plan: Plan) -> Tensor:
+def clip_gradients(model: nn.Module, plan: Plan) -> Tensor:
     """Scale gradients to at most the plan's `clip_norm` (None: leave them); return the norm before.
 
     A collective.
@@ -27,15 +27,15 @@ def clip(model: nn.Module, plan: Plan) -> Tensor:
     copies = {id(p.grad) for p in plan.copies(model)}
     norm = _norm([gradient for gradient in gradients if id(gradient) not in copies], plan)
     if plan.clip_norm is not None:
-        factor = shrinking(norm, plan.clip_norm).to(plan.storage)
+        factor = clip_factor(norm, plan.clip_norm).to(plan.storage)
         for gradient in gradients:
-            local(gradient).mul_(factor)
+            local_part(gradient).mul_(factor)
     for strategy in plan.strategies:
         norm = strategy.combine_norm(norm, plan)
     return norm
 
 
-def shrinking(norm: Tensor, most: float) -> Tensor:
+def clip_factor(norm: Tensor, most: float) -> Tensor:
     """The factor that makes a norm at most so much."""
     return (most / (norm + 1e-6)).clamp(max=1.0)
 
@@ -43,7 +43,7 @@ def shrinking(norm: Tensor, most: float) -> Tensor:
 def _norm(gradients: list[Tensor], plan: Plan) -> Tensor:
     groups: dict[tuple[str, ...], list[Tensor]] = defaultdict(list)
     for gradient in gradients:
-        groups[_sharded_over(gradient)].append(local(gradient))
+        groups[_sharded_over(gradient)].append(local_part(gradient))
     square = torch.zeros((), device=plan.device, dtype=torch.float64)
     for axes, parts in sorted(groups.items()):  # in an order of its own on each rank it would hang
         norms = [

@@ -55,12 +55,12 @@ class Weight:
 
     def split(self, axis: str, dim: int | None, parts: int, index: int) -> Weight:
         """Cut where it is used; `dim=None`: known to the axis, and whole."""
-        shape = self.used if dim is None else cut(self.used, dim, parts, index)
+        shape = self.used if dim is None else chunk_shape(self.used, dim, parts, index)
         return replace(self, used=shape, held=shape, axes=self.axes | {axis})
 
     def shard(self, axis: str, parts: int, index: int) -> Weight:
         """Cut where it is held."""
-        return replace(self, held=cut(self.used, 0, parts, index), axes=self.axes | {axis})
+        return replace(self, held=chunk_shape(self.used, 0, parts, index), axes=self.axes | {axis})
 
     def padded(self, parts: int) -> int:
         """Elements of a shard, filled up to the size of the largest."""
@@ -88,9 +88,9 @@ class ModuleCall:
 
     def cut(self, dim: int, parts: int, index: int) -> ModuleCall:
         """With this dim of what comes in and goes out cut."""
-        inputs = tuple(cut(shape, dim, parts, index) for shape in self.inputs)
+        inputs = tuple(chunk_shape(shape, dim, parts, index) for shape in self.inputs)
         return replace(
-            self, inputs=inputs, output=self.output and cut(self.output, dim, parts, index)
+            self, inputs=inputs, output=self.output and chunk_shape(self.output, dim, parts, index)
         )
 
 
@@ -278,7 +278,7 @@ class Footprint:
         return sizes
 
 
-def cut(shape: Shape, dim: int, parts: int, index: int) -> Shape:
+def chunk_shape(shape: Shape, dim: int, parts: int, index: int) -> Shape:
     """The shape of a part where a dim is cut as `torch.chunk` cuts it: the last parts may be
     smaller, or empty.
     """

@@ -16,7 +16,7 @@ AFTER_VALUES = ("cp", "dp")
 APPLICATION_ORDER = BEFORE_VALUES + AFTER_VALUES
 
 
-def laid_out(strategies: Iterable[Strategy], world_size: int) -> tuple[Strategy, ...]:
+def in_application_order(strategies: Iterable[Strategy], world_size: int) -> tuple[Strategy, ...]:
     """The strategies in application order, each told its degree.
 
     Raises:
@@ -36,13 +36,15 @@ def laid_out(strategies: Iterable[Strategy], world_size: int) -> tuple[Strategy,
                 f"one of them"
             )
         found[axis] = strategy
-    degrees = fill({axis: found[axis].degree for axis in MESH_ORDER if axis in found}, world_size)
+    degrees = fill_degrees(
+        {axis: found[axis].degree for axis in MESH_ORDER if axis in found}, world_size
+    )
     for axis, degree in degrees.items():
         found[axis].degree = degree
     return tuple(found[axis] for axis in APPLICATION_ORDER if axis in found)
 
 
-def fill(degrees: dict[str, int], world_size: int) -> dict[str, int]:
+def fill_degrees(degrees: dict[str, int], world_size: int) -> dict[str, int]:
     """Replace each -1 by its share of the ranks that the other axes leave; inner axes get the
     larger shares.
 

@@ -54,7 +54,7 @@ def message(
 
 def all_reduce_each(axis: str, weights: Iterable[Weight], itemsize: int) -> Message:
     """One all-reduce for each gradient of which this rank has some, as
-    `parallel.strategy.add_up` sends it.
+    `parallel.strategy.all_reduce_sum` sends it.
     """
     return message(
         axis, "all_reduce", [size for weight in weights if (size := prod(weight.held))], itemsize

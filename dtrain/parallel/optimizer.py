@@ -29,7 +29,7 @@ def parameter_groups(model: nn.Module) -> list[dict[str, Any]]:
     return [groups[key] for key in sorted(groups, reverse=True)] or [{"params": []}]
 
 
-def rate(step: int, steps: int, *, warmup_steps: int, min_lr_ratio: float) -> float:
+def lr_factor(step: int, steps: int, *, warmup_steps: int, min_lr_ratio: float) -> float:
     """The factor on the learning rate at a step from 0: linear warm-up, then half a cosine to
     `min_lr_ratio`.
 
@@ -42,7 +42,7 @@ def rate(step: int, steps: int, *, warmup_steps: int, min_lr_ratio: float) -> fl
 
 
 @torch.no_grad()
-def fill_state(optimizer: torch.optim.Optimizer) -> None:
+def materialize_state(optimizer: torch.optim.Optimizer) -> None:
     """Give every parameter its optimizer state, to be filled: a step of gradients of one at rate
     zero.
 
@@ -69,7 +69,8 @@ def named_tensors(model: nn.Module, optimizer: torch.optim.Optimizer | None) -> 
     """Weights and kept buffers by their names in the model, the optimizer's states by
     `optimizer.<name>.<key>`.
 
-    A state that is a number of Python's becomes a tensor of fp64, exact up to 2^53: see `put_back`.
+    A state that is a number of Python's becomes a tensor of fp64, exact up to 2^53: see
+    `restore_state`.
 
     Raises:
         ValueError: a state is neither.
@@ -94,7 +95,7 @@ def named_tensors(model: nn.Module, optimizer: torch.optim.Optimizer | None) -> 
     return tensors
 
 
-def put_back(
+def restore_state(
     model: nn.Module, optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor]
 ) -> None:
     """Bring states in line with the tensors of `named_tensors`, which have been filled.

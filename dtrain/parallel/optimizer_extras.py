@@ -18,7 +18,7 @@ from torch.optim import Optimizer
 HOOKS = "_optimizer_"  # begins the names of torch's own hooks
 
 
-def besides(optimizer: Optimizer, tolerance: float) -> dict[str, Kept]:
+def extra_state(optimizer: Optimizer, tolerance: float) -> dict[str, Kept]:
     """All of it, by the names that its author knows; what a checkpoint has is left out."""
     places = {
         id(p): place

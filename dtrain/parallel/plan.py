@@ -27,19 +27,19 @@ from dtrain.launch.consistency import digest, refuse_other_weights, tensors_of
 from dtrain.model.initialize import build, materialize, on_meta
 from dtrain.model.layout import (
     ModelFactory,
+    attributes_set,
     blocks_of,
     check_layout,
-    of_others,
+    is_foreign,
     refuse_batch_norm,
     refuse_gradient_hooks,
     refuse_unsaved,
     refuse_written_tensors,
-    write,
-    written,
+    set_attributes,
 )
 from dtrain.parallel.accumulate import GradientAccumulation
 from dtrain.parallel.checks.stepping import COLUMNS, ROWS, check_optimizer
-from dtrain.parallel.mesh import AFTER_VALUES, MESH_ORDER, laid_out, rows_of_a_rank
+from dtrain.parallel.mesh import AFTER_VALUES, MESH_ORDER, in_application_order, rows_of_a_rank
 from dtrain.parallel.precision import Precision
 from dtrain.parallel.strategy import Executor, Strategy
 from dtrain.task.batch import Batch, Models, Stages, pieces
@@ -76,7 +76,7 @@ class Plan:
             ValueError: two strategies want one axis, the degrees do not fill the world, or a
                 strategy refuses its neighbours.
         """
-        plan = cls(laid_out(strategies, world_size), world_size, **settings)  # type: ignore[arg-type]
+        plan = cls(in_application_order(strategies, world_size), world_size, **settings)  # type: ignore[arg-type]
         for strategy in plan.strategies:
             strategy.check(plan)
         return plan
@@ -161,14 +161,14 @@ class Plan:
         """Build the model this rank trains. A collective."""
         model = build(factory, seed)
         self.check_model(model)
-        compared = self.world_size > 1 and of_others(model)
+        compared = self.world_size > 1 and is_foreign(model)
         digests = {name: digest(tensor) for name, tensor in (tensors_of(model) if compared else ())}
-        name, parts, attributes = type(model).__name__, [model], written(model)
+        name, parts, attributes = type(model).__name__, [model], attributes_set(model)
         for strategy in self.strategies:
             parts = [part for whole in parts for part in strategy.split_into_stages(whole, self)]
         parts = [self._parallelize(part, seed, digests) for part in parts]
         for part in parts:
-            write(self.unwrap(part), attributes)  # parameters have been made anew
+            set_attributes(self.unwrap(part), attributes)  # parameters have been made anew
         if compared:
             refuse_other_weights(digests, name)
         return Stages(parts) if len(parts) > 1 else parts[0]
@@ -185,7 +185,7 @@ class Plan:
         model = self._apply(("fsdp",), model)
         told = (
             None
-            if not of_others(model)
+            if not is_foreign(model)
             else lambda name, values: digests.update({name: digest(values)})
         )
         materialize(model, seed, self.storage, self.device, self.precision.weights_dtype, told)

@@ -109,7 +109,7 @@ class Presence:
                 )
 
 
-def reached(loss: Tensor) -> set[int]:
+def reached_parameters(loss: Tensor) -> set[int]:
     """The parameters to which a backward pass from `loss` would hand a gradient, by their ids."""
     found, seen, ahead = set(), set(), [loss.grad_fn]
     while ahead:
@@ -150,7 +150,7 @@ def refuse_unused(model: nn.Module, used: set[int], plan: Plan, engine: str) -> 
         )
 
 
-def completed(
+def with_zero_states(
     tensors: dict[str, Tensor], model: nn.Module, group: dist.ProcessGroup
 ) -> dict[str, Tensor]:
     """With zeros for states that other ranks of the group have and this one does not, in one order.

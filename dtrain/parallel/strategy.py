@@ -19,7 +19,7 @@ from torch.optim import Optimizer
 from dtrain.parallel.checks.rehearsal import Rehearsal
 from dtrain.parallel.footprint import Footprint
 from dtrain.parallel.messages import Message
-from dtrain.parallel.optimizer import fill_state
+from dtrain.parallel.optimizer import materialize_state
 from dtrain.task.batch import Batch, Models, Sums, divide
 
 if TYPE_CHECKING:
@@ -76,7 +76,7 @@ class Executor(ABC):
         made them.
         """
         if not optimizer.state:
-            fill_state(optimizer)
+            materialize_state(optimizer)
 
     def state_tensors(self, model: str) -> dict[str, Tensor] | None:
         """What an engine keeps: weights by their full names, states by `optimizer.<name>.<key>`. A
@@ -295,12 +295,12 @@ def check_options(axis: str, *options: tuple[str, object, bool, str]) -> None:
             raise ValueError(f"strategy.{axis}.{name}={value} must be {wanted}")
 
 
-def local(tensor: Tensor) -> Tensor:
+def local_part(tensor: Tensor) -> Tensor:
     """This rank's part of a tensor that may be distributed."""
     return tensor.to_local() if hasattr(tensor, "to_local") else tensor
 
 
-def whole(tensor: Tensor) -> Tensor:
+def full_tensor(tensor: Tensor) -> Tensor:
     """All of a tensor that may be distributed; a collective if it is."""
     return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
 
@@ -309,20 +309,22 @@ def gradients(model: nn.Module) -> Mapping[str, Tensor]:
     """This rank's part of every gradient of the model, by the parameter's name; a shared one
     once.
     """
-    return {name: local(p.grad) for name, p in model.named_parameters() if p.grad is not None}
+    return {name: local_part(p.grad) for name, p in model.named_parameters() if p.grad is not None}
 
 
-def average(tensors: Iterable[Tensor], group: dist.ProcessGroup, dtype: torch.dtype) -> None:
+def all_reduce_mean(
+    tensors: Iterable[Tensor], group: dist.ProcessGroup, dtype: torch.dtype
+) -> None:
     """Replace each tensor by its mean over the group.
 
     A collective: all ranks have the same shapes, in one order.
     """
     for tensor in tensors:
-        add_up(tensor, group, dtype)
+        all_reduce_sum(tensor, group, dtype)
         tensor.div_(group.size())
 
 
-def add_up(tensor: Tensor, group: dist.ProcessGroup, dtype: torch.dtype) -> None:
+def all_reduce_sum(tensor: Tensor, group: dist.ProcessGroup, dtype: torch.dtype) -> None:
     """Replace a tensor by its sum over the group, which travels and is summed as `dtype`.
 
     A collective.

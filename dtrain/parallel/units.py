@@ -22,7 +22,7 @@ import torch.distributed as dist
 from torch import nn
 from torch.distributed.fsdp import FSDPModule
 
-from dtrain.model.layout import layout_of, of_others, shared_names
+from dtrain.model.layout import is_foreign, layout_of, shared_names
 from dtrain.task.batch import pieces
 
 ALIKE = 2  # updates in which the same units run in the same order: then ranks call no more
@@ -163,9 +163,9 @@ class Unit:
         self._complete(*none)
 
 
-def watch(model: nn.Module, ranks: list[int]) -> None:
+def watch_units(model: nn.Module, ranks: list[int]) -> None:
     """Have every unit of the model, or of a stage, watched from now on; `ranks` share them."""
-    roll, found = Roll(ranks) if of_others(model) and len(ranks) > 1 else None, []
+    roll, found = Roll(ranks) if is_foreign(model) and len(ranks) > 1 else None, []
     for name, module in model.named_modules():
         if isinstance(module, FSDPModule):
             groups = module._get_fsdp_state()._fsdp_param_groups
@@ -185,13 +185,13 @@ def begin_update(model: nn.Module) -> None:
         unit.used.clear()
 
 
-def twice(model: nn.Module, are: bool) -> None:
+def accumulate_losses(model: nn.Module, are: bool) -> None:
     """Say whether updates' losses hold gradients of the model."""
     for unit in units(model):
         unit.twice = are
 
 
-def unused(model: nn.Module) -> list[nn.Parameter]:
+def unused_parameters(model: nn.Module) -> list[nn.Parameter]:
     """What has a gradient of zeros alone, since backward has not reached it."""
     return [
         p.sharded_param

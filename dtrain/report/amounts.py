@@ -6,7 +6,7 @@ PREFIXES = ((1e9, "G"), (1e6, "M"), (1e3, "k"))
 MB = 1e6  # bytes: the unit of columns that have one unit
 
 
-def amount(number: float, unit: str) -> str:
+def with_si_prefix(number: float, unit: str) -> str:
     """In the largest power of a thousand of which there is one."""
     for power, prefix in PREFIXES:
         if number >= power:
@@ -14,6 +14,6 @@ def amount(number: float, unit: str) -> str:
     return f"{number:.0f} {unit}"
 
 
-def size(number: float) -> str:
+def in_bytes(number: float) -> str:
     """Bytes."""
-    return amount(number, "B")
+    return with_si_prefix(number, "B")

@@ -14,9 +14,9 @@ from dtrain.cost.model_size import ModelSize
 from dtrain.cost.timeline import Span
 from dtrain.data.base import Data
 from dtrain.report import instruments
-from dtrain.report.amounts import MB, amount, size
+from dtrain.report.amounts import MB, in_bytes, with_si_prefix
 from dtrain.report.base import Logger, Run
-from dtrain.report.terminal import Terminal, in_line
+from dtrain.report.terminal import Terminal, on_one_line
 
 LINES = 10  # how many lines a run prints where there is no terminal
 
@@ -32,7 +32,9 @@ class Console(Logger):
     def start(self, run: Run) -> None:
         mesh = " x ".join(f"{axis}={degree}" for axis, degree in run.mesh.items()) or "one process"
         rest = f" on {run.world_size} {'rank' if run.world_size == 1 else 'ranks'} ({mesh})"
-        self._terminal.print(Text.assemble((in_line(run.strategy), "bold"), rest), soft_wrap=True)
+        self._terminal.print(
+            Text.assemble((on_one_line(run.strategy), "bold"), rest), soft_wrap=True
+        )
         for fact in (*run.facts, f"folder: {run.folder}"):
             self._terminal.print(f"  {fact}", soft_wrap=True)
         self._first, self._last = run.first_step + 1, run.steps
@@ -69,7 +71,7 @@ class Console(Logger):
 
     def profile(self, found: dict[str, Any], ranks: Sequence[Sequence[Span]], title: str) -> None:
         self._stop()
-        instruments.show(found)
+        instruments.show_profile(found)
 
     def finish(self, summary: dict[str, Any]) -> None:
         self._stop()
@@ -95,7 +97,7 @@ class Console(Logger):
 
 
 @contextmanager
-def preparing(data: Data, *, shown: bool) -> Iterator[Callable[[str, int], None]]:
+def preparation_progress(data: Data, *, shown: bool) -> Iterator[Callable[[str, int], None]]:
     """Show that data are being prepared, once there is something to show, if it is to be
     `shown` at all.
     """
@@ -113,7 +115,9 @@ def preparing(data: Data, *, shown: bool) -> Iterator[Callable[[str, int], None]
                 terminal.print(f"preparing the data {data.name}", soft_wrap=True)
         if documents % 20 == 0:
             status.update(
-                Text(in_line(f"preparing the data {data.name}: {what}, {documents:,} documents"))
+                Text(
+                    on_one_line(f"preparing the data {data.name}: {what}, {documents:,} documents")
+                )
             )
 
     try:
@@ -124,7 +128,7 @@ def preparing(data: Data, *, shown: bool) -> Iterator[Callable[[str, int], None]
         status.stop()
 
 
-def show(name: str, info: ModelSize) -> None:
+def show_model_size(name: str, info: ModelSize) -> None:
     """A model's sizes as a table."""
     made = Table(title=f"{name}, sequences of {info.seq_len:,} tokens")
     made.add_column("")
@@ -133,7 +137,9 @@ def show(name: str, info: ModelSize) -> None:
         made.add_row(f"parameters, {part}", f"{parameters:,}")
     made.add_row("parameters", f"{info.total:,}", end_section=True)
     made.add_row(
-        "forward and backward a token", amount(info.flops_per_token, "FLOP"), end_section=True
+        "forward and backward a token",
+        with_si_prefix(info.flops_per_token, "FLOP"),
+        end_section=True,
     )
     kinds = {
         "weights": info.weight_bytes,
@@ -141,5 +147,5 @@ def show(name: str, info: ModelSize) -> None:
         "Adam states": info.optimizer_bytes,
     }
     for kind, number in (*kinds.items(), ("together", sum(kinds.values()))):
-        made.add_row(f"tensor memory, {kind}", size(number))
+        made.add_row(f"tensor memory, {kind}", in_bytes(number))
     Terminal().print(made)

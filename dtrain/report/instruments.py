@@ -10,7 +10,7 @@ from dtrain.report.amounts import MB
 from dtrain.report.terminal import Terminal
 
 
-def show(found: dict[str, Any]) -> None:
+def show_profile(found: dict[str, Any]) -> None:
     """A profile's summary: the first rank's messages and memory, every rank's time, the
     pipeline's bubble.
     """

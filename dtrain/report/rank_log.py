@@ -11,12 +11,12 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from dtrain.report.terminal import shown
+from dtrain.report.terminal import without_control_characters
 
 
 class _Shown(logging.Formatter):
     def format(self, record: logging.LogRecord) -> str:
-        return shown(super().format(record))
+        return without_control_characters(super().format(record))
 
 
 class _File(logging.FileHandler):

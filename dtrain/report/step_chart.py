@@ -24,7 +24,7 @@ COLOURS = {
 }  # fmt: skip
 
 
-def trace(ranks: Sequence[Sequence[Span]]) -> dict[str, Any]:
+def chrome_trace(ranks: Sequence[Sequence[Span]]) -> dict[str, Any]:
     """All ranks in Chrome's trace format: a process for each rank, a thread for each kind of span.
 
     Source: the Trace Event Format. Spans of a kind that overlap go to further threads, as the
@@ -145,6 +145,6 @@ def write(
 ) -> None:
     """`trace.json`, and the `pictures` `gantt.svg` and `gantt.png`, in the folder."""
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / "trace.json").write_text(json.dumps(trace(ranks)))
+    (folder / "trace.json").write_text(json.dumps(chrome_trace(ranks)))
     if pictures:
         draw(ranks, title, [folder / "gantt.svg", folder / "gantt.png"])

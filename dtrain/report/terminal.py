@@ -19,7 +19,7 @@ HIDDEN = ("Cc", "Cf", "Cs", "Co", "Cn", "Zl", "Zp")  # kinds of characters, as U
 GONE = (errno.EPIPE, errno.EIO, errno.EBADF)
 
 
-def shown(text: str) -> str:
+def without_control_characters(text: str) -> str:
     """A text for a terminal or a page: what would steer them (escape sequences, bells, other
     directions) is written out. It may be the name of somebody's file or column.
     """
@@ -28,9 +28,9 @@ def shown(text: str) -> str:
     )
 
 
-def in_line(text: str) -> str:
+def on_one_line(text: str) -> str:
     """The same in one line, which a name with line ends would end: these are written out too."""
-    return shown(text).replace("\n", r"\n")
+    return without_control_characters(text).replace("\n", r"\n")
 
 
 class Terminal(Console):
@@ -42,17 +42,17 @@ class Terminal(Console):
         super().__init__(highlight=False, markup=False, emoji=False, **options)
 
     def render_str(self, text: str, **options: Any) -> Text:
-        return super().render_str(in_line(text), **options)
+        return super().render_str(on_one_line(text), **options)
 
 
-def in_html(text: str) -> str:
+def for_html(text: str) -> str:
     """The same for HTML, or for what Plotly takes for some: `<` begins nothing."""
-    return html.escape(shown(text), quote=False)
+    return html.escape(without_control_characters(text), quote=False)
 
 
-def in_markdown(text: str) -> str:
+def for_markdown(text: str) -> str:
     """The same for a line of Markdown."""
-    return re.sub(r"([\\`\[])", r"\\\1", " ".join(in_html(text).split()))
+    return re.sub(r"([\\`\[])", r"\\\1", " ".join(for_html(text).split()))
 
 
 def keep_open() -> None:

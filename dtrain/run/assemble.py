@@ -13,7 +13,7 @@ from typing import Any
 from torch import nn
 from torch.optim import Optimizer
 
-from dtrain.config.schema import Config, make
+from dtrain.config.schema import Config, build
 from dtrain.config.secret import masked
 from dtrain.cost.profile import RECORDED
 from dtrain.data.augment import ImageChange, Mixup, TextChange
@@ -29,7 +29,7 @@ from dtrain.parallel.plan import Plan
 from dtrain.parallel.precision import Precision
 from dtrain.parallel.strategy import Strategy
 from dtrain.report.base import All, Logger
-from dtrain.report.console import preparing
+from dtrain.report.console import preparation_progress
 from dtrain.strategy.accelerate.library import refuse_contradictions
 from dtrain.strategy.parameter_server.strategy import ParameterServer
 from dtrain.task.base import Sizes, Task
@@ -102,7 +102,7 @@ def assemble(config: Config, world: World) -> Parts:
                     f"ranks meet in no "
                     f"collective; inject.straggler.rank={server.servers} or above slows a worker"
                 )
-    logger = All([make(node, Logger, f"logger.{name}") for name, node in config.logger.items()])
+    logger = All([build(node, Logger, f"logger.{name}") for name, node in config.logger.items()])
     data, task = task_of(config, shown=world.rank == 0)
     plan.check_task(task)
     plan.check_optimizer(partial(optimizer_of, config.optimizer), micro_batches)
@@ -112,7 +112,7 @@ def assemble(config: Config, world: World) -> Parts:
 
 def strategies_of(config: Config) -> list[Strategy]:
     """The configured ones."""
-    return [make(node, Strategy, f"strategy.{axis}") for axis, node in config.strategy.items()]
+    return [build(node, Strategy, f"strategy.{axis}") for axis, node in config.strategy.items()]
 
 
 def task_and_plan(config: Config, world: World) -> tuple[Task, Plan]:
@@ -125,11 +125,11 @@ def task_of(config: Config, *, shown: bool = True) -> tuple[Data, Task]:
     """The data, prepared here if they are not in the cache (`shown`: tell of it), and the task
     on them.
     """
-    data = make(config.data, Data, "data", parts=(Source, Tokenizer))
-    with preparing(data, shown=shown) as progress:
+    data = build(config.data, Data, "data", parts=(Source, Tokenizer))
+    with preparation_progress(data, shown=shown) as progress:
         data.prepare(progress)
     sizes = Sizes(config.seed, config.global_batch_size, config.seq_len, config.eval.batches)
-    return data, make(
+    return data, build(
         config.task,
         Task,
         "task",
@@ -144,9 +144,9 @@ def model_factories(config: Config) -> dict[str, ModelFactory]:
     """The task's models by name: one, called `model`, or as many as the configuration names."""
     words = (config.data.get("tokenizer") or {}).get("vocab_size")
     if "_target_" in config.model:
-        return {"model": partial(own.build, config.model, "model", words)}
+        return {"model": partial(own.build_model, config.model, "model", words)}
     return {
-        name: partial(own.build, node, f"model.{name}", words)
+        name: partial(own.build_model, node, f"model.{name}", words)
         for name, node in config.model.items()
     }
 
@@ -158,4 +158,4 @@ def optimizer_of(node: dict[str, Any], model: nn.Module) -> Optimizer:
             "optimizer.fused=true takes no complex weights, of which the model has some: set "
             "optimizer.fused=false"
         )
-    return make(node, Optimizer, "optimizer", params=parameter_groups(model))
+    return build(node, Optimizer, "optimizer", params=parameter_groups(model))

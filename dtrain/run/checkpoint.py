@@ -32,17 +32,17 @@ from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
 from torch.distributed.tensor import DTensor
 
 from dtrain.files.durable import remove, sync
-from dtrain.launch.collectives import agree, gathered, together
+from dtrain.launch.collectives import all_gather_object, on_all_ranks, on_rank_zero
 from dtrain.parallel.optimizer import OPTIMIZER_STATE
 from dtrain.run.checkpoint_files import (
     MANIFEST,
-    about,
-    describe,
-    differs,
+    check_sizes,
+    difference_from,
+    file_digest,
     files_of,
-    outline,
-    sealed,
-    whole,
+    published,
+    read_manifest,
+    with_checksum,
 )
 
 PARTIAL = ".partial-"
@@ -74,7 +74,7 @@ class Checkpoints:
         self._stager = DefaultStager(StagingOptions(False, False, False, False))
         self._thread: threading.Thread | None = None
         self._error: BaseException | None = None
-        agree(lambda: clear(self.folder))
+        on_rank_zero(lambda: clear(self.folder))
 
     @property
     def newest(self) -> str | None:
@@ -133,17 +133,20 @@ class Checkpoints:
             raise OSError(
                 f"checkpoint of step {step} could not be written: {'; '.join(causes)}"
             ) from error
-        files = described(partial, agree(lambda: _written_in(partial), self._group), self._group)
-        agree(lambda: self._publish(partial, step, about, files), self._group)
+        files = file_digests(
+            partial, on_rank_zero(lambda: _written_in(partial), self._group), self._group
+        )
+        on_rank_zero(lambda: self._publish(partial, step, about, files), self._group)
 
     def _publish(
         self, partial: Path, step: int, about: dict[str, Any], files: dict[str, Any]
     ) -> None:
         _write_synced(
-            partial / MANIFEST, sealed({"version": VERSION, "step": step, **about, "files": files})
+            partial / MANIFEST,
+            with_checksum({"version": VERSION, "step": step, **about, "files": files}),
         )
         sync(partial)
-        written = whole(self.folder)
+        written = published(self.folder)
         if written:  # what is written last is the newest, also where the clock was set back
             newest = (written[-1] / MANIFEST).stat().st_mtime_ns + 1
             os.utime(
@@ -180,7 +183,7 @@ def _written_in(folder: Path) -> list[str]:
     return sorted(file.name for file in folder.glob("*.safetensors"))
 
 
-def described(
+def file_digests(
     folder: Path, names: list[str], group: dist.ProcessGroup | None = None
 ) -> dict[str, dict[str, Any]]:
     """Sizes and checksums of these files of a folder. A collective: each rank reads its share of
@@ -191,7 +194,7 @@ def described(
     """
     rank, size = dist.get_rank(group), dist.get_world_size(group)
     own = names[rank::size]
-    shares = together(lambda: {name: describe(folder / name) for name in own}, group)
+    shares = on_all_ranks(lambda: {name: file_digest(folder / name) for name in own}, group)
     return {name: found for share in shares for name, found in share.items()}
 
 
@@ -200,10 +203,10 @@ def verified(path: Path) -> str:
 
     A collective, the same on every rank.
     """
-    if said := agree(lambda: outline(path)):
+    if said := on_rank_zero(lambda: check_sizes(path)):
         return said
-    found = described(path, agree(lambda: files_of(path)))
-    return agree(lambda: differs(path, found))
+    found = file_digests(path, on_rank_zero(lambda: files_of(path)))
+    return on_rank_zero(lambda: difference_from(path, found))
 
 
 def load(path: Path, states: list[dict[str, Tensor]], *, late: bool = False) -> None:
@@ -221,7 +224,7 @@ def load(path: Path, states: list[dict[str, Tensor]], *, late: bool = False) -> 
     if late:
         _add_late(reader, saved, ours, states)
     kinds = {name.rpartition(".")[2] for name in saved if name.startswith(OPTIMIZER_STATE)}
-    begun = bool(about(path)["step"])
+    begun = bool(read_manifest(path)["step"])
     for name in [n for n in ours if n.startswith(OPTIMIZER_STATE) and n not in saved]:
         if name.rpartition(".")[2] in kinds or not (kinds or begun):
             del ours[name]
@@ -340,7 +343,7 @@ def _shapes(
         for n, m in reader.read_metadata().state_dict_metadata.items()
     }
     ours: dict[str, tuple[int, ...]] = {}
-    for theirs in gathered(
+    for theirs in all_gather_object(
         {n: tuple(_written(n, t, saved).shape) for part in states for n, t in part.items()}
     ):
         ours |= theirs

@@ -32,7 +32,9 @@ NO_HEADER = (
 AUTO = "auto"  # resume from the run's newest, if it has any
 
 
-def named(resume: str, run_folder: Path, outputs: Path, *, key: str = "resume") -> list[Path]:
+def resume_candidates(
+    resume: str, run_folder: Path, outputs: Path, *, key: str = "resume"
+) -> list[Path]:
     """The checkpoints that `resume` names, the newest first.
 
     Args:
@@ -44,20 +46,22 @@ def named(resume: str, run_folder: Path, outputs: Path, *, key: str = "resume") 
         ValueError: none there; says where.
     """
     if resume == "latest":
-        found = whole(run_folder / "checkpoints")
+        found = published(run_folder / "checkpoints")
         if not found:
             runs = [
-                whole(folder) for folder in _below(outputs) if os.path.lexists(folder / "latest")
+                published(folder)
+                for folder in _below(outputs)
+                if os.path.lexists(folder / "latest")
             ]
             found = max((run for run in runs if run), key=lambda run: _written(run[-1]), default=[])
         where = f"{run_folder} or below {outputs}"
     else:
         path = Path(resume).expanduser()
         if (path / MANIFEST).exists():
-            path, written = path.resolve(), whole(path.resolve().parent)
+            path, written = path.resolve(), published(path.resolve().parent)
             found = written[: written.index(path) + 1] if path in written else [path]
         else:
-            found = whole(path / "checkpoints") or whole(path)
+            found = published(path / "checkpoints") or published(path)
         where = str(path)
     if not found:
         raise ValueError(f"{key}={resume}: no checkpoint in {where}")
@@ -72,7 +76,7 @@ def run_of(places: Iterable[Path], agents: frozenset[str]) -> Path | None:
     for place in places if agents else ():
         for path in (path for folder in _below(place) for path in folder.glob("step-*")):
             with suppress(ValueError, OSError):  # damaged, or another run has just removed it
-                if agents.intersection(about(path).get("agents", ())):
+                if agents.intersection(read_manifest(path).get("agents", ())):
                     found.append((_written(path), path.parent.parent))
     return max(found, default=(None, None))[1]
 
@@ -87,7 +91,7 @@ def _below(place: Path) -> Iterator[Path]:
             yield Path(above, CHECKPOINTS)
 
 
-def first_whole(
+def first_undamaged(
     newest_first: list[Path],
     verify: Callable[[Path], str],
     *,
@@ -120,25 +124,25 @@ def first_whole(
 
 def verify(path: Path) -> str:
     """What is wrong with the files of a checkpoint, or an empty string."""
-    if said := outline(path):
+    if said := check_sizes(path):
         return said
-    return differs(path, {name: describe(path / name) for name in files_of(path)})
+    return difference_from(path, {name: file_digest(path / name) for name in files_of(path)})
 
 
-def outline(path: Path) -> str:
+def check_sizes(path: Path) -> str:
     """What is wrong that can be known without reading the files to their end."""
     try:
-        manifest = about(path)
+        manifest = read_manifest(path)
     except ValueError as error:
         return str(error)
-    if sealed(manifest) != manifest:
+    if with_checksum(manifest) != manifest:
         return f"{MANIFEST} does not have its SHA-256"
     return _outline(path, manifest["files"])
 
 
 def files_of(path: Path) -> list[str]:
     """The names of a checkpoint's files, as it says itself."""
-    return list(about(path)["files"])
+    return list(read_manifest(path)["files"])
 
 
 def _outline(path: Path, files: dict[str, dict[str, Any]]) -> str:
@@ -156,9 +160,9 @@ def _outline(path: Path, files: dict[str, dict[str, Any]]) -> str:
     return ""
 
 
-def differs(path: Path, found: dict[str, dict[str, Any]]) -> str:
+def difference_from(path: Path, found: dict[str, dict[str, Any]]) -> str:
     """What is wrong with its files, of which `found` are the descriptions."""
-    for name, expected in about(path)["files"].items():
+    for name, expected in read_manifest(path)["files"].items():
         if found[name] != expected:
             return f"{name} does not have its SHA-256"
     try:
@@ -177,7 +181,7 @@ def differs(path: Path, found: dict[str, dict[str, Any]]) -> str:
     return ""
 
 
-def about(path: Path) -> dict[str, Any]:
+def read_manifest(path: Path) -> dict[str, Any]:
     """What a checkpoint says of itself: step, tokens, and what its run gave.
 
     Raises:
@@ -212,7 +216,7 @@ def about(path: Path) -> dict[str, Any]:
     return manifest
 
 
-def sealed(manifest: dict[str, Any]) -> dict[str, Any]:
+def with_checksum(manifest: dict[str, Any]) -> dict[str, Any]:
     """The manifest, with the checksum of all else in it."""
     rest = json.loads(
         json.dumps({key: value for key, value in manifest.items() if key != "sha256"})
@@ -223,13 +227,13 @@ def sealed(manifest: dict[str, Any]) -> dict[str, Any]:
 def steps_of(path: Path) -> int:
     """That a checkpoint has done; 0 if its manifest is damaged: whoever loads it will say so."""
     try:
-        manifest = about(path)
-        return int(manifest["step"]) if sealed(manifest) == manifest else 0
+        manifest = read_manifest(path)
+        return int(manifest["step"]) if with_checksum(manifest) == manifest else 0
     except ValueError:
         return 0
 
 
-def whole(folder: Path) -> list[Path]:
+def published(folder: Path) -> list[Path]:
     """The published checkpoints of a folder, in the order in which they were written; a link
     there stays one.
     """
@@ -243,6 +247,6 @@ def _written(path: Path) -> tuple[int, str]:
     return (path / MANIFEST).stat().st_mtime_ns, path.name
 
 
-def describe(file: Path) -> dict[str, Any]:
+def file_digest(file: Path) -> dict[str, Any]:
     sync(file)
     return {"bytes": file.stat().st_size, "sha256": digest(file)}

@@ -10,7 +10,7 @@ from pathlib import Path
 from dtrain.config.schema import Config
 from dtrain.files.durable import remove
 from dtrain.files.lock import Lock, check_free
-from dtrain.launch.collectives import agree
+from dtrain.launch.collectives import on_rank_zero
 from dtrain.launch.world import World
 from dtrain.run import checkpoint_files
 
@@ -48,7 +48,7 @@ def claimed(folder: Path, world: World, config: Config, files: Mapping[str, str]
     """
     held: list[Lock] = []
     try:
-        yield agree(lambda: _claim(folder, world, config, files, held))
+        yield on_rank_zero(lambda: _claim(folder, world, config, files, held))
     finally:
         for lock in held:
             lock.close()
@@ -110,7 +110,7 @@ def _goes_on(config: Config, folder: Path) -> bool:
     if config.resume in (None, checkpoint_files.AUTO):
         return config.resume == checkpoint_files.AUTO
     if config.resume == "latest":
-        return bool(checkpoint_files.whole(folder / "checkpoints"))
+        return bool(checkpoint_files.published(folder / "checkpoints"))
     return Path(str(config.resume)).expanduser().resolve().is_relative_to(folder.resolve())
 
 

@@ -12,7 +12,7 @@ from typing import Any
 
 from dtrain.config.aliases import RENAMED
 from dtrain.files import records
-from dtrain.launch.collectives import agree
+from dtrain.launch.collectives import on_rank_zero
 from dtrain.launch.world import World
 from dtrain.report.files import SUMMARY, summary_in
 from dtrain.run import checkpoint, checkpoint_files
@@ -41,7 +41,7 @@ def finished(job: Parts, folder: Path, world: World) -> dict[str, Any] | None:
             return {key: value for key, value in summary_in(folder).items() if key != RESUMABLE}
         return None
 
-    return agree(look)
+    return on_rank_zero(look)
 
 
 def _newest(job: Parts, folder: Path, world: World, steps: float = math.inf) -> Path | None:
@@ -52,7 +52,7 @@ def _newest(job: Parts, folder: Path, world: World, steps: float = math.inf) -> 
         (folder,), world.agents
     ):
         return None
-    every = checkpoint_files.whole(folder / "checkpoints")
+    every = checkpoint_files.published(folder / "checkpoints")
     return next(
         (path for path in reversed(every) if checkpoint_files.steps_of(path) < steps),
         every[-1] if every else None,
@@ -69,7 +69,7 @@ def take_weights(trainer: Trainer, job: Parts, folder: Path, world: World) -> No
             str(module.origin) for module in model.modules() if hasattr(module, "origin")
         }:
             job.logger.note(origin)
-    own = agree(lambda: _newest(job, folder, world, job.config.steps))
+    own = on_rank_zero(lambda: _newest(job, folder, world, job.config.steps))
     asked = None if job.config.resume == checkpoint_files.AUTO else job.config.resume
     if own or asked:
         _resume(trainer, job, str(own or asked), folder)
@@ -85,10 +85,10 @@ def take_weights(trainer: Trainer, job: Parts, folder: Path, world: World) -> No
 def _begin(trainer: Trainer, job: Parts, path: str, folder: Path) -> None:
     """Take what fits of another run's weights; say what does not."""
     note = job.logger.note
-    newest_first = agree(
-        lambda: checkpoint_files.named(path, folder, OUTPUTS.resolve(), key="init_from")
+    newest_first = on_rank_zero(
+        lambda: checkpoint_files.resume_candidates(path, folder, OUTPUTS.resolve(), key="init_from")
     )
-    found = checkpoint_files.first_whole(
+    found = checkpoint_files.first_undamaged(
         newest_first, checkpoint.verified, fallback=False, note=note
     )
     taken: list[str] = []
@@ -99,12 +99,14 @@ def _begin(trainer: Trainer, job: Parts, path: str, folder: Path) -> None:
 
 def _resume(trainer: Trainer, job: Parts, resume: str, folder: Path) -> None:
     config, note = job.config, job.logger.note
-    newest_first = agree(lambda: checkpoint_files.named(resume, folder, OUTPUTS.resolve()))
+    newest_first = on_rank_zero(
+        lambda: checkpoint_files.resume_candidates(resume, folder, OUTPUTS.resolve())
+    )
     fallback = config.checkpoint.fallback
-    found = checkpoint_files.first_whole(
+    found = checkpoint_files.first_undamaged(
         newest_first, checkpoint.verified, fallback=fallback, note=note
     )
-    theirs = checkpoint_files.about(found)
+    theirs = checkpoint_files.read_manifest(found)
     if isinstance(schedule := theirs.get("schedule"), dict):  # of an earlier version
         now = {f"schedule.{key}": value for key, value in schedule.items()}
         theirs["lr_schedule"] = {
@@ -143,7 +145,7 @@ def _curve(job: Parts) -> dict[str, Any]:
     return {"data": job.data.describe()} | {key: job.written[key] for key in keys}
 
 
-def identity(job: Parts, trainer: Trainer, world: World) -> dict[str, Any]:
+def manifest_fields(job: Parts, trainer: Trainer, world: World) -> dict[str, Any]:
     """What a checkpoint says of its run, besides the step."""
     agents = {"agents": sorted(world.agents)}
     return {"tokens": trainer.tokens, **_curve(job), "mesh": job.plan.degrees, **agents}

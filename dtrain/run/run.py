@@ -13,7 +13,7 @@ import torch.distributed as dist
 from torch import nn
 from torch.optim import Optimizer
 
-from dtrain.config.override import typed
+from dtrain.config.override import for_a_shell
 from dtrain.config.schema import Config
 from dtrain.config.secret import Asked
 from dtrain.cost import peak_memory
@@ -21,13 +21,13 @@ from dtrain.cost.predict import Cost, fold
 from dtrain.cost.profile import RECORDED, Profile
 from dtrain.cost.trace import trace
 from dtrain.files.durable import write
-from dtrain.launch.collectives import agree
+from dtrain.launch.collectives import on_rank_zero
 from dtrain.launch.consistency import refuse_differences
 from dtrain.launch.fault_injection import slowed
 from dtrain.launch.flight_recorder import LOST, collective_failed
 from dtrain.launch.hang_detector import Hang, HangDetector
 from dtrain.launch.preemption import Preemption
-from dtrain.launch.rendezvous import agents, connected
+from dtrain.launch.rendezvous import elastic_agents, process_group
 from dtrain.launch.world import World
 from dtrain.parallel.spans import FIGURES, FORWARD_BACKWARD
 from dtrain.report import rank_log
@@ -35,8 +35,8 @@ from dtrain.report.base import All, Run
 from dtrain.run.assemble import Parts, assemble, optimizer_of, task_and_plan
 from dtrain.run.checkpoint import Checkpoints
 from dtrain.run.claim import RESUMABLE, claimed
-from dtrain.run.resume import finished, identity, take_weights
-from dtrain.run.summary import facts, meter_of, summary_of
+from dtrain.run.resume import finished, manifest_fields, take_weights
+from dtrain.run.summary import facts, summary_of, throughput_meter
 from dtrain.strategy.parameter_server.trainer import ParameterServerTrainer
 from dtrain.task import pictures
 from dtrain.task.batch import Sums
@@ -78,12 +78,12 @@ def _run(
     job = replace(job, written=asked.config)
     device = job.plan.device
     with ExitStack() as stack:
-        connection = connected(
+        connection = process_group(
             world, device, threads=config.launch.threads, timeout_s=config.launch.timeout_s
         )
         stack.enter_context(connection)
         refuse_differences(asdict(config), job.data.describe(), job.written)
-        world = replace(world, agents=agents())
+        world = replace(world, agents=elastic_agents())
         folder = stack.enter_context(claimed(folder, world, config, asked.files))
         stack.enter_context(rank_log.writing(folder, world.rank))
         job = replace(job, plan=job.plan.connect(), logger=job.logger if world.rank == 0 else All())
@@ -103,7 +103,7 @@ def _train(
     job: Parts, world: World, folder: Path, strategy: str, stack: ExitStack, watch: HangDetector
 ) -> dict[str, Any]:
     config, plan = job.config, job.plan
-    meter, peak_source = meter_of(job, world)
+    meter, peak_source = throughput_meter(job, world)
     peak_memory.reset_peak(plan.device)
     settings = Settings(
         config.steps,
@@ -149,15 +149,15 @@ def _train(
             job.logger.step(figures)
             stops = step.step < config.steps and preemption.stops_after(step.step)
             if stops or _saves(config, step.step):
-                checkpoints.save(step.step, trainer.state(), identity(job, trainer, world))
+                checkpoints.save(step.step, trainer.state(), manifest_fields(job, trainer, world))
             if stops:
                 break
             watch.step(step.step + 1)
         checkpoints.wait()  # what it could not write is an error of the run's
     if preemption.stopped_before(config.steps):
-        said = agree(lambda: _resumable(job, folder, figures["step"]))
+        said = on_rank_zero(lambda: _resumable(job, folder, figures["step"]))
         return {RESUMABLE: said, "interrupted": preemption.interrupted}
-    figures = agree(lambda: figures) if apart else figures  # a worker has none
+    figures = on_rank_zero(lambda: figures) if apart else figures  # a worker has none
     summary = summary_of(job, world, strategy, figures, meter, peak_source) | {
         "checkpoint": checkpoints.newest
     }
@@ -268,7 +268,7 @@ def _resumable(job: Parts, folder: Path, step: int) -> str:
     """
     said = (
         f"stopped after step {step} of {job.config.steps}, as it was told; resumable: "
-        f"{typed('resume', str(folder))}"
+        f"{for_a_shell('resume', str(folder))}"
     )
     write(folder / RESUMABLE, f"{said}\n")
     job.logger.note(said)

@@ -14,8 +14,8 @@ import torch.distributed as dist
 
 from dtrain.cost import environment, flops, peak_memory
 from dtrain.cost.throughput import Throughput
-from dtrain.data.paths import in_words
-from dtrain.launch.collectives import gathered
+from dtrain.data.paths import left_out_in_words
+from dtrain.launch.collectives import all_gather_object
 from dtrain.launch.world import World
 from dtrain.model import own
 from dtrain.model.initialize import on_meta
@@ -23,7 +23,7 @@ from dtrain.run.assemble import Parts
 from dtrain.task.base import Task
 
 
-def meter_of(job: Parts, world: World) -> tuple[Throughput, str]:
+def throughput_meter(job: Parts, world: World) -> tuple[Throughput, str]:
     """A meter that knows the model's operations a token and this rank's peak. A collective."""
     stated = job.config.measure.peak_flops
     dist.barrier()  # the ranks measure at the same time, as they will compute at the same time
@@ -90,11 +90,11 @@ def facts(job: Parts, meter: Throughput, peak_source: str) -> tuple[str, ...]:
         f"model: {parameters:,} parameters; computes in {precision.compute}, weights in {weights}",
         f"data: {data}",
         *(
-            [f"left out of the data: {in_words(job.data.left_out)}"]
+            [f"left out of the data: {left_out_in_words(job.data.left_out)}"]
             if any(job.data.left_out.values())
             else []
         ),
-        *own.told(config.model),
+        *own.settings_in_words(config.model),
         *([f"task: {job.task.told}"] if job.task.told else []),
         *job.tried,
         f"batch: {config.global_batch_size} rows over {job.plan.row_parts} x "
@@ -114,7 +114,7 @@ def summary_of(
     peak_source: str,
 ) -> dict[str, Any]:
     """The whole of a run for `summary.json`. A collective."""
-    peaks = gathered(peak_memory.peak_bytes(job.plan.device))
+    peaks = all_gather_object(peak_memory.peak_bytes(job.plan.device))
     return {
         "strategy": strategy,
         "mesh": job.plan.degrees,

@@ -17,7 +17,7 @@ from torch import nn
 
 from dtrain.parallel.footprint import Footprint
 from dtrain.parallel.messages import Message, all_reduce_each
-from dtrain.parallel.strategy import Strategy, average, gradients
+from dtrain.parallel.strategy import Strategy, all_reduce_mean, gradients
 
 if TYPE_CHECKING:
     from dtrain.parallel.plan import Plan
@@ -34,7 +34,7 @@ class AllReduce(Strategy):
     axis = "dp"
 
     def reduce_gradients(self, model: nn.Module, plan: Plan) -> None:
-        average(
+        all_reduce_mean(
             gradients(model).values(), plan.mesh[self.axis].get_group(), plan.precision.reduce_dtype
         )
 

@@ -27,11 +27,11 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, Shard
 
 from dtrain.model.layout import divisors, experts_of
-from dtrain.parallel.checks.rehearsal import Rehearsal, spread
+from dtrain.parallel.checks.rehearsal import Rehearsal, experts_on_ranks
 from dtrain.parallel.checks.stepping import REGROUPED, ROWS
 from dtrain.parallel.footprint import Footprint, ModelPart
 from dtrain.parallel.messages import Message, all_reduce_each, message
-from dtrain.parallel.strategy import Strategy, average, local
+from dtrain.parallel.strategy import Strategy, all_reduce_mean, local_part
 
 if TYPE_CHECKING:
     from dtrain.parallel.plan import Plan
@@ -74,14 +74,14 @@ class ExpertParallel(Strategy):
         self, model: nn.Module, inputs: Sequence[Tensor], plan: Plan
     ) -> Iterator[Rehearsal]:
         what = f"with its experts spread over ep={self.degree}"
-        yield Rehearsal(what, model, spread(model, self.degree), STACKED)
+        yield Rehearsal(what, model, experts_on_ranks(model, self.degree), STACKED)
 
     def parallelize(self, model: nn.Module, plan: Plan) -> nn.Module:
         group = plan.mesh[self.axis].get_group()
         for _, experts in experts_of(model):
             # by tensor parallelism: that forward finds its own weights
             split_already = "forward" in vars(experts)
-            forward = experts.forward if split_already else with_local_weights(experts)
+            forward = experts.forward if split_already else computes_with_local_weights(experts)
             for name, parameter in list(experts.named_parameters()):
                 owner, _, key = name.rpartition(".")
                 setattr(experts.get_submodule(owner), key, self._mine(parameter, plan))
@@ -96,7 +96,7 @@ class ExpertParallel(Strategy):
             else ((), ())
         )
         mine = (
-            local(parameter.detach())
+            local_part(parameter.detach())
             .chunk(self.degree)[plan.mesh[self.axis].get_local_rank()]
             .clone()
         )
@@ -115,7 +115,7 @@ class ExpertParallel(Strategy):
         for _, experts in experts_of(model):
             for name, parameter in experts.named_parameters():
                 assert self._shards(parameter), f"{name} is not sharded over {self.axis}"
-                rows, here = parameter.shape[0] // self.degree, local(parameter).shape[0]
+                rows, here = parameter.shape[0] // self.degree, local_part(parameter).shape[0]
                 assert here == rows or plan.strategy_on("fsdp"), (
                     f"{name}: {here} experts here, not {rows}"
                 )
@@ -125,10 +125,10 @@ class ExpertParallel(Strategy):
         for parameter in model.parameters():
             if parameter.grad is not None and self._shards(parameter):
                 # the sum of what each rank's part of the batch gave
-                local(parameter.grad).div_(self.degree)
+                local_part(parameter.grad).div_(self.degree)
             elif parameter.grad is not None:
-                dense.append(local(parameter.grad))
-        average(dense, plan.mesh[self.axis].get_group(), plan.precision.reduce_dtype)
+                dense.append(local_part(parameter.grad))
+        all_reduce_mean(dense, plan.mesh[self.axis].get_group(), plan.precision.reduce_dtype)
 
     def _shards(self, parameter: nn.Parameter) -> bool:
         if not isinstance(parameter, DTensor):
@@ -178,7 +178,7 @@ class ExpertParallel(Strategy):
         return found
 
 
-def with_local_weights(experts: nn.Module) -> Forward:
+def computes_with_local_weights(experts: nn.Module) -> Forward:
     """The module's forward as it is now, computing with this rank's part of its parameters as
     they will be.
     """
@@ -188,7 +188,7 @@ def with_local_weights(experts: nn.Module) -> Forward:
     @torch.compiler.disable  # sizes are known when tokens come, and weights are this rank's part
     def forward(x: Tensor, counts: Tensor) -> Tensor:
         inner.training = experts.training  # an attribute of its own, unlike the parameters
-        weights = {name: local(parameter) for name, parameter in inner.named_parameters()}
+        weights = {name: local_part(parameter) for name, parameter in inner.named_parameters()}
         return torch.func.functional_call(inner, weights, (x, counts))
 
     return forward

@@ -27,8 +27,14 @@ from dtrain.parallel.checks.rehearsal import Rehearsal, unit_by_unit
 from dtrain.parallel.checks.stepping import ROWS
 from dtrain.parallel.footprint import FORWARD, FREE, Footprint
 from dtrain.parallel.messages import Message, message
-from dtrain.parallel.strategy import REST, Strategy, local
-from dtrain.parallel.units import begin_update, refuse_sharing, unit_calls, unused, watch
+from dtrain.parallel.strategy import REST, Strategy, local_part
+from dtrain.parallel.units import (
+    begin_update,
+    refuse_sharing,
+    unit_calls,
+    unused_parameters,
+    watch_units,
+)
 from dtrain.strategy.replicate import Replicate, fsdp_module, kept_gathered, reshard
 
 if TYPE_CHECKING:
@@ -117,7 +123,7 @@ class FSDP(Strategy):
         for block in blocks_of(model):
             fully_shard(block, **settings)
         fully_shard(model, **settings)
-        watch(model, [int(rank) for rank in plan.mesh[self._mesh_axes(plan)].mesh.flatten()])
+        watch_units(model, [int(rank) for rank in plan.mesh[self._mesh_axes(plan)].mesh.flatten()])
         return model
 
     def _mesh_axes(self, plan: Plan) -> tuple[str, ...]:
@@ -147,8 +153,8 @@ class FSDP(Strategy):
                 assert axis != self.axis or not placement.is_replicate(), (
                     f"{name} is {placement} over {axis}"
                 )
-            assert local(parameter).shape[0] == mine, (
-                f"{name}: {local(parameter).shape[0]} rows here, not {mine}"
+            assert local_part(parameter).shape[0] == mine, (
+                f"{name}: {local_part(parameter).shape[0]} rows here, not {mine}"
             )
 
     def double_backward_context(self, model: nn.Module) -> AbstractContextManager:
@@ -158,7 +164,7 @@ class FSDP(Strategy):
         begin_update(model)
 
     def unused(self, model: nn.Module) -> list[nn.Parameter]:
-        return unused(model)
+        return unused_parameters(model)
 
     def unit_calls(self, model: nn.Module) -> dict[str, int]:
         return unit_calls(model)

@@ -36,8 +36,15 @@ from dtrain.parallel.accumulate import GradientAccumulation
 from dtrain.parallel.footprint import Footprint
 from dtrain.parallel.messages import Message, message
 from dtrain.parallel.optimizer import OPTIMIZER_STATE, named_tensors
-from dtrain.parallel.presence import completed
-from dtrain.parallel.strategy import REST, Executor, Strategy, average, check_options, local
+from dtrain.parallel.presence import with_zero_states
+from dtrain.parallel.strategy import (
+    REST,
+    Executor,
+    Strategy,
+    all_reduce_mean,
+    check_options,
+    local_part,
+)
 from dtrain.task.batch import Batch, Models, Sums
 
 if TYPE_CHECKING:
@@ -208,9 +215,9 @@ class LocalSGDExecutor(GradientAccumulation):
         """
         states = self.states[model]
         if self.strategy.remembers:
-            values = [local(states[p][START]) - local(p) for p in parameters]
+            values = [local_part(states[p][START]) - local_part(p) for p in parameters]
         else:
-            values = [local(p) for p in parameters]
+            values = [local_part(p) for p in parameters]
         flat = torch.cat([value.flatten() for value in values])
         # whole weights do not travel in a narrower format: they would stay rounded
         if self.strategy.remembers:
@@ -226,17 +233,17 @@ class LocalSGDExecutor(GradientAccumulation):
             message.work.wait()
         s, states = self.strategy, self.states[model]
         means = (message.flat / self.group.size()).split(
-            [local(p).numel() for p in message.parameters]
+            [local_part(p).numel() for p in message.parameters]
         )
         for parameter, mean in zip(message.parameters, means, strict=True):
-            weight, state = local(parameter), states[parameter]
+            weight, state = local_part(parameter), states[parameter]
             mean = mean.view_as(weight).to(weight.dtype)
             if not s.remembers:
                 weight.copy_(mean)
                 continue
-            velocity = local(state[VELOCITY]).mul_(s.outer_momentum).add_(mean)
+            velocity = local_part(state[VELOCITY]).mul_(s.outer_momentum).add_(mean)
             move = mean + s.outer_momentum * velocity if s.nesterov else velocity
-            start = local(state[START]).sub_(move, alpha=s.outer_lr)
+            start = local_part(state[START]).sub_(move, alpha=s.outer_lr)
             weight.copy_(start.lerp(weight, s.keep_local) if s.sync_delay else start)
 
     def _parameters(self, model: str) -> list[nn.Parameter]:
@@ -292,26 +299,28 @@ class LocalSGDExecutor(GradientAccumulation):
     @torch.no_grad()
     def evaluate(self, update: Update, batch: Batch) -> Sums:
         parameters = [p for name in self.optimizers for p in self._parameters(name)]
-        own = [local(p).clone() for p in parameters]
-        self._average(map(local, parameters))
+        own = [local_part(p).clone() for p in parameters]
+        self._average(map(local_part, parameters))
         try:
             return super().evaluate(update, batch)
         finally:
             for parameter, weight in zip(parameters, own, strict=True):
-                local(parameter).copy_(weight)
+                local_part(parameter).copy_(weight)
 
     @torch.no_grad()
     def state_tensors(self, model: str) -> dict[str, Tensor]:
         """The ranks' mean of each."""
-        live = completed(self._live(model), self.plan.unwrap(self.models[model]), self.group)
+        live = with_zero_states(self._live(model), self.plan.unwrap(self.models[model]), self.group)
         found = {name: tensor.detach().clone() for name, tensor in live.items()}
-        self._average(map(local, found.values()))
+        self._average(map(local_part, found.values()))
         return found
 
     @torch.no_grad()
     def load_state_tensors(self, model: str, tensors: dict[str, Tensor]) -> None:
         for name, tensor in self._live(model).items():
-            if name in tensors:  # what is not is of a weight that no step had used: see `put_back`
+            if (
+                name in tensors
+            ):  # what is not is of a weight that no step had used: see `restore_state`
                 tensor.copy_(tensors[name])
 
     def _average(self, tensors: Iterable[Tensor]) -> None:
@@ -320,4 +329,4 @@ class LocalSGDExecutor(GradientAccumulation):
         """
         for tensor in tensors:
             if tensor.is_floating_point():
-                average([tensor], self.group, tensor.dtype)
+                all_reduce_mean([tensor], self.group, tensor.dtype)

@@ -24,7 +24,14 @@ from dtrain.model.layout import blocks_of
 from dtrain.parallel.footprint import Footprint
 from dtrain.parallel.messages import Message, message
 from dtrain.parallel.strategy import Strategy
-from dtrain.parallel.units import begin_update, refuse_sharing, twice, unit_calls, unused, watch
+from dtrain.parallel.units import (
+    accumulate_losses,
+    begin_update,
+    refuse_sharing,
+    unit_calls,
+    unused_parameters,
+    watch_units,
+)
 
 if TYPE_CHECKING:
     from dtrain.parallel.plan import Plan
@@ -56,7 +63,7 @@ class Replicate(Strategy):
         for block in blocks_of(model):
             replicate(block, **settings)
         replicate(model, **settings)
-        watch(model, [int(rank) for rank in plan.mesh[self.axis].mesh.flatten()])
+        watch_units(model, [int(rank) for rank in plan.mesh[self.axis].mesh.flatten()])
         return model
 
     def verify(self, model: nn.Module, plan: Plan) -> None:
@@ -75,7 +82,7 @@ class Replicate(Strategy):
         begin_update(model)
 
     def unused(self, model: nn.Module) -> list[nn.Parameter]:
-        return [] if self.beside_fsdp else unused(model)
+        return [] if self.beside_fsdp else unused_parameters(model)
 
     def unit_calls(self, model: nn.Module) -> dict[str, int]:
         return {} if self.beside_fsdp else unit_calls(model)
@@ -113,9 +120,9 @@ def kept_gathered(model: nn.Module) -> Iterator[None]:
     modules = [module for module in model.modules() if isinstance(module, FSDPModule)]
     for module in modules:
         module.set_reshard_after_backward(False, recurse=False)
-    twice(model, True)
+    accumulate_losses(model, True)
     yield
-    twice(model, False)
+    accumulate_losses(model, False)
     for module in modules:
         module.reshard()
         module.set_reshard_after_backward(True, recurse=False)

@@ -28,7 +28,7 @@ from dtrain.model.layout import refuse_complex
 from dtrain.parallel.checks.stepping import APART
 from dtrain.parallel.footprint import Footprint, Weight
 from dtrain.parallel.messages import Message, message
-from dtrain.parallel.strategy import local
+from dtrain.parallel.strategy import local_part
 from dtrain.strategy.allreduce import AllReduce
 
 if TYPE_CHECKING:
@@ -53,7 +53,7 @@ class Zero1(AllReduce):
 
     def optimizer(self, optimizer: Optimizer, model: nn.Module, plan: Plan) -> Optimizer:
         group, rank = plan.mesh[self.axis].get_group(), plan.mesh[self.axis].get_local_rank()
-        shares = shared_out([p for g in optimizer.param_groups for p in g["params"]], self.degree)
+        shares = equal_shares([p for g in optimizer.param_groups for p in g["params"]], self.degree)
         mine = {id(parameter) for parameter in shares[rank]}
         for settings in optimizer.param_groups:
             settings["params"] = [p for p in settings["params"] if id(p) in mine]
@@ -92,10 +92,10 @@ class Zero1(AllReduce):
             by_model.setdefault(piece.model, []).extend(
                 w for w in piece.weights if w.ready is not None
             )
-        return [shared_out(weights, self.degree) for weights in by_model.values()]
+        return [equal_shares(weights, self.degree) for weights in by_model.values()]
 
 
-def shared_out(
+def equal_shares(
     parameters: list[P], shares: int, size: Callable[[P], int] = lambda p: p.numel()
 ) -> list[list[P]]:
     """The parameters in `shares` lists of about equal size, by their global sizes: the same on
@@ -113,7 +113,7 @@ def shared_out(
 @torch.no_grad()
 def _broadcast(parameters: list[nn.Parameter], owner: int, group: dist.ProcessGroup) -> None:
     """In one message: what `owner` holds of the parameters, to every rank of the group."""
-    values = [local(parameter) for parameter in parameters]
+    values = [local_part(parameter) for parameter in parameters]
     if not values:
         return
     size = sum(value.numel() for value in values)

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from dtrain.data.augment import TextChange, changes
+from dtrain.data.augment import TextChange, augmentations
 from dtrain.data.rows import Rows
 from dtrain.data.seeded import generator
 from dtrain.data.text import Text
@@ -41,7 +41,7 @@ class CausalLM(Task):
         *,
         augment: Mapping[str, TextChange] | None = None,
     ) -> None:
-        self.augment = changes(augment, TextChange, "texts")
+        self.augment = augmentations(augment, TextChange, "texts")
         self.seed = sizes.seed
         self.marks = data.tokenizer.marks
         if self.augment:
@@ -54,11 +54,13 @@ class CausalLM(Task):
         self.models = models
         self._batch_size = sizes.global_batch_size
         self._eval_batches = sizes.eval_batches
-        seq_len = fitting(model, data, sizes.seq_len)
+        seq_len = checked_sequence_length(model, data, sizes.seq_len)
         self._train = data.windows("train", seq_len=seq_len, seed=sizes.seed)
         self._validation = data.windows("validation", seq_len=seq_len, seed=sizes.seed)
         self.updates = (
-            Supervised("model", ("tokens", "positions"), cross_entropy, valid, correct),
+            Supervised(
+                "model", ("tokens", "positions"), cross_entropy, count_targets, count_correct
+            ),
         )
 
     @property
@@ -87,7 +89,7 @@ class CausalLM(Task):
 
     def validation(self) -> Iterator[Batch]:
         for rows in self._validation.sweep(self._eval_batches, self._batch_size):
-            yield filled_up(_pairs(rows), self._batch_size)
+            yield padded_batch(_pairs(rows), self._batch_size)
 
     def size(self, batch: Batch) -> int:
         return batch["tokens"].numel()
@@ -108,12 +110,12 @@ def cross_entropy(logits: Tensor, batch: Batch) -> Tensor:
     )
 
 
-def valid(batch: Batch) -> Tensor:
+def count_targets(batch: Batch) -> Tensor:
     """How many targets count."""
     return (batch["targets"] != IGNORE).sum()
 
 
-def correct(logits: Tensor, batch: Batch) -> Sums:
+def count_correct(logits: Tensor, batch: Batch) -> Sums:
     """How many targets are the most probable token."""
     return {"correct": (logits.argmax(-1) == batch["targets"]).sum()}
 
@@ -123,7 +125,7 @@ def _pairs(rows: Tensor) -> Batch:  # (B, T + 1) -> inputs and targets, one posi
     return {"tokens": tokens, "positions": positions(tokens), "targets": targets}
 
 
-def filled_up(batch: Batch, rows: int) -> Batch:
+def padded_batch(batch: Batch, rows: int) -> Batch:
     """With rows that do not count, so that every batch has as many."""
     if missing := rows - len(batch["targets"]):
         batch = {
@@ -133,7 +135,7 @@ def filled_up(batch: Batch, rows: int) -> Batch:
     return batch
 
 
-def fitting(
+def checked_sequence_length(
     model: nn.Module | None, data: Text | Rows, seq_len: int | None, outputs: int | None = None
 ) -> int:
     """The sequence length, checked with vocabulary and outputs against what the model says of

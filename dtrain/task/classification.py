@@ -12,15 +12,15 @@ from typing import Any
 
 import torch
 
-from dtrain.data.augment import TextChange, changes
+from dtrain.data.augment import TextChange, augmentations
 from dtrain.data.rows import Rows
-from dtrain.data.sources import missing, text_of
+from dtrain.data.sources import is_missing, text_of
 from dtrain.model.initialize import on_meta
 from dtrain.model.layout import ModelFactory
 from dtrain.task.base import Sizes, Supervised, the_model
 from dtrain.task.batch import Batch
-from dtrain.task.causal_lm import IGNORE, cross_entropy, fitting, valid
-from dtrain.task.rows import Classifier, OfRows, confused, several
+from dtrain.task.causal_lm import IGNORE, checked_sequence_length, count_targets, cross_entropy
+from dtrain.task.rows import Classifier, OfRows, token_confusion, unique_sorted
 
 
 class Classification(Classifier, OfRows):
@@ -47,7 +47,7 @@ class Classification(Classifier, OfRows):
         augment: Mapping[str, TextChange] | None = None,
     ) -> None:
         self.models = models
-        self.augment = changes(augment, TextChange, "texts")
+        self.augment = augmentations(augment, TextChange, "texts")
         self.text = text
         self.label = label
         for where, row in data.all():
@@ -56,21 +56,23 @@ class Classification(Classifier, OfRows):
                 raise ValueError(
                     f"{where} has no {label!r}, only {', '.join(map(str, row))}: set task.label"
                 )
-            if missing(row[label]) or row[label] == "":
+            if is_missing(row[label]) or row[label] == "":
                 raise ValueError(
                     f"{where}: field {label!r} is empty or null: leave such rows out, or set "
                     f"task.label"
                 )
-        self.classes = several([str(row[label]) for _, row in data.all()], label, data)
+        self.classes = unique_sorted([str(row[label]) for _, row in data.all()], label, data)
         model = on_meta(the_model(models, "classification"))
         self.causal = bool(getattr(model, "causal", False))
         data.tokenizer.need(
             *[] if self.causal else ["first"], *["hidden"] if augment else [], why="classification"
         )
-        self.length = fitting(model, data, sizes.seq_len, len(self.classes))
+        self.length = checked_sequence_length(model, data, sizes.seq_len, len(self.classes))
         self.take(data, sizes, examples)
         self.updates = (
-            Supervised("model", ("tokens", "positions"), cross_entropy, valid, confused),
+            Supervised(
+                "model", ("tokens", "positions"), cross_entropy, count_targets, token_confusion
+            ),
         )
 
     def texts(self, row: dict[str, Any]) -> list[str]:

@@ -21,9 +21,9 @@ import torch.nn.functional as F
 from matplotlib.figure import Figure
 from torch import Tensor
 
-from dtrain.config.constructor import in_words
+from dtrain.config.constructor import error_in_words
 from dtrain.data.images import Ring, Samples
-from dtrain.data.seeded import generator, rows_of
+from dtrain.data.seeded import generator, shuffled_rows
 from dtrain.model.initialize import on_meta
 from dtrain.model.layout import ModelFactory
 from dtrain.task.base import LossUpdate, Sizes, Task, as_weights, wide
@@ -102,7 +102,7 @@ class GAN(Task):
             self.models["average"] = models["generator"]
         self.shown = "average" if average else "generator"
         then = (
-            partial(follow, leader="generator", follower="average", stays=average)
+            partial(move_towards, leader="generator", follower="average", stays=average)
             if average
             else None
         )
@@ -148,7 +148,7 @@ class GAN(Task):
             scores = discriminator(torch.empty(2, *self.data.shape, device="meta"), *given)
         except Exception as error:  # of a user's model: it may fail in any way
             raise ValueError(
-                f"the models do not take samples of {self.data.shape}: {in_words(error)}"
+                f"the models do not take samples of {self.data.shape}: {error_in_words(error)}"
             ) from error
         if tuple(made.shape[1:]) != self.data.shape:
             raise ValueError(
@@ -185,7 +185,7 @@ class GAN(Task):
         rows, chance = self.sizes.global_batch_size, generator(self.sizes.seed, "gan", step)
         batch = self._drawn(rows, chance)
         for index in range(self.steps):
-            chosen = rows_of(step * self.steps + index, rows, len(values), self.sizes.seed)
+            chosen = shuffled_rows(step * self.steps + index, rows, len(values), self.sizes.seed)
             batch |= {
                 f"real{index}": values[chosen],
                 f"labels{index}": labels[chosen],
@@ -276,7 +276,7 @@ class GAN(Task):
 
 
 @torch.no_grad()
-def follow(models: Models, *, leader: str, follower: str, stays: float) -> None:
+def move_towards(models: Models, *, leader: str, follower: str, stays: float) -> None:
     """Move the follower's weights towards the leader's: each rank its own parts of them."""
     for ours, theirs in zip(
         models[follower].parameters(), models[leader].parameters(), strict=True

@@ -8,9 +8,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from dtrain.data.augment import ImageChange, Mixup, changes
+from dtrain.data.augment import ImageChange, Mixup, augmentations
 from dtrain.data.images import Samples
-from dtrain.data.seeded import generator, rows_of, some
+from dtrain.data.seeded import generator, random_subset, shuffled_rows
 from dtrain.model.initialize import on_meta
 from dtrain.model.layout import ModelFactory
 from dtrain.task.base import Sizes, Supervised, the_model, wide
@@ -40,7 +40,7 @@ class ImageClassification(Classifier):
         augment: Mapping[str, ImageChange | Mixup] | None = None,
     ) -> None:
         self.models, self.data, self.sizes, self.classes = models, data, sizes, data.classes
-        several = changes(augment, (ImageChange, Mixup), "images")
+        several = augmentations(augment, (ImageChange, Mixup), "images")
         self.changes = [change for change in several if isinstance(change, ImageChange)]
         self.mixup = next((change for change in several if isinstance(change, Mixup)), None)
         if not data.classes:
@@ -73,7 +73,7 @@ class ImageClassification(Classifier):
     def batch(self, step: int) -> Batch:
         values, labels = self._train
         size, seed = self.sizes.global_batch_size, self.sizes.seed
-        chosen = rows_of(step, size, len(values), seed)
+        chosen = shuffled_rows(step, size, len(values), seed)
         pixels, targets = values[chosen], self._shares(labels[chosen])
         if self.changes:
             pixels = torch.stack(
@@ -101,7 +101,7 @@ class ImageClassification(Classifier):
     def _drawn(self, side: str, number: int | None, seed: int) -> tuple[Tensor, Tensor]:
         """So many samples, at random: those of one class may stand together."""
         values, labels = self.data.split[side]
-        order = some(len(values), number, seed)
+        order = random_subset(len(values), number, seed)
         return values[order], labels[order]
 
     def _shares(self, labels: Tensor) -> Tensor:

@@ -24,7 +24,14 @@ from dtrain.model.initialize import on_meta
 from dtrain.model.layout import ModelFactory
 from dtrain.task.base import Sizes, Supervised, Task, positions, the_model
 from dtrain.task.batch import Batch, Sums
-from dtrain.task.causal_lm import IGNORE, correct, cross_entropy, filled_up, fitting, valid
+from dtrain.task.causal_lm import (
+    IGNORE,
+    checked_sequence_length,
+    count_correct,
+    count_targets,
+    cross_entropy,
+    padded_batch,
+)
 
 PAIRS = (None, "next_sentence", "sentence_order")
 HIDDEN, REPLACED = 0.8, 0.1  # of the tokens to be found; the others are left as they are
@@ -80,7 +87,7 @@ class MaskedLM(Task):
             [torch.from_numpy(table) for table in data.tokenizer.words()] if whole_words else None
         )
         # of text, beside the marks
-        length = fitting(model, data, sizes.seq_len) - (2 if pairs else 1)
+        length = checked_sequence_length(model, data, sizes.seq_len) - (2 if pairs else 1)
         if length < 2:
             raise ValueError(
                 f"seq_len={length + (2 if pairs else 1)} leaves no text beside the marks"
@@ -90,7 +97,7 @@ class MaskedLM(Task):
         }
         segmented = pairs and bool(getattr(model, "segments", 0))
         inputs = ("tokens", "positions", *(("segments",) if segmented else ()))
-        self.updates = (Supervised("model", inputs, cross_entropy, valid, self._measures),)
+        self.updates = (Supervised("model", inputs, cross_entropy, count_targets, self._measures),)
 
     @property
     def epoch(self) -> float:
@@ -104,7 +111,7 @@ class MaskedLM(Task):
         for index, rows in enumerate(
             self._windows["validation"].sweep(self.sizes.eval_batches, self.sizes.global_batch_size)
         ):
-            yield filled_up(
+            yield padded_batch(
                 self._hide(rows, generator(0, "validation", index)), self.sizes.global_batch_size
             )
 
@@ -184,7 +191,7 @@ class MaskedLM(Task):
         return draws < self.probability
 
     def _measures(self, logits: Tensor, batch: Batch) -> Sums:
-        measured = correct(logits, batch)
+        measured = count_correct(logits, batch)
         if self.pairs:
             asked = (batch["targets"] == self.marks.yes) | (batch["targets"] == self.marks.no)
             right = (logits.argmax(-1) == batch["targets"]) & asked

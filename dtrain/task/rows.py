@@ -13,10 +13,10 @@ from matplotlib.figure import Figure
 from torch import Tensor
 
 from dtrain.data.rows import Row, Rows
-from dtrain.data.seeded import generator, rows_of, some
+from dtrain.data.seeded import generator, random_subset, shuffled_rows
 from dtrain.task.base import Sizes, Task
 from dtrain.task.batch import Batch, Sums
-from dtrain.task.causal_lm import IGNORE, filled_up
+from dtrain.task.causal_lm import IGNORE, padded_batch
 from dtrain.task.pictures import confusion_matrix
 
 LOOKED_AT = 500  # rows, to say how much of their texts is cut
@@ -32,7 +32,7 @@ class OfRows(Task):
         """Use these rows: all that are held out, and so many of the others, drawn by the seed."""
         check_examples(examples)
         self.data, self.sizes = data, sizes
-        self._train = drawn(data.split["train"], examples, sizes.seed)
+        self._train = random_rows(data.split["train"], examples, sizes.seed)
         self.told = (
             f"trains on {len(self._train):,} of {len(data.split['train']):,} rows{self._cut()}"
         )
@@ -72,14 +72,14 @@ class OfRows(Task):
         rows, size, seed = self._train, self.sizes.global_batch_size, self.sizes.seed
         return stacked(
             self.encode(*rows[index], generator(seed, "augment", step, place))
-            for place, index in enumerate(rows_of(step, size, len(rows), seed))
+            for place, index in enumerate(shuffled_rows(step, size, len(rows), seed))
         )
 
     def validation(self) -> Iterator[Batch]:
         size = self.sizes.global_batch_size
-        rows = drawn(self.data.split["validation"], self.sizes.eval_batches * size, 0)
+        rows = random_rows(self.data.split["validation"], self.sizes.eval_batches * size, 0)
         for first in range(0, len(rows), size):
-            yield filled_up(
+            yield padded_batch(
                 stacked(self.encode(*row, None) for row in rows[first : first + size]), size
             )
 
@@ -99,7 +99,7 @@ class Classifier(Task):
         return {"confusion": confusion_matrix(totals["confusion"], self.classes)}
 
 
-def confused(logits: Tensor, batch: Batch) -> Sums:
+def token_confusion(logits: Tensor, batch: Batch) -> Sums:
     """The confusion of a classifier of tokens: (B, T, K) logits, (B, T) targets."""
     return {"confusion": confusion(logits.flatten(0, 1), batch["targets"].flatten())}
 
@@ -115,14 +115,14 @@ def check_examples(examples: int | None) -> None:
         raise ValueError(f"task.examples={examples} must be at least 1, or null for all")
 
 
-def drawn(rows: list[Row], number: int | None, seed: int) -> list[Row]:
+def random_rows(rows: list[Row], number: int | None, seed: int) -> list[Row]:
     """So many of the rows, at random."""
     if number is None or number >= len(rows):
         return rows
-    return [rows[i] for i in some(len(rows), number, seed)]
+    return [rows[i] for i in random_subset(len(rows), number, seed)]
 
 
-def several(labels: Sequence[str], name: str, data: Rows) -> list[str]:
+def unique_sorted(labels: Sequence[str], name: str, data: Rows) -> list[str]:
     """The different ones, sorted.
 
     Raises:

@@ -23,7 +23,7 @@ from dtrain.model.initialize import on_meta
 from dtrain.model.layout import ModelFactory
 from dtrain.task.base import Sizes, Supervised, the_model, wide
 from dtrain.task.batch import Batch, Sums
-from dtrain.task.causal_lm import IGNORE, fitting
+from dtrain.task.causal_lm import IGNORE, checked_sequence_length
 from dtrain.task.rows import OfRows
 
 FIELDS = ("context", "question", "answer", "start")
@@ -61,7 +61,9 @@ class SpanQA(OfRows):
                 raise ValueError(
                     f"{where}: the answer {answer!r} does not stand at character {start}"
                 )
-        self.length = fitting(on_meta(the_model(models, "span_qa")), data, sizes.seq_len, 2)
+        self.length = checked_sequence_length(
+            on_meta(the_model(models, "span_qa")), data, sizes.seq_len, 2
+        )
         if self.length < SHORTEST:
             raise ValueError(
                 f"seq_len={self.length} is too short for a question and its text: use "

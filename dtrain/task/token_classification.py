@@ -7,13 +7,13 @@ from typing import Any
 import torch
 
 from dtrain.data.rows import Rows
-from dtrain.data.sources import missing
+from dtrain.data.sources import is_missing
 from dtrain.model.initialize import on_meta
 from dtrain.model.layout import ModelFactory
 from dtrain.task.base import Sizes, Supervised, the_model
 from dtrain.task.batch import Batch
-from dtrain.task.causal_lm import IGNORE, cross_entropy, fitting, valid
-from dtrain.task.rows import Classifier, OfRows, confused, several
+from dtrain.task.causal_lm import IGNORE, checked_sequence_length, count_targets, cross_entropy
+from dtrain.task.rows import Classifier, OfRows, token_confusion, unique_sorted
 
 
 class TokenClassification(Classifier, OfRows):
@@ -40,14 +40,16 @@ class TokenClassification(Classifier, OfRows):
         self.models, self.words, self.tags = models, words, tags
         for where, row in data.all():
             _check(where, row, words, tags)
-        self.classes = several(
+        self.classes = unique_sorted(
             [str(tag) for _, row in data.all() for tag in row[tags]], "tag", data
         )
         model = on_meta(the_model(models, "token_classification"))
-        self.length = fitting(model, data, sizes.seq_len, len(self.classes))
+        self.length = checked_sequence_length(model, data, sizes.seq_len, len(self.classes))
         self.take(data, sizes)
         self.updates = (
-            Supervised("model", ("tokens", "positions"), cross_entropy, valid, confused),
+            Supervised(
+                "model", ("tokens", "positions"), cross_entropy, count_targets, token_confusion
+            ),
         )
 
     def texts(self, row: dict[str, Any]) -> list[str]:
@@ -84,5 +86,5 @@ def _check(where: str, row: dict[str, Any], words: str, tags: str) -> None:
     if len(row[words]) != len(row[tags]):
         raise ValueError(f"{where}: {len(row[words])} words and {len(row[tags])} tags")
     for field in (words, tags):
-        if null := [index for index, value in enumerate(row[field]) if missing(value)]:
+        if null := [index for index, value in enumerate(row[field]) if is_missing(value)]:
             raise ValueError(f"{where}: number {null[0]} of {field!r} is null: leave such rows out")

@@ -33,7 +33,7 @@ from runs import TORCHRUN, alive, curve, free_port, printed, ranks, start, train
 from dtrain.cli import start as launch  # noqa: E402
 from dtrain.config.schema import CONFIGS, register  # noqa: E402
 from dtrain.launch.rank_processes import RanksFailed
-from dtrain.run.checkpoint_files import verify, whole  # noqa: E402
+from dtrain.run.checkpoint_files import published, verify  # noqa: E402
 
 register()
 ALONE = ("--standalone", "--nproc-per-node", "2")
@@ -304,7 +304,7 @@ def damaged(case: Case, damage: Callable[[Path], None]) -> list[subprocess.Popen
     case.kill([process.pid])
     process.wait()
     case.gone()
-    newest = whole(case.run / "checkpoints")[-1]
+    newest = published(case.run / "checkpoints")[-1]
     file = case.random.choice(sorted(newest.iterdir()))
     damage(file)
     case.said = file.name
@@ -461,7 +461,7 @@ def check(
             f"another curve: {next(s for s in want if found.get(s) != want[s])} is the first step "
             f"that differs"
         )
-    for checkpoint in whole(case.run / "checkpoints"):
+    for checkpoint in published(case.run / "checkpoints"):
         if damage := verify(checkpoint):
             raise Broken(f"{checkpoint.name}: {damage}")
     if left := [
@@ -481,7 +481,7 @@ def resume(case: Case, last: int) -> None:
     )
     if not spoken and FAULTS[case.kind] is not killed_launcher:
         raise Broken("it stopped without a word")
-    sound = [path for path in whole(case.run / "checkpoints") if not verify(path)]
+    sound = [path for path in published(case.run / "checkpoints") if not verify(path)]
     newest = max(
         (json.loads((path / "checkpoint.json").read_text())["step"] for path in sound), default=0
     )

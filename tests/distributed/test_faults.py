@@ -36,7 +36,7 @@ from runs import (
 from torch.distributed.device_mesh import init_device_mesh
 
 from dtrain.launch.preemption import Preemption
-from dtrain.launch.rendezvous import connected, meet
+from dtrain.launch.rendezvous import agree_on_attempt, process_group
 from dtrain.launch.world import World
 
 STANDALONE = [*TORCHRUN, "--standalone", "--nproc-per-node", "2"]
@@ -62,7 +62,7 @@ def test_ranks_of_an_attempt_meet_each_other_and_no_dead_ones() -> None:
 
         def come(rank: int, told: dict[int, str] = told) -> None:
             own = dist.TCPStore("127.0.0.1", store.port, is_master=False)
-            told[rank] = meet(own, World(rank, 3), timedelta(seconds=20))
+            told[rank] = agree_on_attempt(own, World(rank, 3), timedelta(seconds=20))
 
         threads = [threading.Thread(target=come, args=(rank,)) for rank in range(3)]
         for thread in threads:
@@ -73,11 +73,11 @@ def test_ranks_of_an_attempt_meet_each_other_and_no_dead_ones() -> None:
         names.append(told[0])
     assert len(set(names)) == 3
     with pytest.raises(dist.DistStoreError, match="rank 1, 2 did not come"):
-        meet(store, World(0, 3), timedelta(seconds=0.2))
+        agree_on_attempt(store, World(0, 3), timedelta(seconds=0.2))
 
 
 def test_every_group_has_the_timeout_that_is_asked_for() -> None:
-    with connected(World(), torch.device("cpu"), threads=None, timeout_s=7):
+    with process_group(World(), torch.device("cpu"), threads=None, timeout_s=7):
         groups = [
             dist.group.WORLD,
             dist.new_group([0]),

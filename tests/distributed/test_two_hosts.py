@@ -12,7 +12,7 @@ import pytest
 from hosts import DEVICE, Hosts
 from runs import TORCHRUN, alive, curve, printed, ranks, start, training, until
 
-from dtrain.run.checkpoint_files import verify, whole
+from dtrain.run.checkpoint_files import published, verify
 
 STEPS = 80
 
@@ -60,7 +60,7 @@ def test_a_cable_pulled_out(hosts: Hosts, tmp_path: Path) -> None:
     assert "dtrain: rank 1: a collective failed: " in printed(
         cut
     ) and "dtrain/train.py" not in printed(cut)
-    newest = whole(cut / "run" / "checkpoints")[-1]
+    newest = published(cut / "run" / "checkpoints")[-1]
     assert verify(newest) == ""
     assert [process.wait(400) for process in both(hosts, cut, "resume=auto")] == [0, 0], printed(
         cut

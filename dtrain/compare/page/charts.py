@@ -10,9 +10,16 @@ import plotly.graph_objects as go
 from dtrain.compare.page.costs import memory, messages
 from dtrain.compare.page.style import POINT, TRACE, Chart, family
 from dtrain.compare.results import Results, Row
-from dtrain.compare.verdict import efficiency, equal_time, front, kind_of_memory, loss_at, memory_of
-from dtrain.report.amounts import size
-from dtrain.report.terminal import in_html
+from dtrain.compare.verdict import (
+    efficiency,
+    equal_time,
+    kind_of_memory,
+    loss_at,
+    memory_of,
+    pareto_front,
+)
+from dtrain.report.amounts import in_bytes
+from dtrain.report.terminal import for_html
 
 
 def charts(results: Results) -> list[Chart]:
@@ -26,7 +33,7 @@ def charts(results: Results) -> list[Chart]:
 def tradeoff(results: Results) -> Chart:
     """Throughput against memory, with the front that nothing else beats."""
     rows, figure = results.comparable, go.Figure()
-    best = front(rows)
+    best = pareto_front(rows)
     figure.add_scatter(
         x=[memory_of(r) / 1e6 for r in best],
         y=[r.tokens_per_second for r in best],
@@ -43,7 +50,7 @@ def tradeoff(results: Results) -> Chart:
             x=[memory_of(r) / 1e6 for r in group],
             y=[r.tokens_per_second for r in group],
             customdata=[r.strategy for r in group],
-            text=[in_html(r.strategy) if r in best else "" for r in group],
+            text=[for_html(r.strategy) if r in best else "" for r in group],
             hovertext=[_tip(r) for r in group],
             hoverinfo="text",
             mode="markers+text",
@@ -117,7 +124,7 @@ def _curves(results: Results, along: Callable[[Row], Sequence[float]]) -> go.Fig
         figure.add_scatter(
             x=along(row),
             y=row.losses,
-            name=in_html(row.strategy),
+            name=for_html(row.strategy),
             mode="lines",
             line=line,
             customdata=[row.strategy],
@@ -130,7 +137,7 @@ def throughput(results: Results) -> Chart:
     spread = [row.spread() for row in rows]
     figure.add_bar(
         orientation="h",
-        y=[in_html(r.strategy) for r in rows],
+        y=[for_html(r.strategy) for r in rows],
         x=[r.tokens_per_second for r in rows],
         customdata=[r.strategy for r in rows],
         marker={"color": [family(r)[1] for r in rows]},
@@ -164,7 +171,7 @@ def steps(results: Results) -> Chart:
         seconds = [1e3 * each for repeat in row.repeats for each in repeat["step_seconds"]]
         figure.add_box(
             x=seconds,
-            name=in_html(row.strategy),
+            name=for_html(row.strategy),
             marker={"color": family(row)[1]},
             showlegend=False,
             boxpoints=False,
@@ -197,7 +204,7 @@ def scaling(results: Results) -> Chart:
         figure.add_scatter(
             x=[r.ranks for r in rows],
             y=[100 * efficiency(r, rows[0]) for r in rows],
-            name=in_html(name),
+            name=for_html(name),
             mode="lines+markers",
             line={"color": family(rows[-1])[1]},
             customdata=[r.strategy for r in rows],
@@ -232,8 +239,8 @@ def scaling(results: Results) -> Chart:
 
 def _tip(row: Row) -> str:
     return (
-        f"<b>{in_html(row.strategy)}</b> on {row.ranks}<br>{row.tokens_per_second:,.0f} "
+        f"<b>{for_html(row.strategy)}</b> on {row.ranks}<br>{row.tokens_per_second:,.0f} "
         f"tokens/s<br>"
-        f"{size(memory_of(row))} of {kind_of_memory(row)} a rank<br>"
-        f"{size(row.wire_bytes or 0)} sent a step"
+        f"{in_bytes(memory_of(row))} of {kind_of_memory(row)} a rank<br>"
+        f"{in_bytes(row.wire_bytes or 0)} sent a step"
     )

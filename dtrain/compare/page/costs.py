@@ -10,7 +10,7 @@ import plotly.graph_objects as go
 
 from dtrain.compare.page.style import FAMILIES, KINDS, POINT, TICK, Chart
 from dtrain.compare.results import Results, Row
-from dtrain.report.terminal import in_html
+from dtrain.report.terminal import for_html
 
 OPERATIONS = ("all_reduce", "all_gather", "reduce_scatter", "broadcast", "all_to_all", "send")
 
@@ -76,7 +76,7 @@ def _part(
     figure: go.Figure, rows: list[Row], sizes: list[float], name: str, **marker: object
 ) -> None:
     """One more part of every row's bar, in bytes."""
-    names = [in_html(row.strategy) for row in rows]
+    names = [for_html(row.strategy) for row in rows]
     figure.add_bar(
         orientation="h",
         y=names,
@@ -92,7 +92,7 @@ def _ticks(
     figure: go.Figure, rows: list[Row], ends: list[tuple[Row, float]], words: str, title: str
 ) -> None:
     """Where the bars' parts should end, in bytes; and how the bars are laid out."""
-    names = [in_html(row.strategy) for row, _ in ends]
+    names = [for_html(row.strategy) for row, _ in ends]
     figure.add_scatter(
         y=names,
         x=[end / 1e6 for _, end in ends],

@@ -16,12 +16,12 @@ from dtrain.compare.page.charts import charts
 from dtrain.compare.page.step import gantt
 from dtrain.compare.page.style import Chart, family
 from dtrain.compare.results import Results, Row
-from dtrain.compare.runner import cells
-from dtrain.compare.verdict import front, verdicts
-from dtrain.cost.predict import place
+from dtrain.compare.runner import row_in_words
+from dtrain.compare.verdict import pareto_front, verdicts
+from dtrain.cost.predict import coordinates
 from dtrain.parallel.messages import Message
-from dtrain.report.amounts import size
-from dtrain.report.terminal import shown
+from dtrain.report.amounts import in_bytes
+from dtrain.report.terminal import without_control_characters
 
 HOLDS = {  # what the coordinate i of n on an axis says of a rank
     "dp": "rows {i} of {n}", "fsdp": "rows and shard {i} of {n}",
@@ -61,10 +61,10 @@ def document(
         undefined=StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,
-        finalize=lambda value: shown(value) if type(value) is str else value,
+        finalize=lambda value: without_control_characters(value) if type(value) is str else value,
     )
     drawn = charts(results) if results.ran else []
-    best = front(results.comparable) if results.ran else []
+    best = pareto_front(results.comparable) if results.ran else []
     steps = sum(sum(each["step_seconds"]) for row in results.ran for each in row.repeats)
     return environment.get_template("page.html").render(
         results=results,
@@ -72,7 +72,7 @@ def document(
         charts=drawn,
         columns=COLUMNS,
         best=best,
-        rows=[(row, dict(zip(COLUMNS, cells(row), strict=True))) for row in results.ran],
+        rows=[(row, dict(zip(COLUMNS, row_in_words(row), strict=True))) for row in results.ran],
         values=_values,
         missing=[row for row in results.rows if row.reason or not row.ran],
         data=_embedded,
@@ -119,7 +119,7 @@ def _mesh(row: Row) -> list[tuple[str, str]]:
     axes = {axis: degree for axis, degree in row.mesh.items() if degree > 1}
     found = []
     for rank in range(row.ranks):
-        at = place(row.mesh, rank)
+        at = coordinates(row.mesh, rank)
         words = [HOLDS[axis].format(i=at[axis] + 1, n=degree) for axis, degree in axes.items()]
         words += ["and its share of what the engine divides"] * any(
             "deepspeed" in file for file in row.files
@@ -146,8 +146,8 @@ def _messages(row: Row) -> list[dict[str, Any]]:
                 "predicted": told.get(key),
                 "known": row.traffic_predicted[busiest] is not None,
                 "formula": (
-                    f"{_factor(key[1], n)} × {size(either['bytes'])} = "
-                    f"{size(times * either['bytes'])}"
+                    f"{_factor(key[1], n)} × {in_bytes(either['bytes'])} = "
+                    f"{in_bytes(times * either['bytes'])}"
                 ),
             }
         )
@@ -163,8 +163,8 @@ def _memory(row: Row) -> list[tuple[str, str, str]]:
     return [
         (
             name,
-            size(kind["most"] or 0),
-            "–" if kind["predicted"] is None else size(kind["predicted"]),
+            in_bytes(kind["most"] or 0),
+            "–" if kind["predicted"] is None else in_bytes(kind["predicted"]),
         )
         for name, kind in row.fullest.items()
     ]

@@ -10,7 +10,7 @@ import plotly.graph_objects as go
 
 from dtrain.compare.page.style import TRACE, Chart
 from dtrain.compare.results import Row
-from dtrain.cost.timeline import COMMUNICATION, COMPUTE, Interval, merged, total, without
+from dtrain.cost.timeline import COMMUNICATION, COMPUTE, Interval, difference, length, union
 from dtrain.report.step_chart import COLOURS
 
 EXPOSED = "#d62f2f"
@@ -87,12 +87,12 @@ def _exposed(events: list[dict[str, Any]]) -> list[Interval]:
     """
 
     def covered(kind: str) -> list[Interval]:
-        return merged(
+        return union(
             (int(e["ts"]), int(e["ts"] + e["dur"]))
             for e in events
             if e["cat"] == kind and not e["name"].startswith("send")
         )
 
-    found = without(covered(COMMUNICATION), covered(COMPUTE))
-    least = total(merged((int(e["ts"]), int(e["ts"] + e["dur"])) for e in events)) / 1000
+    found = difference(covered(COMMUNICATION), covered(COMPUTE))
+    least = length(union((int(e["ts"]), int(e["ts"] + e["dur"])) for e in events)) / 1000
     return [(start, end) for start, end in found if end - start > least]

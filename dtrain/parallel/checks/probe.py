@@ -26,11 +26,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from dtrain.config.constructor import in_words
+from dtrain.config.constructor import error_in_words
 from dtrain.data.seeded import Again, generator, seed_everything
-from dtrain.model.initialize import cast, on_meta, whole
+from dtrain.model.initialize import build_with_values, cast, on_meta
 from dtrain.model.layout import StepAware, is_ours, offers, refuse_gradient_hooks
-from dtrain.parallel.checks.rehearsal import Forward, Rehearsal, twin
+from dtrain.parallel.checks.rehearsal import Forward, Rehearsal, shared_copy
 from dtrain.parallel.checks.trial import (
     LOOSER,
     ROWS,
@@ -38,7 +38,7 @@ from dtrain.parallel.checks.trial import (
     buffers,
     difference,
     gradients,
-    put_back,
+    restore_values,
     try_as_another_rank,
     try_gradients_of_rows,
     try_large_weights,
@@ -76,7 +76,7 @@ def probe(task: Task, plan: Plan, *, micro_batches: int, seed: int) -> tuple[str
 def _tried(task: Task, plan: Plan, micro_batches: int, seed: int) -> tuple[str, ...]:
     begun = time.perf_counter()
     outlines = {name: on_meta(factory) for name, factory in task.models.items()}
-    tried = [name for name, model in outlines.items() if model is None or not proven(model)]
+    tried = [name for name, model in outlines.items() if model is None or not is_proven(model)]
     if not tried:
         return ()
     too_large = [
@@ -99,7 +99,7 @@ def _tried(task: Task, plan: Plan, micro_batches: int, seed: int) -> tuple[str, 
     )
 
 
-def proven(model: nn.Module) -> bool:
+def is_proven(model: nn.Module) -> bool:
     """Has dtrain's own suite tried all of it?
 
     A model of somebody else's within a class of ours is not ours.
@@ -160,7 +160,7 @@ def _try(
                 if training and hasattr(update, "outputs"):
                     try_gradients_of_rows(run, tolerance)
                 for strategy in rehearsed if hasattr(update, "inputs") else ():
-                    made = twin(untouched[update.trains])
+                    made = shared_copy(untouched[update.trains])
                     if not training:  # else as its author left it
                         made.eval()
                     for rehearsal in strategy.rehearsals(made, run.inputs, plan):
@@ -172,7 +172,9 @@ def _running(
 ) -> tuple[Models, torch.dtype]:
     """The models, whole, in the first format in which the updates run."""
     for dtype in dtypes:
-        models = {name: whole(factory, seed, dtype) for name, factory in task.models.items()}
+        models = {
+            name: build_with_values(factory, seed, dtype) for name, factory in task.models.items()
+        }
         try:
             there = {name: set(dict(model.named_parameters())) for name, model in models.items()}
             for update in task.updates:
@@ -185,7 +187,9 @@ def _running(
                         loss.sum().backward()
             _refuse_made(models, there)
             # Made again: buffers may have moved.
-            return {n: whole(factory, seed, dtype) for n, factory in task.models.items()}, dtype
+            return {
+                n: build_with_values(factory, seed, dtype) for n, factory in task.models.items()
+            }, dtype
         except Late:
             raise
         except Exception as error:  # of a user's model: it may fail in any way
@@ -195,7 +199,7 @@ def _running(
                 hint = ": use model.layout=null, with a strategy on dp or fsdp" if parts else ""
                 raise ValueError(
                     f"the model cannot be trained: called with ({names}) of "
-                    f"{len(batch[next(iter(batch))])} rows it ends in {in_words(error)}{hint}"
+                    f"{len(batch[next(iter(batch))])} rows it ends in {error_in_words(error)}{hint}"
                 ) from error
     raise AssertionError
 
@@ -216,14 +220,13 @@ def _refuse_made(models: Models, there: dict[str, set[str]]) -> None:
 
 def _copy(model: nn.Module) -> nn.Module:
     try:
-        return twin(model)
+        return shared_copy(model)
     except RuntimeError as error:
         raise ValueError(
-            f"{type(model).__name__} cannot be copied, to be tried in parts ({in_words(error)}): "
-            f"a tensor among its "
-            f"attributes is computed, as by the old torch.nn.utils.weight_norm (that of "
-            f"parametrizations is not); or "
-            f"use a strategy on dp"
+            f"{type(model).__name__} cannot be copied, to be tried in parts "
+            f"({error_in_words(error)}): a tensor among its attributes is computed, as by the "
+            f"old torch.nn.utils.weight_norm (that of parametrizations is not); or use a "
+            f"strategy on dp"
         ) from error
 
 
@@ -244,7 +247,7 @@ def _try_original(
             found = model(*inputs)
         except Exception as error:
             raise ValueError(
-                f"model.layout: {model.kind} does not run in parts ({in_words(error)}): use "
+                f"model.layout: {model.kind} does not run in parts ({error_in_words(error)}): use "
                 f"model.layout=null, "
                 f"with a strategy on dp or fsdp"
             ) from error
@@ -278,7 +281,7 @@ def _compare(rehearsal: Rehearsal, run: Run, tolerance: float) -> None:
             output = way(*run.inputs)
         graded = parameters and isinstance(output, Tensor) and output.requires_grad
         slopes = torch.cat([g.flatten() for g in gradients(output, parameters)]) if graded else None
-        put_back(run.model, before)  # after the backward pass, which may read them
+        restore_values(run.model, before)  # after the backward pass, which may read them
         return output.detach() if isinstance(output, Tensor) else output, slopes
 
     try:
@@ -286,7 +289,7 @@ def _compare(rehearsal: Rehearsal, run: Run, tolerance: float) -> None:
         found, found_slopes = forward_and_backward(rehearsal.divided)
     except Exception as error:
         raise ValueError(
-            f"{name} does not run {rehearsal.what} ({in_words(error)}): {rehearsal.hint}"
+            f"{name} does not run {rehearsal.what} ({error_in_words(error)}): {rehearsal.hint}"
         ) from error
     expected, expected_slopes = forward_and_backward(rehearsal.whole)
     if not isinstance(found, Tensor) or found.shape != expected.shape:

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from dtrain.config.constructor import in_words
+from dtrain.config.constructor import error_in_words
 from dtrain.model.layout import Layout, blocks_of, experts_of, holders, layout_of, modules_at
 
 Forward = Callable[..., Tensor]
@@ -47,7 +47,7 @@ class Rehearsal:
     hint: str
 
 
-def twin(model: nn.Module) -> nn.Module:
+def shared_copy(model: nn.Module) -> nn.Module:
     """A copy of the modules, with the same parameters and buffers: they take no memory again."""
     kept = (*model.parameters(), *model.buffers())
     return deepcopy(model, {id(tensor): tensor for tensor in kept})
@@ -70,7 +70,7 @@ def refuse_foreign(piece: nn.Module, given: Tensor, output: Tensor, model: nn.Mo
 
 def unit_by_unit(model: nn.Module) -> Forward:
     """The model whose blocks have their weights while they are called, and at no other time."""
-    made = twin(model)
+    made = shared_copy(model)
     for block in blocks_of(made):
         present = dict(block.named_parameters(remove_duplicate=False))
         absent = {
@@ -93,11 +93,11 @@ def _give(block: nn.Module, weights: dict[str, nn.Parameter]) -> None:
         block.get_submodule(owner)._parameters[key] = weight
 
 
-def split(model: nn.Module, n: int, sequence_parallel: bool) -> Rehearsal:
+def split_on_ranks(model: nn.Module, n: int, sequence_parallel: bool) -> Rehearsal:
     """The model with its `column` and `row` layers on n ranks: their outputs stand below each
     other.
     """
-    layout, made = layout_of(model), twin(model)
+    layout, made = layout_of(model), shared_copy(model)
 
     def copies(x: Tensor) -> list[Tensor]:
         return list(x.chunk(n))
@@ -147,9 +147,9 @@ def split(model: nn.Module, n: int, sequence_parallel: bool) -> Rehearsal:
     return Rehearsal(f"split over tp={n}", whole, divided, SPLIT)
 
 
-def spread(model: nn.Module, n: int) -> Forward:
+def experts_on_ranks(model: nn.Module, n: int) -> Forward:
     """The model with its experts on n ranks, each with its own rows."""
-    made = twin(model)
+    made = shared_copy(model)
     for _, experts in experts_of(made):
         experts.forward = _by_expert(experts, n)
     return made
@@ -157,7 +157,7 @@ def spread(model: nn.Module, n: int) -> Forward:
 
 def _by_hidden(experts: nn.Module, dims: dict[str, int], n: int) -> Forward:
     """The sum of what n ranks' hidden units give."""
-    plain = twin(experts)
+    plain = shared_copy(experts)
 
     def forward(x: Tensor, counts: Tensor) -> Tensor:
         parts = (
@@ -175,7 +175,7 @@ def _by_hidden(experts: nn.Module, dims: dict[str, int], n: int) -> Forward:
 
 def _by_expert(experts: nn.Module, n: int) -> Forward:
     """What n ranks' experts give for their own rows."""
-    plain = twin(experts)
+    plain = shared_copy(experts)
 
     def forward(x: Tensor, counts: Tensor) -> Tensor:
         rows = x.split([int(part.sum()) for part in counts.chunk(n)])
@@ -208,7 +208,7 @@ class Unmixed(nn.Module):
         return v + q.cos().sum(-1, keepdim=True) + k.sin().sum(-1, keepdim=True)
 
 
-def between(model: nn.Module, run: Callable[[], Tensor]) -> set[str]:
+def parameters_between(model: nn.Module, run: Callable[[], Tensor]) -> set[str]:
     """Parameters that act on what `column` layers give before `row` layers read it: each rank uses
     them on a slice.
 
@@ -224,7 +224,7 @@ def between(model: nn.Module, run: Callable[[], Tensor]) -> set[str]:
         with torch.enable_grad():
             output = run()
     except Exception as error:  # of a user's model: it may fail in any way
-        raise DoesNotRun(in_words(error)) from error
+        raise DoesNotRun(error_in_words(error)) from error
     finally:
         for hook in hooks:
             hook.remove()

@@ -19,11 +19,11 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from dtrain.config.constructor import in_words
+from dtrain.config.constructor import error_in_words
 from dtrain.data.seeded import Again, seed_everything
-from dtrain.model.layout import hooked
-from dtrain.parallel.optimizer import fill_state, named_tensors, put_back
-from dtrain.parallel.optimizer_extras import Kept, besides
+from dtrain.model.layout import has_gradient_hook
+from dtrain.parallel.optimizer import materialize_state, named_tensors, restore_state
+from dtrain.parallel.optimizer_extras import Kept, extra_state
 
 # What a strategy's optimizers have of the weights.
 APART, ROWS, COLUMNS, FLAT, REGROUPED = "apart", "rows", "columns", "flat", "regrouped"
@@ -130,7 +130,7 @@ def _refuse_hooks(make: Make, start: list[Tensor], gradients: list[Tensor], name
     """
     model = Weights(start)
     _kept = make(model)  # for as long as its hooks are looked for
-    found = any(map(hooked, model.all))
+    found = any(map(has_gradient_hook, model.all))
     torch.autograd.backward(list(model.all), [gradient.clone() for gradient in gradients])
     moved = any(not torch.equal(p, before) for p, before in zip(model.all, start, strict=True))
     left = all(
@@ -156,7 +156,7 @@ def _whole(
             _step(optimizer, model.all, each, seed=place + seed)
     except Exception as error:
         # an author's step may raise anything: it wants a closure, or sparse gradients
-        raise ValueError(f"optimizer {name} cannot step here: {in_words(error)}") from None
+        raise ValueError(f"optimizer {name} cannot step here: {error_in_words(error)}") from None
     return [p.detach() for p in model.all]
 
 
@@ -184,7 +184,7 @@ def _check_resume(
         kept.append(
             {key: tensor.clone() for key, tensor in named_tensors(model, optimizer).items()}
         )
-        others.append(besides(optimizer, TOLERANCE))
+        others.append(extra_state(optimizer, TOLERANCE))
     for after, names in enumerate(map(set, kept if late else ()), start=1):
         if began := sorted({key.rpartition(".")[2] for key in names - kept[0].keys()}):
             raise ValueError(
@@ -221,7 +221,7 @@ def _resumed(
     """
     model = Weights(start)
     optimizer = make(model)
-    fill_state(optimizer)
+    materialize_state(optimizer)
     tensors = {
         key: tensor for key, tensor in named_tensors(model, optimizer).items() if key in kept
     }
@@ -230,11 +230,11 @@ def _resumed(
             if tensor.shape != kept[key].shape:
                 return [], {}
             tensor.copy_(kept[key])
-    put_back(model, optimizer, {key: tensor.clone() for key, tensor in kept.items()} | tensors)
+    restore_state(model, optimizer, {key: tensor.clone() for key, tensor in kept.items()} | tensors)
     told: dict[str, Kept] = {}
     for place, each in enumerate(gradients[after:], after):
         _step(optimizer, model.all, each, seed=place)
-        told = told or besides(optimizer, TOLERANCE)
+        told = told or extra_state(optimizer, TOLERANCE)
     return [p.detach() for p in model.all], told
 
 

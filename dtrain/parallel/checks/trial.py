@@ -54,7 +54,7 @@ class Run:
         before, each = buffers(self.model), []
         for row in self.rows:
             each.append(self(row))
-            put_back(self.model, before)
+            restore_values(self.model, before)
         return torch.cat(each) if hasattr(self.update, "outputs") else torch.stack(each).sum(0)
 
     def under(self, *contexts: AbstractContextManager[Any]) -> list[Tensor]:
@@ -63,7 +63,7 @@ class Run:
         for context in contexts:
             with context:
                 found.append(self(EVERYTHING))
-            put_back(self.model, before)
+            restore_values(self.model, before)
         return found
 
 
@@ -73,7 +73,7 @@ def try_rows(run: Run, tolerance: float, again: bool) -> None:
     before = buffers(model)
     together = run(EVERYTHING)
     moved = buffers(model)
-    put_back(model, before)
+    restore_values(model, before)
     far = difference(run.alone(), together)
     if far > tolerance:
         raise ValueError(
@@ -87,7 +87,7 @@ def try_rows(run: Run, tolerance: float, again: bool) -> None:
     if again:
         run(EVERYTHING)
     other = buffers(model)
-    put_back(model, before)
+    restore_values(model, before)
     _refuse_changed(run, run.weights)
     for key, value in moved.items():
         if difference(other[key], value) > tolerance:
@@ -114,7 +114,7 @@ def try_large_weights(run: Run) -> None:
             _refuse_changed(run, scaled)
     finally:
         set_weights(run.model, run.weights)
-        put_back(run.model, before)
+        restore_values(run.model, before)
 
 
 def set_weights(model: nn.Module, weights: dict[str, Tensor]) -> None:
@@ -146,7 +146,7 @@ def try_gradients_of_rows(run: Run, tolerance: float) -> None:
                 )
             for total, gradient in zip(sums, gradients(output, parameters, rows), strict=True):
                 total += gradient
-            put_back(run.model, before)
+            restore_values(run.model, before)
         found.append(torch.cat([each.flatten() for each in sums]) if sums else torch.zeros(0))
     if (far := difference(*found)) > tolerance * LOOSER:
         raise ValueError(
@@ -220,7 +220,7 @@ def buffers(model: nn.Module) -> dict[str, Tensor]:
 
 
 @torch.no_grad()
-def put_back(model: nn.Module, kept: dict[str, Tensor]) -> None:
+def restore_values(model: nn.Module, kept: dict[str, Tensor]) -> None:
     for name, buffer in model.named_buffers():
         if name in kept:
             buffer.copy_(kept[name])

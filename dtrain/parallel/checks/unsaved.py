@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from dtrain.data.seeded import seed_everything
 from dtrain.model.layout import StepAware
-from dtrain.parallel.checks.trial import EVERYTHING, Run, difference, put_back, set_weights
+from dtrain.parallel.checks.trial import EVERYTHING, Run, difference, restore_values, set_weights
 from dtrain.parallel.optimizer_extras import Kept
 
 
@@ -28,7 +28,7 @@ def try_again(run: Run, tolerance: float) -> Iterator[str]:
     unsaved, found = _not_persistent(model), []
     saved = {key: buffer.clone() for key, buffer in model.named_buffers() if key not in unsaved}
     for _ in range(2):
-        put_back(model, saved)
+        restore_values(model, saved)
         set_weights(model, run.weights)
         seed_everything(0)
         found.append(
@@ -39,7 +39,7 @@ def try_again(run: Run, tolerance: float) -> Iterator[str]:
             )
         )
     (first, before, moved), (second, after, again) = found
-    put_back(model, saved)
+    restore_values(model, saved)
     changed = sorted(key for key in before | after if before.get(key) != after.get(key))
     for key, buffer in moved.items():
         if difference(again[key], buffer) > tolerance:

@@ -15,10 +15,10 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.optim import Optimizer
 
-from dtrain.model.layout import write, written
+from dtrain.model.layout import attributes_set, set_attributes
 from dtrain.parallel.accumulate import GradientAccumulation
 from dtrain.parallel.optimizer import named_tensors
-from dtrain.parallel.presence import completed
+from dtrain.parallel.presence import with_zero_states
 from dtrain.task.batch import Batch, Models, Sums
 
 if TYPE_CHECKING:
@@ -97,7 +97,7 @@ class AccelerateLocalSGDExecutor(AccelerateExecutor):
                 parameter.data = own[name]
 
     def state_tensors(self, model: str) -> dict[str, Tensor]:
-        live = completed(self._live(model), self.models[model].module, dist.group.WORLD)  # type: ignore[arg-type]
+        live = with_zero_states(self._live(model), self.models[model].module, dist.group.WORLD)  # type: ignore[arg-type]
         return {
             name: self.accelerator.reduce(t.clone(), reduction="mean") for name, t in live.items()
         }
@@ -167,13 +167,13 @@ def accelerator_of(plan: Plan, micro_batches: int, **settings: Any) -> Iterator[
         os.environ |= before
 
 
-def prepared(
+def prepare(
     accelerator: Any, models: Models, optimizers: Mapping[str, Optimizer], kind: type
 ) -> tuple[dict[str, Any], dict[str, Any]]:
     """Models and optimizers as Accelerate makes them ready; asserts that the models became what
     was asked for.
     """
-    attributes = {name: written(model) for name, model in models.items()}
+    attributes = {name: attributes_set(model) for name, model in models.items()}
     made = {
         name: accelerator.prepare(model, optimizers[name])
         for name, model in models.items()
@@ -183,7 +183,7 @@ def prepared(
         assert isinstance(model, kind), (
             f"{kind.__name__} was asked for, {name} is a {type(model).__name__}"
         )
-        write(accelerator.unwrap_model(model), attributes[name])
+        set_attributes(accelerator.unwrap_model(model), attributes[name])
     return {name: model for name, (model, _) in made.items()}, {
         name: optimizer for name, (_, optimizer) in made.items()
     }
@@ -197,7 +197,7 @@ def check_installed() -> None:
         )
 
 
-def checked(where: str, kind: type, settings: dict[str, Any]) -> Any:
+def validated(where: str, kind: type, settings: dict[str, Any]) -> Any:
     """`kind` of these settings; what it finds wrong with them in one line."""
     try:
         return kind(**settings)

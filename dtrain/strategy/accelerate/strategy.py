@@ -30,18 +30,18 @@ from torch.optim import Optimizer
 from dtrain.model.layout import blocks_of
 from dtrain.parallel.footprint import Footprint
 from dtrain.parallel.messages import Message, message
-from dtrain.parallel.strategy import REST, Executor, local
-from dtrain.parallel.units import watch
+from dtrain.parallel.strategy import REST, Executor, local_part
+from dtrain.parallel.units import watch_units
 from dtrain.strategy.accelerate.library import (
     AccelerateExecutor,
     AccelerateLocalSGDExecutor,
     accelerator_of,
     check_installed,
-    checked,
-    prepared,
+    prepare,
+    validated,
 )
 from dtrain.strategy.ddp import DDP
-from dtrain.strategy.deepspeed.library import fresh, imported
+from dtrain.strategy.deepspeed.library import fresh_groups, imported
 from dtrain.strategy.deepspeed.zero import DeepSpeed, DeepSpeedExecutor
 from dtrain.strategy.fsdp import FSDP
 from dtrain.task.batch import Models
@@ -80,13 +80,13 @@ class AccelerateDDP(DDP):
             )
         from accelerate.utils import DistributedDataParallelKwargs
 
-        checked("strategy.dp.ddp", DistributedDataParallelKwargs, self.settings)
+        validated("strategy.dp.ddp", DistributedDataParallelKwargs, self.settings)
 
     def parallelize(self, model: nn.Module, plan: Plan) -> nn.Module:
         return model  # the executor hands it to Accelerate, with its optimizer
 
     def verify(self, model: nn.Module, plan: Plan) -> None:
-        """Nothing yet: see `prepared`."""
+        """Nothing yet: see `library.prepare`."""
 
     def executor(
         self, models: Models, optimizers: Mapping[str, Optimizer], plan: Plan, micro_batches: int
@@ -98,7 +98,7 @@ class AccelerateDDP(DDP):
         with accelerator_of(
             plan, 1, kwargs_handlers=[DistributedDataParallelKwargs(**self.settings)]
         ) as accelerator:
-            wrapped, steppers = prepared(accelerator, models, optimizers, DistributedDataParallel)
+            wrapped, steppers = prepare(accelerator, models, optimizers, DistributedDataParallel)
         return self.by(accelerator, models | wrapped, steppers, micro_batches, plan)
 
     def by(self, *parts: Any) -> Executor:
@@ -213,7 +213,7 @@ class AccelerateFSDP(FSDP):
         (model,) = models.values()
         kinds = sorted({type(block).__name__ for block in blocks_of(model)})
         settings: dict[str, Any] = {
-            "fsdp_plugin": checked(
+            "fsdp_plugin": validated(
                 "strategy.fsdp.plugin",
                 FullyShardedDataParallelPlugin,
                 {
@@ -228,19 +228,19 @@ class AccelerateFSDP(FSDP):
             )
         }
         if self.parallelism:
-            settings["parallelism_config"] = checked(
+            settings["parallelism_config"] = validated(
                 "strategy.fsdp.parallelism", ParallelismConfig, self.parallelism
             )
         with accelerator_of(plan, 1, **settings) as accelerator:
-            wrapped, steppers = prepared(accelerator, models, optimizers, FSDPModule)
+            wrapped, steppers = prepare(accelerator, models, optimizers, FSDPModule)
         for each in wrapped.values():
-            watch(each, [int(rank) for rank in plan.mesh[self.axis].mesh.flatten()])
+            watch_units(each, [int(rank) for rank in plan.mesh[self.axis].mesh.flatten()])
         shards = self.degree if not self.parallelism else self.parallelism.get("dp_shard_size", 1)
         for name, parameter in next(iter(wrapped.values())).named_parameters():
             assert isinstance(parameter, DTensor), f"{name} is not sharded"
             most = -(-parameter.shape[0] // shards)
-            assert local(parameter).shape[0] <= most, (
-                f"{name}: {local(parameter).shape[0]} rows here, not {most}"
+            assert local_part(parameter).shape[0] <= most, (
+                f"{name}: {local_part(parameter).shape[0]} rows here, not {most}"
             )
         return AccelerateExecutor(accelerator, wrapped, steppers, micro_batches, plan)
 
@@ -287,7 +287,7 @@ class AccelerateDeepSpeed(DeepSpeed):
         from accelerate.utils import DeepSpeedPlugin, InitProcessGroupKwargs
         from deepspeed import DeepSpeedEngine
 
-        fresh(deepspeed, plan)
+        fresh_groups(deepspeed, plan)
 
         # what they say is what we say: it has been compared
         os.environ.pop("ACCELERATE_CONFIG_DS_FIELDS", None)
@@ -296,7 +296,7 @@ class AccelerateDeepSpeed(DeepSpeed):
         with accelerator_of(
             plan, micro_batches, deepspeed_plugin=plugin, kwargs_handlers=[backend]
         ) as accelerator:
-            engines, _ = prepared(accelerator, models, optimizers, DeepSpeedEngine)
+            engines, _ = prepare(accelerator, models, optimizers, DeepSpeedEngine)
         plugin.dschf = None  # by which transformers would make its next models as slices of ZeRO 3
         for engine in engines.values():
             self.verify_engine(engine, self.degree)

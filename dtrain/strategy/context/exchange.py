@@ -23,7 +23,7 @@ from torch.autograd.function import once_differentiable
 QUERIES = 1024  # whose scores are there at a time: (B, H, QUERIES, T/n) numbers
 
 
-def is_plain(core: Any) -> bool:
+def is_plain_attention(core: Any) -> bool:
     """Is this attention softmax(q k' / sqrt(D)) v, the only one that a ring computes?
 
     Tried on a few numbers.
@@ -32,11 +32,11 @@ def is_plain(core: Any) -> bool:
         return False
     q, k, v = torch.randn(3, 1, 2, 5, 4, generator=torch.Generator().manual_seed(0)).double()
     with torch.no_grad():
-        return torch.allclose(core(q, k, v), plain(q, k, v, core.causal))
+        return torch.allclose(core(q, k, v), plain_attention(q, k, v, core.causal))
 
 
 # (B, H, T, D), 2 x (B, G, T, D) -> (B, H, T, D)
-def plain(q: Tensor, k: Tensor, v: Tensor, causal: bool) -> Tensor:
+def plain_attention(q: Tensor, k: Tensor, v: Tensor, causal: bool) -> Tensor:
     """softmax(q k' / sqrt(D)) v, as a ring computes it on one rank."""
     return _forward(_grouped(q, k), torch.stack((k, v)), causal)[0].flatten(1, 2)
 

@@ -27,11 +27,11 @@ import torch
 from torch import Tensor, nn
 
 from dtrain.model.layout import blocks_of, divisors, is_ours, layout_of, modules_at, multiples
-from dtrain.parallel.checks.rehearsal import Rehearsal, Unmixed, twin
+from dtrain.parallel.checks.rehearsal import Rehearsal, Unmixed, shared_copy
 from dtrain.parallel.footprint import Footprint, ModelPart
 from dtrain.parallel.messages import Message, all_reduce_each, message
-from dtrain.parallel.strategy import REST, Strategy, average, gradients
-from dtrain.strategy.context.exchange import Ring, Ulysses, is_plain, plain
+from dtrain.parallel.strategy import REST, Strategy, all_reduce_mean, gradients
+from dtrain.strategy.context.exchange import Ring, Ulysses, is_plain_attention, plain_attention
 from dtrain.task.batch import Batch
 
 if TYPE_CHECKING:
@@ -91,7 +91,7 @@ class ContextParallel(Strategy):
                 f"ring attention cannot drop attention weights (dropout={dropout}): "
                 f"use strategy.cp.method=ulysses or model.dropout=0"
             )
-        if self.method == "ring" and not all(is_plain(core) for core in cores):
+        if self.method == "ring" and not all(is_plain_attention(core) for core in cores):
             raise ValueError(
                 f"the attention of {type(model).__name__} is not softmax(q k' / sqrt(D)) v, as "
                 f"a ring "
@@ -166,7 +166,7 @@ class ContextParallel(Strategy):
     def rehearsals(
         self, model: nn.Module, inputs: Sequence[Tensor], plan: Plan
     ) -> Iterator[Rehearsal]:
-        apart, path, ranks = twin(model), layout_of(model).attention, range(self.degree)
+        apart, path, ranks = shared_copy(model), layout_of(model).attention, range(self.degree)
         core, tokens = _cores(model)[0], max(x.shape[1] for x in inputs if x.ndim > 1)
         for block in blocks_of(apart):
             block.set_submodule(path, Unmixed(block.get_submodule(path)))
@@ -196,7 +196,7 @@ class ContextParallel(Strategy):
             return core(q, k, v)
 
         if self.method == "ring":
-            ring = partial(plain, q, k, v, core.causal)
+            ring = partial(plain_attention, q, k, v, core.causal)
             return Rehearsal("as a ring attends", whole, lambda *_: ring(), NOT_PLAIN)
 
         def by_head(*_: Tensor) -> Tensor:
@@ -219,7 +219,7 @@ class ContextParallel(Strategy):
             )
 
     def reduce_gradients(self, model: nn.Module, plan: Plan) -> None:
-        average(
+        all_reduce_mean(
             gradients(model).values(), plan.mesh[self.axis].get_group(), plan.precision.reduce_dtype
         )
 

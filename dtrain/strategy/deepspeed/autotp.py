@@ -21,7 +21,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from dtrain.model.layout import divisors, layout_of, modules_at
-from dtrain.parallel.checks.rehearsal import Rehearsal, split
+from dtrain.parallel.checks.rehearsal import Rehearsal, split_on_ranks
 from dtrain.parallel.checks.stepping import COLUMNS, ROWS
 from dtrain.parallel.footprint import Footprint
 from dtrain.parallel.messages import Message
@@ -82,7 +82,7 @@ class AutoTP(Strategy):
     def rehearsals(
         self, model: nn.Module, inputs: Sequence[Tensor], plan: Plan
     ) -> Iterator[Rehearsal]:
-        yield split(model, self.degree, False)
+        yield split_on_ranks(model, self.degree, False)
 
     def settings(self, model: nn.Module) -> dict[str, Any]:
         """What DeepSpeed's configuration says of it."""

@@ -36,7 +36,7 @@ TOLD_OF_STAGE_3 = dict.fromkeys(
 )
 
 
-def flats(engine: Any) -> list[Tensor]:
+def flat_slices(engine: Any) -> list[Tensor]:
     """This rank's slices of the fp32 weights: what the optimizer steps."""
     zero = engine.optimizer
     return (
@@ -44,7 +44,7 @@ def flats(engine: Any) -> list[Tensor]:
     )
 
 
-def elements(parameter: nn.Parameter) -> int:
+def full_size(parameter: nn.Parameter) -> int:
     """Of the whole parameter, though this rank may hold a slice."""
     return int(getattr(parameter, "ds_numel", parameter.numel()))
 
@@ -61,7 +61,7 @@ def whole_tensors(engine: Any, owners: dict[str, int]) -> dict[str, Tensor]:
     found = {name: buffer for name, buffer in engine.module.named_buffers() if name in kept}
     for name, parameter in engine.module.named_parameters():
         for key in _keys(parameter, states):
-            whole = torch.zeros(elements(parameter), device=engine.device)
+            whole = torch.zeros(full_size(parameter), device=engine.device)
             start, part = _slice(engine, parameter, key)
             whole[start : start + part.numel()] = part
             dist.reduce(whole, group_dst=owners[name], group=group)  # to all others zeros, so exact
@@ -78,7 +78,7 @@ def whole_tensors(engine: Any, owners: dict[str, int]) -> dict[str, Tensor]:
 
 
 @torch.no_grad()
-def put_back(engine: Any, owners: dict[str, int], tensors: dict[str, Tensor]) -> None:
+def distribute_states(engine: Any, owners: dict[str, int], tensors: dict[str, Tensor]) -> None:
     """Hand every rank its slices of the owners' tensors, one at a time. A collective.
 
     Raises:
@@ -86,12 +86,12 @@ def put_back(engine: Any, owners: dict[str, int], tensors: dict[str, Tensor]) ->
             for all.
     """
     if not _has_states(engine, owners, tensors):
-        for flat in flats(engine):
+        for flat in flat_slices(engine):
             engine.optimizer.optimizer.state.pop(flat, None)
     states, group = _states(engine), engine.optimizer.dp_process_group
     for name, parameter in engine.module.named_parameters():
         for key in _keys(parameter, states):
-            whole = torch.empty(elements(parameter), device=engine.device)
+            whole = torch.empty(full_size(parameter), device=engine.device)
             if owners[name] == dist.get_rank(group):
                 whole.copy_(tensors[_named(name, key)].flatten())
             dist.broadcast(whole, group_src=owners[name], group=group)
@@ -167,7 +167,7 @@ def _publish(zero: Any) -> None:
         zero.persistent_parameters[0].all_gather(zero.persistent_parameters)
 
 
-def kinds(engine: Any) -> dict[str, list[Tensor]]:
+def tensors_by_kind(engine: Any) -> dict[str, list[Tensor]]:
     """What this rank keeps, by its kind; the fp32 weights that are stepped are the optimizer's."""
     zero, parameters = engine.optimizer, list(engine.module.parameters())
     states = [
@@ -179,7 +179,7 @@ def kinds(engine: Any) -> dict[str, list[Tensor]]:
     parts = [part for parts in zero.averaged_gradients.values() for part in parts or []]
     return {
         "parameters": [getattr(p, "ds_tensor", p) for p in parameters],
-        "optimizer": [*flats(engine), *states],
+        "optimizer": [*flat_slices(engine), *states],
         "gradients": [*parts, *(p.grad for p in parameters if p.grad is not None)],
     }
 
@@ -213,16 +213,16 @@ def _has_states(engine: Any, owners: dict[str, int], tensors: dict[str, Tensor])
 
 def _states(engine: Any) -> list[dict[str, Any]]:
     """The optimizer's states of each flat tensor; empty before the first step."""
-    return [engine.optimizer.optimizer.state.get(flat, {}) for flat in flats(engine)] or [{}]
+    return [engine.optimizer.optimizer.state.get(flat, {}) for flat in flat_slices(engine)] or [{}]
 
 
 @torch.no_grad()
-def make_states(engine: Any) -> None:
+def materialize_states(engine: Any) -> None:
     """The same, to be filled: made, where no step has been yet, by one of zeros at rate zero."""
     zero = engine.optimizer
     groups = zero.optimizer.param_groups
     rates = [group["lr"] for group in groups]
-    for index, flat in enumerate(flats(engine)):
+    for index, flat in enumerate(flat_slices(engine)):
         if not zero.optimizer.state.get(flat):
             for group in groups:
                 group["lr"] = 0.0
@@ -363,7 +363,7 @@ def _gathers(piece: ModelPart, filled: Callable[[list[Weight]], int]) -> list[in
     return found
 
 
-def held(footprint: Footprint, ranks: int, rank: int, stage: int) -> tuple[int, int, int]:
+def bytes_held(footprint: Footprint, ranks: int, rank: int, stage: int) -> tuple[int, int, int]:
     """Bytes of weights, gradients (before the step) and of fp32 weights with their states, on
     one rank.
     """

@@ -79,7 +79,7 @@ def reaches_disks() -> bool:
     return bool(AsyncIOBuilder().is_compatible(verbose=False))
 
 
-def fresh(deepspeed: Any, plan: Plan) -> None:
+def fresh_groups(deepspeed: Any, plan: Plan) -> None:
     """DeepSpeed in the process group that is there, without the groups of an earlier run of
     this process.
     """

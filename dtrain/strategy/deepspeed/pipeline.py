@@ -27,9 +27,14 @@ from dtrain.parallel.footprint import Footprint
 from dtrain.parallel.messages import Message
 from dtrain.parallel.optimizer import OPTIMIZER_STATE
 from dtrain.parallel.presence import refuse_unused
-from dtrain.parallel.strategy import REST, Executor, whole
-from dtrain.strategy.deepspeed.engine_state import kinds, make_states, put_back, whole_tensors
-from dtrain.strategy.deepspeed.library import fresh, imported
+from dtrain.parallel.strategy import REST, Executor, full_tensor
+from dtrain.strategy.deepspeed.engine_state import (
+    distribute_states,
+    materialize_states,
+    tensors_by_kind,
+    whole_tensors,
+)
+from dtrain.strategy.deepspeed.library import fresh_groups, imported
 from dtrain.strategy.deepspeed.zero import DeepSpeed, owners
 from dtrain.strategy.pipeline.stages import PipelineExecutor, split_evenly
 from dtrain.strategy.pipeline.strategy import PipelineParallel
@@ -95,7 +100,7 @@ class DeepSpeedPipeline(PipelineParallel):
         deepspeed, zero = imported(), plan.strategy_on("dp")
         assert isinstance(zero, DeepSpeed)
         ((name, model),) = models.items()
-        fresh(deepspeed, plan)
+        fresh_groups(deepspeed, plan)
         ((stage, piece),) = self._by_stage(model, plan).items()
         flow = DeepSpeedPipelineExecutor(self, {stage: piece}, self.outline, plan, micro_batches)
         with redirect_stdout(io.StringIO()):  # a table of the stages
@@ -174,7 +179,7 @@ class DeepSpeedPipelineExecutor(PipelineExecutor):
         losses: list[Tensor] = []
 
         def criterion(outputs: Tensor, index: Tensor) -> Tensor:
-            losses.append(whole(update.criterion(outputs, parts[int(index)])) * scale)
+            losses.append(full_tensor(update.criterion(outputs, parts[int(index)])) * scale)
             return losses[-1] * self.micro_batches  # by which the engine divides
 
         parts = list(divide(batch, self.micro_batches))
@@ -199,7 +204,7 @@ class DeepSpeedPipelineExecutor(PipelineExecutor):
         """It has."""
 
     def make_states(self, model: str, optimizer: Optimizer) -> None:
-        make_states(self.engine)
+        materialize_states(self.engine)
 
     def state_tensors(self, model: str) -> dict[str, Tensor] | None:
         found = whole_tensors(self.engine, owners(self.engine))
@@ -212,10 +217,10 @@ class DeepSpeedPipelineExecutor(PipelineExecutor):
         for key, tensor in tensors.items():
             state = OPTIMIZER_STATE if key.startswith(OPTIMIZER_STATE) else ""
             theirs[state + prefix + key.removeprefix(state)] = tensor
-        put_back(self.engine, owners(self.engine), theirs)
+        distribute_states(self.engine, owners(self.engine), theirs)
 
     def tensors_by_kind(self, model: str) -> dict[str, list[Tensor]] | None:
-        return kinds(self.engine)
+        return tensors_by_kind(self.engine)
 
     def _ours(self, name: str) -> str:
         """The full name of what DeepSpeed calls `<layer>.piece.<name>`."""

@@ -28,26 +28,32 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from dtrain.model.layout import written
+from dtrain.model.layout import attributes_set
 from dtrain.parallel.accumulate import GradientAccumulation
 from dtrain.parallel.checks.stepping import FLAT
 from dtrain.parallel.footprint import Footprint
 from dtrain.parallel.messages import Message
-from dtrain.parallel.presence import reached, refuse_unused
+from dtrain.parallel.presence import reached_parameters, refuse_unused
 from dtrain.parallel.strategy import REST, Executor, Strategy
 from dtrain.strategy.deepspeed.autotp import AutoTP
 from dtrain.strategy.deepspeed.engine_state import (
-    elements,
-    flats,
-    held,
-    kinds,
-    make_states,
+    bytes_held,
+    distribute_states,
+    flat_slices,
+    full_size,
+    materialize_states,
     messages,
-    put_back,
+    tensors_by_kind,
     whole_tensors,
 )
-from dtrain.strategy.deepspeed.library import check_fp16, check_zero, fresh, imported, sequences
-from dtrain.strategy.zero1 import shared_out
+from dtrain.strategy.deepspeed.library import (
+    check_fp16,
+    check_zero,
+    fresh_groups,
+    imported,
+    sequences,
+)
+from dtrain.strategy.zero1 import equal_shares
 from dtrain.task.batch import Models
 
 if TYPE_CHECKING:
@@ -194,7 +200,7 @@ class DeepSpeed(Strategy):
         """
         if type(optimizer).__module__.split(".")[0] == "torch":
             return
-        for name, attributes in written(model).items() if self.stage else ():
+        for name, attributes in attributes_set(model).items() if self.stage else ():
             for key in (k for k in attributes if not k.startswith(("ds_", "_hf_", "_is_hf_"))):
                 raise ValueError(
                     f"{name}.{key} is written on a parameter, and {type(optimizer).__name__} may "
@@ -207,7 +213,7 @@ class DeepSpeed(Strategy):
         self, models: Models, optimizers: Mapping[str, Optimizer], plan: Plan, micro_batches: int
     ) -> Executor:
         deepspeed = imported()
-        fresh(deepspeed, plan)
+        fresh_groups(deepspeed, plan)
         config, engines = self.config(plan, micro_batches), {}
         for name, optimizer in optimizers.items():
             model = models[name]
@@ -242,8 +248,8 @@ class DeepSpeed(Strategy):
         seen = engine.seq_dp_world_size if ranks != self.degree else engine.dp_world_size
         assert seen == ranks, f"DeepSpeed sees {seen} ranks, not {ranks}"
         if self.stage:
-            kept = sum(flat.numel() for flat in flats(engine))
-            every = sum(map(elements, engine.module.parameters()))
+            kept = sum(flat.numel() for flat in flat_slices(engine))
+            every = sum(map(full_size, engine.module.parameters()))
             most = -(-every // ranks) + PADDING * ranks * len(list(engine.module.parameters()))
             assert kept <= most, f"{kept} fp32 weights on this rank, of {every} on {ranks}"
 
@@ -258,7 +264,8 @@ class DeepSpeed(Strategy):
         if self.fp16:
             footprint = replace(footprint, compute_bytes=2)
         return replace(
-            footprint, held=held(footprint, self.degree, footprint.place[self.axis], self.stage)
+            footprint,
+            held=bytes_held(footprint, self.degree, footprint.place[self.axis], self.stage),
         )
 
     def cost(self, footprint: Footprint, plan: Plan) -> list[Message]:
@@ -291,7 +298,9 @@ class DeepSpeedExecutor(GradientAccumulation):
         self.engines[update.trains].backward(loss / parts, scale_wrt_gas=False)
 
     def refuse_unused(self, update: Update, loss: Tensor) -> None:
-        refuse_unused(self.engines[update.trains].module, reached(loss), self.plan, "DeepSpeed")
+        refuse_unused(
+            self.engines[update.trains].module, reached_parameters(loss), self.plan, "DeepSpeed"
+        )
 
     def norm(self, model: str) -> Tensor | None:
         if not self.stage:
@@ -308,7 +317,7 @@ class DeepSpeedExecutor(GradientAccumulation):
 
     def make_states(self, model: str, optimizer: Optimizer) -> None:
         if self._keeps(model):
-            make_states(self.engines[model])
+            materialize_states(self.engines[model])
         else:
             super().make_states(model, optimizer)
 
@@ -323,10 +332,10 @@ class DeepSpeedExecutor(GradientAccumulation):
         if self._keeps(model):
             engine, autotp = self.engines[model], _autotp(self.plan)
             own = autotp.parted(engine.module, tensors, self.plan) if autotp else tensors
-            put_back(engine, owners(self.engines[model]), own)
+            distribute_states(engine, owners(self.engines[model]), own)
 
     def tensors_by_kind(self, model: str) -> dict[str, list[Tensor]] | None:
-        return kinds(self.engines[model]) if self._keeps(model) else None
+        return tensors_by_kind(self.engines[model]) if self._keeps(model) else None
 
     def _keeps(self, model: str) -> bool:
         """Are the model's weights and states the engine's?"""
@@ -338,7 +347,7 @@ def owners(engine: Any) -> dict[str, int]:
     written or read.
     """
     sharing = dist.get_world_size(engine.optimizer.dp_process_group)
-    shares = shared_out(list(engine.module.parameters()), sharing, elements)
+    shares = equal_shares(list(engine.module.parameters()), sharing, full_size)
     ranks = {id(parameter): rank for rank, share in enumerate(shares) for parameter in share}
     return {name: ranks[id(parameter)] for name, parameter in engine.module.named_parameters()}
 

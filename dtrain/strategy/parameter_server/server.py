@@ -21,7 +21,7 @@ from torch.optim import Optimizer
 
 from dtrain.config.schema import Config
 from dtrain.launch.world import World
-from dtrain.parallel.clip import shrinking
+from dtrain.parallel.clip import clip_factor
 from dtrain.parallel.plan import Plan
 from dtrain.strategy.parameter_server.connection import Connection, PeerLost
 from dtrain.strategy.parameter_server.strategy import ParameterServer
@@ -302,7 +302,7 @@ class Server(Trainer):
         ]
         if self.plan.clip_norm is not None:
             for total in sums:
-                total *= shrinking(norm, self.plan.clip_norm).to(total.dtype)
+                total *= clip_factor(norm, self.plan.clip_norm).to(total.dtype)
         self.staleness[0] += len(parts)
         used = [any(each) for each in zip(*(used for _, used in parts.values()), strict=True)]
         self._apply(index, sums, used, 1.0)

@@ -1,7 +1,7 @@
 """A run under a parameter server, as its ranks see it.
 
 rank 0 .. S-1   keep the weights (`Server`); a step of their loop is one global batch of gradients
-other ranks     look after a worker process each (`work`), and start another one where it dies
+other ranks     look after a worker process each (`run_worker`), and start another one where it dies
 """
 
 from __future__ import annotations
@@ -21,17 +21,17 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from dtrain.config.schema import Config
-from dtrain.launch.collectives import gathered
+from dtrain.launch.collectives import all_gather_object
 from dtrain.launch.consistency import digest, refuse_other_weights, tensors_of
-from dtrain.launch.rank_processes import PRELOADED, tied
+from dtrain.launch.rank_processes import PRELOADED, run_and_exit_with_parent
 from dtrain.launch.rendezvous import address_of_first
 from dtrain.launch.world import World
-from dtrain.model.layout import of_others
+from dtrain.model.layout import is_foreign
 from dtrain.parallel.plan import Plan
 from dtrain.strategy.parameter_server.server import Server
 from dtrain.strategy.parameter_server.strategy import ParameterServer
 from dtrain.strategy.parameter_server.work_queue import SYNC, SeenItems, WorkQueue
-from dtrain.strategy.parameter_server.worker import OVER, MakeParts, work
+from dtrain.strategy.parameter_server.worker import OVER, MakeParts, run_worker
 from dtrain.task.base import Task
 from dtrain.train import Settings, Step
 
@@ -39,7 +39,7 @@ from dtrain.train import Settings, Step
 class ParameterServerTrainer(Server):
     """The trainer of one rank.
 
-    Making one is a collective; training is not. Arguments: see `Server`, `work`.
+    Making one is a collective; training is not. Arguments: see `Server`, `run_worker`.
     """
 
     def __init__(
@@ -61,7 +61,7 @@ class ParameterServerTrainer(Server):
             task, plan, optimizer, settings, config, world, address, dist.new_group(self.saving)
         )
         # which each rank has made, as its worker will
-        for model in filter(of_others, self.models.values()):
+        for model in filter(is_foreign, self.models.values()):
             refuse_other_weights(
                 {name: digest(tensor) for name, tensor in tensors_of(model)}, type(model).__name__
             )
@@ -168,14 +168,14 @@ class ParameterServerTrainer(Server):
         for life in range(self.strategy.restarts + 1):
             arguments = (
                 os.getpid(),
-                work,
+                run_worker,
                 self._parts,
                 self.config,
                 self.world,
                 self.address,
                 life,
             )
-            process = context.Process(target=tied, args=arguments)
+            process = context.Process(target=run_and_exit_with_parent, args=arguments)
             process.start()
             log.info("worker %d, process %d", worker, process.pid)
             while process.exitcode is None:
@@ -227,7 +227,7 @@ class ParameterServerTrainer(Server):
                 w: dict(zip(names, each, strict=True)) for w, each in sorted(self.spent.items())
             },
         }
-        every = gathered((told, dict(self.traffic), self.next_step - self._begun))
+        every = all_gather_object((told, dict(self.traffic), self.next_step - self._begun))
         servers, steps = every[: self.strategy.servers], max(1, every[0][2])
         sent = [[_added(traffic.values(), "sent")] for _, traffic, _ in servers]
         for worker in range(self.strategy.workers):

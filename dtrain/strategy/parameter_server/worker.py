@@ -18,13 +18,13 @@ from dtrain.data.seeded import seed_everything
 from dtrain.launch.fault_injection import slowed
 from dtrain.launch.rank_processes import STOPS
 from dtrain.launch.world import World, cores
-from dtrain.parallel.clip import clip
+from dtrain.parallel.clip import clip_gradients
 from dtrain.parallel.plan import Plan
 from dtrain.strategy.parameter_server.connection import Connection
 from dtrain.strategy.parameter_server.gradient_compression import GradientCompression
 from dtrain.strategy.parameter_server.strategy import ParameterServer
 from dtrain.strategy.parameter_server.work_queue import SYNC
-from dtrain.strategy.zero1 import shared_out
+from dtrain.strategy.zero1 import equal_shares
 from dtrain.task.base import Task
 from dtrain.task.batch import Batch, Models, divide
 
@@ -34,7 +34,7 @@ PULL, PUSH, BYE = 0, 1, 2  # what a worker says
 WORK, WAIT, STOP = 0, 1, 2  # and a server
 
 
-def work(
+def run_worker(
     parts: MakeParts, config: Config, world: World, address: tuple[str, int], life: int
 ) -> None:
     """What the process does, in one of its lives, until the servers have no more work.
@@ -152,7 +152,7 @@ class Worker:
         with slowed(self.config.inject.straggler, self.number + self.strategy.servers):
             loss = self.executor.train(update, rows, scale)
         # the server clips the whole
-        norm = clip(model, self.plan) if self.strategy.mode != SYNC else torch.zeros(())
+        norm = clip_gradients(model, self.plan) if self.strategy.mode != SYNC else torch.zeros(())
         used = {id(p) for p in model.parameters() if p.grad is not None}
         found = {
             id(p): torch.zeros_like(p) if p.grad is None else p.grad for p in model.parameters()
@@ -165,7 +165,7 @@ class Worker:
 def shares_of(task: Task, models: Models, servers: int) -> list[list[nn.Parameter]]:
     """Which server keeps which weights of the models that are trained."""
     trained = {update.trains: None for update in task.updates}
-    return shared_out([p for name in trained for p in models[name].parameters()], servers)
+    return equal_shares([p for name in trained for p in models[name].parameters()], servers)
 
 
 def of_model(model: nn.Module, share: list[nn.Parameter]) -> list[nn.Parameter]:

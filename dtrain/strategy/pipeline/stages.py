@@ -18,7 +18,7 @@ from torch.distributed.pipelining.schedules import PipelineScheduleSingle
 from dtrain.model.layout import blocks_of, layout_of
 from dtrain.parallel.footprint import BACKWARD, FORWARD, WEIGHTS
 from dtrain.parallel.spans import STAGE, mark
-from dtrain.parallel.strategy import Executor, local, whole
+from dtrain.parallel.strategy import Executor, full_tensor, local_part
 from dtrain.task.batch import Batch, Sums, divide
 
 if TYPE_CHECKING:
@@ -127,7 +127,7 @@ class PipelineExecutor(Executor):
         losses: list[Tensor] = []
 
         def criterion(outputs: Tensor, index: Tensor) -> Tensor:
-            losses.append(whole(update.criterion(outputs, parts[int(index)])) * scale)
+            losses.append(full_tensor(update.criterion(outputs, parts[int(index)])) * scale)
             return losses[-1]
 
         parts = list(divide(batch, self.micro_batches))
@@ -159,7 +159,7 @@ class PipelineExecutor(Executor):
         with self.plan.around(), self.plan.autocast():
             for part in parts:
                 for name, value in self._measure(update, part, hidden).items():
-                    sums[name] = sums.get(name, 0) + whole(value).double()
+                    sums[name] = sums.get(name, 0) + full_tensor(value).double()
         if self.measured is None:  # every rank sums the same, though one alone measures
             told = [_shapes(sums)]
             dist.broadcast_object_list(
@@ -256,7 +256,7 @@ def sum_ends(
     Their ranks call it.
     """
     ends = [stages[stage].get_parameter(name) for stage in (0, last) if stage in stages]
-    gradients = [local(end.grad) for end in ends if end.grad is not None]
+    gradients = [local_part(end.grad) for end in ends if end.grad is not None]
     if len(gradients) == 2:  # a V schedule: both on this rank
         gradients[0].add_(gradients[1])
         gradients[1].copy_(gradients[0])

@@ -33,7 +33,7 @@ from torch.distributed.pipelining import schedules
 from torch.optim import Optimizer
 
 from dtrain.model.layout import Absent, layout_of, shared_names
-from dtrain.parallel.checks.rehearsal import Rehearsal, refuse_foreign, twin
+from dtrain.parallel.checks.rehearsal import Rehearsal, refuse_foreign, shared_copy
 from dtrain.parallel.checks.stepping import APART, REGROUPED
 from dtrain.parallel.footprint import Activation, Footprint
 from dtrain.parallel.messages import Message, message
@@ -231,7 +231,7 @@ class PipelineParallel(Strategy):
         counts = self.split or split_evenly(model, self.stages)
         names = list(inspect.signature(model.forward).parameters)[1:]
 
-        pieces = [self._piece(twin(model), stage, counts) for stage in range(self.stages)]
+        pieces = [self._piece(shared_copy(model), stage, counts) for stage in range(self.stages)]
 
         def staged(x: Tensor, *others: Tensor) -> Tensor:
             for piece in pieces:

@@ -24,7 +24,7 @@ from torch.distributed.tensor.placement_types import _StridedShard
 
 from dtrain.model.layout import experts_of, holders, layout_of, modules_at, multiples, shared_names
 from dtrain.parallel.footprint import Activation, ModelPart, ModuleCall, Shape
-from dtrain.parallel.footprint import cut as chunk
+from dtrain.parallel.footprint import chunk_shape as chunk
 
 
 def split_parameter(module: nn.Module, name: str, dim: int, mesh: DeviceMesh) -> None:
@@ -43,7 +43,7 @@ def is_split(parameter: object) -> bool:
     return isinstance(parameter, DTensor) and "tp" in (parameter.device_mesh.mesh_dim_names or ())
 
 
-def own(module: nn.Module, inputs: tuple[Any, ...], output: Tensor) -> Tensor:
+def whole_logits(module: nn.Module, inputs: tuple[Any, ...], output: Tensor) -> Tensor:
     """A hook on the model: in evaluation logits are whole, for whatever is measured of them.
 
     And an output that is a view, as of a distributed tensor, would lose the hooks that FSDP sets on
@@ -54,7 +54,7 @@ def own(module: nn.Module, inputs: tuple[Any, ...], output: Tensor) -> Tensor:
     return output.clone() if isinstance(output, Tensor) and output._is_view() else output
 
 
-def gather(mesh: DeviceMesh, outer: Placement, *, local: bool = False) -> Any:
+def gather_input(mesh: DeviceMesh, outer: Placement, *, local: bool = False) -> Any:
     """A hook: give the module its input whole; a distributed one for column layers, which share
     its gradient's sum.
     """
@@ -74,7 +74,7 @@ def gather(mesh: DeviceMesh, outer: Placement, *, local: bool = False) -> Any:
     return hook
 
 
-def summed(
+def sum_experts(
     forward: Callable[[Tensor, Tensor], Tensor], mesh: DeviceMesh
 ) -> Callable[[Tensor, Tensor], Tensor]:
     """Experts of which each rank has some hidden units: the sum of what they give is the whole."""
@@ -90,7 +90,7 @@ def summed(
     return summed
 
 
-def cut(mesh: DeviceMesh) -> Any:
+def slice_output(mesh: DeviceMesh) -> Any:
     """A hook: of an output that every rank has, go on with this rank's tokens."""
 
     def hook(module: nn.Module, inputs: tuple[Any, ...], output: Tensor) -> Tensor:
@@ -154,7 +154,7 @@ def _part(start: int, size: int, parts: int, index: int) -> tuple[int, int]:
     return start + min(size, index * -(-size // parts)), chunk((size,), 0, parts, index)[0]
 
 
-def edges(piece: ModelPart, sequence_parallel: bool) -> Iterator[tuple[str, int, bool]]:
+def edge_messages(piece: ModelPart, sequence_parallel: bool) -> Iterator[tuple[str, int, bool]]:
     """What travels at the edges of a piece's split layers for one micro-batch.
 
     Yields the collective, its elements, and whether they come straight from products: in mixed
@@ -201,7 +201,7 @@ def kept_by_rank(
         yield kept.divide(parts) if divided else kept
 
 
-def heads(piece: ModelPart) -> list[Shape]:
+def logits_shapes(piece: ModelPart) -> list[Shape]:
     """Shapes of the logits that a piece computes of one micro-batch."""
     return [call.output for call in piece.calls_at(_paths(piece, nn.Linear)) if call.output]
 

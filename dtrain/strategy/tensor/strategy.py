@@ -41,35 +41,40 @@ from torch.distributed.tensor.parallel import (
 )
 from torch.nn.utils.parametrize import is_parametrized
 
-from dtrain.model.initialize import on_meta, whole
+from dtrain.model.initialize import build_with_values, on_meta
 from dtrain.model.layout import (
     divisors,
     experts_of,
     holders,
+    is_foreign,
     layout_of,
     modules_at,
     multiples,
-    of_others,
     shared_names,
 )
-from dtrain.parallel.checks.rehearsal import DoesNotRun, Rehearsal, between, split
+from dtrain.parallel.checks.rehearsal import (
+    DoesNotRun,
+    Rehearsal,
+    parameters_between,
+    split_on_ranks,
+)
 from dtrain.parallel.checks.stepping import COLUMNS, REGROUPED, ROWS
 from dtrain.parallel.footprint import Footprint, ModelPart, Shape
 from dtrain.parallel.messages import Message, all_reduce_each, message
-from dtrain.parallel.strategy import REST, Strategy, add_up, local
-from dtrain.strategy.expert import with_local_weights
+from dtrain.parallel.strategy import REST, Strategy, all_reduce_sum, local_part
+from dtrain.strategy.expert import computes_with_local_weights
 from dtrain.strategy.tensor.layers import (
-    cut,
-    edges,
-    gather,
-    heads,
+    edge_messages,
+    gather_input,
     is_split,
     kept_by_rank,
-    own,
+    logits_shapes,
     refuse_lost_rows,
+    slice_output,
     split_dims,
     split_parameter,
-    summed,
+    sum_experts,
+    whole_logits,
 )
 from dtrain.task.batch import pieces
 
@@ -156,25 +161,28 @@ class TensorParallel(Strategy):
     def rehearsals(
         self, model: nn.Module, inputs: Sequence[Tensor], plan: Plan
     ) -> Iterator[Rehearsal]:
-        yield split(model, self.degree, self.sequence_parallel)
+        yield split_on_ranks(model, self.degree, self.sequence_parallel)
 
     def _find_between(self, task: Task) -> None:
         """Which parameters act on slices, so that a rank has a part of their gradients."""
         batch = {name: tensor[:2] for name, tensor in task.batch(0).items()}
         shapes = {name: tensor.to("meta") for name, tensor in batch.items()}
         outlines = {name: on_meta(factory) for name, factory in task.models.items()}
-        if all(model is not None and not of_others(model) for model in outlines.values()):
+        if all(model is not None and not is_foreign(model) for model in outlines.values()):
             return
         for update in task.updates:
             name, models = update.trains, {n: m for n, m in outlines.items() if m is not None}
             try:
                 if len(models) < len(outlines):
                     raise DoesNotRun
-                found = between(models[name], partial(update.loss, models, shapes))
+                found = parameters_between(models[name], partial(update.loss, models, shapes))
             except DoesNotRun:  # it computes with values
-                models = {n: whole(factory, 0, torch.float32) for n, factory in task.models.items()}
+                models = {
+                    n: build_with_values(factory, 0, torch.float32)
+                    for n, factory in task.models.items()
+                }
                 try:
-                    found = between(models[name], partial(update.loss, models, batch))
+                    found = parameters_between(models[name], partial(update.loss, models, batch))
                 except DoesNotRun as error:
                     raise ValueError(
                         f"{type(models[name]).__name__} does not run on two rows, so nothing "
@@ -225,22 +233,24 @@ class TensorParallel(Strategy):
         for _, experts in experts_of(model):
             for name, dim in layout.hidden:
                 split_parameter(experts, name, dim, mesh)
-            experts.forward = summed(with_local_weights(experts), mesh)
+            experts.forward = sum_experts(computes_with_local_weights(experts), mesh)
 
     def _join_edges(self, model: nn.Module, mesh: DeviceMesh, outer: Placement) -> None:
         layout = layout_of(model)
         for holder in holders(path for path, _ in modules_at(model, layout.column)):
             model.get_submodule(holder).register_forward_pre_hook(
-                gather(mesh, outer), with_kwargs=True
+                gather_input(mesh, outer), with_kwargs=True
             )
         if self.sequence_parallel:
             for _, first_module in modules_at(model, (layout.first,)):
-                first_module.register_forward_hook(cut(mesh))
+                first_module.register_forward_hook(slice_output(mesh))
             for path in holders(path for path, _ in experts_of(model)):  # routers see whole rows
                 router = model.get_submodule(path)
-                router.register_forward_pre_hook(gather(mesh, outer, local=True), with_kwargs=True)
-                router.register_forward_hook(cut(mesh))
-        model.register_forward_hook(own)
+                router.register_forward_pre_hook(
+                    gather_input(mesh, outer, local=True), with_kwargs=True
+                )
+                router.register_forward_hook(slice_output(mesh))
+        model.register_forward_hook(whole_logits)
 
     def verify(self, model: nn.Module, plan: Plan) -> None:
         layout = layout_of(model)
@@ -265,8 +275,8 @@ class TensorParallel(Strategy):
                     parameter.grad = parameter.grad.redistribute(placements=parameter.placements)
             for _, parameter in self._partial(piece):
                 if parameter.grad is not None and not is_split(parameter):
-                    add_up(
-                        local(parameter.grad),
+                    all_reduce_sum(
+                        local_part(parameter.grad),
                         plan.mesh[self.axis].get_group(),
                         plan.precision.reduce_dtype,
                     )
@@ -295,10 +305,10 @@ class TensorParallel(Strategy):
     def cost(self, footprint: Footprint, plan: Plan) -> list[Message]:
         m, found = footprint.micro_batches, []
         for piece in footprint.pieces:
-            for operation, elements, products in edges(piece, self.sequence_parallel):
+            for operation, elements, products in edge_messages(piece, self.sequence_parallel):
                 itemsize = footprint.compute_bytes if products else footprint.activation_bytes
                 found.append(message(self.axis, operation, [elements], itemsize, m))
-            for logits in heads(piece):
+            for logits in logits_shapes(piece):
                 found.append(self._loss(logits, footprint.compute_bytes, m))
             names = {name for name, _ in self._partial(piece.outline)}
             parts = [w for w in piece.gradients if self.axis not in w.axes and w.name in names]
