@@ -13,7 +13,7 @@ smoke() { # strategy, ranks, further settings
 }
 smoke ddp 2
 smoke tensor 2 task=masked_lm
-smoke 3d 8 precision=bf16
+smoke 3d 8 precision=bf16_mixed
 .venv/bin/python scripts/compare.py model=tiny steps=5 hydra.run.dir="$work/compare"
 .venv/bin/python scripts/compare.py model=tiny steps=5 hydra.run.dir="$work/others" \
     'strategies=[single,allreduce,"hsdp launch.nproc=4","deepspeed_pipeline launch.nproc=4",accelerate_deepspeed,accelerate_local_sgd]'

@@ -231,7 +231,7 @@ MISTAKES = [
     (["logger.console=null"], "logger.console has no _target_"),
     (["dtype=fp64", "precision.weights=fp32"],
      "dtype=fp64 with precision.weights=fp32: only bf16 with fp32 mix"),
-    (["strategy=ddp", "precision=bf16", "precision.reduce=bf16"],
+    (["strategy=ddp", "precision=bf16_mixed", "precision.reduce=bf16"],
      "ddp sums gradients in the weights' format"),
     (["+precision.reduces=bf16"],
      "unknown key 'precision.reduces': did you mean 'precision.reduce'?"),

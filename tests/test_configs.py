@@ -163,10 +163,10 @@ def test_every_optimizer_builds(name: str) -> None:
     [
         ([], ("fp32", torch.float32, torch.float32)),
         (["dtype=bf16"], ("bf16", torch.float32, torch.float32)),
-        (["precision=bf16"], ("bf16", torch.float32, torch.float32)),
+        (["precision=bf16_mixed"], ("bf16", torch.float32, torch.float32)),
         (["precision=bf16_pure"], ("bf16", torch.bfloat16, torch.bfloat16)),
         (["dtype=fp64"], ("fp64", torch.float64, torch.float64)),
-        (["precision=bf16", "dtype=fp32"], ("fp32", torch.float32, torch.float32)),
+        (["precision=bf16_mixed", "dtype=fp32"], ("fp32", torch.float32, torch.float32)),
     ],
 )
 def test_dtype_and_precision_agree(overrides: list[str], expected: tuple) -> None:
@@ -309,7 +309,7 @@ OPTIMIZERS: dict[str, tuple[type, dict[str, Any]]] = {
 }
 FORMATS = {
     "fp32": ("fp32", torch.float32, torch.float32),
-    "bf16": ("bf16", torch.float32, torch.float32),
+    "bf16_mixed": ("bf16", torch.float32, torch.float32),
     "bf16_pure": ("bf16", torch.bfloat16, torch.bfloat16),
     "fp64": ("fp64", torch.float64, torch.float64),
 }

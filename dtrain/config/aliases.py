@@ -56,7 +56,7 @@ ALIASES = {
     ): "activation_checkpointing",
     "torch_compile": "compile",
     "fp16 float16 half amp use_fp16": FP16,
-    "bf16 bfloat16 use_bf16 mixed_precision": "precision=bf16",
+    "bf16 bfloat16 use_bf16 mixed_precision": "precision=bf16_mixed",
     "float32 tf32": "dtype=fp32",
     (
         "nproc nproc_per_node num_processes world_size gpus n_gpus ngpus num_gpus devices"
@@ -105,6 +105,7 @@ RENAMED = {
     "schedule.final_ratio": "lr_schedule.min_lr_ratio",
     "measure.warmup_steps": "measure.skip_steps",
     "model=mini": "model=toy_3m",
+    "precision=bf16": "precision=bf16_mixed",
     "model=small": "model=toy_11m",
     "model=medium": "model=gpt2_medium",
     "model=large": "model=gpt2_large",

@@ -118,7 +118,7 @@ class ParameterServer(Strategy):
         if self.compression == "power_sgd" and plan.precision.weights_dtype == torch.bfloat16:
             raise ValueError(
                 "strategy.dp.compression=power_sgd orthogonalises, which no CPU does in bf16: keep "
-                "weights in fp32 (precision=bf16)"
+                "weights in fp32 (precision=bf16_mixed)"
             )
         if plan.device.type != "cpu":
             raise ValueError(
