@@ -4,44 +4,15 @@ batch are a rank's.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from math import prod
 
 from dtrain.model.layout import divisors, multiples
-from dtrain.parallel.strategy import REST, Strategy
 
 MESH_ORDER = ("pp", "dp", "fsdp", "cp", "ep", "tp")
 BEFORE_VALUES = ("pp", "tp", "ep", "fsdp")
 AFTER_VALUES = ("cp", "dp")
 APPLICATION_ORDER = BEFORE_VALUES + AFTER_VALUES
-
-
-def in_application_order(strategies: Iterable[Strategy], world_size: int) -> tuple[Strategy, ...]:
-    """The strategies in application order, each told its degree.
-
-    Raises:
-        ValueError: an axis that there is not, two strategies on one, or degrees that do not fill
-            the world.
-    """
-    found: dict[str, Strategy] = {}
-    for strategy in strategies:
-        name, axis = type(strategy).__name__, strategy.axis
-        if axis not in APPLICATION_ORDER:
-            raise ValueError(
-                f"strategy {name} is on the axis {axis}: use one of {', '.join(MESH_ORDER)}"
-            )
-        if axis in found:
-            raise ValueError(
-                f"{type(found[axis]).__name__} and {name} both want the axis {axis}: choose "
-                f"one of them"
-            )
-        found[axis] = strategy
-    degrees = fill_degrees(
-        {axis: found[axis].degree for axis in MESH_ORDER if axis in found}, world_size
-    )
-    for axis, degree in degrees.items():
-        found[axis].degree = degree
-    return tuple(found[axis] for axis in APPLICATION_ORDER if axis in found)
+REST = -1  # a degree: all the ranks that the other axes leave
 
 
 def fill_degrees(degrees: dict[str, int], world_size: int) -> dict[str, int]:

@@ -8,17 +8,15 @@ Between `fsdp` and `cp` the parameters get their values: before, they have shape
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import nullcontext
+from dataclasses import replace
 from functools import partial
-from math import prod
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-import torch
 import torch.distributed as dist
-from torch import Size, Tensor, nn
-from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
 from torch.optim import Optimizer
 from torch.utils.checkpoint import checkpoint
 
@@ -39,34 +37,20 @@ from dtrain.model.layout import (
 )
 from dtrain.parallel.accumulate import GradientAccumulation
 from dtrain.parallel.checks.stepping import COLUMNS, ROWS, check_optimizer
-from dtrain.parallel.mesh import AFTER_VALUES, MESH_ORDER, in_application_order, rows_of_a_rank
-from dtrain.parallel.precision import Precision
-from dtrain.parallel.strategy import Executor, Strategy
+from dtrain.parallel.mesh import (
+    AFTER_VALUES,
+    APPLICATION_ORDER,
+    MESH_ORDER,
+    fill_degrees,
+    rows_of_a_rank,
+)
+from dtrain.parallel.strategy import Executor, ParallelContext, Strategy
+from dtrain.task.base import Task
 from dtrain.task.batch import Batch, Models, Stages, pieces
 
-if TYPE_CHECKING:
-    from dtrain.task.base import Task
 
-
-@dataclass(frozen=True)
-class Plan:
-    """Ordered strategies over one device mesh, with what every strategy needs to know of the run.
-
-    Args:
-        strategies: in application order; made by `Plan.of`.
-        world_size: ranks of the job.
-        precision, device, recompute, compile, clip_norm: as the configuration says.
-        mesh: None until `connect`; a plan without strategies needs none.
-    """
-
-    strategies: tuple[Strategy, ...]
-    world_size: int = 1
-    precision: Precision = field(default_factory=Precision)
-    device: torch.device = field(default_factory=lambda: torch.device("cpu"))
-    recompute: bool = False
-    compile: bool = False
-    clip_norm: float | None = 1.0
-    _mesh: DeviceMesh | None = None
+class Plan(ParallelContext):
+    """Strategies over one device mesh, folded over the model, the batch and the sums. See `of`."""
 
     @classmethod
     def of(cls, strategies: Iterable[Strategy], world_size: int, **settings: object) -> Plan:
@@ -91,21 +75,6 @@ class Plan:
         return replace(self, _mesh=mesh)
 
     @property
-    def mesh(self) -> DeviceMesh:
-        assert self._mesh is not None, "the plan is not connected"
-        return self._mesh
-
-    @property
-    def degrees(self) -> dict[str, int]:
-        """Ranks along each axis in use, outermost first."""
-        return {axis: s.degree for axis in MESH_ORDER if (s := self.strategy_on(axis))}
-
-    @property
-    def storage(self) -> torch.device:
-        """Where parameters are kept: host memory if a strategy offloads them."""
-        return torch.device("cpu") if any(s.offloads for s in self.strategies) else self.device
-
-    @property
     def groups(self) -> dict[str, tuple[str, list[int]]]:
         """The process groups along axes of several ranks, by name: the axis, and the ranks of
         this rank's group.
@@ -115,20 +84,6 @@ class Plan:
             group = self.mesh[axis].get_group()
             found[str(group.group_name)] = axis, dist.get_process_group_ranks(group)
         return found
-
-    def strategy_on(self, axis: str) -> Strategy | None:
-        """The strategy of this axis, if any."""
-        return next((s for s in self.strategies if s.axis == axis), None)
-
-    @property
-    def batch_parts(self) -> int:
-        """Into how many parts a batch is divided; the gradients of the parts are averaged."""
-        return prod(s.parts for s in self.strategies)
-
-    @property
-    def row_parts(self) -> int:
-        """How many ranks, or groups of ranks, read different rows."""
-        return prod(s.parts for s in self.strategies if s.divides == "rows")
 
     def micro_batches(self, global_batch_size: int, micro_batch_size: int | None) -> int:
         """Into how many micro-batches each rank divides its rows.
@@ -259,12 +214,6 @@ class Plan:
                 model = strategy.parallelize(model, self)
         return model
 
-    def unwrap(self, model: nn.Module) -> nn.Module:
-        """The model itself, whose parameters bear their full names under every plan."""
-        for strategy in self.strategies:
-            model = strategy.unwrap(model)
-        return model
-
     def optimizer(self, optimizer: Optimizer, model: nn.Module) -> Optimizer:
         for strategy in self.strategies:
             optimizer = strategy.optimizer(optimizer, model, self)
@@ -283,50 +232,10 @@ class Plan:
         )
         return next(filter(None, made), None) or GradientAccumulation(models, micro_batches, self)
 
-    @property
-    def casts(self) -> bool:
-        """Does a strategy cast weights and inputs itself?
-
-        Then activations between blocks are narrow too.
-        """
-        return any(strategy.casts_itself for strategy in self.strategies)
-
-    def autocast(self) -> AbstractContextManager:
-        """The context of every forward pass."""
-        return nullcontext() if self.casts else self.precision.autocast(self.device.type)
-
-    def activation(self, shape: Size) -> Size:
-        """The shape of activations between blocks on this rank, told that of whole ones."""
-        for strategy in self.strategies:
-            shape = strategy.activation(shape)
-        return shape
-
-    @contextmanager
-    def around(self, twice: Models | None = None) -> Iterator[None]:
-        """The strategies' contexts for forward and backward; `twice`: models whose gradients
-        are in the loss.
-        """
-        with ExitStack() as stack:
-            for strategy in self.strategies:
-                stack.enter_context(strategy.forward_backward_context(self))
-                for model in (twice or {}).values():
-                    stack.enter_context(strategy.double_backward_context(model))
-            yield
-
-    def sync_gradients(self, models: Models, enabled: bool) -> None:
-        for strategy in self.strategies:
-            for model in models.values():
-                strategy.sync_gradients(model, enabled)
-
     def begin_update(self, models: Models) -> None:
         for strategy in self.strategies:
             for model in models.values():
                 strategy.begin_update(model)
-
-    def finish_backward(self, models: Models) -> None:
-        for strategy in self.strategies:
-            for model in models.values():
-                strategy.finish_backward(model)
 
     def unused(self, model: nn.Module) -> list[nn.Parameter]:
         return [parameter for strategy in self.strategies for parameter in strategy.unused(model)]
@@ -337,15 +246,6 @@ class Plan:
             for strategy in self.strategies
             for name, calls in strategy.unit_calls(model).items()
         }
-
-    def most(self, value: Tensor) -> Tensor:
-        """The largest over all ranks that step together, in place. A collective."""
-        for strategy in self.strategies:
-            if strategy.synchronous and strategy.degree > 1:
-                dist.all_reduce(
-                    value, dist.ReduceOp.MAX, group=self.mesh[strategy.axis].get_group()
-                )
-        return value
 
     def reduce_gradients(self, model: nn.Module) -> None:
         """What is left to do for a model's gradients after backward, inner axes first.
@@ -382,6 +282,34 @@ class Plan:
         for strategy in (s for s in self.strategies if s.divides):
             value = strategy.sum_over_axis(value, self)
         return value
+
+
+def in_application_order(strategies: Iterable[Strategy], world_size: int) -> tuple[Strategy, ...]:
+    """The strategies in application order, each told its degree.
+
+    Raises:
+        ValueError: an axis that there is not, two strategies on one, or degrees that do not fill
+            the world.
+    """
+    found: dict[str, Strategy] = {}
+    for strategy in strategies:
+        name, axis = type(strategy).__name__, strategy.axis
+        if axis not in APPLICATION_ORDER:
+            raise ValueError(
+                f"strategy {name} is on the axis {axis}: use one of {', '.join(MESH_ORDER)}"
+            )
+        if axis in found:
+            raise ValueError(
+                f"{type(found[axis]).__name__} and {name} both want the axis {axis}: choose "
+                f"one of them"
+            )
+        found[axis] = strategy
+    degrees = fill_degrees(
+        {axis: found[axis].degree for axis in MESH_ORDER if axis in found}, world_size
+    )
+    for axis, degree in degrees.items():
+        found[axis].degree = degree
+    return tuple(found[axis] for axis in APPLICATION_ORDER if axis in found)
 
 
 def _twice() -> tuple[Any, Again]:

@@ -12,17 +12,15 @@ ranks agree by one small all-reduce on what nobody used.
 from __future__ import annotations
 
 from collections import defaultdict
-from typing import TYPE_CHECKING
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
 from dtrain.parallel.optimizer import OPTIMIZER_STATE
+from dtrain.parallel.plan import Plan
+from dtrain.parallel.strategy import ParallelContext
 from dtrain.task.batch import pieces
-
-if TYPE_CHECKING:
-    from dtrain.parallel.plan import Plan
 
 NEVER = 1 << 30  # runs of a unit that this rank does not have: neither the most nor the least
 
@@ -123,7 +121,7 @@ def reached_parameters(loss: Tensor) -> set[int]:
     return found
 
 
-def refuse_unused(model: nn.Module, used: set[int], plan: Plan, engine: str) -> None:
+def refuse_unused(model: nn.Module, used: set[int], plan: ParallelContext, engine: str) -> None:
     """Refuse to go on where some rank's rows have not used a parameter: for engines that would step
     it anyway.
 
@@ -174,7 +172,7 @@ def with_zero_states(
     return found
 
 
-def _everywhere(names: list[str], plan: Plan) -> list[str]:
+def _everywhere(names: list[str], plan: ParallelContext) -> list[str]:
     """The names that ranks along `pp` have, in one order; elsewhere all have the same.
 
     A collective.

@@ -8,23 +8,25 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
-from typing import TYPE_CHECKING, ClassVar
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from dataclasses import dataclass, field
+from math import prod
+from typing import ClassVar
 
 import torch
 import torch.distributed as dist
 from torch import Size, Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
 from torch.optim import Optimizer
 
 from dtrain.parallel.checks.rehearsal import Rehearsal
 from dtrain.parallel.footprint import Footprint
+from dtrain.parallel.mesh import MESH_ORDER, REST
 from dtrain.parallel.messages import Message
 from dtrain.parallel.optimizer import materialize_state
+from dtrain.parallel.precision import Precision
+from dtrain.task.base import Task, Update
 from dtrain.task.batch import Batch, Models, Sums, divide
-
-if TYPE_CHECKING:
-    from dtrain.parallel.plan import Plan
-    from dtrain.task.base import Task, Update
 
 EARLIER = {  # what strategies' and executors' own methods and attributes were called before
     "splits": "divides", "casts": "casts_itself", "cut": "split_into_stages",
@@ -33,7 +35,6 @@ EARLIER = {  # what strategies' and executors' own methods and attributes were c
     "leaves_out": "skips_nonfinite_steps", "tensors": "state_tensors",
     "restore": "load_state_tensors", "held": "tensors_by_kind",
 }  # fmt: skip
-REST = -1  # a degree: all the ranks that the other axes leave
 
 
 class Executor(ABC):
@@ -133,22 +134,22 @@ class Strategy:
         """
         return self.degree if self.divides else 1
 
-    def check(self, plan: Plan) -> None:
+    def check(self, plan: ParallelContext) -> None:
         """Raise ValueError, naming the remedy, if this plan cannot work.
 
         No process group exists yet.
         """
 
-    def check_model(self, model: nn.Module, plan: Plan) -> None:
+    def check_model(self, model: nn.Module, plan: ParallelContext) -> None:
         """Likewise, if it cannot work with this model, whose parameters may be on the meta
         device.
         """
 
-    def check_task(self, task: Task, plan: Plan) -> None:
+    def check_task(self, task: Task, plan: ParallelContext) -> None:
         """Likewise, with this task's batches and updates."""
 
     def rehearsals(
-        self, model: nn.Module, inputs: Sequence[Tensor], plan: Plan
+        self, model: nn.Module, inputs: Sequence[Tensor], plan: ParallelContext
     ) -> Iterator[Rehearsal]:
         """What the ranks along `axis` compute of a whole model, in this process: for the probe."""
         yield from ()
@@ -159,19 +160,19 @@ class Strategy:
         """
         return None
 
-    def shard(self, batch: Batch, plan: Plan) -> Batch:
+    def shard(self, batch: Batch, plan: ParallelContext) -> Batch:
         """This rank's part of the batch."""
         if self.divides != "rows":
             return batch
         return list(divide(batch, self.degree))[plan.mesh[self.axis].get_local_rank()]
 
-    def split_into_stages(self, model: nn.Module, plan: Plan) -> list[nn.Module]:
+    def split_into_stages(self, model: nn.Module, plan: ParallelContext) -> list[nn.Module]:
         """The pieces of the model that this rank holds, in order; their parameters keep their
         full names.
         """
         return [model]
 
-    def parallelize(self, model: nn.Module, plan: Plan) -> nn.Module:
+    def parallelize(self, model: nn.Module, plan: ParallelContext) -> nn.Module:
         """The model, or piece of it, that this rank trains: split, sharded or wrapped.
 
         On the axes `tp`, `ep` and `fsdp` parameters are still on the meta device; on `cp` and `dp`
@@ -183,22 +184,26 @@ class Strategy:
         """The model without this strategy's wrapper: its parameters bear their full names."""
         return model
 
-    def verify(self, model: nn.Module, plan: Plan) -> None:
+    def verify(self, model: nn.Module, plan: ParallelContext) -> None:
         """Assert that the model is what was asked for: wrapper, placements, sizes of the local
         shards.
         """
 
-    def optimizer(self, optimizer: Optimizer, model: nn.Module, plan: Plan) -> Optimizer:
+    def optimizer(self, optimizer: Optimizer, model: nn.Module, plan: ParallelContext) -> Optimizer:
         """The optimizer this rank steps."""
         return optimizer
 
     def executor(
-        self, models: Models, optimizers: Mapping[str, Optimizer], plan: Plan, micro_batches: int
+        self,
+        models: Models,
+        optimizers: Mapping[str, Optimizer],
+        plan: ParallelContext,
+        micro_batches: int,
     ) -> Executor | None:
         """Another way to run forward and backward than plain gradient accumulation, or None."""
         return None
 
-    def forward_backward_context(self, plan: Plan) -> AbstractContextManager:
+    def forward_backward_context(self, plan: ParallelContext) -> AbstractContextManager:
         """A context for every forward and backward pass."""
         return nullcontext()
 
@@ -235,12 +240,12 @@ class Strategy:
         """
         return {}
 
-    def reduce_gradients(self, model: nn.Module, plan: Plan) -> None:
+    def reduce_gradients(self, model: nn.Module, plan: ParallelContext) -> None:
         """Finish the gradients after the last backward pass of an update, before they are
         clipped.
         """
 
-    def combine_norm(self, norm: Tensor, plan: Plan) -> Tensor:
+    def combine_norm(self, norm: Tensor, plan: ParallelContext) -> Tensor:
         """What is told of the gradient's norm, where ranks along `axis` have gradients of their
         own. A collective.
         """
@@ -253,7 +258,7 @@ class Strategy:
     def after_evaluation(self, model: nn.Module) -> None:
         """Put away what a forward pass without a backward has left behind."""
 
-    def sum_over_axis(self, value: Tensor, plan: Plan) -> Tensor:
+    def sum_over_axis(self, value: Tensor, plan: ParallelContext) -> Tensor:
         """The sum of `value` over the ranks along `axis` that hold different parts of it, in
         place.
         """
@@ -261,17 +266,122 @@ class Strategy:
             dist.all_reduce(value, group=plan.mesh[self.axis].get_group())
         return value
 
-    def footprint(self, footprint: Footprint, plan: Plan) -> Footprint:
+    def footprint(self, footprint: Footprint, plan: ParallelContext) -> Footprint:
         """What the strategy leaves on the rank at `footprint.place` of what those before it
         have left there.
         """
         return footprint
 
-    def cost(self, footprint: Footprint, plan: Plan) -> list[Message]:
+    def cost(self, footprint: Footprint, plan: ParallelContext) -> list[Message]:
         """What that rank hands to collectives in an optimizer step; the footprint is what all
         strategies left.
         """
         return []
+
+
+@dataclass(frozen=True)
+class ParallelContext:
+    """What strategies and executors know of a run: its ranks, its number formats, each other.
+
+    Args:
+        strategies: in application order.
+        world_size: ranks of the job.
+        precision, device, recompute, compile, clip_norm: as the configuration says.
+        _mesh: None until `Plan.connect`; a plan without strategies needs none.
+    """
+
+    strategies: tuple[Strategy, ...]
+    world_size: int = 1
+    precision: Precision = field(default_factory=Precision)
+    device: torch.device = field(default_factory=lambda: torch.device("cpu"))
+    recompute: bool = False
+    compile: bool = False
+    clip_norm: float | None = 1.0
+    _mesh: DeviceMesh | None = None
+
+    @property
+    def mesh(self) -> DeviceMesh:
+        assert self._mesh is not None, "the plan is not connected"
+        return self._mesh
+
+    @property
+    def degrees(self) -> dict[str, int]:
+        """Ranks along each axis in use, outermost first."""
+        return {axis: s.degree for axis in MESH_ORDER if (s := self.strategy_on(axis))}
+
+    @property
+    def storage(self) -> torch.device:
+        """Where parameters are kept: host memory if a strategy offloads them."""
+        return torch.device("cpu") if any(s.offloads for s in self.strategies) else self.device
+
+    def strategy_on(self, axis: str) -> Strategy | None:
+        """The strategy of this axis, if any."""
+        return next((s for s in self.strategies if s.axis == axis), None)
+
+    @property
+    def batch_parts(self) -> int:
+        """Into how many parts a batch is divided; the gradients of the parts are averaged."""
+        return prod(s.parts for s in self.strategies)
+
+    @property
+    def row_parts(self) -> int:
+        """How many ranks, or groups of ranks, read different rows."""
+        return prod(s.parts for s in self.strategies if s.divides == "rows")
+
+    def unwrap(self, model: nn.Module) -> nn.Module:
+        """The model itself, whose parameters bear their full names under every plan."""
+        for strategy in self.strategies:
+            model = strategy.unwrap(model)
+        return model
+
+    @property
+    def casts(self) -> bool:
+        """Does a strategy cast weights and inputs itself?
+
+        Then activations between blocks are narrow too.
+        """
+        return any(strategy.casts_itself for strategy in self.strategies)
+
+    def autocast(self) -> AbstractContextManager:
+        """The context of every forward pass."""
+        return nullcontext() if self.casts else self.precision.autocast(self.device.type)
+
+    def activation(self, shape: Size) -> Size:
+        """The shape of activations between blocks on this rank, told that of whole ones."""
+        for strategy in self.strategies:
+            shape = strategy.activation(shape)
+        return shape
+
+    @contextmanager
+    def around(self, twice: Models | None = None) -> Iterator[None]:
+        """The strategies' contexts for forward and backward; `twice`: models whose gradients
+        are in the loss.
+        """
+        with ExitStack() as stack:
+            for strategy in self.strategies:
+                stack.enter_context(strategy.forward_backward_context(self))
+                for model in (twice or {}).values():
+                    stack.enter_context(strategy.double_backward_context(model))
+            yield
+
+    def sync_gradients(self, models: Models, enabled: bool) -> None:
+        for strategy in self.strategies:
+            for model in models.values():
+                strategy.sync_gradients(model, enabled)
+
+    def finish_backward(self, models: Models) -> None:
+        for strategy in self.strategies:
+            for model in models.values():
+                strategy.finish_backward(model)
+
+    def most(self, value: Tensor) -> Tensor:
+        """The largest over all ranks that step together, in place. A collective."""
+        for strategy in self.strategies:
+            if strategy.synchronous and strategy.degree > 1:
+                dist.all_reduce(
+                    value, dist.ReduceOp.MAX, group=self.mesh[strategy.axis].get_group()
+                )
+        return value
 
 
 def _refuse_earlier_names(cls: type, base: type) -> None:

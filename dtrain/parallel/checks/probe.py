@@ -19,7 +19,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -45,12 +45,10 @@ from dtrain.parallel.checks.trial import (
     try_rows,
 )
 from dtrain.parallel.checks.unsaved import try_again
+from dtrain.parallel.plan import Plan
 from dtrain.parallel.strategy import Strategy
+from dtrain.task.base import Task
 from dtrain.task.batch import Batch, Models, evaluating
-
-if TYPE_CHECKING:
-    from dtrain.parallel.plan import Plan
-    from dtrain.task.base import Task
 
 MOVED = 0.02  # standard deviation of what is added to each weight
 TOLERANCES = {torch.float64: 1e-7, torch.float32: 1e-3}  # relative; what is wrong is wrong by more
