@@ -205,7 +205,7 @@ class Trainer(TrainingState):
         return (
             f"step {step + 1}: loss {loss:g}, gradient norm {norm:g} of {update.trains!r} "
             f"({where}; batch {step} of seed {self.settings.seed}): training stops before this "
-            f"update; try a lower optimizer.lr or more lr_schedule.warmup_steps"
+            "update; try a lower optimizer.lr or more lr_schedule.warmup_steps"
         )
 
     def evaluate(self) -> dict[str, float]:

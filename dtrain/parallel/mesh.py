@@ -25,8 +25,8 @@ def fill_degrees(degrees: dict[str, int], world_size: int) -> dict[str, int]:
     for axis, degree in degrees.items():
         if degree != REST and degree < 1:
             raise ValueError(
-                f"strategy.{axis}.degree={degree} must be at least 1, or -1 for the rest of "
-                f"the world"
+                f"strategy.{axis}.degree={degree} must be at least 1, or -1 for the rest of the "
+                "world"
             )
     asked = (
         " x ".join(f"{axis}={'rest' if d == REST else d}" for axis, d in degrees.items())
@@ -48,8 +48,7 @@ def fill_degrees(degrees: dict[str, int], world_size: int) -> dict[str, int]:
         least = fixed * 2 ** len(free)
         raise ValueError(
             f"strategy {asked} needs at least 2 ranks on each of {' and '.join(free)}: {least} or "
-            f"more in all, the "
-            f"job has {world_size}; or set strategy.{free[0]}.degree"
+            f"more in all, the job has {world_size}; or set strategy.{free[0]}.degree"
         )
     return filled
 
@@ -70,7 +69,7 @@ def rows_of_a_rank(global_batch_size: int, ranks: int, micro_batch_size: int | N
             else ""
         )
         raise ValueError(
-            f"global_batch_size={global_batch_size} is not divisible by {ranks} data-parallel ranks"
-            f"{micro}: use global_batch_size={multiples(global_batch_size, unit)}{other}"
+            f"global_batch_size={global_batch_size} is not divisible by {ranks} data-parallel "
+            f"ranks{micro}: use global_batch_size={multiples(global_batch_size, unit)}{other}"
         )
     return global_batch_size // ranks

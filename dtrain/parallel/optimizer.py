@@ -85,8 +85,7 @@ def named_tensors(model: nn.Module, optimizer: torch.optim.Optimizer | None) -> 
             if not isinstance(value, Tensor | int | float):
                 raise ValueError(
                     f"{type(optimizer).__name__} keeps a {type(value).__name__} as {key!r} of "
-                    f"{name}, and "
-                    f"a checkpoint takes tensors and numbers: use another optimizer"
+                    f"{name}, and a checkpoint takes tensors and numbers: use another optimizer"
                 )
             full = f"{OPTIMIZER_STATE}{name}.{key}"
             tensors[full] = (

@@ -159,8 +159,8 @@ class Plan(ParallelContext):
             self.check_model(model)
             if name not in task.followers and not any(p.requires_grad for p in model.parameters()):
                 raise ValueError(
-                    f"nothing of {type(model).__name__} trains: requires_grad is false of all "
-                    f"its weights"
+                    f"nothing of {type(model).__name__} trains: requires_grad is false of all its "
+                    "weights"
                 )
         self.check_updates(task)
 
@@ -185,8 +185,8 @@ class Plan(ParallelContext):
             asked = "activation_checkpointing" if self.recompute else "compile"
             name = type(model).__name__
             raise ValueError(
-                f"{asked}=true acts on a model's blocks, and {name} names none in a Layout: "
-                f"use {asked}=false, or name them (dtrain/model/layout.py)"
+                f"{asked}=true acts on a model's blocks, and {name} names none in a Layout: use "
+                f"{asked}=false, or name them (dtrain/model/layout.py)"
             )
 
     def check_optimizer(
@@ -300,8 +300,8 @@ def in_application_order(strategies: Iterable[Strategy], world_size: int) -> tup
             )
         if axis in found:
             raise ValueError(
-                f"{type(found[axis]).__name__} and {name} both want the axis {axis}: choose "
-                f"one of them"
+                f"{type(found[axis]).__name__} and {name} both want the axis {axis}: choose one of "
+                "them"
             )
         found[axis] = strategy
     degrees = fill_degrees(

@@ -62,8 +62,8 @@ class Precision:
             torch.float32,
         ):
             raise ValueError(
-                f"dtype={self.compute} with precision.weights={self.weights}: only bf16 with "
-                f"fp32 mix"
+                f"dtype={self.compute} with precision.weights={self.weights}: only bf16 with fp32 "
+                "mix"
             )
 
     @property

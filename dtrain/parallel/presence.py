@@ -99,11 +99,9 @@ class Presence:
         for name, high, low in zip(self._units, runs, runs[len(self._units) :], strict=False):
             if high != -low:
                 raise ValueError(
-                    f"{name} ran {high} times for some rank's rows and {-low} times for "
-                    f"another's: fsdp "
-                    f"and replicate exchange a block when it runs, so all ranks must run it "
-                    f"alike; use "
-                    f"strategy=ddp, allreduce or zero1"
+                    f"{name} ran {high} times for some rank's rows and {-low} times for another's: "
+                    "fsdp and replicate exchange a block when it runs, so all ranks must run it "
+                    "alike; use strategy=ddp, allreduce or zero1"
                 )
 
 
@@ -140,11 +138,9 @@ def refuse_unused(model: nn.Module, used: set[int], plan: ParallelContext, engin
     found = plan.most(torch.tensor(lacking, dtype=torch.uint8, device=plan.device)).tolist()
     if unused := [name for name, lacks in zip(names, found, strict=True) if lacks]:
         raise ValueError(
-            f"{unused[0]} (one of {len(unused)} weights) is not used by the rows of some "
-            f"rank's micro-"
-            f"batch, and {engine} steps every weight in every step: use strategy=ddp, zero1 or "
-            f"fsdp, or "
-            f"freeze what is never used (requires_grad=False)"
+            f"{unused[0]} (one of {len(unused)} weights) is not used by the rows of some rank's "
+            f"micro-batch, and {engine} steps every weight in every step: use strategy=ddp, zero1 "
+            "or fsdp, or freeze what is never used (requires_grad=False)"
         )
 
 

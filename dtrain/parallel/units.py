@@ -104,8 +104,7 @@ class Roll:
 def _apart(who: str, unit: str) -> str:
     return (
         f"{who} on to {unit}, and others to something else: fsdp and replicate exchange a block "
-        f"when it runs, so all "
-        f"ranks must run it alike; use strategy=ddp, allreduce or zero1"
+        "when it runs, so all ranks must run it alike; use strategy=ddp, allreduce or zero1"
     )
 
 
@@ -223,7 +222,6 @@ def refuse_sharing(model: nn.Module, strategy: str) -> None:
         if unit(one) != unit(other):
             raise ValueError(
                 f"{type(model).__name__} shares {other} with {one}, and strategy {strategy} "
-                f"exchanges each block by "
-                f"itself: use strategy=ddp, allreduce or zero1, or keep what is shared in one "
-                f"block or outside of all"
+                "exchanges each block by itself: use strategy=ddp, allreduce or zero1, or keep "
+                "what is shared in one block or outside of all"
             )

@@ -82,9 +82,8 @@ def _tried(task: Task, plan: Plan, micro_batches: int, seed: int) -> tuple[str, 
     ]
     if too_large:
         return (
-            f"probe: {too_large[0]} is too large to be tried whole: nothing says that it "
-            f"computes the "
-            f"same when divided",
+            f"probe: {too_large[0]} is too large to be tried whole: nothing says that it computes "
+            "the same when divided",
         )
     batch = {name: tensor[:ROWS].clone() for name, tensor in task.batch(0).items()}
     notes = tuple(_try(task, plan, batch, tried, micro_batches, seed))
@@ -119,7 +118,7 @@ def _try(
             raise
         yield (
             f"probe: the model does not run on the host, so nothing was tried ({plan.device.type} "
-            f"is asked for)"
+            "is asked for)"
         )
         return
     tolerance = TOLERANCES[dtype]
@@ -211,8 +210,7 @@ def _refuse_made(models: Models, there: dict[str, set[str]]) -> None:
         if made := sorted(set(dict(model.named_parameters())) - there[name]):
             raise Late(
                 f"{made[0]} of {type(model).__name__} is made by its first forward pass: no "
-                f"optimizer would "
-                f"train it, and ranks would draw others: make it in the constructor"
+                "optimizer would train it, and ranks would draw others: make it in the constructor"
             )
 
 
@@ -222,9 +220,8 @@ def _copy(model: nn.Module) -> nn.Module:
     except RuntimeError as error:
         raise ValueError(
             f"{type(model).__name__} cannot be copied, to be tried in parts "
-            f"({error_in_words(error)}): a tensor among its attributes is computed, as by the "
-            f"old torch.nn.utils.weight_norm (that of parametrizations is not); or use a "
-            f"strategy on dp"
+            f"({error_in_words(error)}): a tensor among its attributes is computed, as by the old "
+            "torch.nn.utils.weight_norm (that of parametrizations is not); or use a strategy on dp"
         ) from error
 
 
@@ -246,15 +243,13 @@ def _try_original(
         except Exception as error:
             raise ValueError(
                 f"model.layout: {model.kind} does not run in parts ({error_in_words(error)}): use "
-                f"model.layout=null, "
-                f"with a strategy on dp or fsdp"
+                "model.layout=null, with a strategy on dp or fsdp"
             ) from error
     if (far := difference(found, expected)) > tolerance:
         raise ValueError(
             f"model.layout: in parts {model.kind} gives other logits than the original, by "
-            f"{far:.2g} of the "
-            f"largest: it computes something between its modules (a window, a multiplier); use "
-            f"model.layout=null, with a strategy on dp or fsdp"
+            f"{far:.2g} of the largest: it computes something between its modules (a window, a "
+            "multiplier); use model.layout=null, with a strategy on dp or fsdp"
         )
 
 
@@ -299,16 +294,15 @@ def _compare(rehearsal: Rehearsal, run: Run, tolerance: float) -> None:
     if (far := difference(found, expected)) > tolerance:
         raise ValueError(
             f"{name} {rehearsal.what} computes something else than whole: outputs differ by "
-            f"{far:.2g} of the "
-            f"largest. {rehearsal.hint}"
+            f"{far:.2g} of the largest. {rehearsal.hint}"
         )
     if found_slopes is None or expected_slopes is None:
         return
     if (far := difference(found_slopes, expected_slopes)) > tolerance * LOOSER:
         raise ValueError(
-            f"{name} {rehearsal.what} has other gradients than whole, by {far:.2g} of the "
-            f"largest: what its "
-            f"forward does between its modules to them alone (detach) is lost. {rehearsal.hint}"
+            f"{name} {rehearsal.what} has other gradients than whole, by {far:.2g} of the largest: "
+            "what its forward does between its modules to them alone (detach) is lost. "
+            f"{rehearsal.hint}"
         )
 
 

@@ -63,8 +63,8 @@ def refuse_foreign(piece: nn.Module, given: Tensor, output: Tensor, model: nn.Mo
         names[i] for i in _leaves([output.grad_fn], {given.grad_fn}) if i in names and i not in own
     ]:
         raise ValueError(
-            f"one of them uses {foreign[0]}, which another has: let them share it as a "
-            f"parameter of both"
+            f"one of them uses {foreign[0]}, which another has: let them share it as a parameter "
+            "of both"
         )
 
 
@@ -307,19 +307,17 @@ def _refuse_mixed(name: str, seen: _Seen, early: list[str], both: list[str]) -> 
         if id(mark) in set(_leaves(outputs, seen.ends)):
             raise ValueError(
                 f"{path or 'the whole'} of {name} holds `column` layers, and gives its input to "
-                f"something else "
-                f"besides (a residual, a gate): put them into a module of their own"
+                "something else besides (a residual, a gate): put them into a module of their own"
             )
     if early:
         raise ValueError(
-            f"{early[0]} of {name} acts within the module that holds `column` layers, before "
-            f"them: let it act "
-            f"before that module"
+            f"{early[0]} of {name} acts within the module that holds `column` layers, before them: "
+            "let it act before that module"
         )
     if both:
         raise ValueError(
-            f"{both[0]} of {name} acts on what tp divides, between `column` and `row` layers, "
-            f"and on what it does not: give it two parameters, or use a strategy on dp or fsdp"
+            f"{both[0]} of {name} acts on what tp divides, between `column` and `row` layers, and "
+            "on what it does not: give it two parameters, or use a strategy on dp or fsdp"
         )
 
 

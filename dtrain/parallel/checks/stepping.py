@@ -80,8 +80,8 @@ def check_optimizer(
             _compare(
                 expected,
                 _whole(make, start, gradients, name, seed=1),
-                f"optimizer {name} draws random numbers, "
-                "and each rank would draw its own: use another, such as AdamW, or one process",
+                f"optimizer {name} draws random numbers, and each rank would draw its own: use "
+                "another, such as AdamW, or one process",
             )
         for part, strategy in stepped.items():
             if part == REGROUPED:
@@ -91,12 +91,9 @@ def check_optimizer(
             _compare(
                 wanted,
                 found,
-                f"optimizer {name} is not for strategy "
-                f"{strategy}, which gives it {TOLD[part]}: it would come to other weights than on "
-                f"one process. "
-                f"Use strategy=ddp or allreduce, or an optimizer that takes each element by "
-                f"itself, such as "
-                f"AdamW",
+                f"optimizer {name} is not for strategy {strategy}, which gives it {TOLD[part]}: it "
+                "would come to other weights than on one process. Use strategy=ddp or allreduce, "
+                "or an optimizer that takes each element by itself, such as AdamW",
             )
 
 
@@ -117,9 +114,8 @@ def _drawn(make: Make) -> tuple[str, list[list[Tensor]]]:
         if "lr" not in group:
             has = ", ".join(repr(key) for key in group if key != "params") or "nothing"
             raise ValueError(
-                f"optimizer {name} has no 'lr' in its group {number}, where schedule sets "
-                f"each step's "
-                f"rate: it has {has}; call the rate lr there"
+                f"optimizer {name} has no 'lr' in its group {number}, where schedule sets each "
+                f"step's rate: it has {has}; call the rate lr there"
             )
     return name, drawn
 
@@ -140,9 +136,8 @@ def _refuse_hooks(make: Make, start: list[Tensor], gradients: list[Tensor], name
     if found or moved or not left:
         raise ValueError(
             f"optimizer {name} acts in the backward pass, by hooks on its parameters, where a "
-            f"gradient is "
-            f"one rank's or one micro-batch's: use another, such as AdamW, or one process without "
-            f"micro-batches"
+            "gradient is one rank's or one micro-batch's: use another, such as AdamW, or one "
+            "process without micro-batches"
         )
 
 
@@ -172,8 +167,8 @@ def _check_resume(
     none.
     """
     why = (
-        f"optimizer {name} cannot go on from a checkpoint, which has what it keeps of each "
-        f"weight: it keeps"
+        f"optimizer {name} cannot go on from a checkpoint, which has what it keeps of each weight: "
+        "it keeps"
     )
     model = Weights(start)
     optimizer = make(model)
@@ -189,8 +184,7 @@ def _check_resume(
         if began := sorted({key.rpartition(".")[2] for key in names - kept[0].keys()}):
             raise ValueError(
                 f"optimizer {name} begins to keep {began[0]} in step {after}, and {late} resumes "
-                f"what it "
-                f"keeps from the first step on: use another, such as AdamW, or strategy=ddp"
+                "what it keeps from the first step on: use another, such as AdamW, or strategy=ddp"
             )
     for after in (n for n in RESUMED_AFTER if n < len(gradients)):
         try:

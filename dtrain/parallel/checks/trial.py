@@ -77,11 +77,9 @@ def try_rows(run: Run, tolerance: float, again: bool) -> None:
     far = difference(run.alone(), together)
     if far > tolerance:
         raise ValueError(
-            f"the rows of a batch are not computed apart in {name}: alone and together they "
-            f"differ by "
-            f"{far:.2g} of the largest output. Statistics of rows, as batch norm's, would be "
-            f"those of a "
-            f"part: use GroupNorm or LayerNorm, or one process without micro-batches"
+            f"the rows of a batch are not computed apart in {name}: alone and together they differ "
+            f"by {far:.2g} of the largest output. Statistics of rows, as batch norm's, would be "
+            "those of a part: use GroupNorm or LayerNorm, or one process without micro-batches"
         )
     run(EVERYTHING if again else slice(0, 1))
     if again:
@@ -93,9 +91,8 @@ def try_rows(run: Run, tolerance: float, again: bool) -> None:
         if difference(other[key], value) > tolerance:
             why = "twice for a step" if again else "of a part of the rows"
             raise ValueError(
-                f"{key} of {name} is moved by each forward pass, and would be moved {why}: use "
-                f"one process "
-                f"without micro-batches and recomputation, or keep it still"
+                f"{key} of {name} is moved by each forward pass, and would be moved {why}: use one "
+                "process without micro-batches and recomputation, or keep it still"
             )
 
 
@@ -127,9 +124,8 @@ def _refuse_changed(run: Run, weights: dict[str, Tensor]) -> None:
         if difference(weight.detach(), weights[key]) > 0:
             raise ValueError(
                 f"{key} of {type(run.model).__name__} is changed by its forward pass (max_norm, "
-                f"clamp_): ranks that "
-                f"hold a part, or a copy, would train another: change it in the optimizer's step, "
-                f"or use one process"
+                "clamp_): ranks that hold a part, or a copy, would train another: change it in "
+                "the optimizer's step, or use one process"
             )
 
 
@@ -151,10 +147,9 @@ def try_gradients_of_rows(run: Run, tolerance: float) -> None:
     if (far := difference(*found)) > tolerance * LOOSER:
         raise ValueError(
             f"the gradients of a batch are not those of its rows in {name}: together and alone "
-            f"they differ by "
-            f"{far:.2g} of the largest. A hook or a backward of one's own that looks at the "
-            f"whole batch "
-            f"would look at a part: let the loss hold it, or use one process without micro-batches"
+            f"they differ by {far:.2g} of the largest. A hook or a backward of one's own that "
+            "looks at the whole batch would look at a part: let the loss hold it, or use one "
+            "process without micro-batches"
         )
 
 
@@ -190,8 +185,7 @@ def try_as_another_rank(run: Run, tolerance: float) -> None:
     if difference(*run.under(*ranks)) > tolerance:
         raise ValueError(
             f"{type(run.model).__name__} computes something else where RANK or LOCAL_RANK is "
-            f"another: ranks would "
-            f"train different models"
+            "another: ranks would train different models"
         )
 
 

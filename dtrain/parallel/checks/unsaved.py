@@ -45,8 +45,7 @@ def try_again(run: Run, tolerance: float) -> Iterator[str]:
         if difference(again[key], buffer) > tolerance:
             raise ValueError(
                 f"{key} of {name} goes on with each forward pass, and no checkpoint holds it, so "
-                f"that no run could "
-                f"resume: leave persistent=False out"
+                "that no run could resume: leave persistent=False out"
             )
     if (far := difference(second, first)) > tolerance:
         what = (
@@ -56,15 +55,13 @@ def try_again(run: Run, tolerance: float) -> Iterator[str]:
         )
         raise ValueError(
             f"{what} on with each forward pass, its outputs follow (by {far:.2g} of the largest), "
-            f"and no checkpoint "
-            f"holds it, so that no run could resume: make it a buffer, or draw by torch's global "
-            f"generator"
+            "and no checkpoint holds it, so that no run could resume: make it a buffer, or draw "
+            "by torch's global generator"
         )
     if changed:
         yield (
             f"probe: {', '.join(changed[:3])} of {name} changes with each forward pass, and no "
-            f"checkpoint holds it: a "
-            f"resumed run begins it anew"
+            "checkpoint holds it: a resumed run begins it anew"
         )
 
 
