@@ -21,9 +21,9 @@ from dtrain.model.layout import StepAware
 from dtrain.parallel.clip import clip_gradients
 from dtrain.parallel.optimizer import lr_factor
 from dtrain.parallel.plan import Plan
-from dtrain.parallel.presence import Presence
 from dtrain.parallel.spans import EXCHANGE, FIGURES, FORWARD_BACKWARD, OPTIMIZER
 from dtrain.parallel.training_state import TrainingState
+from dtrain.parallel.unused_parameters import UnusedParameters
 from dtrain.task.base import Task, Update
 from dtrain.task.batch import evaluating
 
@@ -101,7 +101,7 @@ class Trainer(TrainingState):
         micro_batches = plan.micro_batches(settings.global_batch_size, settings.micro_batch_size)
         super().__init__(task, plan, optimizer, micro_batches, settings.seed)
         self.settings, self.phase = settings, phase
-        self._presence = {n: Presence(self.models[n], plan) for n in self.optimizers}
+        self._unused = {n: UnusedParameters(self.models[n], plan) for n in self.optimizers}
         self._step_aware = {
             n: [m for m in model.modules() if isinstance(m, StepAware)]
             for n, model in self.models.items()
@@ -153,17 +153,17 @@ class Trainer(TrainingState):
             model = self.models[update.trains]
             for module in self._step_aware[update.trains]:
                 module.before_step(scale)
-            presence = self._presence[update.trains] if self._executor.leaves_gradients else None
+            unused = self._unused[update.trains] if self._executor.leaves_gradients else None
             self.plan.begin_update(self.models)
             with self.phase(FORWARD_BACKWARD):
                 part = self._executor.train(update, own_rows, scale)
             with self.phase(EXCHANGE):
-                if presence:
-                    presence.fill()
+                if unused:
+                    unused.fill()
                 self.plan.reduce_gradients(model)
             with self.phase(FIGURES):
-                if presence:
-                    presence.settle()
+                if unused:
+                    unused.settle()
                 loss = self.plan.total(part.clone()).item() / self.plan.batch_parts
                 engine_norm = self._executor.norm(update.trains)
                 norm = (
@@ -228,6 +228,6 @@ class Trainer(TrainingState):
                         value = self.plan.total(value.to(self.plan.device, torch.float64))
                         sums[name] = sums.get(name, torch.zeros_like(value)) + value
         self.plan.after_evaluation(self.models)
-        for presence in self._presence.values():
-            presence.check_units()
+        for unused in self._unused.values():
+            unused.check_units()
         return {name: total.cpu() for name, total in sums.items()} if sums and sums["count"] else {}

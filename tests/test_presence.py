@@ -334,8 +334,8 @@ class Later(Rows):
 
 def _refused(strategy: str, task: Task, *, ours: bool = False) -> str:
     with (
-        mock.patch("dtrain.parallel.units.is_foreign", lambda _: not ours),
-        mock.patch("dtrain.parallel.units.ALIKE", 3),
+        mock.patch("dtrain.parallel.fsdp_units.is_foreign", lambda _: not ours),
+        mock.patch("dtrain.parallel.fsdp_units.ALIKE", 3),
     ):
         run = made(strategy, 2, None, task=task, steps=4)
         try:

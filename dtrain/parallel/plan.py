@@ -36,7 +36,7 @@ from dtrain.model.layout import (
     set_attributes,
 )
 from dtrain.parallel.accumulate import GradientAccumulation
-from dtrain.parallel.checks.stepping import COLUMNS, ROWS, check_optimizer
+from dtrain.parallel.checks.optimizer import COLUMNS, ROWS, check_optimizer
 from dtrain.parallel.mesh import (
     AFTER_VALUES,
     APPLICATION_ORDER,

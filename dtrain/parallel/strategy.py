@@ -114,7 +114,7 @@ class Strategy:
     asynchronous: ClassVar[bool] = False  # do its ranks train without meeting in every step?
     # what ranks along `axis` divide of a batch: "rows", "tokens" or ""
     divides: ClassVar[str] = "rows"
-    # which parts of a weight does a rank's optimizer step? See `checks/stepping.py`
+    # which parts of a weight does a rank's optimizer step? See `checks/optimizer.py`
     stepped: tuple[str, ...] = ()
 
     def __init_subclass__(cls, **more: object) -> None:

@@ -27,8 +27,8 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, Shard
 
 from dtrain.model.layout import divisors, experts_of
+from dtrain.parallel.checks.optimizer import REGROUPED, ROWS
 from dtrain.parallel.checks.rehearsal import Rehearsal, experts_on_ranks
-from dtrain.parallel.checks.stepping import REGROUPED, ROWS
 from dtrain.parallel.footprint import Footprint, ModelPart
 from dtrain.parallel.messages import Message, all_reduce_each, message
 from dtrain.parallel.strategy import ParallelContext, Strategy, all_reduce_mean, local_part

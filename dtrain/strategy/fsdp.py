@@ -23,19 +23,19 @@ from torch.distributed.tensor import DTensor, Shard
 from torch.distributed.tensor.placement_types import _StridedShard
 
 from dtrain.model.layout import blocks_of, refuse_complex
+from dtrain.parallel.checks.optimizer import ROWS
 from dtrain.parallel.checks.rehearsal import Rehearsal, unit_by_unit
-from dtrain.parallel.checks.stepping import ROWS
 from dtrain.parallel.footprint import FORWARD, FREE, Footprint
-from dtrain.parallel.mesh import REST
-from dtrain.parallel.messages import Message, message
-from dtrain.parallel.strategy import ParallelContext, Strategy, local_part
-from dtrain.parallel.units import (
+from dtrain.parallel.fsdp_units import (
     begin_update,
     refuse_sharing,
     unit_calls,
     unused_parameters,
     watch_units,
 )
+from dtrain.parallel.mesh import REST
+from dtrain.parallel.messages import Message, message
+from dtrain.parallel.strategy import ParallelContext, Strategy, local_part
 from dtrain.strategy.replicate import Replicate, fsdp_module, kept_gathered, reshard
 
 ELSEWHERE = (

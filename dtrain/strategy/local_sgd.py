@@ -37,7 +37,6 @@ from dtrain.parallel.footprint import Footprint
 from dtrain.parallel.mesh import REST
 from dtrain.parallel.messages import Message, message
 from dtrain.parallel.optimizer import OPTIMIZER_STATE, named_tensors
-from dtrain.parallel.presence import with_zero_states
 from dtrain.parallel.strategy import (
     Executor,
     ParallelContext,
@@ -46,6 +45,7 @@ from dtrain.parallel.strategy import (
     check_options,
     local_part,
 )
+from dtrain.parallel.unused_parameters import with_zero_states
 from dtrain.task.batch import Batch, Models, Sums
 
 if TYPE_CHECKING:

@@ -22,9 +22,7 @@ from torch.distributed.tensor import DTensor
 
 from dtrain.model.layout import blocks_of
 from dtrain.parallel.footprint import Footprint
-from dtrain.parallel.messages import Message, message
-from dtrain.parallel.strategy import ParallelContext, Strategy
-from dtrain.parallel.units import (
+from dtrain.parallel.fsdp_units import (
     accumulate_losses,
     begin_update,
     refuse_sharing,
@@ -32,6 +30,8 @@ from dtrain.parallel.units import (
     unused_parameters,
     watch_units,
 )
+from dtrain.parallel.messages import Message, message
+from dtrain.parallel.strategy import ParallelContext, Strategy
 
 
 class Replicate(Strategy):

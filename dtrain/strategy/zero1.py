@@ -25,7 +25,7 @@ from torch import nn
 from torch.optim import Optimizer
 
 from dtrain.model.layout import refuse_complex
-from dtrain.parallel.checks.stepping import APART
+from dtrain.parallel.checks.optimizer import APART
 from dtrain.parallel.footprint import Footprint, Weight
 from dtrain.parallel.messages import Message, message
 from dtrain.parallel.strategy import ParallelContext, local_part

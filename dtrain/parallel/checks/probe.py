@@ -31,7 +31,7 @@ from dtrain.data.seeded import Again, generator, seed_everything
 from dtrain.model.initialize import build_with_values, cast, on_meta
 from dtrain.model.layout import StepAware, is_ours, offers, refuse_gradient_hooks
 from dtrain.parallel.checks.rehearsal import Forward, Rehearsal, shared_copy
-from dtrain.parallel.checks.trial import (
+from dtrain.parallel.checks.row_independence import (
     LOOSER,
     ROWS,
     Run,
@@ -44,7 +44,7 @@ from dtrain.parallel.checks.trial import (
     try_large_weights,
     try_rows,
 )
-from dtrain.parallel.checks.unsaved import try_again
+from dtrain.parallel.checks.unsaved_state import try_again
 from dtrain.parallel.plan import Plan
 from dtrain.parallel.strategy import Strategy
 from dtrain.task.base import Task

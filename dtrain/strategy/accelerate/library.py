@@ -18,8 +18,8 @@ from torch.optim import Optimizer
 from dtrain.model.layout import attributes_set, set_attributes
 from dtrain.parallel.accumulate import GradientAccumulation
 from dtrain.parallel.optimizer import named_tensors
-from dtrain.parallel.presence import with_zero_states
 from dtrain.parallel.strategy import ParallelContext
+from dtrain.parallel.unused_parameters import with_zero_states
 from dtrain.task.batch import Batch, Models, Sums
 
 if TYPE_CHECKING:

@@ -29,10 +29,10 @@ from torch.optim import Optimizer
 
 from dtrain.model.layout import blocks_of
 from dtrain.parallel.footprint import Footprint
+from dtrain.parallel.fsdp_units import watch_units
 from dtrain.parallel.mesh import REST
 from dtrain.parallel.messages import Message, message
 from dtrain.parallel.strategy import Executor, ParallelContext, local_part
-from dtrain.parallel.units import watch_units
 from dtrain.strategy.accelerate.library import (
     AccelerateExecutor,
     AccelerateLocalSGDExecutor,

@@ -21,8 +21,8 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from dtrain.model.layout import divisors, layout_of, modules_at
+from dtrain.parallel.checks.optimizer import COLUMNS, ROWS
 from dtrain.parallel.checks.rehearsal import Rehearsal, split_on_ranks
-from dtrain.parallel.checks.stepping import COLUMNS, ROWS
 from dtrain.parallel.footprint import Footprint
 from dtrain.parallel.messages import Message
 from dtrain.parallel.optimizer import OPTIMIZER_STATE

@@ -27,8 +27,8 @@ from dtrain.parallel.footprint import Footprint
 from dtrain.parallel.mesh import REST
 from dtrain.parallel.messages import Message
 from dtrain.parallel.optimizer import OPTIMIZER_STATE
-from dtrain.parallel.presence import refuse_unused
 from dtrain.parallel.strategy import Executor, ParallelContext, full_tensor
+from dtrain.parallel.unused_parameters import refuse_unused
 from dtrain.strategy.deepspeed.engine_state import (
     distribute_states,
     materialize_states,

@@ -30,12 +30,12 @@ from torch.optim import Optimizer
 
 from dtrain.model.layout import attributes_set
 from dtrain.parallel.accumulate import GradientAccumulation
-from dtrain.parallel.checks.stepping import FLAT
+from dtrain.parallel.checks.optimizer import FLAT
 from dtrain.parallel.footprint import Footprint
 from dtrain.parallel.mesh import REST
 from dtrain.parallel.messages import Message
-from dtrain.parallel.presence import reached_parameters, refuse_unused
 from dtrain.parallel.strategy import Executor, ParallelContext, Strategy
+from dtrain.parallel.unused_parameters import reached_parameters, refuse_unused
 from dtrain.strategy.deepspeed.autotp import AutoTP
 from dtrain.strategy.deepspeed.engine_state import (
     bytes_held,

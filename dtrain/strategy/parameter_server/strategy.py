@@ -26,7 +26,7 @@ import torch
 from torch import nn
 
 from dtrain.model.layout import StepAware
-from dtrain.parallel.checks.stepping import APART
+from dtrain.parallel.checks.optimizer import APART
 from dtrain.parallel.mesh import REST
 from dtrain.parallel.strategy import ParallelContext, Strategy, check_options
 from dtrain.strategy.parameter_server.gradient_compression import METHODS

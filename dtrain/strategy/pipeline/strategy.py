@@ -33,8 +33,8 @@ from torch.distributed.pipelining import schedules
 from torch.optim import Optimizer
 
 from dtrain.model.layout import Absent, layout_of, shared_names
+from dtrain.parallel.checks.optimizer import APART, REGROUPED
 from dtrain.parallel.checks.rehearsal import Rehearsal, refuse_foreign, shared_copy
-from dtrain.parallel.checks.stepping import APART, REGROUPED
 from dtrain.parallel.footprint import Activation, Footprint
 from dtrain.parallel.mesh import REST
 from dtrain.parallel.messages import Message, message

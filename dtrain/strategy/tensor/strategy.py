@@ -52,13 +52,13 @@ from dtrain.model.layout import (
     multiples,
     shared_names,
 )
+from dtrain.parallel.checks.optimizer import COLUMNS, REGROUPED, ROWS
 from dtrain.parallel.checks.rehearsal import (
     DoesNotRun,
     Rehearsal,
     parameters_between,
     split_on_ranks,
 )
-from dtrain.parallel.checks.stepping import COLUMNS, REGROUPED, ROWS
 from dtrain.parallel.footprint import Footprint, ModelPart, Shape
 from dtrain.parallel.mesh import REST
 from dtrain.parallel.messages import Message, all_reduce_each, message

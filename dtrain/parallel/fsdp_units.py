@@ -29,7 +29,7 @@ ALIKE = 2  # updates in which the same units run in the same order: then ranks c
 AT_ONCE_S, POLL_S = 0.02, 0.001
 
 
-class Roll:
+class RollCall:
     """What the ranks of one model say that they run next.
 
     Each counts itself in at a place of the update, under the name of what it runs there; who waits
@@ -113,7 +113,7 @@ class Unit:
     gradients it had.
     """
 
-    def __init__(self, group: Any, name: str, roll: Roll | None) -> None:
+    def __init__(self, group: Any, name: str, roll: RollCall | None) -> None:
         self.group, self.name, self.roll, self.calls = group, name, roll, 0
         self.used: set[int] = set()  # its parameters that backward has reached in this update
         # is a first backward pass part of the loss? It gives no weight a gradient
@@ -164,7 +164,7 @@ class Unit:
 
 def watch_units(model: nn.Module, ranks: list[int]) -> None:
     """Have every unit of the model, or of a stage, watched from now on; `ranks` share them."""
-    roll, found = Roll(ranks) if is_foreign(model) and len(ranks) > 1 else None, []
+    roll, found = RollCall(ranks) if is_foreign(model) and len(ranks) > 1 else None, []
     for name, module in model.named_modules():
         if isinstance(module, FSDPModule):
             groups = module._get_fsdp_state()._fsdp_param_groups

@@ -10,7 +10,13 @@ from torch import Tensor, nn
 
 from dtrain.data.seeded import seed_everything
 from dtrain.model.layout import StepAware
-from dtrain.parallel.checks.trial import EVERYTHING, Run, difference, restore_values, set_weights
+from dtrain.parallel.checks.row_independence import (
+    EVERYTHING,
+    Run,
+    difference,
+    restore_values,
+    set_weights,
+)
 from dtrain.parallel.optimizer_extras import Kept
 
 

@@ -25,7 +25,7 @@ from dtrain.task.batch import pieces
 NEVER = 1 << 30  # runs of a unit that this rank does not have: neither the most nor the least
 
 
-class Presence:
+class UnusedParameters:
     """The gradients of one model that is trained. Making one and `settle` are collectives.
 
     Args:
