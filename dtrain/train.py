@@ -27,7 +27,7 @@ from dtrain.parallel.unused_parameters import UnusedParameters
 from dtrain.task.base import Task, Update
 from dtrain.task.batch import evaluating
 
-Phase = Callable[[str], AbstractContextManager[None]]  # by which instruments follow the loop
+Phase = Callable[[str], AbstractContextManager[object]]  # by which instruments follow the loop
 
 
 class NonFinite(ArithmeticError):

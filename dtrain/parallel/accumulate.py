@@ -32,7 +32,7 @@ class GradientAccumulation(Executor):
         return total
 
     def backward(self, update: Update, loss: Tensor) -> None:
-        loss.backward()
+        loss.backward()  # type: ignore[no-untyped-call]
 
     @torch.no_grad()
     def evaluate(self, update: Update, batch: Batch) -> Sums:

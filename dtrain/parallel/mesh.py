@@ -1,6 +1,4 @@
-"""The axes of the mesh: their two orders, how many ranks lie along each, how many rows of a
-batch are a rank's.
-"""
+"""The axes of the mesh: their two orders, the ranks along each, and a rank's rows of a batch."""
 
 from __future__ import annotations
 
@@ -16,8 +14,9 @@ REST = -1  # a degree: all the ranks that the other axes leave
 
 
 def fill_degrees(degrees: dict[str, int], world_size: int) -> dict[str, int]:
-    """Replace each -1 by its share of the ranks that the other axes leave; inner axes get the
-    larger shares.
+    """Replace each -1 by its share of the ranks that the other axes leave.
+
+    Inner axes get the larger shares.
 
     Raises:
         ValueError: the degrees cannot fill the world exactly.
@@ -54,10 +53,10 @@ def fill_degrees(degrees: dict[str, int], world_size: int) -> dict[str, int]:
 
 
 def rows_of_a_rank(global_batch_size: int, ranks: int, micro_batch_size: int | None) -> int:
-    """How many rows each of `ranks` data-parallel ranks reads.
+    """Return how many rows each of `ranks` data-parallel ranks reads.
 
     Raises:
-        ValueError: they do not come out even, also in micro-batches.
+        ValueError: the rows do not divide evenly into ranks and micro-batches.
     """
     unit = ranks * (micro_batch_size or 1)
     if global_batch_size % unit:

@@ -50,7 +50,7 @@ from dtrain.task.batch import Batch, Models, Stages, pieces
 
 
 class Plan(ParallelContext):
-    """Strategies over one device mesh, folded over the model, the batch and the sums. See `of`."""
+    """A context, and the folds of its strategies over model, batch and sums; made by `of`."""
 
     @classmethod
     def of(cls, strategies: Iterable[Strategy], world_size: int, **settings: object) -> Plan:
@@ -66,7 +66,7 @@ class Plan(ParallelContext):
         return plan
 
     def connect(self) -> Plan:
-        """The same plan with its device mesh. A collective: every rank calls it, once."""
+        """Return the same plan with its device mesh. Collective: every rank calls it once."""
         if not self.degrees:
             return self
         mesh = init_device_mesh(
@@ -76,20 +76,18 @@ class Plan(ParallelContext):
 
     @property
     def groups(self) -> dict[str, tuple[str, list[int]]]:
-        """The process groups along axes of several ranks, by name: the axis, and the ranks of
-        this rank's group.
-        """
-        found = {}
-        for axis in (axis for axis, degree in self.degrees.items() if degree > 1):
-            group = self.mesh[axis].get_group()
-            found[str(group.group_name)] = axis, dist.get_process_group_ranks(group)
-        return found
+        """Return the axis and ranks of this rank's process groups of several ranks, by name."""
+        groups = [(axis, self.mesh[axis].get_group()) for axis, n in self.degrees.items() if n > 1]
+        return {
+            str(group.group_name): (axis, dist.get_process_group_ranks(group))
+            for axis, group in groups
+        }
 
     def micro_batches(self, global_batch_size: int, micro_batch_size: int | None) -> int:
-        """Into how many micro-batches each rank divides its rows.
+        """Return into how many micro-batches each rank divides its rows.
 
         Raises:
-            ValueError: the rows do not come out even.
+            ValueError: the rows do not divide evenly.
         """
         rows = rows_of_a_rank(global_batch_size, self.row_parts, micro_batch_size)
         for strategy in self.strategies:
@@ -99,7 +97,7 @@ class Plan(ParallelContext):
 
     @property
     def coordinates(self) -> tuple[int, int]:
-        """Which of the batch's parts this rank reads, and which stage of the model it holds."""
+        """Return which part of the batch this rank reads, and which stage of the model it holds."""
         part = 0
         for axis in MESH_ORDER:
             if (strategy := self.strategy_on(axis)) and strategy.divides:
@@ -107,13 +105,13 @@ class Plan(ParallelContext):
         return part, self.mesh["pp"].get_local_rank() if self.strategy_on("pp") else 0
 
     def shard(self, batch: Batch) -> Batch:
-        """This rank's part of a global batch."""
+        """Return this rank's part of a global batch."""
         for strategy in sorted(self.strategies, key=lambda s: MESH_ORDER.index(s.axis)):
             batch = strategy.shard(batch, self)
         return {name: tensor.to(self.device) for name, tensor in batch.items()}
 
     def parallelize(self, factory: ModelFactory, seed: int) -> nn.Module:
-        """Build the model this rank trains. A collective."""
+        """Build the model that this rank trains. Collective."""
         model = build(factory, seed)
         self.check_model(model)
         compared = self.world_size > 1 and is_foreign(model)
@@ -133,25 +131,27 @@ class Plan(ParallelContext):
         for block in blocks_of(model):
             if self.recompute:
                 # a compiled one draws by torch alone
-                contexts: Any = {} if self.compile else {"context_fn": _twice}
+                contexts: Any = {} if self.compile else {"context_fn": _checkpoint_contexts}
                 block.forward = partial(checkpoint, block.forward, use_reentrant=False, **contexts)
             if self.compile:
                 block.compile()
         model = self._apply(("fsdp",), model)
-        told = (
-            None
-            if not is_foreign(model)
-            else lambda name, values: digests.update({name: digest(values)})
+        note_values = (
+            (lambda name, values: digests.update({name: digest(values)}))
+            if is_foreign(model)
+            else None
         )
-        materialize(model, seed, self.storage, self.device, self.precision.weights_dtype, told)
+        weights = self.precision.weights_dtype
+        materialize(model, seed, self.storage, self.device, weights, note_values)
         model = self._apply(AFTER_VALUES, model)
         for strategy in self.strategies:
             strategy.verify(model, self)
         return model
 
     def check_task(self, task: Task) -> None:
-        """Refuse what cannot work with this task's models, updates and batches; needs no other
-        process.
+        """Refuse what cannot work with this task's models, updates and batches.
+
+        It needs no other process.
         """
         for name, factory in task.models.items():
             model = on_meta(factory)
@@ -165,7 +165,7 @@ class Plan(ParallelContext):
         self.check_updates(task)
 
     def check_updates(self, task: Task) -> None:
-        """The same but for the models, which `parallelize` checks as it builds them."""
+        """The same without the models, which `parallelize` checks as it builds them."""
         for strategy in self.strategies:
             strategy.check_task(task, self)
 
@@ -192,20 +192,15 @@ class Plan(ParallelContext):
     def check_optimizer(
         self, optimizer: Callable[[nn.Module], Optimizer], micro_batches: int = 1
     ) -> None:
-        """Refuse an optimizer that would step parts of weights to other values, or could not be
-        resumed.
-        """
+        """Refuse an optimizer that would step parts to other values, or could not be resumed."""
         alone = self.world_size == 1 and not self.strategies and micro_batches == 1
-        stepped = {kind: strategy for strategy in self.strategies for kind in strategy.stepped}
-        told = {kind: type(s).__name__ for kind, s in stepped.items()}
+        stepped = {kind: type(s).__name__ for s in self.strategies for kind in s.stepped}
         late = type(self.without_late_states).__name__ if self.without_late_states else ""
-        check_optimizer(optimizer, told, self.world_size > 1, alone=alone, late=late)
+        check_optimizer(optimizer, stepped, self.world_size > 1, alone=alone, late=late)
 
     @property
     def without_late_states(self) -> Strategy | None:
-        """The strategy that resumes no state which an optimizer begins to keep after its first
-        step; None: there is none.
-        """
+        """Return the strategy, if any, that resumes no state which begins after the first step."""
         return next((s for s in self.strategies if s.engine or not s.synchronous), None)
 
     def _apply(self, axes: Sequence[str], model: nn.Module) -> nn.Module:
@@ -222,15 +217,14 @@ class Plan(ParallelContext):
     def executor(
         self, models: Models, optimizers: Mapping[str, Optimizer], micro_batches: int
     ) -> Executor:
-        """The first strategy's own way to run forward and backward, or gradient accumulation."""
+        """Return the first strategy's own executor, or gradient accumulation."""
         if micro_batches > 1:
             for model in models.values():
                 refuse_batch_norm(model)
-        made = (
-            strategy.executor(models, optimizers, self, micro_batches)
-            for strategy in self.strategies
-        )
-        return next(filter(None, made), None) or GradientAccumulation(models, micro_batches, self)
+        for strategy in self.strategies:
+            if executor := strategy.executor(models, optimizers, self, micro_batches):
+                return executor
+        return GradientAccumulation(models, micro_batches, self)
 
     def begin_update(self, models: Models) -> None:
         for strategy in self.strategies:
@@ -248,10 +242,7 @@ class Plan(ParallelContext):
         }
 
     def reduce_gradients(self, model: nn.Module) -> None:
-        """What is left to do for a model's gradients after backward, inner axes first.
-
-        A collective.
-        """
+        """Finish a model's gradients after backward, inner axes first. Collective."""
         for axis in reversed(MESH_ORDER):
             if strategy := self.strategy_on(axis):
                 strategy.reduce_gradients(model, self)
@@ -270,14 +261,15 @@ class Plan(ParallelContext):
                     strategy.after_evaluation(piece)
 
     def total(self, value: Tensor) -> Tensor:
-        """The sum over all ranks that hold different parts of `value`, in place. A collective."""
+        """Sum `value` in place over all ranks that hold different parts of it. Collective."""
         for strategy in self.strategies:
             value = strategy.sum_over_axis(value, self)
         return value
 
     def sum_over_batch_parts(self, value: Tensor) -> Tensor:
-        """The sum over the ranks that read different parts of the batch, in place: of what each
-        stage counts.
+        """Sum in place over the ranks that read different parts of the batch. Collective.
+
+        Of what each stage of a model counts for itself.
         """
         for strategy in (s for s in self.strategies if s.divides):
             value = strategy.sum_over_axis(value, self)
@@ -285,35 +277,32 @@ class Plan(ParallelContext):
 
 
 def in_application_order(strategies: Iterable[Strategy], world_size: int) -> tuple[Strategy, ...]:
-    """The strategies in application order, each told its degree.
+    """Return the strategies in application order, and set their degrees.
 
     Raises:
-        ValueError: an axis that there is not, two strategies on one, or degrees that do not fill
-            the world.
+        ValueError: an unknown axis, two strategies on one, or degrees that do not fill the world.
     """
-    found: dict[str, Strategy] = {}
+    by_axis: dict[str, Strategy] = {}
     for strategy in strategies:
         name, axis = type(strategy).__name__, strategy.axis
         if axis not in APPLICATION_ORDER:
             raise ValueError(
                 f"strategy {name} is on the axis {axis}: use one of {', '.join(MESH_ORDER)}"
             )
-        if axis in found:
+        if axis in by_axis:
             raise ValueError(
-                f"{type(found[axis]).__name__} and {name} both want the axis {axis}: choose one of "
-                "them"
+                f"{type(by_axis[axis]).__name__} and {name} both want the axis {axis}: choose one "
+                "of them"
             )
-        found[axis] = strategy
+        by_axis[axis] = strategy
     degrees = fill_degrees(
-        {axis: found[axis].degree for axis in MESH_ORDER if axis in found}, world_size
+        {axis: by_axis[axis].degree for axis in MESH_ORDER if axis in by_axis}, world_size
     )
     for axis, degree in degrees.items():
-        found[axis].degree = degree
-    return tuple(found[axis] for axis in APPLICATION_ORDER if axis in found)
+        by_axis[axis].degree = degree
+    return tuple(by_axis[axis] for axis in APPLICATION_ORDER if axis in by_axis)
 
 
-def _twice() -> tuple[Any, Again]:
-    """What a block's forward pass runs in, and then its second one, which draws what the first
-    has drawn.
-    """
+def _checkpoint_contexts() -> tuple[Any, Again]:
+    """Return the contexts of a block's first and second forward pass: both draw the same."""
     return nullcontext(), Again()
