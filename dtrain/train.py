@@ -163,7 +163,7 @@ class Trainer(TrainingState):
                 self.plan.reduce_gradients(model)
             with self.phase(FIGURES):
                 if unused:
-                    unused.settle()
+                    unused.drop_unused()
                 loss = self.plan.total(part.clone()).item() / self.plan.batch_parts
                 engine_norm = self._executor.norm(update.trains)
                 norm = (
