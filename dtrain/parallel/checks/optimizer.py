@@ -39,6 +39,7 @@ STEPS, FEW, PARTS = 12, 4, 2  # some change what they do every few steps, or fro
 RESUMED_AFTER = (3, 4, 5, 7)  # no period longer than one step divides them all
 TOLERANCE = 1e-9  # relative, in fp64
 Make = Callable[[nn.Module], Optimizer]
+Tensors = list[Tensor]
 
 
 class Weights(nn.Module):
@@ -67,23 +68,23 @@ def check_optimizer(
     with torch.random.fork_rng(devices=[]), Again():
         name, (start, *gradients) = _drawn(make)
         if not alone:
-            _refuse_hooks(make, start, gradients[0], name)
-        expected = _whole(make, start, gradients, name, seed=0)
+            _refuse_hooks(make, start, gradients[0])
+        expected = _whole(make, start, gradients)
         # one that diverges: the run itself will report that
         if not all(weight.isfinite().all() for weight in expected):
             gradients = gradients[:FEW]
-            expected = _whole(make, start, gradients, name, seed=0)
-        _check_resume(make, start, gradients, name, expected, late)
+            expected = _whole(make, start, gradients)
+        _check_resume(make, start, gradients, expected, late)
         if several:
             _compare(
                 expected,
-                _whole(make, start, gradients, name, seed=1),
+                _whole(make, start, gradients, seed=1),
                 f"optimizer {name} draws random numbers, and each rank would draw its own: use "
                 "another, such as AdamW, or one process",
             )
         for part, strategy in stepped.items():
             if part == REGROUPED:
-                wanted, weights = _regrouped(make, start, gradients, name)
+                wanted, weights = _regrouped(make, start, gradients)
             else:
                 wanted, weights = expected, _in_parts(make, start, gradients, part)
             _compare(
@@ -96,7 +97,7 @@ def check_optimizer(
             )
 
 
-def _drawn(make: Make) -> tuple[str, list[list[Tensor]]]:
+def _drawn(make: Make) -> tuple[str, list[Tensors]]:
     """Draw weights, and gradients for each step; return the optimizer's name with them."""
     generator = torch.Generator().manual_seed(0)
     drawn = [
@@ -119,10 +120,10 @@ def _drawn(make: Make) -> tuple[str, list[list[Tensor]]]:
     return name, drawn
 
 
-def _refuse_hooks(make: Make, start: list[Tensor], gradients: list[Tensor], name: str) -> None:
+def _refuse_hooks(make: Make, start: Tensors, gradients: Tensors) -> None:
     """Refuse steps, and changes of gradients, in the backward pass: it is one rank's alone."""
     model = Weights(start)
-    _optimizer = make(model)  # lives as long as its hooks are looked for
+    optimizer = make(model)  # lives as long as its hooks are looked for
     hooked = any(map(has_gradient_hook, model.all))
     torch.autograd.backward(list(model.all), [gradient.clone() for gradient in gradients])
     moved = any(not torch.equal(p, before) for p, before in zip(model.all, start, strict=True))
@@ -132,48 +133,40 @@ def _refuse_hooks(make: Make, start: list[Tensor], gradients: list[Tensor], name
     )
     if hooked or moved or not untouched:
         raise ValueError(
-            f"optimizer {name} acts in the backward pass, by hooks on its parameters, where a "
-            "gradient is one rank's or one micro-batch's: use another, such as AdamW, or one "
-            "process without micro-batches"
+            f"optimizer {type(optimizer).__name__} acts in the backward pass, by hooks on its "
+            "parameters, where a gradient is one rank's or one micro-batch's: use another, such as "
+            "AdamW, or one process without micro-batches"
         )
 
 
-def _whole(
-    make: Make, start: list[Tensor], gradients: list[list[Tensor]], name: str, *, seed: int
-) -> list[Tensor]:
+def _whole(make: Make, start: Tensors, gradients: list[Tensors], *, seed: int = 0) -> Tensors:
     model = Weights(start)
     optimizer = make(model)
     try:
-        for place, each in enumerate(gradients):
-            _step(optimizer, model.all, each, seed=place + seed)
+        return _run(optimizer, model.all, gradients, seed)
     except Exception as error:
         # user's code may raise anything: it wants a closure, or sparse gradients
+        name = type(optimizer).__name__
         raise ValueError(f"optimizer {name} cannot step here: {error_in_words(error)}") from None
-    return [p.detach() for p in model.all]
 
 
 def _check_resume(
-    make: Make,
-    start: list[Tensor],
-    gradients: list[list[Tensor]],
-    name: str,
-    expected: list[Tensor],
-    late: str,
+    make: Make, start: Tensors, gradients: list[Tensors], expected: Tensors, late: str
 ) -> None:
     """Refuse an optimizer that goes on from a checkpoint otherwise than without one."""
+    model = Weights(start)
+    optimizer = make(model)
+    name = type(optimizer).__name__
     why = (
         f"optimizer {name} cannot go on from a checkpoint, which has what it keeps of each weight: "
         "it keeps"
     )
-    model = Weights(start)
-    optimizer = make(model)
     checkpoints: list[dict[str, Tensor]] = []
     extras: list[dict[str, Kept]] = []
     for place, each in enumerate(gradients):
         _step(optimizer, model.all, each, seed=place)
-        checkpoints.append(
-            {key: tensor.clone() for key, tensor in named_tensors(model, optimizer).items()}
-        )
+        tensors = named_tensors(model, optimizer)
+        checkpoints.append({key: tensor.clone() for key, tensor in tensors.items()})
         extras.append(extra_state(optimizer, TOLERANCE))
     for after, names in enumerate(map(set, checkpoints if late else ()), start=1):
         if began := sorted({key.rpartition(".")[2] for key in names - checkpoints[0].keys()}):
@@ -186,23 +179,15 @@ def _check_resume(
             weights, after_a_step = _resumed(make, start, gradients, after, checkpoints[after - 1])
         except Exception:  # user's code may raise anything
             weights, after_a_step = [], extras[after]  # such as a list that is not there
-        lost = [
-            key
-            for key in after_a_step | extras[after]
-            if after_a_step.get(key) != extras[after].get(key)
-        ]
-        if lost:
-            raise ValueError(f"{why} {lost[0]} too; use another, such as AdamW")
+        for key in after_a_step | extras[after]:
+            if after_a_step.get(key) != extras[after].get(key):
+                raise ValueError(f"{why} {key} too; use another, such as AdamW")
         _compare(expected, weights, f"{why} more, or in other ways; use another, such as AdamW")
 
 
 def _resumed(
-    make: Make,
-    start: list[Tensor],
-    gradients: list[list[Tensor]],
-    after: int,
-    saved: dict[str, Tensor],
-) -> tuple[list[Tensor], dict[str, Kept]]:
+    make: Make, start: Tensors, gradients: list[Tensors], after: int, saved: dict[str, Tensor]
+) -> tuple[Tensors, dict[str, Kept]]:
     """Resume from a checkpoint; return the last weights, and the extra state one step later.
 
     One step later, since what each step makes anew, such as a norm, is no loss.
@@ -231,15 +216,13 @@ def _resumed(
     return [p.detach() for p in model.all], extras
 
 
-def _regrouped(
-    make: Make, start: list[Tensor], gradients: list[list[Tensor]], name: str
-) -> tuple[list[Tensor], list[Tensor]]:
+def _regrouped(make: Make, start: Tensors, gradients: list[Tensors]) -> tuple[Tensors, Tensors]:
     """Step small weights in the groups of one process, then of two meshes and of single weights.
 
     Returns the former's weights and the latter's, in the same order.
     """
     small = [[t[(slice(9),) * t.ndim] for t in (*each, *each)] for each in (start, *gradients)]
-    expected = _whole(make, small[0], small[1:], name, seed=0)
+    expected = _whole(make, small[0], small[1:])
     half, wanted, weights = len(start), [], []
     for chosen in (list(range(2 * half)), *([place] for place in range(half))):
         model = Weights(small[0][place] for place in chosen)
@@ -250,18 +233,14 @@ def _regrouped(
         except ValueError:  # Muon takes no vectors: a rank with vectors alone would report that
             continue
         try:
-            for place, each in enumerate(small[1:]):
-                _step(optimizer, model.all, [each[i] for i in chosen], seed=place)
+            weights += _run(optimizer, model.all, [[each[i] for i in chosen] for each in small[1:]])
         except Exception:  # user's code may raise anything: of groups that are not there
             return expected, []
         wanted += [expected[place] for place in chosen]
-        weights += [p.detach() for p in model.all]
     return wanted, weights
 
 
-def _in_parts(
-    make: Make, start: list[Tensor], gradients: list[list[Tensor]], kind: str
-) -> list[Tensor]:
+def _in_parts(make: Make, start: Tensors, gradients: list[Tensors], kind: str) -> Tensors:
     """Step each part by an optimizer of its own; return nothing if one cannot step its part."""
     cut = [_cut(each, kind) for each in (start, *gradients)]
     stepped = []
@@ -275,16 +254,14 @@ def _in_parts(
                 parts = [whole if kind == APART else nn.Parameter(values[0].clone())]
                 for group in optimizer.param_groups:
                     group["params"] = parts if any(p is whole for p in group["params"]) else []
-            for place, each in enumerate(own):
-                _step(optimizer, parts, each, seed=place)
-            stepped.append([p.detach() for p in parts])
+            stepped.append(_run(optimizer, parts, own))
     except Exception:  # user's code may raise anything
         # it has made states of whole weights, say, or sums over dims that are not there
         return []
     return _joined(stepped, start, kind)
 
 
-def _cut(tensors: list[Tensor], kind: str) -> list[list[Tensor]]:
+def _cut(tensors: Tensors, kind: str) -> list[Tensors]:
     if kind == APART:
         return [[tensor] for tensor in tensors]
     if kind == FLAT:
@@ -293,7 +270,7 @@ def _cut(tensors: list[Tensor], kind: str) -> list[list[Tensor]]:
     return [list(each) for each in zip(*pieces, strict=True)]
 
 
-def _joined(stepped: list[list[Tensor]], start: list[Tensor], kind: str) -> list[Tensor]:
+def _joined(stepped: list[Tensors], start: Tensors, kind: str) -> Tensors:
     if kind == APART:
         return [tensor for (tensor,) in stepped]
     if kind == FLAT:
@@ -306,8 +283,20 @@ def _joined(stepped: list[list[Tensor]], start: list[Tensor], kind: str) -> list
     ]
 
 
+def _run(
+    optimizer: Optimizer,
+    parameters: Iterable[nn.Parameter],
+    gradients: Iterable[Tensors],
+    seed: int = 0,
+) -> Tensors:
+    """Step by each of the gradients; return the weights."""
+    for place, each in enumerate(gradients, seed):
+        _step(optimizer, parameters, each, seed=place)
+    return [p.detach() for p in parameters]
+
+
 def _step(
-    optimizer: Optimizer, parameters: Iterable[nn.Parameter], gradients: list[Tensor], *, seed: int
+    optimizer: Optimizer, parameters: Iterable[nn.Parameter], gradients: Tensors, *, seed: int
 ) -> None:
     seed_everything(seed)
     for parameter, gradient in zip(parameters, gradients, strict=True):
@@ -315,7 +304,7 @@ def _step(
     optimizer.step()
 
 
-def _compare(expected: list[Tensor], weights: list[Tensor], problem: str) -> None:
+def _compare(expected: Tensors, weights: Tensors, problem: str) -> None:
     """Raise ValueError, with the problem and the difference, unless both are the same."""
     if not weights:
         raise ValueError(f"{problem} (it fails in a trial)")
