@@ -22,10 +22,8 @@ def parameter_groups(model: nn.Module) -> list[dict[str, Any]]:
     for parameter in model.parameters():
         if parameter.requires_grad:
             decays, mesh = parameter.ndim >= 2, str(getattr(parameter, "device_mesh", ""))
-            settings: dict[str, Any] = (
-                {"params": []} if decays else {"params": [], "weight_decay": 0.0}
-            )
-            groups.setdefault((decays, mesh), settings)["params"].append(parameter)
+            group: dict[str, Any] = {"params": []} | ({} if decays else {"weight_decay": 0.0})
+            groups.setdefault((decays, mesh), group)["params"].append(parameter)
     return [groups[key] for key in sorted(groups, reverse=True)] or [{"params": []}]
 
 

@@ -99,7 +99,7 @@ def _try_models(
     task: Task, plan: Plan, batch: Batch, tried: list[str], micro_batches: int, seed: int
 ) -> Iterator[str]:
     try:
-        models, dtype = _running(task, batch, seed, (torch.float64, torch.float32))
+        models, dtype = _build_running(task, batch, seed)
     except ValueError:
         if plan.device.type == "cpu":
             raise
@@ -151,14 +151,14 @@ def _try_models(
                         _compare(rehearsal, run, tolerance)
 
 
-def _running(
-    task: Task, batch: Batch, seed: int, dtypes: tuple[torch.dtype, ...]
-) -> tuple[Models, torch.dtype]:
+def _build_running(task: Task, batch: Batch, seed: int) -> tuple[Models, torch.dtype]:
     """Build whole models in the first format in which the updates run."""
-    for dtype in dtypes:
-        models = {
-            name: build_with_values(factory, seed, dtype) for name, factory in task.models.items()
-        }
+
+    def build(dtype: torch.dtype) -> Models:
+        return {n: build_with_values(factory, seed, dtype) for n, factory in task.models.items()}
+
+    for dtype in TOLERANCES:
+        models = build(dtype)
         try:
             names = {name: set(dict(model.named_parameters())) for name, model in models.items()}
             for update in task.updates:
@@ -170,14 +170,11 @@ def _running(
                     if loss.requires_grad:
                         loss.sum().backward()  # type: ignore[no-untyped-call]
             _refuse_late_parameters(models, names)
-            # built anew: buffers may have changed
-            return {
-                n: build_with_values(factory, seed, dtype) for n, factory in task.models.items()
-            }, dtype
+            return build(dtype), dtype  # anew: buffers may have changed
         except LateParameter:
             raise
         except Exception as error:  # user's code may raise anything
-            if dtype == dtypes[-1]:
+            if dtype == [*TOLERANCES][-1]:
                 inputs = ", ".join(getattr(task.updates[0], "inputs", ()))
                 in_parts = any(m.original() for m in models.values() if offers(m, "original"))  # type: ignore[operator]
                 hint = ": use model.layout=null, with a strategy on dp or fsdp" if in_parts else ""

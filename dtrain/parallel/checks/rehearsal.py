@@ -23,6 +23,7 @@ from dtrain.config.constructor import error_in_words
 from dtrain.model.layout import Layout, blocks_of, experts_of, holders, layout_of, modules_at
 
 Forward = Callable[..., Tensor]
+Arguments = tuple[tuple[Any, ...], dict[str, Any]]  # positional, and named
 SPLIT = (
     "a `column` layer of its Layout must give each rank heads, or hidden units, of its own (two "
     "layers in one matrix do not: make them two), a `row` layer must read them, and what lies "
@@ -94,44 +95,33 @@ def split_on_ranks(model: nn.Module, n: int, sequence_parallel: bool) -> Rehears
     """Rehearse `column` and `row` layers on n ranks, whose outputs are joined along the rows."""
     layout, copy = layout_of(model), shared_copy(model)
 
-    def by_rank(x: Tensor) -> list[Tensor]:
-        return list(x.chunk(n))
+    def own_slice(dim: int, module: nn.Module, inputs: Any, output: Tensor) -> Tensor:
+        return torch.cat([x.chunk(n, dim)[rank] for rank, x in enumerate(output.chunk(n))])
 
-    def own_features(module: nn.Module, inputs: Any, output: Tensor) -> Tensor:
-        return torch.cat([x.chunk(n, -1)[rank] for rank, x in enumerate(by_rank(output))])
+    def joined(dim: int, x: Tensor) -> Tensor:
+        return torch.cat(x.chunk(n), dim).repeat(n, *[1] * (x.ndim - 1))
 
     def all_features(module: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-        return torch.cat(by_rank(inputs[0]), -1).repeat(n, *[1] * (inputs[0].ndim - 1)), *inputs[1:]
+        return joined(-1, inputs[0]), *inputs[1:]
 
-    def own_tokens(module: nn.Module, inputs: Any, output: Tensor) -> Tensor:
-        return torch.cat([x.chunk(n, 1)[rank] for rank, x in enumerate(by_rank(output))])
-
-    def all_tokens(
-        module: nn.Module, inputs: tuple[Any, ...], named: dict[str, Any]
-    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        first = next(iter(named)) if not inputs else None
-        x = inputs[0] if first is None else named[first]
-        x = torch.cat(by_rank(x), 1).repeat(n, *[1] * (x.ndim - 1))
-        return ((x, *inputs[1:]), named) if first is None else ((), {**named, first: x})
+    def all_tokens(module: nn.Module, inputs: tuple[Any, ...], named: dict[str, Any]) -> Arguments:
+        return _change_first(partial(joined, 1), inputs, named)
 
     for _, layer in modules_at(copy, layout.column):
-        layer.register_forward_hook(own_features)
+        layer.register_forward_hook(partial(own_slice, -1))
     for _, layer in modules_at(copy, layout.row):
         layer.register_forward_pre_hook(all_features)
     for _, experts in experts_of(copy):
         experts.forward = _by_hidden(experts, dict(layout.hidden), n)
     if sequence_parallel:
         routers = holders(path for path, _ in experts_of(copy))
-        heads = [
-            path
-            for path, layer in modules_at(copy, layout.vocabulary)
-            if isinstance(layer, nn.Linear)
-        ]
+        vocabulary = modules_at(copy, layout.vocabulary)
+        heads = [path for path, layer in vocabulary if isinstance(layer, nn.Linear)]
         columns = holders(path for path, _ in modules_at(copy, layout.column))
         for path in {*columns, *routers, *heads}:
             copy.get_submodule(path).register_forward_pre_hook(all_tokens, with_kwargs=True)
         for _, layer in modules_at(copy, (layout.first, *layout.row, *routers)):
-            layer.register_forward_hook(own_tokens)
+            layer.register_forward_hook(partial(own_slice, 1))
 
     def whole(*inputs: Tensor) -> Tensor:
         return torch.cat([model(*inputs)] * n)
@@ -141,6 +131,16 @@ def split_on_ranks(model: nn.Module, n: int, sequence_parallel: bool) -> Rehears
         return outputs
 
     return Rehearsal(f"split over tp={n}", whole, divided, SPLIT)
+
+
+def _change_first(
+    change: Callable[[Tensor], Tensor], inputs: tuple[Any, ...], named: dict[str, Any]
+) -> Arguments:
+    """Change a module's first argument, which may be a named one."""
+    if inputs:
+        return (change(inputs[0]), *inputs[1:]), named
+    first = next(iter(named))
+    return (), {**named, first: change(named[first])}
 
 
 def experts_on_ranks(model: nn.Module, n: int) -> Forward:
@@ -282,13 +282,16 @@ class _Graph:
 
     def _mark_input(
         self, path: str, module: nn.Module, inputs: tuple[Any, ...], named: dict[str, Any]
-    ) -> Any:
-        first = next(iter(named)) if not inputs else None
-        x, mark = inputs[0] if first is None else named[first], torch.zeros((), requires_grad=True)
+    ) -> Arguments:
+        mark = torch.zeros((), requires_grad=True)
         self.given[path] = mark, []
-        x = x + mark.to(x)
-        self.begun.add(x.grad_fn)
-        return ((x, *inputs[1:]), named) if first is None else ((), {**named, first: x})
+
+        def marked(x: Tensor) -> Tensor:
+            x = x + mark.to(x)
+            self.begun.add(x.grad_fn)
+            return x
+
+        return _change_first(marked, inputs, named)
 
     def _note_outputs(self, path: str, module: nn.Module, inputs: Any, output: Any) -> None:
         tensors = output if isinstance(output, tuple) else (output,)
