@@ -36,7 +36,7 @@ class NonFinite(ArithmeticError):
 
 @dataclass(frozen=True)
 class Settings:
-    """What the loop needs to know besides its task and its plan."""
+    """The loop's sizes and schedule."""
 
     steps: int
     seed: int = 0

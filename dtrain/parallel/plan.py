@@ -149,10 +149,7 @@ class Plan(ParallelContext):
         return model
 
     def check_task(self, task: Task) -> None:
-        """Refuse what cannot work with this task's models, updates and batches.
-
-        It needs no other process.
-        """
+        """Refuse what cannot work with this task; needs no other process."""
         for name, factory in task.models.items():
             model = on_meta(factory)
             model = factory() if model is None else model
@@ -248,11 +245,7 @@ class Plan(ParallelContext):
                 strategy.reduce_gradients(model, self)
 
     def copies(self, model: nn.Module) -> list[nn.Parameter]:
-        return [
-            parameter
-            for strategy in self.strategies
-            for parameter in strategy.duplicated_parameters(model)
-        ]
+        return [p for strategy in self.strategies for p in strategy.duplicated_parameters(model)]
 
     def after_evaluation(self, models: Models) -> None:
         for strategy in self.strategies:

@@ -1,4 +1,4 @@
-"""What a run has come to: its models, their optimizers, and how many steps and tokens they saw.
+"""The state of a run: its models and optimizers, and the steps and tokens they have seen.
 
 tensors    weights, buffers and optimizer states by full names: a checkpoint's shards
 numbers    `next_step` and `tokens`: a checkpoint's manifest

@@ -149,9 +149,8 @@ def with_zero_states(
     every: list[dict[str, tuple[tuple[int, ...], torch.dtype]]] = [{}] * group.size()
     dist.all_gather_object(every, shapes, group=group)
     parameters, complete = dict(model.named_parameters()), {}
-    for name, (shape, dtype) in sorted(
-        (item for each in every for item in each.items()), key=lambda item: item[0]
-    ):
+    on_any_rank = {name: shape for each in every for name, shape in each.items()}
+    for name, (shape, dtype) in sorted(on_any_rank.items()):
         parameter = parameters.get(name.removeprefix(OPTIMIZER_STATE).rpartition(".")[0])
         if name in tensors:
             complete[name] = tensors[name]

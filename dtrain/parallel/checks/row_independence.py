@@ -199,21 +199,21 @@ def try_as_another_rank(run: Run, tolerance: float) -> None:
         )
 
 
-def difference(found: Tensor, expected: Tensor) -> float:
+def difference(output: Tensor, expected: Tensor) -> float:
     """Return the largest difference over the largest expected value.
 
     Infinite where shapes differ, or one alone is not finite in a place.
     """
-    if found.shape != expected.shape:
+    if output.shape != expected.shape:
         return float("inf")
     if not expected.numel():
         return 0.0
     wide = torch.complex128 if expected.is_complex() else torch.float64
-    found, expected = found.to(wide), expected.to(wide)
-    if not torch.equal(found.isfinite(), expected.isfinite()):
+    output, expected = output.to(wide), expected.to(wide)
+    if not torch.equal(output.isfinite(), expected.isfinite()):
         return float("inf")
     finite = expected.isfinite()
-    far = torch.where(finite, found - expected, 0).abs().max()
+    far = torch.where(finite, output - expected, 0).abs().max()
     largest = torch.where(finite, expected, 0).abs().max().clamp(min=1e-30)
     return (far / largest).item() if far else 0.0
 
