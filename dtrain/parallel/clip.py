@@ -24,7 +24,7 @@ def clip_gradients(model: nn.Module, plan: Plan) -> Tensor:
     Collective.
     """
     gradients = [p.grad for p in model.parameters() if p.grad is not None]
-    copies = {id(p.grad) for p in plan.copies(model)}
+    copies = {id(p.grad) for p in plan.duplicated_parameters(model)}
     norm = _norm([gradient for gradient in gradients if id(gradient) not in copies], plan)
     if plan.clip_norm is not None:
         factor = clip_factor(norm, plan.clip_norm).to(plan.storage)

@@ -244,7 +244,7 @@ class Plan(ParallelContext):
             if strategy := self.strategy_on(axis):
                 strategy.reduce_gradients(model, self)
 
-    def copies(self, model: nn.Module) -> list[nn.Parameter]:
+    def duplicated_parameters(self, model: nn.Module) -> list[nn.Parameter]:
         return [p for strategy in self.strategies for p in strategy.duplicated_parameters(model)]
 
     def after_evaluation(self, models: Models) -> None:

@@ -348,7 +348,7 @@ class ParallelContext:
             for model in models.values():
                 strategy.finish_backward(model)
 
-    def most(self, value: Tensor) -> Tensor:
+    def max_over_ranks(self, value: Tensor) -> Tensor:
         """Replace `value` by the largest over all ranks that step together. Collective."""
         for strategy in self.strategies:
             if strategy.synchronous and strategy.degree > 1:

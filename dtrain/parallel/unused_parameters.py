@@ -92,7 +92,7 @@ class UnusedParameters:
 
     def _most(self, numbers: list[int]) -> list[int]:
         largest = torch.tensor(numbers, dtype=torch.int32, device=self.plan.device)
-        return list(self.plan.most(largest).tolist())
+        return list(self.plan.max_over_ranks(largest).tolist())
 
     def _compare(self, runs: list[int]) -> None:
         for name, high, low in zip(self._units, runs, runs[len(self._units) :], strict=False):
@@ -131,8 +131,12 @@ def refuse_unused(model: nn.Module, used: set[int], plan: ParallelContext, engin
         if parameter.requires_grad
     }
     names = _names_on_all_stages(list(own), plan)
-    lacking = [int(name in own and own[name] not in used) for name in names]
-    lacks = plan.most(torch.tensor(lacking, dtype=torch.uint8, device=plan.device)).tolist()
+    lacking = torch.tensor(
+        [name in own and own[name] not in used for name in names],
+        dtype=torch.uint8,
+        device=plan.device,
+    )
+    lacks = plan.max_over_ranks(lacking).tolist()
     if unused := [name for name, some_rank in zip(names, lacks, strict=True) if some_rank]:
         raise ValueError(
             f"{unused[0]} (one of {len(unused)} weights) is not used by the rows of some rank's "
