@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import doctest
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -17,6 +18,7 @@ from dtrain.cost.profile import Profile
 from dtrain.cost.trace import trace
 from dtrain.model.moe import MoE
 from dtrain.model.transformer import Transformer
+from dtrain.parallel import footprint
 from dtrain.parallel.messages import Message
 from dtrain.parallel.plan import Plan
 from dtrain.parallel.precision import Precision
@@ -297,6 +299,11 @@ def test_payload_is_that_of_the_model_however_the_world_is_factored(world) -> No
         == {k: v for k, v in payload["hsdp", 4].items() if k[0] == "fsdp"}
     )
     assert sharded["fsdp", "all_gather"] == 2 * sharded["fsdp", "reduce_scatter"]
+
+
+def test_the_example_of_a_footprint_is_true() -> None:
+    failed, tried = doctest.testmod(footprint)
+    assert tried and not failed
 
 
 def test_wire_bytes_of_a_ring() -> None:

@@ -93,7 +93,7 @@ REFUSED = {
     (
         "Averaging",
         "allreduce",
-    ): "mean of Averaging is moved by each forward pass, and would be moved of a part of the rows",
+    ): "mean of Averaging changes with each forward pass, and would change by a part of the rows",
     ("InstanceNormed", "allreduce"): "instance norm with running statistics",
     ("Branching", "allreduce"): "rows of a batch are not computed apart",
     ("Outside", "single"): "the model cannot be trained: .*IndexError",
@@ -171,7 +171,7 @@ REFUSED = {
         "CentredInEvaluation",
         "allreduce",
     ): "rows of a batch are not computed apart in CentredInEvaluation",
-    ("CountsInEvaluation", "ddp"): "rows of CountsInEvaluation is moved by each forward pass",
+    ("CountsInEvaluation", "ddp"): "rows of CountsInEvaluation changes with each forward pass",
     ("ScaledInEvaluation", "1f1b"): "in 2 stages computes something else",
     ("Detached", "1f1b"): "in 2 stages has other gradients than whole",
     ("Clipped", "ddp"): "the gradients of a batch are not those of its rows in Clipped",
@@ -179,17 +179,17 @@ REFUSED = {
     ("ByRank", "ddp"): "ByRank computes something else where RANK or LOCAL_RANK is another",
     ("NormedOfOld", "1f1b"): "NormedOfOld cannot be copied",
     **{
-        ("GoesOn", strategy): "warm of GoesOn goes on with each forward pass, its outputs follow"
+        ("GoesOn", strategy): "warm of GoesOn changes with each forward pass, its outputs with it"
         for strategy in ("single", "ddp")
     },
     (
         "OwnGenerator",
         "single",
-    ): "draws of OwnGenerator goes on with each forward pass, its outputs follow",
+    ): "draws of OwnGenerator changes with each forward pass, its outputs with it",
     (
         "NotSaved",
         "single",
-    ): "mean of NotSaved goes on with each forward pass, and no checkpoint holds it",
+    ): "mean of NotSaved changes with each forward pass, and no checkpoint holds it",
     ("Lazy", "single"): r"extra.weight of Lazy has no shape before the first call \(nn.LazyLinear",
     ("ADict", "1f1b"): "the layout of ADict is a dict: write Layout",
 }
@@ -260,10 +260,10 @@ def test_a_batch_of_fewer_rows_is_enough(
     "model, said",
     [
         ("BatchNormed", "rows of a batch are not computed apart"),
-        ("Averaging", "mean of Averaging is moved by each"),
+        ("Averaging", "mean of Averaging changes with each"),
         (
             "Counted",
-            "calls of Counted is moved by each forward pass, and would be moved twice for a step",
+            "calls of Counted changes with each forward pass, and would change twice in a step",
         ),
         ("Plain", "probe: the model was tried"),
         ("Hooked", "first.token.weight of Hooked has a hook on its gradient"),
@@ -291,7 +291,7 @@ def test_the_probe_leaves_the_random_numbers_of_the_process_alone() -> None:
 
 def test_models_of_dtrain_are_not_tried() -> None:
     task = NextToken()
-    with mock.patch("dtrain.parallel.checks.probe.whole", side_effect=AssertionError):
+    with mock.patch("dtrain.parallel.checks.probe.build_with_values", side_effect=AssertionError):
         assert probe(task, Plan.of([], 1), micro_batches=1, seed=0) == ()
 
 

@@ -45,7 +45,7 @@ def test_products_are_in_the_format_that_is_asked_for(strategy: str, alone) -> N
         list(made.steps())
         assert set(given.values()) == {products} and len(given) == 2 * 6 + 1
         for kind in ("parameters", "optimizer"):
-            kept = made.held(kind)
+            kept = made.local_tensors(kind)
             assert {tensor.dtype for tensor in kept} == {WIDE}
             assert len(kept) == len(list(model.parameters()))
 

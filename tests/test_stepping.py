@@ -15,7 +15,7 @@ from cases import NextToken as Tokens
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from dtrain.parallel.checks.stepping import check_optimizer
+from dtrain.parallel.checks.optimizer import check_optimizer
 from dtrain.parallel.optimizer import parameter_groups
 from dtrain.parallel.plan import Plan
 from dtrain.parallel.strategy import Strategy

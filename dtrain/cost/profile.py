@@ -65,7 +65,7 @@ class Profile:
         """
         if name == OPTIMIZER and self._held:
             ledger, trainer = self._held
-            ledger.hold("gradients", trainer.held("gradients"))
+            ledger.hold("gradients", trainer.local_tensors("gradients"))
         self._counter.counting = name != FIGURES
         try:
             with mark(PHASE, name):
@@ -100,7 +100,7 @@ class Profile:
         """Follow the memory of the step within."""
         self.followed = ledger = MemoryTracker()
         for kind in ("parameters", "optimizer"):
-            ledger.hold(kind, trainer.held(kind))
+            ledger.hold(kind, trainer.local_tensors(kind))
         self._held = ledger, trainer
         try:
             with ledger:

@@ -1,3 +1,1 @@
-"""What strategies are made of: the contract, the plan that folds them, checks of models and
-optimizers.
-"""
+"""The contract of strategies, the plan that folds them, and checks of models and optimizers."""

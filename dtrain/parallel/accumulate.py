@@ -2,25 +2,20 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 import torch
 from torch import Tensor
 
 from dtrain.parallel.footprint import BACKWARD, FORWARD
 from dtrain.parallel.spans import PHASE, mark
-from dtrain.parallel.strategy import Executor, full_tensor
+from dtrain.parallel.strategy import Executor, ParallelContext, full_tensor
+from dtrain.task.base import Update
 from dtrain.task.batch import Batch, Models, Sums, divide
-
-if TYPE_CHECKING:
-    from dtrain.parallel.plan import Plan
-    from dtrain.task.base import Update
 
 
 class GradientAccumulation(Executor):
     """Run a rank's rows in equal micro-batches; gradients are exchanged with the last one only."""
 
-    def __init__(self, models: Models, micro_batches: int, plan: Plan) -> None:
+    def __init__(self, models: Models, micro_batches: int, plan: ParallelContext) -> None:
         self.models, self.micro_batches, self.plan = models, micro_batches, plan
 
     def train(self, update: Update, batch: Batch, scale: Tensor) -> Tensor:
@@ -37,7 +32,7 @@ class GradientAccumulation(Executor):
         return total
 
     def backward(self, update: Update, loss: Tensor) -> None:
-        loss.backward()
+        loss.backward()  # type: ignore[no-untyped-call]
 
     @torch.no_grad()
     def evaluate(self, update: Update, batch: Batch) -> Sums:

@@ -1,8 +1,8 @@
-"""Clipping by the norm of the whole gradient, wherever its parts are.
+"""Clip by the norm of the whole gradient, wherever its parts are.
 
-`torch.nn.utils.clip_grad_norm_` refuses a mix of plain and distributed tensors and gathers the norm
-of each parameter by itself; here squares are summed on each rank, and one number travels for each
-way of sharding.
+`torch.nn.utils.clip_grad_norm_` refuses a mix of plain and distributed tensors, and gathers the
+norm of each parameter by itself. Here each rank sums squares, and one number travels for each way
+of sharding.
 """
 
 from __future__ import annotations
@@ -19,12 +19,12 @@ from dtrain.parallel.strategy import local_part
 
 
 def clip_gradients(model: nn.Module, plan: Plan) -> Tensor:
-    """Scale gradients to at most the plan's `clip_norm` (None: leave them); return the norm before.
+    """Scale gradients to at most `plan.clip_norm` (None: leave them); return the norm before.
 
-    A collective.
+    Collective.
     """
     gradients = [p.grad for p in model.parameters() if p.grad is not None]
-    copies = {id(p.grad) for p in plan.copies(model)}
+    copies = {id(p.grad) for p in plan.duplicated_parameters(model)}
     norm = _norm([gradient for gradient in gradients if id(gradient) not in copies], plan)
     if plan.clip_norm is not None:
         factor = clip_factor(norm, plan.clip_norm).to(plan.storage)
@@ -35,9 +35,9 @@ def clip_gradients(model: nn.Module, plan: Plan) -> Tensor:
     return norm
 
 
-def clip_factor(norm: Tensor, most: float) -> Tensor:
-    """The factor that makes a norm at most so much."""
-    return (most / (norm + 1e-6)).clamp(max=1.0)
+def clip_factor(norm: Tensor, max_norm: float) -> Tensor:
+    """Return the factor that makes a norm at most `max_norm`."""
+    return (max_norm / (norm + 1e-6)).clamp(max=1.0)
 
 
 def _norm(gradients: list[Tensor], plan: Plan) -> Tensor:
@@ -45,7 +45,7 @@ def _norm(gradients: list[Tensor], plan: Plan) -> Tensor:
     for gradient in gradients:
         groups[_sharded_over(gradient)].append(local_part(gradient))
     square = torch.zeros((), device=plan.device, dtype=torch.float64)
-    for axes, parts in sorted(groups.items()):  # in an order of its own on each rank it would hang
+    for axes, parts in sorted(groups.items()):  # ranks that differ in the order would hang
         norms = [
             torch.linalg.vector_norm(p, dtype=torch.promote_types(p.dtype, torch.float32))
             for p in parts
@@ -60,7 +60,7 @@ def _norm(gradients: list[Tensor], plan: Plan) -> Tensor:
 
 
 def _sharded_over(tensor: Tensor) -> tuple[str, ...]:
-    """The mesh axes over which a tensor is divided."""
+    """Return the mesh axes over which a tensor is divided."""
     if not isinstance(tensor, DTensor):
         return ()
     names = tensor.device_mesh.mesh_dim_names or ()

@@ -1,52 +1,22 @@
-"""The axes of the mesh: their two orders, how many ranks lie along each, how many rows of a
-batch are a rank's.
-"""
+"""The axes of the mesh: their two orders, the ranks along each, and a rank's rows of a batch."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from math import prod
 
 from dtrain.model.layout import divisors, multiples
-from dtrain.parallel.strategy import REST, Strategy
 
 MESH_ORDER = ("pp", "dp", "fsdp", "cp", "ep", "tp")
 BEFORE_VALUES = ("pp", "tp", "ep", "fsdp")
 AFTER_VALUES = ("cp", "dp")
 APPLICATION_ORDER = BEFORE_VALUES + AFTER_VALUES
-
-
-def in_application_order(strategies: Iterable[Strategy], world_size: int) -> tuple[Strategy, ...]:
-    """The strategies in application order, each told its degree.
-
-    Raises:
-        ValueError: an axis that there is not, two strategies on one, or degrees that do not fill
-            the world.
-    """
-    found: dict[str, Strategy] = {}
-    for strategy in strategies:
-        name, axis = type(strategy).__name__, strategy.axis
-        if axis not in APPLICATION_ORDER:
-            raise ValueError(
-                f"strategy {name} is on the axis {axis}: use one of {', '.join(MESH_ORDER)}"
-            )
-        if axis in found:
-            raise ValueError(
-                f"{type(found[axis]).__name__} and {name} both want the axis {axis}: choose "
-                f"one of them"
-            )
-        found[axis] = strategy
-    degrees = fill_degrees(
-        {axis: found[axis].degree for axis in MESH_ORDER if axis in found}, world_size
-    )
-    for axis, degree in degrees.items():
-        found[axis].degree = degree
-    return tuple(found[axis] for axis in APPLICATION_ORDER if axis in found)
+REST = -1  # a degree: all the ranks that the other axes leave
 
 
 def fill_degrees(degrees: dict[str, int], world_size: int) -> dict[str, int]:
-    """Replace each -1 by its share of the ranks that the other axes leave; inner axes get the
-    larger shares.
+    """Replace each -1 by its share of the ranks that the other axes leave.
+
+    Inner axes get the larger shares.
 
     Raises:
         ValueError: the degrees cannot fill the world exactly.
@@ -54,8 +24,8 @@ def fill_degrees(degrees: dict[str, int], world_size: int) -> dict[str, int]:
     for axis, degree in degrees.items():
         if degree != REST and degree < 1:
             raise ValueError(
-                f"strategy.{axis}.degree={degree} must be at least 1, or -1 for the rest of "
-                f"the world"
+                f"strategy.{axis}.degree={degree} must be at least 1, or -1 for the rest of the "
+                "world"
             )
     asked = (
         " x ".join(f"{axis}={'rest' if d == REST else d}" for axis, d in degrees.items())
@@ -77,17 +47,16 @@ def fill_degrees(degrees: dict[str, int], world_size: int) -> dict[str, int]:
         least = fixed * 2 ** len(free)
         raise ValueError(
             f"strategy {asked} needs at least 2 ranks on each of {' and '.join(free)}: {least} or "
-            f"more in all, the "
-            f"job has {world_size}; or set strategy.{free[0]}.degree"
+            f"more in all, the job has {world_size}; or set strategy.{free[0]}.degree"
         )
     return filled
 
 
 def rows_of_a_rank(global_batch_size: int, ranks: int, micro_batch_size: int | None) -> int:
-    """How many rows each of `ranks` data-parallel ranks reads.
+    """Return how many rows each of `ranks` data-parallel ranks reads.
 
     Raises:
-        ValueError: they do not come out even, also in micro-batches.
+        ValueError: the rows do not divide evenly into ranks and micro-batches.
     """
     unit = ranks * (micro_batch_size or 1)
     if global_batch_size % unit:
@@ -99,7 +68,7 @@ def rows_of_a_rank(global_batch_size: int, ranks: int, micro_batch_size: int | N
             else ""
         )
         raise ValueError(
-            f"global_batch_size={global_batch_size} is not divisible by {ranks} data-parallel ranks"
-            f"{micro}: use global_batch_size={multiples(global_batch_size, unit)}{other}"
+            f"global_batch_size={global_batch_size} is not divisible by {ranks} data-parallel "
+            f"ranks{micro}: use global_batch_size={multiples(global_batch_size, unit)}{other}"
         )
     return global_batch_size // ranks

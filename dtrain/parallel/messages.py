@@ -1,4 +1,4 @@
-"""Messages: what one rank hands to a collective in a step, in bytes.
+"""Count what one rank hands to collectives in a step, in bytes.
 
 Payload is the size of the one whole tensor that a call is about, as this rank hands it over or
 receives it:
@@ -21,8 +21,10 @@ from dtrain.parallel.footprint import Weight
 
 @dataclass(frozen=True)
 class Message:
-    """All calls of one collective over one axis in one optimizer step, by one rank; `bytes` is
-    their payload.
+    """One rank's calls of one collective over one axis in one optimizer step.
+
+    Args:
+        bytes: the payload of all these calls.
     """
 
     axis: str
@@ -31,11 +33,11 @@ class Message:
     bytes: int
 
     def wire_bytes(self, ranks: int, backend: str = "ring") -> float:
-        """What leaves the rank where n ranks stand in a ring; of a broadcast, the mean over the
-        ranks.
+        """Return the bytes that leave the rank in a ring of ranks; of a broadcast, their mean.
 
-        gloo does so too, but for a reduce-scatter: it sums whole tensors, as an all-reduce does
-        (torch 2.13). Source: Patarasu & Yuan 2009, "Bandwidth optimal all-reduce algorithms".
+        gloo uses rings as well, except that its reduce-scatter sums whole tensors, as an
+        all-reduce does (torch 2.13).
+        Source: Patarasu & Yuan 2009, "Bandwidth optimal all-reduce algorithms".
         """
         share = (ranks - 1) / ranks
         passes = {"all_reduce": 2 * share, "send": float(ranks > 1)}
@@ -47,15 +49,13 @@ class Message:
 def message(
     axis: str, operation: str, elements: Iterable[int], itemsize: int, times: int = 1
 ) -> Message:
-    """One call for each number of elements, `times` over."""
+    """Return one call for each number of elements, `times` over."""
     sizes = list(elements)
     return Message(axis, operation, times * len(sizes), times * sum(sizes) * itemsize)
 
 
 def all_reduce_each(axis: str, weights: Iterable[Weight], itemsize: int) -> Message:
-    """One all-reduce for each gradient of which this rank has some, as
-    `parallel.strategy.all_reduce_sum` sends it.
-    """
+    """Return an all-reduce for each gradient that this rank has some of: see `all_reduce_sum`."""
     return message(
         axis, "all_reduce", [size for weight in weights if (size := prod(weight.held))], itemsize
     )

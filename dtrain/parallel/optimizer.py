@@ -13,26 +13,24 @@ OPTIMIZER_STATE = "optimizer."  # begins the names of its tensors in a checkpoin
 
 
 def parameter_groups(model: nn.Module) -> list[dict[str, Any]]:
-    """Matrices decay; gains, biases and other vectors do not (weight_decay 0).
+    """Return groups in which matrices decay, and gains, biases and other vectors do not.
 
-    Plain parameters and those of each mesh stand apart: a fused optimizer takes one kind at a time.
-    Where nothing trains, as in a stage of a pipeline, there is one group of none.
+    Plain parameters and those of each mesh are apart: a fused optimizer takes one kind at a time.
+    Where nothing trains, as in a stage of a pipeline, there is one empty group.
     """
     groups: dict[tuple[bool, str], dict[str, Any]] = {}
     for parameter in model.parameters():
         if parameter.requires_grad:
             decays, mesh = parameter.ndim >= 2, str(getattr(parameter, "device_mesh", ""))
-            settings: dict[str, Any] = (
-                {"params": []} if decays else {"params": [], "weight_decay": 0.0}
-            )
-            groups.setdefault((decays, mesh), settings)["params"].append(parameter)
+            group: dict[str, Any] = {"params": []} | ({} if decays else {"weight_decay": 0.0})
+            groups.setdefault((decays, mesh), group)["params"].append(parameter)
     return [groups[key] for key in sorted(groups, reverse=True)] or [{"params": []}]
 
 
 def lr_factor(step: int, steps: int, *, warmup_steps: int, min_lr_ratio: float) -> float:
-    """The factor on the learning rate at a step from 0: linear warm-up, then half a cosine to
-    `min_lr_ratio`.
+    """Return the factor on the learning rate: linear warm-up, then half a cosine to `min_lr_ratio`.
 
+    Steps count from 0.
     Source: Loshchilov & Hutter 2016 (1608.03983).
     """
     if step < warmup_steps:
@@ -43,22 +41,21 @@ def lr_factor(step: int, steps: int, *, warmup_steps: int, min_lr_ratio: float) 
 
 @torch.no_grad()
 def materialize_state(optimizer: torch.optim.Optimizer) -> None:
-    """Give every parameter its optimizer state, to be filled: a step of gradients of one at rate
-    zero.
+    """Make every parameter's optimizer state, by a step of gradients of one at rate zero.
 
-    Weights stay as they are, and states do not (a count of steps is 1): only for what a checkpoint
-    then replaces.
+    Weights stay as they are, and states do not (a count of steps is 1): a checkpoint must replace
+    them.
     """
     rates = [group["lr"] for group in optimizer.param_groups]
     for group in optimizer.param_groups:
         group["lr"] = 0.0
         for parameter in group["params"]:
-            parameter.grad = torch.ones_like(parameter)  # by zeros some would divide
+            parameter.grad = torch.ones_like(parameter)  # zeros would make some divide by zero
     hooks, optimizer._optimizer_step_post_hooks = (
         optimizer._optimizer_step_post_hooks,
         OrderedDict(),
     )
-    optimizer.step()  # this rank's alone: nothing is exchanged
+    optimizer.step()  # without hooks: nothing is exchanged
     optimizer._optimizer_step_post_hooks = hooks
     optimizer.zero_grad()
     for group, saved in zip(optimizer.param_groups, rates, strict=True):
@@ -66,27 +63,24 @@ def materialize_state(optimizer: torch.optim.Optimizer) -> None:
 
 
 def named_tensors(model: nn.Module, optimizer: torch.optim.Optimizer | None) -> dict[str, Tensor]:
-    """Weights and kept buffers by their names in the model, the optimizer's states by
-    `optimizer.<name>.<key>`.
+    """Return weights and saved buffers by name, optimizer states by `optimizer.<name>.<key>`.
 
-    A state that is a number of Python's becomes a tensor of fp64, exact up to 2^53: see
-    `restore_state`.
+    A state that is a Python number becomes a tensor of fp64, exact up to 2^53: see `restore_state`.
 
     Raises:
-        ValueError: a state is neither.
+        ValueError: a state is neither a tensor nor a number.
     """
-    kept = model.state_dict().keys()
-    tensors = {name: buffer for name, buffer in model.named_buffers() if name in kept}
+    saved = model.state_dict().keys()
+    tensors = {name: buffer for name, buffer in model.named_buffers() if name in saved}
     for name, parameter in model.named_parameters():
         tensors[name] = parameter.detach()
         for key, value in optimizer.state.get(parameter, {}).items() if optimizer else ():
-            if value is None:  # as SGD says that it has no momentum
+            if value is None:  # SGD without momentum
                 continue
             if not isinstance(value, Tensor | int | float):
                 raise ValueError(
                     f"{type(optimizer).__name__} keeps a {type(value).__name__} as {key!r} of "
-                    f"{name}, and "
-                    f"a checkpoint takes tensors and numbers: use another optimizer"
+                    f"{name}, and a checkpoint takes tensors and numbers: use another optimizer"
                 )
             full = f"{OPTIMIZER_STATE}{name}.{key}"
             tensors[full] = (
@@ -98,9 +92,10 @@ def named_tensors(model: nn.Module, optimizer: torch.optim.Optimizer | None) -> 
 def restore_state(
     model: nn.Module, optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor]
 ) -> None:
-    """Bring states in line with the tensors of `named_tensors`, which have been filled.
+    """Make the states equal to the tensors of `named_tensors`, which a checkpoint has filled.
 
-    Numbers are put back, what is gone is taken away, and what no first step makes is added.
+    Numbers are put back, states that are gone are deleted, and those that a first step does not
+    make are added.
     """
     late: dict[str, dict[str, Tensor]] = {}
     for full, tensor in tensors.items():

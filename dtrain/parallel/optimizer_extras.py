@@ -1,5 +1,6 @@
-"""What an optimizer keeps besides the state of each weight: counts, lists, generators, other
-optimizers in it.
+"""Compare what an optimizer keeps besides the state of each weight.
+
+Such as counts, lists, generators, and other optimizers in it.
 """
 
 from __future__ import annotations
@@ -19,30 +20,30 @@ HOOKS = "_optimizer_"  # begins the names of torch's own hooks
 
 
 def extra_state(optimizer: Optimizer, tolerance: float) -> dict[str, Kept]:
-    """All of it, by the names that its author knows; what a checkpoint has is left out."""
+    """Return all extra state by the names that its author knows, without what a checkpoint has."""
     places = {
         id(p): place
         for place, p in enumerate(p for g in optimizer.param_groups for p in g["params"])
     }
-    found: dict[str, Any] = {}
+    extras: dict[str, Any] = {}
     for key, value in vars(optimizer).items():
         if key not in ("param_groups", "state", "defaults") and not key.startswith(HOOKS):
-            found[f"its {key}"] = value
+            extras[f"its {key}"] = value
     for number, group in enumerate(optimizer.param_groups):
-        found |= {
+        extras |= {
             f"{key!r} of group {number}": value for key, value in group.items() if key != "params"
         }
-    found |= {
+    extras |= {
         f"{key!r} of its state": value
         for key, value in optimizer.state.items()
         if id(key) not in places
     }
     saved = {id(each): each for each in (optimizer, optimizer.state, *optimizer.state.values())}
-    return {name: Kept(value, places, saved, tolerance) for name, value in found.items()}
+    return {name: Kept(value, places, saved, tolerance) for name, value in extras.items()}
 
 
 class Kept:
-    """A value as it is now, to its depths: it can be compared with another one."""
+    """A copy of a value to its depths, which can be compared with a later one."""
 
     def __init__(
         self,
@@ -58,7 +59,7 @@ class Kept:
         if not isinstance(other, Kept) or self.leaves.keys() != other.leaves.keys():
             return False
         return all(
-            _like(mine, other.leaves[path], self.tolerance) for path, mine in self.leaves.items()
+            _equal(leaf, other.leaves[path], self.tolerance) for path, leaf in self.leaves.items()
         )
 
     __hash__ = None  # type: ignore[assignment]
@@ -86,7 +87,7 @@ class Kept:
 
 
 def _within(value: Any) -> Iterator[tuple[object, object]]:
-    """What a container or an object holds, by key."""
+    """Yield what a container or an object holds, by key."""
     if isinstance(value, Mapping):
         yield from value.items()
     elif isinstance(value, list | tuple | deque):
@@ -100,16 +101,14 @@ def _within(value: Any) -> Iterator[tuple[object, object]]:
 
 
 def _frozen(value: object) -> bytes | None:
-    """What there is of an array, a set or a generator of another library's: it is compared, and
-    never read.
-    """
+    """Return an array, a set or another library's generator as bytes to compare, never to load."""
     try:
         return pickle.dumps(value)
     except (AttributeError, NotImplementedError, TypeError, pickle.PicklingError):
         return None
 
 
-def _like(one: object, other: object, tolerance: float) -> bool:
+def _equal(one: object, other: object, tolerance: float) -> bool:
     if isinstance(one, Tensor) and isinstance(other, Tensor):
         return one.shape == other.shape and torch.allclose(
             one.double(), other.double(), rtol=tolerance, atol=tolerance, equal_nan=True

@@ -1,4 +1,4 @@
-"""In which number formats a run computes, keeps its weights and reduces its gradients."""
+"""The number formats in which a run computes, keeps weights and reduces gradients."""
 
 from __future__ import annotations
 
@@ -15,8 +15,7 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp64": torch.float64}
 
 @dataclass(frozen=True)
 class Precision:
-    """Everything in one format, or mixed: matrix products in bf16, weights and optimizer states in
-    fp32.
+    """One format for everything, or bf16 products with weights and optimizer states in fp32.
 
     Mixed precision has two ways, both torch's. Under single and ddp autocast casts the inputs of
     each product; activations between blocks stay in fp32. Under fsdp and replicate weights travel
@@ -24,7 +23,7 @@ class Precision:
 
     Args:
         compute: fp32, bf16 or fp64.
-        weights: the same names; None: fp32, or `compute` where that is wider.
+        weights: one of the same names; None: fp32, or `compute` where that is wider.
         reduce: format in which fsdp and replicate sum gradients; None: that of the weights.
 
     Raises:
@@ -37,15 +36,15 @@ class Precision:
 
     @classmethod
     def of(cls, compute: str, formats: Mapping[str, Any]) -> Precision:
-        """Of a run's `dtype` and its group `precision`.
+        """Make it of a run's `dtype` and its group `precision`.
 
         Raises:
-            ValueError: a key that there is not, or as above.
+            ValueError: an unknown key, or as above.
         """
-        known = [item.name for item in fields(cls) if item.name != "compute"]
-        if unknown := [key for key in formats if key not in known]:
+        keys = [item.name for item in fields(cls) if item.name != "compute"]
+        if unknown := [key for key in formats if key not in keys]:
             raise ValueError(
-                f"unknown key 'precision.{unknown[0]}': beside it are {', '.join(known)}"
+                f"unknown key 'precision.{unknown[0]}': beside it are {', '.join(keys)}"
             )
         return cls(compute, **formats)
 
@@ -62,8 +61,8 @@ class Precision:
             torch.float32,
         ):
             raise ValueError(
-                f"dtype={self.compute} with precision.weights={self.weights}: only bf16 with "
-                f"fp32 mix"
+                f"dtype={self.compute} with precision.weights={self.weights}: only bf16 with fp32 "
+                "mix"
             )
 
     @property
@@ -86,16 +85,14 @@ class Precision:
     def mixed(self) -> bool:
         return self.compute_dtype != self.weights_dtype
 
-    def autocast(self, device_type: str) -> AbstractContextManager:
-        """The context of every forward pass."""
+    def autocast(self, device_type: str) -> AbstractContextManager[object]:
+        """Return the context of every forward pass."""
         return (
             torch.autocast(device_type, dtype=self.compute_dtype) if self.mixed else nullcontext()
         )
 
     def fsdp_policy(self) -> MixedPrecisionPolicy:
-        """What `fully_shard` gathers and reduces: weights travel in `compute`, gradients in
-        `reduce`.
-        """
+        """Return `fully_shard`'s policy: weights travel in `compute`, gradients in `reduce`."""
         return MixedPrecisionPolicy(
             param_dtype=self.compute_dtype if self.mixed else None, reduce_dtype=self.reduce_dtype
         )

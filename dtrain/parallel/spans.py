@@ -1,6 +1,4 @@
-"""Marks around what a rank does, which a profiler's timeline finds again
-(`dtrain.cost.timeline`).
-"""
+"""Mark what a rank does in a profiler's timeline, where `cost.timeline` reads the marks."""
 
 from __future__ import annotations
 
@@ -17,7 +15,5 @@ FORWARD_BACKWARD, EXCHANGE, FIGURES, OPTIMIZER = (  # phases of the loop
 
 
 def mark(kind: str, *words: object) -> record_function:
-    """A context that the timeline finds again; costs microseconds, and nothing is kept without
-    a profiler.
-    """
+    """Return a context that a profiler records; without one it costs microseconds."""
     return record_function(":".join((MARK, kind, *map(str, words))))

@@ -1,49 +1,52 @@
-"""The one abstraction: what a strategy may change about training.
+"""The one abstraction: a strategy overrides the methods for what it changes about training.
 
-A `Plan` folds its strategies over the model, the batch and the sums, in a fixed order; strategies
-on different axes therefore compose without knowing each other.
+A `Plan` folds its strategies over the model, the batch and the sums, in a fixed order. So
+strategies on different axes compose without knowing each other; a `ParallelContext` tells them
+what they may know of the run.
 """
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
-from typing import TYPE_CHECKING, ClassVar
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from dataclasses import dataclass, field
+from math import prod
+from typing import ClassVar
 
 import torch
 import torch.distributed as dist
 from torch import Size, Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
 from torch.optim import Optimizer
 
 from dtrain.parallel.checks.rehearsal import Rehearsal
 from dtrain.parallel.footprint import Footprint
+from dtrain.parallel.mesh import MESH_ORDER, REST
 from dtrain.parallel.messages import Message
 from dtrain.parallel.optimizer import materialize_state
+from dtrain.parallel.precision import Precision
+from dtrain.task.base import Task, Update
 from dtrain.task.batch import Batch, Models, Sums, divide
 
-if TYPE_CHECKING:
-    from dtrain.parallel.plan import Plan
-    from dtrain.task.base import Task, Update
-
-EARLIER = {  # what strategies' and executors' own methods and attributes were called before
+EARLIER = {  # methods and attributes of strategies and executors: earlier names
     "splits": "divides", "casts": "casts_itself", "cut": "split_into_stages",
     "around": "forward_backward_context", "second_order": "double_backward_context",
     "copies": "duplicated_parameters", "total": "sum_over_axis", "norm": "combine_norm",
     "leaves_out": "skips_nonfinite_steps", "tensors": "state_tensors",
     "restore": "load_state_tensors", "held": "tensors_by_kind",
 }  # fmt: skip
-REST = -1  # a degree: all the ranks that the other axes leave
 
 
 class Executor(ABC):
-    """How an update's forward and backward are run; and, for an engine, the rest of a step and
-    its state.
+    """Run an update's forward and backward; for an engine, also the rest of a step and its state.
+
+    Attributes:
+        skips_nonfinite_steps: `step` leaves the weights as they are where a gradient is not finite.
+        leaves_gradients: after `train` they are in `.grad`, for the loop to exchange and clip.
     """
 
-    # does `step` change nothing where a gradient is not finite, and go on?
     skips_nonfinite_steps = False
-    # are they in `.grad` after `train`, and the loop's to exchange and clip?
     leaves_gradients = True
 
     def __init_subclass__(cls, **more: object) -> None:
@@ -52,19 +55,14 @@ class Executor(ABC):
 
     @abstractmethod
     def train(self, update: Update, batch: Batch, scale: Tensor) -> Tensor:
-        """Fill `.grad` from this rank's part of the batch; return its summed loss times
-        `scale`, detached.
-        """
+        """Fill `.grad` from this rank's part of the batch; return loss times `scale`, detached."""
 
     @abstractmethod
     def evaluate(self, update: Update, batch: Batch) -> Sums:
-        """This rank's sums of every measure of the update (loss, count, ...), without gradients."""
+        """Return this rank's sums of an update's measures (loss, count, ...); no gradients."""
 
     def norm(self, model: str) -> Tensor | None:
-        """The norm of the whole gradient, if an engine clips with its step; None: the loop clips.
-
-        A collective.
-        """
+        """Return the whole gradient's norm if an engine clips; None: the loop clips. Collective."""
         return None
 
     def step(self, model: str, optimizer: Optimizer) -> None:
@@ -72,28 +70,23 @@ class Executor(ABC):
         optimizer.step()
 
     def make_states(self, model: str, optimizer: Optimizer) -> None:
-        """Give every parameter its states, to be filled from a checkpoint, where no step has
-        made them.
-        """
+        """Give each parameter its states, for a checkpoint to fill, where no step has made them."""
         if not optimizer.state:
             materialize_state(optimizer)
 
     def state_tensors(self, model: str) -> dict[str, Tensor] | None:
-        """What an engine keeps: weights by their full names, states by `optimizer.<name>.<key>`. A
-        collective.
+        """Return what an engine keeps; None: it is in the model and its optimizer. Collective.
 
-        Whole ones, or distributed; each on one rank at least. None: they are in the model and its
-        optimizer.
+        Weights by their full names, states by `optimizer.<name>.<key>`: whole or distributed, each
+        on at least one rank.
         """
         return None
 
     def load_state_tensors(self, model: str, tensors: dict[str, Tensor]) -> None:  # noqa: B027  # a default, as the others
-        """Hand the same tensors, filled from a checkpoint, back to the engine. A collective."""
+        """Hand these tensors, filled from a checkpoint, back to the engine. Collective."""
 
     def tensors_by_kind(self, model: str) -> dict[str, list[Tensor]] | None:
-        """An engine's tensors on this rank: `parameters`, `gradients` and `optimizer`; None: as
-        above.
-        """
+        """Return an engine's local `parameters`, `gradients` and `optimizer`; None: as above."""
         return None
 
 
@@ -103,17 +96,28 @@ class Strategy:
     Every method has a default that does nothing, so a strategy states only what it changes. Each
     method that takes a plan is called on every rank alike, in the same order, and may communicate
     over `plan.mesh[self.axis]`.
+
+    Attributes:
+        name: in reports and messages.
+        axis: the mesh axis that it owns.
+        casts_itself: it casts weights and inputs to the format of products.
+        engine: the library whose engine trains, if one does.
+        synchronous: every step's loss is that of one process.
+        asynchronous: its ranks do not meet in every step.
+        divides: what ranks along `axis` divide of a batch: "rows", "tokens" or "".
+        stepped: which parts of weights a rank's optimizer steps; see `checks/optimizer.py`.
+        degree: ranks along `axis`.
+        offloads: parameters are kept in host memory.
+        splits_backward: gradients of weights are computed apart from those of inputs.
     """
 
-    name: ClassVar[str] = ""  # what it is called where a run is told
-    axis: ClassVar[str]  # the mesh axis it owns
-    casts_itself: bool = False  # does it cast weights and inputs to the format of products itself?
-    engine: ClassVar[str] = ""  # the library whose engine trains, if one does
-    synchronous: bool = True  # is every step's loss that of one process?
-    asynchronous: ClassVar[bool] = False  # do its ranks train without meeting in every step?
-    # what ranks along `axis` divide of a batch: "rows", "tokens" or ""
+    name: ClassVar[str] = ""
+    axis: ClassVar[str]
+    casts_itself: bool = False
+    engine: ClassVar[str] = ""
+    synchronous: bool = True
+    asynchronous: ClassVar[bool] = False
     divides: ClassVar[str] = "rows"
-    # which parts of a weight does a rank's optimizer step? See `checks/stepping.py`
     stepped: tuple[str, ...] = ()
 
     def __init_subclass__(cls, **more: object) -> None:
@@ -121,58 +125,49 @@ class Strategy:
         _refuse_earlier_names(cls, Strategy)
 
     def __init__(self, degree: int = REST) -> None:
-        self.degree = degree  # ranks along `axis`
-        self.offloads = False  # are parameters kept in host memory?
-        # are the gradients of weights computed apart from those of inputs?
+        self.degree = degree
+        self.offloads = False
         self.splits_backward = False
 
     @property
     def parts(self) -> int:
-        """Into how many parts the axis divides the batch; the gradients of the parts are
-        averaged.
-        """
+        """Return into how many parts the axis divides the batch; their gradients are averaged."""
         return self.degree if self.divides else 1
 
-    def check(self, plan: Plan) -> None:
-        """Raise ValueError, naming the remedy, if this plan cannot work.
+    def check(self, plan: ParallelContext) -> None:
+        """Raise ValueError, with the remedy, if the plan cannot work; before any process group."""
 
-        No process group exists yet.
-        """
+    def check_model(self, model: nn.Module, plan: ParallelContext) -> None:
+        """The same for a model, whose parameters may be on the meta device."""
 
-    def check_model(self, model: nn.Module, plan: Plan) -> None:
-        """Likewise, if it cannot work with this model, whose parameters may be on the meta
-        device.
-        """
-
-    def check_task(self, task: Task, plan: Plan) -> None:
-        """Likewise, with this task's batches and updates."""
+    def check_task(self, task: Task, plan: ParallelContext) -> None:
+        """The same for a task's batches and updates."""
 
     def rehearsals(
-        self, model: nn.Module, inputs: Sequence[Tensor], plan: Plan
+        self, model: nn.Module, inputs: Sequence[Tensor], plan: ParallelContext
     ) -> Iterator[Rehearsal]:
-        """What the ranks along `axis` compute of a whole model, in this process: for the probe."""
+        """Yield what the ranks along `axis` compute, for the probe to compute in one process."""
         yield from ()
 
     def micro_batches(self, rows: int, micro_batch_size: int | None) -> int | None:
-        """Into how many micro-batches a rank's rows are divided, or None: as `micro_batch_size`
-        says.
-        """
+        """Return how many micro-batches a rank's rows make; None: as `micro_batch_size` says."""
         return None
 
-    def shard(self, batch: Batch, plan: Plan) -> Batch:
-        """This rank's part of the batch."""
+    def shard(self, batch: Batch, plan: ParallelContext) -> Batch:
+        """Return this rank's part of the batch."""
         if self.divides != "rows":
             return batch
         return list(divide(batch, self.degree))[plan.mesh[self.axis].get_local_rank()]
 
-    def split_into_stages(self, model: nn.Module, plan: Plan) -> list[nn.Module]:
-        """The pieces of the model that this rank holds, in order; their parameters keep their
-        full names.
+    def split_into_stages(self, model: nn.Module, plan: ParallelContext) -> list[nn.Module]:
+        """Return the pieces of the model that this rank holds, in order.
+
+        Their parameters keep their full names.
         """
         return [model]
 
-    def parallelize(self, model: nn.Module, plan: Plan) -> nn.Module:
-        """The model, or piece of it, that this rank trains: split, sharded or wrapped.
+    def parallelize(self, model: nn.Module, plan: ParallelContext) -> nn.Module:
+        """Return the model, or piece of it, as this rank trains it: split, sharded or wrapped.
 
         On the axes `tp`, `ep` and `fsdp` parameters are still on the meta device; on `cp` and `dp`
         they have their values.
@@ -180,112 +175,201 @@ class Strategy:
         return model
 
     def unwrap(self, model: nn.Module) -> nn.Module:
-        """The model without this strategy's wrapper: its parameters bear their full names."""
+        """Return the model without this strategy's wrapper: parameters bear their full names."""
         return model
 
-    def verify(self, model: nn.Module, plan: Plan) -> None:
-        """Assert that the model is what was asked for: wrapper, placements, sizes of the local
-        shards.
-        """
+    def verify(self, model: nn.Module, plan: ParallelContext) -> None:
+        """Assert that the model has the wrapper, placements and shards that were asked for."""
 
-    def optimizer(self, optimizer: Optimizer, model: nn.Module, plan: Plan) -> Optimizer:
-        """The optimizer this rank steps."""
+    def optimizer(self, optimizer: Optimizer, model: nn.Module, plan: ParallelContext) -> Optimizer:
+        """Return the optimizer that this rank steps."""
         return optimizer
 
     def executor(
-        self, models: Models, optimizers: Mapping[str, Optimizer], plan: Plan, micro_batches: int
+        self,
+        models: Models,
+        optimizers: Mapping[str, Optimizer],
+        plan: ParallelContext,
+        micro_batches: int,
     ) -> Executor | None:
-        """Another way to run forward and backward than plain gradient accumulation, or None."""
+        """Return another way to run forward and backward; None: gradient accumulation."""
         return None
 
-    def forward_backward_context(self, plan: Plan) -> AbstractContextManager:
-        """A context for every forward and backward pass."""
+    def forward_backward_context(self, plan: ParallelContext) -> AbstractContextManager[object]:
+        """Return a context for every forward and backward pass."""
         return nullcontext()
 
-    def double_backward_context(self, model: nn.Module) -> AbstractContextManager:
-        """A context for a forward and backward pass whose loss holds gradients of the model."""
+    def double_backward_context(self, model: nn.Module) -> AbstractContextManager[object]:
+        """Return a context for passes whose loss holds gradients of the model."""
         return nullcontext()
 
     def activation(self, shape: Size) -> Size:
-        """The shape of activations between blocks on this rank, where the strategy changes it."""
+        """Return the shape of activations between blocks on this rank, given that of whole ones."""
         return shape
 
     def sync_gradients(self, model: nn.Module, enabled: bool) -> None:
-        """Switch the communication of gradients within backward: off for every micro-batch but
-        the last.
-        """
+        """Switch the exchange of gradients in backward: on for the last micro-batch alone."""
 
     def begin_update(self, model: nn.Module) -> None:
         """Forget which parameters earlier backward passes have reached."""
 
     def finish_backward(self, model: nn.Module) -> None:
-        """After this rank's last backward pass: let those go on that wait for gradients which
-        it has not made.
-        """
+        """After the last backward pass, free ranks that wait for gradients not made here."""
 
     def unused(self, model: nn.Module) -> Iterable[nn.Parameter]:
-        """Parameters that this rank's rows have not used, though they have a gradient: zeros,
-        that it was given.
-        """
+        """Return parameters whose gradient is zeros because this rank's rows did not use them."""
         return ()
 
     def unit_calls(self, model: nn.Module) -> dict[str, int]:
-        """How often each unit whose messages all ranks must send alike has run in this update,
-        by its name.
-        """
+        """Return how often each unit that all ranks must run alike ran in this update, by name."""
         return {}
 
-    def reduce_gradients(self, model: nn.Module, plan: Plan) -> None:
-        """Finish the gradients after the last backward pass of an update, before they are
-        clipped.
-        """
+    def reduce_gradients(self, model: nn.Module, plan: ParallelContext) -> None:
+        """Finish an update's gradients after its last backward pass, before they are clipped."""
 
-    def combine_norm(self, norm: Tensor, plan: Plan) -> Tensor:
-        """What is told of the gradient's norm, where ranks along `axis` have gradients of their
-        own. A collective.
-        """
+    def combine_norm(self, norm: Tensor, plan: ParallelContext) -> Tensor:
+        """Return the norm to report where ranks along `axis` differ in gradients. Collective."""
         return norm
 
     def duplicated_parameters(self, model: nn.Module) -> list[nn.Parameter]:
-        """Parameters that are copies of another rank's or piece's: their gradients count once."""
+        """Return parameters that copy another rank's or piece's: their gradients count once."""
         return []
 
     def after_evaluation(self, model: nn.Module) -> None:
-        """Put away what a forward pass without a backward has left behind."""
+        """Put away what a forward pass without a backward pass left behind."""
 
-    def sum_over_axis(self, value: Tensor, plan: Plan) -> Tensor:
-        """The sum of `value` over the ranks along `axis` that hold different parts of it, in
-        place.
-        """
+    def sum_over_axis(self, value: Tensor, plan: ParallelContext) -> Tensor:
+        """Sum `value` in place over the ranks along `axis` that hold different parts of it."""
         if self.divides:
             dist.all_reduce(value, group=plan.mesh[self.axis].get_group())
         return value
 
-    def footprint(self, footprint: Footprint, plan: Plan) -> Footprint:
-        """What the strategy leaves on the rank at `footprint.place` of what those before it
-        have left there.
-        """
+    def footprint(self, footprint: Footprint, plan: ParallelContext) -> Footprint:
+        """Return what the strategy leaves on the rank at `footprint.place`."""
         return footprint
 
-    def cost(self, footprint: Footprint, plan: Plan) -> list[Message]:
-        """What that rank hands to collectives in an optimizer step; the footprint is what all
-        strategies left.
-        """
+    def cost(self, footprint: Footprint, plan: ParallelContext) -> list[Message]:
+        """Return what that rank hands to collectives in a step, given what all strategies left."""
         return []
 
 
-def _refuse_earlier_names(cls: type, base: type) -> None:
-    """Raise TypeError for what nobody would call any more: such a class would train something
-    else without a word.
+@dataclass(frozen=True)
+class ParallelContext:
+    """What strategies and executors may know of a run: its ranks, its formats and each other.
+
+    Args:
+        strategies: in application order.
+        world_size: ranks of the job.
+        precision, device, recompute, compile, clip_norm: as the configuration says.
+        _mesh: None until `Plan.connect`; a plan without strategies needs none.
     """
+
+    strategies: tuple[Strategy, ...]
+    world_size: int = 1
+    precision: Precision = field(default_factory=Precision)
+    device: torch.device = field(default_factory=lambda: torch.device("cpu"))
+    recompute: bool = False
+    compile: bool = False
+    clip_norm: float | None = 1.0
+    _mesh: DeviceMesh | None = None
+
+    @property
+    def mesh(self) -> DeviceMesh:
+        """Return the device mesh of a plan that is connected."""
+        assert self._mesh is not None, "the plan is not connected"
+        return self._mesh
+
+    @property
+    def degrees(self) -> dict[str, int]:
+        """Return the number of ranks along each axis in use, outermost first."""
+        return {axis: s.degree for axis in MESH_ORDER if (s := self.strategy_on(axis))}
+
+    @property
+    def storage(self) -> torch.device:
+        """Return where parameters are kept: in host memory if a strategy offloads them."""
+        return torch.device("cpu") if any(s.offloads for s in self.strategies) else self.device
+
+    def strategy_on(self, axis: str) -> Strategy | None:
+        """Return the strategy of this axis, if any."""
+        return next((s for s in self.strategies if s.axis == axis), None)
+
+    @property
+    def batch_parts(self) -> int:
+        """Return into how many parts a batch is divided; their gradients are averaged."""
+        return prod(s.parts for s in self.strategies)
+
+    @property
+    def row_parts(self) -> int:
+        """Return how many ranks, or groups of ranks, read different rows."""
+        return prod(s.parts for s in self.strategies if s.divides == "rows")
+
+    def unwrap(self, model: nn.Module) -> nn.Module:
+        """Return the model without wrappers: parameters bear the same names under every plan."""
+        for strategy in self.strategies:
+            model = strategy.unwrap(model)
+        return model
+
+    @property
+    def casts(self) -> bool:
+        """Return whether a strategy casts weights and inputs: activations are narrow then, too."""
+        return any(strategy.casts_itself for strategy in self.strategies)
+
+    def autocast(self) -> AbstractContextManager[object]:
+        """Return the context of every forward pass."""
+        return nullcontext() if self.casts else self.precision.autocast(self.device.type)
+
+    def activation(self, shape: Size) -> Size:
+        """Return the shape of activations between blocks on this rank, given that of whole ones."""
+        for strategy in self.strategies:
+            shape = strategy.activation(shape)
+        return shape
+
+    @contextmanager
+    def around(self, twice: Models | None = None) -> Iterator[None]:
+        """Enter the strategies' contexts for forward and backward.
+
+        Args:
+            twice: models whose gradients are in the loss.
+        """
+        with ExitStack() as stack:
+            for strategy in self.strategies:
+                stack.enter_context(strategy.forward_backward_context(self))
+                for model in (twice or {}).values():
+                    stack.enter_context(strategy.double_backward_context(model))
+            yield
+
+    def sync_gradients(self, models: Models, enabled: bool) -> None:
+        for strategy in self.strategies:
+            for model in models.values():
+                strategy.sync_gradients(model, enabled)
+
+    def finish_backward(self, models: Models) -> None:
+        for strategy in self.strategies:
+            for model in models.values():
+                strategy.finish_backward(model)
+
+    def max_over_ranks(self, value: Tensor) -> Tensor:
+        """Replace `value` by the largest over all ranks that step together. Collective."""
+        for strategy in self.strategies:
+            if strategy.synchronous and strategy.degree > 1:
+                dist.all_reduce(
+                    value, dist.ReduceOp.MAX, group=self.mesh[strategy.axis].get_group()
+                )
+        return value
+
+
+def _refuse_earlier_names(cls: type, base: type) -> None:
+    """Raise TypeError for a method that nothing calls any more: its class would train wrong."""
     for earlier, now in EARLIER.items():
         if earlier in vars(cls) and hasattr(base, now):
             raise TypeError(f"{cls.__name__}.{earlier}: it is {now} now")
 
 
 def check_options(axis: str, *options: tuple[str, object, bool, str]) -> None:
-    """Refuse what an option cannot be: of (name, value, does it fit, what would) the first that
-    does not fit.
+    """Refuse the first option that does not fit.
+
+    Args:
+        options: name, value, whether it fits, what would fit.
 
     Raises:
         ValueError: names the option, its value and what would fit.
@@ -296,19 +380,17 @@ def check_options(axis: str, *options: tuple[str, object, bool, str]) -> None:
 
 
 def local_part(tensor: Tensor) -> Tensor:
-    """This rank's part of a tensor that may be distributed."""
+    """Return this rank's part of a tensor that may be distributed."""
     return tensor.to_local() if hasattr(tensor, "to_local") else tensor
 
 
 def full_tensor(tensor: Tensor) -> Tensor:
-    """All of a tensor that may be distributed; a collective if it is."""
+    """Return all of a tensor that may be distributed. Collective if it is."""
     return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
 
 
 def gradients(model: nn.Module) -> Mapping[str, Tensor]:
-    """This rank's part of every gradient of the model, by the parameter's name; a shared one
-    once.
-    """
+    """Return this rank's part of the model's gradients by parameter name; a shared one once."""
     return {name: local_part(p.grad) for name, p in model.named_parameters() if p.grad is not None}
 
 
@@ -317,7 +399,7 @@ def all_reduce_mean(
 ) -> None:
     """Replace each tensor by its mean over the group.
 
-    A collective: all ranks have the same shapes, in one order.
+    Collective: all ranks have the same shapes, in one order.
     """
     for tensor in tensors:
         all_reduce_sum(tensor, group, dtype)
@@ -325,10 +407,7 @@ def all_reduce_mean(
 
 
 def all_reduce_sum(tensor: Tensor, group: dist.ProcessGroup, dtype: torch.dtype) -> None:
-    """Replace a tensor by its sum over the group, which travels and is summed as `dtype`.
-
-    A collective.
-    """
+    """Replace a tensor by its sum over the group, sent and summed as `dtype`. Collective."""
     if tensor.numel():
         travelling = tensor.to(dtype)
         dist.all_reduce(travelling, group=group)

@@ -11,16 +11,11 @@ bytes on a ring. Source: Goyal et al. 2017, "Accurate, Large Minibatch SGD" (170
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 from torch import nn
 
 from dtrain.parallel.footprint import Footprint
 from dtrain.parallel.messages import Message, all_reduce_each
-from dtrain.parallel.strategy import Strategy, all_reduce_mean, gradients
-
-if TYPE_CHECKING:
-    from dtrain.parallel.plan import Plan
+from dtrain.parallel.strategy import ParallelContext, Strategy, all_reduce_mean, gradients
 
 
 class AllReduce(Strategy):
@@ -33,10 +28,10 @@ class AllReduce(Strategy):
     name = "allreduce"
     axis = "dp"
 
-    def reduce_gradients(self, model: nn.Module, plan: Plan) -> None:
+    def reduce_gradients(self, model: nn.Module, plan: ParallelContext) -> None:
         all_reduce_mean(
             gradients(model).values(), plan.mesh[self.axis].get_group(), plan.precision.reduce_dtype
         )
 
-    def cost(self, footprint: Footprint, plan: Plan) -> list[Message]:
+    def cost(self, footprint: Footprint, plan: ParallelContext) -> list[Message]:
         return [all_reduce_each(self.axis, footprint.gradients, footprint.reduce_bytes)]

@@ -10,18 +10,14 @@ Source: Li et al. 2020, "PyTorch Distributed" (2006.15704).
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from dtrain.parallel.footprint import Footprint, ModelPart
+from dtrain.parallel.mesh import REST
 from dtrain.parallel.messages import Message, message
-from dtrain.parallel.strategy import REST, Strategy
-
-if TYPE_CHECKING:
-    from dtrain.parallel.plan import Plan
+from dtrain.parallel.strategy import ParallelContext, Strategy
 
 
 class DDP(Strategy):
@@ -43,7 +39,7 @@ class DDP(Strategy):
         self._used: set[int] = set()  # parameters that this update's backward passes have reached
         self._passed: set[int] = set()  # and those of its last micro-batch
 
-    def check(self, plan: Plan) -> None:
+    def check(self, plan: ParallelContext) -> None:
         if others := [s.axis for s in plan.strategies if s is not self]:
             raise ValueError(
                 f"strategy ddp stands alone: beside {', '.join(others)} it would train wrong "
@@ -58,7 +54,7 @@ class DDP(Strategy):
                 f"use replicate or fsdp"
             )
 
-    def parallelize(self, model: nn.Module, plan: Plan) -> nn.Module:
+    def parallelize(self, model: nn.Module, plan: ParallelContext) -> nn.Module:
         mesh = plan.mesh[self.axis]
         self.watch(model)
         return DistributedDataParallel(
@@ -72,7 +68,7 @@ class DDP(Strategy):
     def unwrap(self, model: nn.Module) -> nn.Module:
         return model.module if isinstance(model, DistributedDataParallel) else model
 
-    def verify(self, model: nn.Module, plan: Plan) -> None:
+    def verify(self, model: nn.Module, plan: ParallelContext) -> None:
         assert isinstance(model, DistributedDataParallel), (
             f"ddp was asked for, the model is a {type(model).__name__}"
         )
@@ -109,7 +105,7 @@ class DDP(Strategy):
     def unused(self, model: nn.Module) -> list[nn.Parameter]:
         return [p for p in model.parameters() if p.grad is not None and id(p) not in self._used]
 
-    def cost(self, footprint: Footprint, plan: Plan) -> list[Message]:
+    def cost(self, footprint: Footprint, plan: ParallelContext) -> list[Message]:
         sizes = [
             n for piece in footprint.pieces for n in self._buckets(piece, footprint.weight_bytes)
         ]

@@ -19,7 +19,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Iterator, Sequence
 from math import prod
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -27,14 +27,11 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, Shard
 
 from dtrain.model.layout import divisors, experts_of
+from dtrain.parallel.checks.optimizer import REGROUPED, ROWS
 from dtrain.parallel.checks.rehearsal import Rehearsal, experts_on_ranks
-from dtrain.parallel.checks.stepping import REGROUPED, ROWS
 from dtrain.parallel.footprint import Footprint, ModelPart
 from dtrain.parallel.messages import Message, all_reduce_each, message
-from dtrain.parallel.strategy import Strategy, all_reduce_mean, local_part
-
-if TYPE_CHECKING:
-    from dtrain.parallel.plan import Plan
+from dtrain.parallel.strategy import ParallelContext, Strategy, all_reduce_mean, local_part
 
 Forward = Callable[[Tensor, Tensor], Tensor]  # (N, C) rows sorted by expert, (E,) counts -> (N, C)
 
@@ -55,7 +52,7 @@ class ExpertParallel(Strategy):
     axis = "ep"
     stepped = (ROWS, REGROUPED)
 
-    def check_model(self, model: nn.Module, plan: Plan) -> None:
+    def check_model(self, model: nn.Module, plan: ParallelContext) -> None:
         numbers = {p.shape[0] for _, experts in experts_of(model) for p in experts.parameters()}
         if not numbers:
             raise ValueError(
@@ -71,12 +68,12 @@ class ExpertParallel(Strategy):
                 )
 
     def rehearsals(
-        self, model: nn.Module, inputs: Sequence[Tensor], plan: Plan
+        self, model: nn.Module, inputs: Sequence[Tensor], plan: ParallelContext
     ) -> Iterator[Rehearsal]:
         what = f"with its experts spread over ep={self.degree}"
         yield Rehearsal(what, model, experts_on_ranks(model, self.degree), STACKED)
 
-    def parallelize(self, model: nn.Module, plan: Plan) -> nn.Module:
+    def parallelize(self, model: nn.Module, plan: ParallelContext) -> nn.Module:
         group = plan.mesh[self.axis].get_group()
         for _, experts in experts_of(model):
             # by tensor parallelism: that forward finds its own weights
@@ -88,7 +85,7 @@ class ExpertParallel(Strategy):
             experts.forward = _exchange(forward, group)
         return model
 
-    def _mine(self, parameter: nn.Parameter, plan: Plan) -> nn.Parameter:
+    def _mine(self, parameter: nn.Parameter, plan: ParallelContext) -> nn.Parameter:
         """This rank's experts: sharded over `ep`, and within as the parameter was before."""
         inner, placements = (
             (parameter.device_mesh.mesh_dim_names or (), parameter.placements)
@@ -111,7 +108,7 @@ class ExpertParallel(Strategy):
         )
         return nn.Parameter(made, requires_grad=parameter.requires_grad)
 
-    def verify(self, model: nn.Module, plan: Plan) -> None:
+    def verify(self, model: nn.Module, plan: ParallelContext) -> None:
         for _, experts in experts_of(model):
             for name, parameter in experts.named_parameters():
                 assert self._shards(parameter), f"{name} is not sharded over {self.axis}"
@@ -120,7 +117,7 @@ class ExpertParallel(Strategy):
                     f"{name}: {here} experts here, not {rows}"
                 )
 
-    def reduce_gradients(self, model: nn.Module, plan: Plan) -> None:
+    def reduce_gradients(self, model: nn.Module, plan: ParallelContext) -> None:
         dense = []
         for parameter in model.parameters():
             if parameter.grad is not None and self._shards(parameter):
@@ -136,7 +133,7 @@ class ExpertParallel(Strategy):
         names = parameter.device_mesh.mesh_dim_names or ()
         return self.axis in names and parameter.placements[names.index(self.axis)].is_shard(0)
 
-    def footprint(self, footprint: Footprint, plan: Plan) -> Footprint:
+    def footprint(self, footprint: Footprint, plan: ParallelContext) -> Footprint:
         here = footprint.place[self.axis]
 
         def spread(piece: ModelPart) -> ModelPart:
@@ -151,7 +148,7 @@ class ExpertParallel(Strategy):
 
         return footprint.map(spread)
 
-    def cost(self, footprint: Footprint, plan: Plan) -> list[Message]:
+    def cost(self, footprint: Footprint, plan: ParallelContext) -> list[Message]:
         """Exact in sum over the ranks along the axis; a rank's own as if every expert had as
         many rows.
         """

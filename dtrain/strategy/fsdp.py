@@ -15,7 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from torch import Tensor, nn
 from torch.distributed.fsdp import CPUOffloadPolicy, fully_shard
@@ -23,22 +23,20 @@ from torch.distributed.tensor import DTensor, Shard
 from torch.distributed.tensor.placement_types import _StridedShard
 
 from dtrain.model.layout import blocks_of, refuse_complex
+from dtrain.parallel.checks.optimizer import ROWS
 from dtrain.parallel.checks.rehearsal import Rehearsal, unit_by_unit
-from dtrain.parallel.checks.stepping import ROWS
 from dtrain.parallel.footprint import FORWARD, FREE, Footprint
-from dtrain.parallel.messages import Message, message
-from dtrain.parallel.strategy import REST, Strategy, local_part
-from dtrain.parallel.units import (
+from dtrain.parallel.fsdp_units import (
     begin_update,
     refuse_sharing,
     unit_calls,
     unused_parameters,
     watch_units,
 )
+from dtrain.parallel.mesh import REST
+from dtrain.parallel.messages import Message, message
+from dtrain.parallel.strategy import ParallelContext, Strategy, local_part
 from dtrain.strategy.replicate import Replicate, fsdp_module, kept_gathered, reshard
-
-if TYPE_CHECKING:
-    from dtrain.parallel.plan import Plan
 
 ELSEWHERE = (
     "a block may use no weight of another one, of which a rank has a part then: use strategy=ddp "
@@ -74,7 +72,7 @@ class FSDP(Strategy):
         self.reshard_after_forward, self.reduce_each = reshard_after_forward, reduce_each
         self.offloads = cpu_offload
 
-    def check(self, plan: Plan) -> None:
+    def check(self, plan: ParallelContext) -> None:
         pipeline = plan.strategy_on("pp")
         if pipeline is None:
             return
@@ -90,7 +88,7 @@ class FSDP(Strategy):
                 f"resharded weights miss them: use strategy.fsdp.reshard_after_forward=false"
             )
 
-    def check_model(self, model: nn.Module, plan: Plan) -> None:
+    def check_model(self, model: nn.Module, plan: ParallelContext) -> None:
         refuse_sharing(model, "fsdp")
         refuse_complex(model, "fsdp")
         for name, parameter in model.named_parameters():
@@ -102,7 +100,7 @@ class FSDP(Strategy):
                 )
 
     def rehearsals(
-        self, model: nn.Module, inputs: Sequence[Tensor], plan: Plan
+        self, model: nn.Module, inputs: Sequence[Tensor], plan: ParallelContext
     ) -> Iterator[Rehearsal]:
         if blocks_of(model):
             yield Rehearsal(
@@ -112,7 +110,7 @@ class FSDP(Strategy):
                 ELSEWHERE,
             )
 
-    def parallelize(self, model: nn.Module, plan: Plan) -> nn.Module:
+    def parallelize(self, model: nn.Module, plan: ParallelContext) -> nn.Module:
         settings: dict[str, Any] = {
             "mesh": plan.mesh[self._mesh_axes(plan)],
             "reshard_after_forward": self.reshard_after_forward,
@@ -126,13 +124,13 @@ class FSDP(Strategy):
         watch_units(model, [int(rank) for rank in plan.mesh[self._mesh_axes(plan)].mesh.flatten()])
         return model
 
-    def _mesh_axes(self, plan: Plan) -> tuple[str, ...]:
+    def _mesh_axes(self, plan: ParallelContext) -> tuple[str, ...]:
         """Both axes beside `replicate`: fully_shard then overlaps the all-reduce with the
         backward pass.
         """
         return ("dp", "fsdp") if isinstance(plan.strategy_on("dp"), Replicate) else ("fsdp",)
 
-    def verify(self, model: nn.Module, plan: Plan) -> None:
+    def verify(self, model: nn.Module, plan: ParallelContext) -> None:
         for name, parameter in model.named_parameters():
             assert isinstance(parameter, DTensor), f"{name} is not sharded over {self.axis}"
             mine = parameter.shape[0]
@@ -175,13 +173,13 @@ class FSDP(Strategy):
     def sync_gradients(self, model: nn.Module, enabled: bool) -> None:
         fsdp_module(model).set_requires_gradient_sync(enabled or self.reduce_each)
 
-    def footprint(self, footprint: Footprint, plan: Plan) -> Footprint:
+    def footprint(self, footprint: Footprint, plan: ParallelContext) -> Footprint:
         here = footprint.place[self.axis]
         return footprint.map(
             lambda piece: piece.map(lambda w: w.shard(self.axis, self.degree, here))
         )
 
-    def cost(self, footprint: Footprint, plan: Plan) -> list[Message]:
+    def cost(self, footprint: Footprint, plan: ParallelContext) -> list[Message]:
         gathered = []
         for piece in footprint.pieces:
             for unit, weights in piece.units.items():

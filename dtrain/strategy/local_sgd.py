@@ -34,21 +34,21 @@ from torch.optim import Optimizer
 
 from dtrain.parallel.accumulate import GradientAccumulation
 from dtrain.parallel.footprint import Footprint
+from dtrain.parallel.mesh import REST
 from dtrain.parallel.messages import Message, message
 from dtrain.parallel.optimizer import OPTIMIZER_STATE, named_tensors
-from dtrain.parallel.presence import with_zero_states
 from dtrain.parallel.strategy import (
-    REST,
     Executor,
+    ParallelContext,
     Strategy,
     all_reduce_mean,
     check_options,
     local_part,
 )
+from dtrain.parallel.unused_parameters import with_zero_states
 from dtrain.task.batch import Batch, Models, Sums
 
 if TYPE_CHECKING:
-    from dtrain.parallel.plan import Plan
     from dtrain.task.base import Task, Update
 
 # States of a parameter: w0, v, inner steps done.
@@ -113,21 +113,21 @@ class LocalSGD(Strategy):
         """Does the outer step need more than the ranks' weights?"""
         return self.outer_lr != 1 or self.outer_momentum > 0 or self.sync_delay > 0
 
-    def check(self, plan: Plan) -> None:
+    def check(self, plan: ParallelContext) -> None:
         if plan.strategy_on("pp"):
             raise ValueError(
                 "strategy local_sgd has a step of its own, and so has pipeline: use fsdp or "
                 "tensor beside it"
             )
 
-    def check_model(self, model: nn.Module, plan: Plan) -> None:
+    def check_model(self, model: nn.Module, plan: ParallelContext) -> None:
         if self.num_fragments > (number := sum(p.requires_grad for p in model.parameters())):
             raise ValueError(
                 f"strategy.dp.num_fragments={self.num_fragments} are more than the model's "
                 f"{number} weights"
             )
 
-    def check_task(self, task: Task, plan: Plan) -> None:
+    def check_task(self, task: Task, plan: ParallelContext) -> None:
         if task.followers:
             raise ValueError(
                 f"task {type(task).__name__} has a model that follows another, and each "
@@ -135,23 +135,27 @@ class LocalSGD(Strategy):
                 f"follow its own: use ddp"
             )
 
-    def combine_norm(self, norm: Tensor, plan: Plan) -> Tensor:
+    def combine_norm(self, norm: Tensor, plan: ParallelContext) -> Tensor:
         """Root mean square over the ranks: each has clipped by its own."""
         square = norm.square()
         dist.all_reduce(square, group=plan.mesh[self.axis].get_group())
         return (square / self.degree).sqrt()
 
     def executor(
-        self, models: Models, optimizers: Mapping[str, Optimizer], plan: Plan, micro_batches: int
+        self,
+        models: Models,
+        optimizers: Mapping[str, Optimizer],
+        plan: ParallelContext,
+        micro_batches: int,
     ) -> Executor:
         return LocalSGDExecutor(self, models, optimizers, micro_batches, plan)
 
-    def footprint(self, footprint: Footprint, plan: Plan) -> Footprint:
+    def footprint(self, footprint: Footprint, plan: ParallelContext) -> Footprint:
         each, once = footprint.state_bytes
         outer = 2 * footprint.weight_bytes if self.remembers else 0
         return replace(footprint, state_bytes=(each + outer, once + torch.float32.itemsize))
 
-    def cost(self, footprint: Footprint, plan: Plan) -> list[Message]:
+    def cost(self, footprint: Footprint, plan: ParallelContext) -> list[Message]:
         if self.sync_every > 1:
             raise ValueError(
                 f"local_sgd's messages are of each {self.sync_every}th step, not of every step"
@@ -183,7 +187,7 @@ class LocalSGDExecutor(GradientAccumulation):
         models: Models,
         optimizers: Mapping[str, Optimizer],
         micro_batches: int,
-        plan: Plan,
+        plan: ParallelContext,
     ) -> None:
         super().__init__(models, micro_batches, plan)
         self.strategy, self.optimizers = strategy, optimizers

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from torch import nn
 from torch.distributed._composable.replicate_with_fsdp import replicate
@@ -22,9 +22,7 @@ from torch.distributed.tensor import DTensor
 
 from dtrain.model.layout import blocks_of
 from dtrain.parallel.footprint import Footprint
-from dtrain.parallel.messages import Message, message
-from dtrain.parallel.strategy import Strategy
-from dtrain.parallel.units import (
+from dtrain.parallel.fsdp_units import (
     accumulate_losses,
     begin_update,
     refuse_sharing,
@@ -32,9 +30,8 @@ from dtrain.parallel.units import (
     unused_parameters,
     watch_units,
 )
-
-if TYPE_CHECKING:
-    from dtrain.parallel.plan import Plan
+from dtrain.parallel.messages import Message, message
+from dtrain.parallel.strategy import ParallelContext, Strategy
 
 
 class Replicate(Strategy):
@@ -48,11 +45,11 @@ class Replicate(Strategy):
     axis = "dp"
     casts_itself = True
 
-    def check_model(self, model: nn.Module, plan: Plan) -> None:
+    def check_model(self, model: nn.Module, plan: ParallelContext) -> None:
         if plan.strategy_on("fsdp") is None:
             refuse_sharing(model, "replicate")
 
-    def parallelize(self, model: nn.Module, plan: Plan) -> nn.Module:
+    def parallelize(self, model: nn.Module, plan: ParallelContext) -> nn.Module:
         self.beside_fsdp = plan.strategy_on("fsdp") is not None
         if self.beside_fsdp:
             return model  # fully_shard was given both axes and does the all-reduce too
@@ -66,7 +63,7 @@ class Replicate(Strategy):
         watch_units(model, [int(rank) for rank in plan.mesh[self.axis].mesh.flatten()])
         return model
 
-    def verify(self, model: nn.Module, plan: Plan) -> None:
+    def verify(self, model: nn.Module, plan: ParallelContext) -> None:
         for name, parameter in model.named_parameters():
             assert isinstance(parameter, DTensor), f"{name} is not replicated over {self.axis}"
             names = parameter.device_mesh.mesh_dim_names or ()
@@ -97,7 +94,7 @@ class Replicate(Strategy):
         else:
             fsdp_module(model).set_requires_gradient_sync(enabled)
 
-    def cost(self, footprint: Footprint, plan: Plan) -> list[Message]:
+    def cost(self, footprint: Footprint, plan: ParallelContext) -> list[Message]:
         sizes = footprint.unit_gradients(plan.degrees.get("fsdp", 1))
         return [message(self.axis, "all_reduce", sizes, footprint.reduce_bytes)]
 

@@ -17,7 +17,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import replace
 from math import prod
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -25,14 +25,11 @@ from torch import nn
 from torch.optim import Optimizer
 
 from dtrain.model.layout import refuse_complex
-from dtrain.parallel.checks.stepping import APART
+from dtrain.parallel.checks.optimizer import APART
 from dtrain.parallel.footprint import Footprint, Weight
 from dtrain.parallel.messages import Message, message
-from dtrain.parallel.strategy import local_part
+from dtrain.parallel.strategy import ParallelContext, local_part
 from dtrain.strategy.allreduce import AllReduce
-
-if TYPE_CHECKING:
-    from dtrain.parallel.plan import Plan
 
 P = TypeVar("P", nn.Parameter, Weight)
 
@@ -47,11 +44,11 @@ class Zero1(AllReduce):
     name = "zero1"
     stepped = (APART,)
 
-    def check_model(self, model: nn.Module, plan: Plan) -> None:
+    def check_model(self, model: nn.Module, plan: ParallelContext) -> None:
         super().check_model(model, plan)
         refuse_complex(model, "zero1")
 
-    def optimizer(self, optimizer: Optimizer, model: nn.Module, plan: Plan) -> Optimizer:
+    def optimizer(self, optimizer: Optimizer, model: nn.Module, plan: ParallelContext) -> Optimizer:
         group, rank = plan.mesh[self.axis].get_group(), plan.mesh[self.axis].get_local_rank()
         shares = equal_shares([p for g in optimizer.param_groups for p in g["params"]], self.degree)
         mine = {id(parameter) for parameter in shares[rank]}
@@ -65,12 +62,12 @@ class Zero1(AllReduce):
         optimizer.register_step_post_hook(exchange)
         return optimizer
 
-    def footprint(self, footprint: Footprint, plan: Plan) -> Footprint:
+    def footprint(self, footprint: Footprint, plan: ParallelContext) -> Footprint:
         here = footprint.place[self.axis]
         mine = {id(weight) for shares in self._shares(footprint) for weight in shares[here]}
         return footprint.map(lambda piece: piece.map(lambda w: replace(w, stepped=id(w) in mine)))
 
-    def cost(self, footprint: Footprint, plan: Plan) -> list[Message]:
+    def cost(self, footprint: Footprint, plan: ParallelContext) -> list[Message]:
         sent = [
             sum(prod(w.held) for w in share)
             for shares in self._shares(footprint)

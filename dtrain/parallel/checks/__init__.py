@@ -1,1 +1,1 @@
-"""What a model and an optimizer must do to be trained in parts: tried before they are."""
+"""Checks that a user's model and optimizer can be trained in parts, before they are."""

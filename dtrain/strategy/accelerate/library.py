@@ -18,11 +18,11 @@ from torch.optim import Optimizer
 from dtrain.model.layout import attributes_set, set_attributes
 from dtrain.parallel.accumulate import GradientAccumulation
 from dtrain.parallel.optimizer import named_tensors
-from dtrain.parallel.presence import with_zero_states
+from dtrain.parallel.strategy import ParallelContext
+from dtrain.parallel.unused_parameters import with_zero_states
 from dtrain.task.batch import Batch, Models, Sums
 
 if TYPE_CHECKING:
-    from dtrain.parallel.plan import Plan
     from dtrain.task.base import Update
 
 LAUNCHED = {  # what `accelerate launch` sets, and the strategy that it is
@@ -42,7 +42,7 @@ class AccelerateExecutor(GradientAccumulation):
         models: Models,
         optimizers: dict[str, Any],
         micro_batches: int,
-        plan: Plan,
+        plan: ParallelContext,
     ) -> None:
         super().__init__(models, micro_batches, plan)
         self.accelerator, self.optimizers = accelerator, optimizers
@@ -114,7 +114,7 @@ class AccelerateLocalSGDExecutor(AccelerateExecutor):
 
 
 @contextmanager
-def accelerator_of(plan: Plan, micro_batches: int, **settings: Any) -> Iterator[Any]:
+def accelerator_of(plan: ParallelContext, micro_batches: int, **settings: Any) -> Iterator[Any]:
     """A fresh Accelerator on the process group that is there; what it changes of the process is put
     back.
 
@@ -205,7 +205,7 @@ def validated(where: str, kind: type, settings: dict[str, Any]) -> Any:
         raise ValueError(f"{where}={settings}: {str(error).splitlines()[0]}") from None
 
 
-def refuse_contradictions(plan: Plan, micro_batches: int) -> None:
+def refuse_contradictions(plan: ParallelContext, micro_batches: int) -> None:
     """What `accelerate launch` and its configuration file say, if they say it, must be what the run
     does.
 

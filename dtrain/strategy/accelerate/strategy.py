@@ -29,9 +29,10 @@ from torch.optim import Optimizer
 
 from dtrain.model.layout import blocks_of
 from dtrain.parallel.footprint import Footprint
+from dtrain.parallel.fsdp_units import watch_units
+from dtrain.parallel.mesh import REST
 from dtrain.parallel.messages import Message, message
-from dtrain.parallel.strategy import REST, Executor, local_part
-from dtrain.parallel.units import watch_units
+from dtrain.parallel.strategy import Executor, ParallelContext, local_part
 from dtrain.strategy.accelerate.library import (
     AccelerateExecutor,
     AccelerateLocalSGDExecutor,
@@ -47,7 +48,6 @@ from dtrain.strategy.fsdp import FSDP
 from dtrain.task.batch import Models
 
 if TYPE_CHECKING:
-    from dtrain.parallel.plan import Plan
     from dtrain.task.base import Task, Update
 
 
@@ -71,7 +71,7 @@ class AccelerateDDP(DDP):
             self.first_bucket_mb = 1.0
         self.settings = {"bucket_cap_mb": bucket_mb, "gradient_as_bucket_view": True} | (ddp or {})
 
-    def check(self, plan: Plan) -> None:
+    def check(self, plan: ParallelContext) -> None:
         super().check(plan)
         check_installed()
         if plan.world_size < 2:
@@ -82,14 +82,18 @@ class AccelerateDDP(DDP):
 
         validated("strategy.dp.ddp", DistributedDataParallelKwargs, self.settings)
 
-    def parallelize(self, model: nn.Module, plan: Plan) -> nn.Module:
+    def parallelize(self, model: nn.Module, plan: ParallelContext) -> nn.Module:
         return model  # the executor hands it to Accelerate, with its optimizer
 
-    def verify(self, model: nn.Module, plan: Plan) -> None:
+    def verify(self, model: nn.Module, plan: ParallelContext) -> None:
         """Nothing yet: see `library.prepare`."""
 
     def executor(
-        self, models: Models, optimizers: Mapping[str, Optimizer], plan: Plan, micro_batches: int
+        self,
+        models: Models,
+        optimizers: Mapping[str, Optimizer],
+        plan: ParallelContext,
+        micro_batches: int,
     ) -> Executor:
         from accelerate.utils import DistributedDataParallelKwargs
 
@@ -109,7 +113,7 @@ class AccelerateDDP(DDP):
         if isinstance(model, DistributedDataParallel):
             super().sync_gradients(model, enabled)
 
-    def cost(self, footprint: Footprint, plan: Plan) -> list[Message]:
+    def cost(self, footprint: Footprint, plan: ParallelContext) -> list[Message]:
         if self.settings.keys() - {"bucket_cap_mb", "gradient_as_bucket_view"}:
             raise ValueError(f"DDP's messages are not known with ddp={self.settings}")
         return super().cost(footprint, plan)
@@ -139,7 +143,7 @@ class AccelerateLocalSGD(AccelerateDDP):
     def by(self, *parts: Any) -> Executor:
         return AccelerateLocalSGDExecutor(self.sync_every, *parts)
 
-    def check_task(self, task: Task, plan: Plan) -> None:
+    def check_task(self, task: Task, plan: ParallelContext) -> None:
         if task.followers:
             raise ValueError(
                 f"task {type(task).__name__} has a model that follows another, and each "
@@ -150,7 +154,7 @@ class AccelerateLocalSGD(AccelerateDDP):
     def sync_gradients(self, model: nn.Module, enabled: bool) -> None:
         """Never."""
 
-    def cost(self, footprint: Footprint, plan: Plan) -> list[Message]:
+    def cost(self, footprint: Footprint, plan: ParallelContext) -> list[Message]:
         if self.sync_every > 1:
             raise ValueError(
                 f"local SGD's messages are of each {self.sync_every}th step, not of every step"
@@ -185,7 +189,7 @@ class AccelerateFSDP(FSDP):
         super().__init__(degree, reshard_after_forward=reshard_after_forward)
         self.plugin, self.parallelism = plugin or {}, parallelism or {}
 
-    def check(self, plan: Plan) -> None:
+    def check(self, plan: ParallelContext) -> None:
         check_installed()
         if others := [s.axis for s in plan.strategies if s is not self]:
             raise ValueError(
@@ -199,14 +203,18 @@ class AccelerateFSDP(FSDP):
                 "MULTI_CPU out): on a CPU it would quietly train DDP; use strategy=fsdp"
             )
 
-    def parallelize(self, model: nn.Module, plan: Plan) -> nn.Module:
+    def parallelize(self, model: nn.Module, plan: ParallelContext) -> nn.Module:
         return model
 
-    def verify(self, model: nn.Module, plan: Plan) -> None:
+    def verify(self, model: nn.Module, plan: ParallelContext) -> None:
         """Nothing yet: see `executor`."""
 
     def executor(
-        self, models: Models, optimizers: Mapping[str, Optimizer], plan: Plan, micro_batches: int
+        self,
+        models: Models,
+        optimizers: Mapping[str, Optimizer],
+        plan: ParallelContext,
+        micro_batches: int,
     ) -> Executor:
         from accelerate.utils import FullyShardedDataParallelPlugin, ParallelismConfig
 
@@ -244,7 +252,7 @@ class AccelerateFSDP(FSDP):
             )
         return AccelerateExecutor(accelerator, wrapped, steppers, micro_batches, plan)
 
-    def check_task(self, task: Task, plan: Plan) -> None:
+    def check_task(self, task: Task, plan: ParallelContext) -> None:
         _one_model(task, "accelerate_fsdp")
 
 
@@ -258,7 +266,7 @@ class AccelerateDeepSpeed(DeepSpeed):
     name = "accelerate_deepspeed"
     engine = "accelerate"
 
-    def check(self, plan: Plan) -> None:
+    def check(self, plan: ParallelContext) -> None:
         check_installed()
         if find_spec("transformers") is None:
             raise ValueError(
@@ -272,16 +280,20 @@ class AccelerateDeepSpeed(DeepSpeed):
                 "for stage 0"
             )
 
-    def check_task(self, task: Task, plan: Plan) -> None:
+    def check_task(self, task: Task, plan: ParallelContext) -> None:
         _one_model(task, "accelerate_deepspeed")
 
-    def footprint(self, footprint: Footprint, plan: Plan) -> Footprint:
+    def footprint(self, footprint: Footprint, plan: ParallelContext) -> Footprint:
         made = super().footprint(footprint, plan)
         # a gradient ends in the backward pass
         return replace(made, held=made.held and (made.held[0], 0, made.held[2]))
 
     def executor(
-        self, models: Models, optimizers: Mapping[str, Optimizer], plan: Plan, micro_batches: int
+        self,
+        models: Models,
+        optimizers: Mapping[str, Optimizer],
+        plan: ParallelContext,
+        micro_batches: int,
     ) -> Executor:
         deepspeed = imported()
         from accelerate.utils import DeepSpeedPlugin, InitProcessGroupKwargs

@@ -29,13 +29,13 @@ from torch import Tensor, nn
 from dtrain.model.layout import blocks_of, divisors, is_ours, layout_of, modules_at, multiples
 from dtrain.parallel.checks.rehearsal import Rehearsal, Unmixed, shared_copy
 from dtrain.parallel.footprint import Footprint, ModelPart
+from dtrain.parallel.mesh import REST
 from dtrain.parallel.messages import Message, all_reduce_each, message
-from dtrain.parallel.strategy import REST, Strategy, all_reduce_mean, gradients
+from dtrain.parallel.strategy import ParallelContext, Strategy, all_reduce_mean, gradients
 from dtrain.strategy.context.exchange import Ring, Ulysses, is_plain_attention, plain_attention
 from dtrain.task.batch import Batch
 
 if TYPE_CHECKING:
-    from dtrain.parallel.plan import Plan
     from dtrain.task.base import Task
 
 MIXED = (
@@ -72,13 +72,13 @@ class ContextParallel(Strategy):
         self.method, self.balanced = method, balanced and method == "ring"
         self.chunks = 2 if self.balanced else 1  # of each sequence, on each rank
 
-    def check(self, plan: Plan) -> None:
+    def check(self, plan: ParallelContext) -> None:
         if self.method not in METHODS:
             raise ValueError(
                 f"strategy.cp.method={self.method} is unknown: use {', '.join(METHODS)}"
             )
 
-    def check_model(self, model: nn.Module, plan: Plan) -> None:
+    def check_model(self, model: nn.Module, plan: ParallelContext) -> None:
         cores = _cores(model)
         if not cores or len(cores) < len(blocks_of(model)):
             raise ValueError(
@@ -115,7 +115,7 @@ class ContextParallel(Strategy):
                 f"n_heads={heads}{split} is not divisible by cp={self.degree}: use {divisors(mine)}"
             )
 
-    def check_task(self, task: Task, plan: Plan) -> None:
+    def check_task(self, task: Task, plan: ParallelContext) -> None:
         lengths = {name: t.shape[1] if t.ndim > 1 else 1 for name, t in task.batch(0).items()}
         if not any("positions" in getattr(update, "inputs", ()) for update in task.updates):
             raise ValueError(
@@ -147,7 +147,7 @@ class ContextParallel(Strategy):
                 f"{near}{other}"
             )
 
-    def shard(self, batch: Batch, plan: Plan) -> Batch:
+    def shard(self, batch: Batch, plan: ParallelContext) -> Batch:
         rank = plan.mesh[self.axis].get_local_rank()
         return {
             name: self._mine(tensor, rank) if tensor.ndim > 1 else tensor
@@ -164,7 +164,7 @@ class ContextParallel(Strategy):
         )
 
     def rehearsals(
-        self, model: nn.Module, inputs: Sequence[Tensor], plan: Plan
+        self, model: nn.Module, inputs: Sequence[Tensor], plan: ParallelContext
     ) -> Iterator[Rehearsal]:
         apart, path, ranks = shared_copy(model), layout_of(model).attention, range(self.degree)
         core, tokens = _cores(model)[0], max(x.shape[1] for x in inputs if x.ndim > 1)
@@ -204,7 +204,7 @@ class ContextParallel(Strategy):
 
         return Rehearsal("head by head", whole, by_head, HEADS_DIFFER)
 
-    def parallelize(self, model: nn.Module, plan: Plan) -> nn.Module:
+    def parallelize(self, model: nn.Module, plan: ParallelContext) -> nn.Module:
         path, group = layout_of(model).attention, plan.mesh[self.axis].get_group()
         for block in blocks_of(model):
             block.set_submodule(
@@ -212,18 +212,18 @@ class ContextParallel(Strategy):
             )
         return model
 
-    def verify(self, model: nn.Module, plan: Plan) -> None:
+    def verify(self, model: nn.Module, plan: ParallelContext) -> None:
         for core in _cores(model):
             assert type(core) is METHODS[self.method], (
                 f"attention is {type(core).__name__}, not {self.method}"
             )
 
-    def reduce_gradients(self, model: nn.Module, plan: Plan) -> None:
+    def reduce_gradients(self, model: nn.Module, plan: ParallelContext) -> None:
         all_reduce_mean(
             gradients(model).values(), plan.mesh[self.axis].get_group(), plan.precision.reduce_dtype
         )
 
-    def footprint(self, footprint: Footprint, plan: Plan) -> Footprint:
+    def footprint(self, footprint: Footprint, plan: ParallelContext) -> Footprint:
         if self.method == "ring":
             return footprint
 
@@ -238,7 +238,7 @@ class ContextParallel(Strategy):
 
         return footprint.map(swapped)
 
-    def cost(self, footprint: Footprint, plan: Plan) -> list[Message]:
+    def cost(self, footprint: Footprint, plan: ParallelContext) -> list[Message]:
         n, m, itemsize = self.degree, footprint.micro_batches, footprint.compute_bytes
         found = [all_reduce_each(self.axis, footprint.gradients, footprint.reduce_bytes)]
         for call in footprint.calls_at(lambda layout: (f"{layout.blocks}.*.{layout.attention}",)):

@@ -21,15 +21,14 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from dtrain.model.layout import divisors, layout_of, modules_at
+from dtrain.parallel.checks.optimizer import COLUMNS, ROWS
 from dtrain.parallel.checks.rehearsal import Rehearsal, split_on_ranks
-from dtrain.parallel.checks.stepping import COLUMNS, ROWS
 from dtrain.parallel.footprint import Footprint
 from dtrain.parallel.messages import Message
 from dtrain.parallel.optimizer import OPTIMIZER_STATE
-from dtrain.parallel.strategy import Strategy
+from dtrain.parallel.strategy import ParallelContext, Strategy
 
 if TYPE_CHECKING:
-    from dtrain.parallel.plan import Plan
     from dtrain.task.base import Task
 
 
@@ -47,14 +46,14 @@ class AutoTP(Strategy):
     engine = "deepspeed"
     divides = ""
 
-    def check(self, plan: Plan) -> None:
+    def check(self, plan: ParallelContext) -> None:
         if getattr(plan.strategy_on("dp"), "stage", None) is None or len(plan.strategies) > 2:
             raise ValueError(
                 "strategy autotp is DeepSpeed's: use strategy=deepspeed_autotp, or tensor "
                 "beside others"
             )
 
-    def check_model(self, model: nn.Module, plan: Plan) -> None:
+    def check_model(self, model: nn.Module, plan: ParallelContext) -> None:
         layout, n = layout_of(model), self.degree
         if not layout.column:
             raise ValueError(
@@ -70,7 +69,7 @@ class AutoTP(Strategy):
                     f"{size}={number} is not divisible by tp={n}: use {divisors(number)}"
                 )
 
-    def check_task(self, task: Task, plan: Plan) -> None:
+    def check_task(self, task: Task, plan: ParallelContext) -> None:
         if task.followers:
             raise ValueError(
                 f"{', '.join(task.followers)} of task {type(task).__name__} follows another "
@@ -80,7 +79,7 @@ class AutoTP(Strategy):
             )
 
     def rehearsals(
-        self, model: nn.Module, inputs: Sequence[Tensor], plan: Plan
+        self, model: nn.Module, inputs: Sequence[Tensor], plan: ParallelContext
     ) -> Iterator[Rehearsal]:
         yield split_on_ranks(model, self.degree, False)
 
@@ -106,7 +105,9 @@ class AutoTP(Strategy):
             "partition_config": {"use_default_specs": False, "layer_specs": specs},
         }
 
-    def joined(self, model: nn.Module, tensors: dict[str, Tensor], plan: Plan) -> dict[str, Tensor]:
+    def joined(
+        self, model: nn.Module, tensors: dict[str, Tensor], plan: ParallelContext
+    ) -> dict[str, Tensor]:
         """The same tensors, whole: what each rank along `tp` has of them. A collective."""
         dims, found = _dims(model), dict(tensors)
         for name, tensor in sorted(tensors.items()):
@@ -119,7 +120,9 @@ class AutoTP(Strategy):
                 found[name] = torch.cat(parts, dim)
         return found
 
-    def parted(self, model: nn.Module, tensors: dict[str, Tensor], plan: Plan) -> dict[str, Tensor]:
+    def parted(
+        self, model: nn.Module, tensors: dict[str, Tensor], plan: ParallelContext
+    ) -> dict[str, Tensor]:
         """Of whole tensors, what this rank has of them."""
         dims, here = _dims(model), plan.mesh[self.axis].get_local_rank()
         return {
@@ -139,7 +142,7 @@ class AutoTP(Strategy):
                     f"{name}: {mine} of {whole[name][dim]} on {self.degree}"
                 )
 
-    def cost(self, footprint: Footprint, plan: Plan) -> list[Message]:
+    def cost(self, footprint: Footprint, plan: ParallelContext) -> list[Message]:
         raise ValueError("the messages of DeepSpeed's AutoTP are not told")
 
 

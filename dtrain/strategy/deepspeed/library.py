@@ -8,13 +8,12 @@ import os
 import time
 from contextlib import suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 import torch.distributed as dist
 
-if TYPE_CHECKING:
-    from dtrain.parallel.plan import Plan
+from dtrain.parallel.strategy import ParallelContext
 
 # a lock on an extension that is being compiled is older than that if nobody compiles it
 STALE_S = 900
@@ -79,7 +78,7 @@ def reaches_disks() -> bool:
     return bool(AsyncIOBuilder().is_compatible(verbose=False))
 
 
-def fresh_groups(deepspeed: Any, plan: Plan) -> None:
+def fresh_groups(deepspeed: Any, plan: ParallelContext) -> None:
     """DeepSpeed in the process group that is there, without the groups of an earlier run of
     this process.
     """
@@ -111,7 +110,7 @@ def free_builds() -> None:
                 lock.unlink(missing_ok=True)
 
 
-def sequences(plan: Plan) -> Any:
+def sequences(plan: ParallelContext) -> Any:
     """DeepSpeed's groups for Ulysses, if a strategy of its cuts sequences."""
     if not plan.strategy_on("cp"):
         return None

@@ -17,17 +17,18 @@ import copy
 import io
 from collections.abc import Iterator, Mapping
 from contextlib import redirect_stdout
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from dtrain.parallel.footprint import Footprint
+from dtrain.parallel.mesh import REST
 from dtrain.parallel.messages import Message
 from dtrain.parallel.optimizer import OPTIMIZER_STATE
-from dtrain.parallel.presence import refuse_unused
-from dtrain.parallel.strategy import REST, Executor, full_tensor
+from dtrain.parallel.strategy import Executor, ParallelContext, full_tensor
+from dtrain.parallel.unused_parameters import refuse_unused
 from dtrain.strategy.deepspeed.engine_state import (
     distribute_states,
     materialize_states,
@@ -39,9 +40,6 @@ from dtrain.strategy.deepspeed.zero import DeepSpeed, owners
 from dtrain.strategy.pipeline.stages import PipelineExecutor, split_evenly
 from dtrain.strategy.pipeline.strategy import PipelineParallel
 from dtrain.task.batch import Batch, Models, divide
-
-if TYPE_CHECKING:
-    from dtrain.parallel.plan import Plan
 
 
 class DeepSpeedPipeline(PipelineParallel):
@@ -63,7 +61,7 @@ class DeepSpeedPipeline(PipelineParallel):
     ) -> None:
         super().__init__(degree, micro_batches=micro_batches, split=split)
 
-    def check(self, plan: Plan) -> None:
+    def check(self, plan: ParallelContext) -> None:
         super().check(plan)
         zero = plan.strategy_on("dp")
         if not isinstance(zero, DeepSpeed) or len(plan.strategies) > 2:
@@ -79,7 +77,7 @@ class DeepSpeedPipeline(PipelineParallel):
             )
             raise ValueError(f"DeepSpeed's pipeline {reason} at stage {zero.stage}: use stage 1")
 
-    def check_model(self, model: nn.Module, plan: Plan) -> None:
+    def check_model(self, model: nn.Module, plan: ParallelContext) -> None:
         super().check_model(model, plan)
         counts = self.split or split_evenly(model, self.stages)
         for stage in range(self.stages):
@@ -91,11 +89,15 @@ class DeepSpeedPipeline(PipelineParallel):
                     f"every stage: use strategy=pipeline, or another strategy.pp.split"
                 )
 
-    def reduce_gradients(self, model: nn.Module, plan: Plan) -> None:
+    def reduce_gradients(self, model: nn.Module, plan: ParallelContext) -> None:
         """The engine has."""
 
     def executor(
-        self, models: Models, optimizers: Mapping[str, Optimizer], plan: Plan, micro_batches: int
+        self,
+        models: Models,
+        optimizers: Mapping[str, Optimizer],
+        plan: ParallelContext,
+        micro_batches: int,
     ) -> Executor:
         deepspeed, zero = imported(), plan.strategy_on("dp")
         assert isinstance(zero, DeepSpeed)
@@ -145,7 +147,7 @@ class DeepSpeedPipeline(PipelineParallel):
         spec.build = lambda log=False: module
         return spec
 
-    def cost(self, footprint: Footprint, plan: Plan) -> list[Message]:
+    def cost(self, footprint: Footprint, plan: ParallelContext) -> list[Message]:
         raise ValueError("the messages of DeepSpeed's pipeline are not told")
 
 

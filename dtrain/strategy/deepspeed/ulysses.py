@@ -10,19 +10,17 @@ output) and four backward. Source: Jacobs et al. 2023, "DeepSpeed Ulysses" (2309
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from torch import Tensor, nn
 
 from dtrain.model.layout import blocks_of, divisors, layout_of
 from dtrain.parallel.footprint import Footprint
+from dtrain.parallel.mesh import REST
 from dtrain.parallel.messages import Message
-from dtrain.parallel.strategy import REST
+from dtrain.parallel.strategy import ParallelContext
 from dtrain.strategy.context.strategy import ContextParallel, _cores
 from dtrain.strategy.deepspeed.library import imported
-
-if TYPE_CHECKING:
-    from dtrain.parallel.plan import Plan
 
 
 class DeepSpeedUlysses(ContextParallel):
@@ -38,7 +36,7 @@ class DeepSpeedUlysses(ContextParallel):
     def __init__(self, degree: int = REST) -> None:
         super().__init__(degree, method="ulysses")
 
-    def check(self, plan: Plan) -> None:
+    def check(self, plan: ParallelContext) -> None:
         zero = plan.strategy_on("dp")
         if not zero or zero.engine != self.engine or len(plan.strategies) > 2:
             raise ValueError(
@@ -51,30 +49,30 @@ class DeepSpeedUlysses(ContextParallel):
                 f"strategy.cp.degree={self.degree}: DeepSpeed's Ulysses takes 2 or more ranks"
             )
 
-    def check_model(self, model: nn.Module, plan: Plan) -> None:
+    def check_model(self, model: nn.Module, plan: ParallelContext) -> None:
         super().check_model(model, plan)
         if (heads := getattr(model, "n_kv_heads", 0)) % self.degree:
             raise ValueError(
                 f"n_kv_heads={heads} is not divisible by cp={self.degree}: use {divisors(heads)}"
             )
 
-    def parallelize(self, model: nn.Module, plan: Plan) -> nn.Module:
+    def parallelize(self, model: nn.Module, plan: ParallelContext) -> nn.Module:
         imported()
         path, group = layout_of(model).attention, plan.mesh[self.axis].get_group()
         for block in blocks_of(model):
             block.set_submodule(path, Swapping(block.get_submodule(path), group))
         return model
 
-    def verify(self, model: nn.Module, plan: Plan) -> None:
+    def verify(self, model: nn.Module, plan: ParallelContext) -> None:
         for core in _cores(model):
             assert isinstance(core, Swapping), (
                 f"attention is {type(core).__name__}, not DeepSpeed's"
             )
 
-    def reduce_gradients(self, model: nn.Module, plan: Plan) -> None:
+    def reduce_gradients(self, model: nn.Module, plan: ParallelContext) -> None:
         """The engine has, along both axes."""
 
-    def cost(self, footprint: Footprint, plan: Plan) -> list[Message]:
+    def cost(self, footprint: Footprint, plan: ParallelContext) -> list[Message]:
         raise ValueError("the messages of DeepSpeed's Ulysses are not told")
 
 

@@ -30,11 +30,12 @@ from torch.optim import Optimizer
 
 from dtrain.model.layout import attributes_set
 from dtrain.parallel.accumulate import GradientAccumulation
-from dtrain.parallel.checks.stepping import FLAT
+from dtrain.parallel.checks.optimizer import FLAT
 from dtrain.parallel.footprint import Footprint
+from dtrain.parallel.mesh import REST
 from dtrain.parallel.messages import Message
-from dtrain.parallel.presence import reached_parameters, refuse_unused
-from dtrain.parallel.strategy import REST, Executor, Strategy
+from dtrain.parallel.strategy import Executor, ParallelContext, Strategy
+from dtrain.parallel.unused_parameters import reached_parameters, refuse_unused
 from dtrain.strategy.deepspeed.autotp import AutoTP
 from dtrain.strategy.deepspeed.engine_state import (
     bytes_held,
@@ -57,7 +58,6 @@ from dtrain.strategy.zero1 import equal_shares
 from dtrain.task.batch import Models
 
 if TYPE_CHECKING:
-    from dtrain.parallel.plan import Plan
     from dtrain.task.base import Task, Update
 
 FP16 = "strategy.dp.deepspeed.fp16.enabled=true"
@@ -105,7 +105,7 @@ class DeepSpeed(Strategy):
                 f"strategy.dp.deepspeed.zero_optimization.stage={self.stage} must be 0, 1, 2 or 3"
             )
 
-    def check(self, plan: Plan) -> None:
+    def check(self, plan: ParallelContext) -> None:
         if others := [s.axis for s in plan.strategies if s is not self and s.engine != self.engine]:
             beside = ", ".join(others)
             raise ValueError(
@@ -154,7 +154,7 @@ class DeepSpeed(Strategy):
                 )
             check_fp16(FP16)
 
-    def check_task(self, task: Task, plan: Plan) -> None:
+    def check_task(self, task: Task, plan: ParallelContext) -> None:
         if any(update.second_order for update in task.updates):
             raise ValueError(
                 f"a loss of task {type(task).__name__} holds gradients, and DeepSpeed takes every "
@@ -169,7 +169,7 @@ class DeepSpeed(Strategy):
                 f"{self.stage} takes every gradient for its own model's: use stage 1"
             )
 
-    def optimizer(self, optimizer: Optimizer, model: nn.Module, plan: Plan) -> Optimizer:
+    def optimizer(self, optimizer: Optimizer, model: nn.Module, plan: ParallelContext) -> Optimizer:
         """DeepSpeed's compiled AdamW for states in host memory, where it can be built; else
         torch's.
         """
@@ -210,7 +210,11 @@ class DeepSpeed(Strategy):
                 )
 
     def executor(
-        self, models: Models, optimizers: Mapping[str, Optimizer], plan: Plan, micro_batches: int
+        self,
+        models: Models,
+        optimizers: Mapping[str, Optimizer],
+        plan: ParallelContext,
+        micro_batches: int,
     ) -> Executor:
         deepspeed = imported()
         fresh_groups(deepspeed, plan)
@@ -229,7 +233,7 @@ class DeepSpeed(Strategy):
         executor.skips_nonfinite_steps = self.fp16
         return executor
 
-    def config(self, plan: Plan, micro_batches: int) -> dict[str, Any]:
+    def config(self, plan: ParallelContext, micro_batches: int) -> dict[str, Any]:
         clipping = (plan.clip_norm or 0.0) if self.stage else 0.0  # at stage 0 the loop clips
         return self.settings | {
             "train_micro_batch_size_per_gpu": 1,
@@ -258,7 +262,7 @@ class DeepSpeed(Strategy):
         if boundary := getattr(model, "set_gradient_accumulation_boundary", None):
             boundary(enabled)
 
-    def footprint(self, footprint: Footprint, plan: Plan) -> Footprint:
+    def footprint(self, footprint: Footprint, plan: ParallelContext) -> Footprint:
         if not self.stage or len(footprint.pieces) > 1:
             return footprint
         if self.fp16:
@@ -268,7 +272,7 @@ class DeepSpeed(Strategy):
             held=bytes_held(footprint, self.degree, footprint.place[self.axis], self.stage),
         )
 
-    def cost(self, footprint: Footprint, plan: Plan) -> list[Message]:
+    def cost(self, footprint: Footprint, plan: ParallelContext) -> list[Message]:
         if self.fp16:
             raise ValueError(
                 "DeepSpeed's messages are not told with fp16, which asks for steps to be left out"
@@ -286,7 +290,12 @@ class DeepSpeedExecutor(GradientAccumulation):
     leaves_gradients = False
 
     def __init__(
-        self, stage: int, engines: dict[str, Any], micro_batches: int, plan: Plan, models: Models
+        self,
+        stage: int,
+        engines: dict[str, Any],
+        micro_batches: int,
+        plan: ParallelContext,
+        models: Models,
     ) -> None:
         super().__init__(models | engines, micro_batches, plan)
         self.stage, self.engines = stage, engines
@@ -352,5 +361,5 @@ def owners(engine: Any) -> dict[str, int]:
     return {name: ranks[id(parameter)] for name, parameter in engine.module.named_parameters()}
 
 
-def _autotp(plan: Plan) -> AutoTP | None:
+def _autotp(plan: ParallelContext) -> AutoTP | None:
     return next((strategy for strategy in plan.strategies if isinstance(strategy, AutoTP)), None)

@@ -322,14 +322,14 @@ class Server(Trainer):
                 f"lr_schedule.warmup_steps"
             )
         optimizer = self.optimizers[update.trains]
-        self._set_rate(self.next_step)
+        self._set_learning_rate(self.next_step)
         for group in optimizer.param_groups:
             group["lr"] *= factor
         for parameter, gradient, has in zip(self._own[update.trains], gradients, used, strict=True):
             parameter.grad = gradient if has or gradient.any() else None
         optimizer.step()
         optimizer.zero_grad()
-        self._set_rate(self.next_step)
+        self._set_learning_rate(self.next_step)
         self.version += 1
         if update.then:
             update.then(self.models)

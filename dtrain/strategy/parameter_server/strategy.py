@@ -26,13 +26,13 @@ import torch
 from torch import nn
 
 from dtrain.model.layout import StepAware
-from dtrain.parallel.checks.stepping import APART
-from dtrain.parallel.strategy import REST, Strategy, check_options
+from dtrain.parallel.checks.optimizer import APART
+from dtrain.parallel.mesh import REST
+from dtrain.parallel.strategy import ParallelContext, Strategy, check_options
 from dtrain.strategy.parameter_server.gradient_compression import METHODS
 from dtrain.strategy.parameter_server.work_queue import ASYNC, MODES, SYNC
 
 if TYPE_CHECKING:
-    from dtrain.parallel.plan import Plan
     from dtrain.task.base import Task
 
 
@@ -99,7 +99,7 @@ class ParameterServer(Strategy):
     def parts(self) -> int:
         return self.workers
 
-    def check(self, plan: Plan) -> None:
+    def check(self, plan: ParallelContext) -> None:
         if others := [strategy.axis for strategy in plan.strategies if strategy is not self]:
             raise ValueError(
                 f"strategy parameter_server stands alone, not beside {', '.join(others)}: "
@@ -125,7 +125,7 @@ class ParameterServer(Strategy):
                 "strategy parameter_server sends by gloo, from host memory: use device=cpu"
             )
 
-    def check_model(self, model: nn.Module, plan: Plan) -> None:
+    def check_model(self, model: nn.Module, plan: ParallelContext) -> None:
         if self.servers > (number := len(list(model.parameters()))):
             raise ValueError(
                 f"strategy.dp.servers={self.servers} are more than the model's {number} weights"
@@ -139,7 +139,7 @@ class ParameterServer(Strategy):
                 f"iterations), which workers do not push: use ddp"
             )
 
-    def check_task(self, task: Task, plan: Plan) -> None:
+    def check_task(self, task: Task, plan: ParallelContext) -> None:
         if self.servers > 1 and task.followers:
             raise ValueError(
                 f"task {type(task).__name__} has a model that follows another, whose weights "

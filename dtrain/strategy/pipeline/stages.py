@@ -18,11 +18,10 @@ from torch.distributed.pipelining.schedules import PipelineScheduleSingle
 from dtrain.model.layout import blocks_of, layout_of
 from dtrain.parallel.footprint import BACKWARD, FORWARD, WEIGHTS
 from dtrain.parallel.spans import STAGE, mark
-from dtrain.parallel.strategy import Executor, full_tensor, local_part
+from dtrain.parallel.strategy import Executor, ParallelContext, full_tensor, local_part
 from dtrain.task.batch import Batch, Sums, divide
 
 if TYPE_CHECKING:
-    from dtrain.parallel.plan import Plan
     from dtrain.strategy.pipeline.strategy import PipelineParallel
 
 
@@ -110,7 +109,7 @@ class PipelineExecutor(Executor):
         pipeline: PipelineParallel,
         stages: dict[int, nn.Module],
         outline: nn.Module,
-        plan: Plan,
+        plan: ParallelContext,
         micro_batches: int,
     ) -> None:
         self.pipeline, self.stages, self.outline = pipeline, stages, outline

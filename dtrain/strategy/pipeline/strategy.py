@@ -33,17 +33,17 @@ from torch.distributed.pipelining import schedules
 from torch.optim import Optimizer
 
 from dtrain.model.layout import Absent, layout_of, shared_names
+from dtrain.parallel.checks.optimizer import APART, REGROUPED
 from dtrain.parallel.checks.rehearsal import Rehearsal, refuse_foreign, shared_copy
-from dtrain.parallel.checks.stepping import APART, REGROUPED
 from dtrain.parallel.footprint import Activation, Footprint
+from dtrain.parallel.mesh import REST
 from dtrain.parallel.messages import Message, message
-from dtrain.parallel.strategy import REST, Executor, Strategy
+from dtrain.parallel.strategy import Executor, ParallelContext, Strategy
 from dtrain.strategy.pipeline.schedule import passes_of_stages
 from dtrain.strategy.pipeline.stages import PipelineExecutor, keep_name, split_evenly, sum_ends
 from dtrain.task.batch import Models, pieces
 
 if TYPE_CHECKING:
-    from dtrain.parallel.plan import Plan
     from dtrain.task.base import Task
 
 SCHEDULES = {
@@ -130,7 +130,7 @@ class PipelineParallel(Strategy):
     def stages(self) -> int:
         return self.degree * self.stages_per_rank
 
-    def check(self, plan: Plan) -> None:
+    def check(self, plan: ParallelContext) -> None:
         if plan.compile and self.splits_backward:
             raise ValueError(
                 f"schedule {self.schedule} divides the backward pass, which compile=true "
@@ -138,7 +138,7 @@ class PipelineParallel(Strategy):
                 f"use compile=false or interleaved_1f1b"
             )
 
-    def check_model(self, model: nn.Module, plan: Plan) -> None:
+    def check_model(self, model: nn.Module, plan: ParallelContext) -> None:
         name, layout = type(model).__name__, layout_of(model)
         if not (layout.first and layout.blocks and layout.last):
             raise ValueError(
@@ -168,7 +168,7 @@ class PipelineParallel(Strategy):
                     f"pipeline"
                 )
 
-    def check_task(self, task: Task, plan: Plan) -> None:
+    def check_task(self, task: Task, plan: ParallelContext) -> None:
         if len(task.models) > 1 or not all(hasattr(update, "criterion") for update in task.updates):
             raise ValueError(
                 f"task {type(task).__name__} has no pipeline split: that takes one model, and a "
@@ -211,14 +211,14 @@ class PipelineParallel(Strategy):
             return 2 * self.degree - 1 - stage
         return stage % self.degree
 
-    def held(self, plan: Plan) -> list[int]:
+    def held(self, plan: ParallelContext) -> list[int]:
         """The stages of this rank."""
         return self._held_by(plan.mesh[self.axis].get_local_rank())
 
     def _held_by(self, rank: int) -> list[int]:
         return [stage for stage in range(self.stages) if self.owner(stage) == rank]
 
-    def split_into_stages(self, model: nn.Module, plan: Plan) -> list[nn.Module]:
+    def split_into_stages(self, model: nn.Module, plan: ParallelContext) -> list[nn.Module]:
         counts = self.split or split_evenly(model, self.stages)
         self.tied = list(shared_names(model).values()) if self.stages > 1 else []
         self.last_is_here = self.stages - 1 in self.held(plan)
@@ -226,7 +226,7 @@ class PipelineParallel(Strategy):
         return [self._piece(copy.deepcopy(model), stage, counts) for stage in self.held(plan)]
 
     def rehearsals(
-        self, model: nn.Module, inputs: Sequence[Tensor], plan: Plan
+        self, model: nn.Module, inputs: Sequence[Tensor], plan: ParallelContext
     ) -> Iterator[Rehearsal]:
         counts = self.split or split_evenly(model, self.stages)
         names = list(inspect.signature(model.forward).parameters)[1:]
@@ -268,7 +268,7 @@ class PipelineParallel(Strategy):
                 keep_name(model, alias, name)
         return model
 
-    def footprint(self, footprint: Footprint, plan: Plan) -> Footprint:
+    def footprint(self, footprint: Footprint, plan: ParallelContext) -> Footprint:
         (whole,), here = footprint.pieces, footprint.place[self.axis]
         held, counts = self._held_by(here), self.split or split_evenly(whole.outline, self.stages)
         told = passes_of_stages(self, held, here, footprint.micro_batches)
@@ -295,12 +295,12 @@ class PipelineParallel(Strategy):
             pieces.append(piece)
         return replace(footprint, pieces=tuple(pieces))
 
-    def _outputs(self, footprint: Footprint, plan: Plan) -> list[int]:
+    def _outputs(self, footprint: Footprint, plan: ParallelContext) -> list[int]:
         """Elements of what each call of a block gives, as it travels."""
         calls = footprint.calls_at(lambda layout: (f"{layout.blocks}.*",))
         return [prod(plan.activation(Size(call.output))) for call in calls if call.output]
 
-    def cost(self, footprint: Footprint, plan: Plan) -> list[Message]:
+    def cost(self, footprint: Footprint, plan: ParallelContext) -> list[Message]:
         here, last = footprint.place[self.axis], self.stages - 1
         held = self._held_by(here)
         neighbours = [
@@ -323,17 +323,21 @@ class PipelineParallel(Strategy):
         ]
 
     def executor(
-        self, models: Models, optimizers: Mapping[str, Optimizer], plan: Plan, micro_batches: int
+        self,
+        models: Models,
+        optimizers: Mapping[str, Optimizer],
+        plan: ParallelContext,
+        micro_batches: int,
     ) -> Executor:
         (model,) = models.values()
         return PipelineExecutor(
             self, self._by_stage(model, plan), self.outline, plan, micro_batches
         )
 
-    def _by_stage(self, model: nn.Module, plan: Plan) -> dict[int, nn.Module]:
+    def _by_stage(self, model: nn.Module, plan: ParallelContext) -> dict[int, nn.Module]:
         return dict(zip(self.held(plan), pieces(model), strict=True))
 
-    def reduce_gradients(self, model: nn.Module, plan: Plan) -> None:
+    def reduce_gradients(self, model: nn.Module, plan: ParallelContext) -> None:
         stages = self._by_stage(model, plan)
         for name in self.tied:
             sum_ends(name, stages, self.stages - 1, self.owner, plan.mesh[self.axis].get_group())
@@ -342,7 +346,7 @@ class PipelineParallel(Strategy):
         last = pieces(model)[-1]
         return [last.get_parameter(name) for name in self.tied] if self.last_is_here else []
 
-    def sum_over_axis(self, value: Tensor, plan: Plan) -> Tensor:
+    def sum_over_axis(self, value: Tensor, plan: ParallelContext) -> Tensor:
         """The last stage alone has losses: the others add zero."""
         dist.all_reduce(value, group=plan.mesh[self.axis].get_group())
         return value

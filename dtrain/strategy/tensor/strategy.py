@@ -52,16 +52,17 @@ from dtrain.model.layout import (
     multiples,
     shared_names,
 )
+from dtrain.parallel.checks.optimizer import COLUMNS, REGROUPED, ROWS
 from dtrain.parallel.checks.rehearsal import (
     DoesNotRun,
     Rehearsal,
     parameters_between,
     split_on_ranks,
 )
-from dtrain.parallel.checks.stepping import COLUMNS, REGROUPED, ROWS
 from dtrain.parallel.footprint import Footprint, ModelPart, Shape
+from dtrain.parallel.mesh import REST
 from dtrain.parallel.messages import Message, all_reduce_each, message
-from dtrain.parallel.strategy import REST, Strategy, all_reduce_sum, local_part
+from dtrain.parallel.strategy import ParallelContext, Strategy, all_reduce_sum, local_part
 from dtrain.strategy.expert import computes_with_local_weights
 from dtrain.strategy.tensor.layers import (
     edge_messages,
@@ -79,7 +80,6 @@ from dtrain.strategy.tensor.layers import (
 from dtrain.task.batch import pieces
 
 if TYPE_CHECKING:
-    from dtrain.parallel.plan import Plan
     from dtrain.task.base import Task
 
 
@@ -105,7 +105,7 @@ class TensorParallel(Strategy):
         # Of each model its parameters, and those that act on slices.
         self.between: dict[str, tuple[set[str], set[str]]] = {}
 
-    def check_model(self, model: nn.Module, plan: Plan) -> None:
+    def check_model(self, model: nn.Module, plan: ParallelContext) -> None:
         name, layout, n = type(model).__name__, layout_of(model), self.degree
         if not layout.column:
             raise ValueError(
@@ -139,7 +139,7 @@ class TensorParallel(Strategy):
                 )
         refuse_lost_rows(model, n, plan.degrees.get("fsdp", 1))
 
-    def check_task(self, task: Task, plan: Plan) -> None:
+    def check_task(self, task: Task, plan: ParallelContext) -> None:
         if self.loss_parallel and task.mixes_tokens:
             raise ValueError(
                 f"the loss of task {type(task).__name__} compares the tokens of a row, and "
@@ -159,7 +159,7 @@ class TensorParallel(Strategy):
             )
 
     def rehearsals(
-        self, model: nn.Module, inputs: Sequence[Tensor], plan: Plan
+        self, model: nn.Module, inputs: Sequence[Tensor], plan: ParallelContext
     ) -> Iterator[Rehearsal]:
         yield split_on_ranks(model, self.degree, self.sequence_parallel)
 
@@ -199,7 +199,7 @@ class TensorParallel(Strategy):
             (found & names for every, found in self.between.values() if names <= every), set()
         )
 
-    def parallelize(self, model: nn.Module, plan: Plan) -> nn.Module:
+    def parallelize(self, model: nn.Module, plan: ParallelContext) -> nn.Module:
         outer: Placement = Shard(1) if self.sequence_parallel else Replicate()
         self._split_layers(model, plan.mesh[self.axis], outer)
         self._join_edges(model, plan.mesh[self.axis], outer)
@@ -252,13 +252,13 @@ class TensorParallel(Strategy):
                 router.register_forward_hook(slice_output(mesh))
         model.register_forward_hook(whole_logits)
 
-    def verify(self, model: nn.Module, plan: Plan) -> None:
+    def verify(self, model: nn.Module, plan: ParallelContext) -> None:
         layout = layout_of(model)
         for path, layer in modules_at(model, layout.column + layout.row):
             assert is_split(layer.weight), f"{path} is not split over {self.axis}"
 
     @contextmanager
-    def forward_backward_context(self, plan: Plan) -> Iterator[None]:
+    def forward_backward_context(self, plan: ParallelContext) -> Iterator[None]:
         with loss_parallel() if self.loss_parallel else nullcontext(), implicit_replication():
             yield
 
@@ -266,7 +266,7 @@ class TensorParallel(Strategy):
         rows, tokens, *others = shape
         return Size((rows, tokens // self.degree if self.sequence_parallel else tokens, *others))
 
-    def reduce_gradients(self, model: nn.Module, plan: Plan) -> None:
+    def reduce_gradients(self, model: nn.Module, plan: ParallelContext) -> None:
         for piece in pieces(model):
             for parameter in piece.parameters():
                 # an embedding's is made whole: keep this rank's rows of it
@@ -281,7 +281,7 @@ class TensorParallel(Strategy):
                         plan.precision.reduce_dtype,
                     )
 
-    def footprint(self, footprint: Footprint, plan: Plan) -> Footprint:
+    def footprint(self, footprint: Footprint, plan: ParallelContext) -> Footprint:
         here = footprint.place[self.axis]
 
         def split(piece: ModelPart) -> ModelPart:
@@ -302,7 +302,7 @@ class TensorParallel(Strategy):
 
         return footprint.map(split)
 
-    def cost(self, footprint: Footprint, plan: Plan) -> list[Message]:
+    def cost(self, footprint: Footprint, plan: ParallelContext) -> list[Message]:
         m, found = footprint.micro_batches, []
         for piece in footprint.pieces:
             for operation, elements, products in edge_messages(piece, self.sequence_parallel):

@@ -1,5 +1,6 @@
-"""What a model keeps that no checkpoint holds: counts and generators in attributes, buffers
-that are not persistent.
+"""Check that a user's model keeps nothing from call to call that no checkpoint holds.
+
+Such as counts and generators in attributes, and buffers that are not persistent.
 """
 
 from __future__ import annotations
@@ -10,66 +11,64 @@ from torch import Tensor, nn
 
 from dtrain.data.seeded import seed_everything
 from dtrain.model.layout import StepAware
-from dtrain.parallel.checks.trial import EVERYTHING, Run, difference, restore_values, set_weights
+from dtrain.parallel.checks.row_independence import (
+    EVERYTHING,
+    Run,
+    difference,
+    restore_values,
+    set_weights,
+)
 from dtrain.parallel.optimizer_extras import Kept
 
 
 def try_again(run: Run, tolerance: float) -> Iterator[str]:
-    """Call the model twice alike: weights, saved buffers and the global generators as they were
-    before.
+    """Call the model twice with the same weights, saved buffers and global generators.
 
-    Yields lines for a person: what changes, though its outputs do not follow.
+    Yields lines for a person: what changes, though the outputs do not.
 
     Raises:
-        ValueError: the second outputs are others, or a buffer that is not saved goes on: a run that
+        ValueError: the second outputs differ, or a buffer that is not saved changes: a run that
             resumes would not go on where it stopped.
     """
     model, name = run.model, type(run.model).__name__
-    unsaved, found = _not_persistent(model), []
+    unsaved, calls = _not_persistent(model), []
     saved = {key: buffer.clone() for key, buffer in model.named_buffers() if key not in unsaved}
     for _ in range(2):
         restore_values(model, saved)
         set_weights(model, run.weights)
         seed_everything(0)
-        found.append(
+        calls.append(
             (
                 run(EVERYTHING),
                 _attributes(model, tolerance),
                 {k: b.clone() for k, b in unsaved.items()},
             )
         )
-    (first, before, moved), (second, after, again) = found
+    (first, before, buffers_before), (second, after, buffers_after) = calls
     restore_values(model, saved)
     changed = sorted(key for key in before | after if before.get(key) != after.get(key))
-    for key, buffer in moved.items():
-        if difference(again[key], buffer) > tolerance:
+    for key, buffer in buffers_before.items():
+        if difference(buffers_after[key], buffer) > tolerance:
             raise ValueError(
-                f"{key} of {name} goes on with each forward pass, and no checkpoint holds it, so "
-                f"that no run could "
-                f"resume: leave persistent=False out"
+                f"{key} of {name} changes with each forward pass, and no checkpoint holds it, so "
+                "no run could resume: leave persistent=False out"
             )
     if (far := difference(second, first)) > tolerance:
-        what = (
-            f"{', '.join(changed[:3])} of {name} goes"
-            if changed
-            else f"something that {name} keeps goes"
-        )
+        what = f"{', '.join(changed[:3])} of {name}" if changed else f"something that {name} keeps"
         raise ValueError(
-            f"{what} on with each forward pass, its outputs follow (by {far:.2g} of the largest), "
-            f"and no checkpoint "
-            f"holds it, so that no run could resume: make it a buffer, or draw by torch's global "
-            f"generator"
+            f"{what} changes with each forward pass, its outputs with it (by {far:.2g} of the "
+            "largest), and no checkpoint holds it, so no run could resume: make it a buffer, or "
+            "draw by torch's global generator"
         )
     if changed:
         yield (
             f"probe: {', '.join(changed[:3])} of {name} changes with each forward pass, and no "
-            f"checkpoint holds it: a "
-            f"resumed run begins it anew"
+            "checkpoint holds it: a resumed run begins it anew"
         )
 
 
 def _not_persistent(model: nn.Module) -> dict[str, Tensor]:
-    """Buffers that `state_dict` leaves out; not those of a step's number, which each step sets."""
+    """Return the buffers that `state_dict` leaves out, except those that each step sets."""
     return {
         f"{path}.{key}".strip("."): buffer
         for path, module in model.named_modules()
@@ -79,11 +78,11 @@ def _not_persistent(model: nn.Module) -> dict[str, Tensor]:
 
 
 def _attributes(model: nn.Module, tolerance: float) -> dict[str, Kept]:
-    """Values in plain attributes, by name, to their depths."""
-    stop = {id(module): module for module in model.modules()}
+    """Return the values in plain attributes, by name, to their depths."""
+    modules = {id(module): module for module in model.modules()}
     places = {id(parameter): place for place, parameter in enumerate(model.parameters())}
     return {
-        f"{path}.{key}".strip("."): Kept(value, places, stop, tolerance)
+        f"{path}.{key}".strip("."): Kept(value, places, modules, tolerance)
         for path, module in model.named_modules()
         for key, value in vars(module).items()
         if key[0] != "_" and key != "training" and not isinstance(module, StepAware)

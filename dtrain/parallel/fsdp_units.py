@@ -1,14 +1,13 @@
-"""What `fully_shard` and `replicate` exchange together: a block, or all the rest; and whether all
-ranks run it alike.
+"""Watch the units that `fully_shard` and `replicate` exchange: all ranks must run them alike.
 
     rank 0:  block A, block B, back   rank 1:  block A, back   A's messages meet; B's meet another's
 
-A unit's weights are gathered when it runs, and its gradients are reduced when its backward pass
-ends, whatever other ranks do. Messages of two sizes that meet end a process in gloo, or hang; of
-one size they are taken for each other's. So where somebody else's code decides what runs, ranks
-call what they run next through the store, before its messages, until it is the same in each update;
-and of every model they compare how often each block has run before anything is done with what came
-of it (`presence`).
+A unit is a block, or all the rest of a model. Its weights are gathered when it runs, and its
+gradients are reduced when its backward pass ends, whatever other ranks do. Messages of two sizes
+that meet end a process in gloo, or hang; of one size they are taken for each other's. So where
+user's code decides what runs, ranks call what they run next through the store, before its messages,
+until it is the same in each update. And for every model they compare how often each block has run
+before the gradients are used (`unused_parameters`).
 """
 
 from __future__ import annotations
@@ -25,21 +24,25 @@ from torch.distributed.fsdp import FSDPModule
 from dtrain.model.layout import is_foreign, layout_of, shared_names
 from dtrain.task.batch import pieces
 
-ALIKE = 2  # updates in which the same units run in the same order: then ranks call no more
+ALIKE = 2  # updates that run the same units in the same order: afterwards ranks call no more
 AT_ONCE_S, POLL_S = 0.02, 0.001
+RUN_ALIKE = (
+    "fsdp and replicate exchange a block when it runs, so all ranks must run it alike; use "
+    "strategy=ddp, allreduce or zero1"
+)
 
 
-class Roll:
-    """What the ranks of one model say that they run next.
+class RollCall:
+    """What the ranks of one model call before they run it.
 
-    Each counts itself in at a place of the update, under the name of what it runs there; who waits
-    for long writes where it is, so that those who wait for each other find it out. As long as a
-    rank runs what all have run in the updates before it calls nothing, and needs no messages. When
-    it comes to run something else it calls again: so do all, or they wait for it in the messages of
-    a unit, which it does not send.
+    A rank counts itself in at its place in the update, under the name of the unit that it runs
+    there. A rank that waits for long writes down its place, so that ranks that wait for each other
+    notice it. While a rank runs what all ran in the updates before, it calls nothing and sends no
+    messages. When it comes to another unit it calls again: so do all others, or they wait for it in
+    the messages of a unit, which it does not send.
 
     Args:
-        ranks: who must run the same.
+        ranks: those that must run the same.
     """
 
     def __init__(self, ranks: list[int]) -> None:
@@ -48,9 +51,9 @@ class Roll:
         self.now: list[str] = []
         self.same = True  # so far in this update
         self._store = dist.distributed_c10d._get_default_store()
-        # models of this process: as many as of the others
-        made = self._store.add(f"units/{dist.get_rank()}", 1)
-        self._key = f"units/{'-'.join(map(str, ranks))}/{made}"
+        # every process makes as many models
+        model_number = self._store.add(f"units/{dist.get_rank()}", 1)
+        self._key = f"units/{'-'.join(map(str, ranks))}/{model_number}"
         self._times: Counter[str] = Counter()
 
     def begin_update(self) -> None:
@@ -59,13 +62,12 @@ class Roll:
         self.updates += 1
 
     def call(self, unit: str) -> None:
-        """Say it, and wait for the others to say theirs, where this rank has not run the same in
-        the updates before.
+        """Call a unit and wait for the other ranks, unless all ran it here in earlier updates.
 
         Raises:
-            ValueError: some say another, or say nothing for half of the collectives' timeout where
-                they had called no more; on every rank that waits.
-            dist.DistError: some do not come in that timeout.
+            ValueError: some ranks call another unit; or, where they had called no more, nothing in
+                half of the collectives' timeout. On every rank that waits.
+            dist.DistError: some ranks do not come in that timeout.
         """
         place, settled = len(self.now), self.alike >= ALIKE
         self.same = self.same and self.before[place : place + 1] == [unit]
@@ -75,17 +77,18 @@ class Roll:
         limit = dist.distributed_c10d.default_pg_timeout.total_seconds() * (0.5 if settled else 1.0)
         key, at = f"{self._key}/{place}/{unit}", f"{self.updates}/{place}"
         self._times[key] += 1
-        expected, since, said = len(self.ranks) * self._times[key], time.monotonic(), False
+        expected, since = len(self.ranks) * self._times[key], time.monotonic()
+        wrote_place = False
         self._store.add(key, 1)
         while int(self._store.get(key)) < expected:
-            if said:
+            if wrote_place:
                 self._compare(at, unit)
             elif time.monotonic() - since > AT_ONCE_S:
                 self._store.set(f"{self._key}/of/{dist.get_rank()}", f"{at}/{unit}")
-                said = True
+                wrote_place = True
             if time.monotonic() - since > limit:
                 if settled:
-                    raise ValueError(_apart(f"rank {dist.get_rank()} goes", unit))
+                    raise ValueError(_describe_difference(f"rank {dist.get_rank()} goes", unit))
                 raise dist.DistError(f"not all ranks came to {unit} in {limit:g} s")
             time.sleep(POLL_S)
 
@@ -94,30 +97,29 @@ class Roll:
         keys = [f"{self._key}/of/{rank}" for rank in self.ranks]
         if not self._store.check(keys):
             return
-        said = [each.decode() for each in self._store.multi_get(keys)]
-        if all(each.startswith(f"{at}/") for each in said) and (
-            alike := said.count(f"{at}/{unit}")
-        ) < len(said):
-            raise ValueError(_apart(f"{alike} of {len(said)} ranks go", unit))
+        places = [place.decode() for place in self._store.multi_get(keys)]
+        alike = places.count(f"{at}/{unit}")
+        if all(place.startswith(f"{at}/") for place in places) and alike < len(places):
+            raise ValueError(_describe_difference(f"{alike} of {len(places)} ranks go", unit))
 
 
-def _apart(who: str, unit: str) -> str:
-    return (
-        f"{who} on to {unit}, and others to something else: fsdp and replicate exchange a block "
-        f"when it runs, so all "
-        f"ranks must run it alike; use strategy=ddp, allreduce or zero1"
-    )
+def _describe_difference(who: str, unit: str) -> str:
+    return f"{who} on to {unit}, and others to something else: {RUN_ALIKE}"
 
 
 class Unit:
-    """What `fully_shard` or `replicate` exchange together, watched: how often it ran, and which
-    gradients it had.
+    """A unit of `fully_shard` or `replicate`: how often it ran, and which gradients it had.
+
+    Args:
+        group: torch's own parameter group, whose passes this watches.
+        name: the block; "" for all the rest.
+        roll: on which it is called; None: it is not.
     """
 
-    def __init__(self, group: Any, name: str, roll: Roll | None) -> None:
+    def __init__(self, group: Any, name: str, roll: RollCall | None) -> None:
         self.group, self.name, self.roll, self.calls = group, name, roll, 0
         self.used: set[int] = set()  # its parameters that backward has reached in this update
-        # is a first backward pass part of the loss? It gives no weight a gradient
+        # a first backward pass, which gives no weight a gradient, is part of the loss
         self.twice = False
         self._forward = group.pre_forward
         self._backward = group.pre_backward
@@ -140,11 +142,10 @@ class Unit:
         self._backward(*options)
 
     def complete(self, *none: Any) -> None:
-        """Before gradients are exchanged: zeros for those that this rank's rows do not have, as all
-        ranks send alike.
+        """Before gradients are exchanged, put zeros where this rank's rows have none.
 
-        And those of one unit in one format: what waits from earlier micro-batches may be in that of
-        the sum.
+        All ranks must send alike, and one unit's gradients in one format: what waits from earlier
+        micro-batches may be in that of the sum.
         """
         parameters = [p for p in self.group.fsdp_params if hasattr(p, "_unsharded_param")]
         waiting = any(parameter.unsharded_accumulated_grad is not None for parameter in parameters)
@@ -164,13 +165,14 @@ class Unit:
 
 
 def watch_units(model: nn.Module, ranks: list[int]) -> None:
-    """Have every unit of the model, or of a stage, watched from now on; `ranks` share them."""
-    roll, found = Roll(ranks) if is_foreign(model) and len(ranks) > 1 else None, []
-    for name, module in model.named_modules():
-        if isinstance(module, FSDPModule):
-            groups = module._get_fsdp_state()._fsdp_param_groups
-            found += [Unit(group, name, roll) for group in groups]
-    model.watched = found  # type: ignore[assignment]
+    """Watch every unit of the model, or of a stage, from now on; `ranks` share them."""
+    roll = RollCall(ranks) if is_foreign(model) and len(ranks) > 1 else None
+    model.watched = [  # type: ignore[assignment]
+        Unit(group, name, roll)
+        for name, module in model.named_modules()
+        if isinstance(module, FSDPModule)
+        for group in module._get_fsdp_state()._fsdp_param_groups
+    ]
 
 
 def units(model: nn.Module) -> list[Unit]:
@@ -186,13 +188,13 @@ def begin_update(model: nn.Module) -> None:
 
 
 def accumulate_losses(model: nn.Module, are: bool) -> None:
-    """Say whether updates' losses hold gradients of the model."""
+    """Note whether updates' losses hold gradients of the model."""
     for unit in units(model):
         unit.twice = are
 
 
 def unused_parameters(model: nn.Module) -> list[nn.Parameter]:
-    """What has a gradient of zeros alone, since backward has not reached it."""
+    """Return parameters that backward has not reached: their gradients are zeros."""
     return [
         p.sharded_param
         for unit in units(model)
@@ -202,14 +204,12 @@ def unused_parameters(model: nn.Module) -> list[nn.Parameter]:
 
 
 def unit_calls(model: nn.Module) -> dict[str, int]:
-    """How often each block has run; all the rest of a model runs on every rank."""
+    """Return how often each block has run; all the rest of a model runs on every rank."""
     return {unit.name: unit.calls for unit in units(model) if unit.name}
 
 
 def refuse_sharing(model: nn.Module, strategy: str) -> None:
-    """Raise ValueError for a weight that stands in two units, which would each keep a copy of
-    their own.
-    """
+    """Raise ValueError for a weight in two units, each of which would keep its own copy."""
     path = layout_of(model).blocks
 
     def unit(name: str) -> str:
@@ -223,7 +223,6 @@ def refuse_sharing(model: nn.Module, strategy: str) -> None:
         if unit(one) != unit(other):
             raise ValueError(
                 f"{type(model).__name__} shares {other} with {one}, and strategy {strategy} "
-                f"exchanges each block by "
-                f"itself: use strategy=ddp, allreduce or zero1, or keep what is shared in one "
-                f"block or outside of all"
+                "exchanges each block by itself: use strategy=ddp, allreduce or zero1, or keep "
+                "what is shared in one block or outside of all"
             )
