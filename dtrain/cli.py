@@ -25,7 +25,6 @@ from omegaconf import DictConfig, OmegaConf
 
 from dtrain.compare import command as comparison
 from dtrain.config.errors import USER_ERRORS, check_overrides, explain, system_error
-from dtrain.config.outside import refuse_foreign_settings
 from dtrain.config.schema import (
     CONFIGS,
     Comparison,
@@ -36,11 +35,12 @@ from dtrain.config.schema import (
     validated,
 )
 from dtrain.config.secret import Asked, masked_override, printable, replayable
+from dtrain.config.untrusted_config import refuse_foreign_settings
 from dtrain.cost.model_size import model_size as count
 from dtrain.files.lock import Lock
-from dtrain.launch import quiet
+from dtrain.launch import interrupts
 from dtrain.launch.hang_detector import Hang
-from dtrain.launch.launchers import script_arguments
+from dtrain.launch.launcher_variables import script_arguments
 from dtrain.launch.rank_processes import (
     TOLD,
     RanksFailed,
@@ -109,7 +109,7 @@ def main(config_name: str, task: Callable[[DictConfig], Any]) -> None:
     """Run `task` with the configuration that the command line composes; exit with a line for
     each mistake.
     """
-    quiet.restore_interrupt()
+    interrupts.restore_interrupt()
     os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra hands errors on; they are said in one line here
     keep_open()
     register()

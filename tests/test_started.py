@@ -18,7 +18,7 @@ from runs import free_port
 from test_cli import PYTHON, call  # noqa: F401
 
 from dtrain.launch import rank_processes
-from dtrain.launch.launchers import script_arguments
+from dtrain.launch.launcher_variables import script_arguments
 from dtrain.launch.rank_processes import spawn
 from dtrain.launch.rendezvous import process_group
 from dtrain.launch.world import World

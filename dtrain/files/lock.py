@@ -15,7 +15,7 @@ from itertools import chain
 from pathlib import Path
 from typing import Any, TextIO
 
-from dtrain.files import records
+from dtrain.files import json_files
 
 NAME = ".lock"
 # said by file systems that have no locks
@@ -71,7 +71,7 @@ class Lock:
     def _read(self) -> dict[str, Any]:
         self._file.seek(0)
         try:
-            found = records.parse(self._file.read(1 << 20))
+            found = json_files.parse(self._file.read(1 << 20))
         except ValueError:
             found = {}
         return found if isinstance(found, dict) else {}

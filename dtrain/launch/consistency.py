@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from dtrain.config.secret import HIDDEN
-from dtrain.files.records import flat
+from dtrain.files.json_files import flat
 from dtrain.launch.collectives import all_gather_object
 
 ROOT = Path(__file__).parent.parent

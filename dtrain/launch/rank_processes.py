@@ -39,7 +39,7 @@ from dtrain.launch.world import VARIABLES
 
 # By the server from which ranks are forked: what every run needs, after what lets Ctrl-C end the
 # import quietly.
-PRELOADED = ["dtrain.launch.quiet", "dtrain.cli", "dtrain.launch.fork_server"]
+PRELOADED = ["dtrain.launch.interrupts", "dtrain.cli", "dtrain.launch.fork_server"]
 # the variable that tells a rank where to leave its last words
 ERROR_FILE = "TORCHELASTIC_ERROR_FILE"
 # the variable that tells ranks that we start ourselves in which file they meet
