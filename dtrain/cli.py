@@ -25,15 +25,8 @@ from omegaconf import DictConfig, OmegaConf
 
 from dtrain.compare import command as comparison
 from dtrain.config.errors import USER_ERRORS, check_overrides, explain, system_error
-from dtrain.config.schema import (
-    CONFIGS,
-    Comparison,
-    Config,
-    check_axes,
-    refuse_unknown,
-    register,
-    validated,
-)
+from dtrain.config.groups import CONFIGS, check_axes
+from dtrain.config.schema import Comparison, Config, refuse_unknown, register, validated
 from dtrain.config.secret import Asked, masked_override, printable, replayable
 from dtrain.config.untrusted_config import refuse_foreign_settings
 from dtrain.cost.model_size import model_size as count

@@ -23,9 +23,10 @@ from torch import nn
 
 from dtrain import cli
 from dtrain.compare import command
-from dtrain.config import aliases, constructor
+from dtrain.config import aliases
+from dtrain.config.build import build, imported
 from dtrain.config.errors import explain
-from dtrain.config.schema import build, register, validated
+from dtrain.config.schema import register, validated
 from dtrain.data.base import Data
 from dtrain.data.sources import Source
 from dtrain.data.tokenizer import Tokenizer
@@ -603,11 +604,11 @@ def test_what_has_moved_is_told_and_is_there(old: str, tmp_path: Path, monkeypat
     before = f"{old}.Some"
     if find_spec(new.rpartition(".")[0]).submodule_search_locations is None:  # type: ignore[union-attr]
         before = old  # no module, but a name in one
-        assert constructor.imported(new, "it")
+        assert imported(new, "it")
     else:
         assert import_module(new).__doc__
     with pytest.raises(ValueError, match=f": it is {re.escape(new)} now$"):
-        constructor.imported(before, "it")
+        imported(before, "it")
     module, _, name = before.rpartition(".")
     (tmp_path / "theirs.py").write_text(f"from {module} import {name}")
     monkeypatch.syspath_prepend(tmp_path)
@@ -615,7 +616,7 @@ def test_what_has_moved_is_told_and_is_there(old: str, tmp_path: Path, monkeypat
     with pytest.raises(
         ValueError, match=f"^it cannot be imported: [^/]*: it is {re.escape(new)} now$"
     ):
-        constructor.imported("theirs.Model", "it")
+        imported("theirs.Model", "it")
 
 
 @pytest.mark.parametrize("kind", [Strategy, Executor])

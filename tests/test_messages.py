@@ -23,11 +23,12 @@ from torch import nn
 
 from dtrain import cli
 from dtrain.compare.entries import Entry
-from dtrain.config import constructor
 from dtrain.config.aliases import ALIASES, RENAMED, ours
+from dtrain.config.build import OPTIMIZER_RANGES, build
 from dtrain.config.errors import check_overrides
+from dtrain.config.groups import CONFIGS, options
 from dtrain.config.override import for_a_shell, parsed, setting, value_of
-from dtrain.config.schema import CONFIGS, build, options, register
+from dtrain.config.schema import register
 from dtrain.parallel.strategy import Strategy
 from dtrain.run.run import _resumable
 
@@ -366,7 +367,7 @@ def test_the_ranges_are_torchs(name: str) -> None:
     made = lambda **given: getattr(torch.optim, name)([nn.Parameter(torch.ones(1))], **given)  # noqa: E731
     ends = {"lr": 0.0, "eps": 0.0, "weight_decay": 0.0, "momentum": 0.0, "betas": (0.0, 0.0)}
     beyond = {**dict.fromkeys(ends, -1e-9), "betas": (0.9, 1.0)}
-    assert ends.keys() == constructor.RANGES.keys()
+    assert ends.keys() == OPTIMIZER_RANGES.keys()
     for key in ends.keys() & signature(getattr(torch.optim, name)).parameters.keys():
         made(**{key: ends[key]})
         with pytest.raises(ValueError, match="Invalid"):

@@ -31,8 +31,10 @@ from torch import Tensor, nn
 import dtrain
 from dtrain import cli
 from dtrain.compare.command import Failed
+from dtrain.config.build import build
 from dtrain.config.errors import NO_MORE_PROCESSES
-from dtrain.config.schema import CONFIGS, Comparison, build, check_axes, register, validated
+from dtrain.config.groups import CONFIGS, check_axes
+from dtrain.config.schema import Comparison, register, validated
 from dtrain.data.base import Data
 from dtrain.data.rows import Rows
 from dtrain.data.sources import Source, StandardLibrary
@@ -81,7 +83,8 @@ ROOMS = (
     "parallel/mesh.py",
     "parallel/strategy.py",
     "config/schema.py",
-    "config/constructor.py",
+    "config/groups.py",
+    "config/build.py",
     "model/layout.py",
     "run/assemble.py",
 )

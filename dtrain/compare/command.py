@@ -21,9 +21,9 @@ from dtrain.compare.condition import Condition
 from dtrain.compare.entries import Case, cases_of
 from dtrain.compare.results import FILE, Results, Row, read
 from dtrain.compare.verdict import differences
-from dtrain.config.about import strategy_comment
-from dtrain.config.constructor import imported
-from dtrain.config.schema import CONFIGS, Comparison
+from dtrain.config.build import imported
+from dtrain.config.groups import CONFIGS, strategy_comment
+from dtrain.config.schema import Comparison
 from dtrain.config.secret import masked_override
 from dtrain.cost import environment
 from dtrain.cost.profile import RECORDED

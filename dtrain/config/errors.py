@@ -18,8 +18,8 @@ from omegaconf import OmegaConf
 from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 
 from dtrain.config.aliases import RENAMED, ours
+from dtrain.config.groups import CONFIGS, options
 from dtrain.config.override import for_a_shell, parsed, value_of
-from dtrain.config.schema import CONFIGS, options
 from dtrain.config.secret import masked_override
 
 USER_ERRORS = (ValueError, OSError, HydraException, OmegaConfBaseException)

@@ -27,7 +27,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
-from dtrain.config.schema import CONFIGS
+from dtrain.config.groups import CONFIGS
 from dtrain.config.secret import replayable
 
 ALLOWED = "allow_hydra_code=true"

@@ -18,7 +18,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load, save
 from torch import Tensor
 
-from dtrain.config.constructor import error_in_words
+from dtrain.config.user_code import error_in_words
 from dtrain.data.base import Data, Progress
 from dtrain.data.cache import cached_folder, refuse_altered_content
 from dtrain.data.features import Features
