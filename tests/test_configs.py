@@ -21,7 +21,7 @@ from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 from torch import nn
 
-from dtrain import cli
+from dtrain.cli import ranks
 from dtrain.compare import command
 from dtrain.config import aliases
 from dtrain.config.build import build, imported
@@ -644,18 +644,18 @@ def test_ranks_are_given_what_was_checked(monkeypatch: pytest.MonkeyPatch, tmp_p
     """An escaped interpolation is a text, on the ranks that `start` starts too."""
     register()
     monkeypatch.setenv("A_NAME", "a-value")
-    monkeypatch.setattr(cli, "assemble", lambda *_: None)
+    monkeypatch.setattr(ranks, "assemble", lambda *_: None)
     monkeypatch.setattr(
-        cli, "spawn", lambda function, *arguments, **_: (function, pickle.dumps(arguments))
+        ranks, "spawn", lambda function, *arguments, **_: (function, pickle.dumps(arguments))
     )
-    monkeypatch.setattr(cli, "run", lambda config, *_: config)
+    monkeypatch.setattr(ranks, "run", lambda config, *_: config)
     with initialize_config_dir(str(CONFIGS), version_base="1.3"):
         config = compose(
             "train",
             overrides=["model=tiny", r"+model.a='\${oc.env:A_NAME}'", r"+model.b='\${foo}'"],
         )
-    function, arguments = cli.start(config, tmp_path, "ddp")
-    monkeypatch.setattr(cli.World, "of_environment", lambda: cli.World())
+    function, arguments = ranks.start(config, tmp_path, "ddp")
+    monkeypatch.setattr(ranks.World, "of_environment", lambda: ranks.World())
     got = function(*pickle.loads(arguments))
     assert (got.model["a"], got.model["b"]) == ("${oc.env:A_NAME}", "${foo}") and got == validated(
         config

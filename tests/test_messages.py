@@ -160,7 +160,7 @@ def said(
     def of(*words: str) -> str:
         monkeypatch.chdir(tmp_path)
         monkeypatch.setattr(sys, "argv", ["train.py", *words])
-        monkeypatch.setattr(cli, "run", lambda *_: pytest.fail("it trains"))
+        monkeypatch.setattr(cli.commands, "run", lambda *_: pytest.fail("it trains"))
         GlobalHydra.instance().clear()
         with pytest.raises(SystemExit) as ended:
             cli.main("train", cli.train)

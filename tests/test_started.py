@@ -109,7 +109,7 @@ def test_half_a_rank_is_refused(
 ) -> None:
     for name, value in told.items():
         monkeypatch.setenv(name, value)
-    monkeypatch.setattr("dtrain.cli.GRACE_S", 0.0)
+    monkeypatch.setattr("dtrain.cli.exits.GRACE_S", 0.0)
     status, _, err = call(*QUICK)
     assert status == 2 and said in err and err.count("\n") == 1
 

@@ -48,8 +48,8 @@ A_RANK = 12  # processes and threads that a rank takes, at least
 POLL_S = 0.05  # how often the launcher looks after its ranks
 ENDING_S = 10.0  # how long it waits for the end of a rank that has said why it ends
 # signals that have asked this process to end: what comes after this run does not begin
-TOLD: list[int] = []
-# ask for the end: a checkpoint, then no more steps
+STOP_REQUESTS: list[int] = []
+# signals that ask for the end: a checkpoint, then no more steps
 STOPS = (signal.SIGTERM, signal.SIGHUP, signal.SIGINT)
 
 
@@ -59,15 +59,15 @@ class RanksFailed(RuntimeError):
 
     Attributes:
         status: the exit status of the rank that failed first; negative: the signal that ended it.
-        said: has it said why? If not, nobody has.
+        printed: whether that rank has printed why; if not, nobody has.
     """
 
-    def __init__(self, rank: int, status: int, words: str, said: bool, why: str = "") -> None:
+    def __init__(self, rank: int, status: int, words: str, printed: bool, why: str = "") -> None:
         ending = f"signal {-status}" if status < 0 else f"exit status {status}"
         super().__init__(
-            words if said else f"rank {rank} ended with {ending}{f': {words}' if words else why}"
+            words if printed else f"rank {rank} ended with {ending}{f': {words}' if words else why}"
         )
-        self.status, self.said = status, said
+        self.status, self.printed = status, printed
 
 
 def exit_with_parent(starter: int) -> None:
@@ -330,7 +330,7 @@ def on_stop_signals(handler: Callable[[int, FrameType | None], None]) -> Iterato
     """
 
     def hear(number: int, frame: FrameType | None) -> None:
-        TOLD.append(number)
+        STOP_REQUESTS.append(number)
         handler(number, frame)
 
     heard = [
