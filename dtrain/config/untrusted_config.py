@@ -1,9 +1,13 @@
-"""Configuration files from outside the project: what Hydra would run by them is refused, unless it
-is asked for.
+"""Refuse code that files from outside the project would have Hydra run, unless it is asked for.
 
-Classes that a configuration names are checked where they are built. Hydra's own keys name some that
-it calls earlier: so each configuration that it composes, of a run, a sweep or a job of one, is
-looked at before Hydra acts by it.
+`build` checks the classes that a configuration names. Hydra's own keys name others, which it calls
+earlier. So three of Hydra's internals are replaced while it composes and runs:
+
+    ConfigLoaderImpl.load_configuration  composes each configuration, of a run, a sweep or a job:
+                                         what it has composed is checked before Hydra acts by it
+    ConfigRepository.load_config         reads a file: names the one that it cannot read
+    JobReturn.return_value               a job's result: raises its error without printing all
+                                         words of the command line, secrets among them
 """
 
 from __future__ import annotations
@@ -31,7 +35,8 @@ from dtrain.config.groups import CONFIGS
 from dtrain.config.secret import replayable
 
 ALLOWED = "allow_hydra_code=true"
-RUN = (
+# Keys of hydra's that run code, or can.
+RUN_CODE = (
     "callbacks",
     "job_logging",
     "hydra_logging",
@@ -41,21 +46,20 @@ RUN = (
     "job.env_copy",
 )
 FOLDERS = "hydra.searchpath"
-GIVEN = ("main", "command-line", FOLDERS)  # how Hydra calls folders that are not a package's own
-LEFT = ".hydra"
-LOAD, READ = ConfigLoaderImpl.load_configuration, ConfigRepository.load_config
+PROVIDERS = ("main", "command-line", FOLDERS)  # Hydra's names for folders outside packages
+OUTPUT = ".hydra"  # where the run writes its configuration, masked
+COMPOSE, READ = ConfigLoaderImpl.load_configuration, ConfigRepository.load_config
 
 
 @contextmanager
 def refuse_foreign_settings(script: str) -> Iterator[None]:
-    """While it lasts, refuse what files of other folders than ours set of Hydra's that runs code,
-    or could.
+    """Refuse Hydra's keys that run code, if a file outside `configs/` sets them.
 
-    `allow_hydra_code=true` on the command line allows it, and is taken away from there. What Hydra
-    writes of a configuration by itself is left out, or masked.
+    `allow_hydra_code=true` on the command line allows them, and is removed from it. What Hydra
+    itself writes of a configuration is left out, or masked.
 
     Args:
-        script: the name of its configuration, by which what is typed is told from what a file sets.
+        script: the name of its configuration: composed alone, it shows what is typed.
 
     Raises:
         ValueError: where Hydra composes a configuration; names the first such key.
@@ -64,88 +68,76 @@ def refuse_foreign_settings(script: str) -> Iterator[None]:
         sys.argv.remove(ALLOWED)
     sweeps: list[DictConfig] = []
 
-    def looked_at(
+    def composed(
         loader: ConfigLoaderImpl, config_name: str, overrides: list[str], **more: Any
     ) -> DictConfig:
         if more["run_mode"] is RunMode.RUN and sweeps and sweeps[0].hydra.mode is RunMode.MULTIRUN:
-            # The sweeper has written it, and now asks for its first job.
+            # The sweeper has written the file, and now asks for its first job.
             _mask(Path(sweeps[0].hydra.sweep.dir) / "multirun.yaml")
         if not allowed:
             _refuse_folders(loader, config_name)
-        found = LOAD(loader, config_name, overrides, **more)
+        config = COMPOSE(loader, config_name, overrides, **more)
         if not allowed:
-            _refuse_code(found, script, overrides)
-        if (folder := found.hydra.output_subdir) not in (None, LEFT):
+            _refuse_code(config, script, overrides)
+        if (folder := config.hydra.output_subdir) not in (None, OUTPUT):
             raise ValueError(
-                f"hydra.output_subdir={folder}: what a run was asked for is left in {LEFT}: "
+                f"hydra.output_subdir={folder}: what a run was asked for is left in {OUTPUT}: "
                 f"leave it out"
             )
-        found.hydra.output_subdir = None  # the run does it, masked
+        config.hydra.output_subdir = None  # the run writes it, masked
         if more["run_mode"] is RunMode.MULTIRUN:
-            sweeps[:] = [found]
-        return found
+            sweeps[:] = [config]
+        return config
 
-    theirs = JobReturn.return_value
-    ConfigLoaderImpl.load_configuration = looked_at  # type: ignore[assignment, method-assign]
-    ConfigRepository.load_config = _named  # type: ignore[method-assign]
-    JobReturn.return_value = property(_came_of, theirs.fset)  # type: ignore[assignment, method-assign, attr-defined]
+    result = JobReturn.return_value
+    ConfigLoaderImpl.load_configuration = composed  # type: ignore[assignment, method-assign]
+    ConfigRepository.load_config = _read  # type: ignore[method-assign]
+    JobReturn.return_value = property(_result_or_error, result.fset)  # type: ignore[assignment, method-assign, attr-defined]
     try:
         yield
     finally:
-        ConfigLoaderImpl.load_configuration = LOAD  # type: ignore[method-assign]
+        ConfigLoaderImpl.load_configuration = COMPOSE  # type: ignore[method-assign]
         ConfigRepository.load_config = READ  # type: ignore[method-assign]
-        JobReturn.return_value = theirs  # type: ignore[method-assign]
+        JobReturn.return_value = result  # type: ignore[method-assign]
 
 
-def _named(self: ConfigRepository, config_path: str) -> ConfigResult | None:
-    """A file that Hydra reads as a configuration; what it cannot read is named."""
+def _read(self: ConfigRepository, config_path: str) -> ConfigResult | None:
+    """Read a configuration's file; raise a ValueError that names one that cannot be read."""
     try:
-        found = READ(self, config_path)
-        if found and not isinstance(found.config, DictConfig):
+        result = READ(self, config_path)
+        if result and not isinstance(result.config, DictConfig):
             raise ValueError("it is a list")
-        return found
+        return result
     except (YAMLError, ValueError, RecursionError, OSError, OmegaConfBaseException) as error:
         source = self._find_object_source(config_path, ObjectType.CONFIG)
         file = Path(source.path if source else "", config_path)
-        said = (
-            " ".join(str(error).split())[:200]
-            if not isinstance(error, RecursionError)
-            else "it has no end"
-        )
-        raise ValueError(f"{file} is no configuration: {said}") from None
+        reason = " ".join(str(error).split())[:200]
+        if isinstance(error, RecursionError):
+            reason = "it has no end"
+        raise ValueError(f"{file} is no configuration: {reason}") from None
 
 
-def _came_of(job: JobReturn) -> Any:
-    """What a job has returned.
-
-    Hydra's own prints all words of the command line, where it was an error.
-    """
+def _result_or_error(job: JobReturn) -> Any:
+    """Return what a job has returned, or raise its error."""
     if job.status is JobStatus.FAILED:
         raise job._return_value
     return job._return_value
 
 
 def _refuse_folders(loader: ConfigLoaderImpl, config_name: str | None) -> None:
-    """Refuse a search path before Hydra looks whether its folders are there: it imports the
-    packages among them.
-    """
+    """Refuse a search path before Hydra looks for its folders: it imports packages among them."""
     first = loader.repository.load_config(config_name) if config_name else None
-    if (
-        first
-        and _is_outside(first.provider, first.path)
-        and OmegaConf.select(first.config, FOLDERS) is not None
-    ):
+    if first is None or not _is_outside(first.provider, first.path):
+        return
+    if OmegaConf.select(first.config, FOLDERS) is not None:
         _refuse(FOLDERS, [first.path])
 
 
-def _refuse_code(found: DictConfig, script: str, overrides: list[str]) -> None:
-    """Refuse what is set neither by our files, nor by Hydra's alone, nor by what is typed."""
-    places = [
-        each.path
-        for each in found.hydra.runtime.config_sources
-        if _is_outside(each.provider, each.path)
-    ]
-    if not places:
+def _refuse_code(config: DictConfig, script: str, overrides: list[str]) -> None:
+    """Refuse what is set neither by our files, nor by Hydra's own, nor by what is typed."""
+    sources = config.hydra.runtime.config_sources
+    outside = [each.path for each in sources if _is_outside(each.provider, each.path)]
+    if not outside:
         return
     loader = ConfigLoaderImpl(create_config_search_path(str(CONFIGS)))
     typed = [
@@ -153,34 +145,36 @@ def _refuse_code(found: DictConfig, script: str, overrides: list[str]) -> None:
         for word in overrides
         if word.lstrip("+~").startswith("hydra") and not word.startswith(FOLDERS)
     ]
+
+    def trusted(words: list[str]) -> list[DictConfig]:
+        return [COMPOSE(loader, name, words, RunMode.RUN).hydra for name in (script, None)]
+
     try:
-        known = [LOAD(loader, name, typed, RunMode.RUN).hydra for name in (script, None)]
+        without = trusted(typed)
     except (HydraException, OmegaConfBaseException, ValueError):
-        # by words that need what is outside
-        known = [LOAD(loader, name, [], RunMode.RUN).hydra for name in (script, None)]
-    for key in RUN:
-        value = OmegaConf.select(found.hydra, key)
-        if all(value != OmegaConf.select(each, key) for each in known):
-            _refuse(f"hydra.{key}", places)
+        without = trusted([])  # what is typed needs what is outside
+    for key in RUN_CODE:
+        value = OmegaConf.select(config.hydra, key)
+        if all(value != OmegaConf.select(each, key) for each in without):
+            _refuse(f"hydra.{key}", outside)
 
 
 def _is_outside(provider: str, path: str) -> bool:
-    return provider.startswith(GIVEN) and Path(path.removeprefix("file://")).resolve() != CONFIGS
+    folder = Path(path.removeprefix("file://")).resolve()
+    return provider.startswith(PROVIDERS) and folder != CONFIGS
 
 
-def _refuse(key: str, places: list[str]) -> NoReturn:
-    named = (
-        os.path.relpath(path) if os.path.exists(path) else path
-        for path in (p.split("://")[-1] for p in places)
-    )
+def _refuse(key: str, folders: list[str]) -> NoReturn:
+    paths = (folder.split("://")[-1] for folder in folders)
+    names = ", ".join(os.path.relpath(path) if os.path.exists(path) else path for path in paths)
     raise ValueError(
-        f"{key} is set by a file outside dtrain ({', '.join(named)}), and runs code, or can: read "
-        f"it, and "
+        f"{key} is set by a file outside dtrain ({names}), and runs code, or can: read it, and "
         f"add {ALLOWED} if you trust it"
     )
 
 
 def _mask(file: Path) -> None:
+    """Write a configuration's file anew without its secrets, if it is there."""
     if file.is_file():
         config = OmegaConf.load(file)
         assert isinstance(config, DictConfig)
