@@ -1,9 +1,8 @@
-"""Other launchers' words for who a process is, said in torchrun's: RANK, WORLD_SIZE, LOCAL_RANK,
-LOCAL_WORLD_SIZE.
+"""Translate other launchers' variables and arguments into torchrun's variables.
 
-`deepspeed` and `python -m torch.distributed.launch` say those, and give the script an argument
---local_rank=0. mpirun and srun have variables of their own; where the processes meet is for the
-user to say.
+Those are RANK, WORLD_SIZE, LOCAL_RANK and LOCAL_WORLD_SIZE. `deepspeed` and
+`python -m torch.distributed.launch` set them, and give the script an argument --local_rank=0.
+mpirun and srun have variables of their own; the user sets where the processes meet.
 """
 
 from __future__ import annotations
@@ -14,7 +13,9 @@ from collections.abc import MutableMapping
 
 ARGUMENTS = ("--local_rank", "--local-rank")
 MEETING = ("MASTER_ADDR", "MASTER_PORT")
-THEIRS = {  # number of processes: which of them, which on its machine, how many there
+# Other launchers' variables. Processes in all: this one's number, its number on its machine, how
+# many are there.
+LAUNCHERS = {
     "OMPI_COMM_WORLD_SIZE": (
         "OMPI_COMM_WORLD_RANK",
         "OMPI_COMM_WORLD_LOCAL_RANK",
@@ -26,7 +27,7 @@ THEIRS = {  # number of processes: which of them, which on its machine, how many
         "MV2_COMM_WORLD_LOCAL_SIZE",
     ),
     "PMI_SIZE": ("PMI_RANK", "MPI_LOCALRANKID", "MPI_LOCALNRANKS"),
-    # not of a batch script
+    # a batch script itself has other variables, and is no process of a step
     "SLURM_STEP_NUM_TASKS": ("SLURM_PROCID", "SLURM_LOCALID", "SLURM_STEP_TASKS_PER_NODE"),
 }
 
@@ -34,21 +35,20 @@ THEIRS = {  # number of processes: which of them, which on its machine, how many
 def script_arguments(
     arguments: list[str], environment: MutableMapping[str, str] = os.environ
 ) -> list[str]:
-    """The arguments that are the script's; what the others and the variables say is put into the
-    environment.
+    """Return the script's own arguments, and put the launcher's into the environment.
 
     Raises:
         ValueError: several processes have been started, and nothing says where they meet: each
             would train alone.
     """
     kept: list[str] = []
-    waiting = False
+    is_value = False  # of the argument before
     for argument in arguments:
-        name, given, value = argument.partition("=")
-        if waiting or name in ARGUMENTS:
-            waiting = not (waiting or given)
-            if not waiting and "LOCAL_RANK" not in environment:
-                environment["LOCAL_RANK"] = value if given else argument
+        name, equals, value = argument.partition("=")
+        if is_value or name in ARGUMENTS:
+            is_value = not (is_value or equals)
+            if not is_value and "LOCAL_RANK" not in environment:
+                environment["LOCAL_RANK"] = value if equals else argument
         else:
             kept.append(argument)
     if "RANK" not in environment and "WORLD_SIZE" not in environment:
@@ -57,7 +57,7 @@ def script_arguments(
 
 
 def _translate(environment: MutableMapping[str, str]) -> None:
-    for size, (rank, local_rank, local_size) in THEIRS.items():
+    for size, (rank, local_rank, local_size) in LAUNCHERS.items():
         number = environment.get(size, "")
         if not number.isdecimal() or int(number) < 2 or rank not in environment:
             continue
@@ -65,12 +65,12 @@ def _translate(environment: MutableMapping[str, str]) -> None:
         if missing := [name for name in MEETING if name not in environment]:
             raise ValueError(
                 f"{size}={number}: {number} processes were started, and each would train alone: "
-                f"use torchrun, or set "
-                f"{' and '.join(missing)}, where they meet (a machine's name, a free port there)"
+                f"use torchrun, or set {' and '.join(missing)}, where they meet (a machine's name, "
+                f"a free port there)"
             )
         environment["WORLD_SIZE"] = number
-        for ours, theirs in (("LOCAL_RANK", local_rank), ("LOCAL_WORLD_SIZE", local_size)):
+        for name, other in (("LOCAL_RANK", local_rank), ("LOCAL_WORLD_SIZE", local_size)):
             # "4(x2)": on each of two machines
-            if found := re.match(r"\d+", environment.get(theirs, "")):
-                environment.setdefault(ours, found[0])
+            if digits := re.match(r"\d+", environment.get(other, "")):
+                environment.setdefault(name, digits[0])
         return
