@@ -31,7 +31,7 @@ OF_A_COMPARISON = ("strategies", "strategy", "launch.nproc", "global_batch_size"
 
 
 def train(config: DictConfig) -> float:
-    """Train one model, and return what a sweeper is told: the validation loss, or else the loss."""
+    """Train one model; return the validation loss, or else the loss, for a sweeper."""
     settings = validated(config)
     own.check_asked(settings.model, typed_settings())
     folder, name = Path(HydraConfig.get().runtime.output_dir), strategy_name()

@@ -162,10 +162,10 @@ MOVED = {
         "dtrain.strategy.accelerate.strategy.AccelerateLocalSGD",
     "dtrain.strategy.deepspeed.DeepSpeed": "dtrain.strategy.deepspeed.zero.DeepSpeed",
 }  # fmt: skip
-_BY_WORD = {word: ours for words, ours in ALIASES.items() for word in words.split()}
+_BY_WORD = {word: setting for words, setting in ALIASES.items() for word in words.split()}
 
 
-def ours(word: str) -> str:
+def our_name(word: str) -> str:
     """Return what to type for another tool's word, or an earlier one of ours; empty: unknown."""
     if word in RENAMED:
         return RENAMED[word]

@@ -17,7 +17,7 @@ from hydra.errors import HydraException
 from omegaconf import OmegaConf
 from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 
-from dtrain.config.aliases import RENAMED, ours
+from dtrain.config.aliases import RENAMED, our_name
 from dtrain.config.groups import CONFIGS, options
 from dtrain.config.override import for_a_shell, parsed, value_of
 from dtrain.config.secret import masked_override
@@ -65,7 +65,7 @@ def check_overrides(arguments: Sequence[str], known: Collection[str] = ()) -> No
             name = word.strip("-").split("=")[0]
             raise ValueError(
                 f"{masked_override(word)} is no option: settings are key=value without dashes: "
-                f"{ours(name) or name}"
+                f"{our_name(name) or name}"
             )
         if "=" not in word and not word.startswith("~"):
             raise ValueError(_no_setting(word, before, known))
@@ -156,7 +156,7 @@ def explain(error: BaseException, config_name: str) -> str:
 def _unknown_choice(match: re.Match[str], *_: object) -> str:
     group, name = match.groups()
     choices = options(group)
-    listing, alias = ", ".join(choices), ours(f"{group}={name}") or ours(name)
+    listing, alias = ", ".join(choices), our_name(f"{group}={name}") or our_name(name)
     if alias and name.lower() not in choices:
         return f"unknown {group} {name!r}: here it is {alias}"
     near = _nearest(name, choices)
@@ -172,9 +172,9 @@ def _unknown_key(key: str, config_name: str) -> str:
     keys = _keys(config_name)
     parent, _, leaf = key.rpartition(".")
     same = [each for each in keys if each.rpartition(".")[2].lower() == leaf.lower()]
-    if same and not ours(key):
+    if same and not our_name(key):
         return f"unknown key {key!r}: did you mean {' or '.join(map(repr, same[:3]))}?"
-    if alias := ours(key):
+    if alias := our_name(key):
         return f"unknown key {key!r}: here it is {alias}"
     if near := _nearest(key, keys):
         return f"unknown key {key!r}: {near}"
@@ -221,8 +221,8 @@ def _missing_of_data(match: re.Match[str], error: BaseException, _: str) -> str:
 
 
 def _unknown_value(match: re.Match[str], *_: object) -> str:
-    """Add what stands here for another tool's value."""
-    alias = ours(match[2])
+    """Add the setting to type for another tool's value."""
+    alias = our_name(match[2])
     return f"{match.string}; here it is {alias}" if alias else match.string
 
 
@@ -243,7 +243,7 @@ def _unusable_file(error: OSError, name: str) -> str:
     return problem
 
 
-# What an error's text looks like, and what is said: of the match, the error, the configuration.
+# Explains an error: from the match with its pattern, the error, the configuration's name.
 Explanation = Callable[[re.Match[str], BaseException, str], str]
 PATTERNS: Mapping[str, Explanation] = {
     r"Could not (?:find|load) '([\w/]+)/([^']*)'": _unknown_choice,

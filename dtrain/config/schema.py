@@ -15,7 +15,7 @@ from uuid import uuid4
 from hydra.core.config_store import ConfigStore
 from omegaconf import MISSING, DictConfig, OmegaConf
 
-# A range of a field's metadata: whether a value is within an end, and what is said of one beyond.
+# A range of a field's metadata: whether a value is within an end, and the refusal of one beyond.
 RANGES: dict[str, tuple[Callable[[Any, Any], bool], str]] = {
     "names": (lambda value, names: value in names, "is unknown: use {}"),
     "least": (operator.ge, "must be at least {}"),

@@ -57,6 +57,6 @@ def _outcome(function: Callable[[], T]) -> tuple[T | None, Exception | None]:
     except Exception as error:
         try:
             pickle.loads(pickle.dumps(error))
-        except Exception:  # its class cannot be made again elsewhere
+        except Exception:  # another rank cannot make its class
             return None, RuntimeError(f"{type(error).__name__}: {error}")
         return None, error
