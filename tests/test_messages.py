@@ -23,7 +23,7 @@ from torch import nn
 
 from dtrain import cli
 from dtrain.compare.entries import Entry
-from dtrain.config.aliases import ALIASES, RENAMED, ours
+from dtrain.config.aliases import ALIASES, RENAMED, our_name
 from dtrain.config.build import OPTIMIZER_RANGES, build
 from dtrain.config.errors import check_overrides
 from dtrain.config.groups import CONFIGS, options
@@ -309,8 +309,10 @@ def test_an_alias_names_what_there_is(words: str, known: set[str]) -> None:
     and the dashes.
     """
     for word in words.split():
-        told = ours(word)
-        assert told and "{" not in told and ours(f"train.{word.upper().replace('_', '-')}") == told
+        told = our_name(word)
+        assert (
+            told and "{" not in told and our_name(f"train.{word.upper().replace('_', '-')}") == told
+        )
         for group, name in re.findall(r"(strategy|precision|optimizer)=(\w+)", told):
             assert name in options(group)
         for key in re.findall(r"[a-z]\w*(?:\.\w+)+", told):
@@ -321,7 +323,7 @@ def test_an_alias_names_what_there_is(words: str, known: set[str]) -> None:
 
 def test_no_word_of_ours_is_taken_for_anothers(known: set[str]) -> None:
     """A key of the configuration's top has no alias."""
-    assert not [key for key in known if "." not in key and ours(key)]
+    assert not [key for key in known if "." not in key and our_name(key)]
 
 
 # Ranges that other libraries' constructors hold
