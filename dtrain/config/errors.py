@@ -237,8 +237,9 @@ def _unusable_file(error: OSError, name: str) -> str:
         problem = f"{file} is a file, and no folder"
     for word in sys.argv[1:]:
         value = value_of(override) if (override := parsed(word)) else None
-        asks = isinstance(value, str) and value
-        if asks and path.absolute().is_relative_to(Path(value).absolute()):
+        if not isinstance(value, str) or not value:
+            continue
+        if path.absolute().is_relative_to(Path(value).absolute()):
             return f"{masked_override(word)}: {problem}: choose another"
     return problem
 
