@@ -1,10 +1,11 @@
 """The command line: Hydra's, with one clear line for a user's mistake.
 
-    main          prepares the words (arguments), has Hydra compose a configuration, and runs
-    commands      train, compare or info with it, once or for each job of a
-    sweep         (--multirun)
-    ranks         starts `launch.nproc` ranks for a configuration, if no launcher has
-    exits         ends the process with a line and a status for each error
+    main        has Hydra compose a configuration, and runs a command with it
+    arguments   the words of the command line, changed before Hydra reads them
+    commands    train, compare, info
+    sweep       the jobs of a --multirun
+    ranks       starts `launch.nproc` ranks for a configuration, if no launcher has
+    exits       a line and an exit status for each error
 
 Under torchrun every rank composes the configuration; rank 0 alone gets a run's folder and speaks.
 """

@@ -13,23 +13,17 @@ from collections.abc import MutableMapping
 
 ARGUMENTS = ("--local_rank", "--local-rank")
 MEETING = ("MASTER_ADDR", "MASTER_PORT")
-# Other launchers' variables. Processes in all: this one's number, its number on its machine, how
-# many are there.
+# Other launchers' variables, by that of the number of processes: this one's rank, its rank on its
+# machine, the number of processes there.
 LAUNCHERS = {
-    "OMPI_COMM_WORLD_SIZE": (
-        "OMPI_COMM_WORLD_RANK",
-        "OMPI_COMM_WORLD_LOCAL_RANK",
-        "OMPI_COMM_WORLD_LOCAL_SIZE",
-    ),
-    "MV2_COMM_WORLD_SIZE": (
-        "MV2_COMM_WORLD_RANK",
-        "MV2_COMM_WORLD_LOCAL_RANK",
-        "MV2_COMM_WORLD_LOCAL_SIZE",
-    ),
+    "OMPI_COMM_WORLD_SIZE":
+        ("OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_LOCAL_RANK", "OMPI_COMM_WORLD_LOCAL_SIZE"),
+    "MV2_COMM_WORLD_SIZE":
+        ("MV2_COMM_WORLD_RANK", "MV2_COMM_WORLD_LOCAL_RANK", "MV2_COMM_WORLD_LOCAL_SIZE"),
     "PMI_SIZE": ("PMI_RANK", "MPI_LOCALRANKID", "MPI_LOCALNRANKS"),
-    # a batch script itself has other variables, and is no process of a step
+    # of a step; a batch script itself has other variables
     "SLURM_STEP_NUM_TASKS": ("SLURM_PROCID", "SLURM_LOCALID", "SLURM_STEP_TASKS_PER_NODE"),
-}
+}  # fmt: skip
 
 
 def script_arguments(
