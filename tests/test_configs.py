@@ -24,7 +24,7 @@ from torch import nn
 from dtrain.cli import ranks
 from dtrain.compare import command
 from dtrain.config import aliases
-from dtrain.config.build import build, imported
+from dtrain.config.build import build, imported, misfit
 from dtrain.config.errors import explain
 from dtrain.config.schema import register, validated
 from dtrain.data.base import Data
@@ -575,6 +575,23 @@ def test_what_was_checked_is_built_as_it_stands() -> None:
         parts=(nn.Module,),
     )
     assert made.given[1][0]().out_features == 3
+
+
+# A value, an annotation, and what the value should be.
+MISFITS = [
+    (1, int, ""), (1, float, ""), (1.5, int, "int"), (True, int, "int"), (1, bool, "bool"),
+    ("1", float | None, "float or null"), ("fp32", str | int, ""), (2, list[int], "list"),
+    (2, tuple[float, float], "list"), ([2], tuple[float, float], "a list of 2"),
+    ([2], tuple[float, ...], ""), (None, int, ""), ("a", Any, ""), ("a", object, ""),
+    ("a", Path, ""), ("a", Path | int, "Path or int"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("value", "hint", "wanted"), MISFITS, ids=str)
+def test_a_value_is_held_to_its_annotation_as_far_as_that_tells(
+    value: Any, hint: Any, wanted: str
+) -> None:
+    assert misfit(value, hint) == wanted
 
 
 ASKS: dict[str, Callable[[dict[str, Any]], Any]] = {
