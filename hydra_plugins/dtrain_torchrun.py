@@ -1,13 +1,12 @@
-"""Hydra's --multirun under torchrun: `hydra/launcher=torchrun` starts every job of a sweep by the
-torchrun command.
+"""Start each job of Hydra's --multirun by torchrun: `hydra/launcher=torchrun`.
 
     python scripts/train.py --multirun hydra/launcher=torchrun hydra.launcher.nproc_per_node=2
     strategy=ddp,fsdp
 
-Without it a sweep works too, with `launch.nproc` ranks that the script starts itself; with it the
-jobs are what a person would type, so torchrun's own options apply. It is here, and not in dtrain,
-because Hydra takes plugins from the namespace package hydra_plugins alone. Source: Hydra's launcher
-plugins (https://hydra.cc/docs/advanced/plugins/develop/).
+Without it a sweep's jobs run in `launch.nproc` ranks that the script starts itself. With it they
+are what a person would type, so torchrun's own options apply. It is not in dtrain, because Hydra
+takes plugins from the namespace package hydra_plugins alone. Source: Hydra's launcher plugins
+(https://hydra.cc/docs/advanced/plugins/develop/).
 """
 
 import subprocess
@@ -36,7 +35,7 @@ class Torchrun:
 
     Args:
         nproc_per_node: ranks of each job.
-        options: further ones of torchrun's, such as --max-restarts=1.
+        options: more options of torchrun, such as --max-restarts=1.
     """
 
     _target_: str = "hydra_plugins.dtrain_torchrun.TorchrunLauncher"
@@ -45,7 +44,7 @@ class Torchrun:
 
 
 class TorchrunLauncher(Launcher):
-    """Runs the jobs of a sweep one after the other, each by torchrun in a folder of its own."""
+    """Run the jobs of a sweep one after the other, each by torchrun in a folder of its own."""
 
     def __init__(self, nproc_per_node: int, options: list[str]) -> None:
         self.command = [
@@ -89,7 +88,7 @@ class TorchrunLauncher(Launcher):
 
 
 def _files() -> list[str]:
-    """The options that say where the configuration is."""
+    """Return the options of the command line that say where the configuration is."""
     asked = vars(get_args_parser().parse_args(sys.argv[1:]))
     given = {
         name: asked[name.replace("-", "_")] for name in ("config-dir", "config-path", "config-name")
@@ -98,7 +97,7 @@ def _files() -> list[str]:
 
 
 def _run(command: list[str]) -> int:
-    """Its exit status. Interrupted, torchrun is given the time that it needs to end its ranks."""
+    """Return a command's exit status; on Ctrl-C, leave torchrun the time to end its ranks."""
     process = subprocess.Popen(command)
     try:
         return process.wait()
@@ -108,7 +107,7 @@ def _run(command: list[str]) -> int:
 
 
 def _outcome(folder: Path, status: int, overrides: Sequence[str], config: DictConfig) -> JobReturn:
-    """What a sweeper is told: the validation loss, or else the loss."""
+    """Return what a sweeper gets: the validation loss, or else the loss."""
     result = JobReturn(overrides=list(overrides), cfg=config, working_dir=str(folder))
     if status:
         result.status = JobStatus.FAILED

@@ -11,7 +11,8 @@ from statistics import median
 import torch.distributed as dist
 from hydra import compose, initialize_config_dir
 
-from dtrain.config.schema import CONFIGS, register, validated
+from dtrain.config.groups import CONFIGS
+from dtrain.config.schema import register, validated
 from dtrain.cost.profile import Profile
 from dtrain.launch.rank_processes import spawn
 from dtrain.launch.rendezvous import process_group

@@ -1,6 +1,6 @@
 """Compare strategies: python scripts/compare.py strategies=[single,ddp,fsdp] launch.nproc=2"""
 
-import dtrain.launch.quiet  # noqa: F401  before what takes long
+import dtrain.launch.interrupts  # noqa: F401  before what takes long
 from dtrain.cli import compare, main
 
 if __name__ == "__main__":

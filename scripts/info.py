@@ -3,7 +3,7 @@
 Or which strategies go together, for which tasks: python scripts/info.py capabilities
 """
 
-import dtrain.launch.quiet  # noqa: F401  before what takes long
+import dtrain.launch.interrupts  # noqa: F401  before what takes long
 from dtrain.cli import info, main
 
 if __name__ == "__main__":

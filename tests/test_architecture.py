@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import ast
+import inspect
 import re
 from collections import Counter
+from collections.abc import Iterator
 from pathlib import Path
+from pkgutil import resolve_name
 
 import pytest
 from rooms import PACKAGE, PICTURE, ROOMS, draw, imports_of, module_of, room_of
@@ -15,7 +18,7 @@ LARGEST_FUNCTION = 72  # without signature and docstring
 LINES = {
     "files": 350, "config": 1_450, "data": 2_950, "model": 2_000, "task": 1_650, "launch": 1_500,
     "parallel": 3_450, "train": 240, "strategy": 6_300, "cost": 1_450, "report": 1_000,
-    "run": 1_500, "compare": 2_450, "cli": 490,
+    "run": 1_500, "compare": 2_450, "cli": 560,
 }  # fmt: skip
 
 CIRCLES = {"strategy.pipeline.schedule", "strategy.pipeline.stages", "strategy.pipeline.strategy"}
@@ -26,6 +29,62 @@ STRATEGIES = {
     for file in (PACKAGE / "strategy").rglob("*.py")
     if (names := re.findall(r'^    name = "(\w+)"', file.read_text(), re.M))
 }
+
+
+# What torch keeps to itself and we use, by file: an upgrade that takes one away is named by it.
+PRIVATE = {
+    "cost.memory": (
+        "torch.UntypedStorage._cdata", "torch._C._autograd",
+        "torch._C._autograd._top_saved_tensors_default_hooks", "torch._C._current_graph_task_id",
+        "torch.distributed._functional_collectives.AsyncCollectiveTensor",
+        "torch.utils._python_dispatch.TorchDispatchMode", "torch.utils._pytree.tree_iter",
+    ),
+    "cost.trace": ("torch.ops.aten._scaled_dot_product_flash_attention_for_cpu",),
+    "cost.traffic": (
+        "torch._C.DispatchKey", "torch._ops.OpOverload._schema", "torch.library.Library._destroy",
+    ),
+    "data.augment": ("torch._standard_gamma",),
+    "launch.hang_detector": (
+        "torch._C._distributed_c10d", "torch._C._distributed_c10d._dump_fr_trace_json",
+        "torch.distributed.distributed_c10d._get_default_store",
+    ),
+    "launch.preemption": ("torch.distributed.distributed_c10d._get_default_store",),
+    "launch.rank_processes": (
+        "torch.distributed.elastic.multiprocessing.api.MultiprocessContext._pc",
+    ),
+    "model.initialize": (
+        "torch.distributed.tensor._utils.compute_local_shape_and_global_offset",
+        "torch.nn.Module._apply",
+    ),
+    "model.layout": (
+        "torch.Tensor._backward_hooks", "torch.nn.Module._buffers",
+        "torch.nn.Module._non_persistent_buffers_set", "torch.nn.Module._parameters",
+        "torch.nn.modules.batchnorm._BatchNorm", "torch.nn.modules.instancenorm._InstanceNorm",
+    ),
+    "parallel.checks.rehearsal": ("torch.nn.Module._parameters",),
+    "parallel.checks.unsaved_state": ("torch.nn.Module._non_persistent_buffers_set",),
+    "parallel.optimizer": ("torch.optim.Optimizer._optimizer_step_post_hooks",),
+    "parallel.fsdp_units": (
+        "torch.distributed.distributed_c10d._get_default_store",
+        "torch.distributed.fsdp.FSDPModule._get_fsdp_state",
+        "torch.distributed.fsdp._fully_shard._fsdp_param.FSDPParam._unsharded_param",
+        "torch.distributed.fsdp._fully_shard._fsdp_state.FSDPState._fsdp_param_groups",
+    ),
+    "strategy.fsdp": ("torch.distributed.tensor.placement_types._StridedShard",),
+    "strategy.pipeline.schedule": (
+        "torch.distributed.pipelining.schedules.ScheduleGPipe._get_pipeline_order",
+        "torch.distributed.pipelining.schedules._ComputationType",
+    ),
+    "strategy.replicate": ("torch.distributed._composable.replicate_with_fsdp.replicate",),
+    "strategy.tensor.layers": (
+        "torch.Tensor._is_view",
+        "torch.distributed.tensor._utils._compute_local_shape_and_global_offset",
+        "torch.distributed.tensor.placement_types._StridedShard",
+    ),
+}  # fmt: skip
+# Private names of others: Accelerate, DeepSpeed, Hydra, omegaconf, datasets, the system.
+NOT_TORCHS = {"_reset_state", "_return_value", "_get_node", "_fingerprint", "_exit"}
+OF_ENGINES = ("strategy.accelerate.", "strategy.deepspeed.")
 
 
 def test_every_room_has_its_place() -> None:
@@ -130,3 +189,34 @@ def test_rooms_and_functions_stay_small() -> None:
     assert {
         room: lines for room, lines in total.items() if room in LINES and lines > LINES[room]
     } == {}
+
+
+def _private_names(file: Path) -> Iterator[str]:
+    """Names with a leading underscore that a file takes from a module or object not its own."""
+    for node in ast.walk(ast.parse(file.read_text())):
+        if isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] == "torch":
+            names = [f"{node.module}.{alias.name}" for alias in node.names]
+            yield from (name.rpartition(".")[2] for name in names if "._" in name)
+        if isinstance(node, ast.Attribute) and re.match("_[^_]", node.attr):
+            owner = node.value.func if isinstance(node.value, ast.Call) else node.value
+            own = isinstance(owner, ast.Name) and owner.id in ("self", "cls", "super")
+            if not own and node.attr not in ("_C", *NOT_TORCHS):
+                yield node.attr
+
+
+def test_private_names_of_torch_are_listed() -> None:
+    for file in FILES:
+        text = file.read_text()
+        names = {path.rpartition(".")[2] for path in PRIVATE.get(module_of(file), ())}
+        assert {name for name in names if name not in text} == set(), f"{file}: only in the list"
+        if not module_of(file).startswith(OF_ENGINES):
+            assert set(_private_names(file)) <= names, f"{file}: not in the list"
+
+
+@pytest.mark.parametrize("path", sorted({path for paths in PRIVATE.values() for path in paths}))
+def test_torch_has_the_private_names_that_we_use(path: str) -> None:
+    """On a module or class, or, if a class gives it to its instances, in the class's source."""
+    owner, _, name = path.rpartition(".")
+    place = resolve_name(owner)
+    users = ", ".join(module for module, paths in PRIVATE.items() if path in paths)
+    assert hasattr(place, name) or name in inspect.getsource(place), f"{users}: no {path}"

@@ -15,7 +15,8 @@ from dtrain import cli
 from dtrain.compare import capabilities
 from dtrain.compare.capabilities import reasons
 from dtrain.compare.survey import PARTLY, RANKS, REFUSED, SAME_AXIS, WORKS, Combination, survey
-from dtrain.config.schema import CONFIGS, options, register, validated
+from dtrain.config.groups import CONFIGS, options
+from dtrain.config.schema import register, validated
 from dtrain.launch.world import World
 from dtrain.run.assemble import assemble
 from dtrain.run.run import optimizer_of

@@ -253,7 +253,7 @@ def test_a_mistake_gets_one_line(
 ) -> None:
     """And before any rank is started, or meets others."""
     begun = mock.Mock(side_effect=AssertionError("it should have been refused before"))
-    monkeypatch.setattr(cli, "spawn", begun)
+    monkeypatch.setattr(cli.ranks, "spawn", begun)
     if arguments not in FOUND_BY_RANKS:
         monkeypatch.setattr(torch.distributed, "init_process_group", begun)
     status, _, err = call(*TINY, *arguments)
@@ -315,14 +315,14 @@ def test_a_job_that_fails_ends_no_other_and_says_why(
     call, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A mistake, and an error that nobody has foreseen; the status is that of the first."""
-    train = cli.run
+    train = cli.commands.run
 
     def run(settings, *others):
         if settings.seed == 7:
             raise KeyError("nobody knows")
         return train(settings, *others)
 
-    monkeypatch.setattr(cli, "run", run)
+    monkeypatch.setattr(cli.commands, "run", run)
     status, out, err = call(
         "--multirun", *TINY, "micro_batch_size=3,1", "seed=1,7", "hydra.sweep.dir=sweep"
     )
@@ -553,7 +553,7 @@ def test_a_sweep_ends_where_one_of_its_jobs_was_told_to(
         begun.append(settings.optimizer["lr"])
         return {RESUMABLE: "stopped after step 1 of 3", "interrupted": False}
 
-    monkeypatch.setattr(cli, "run", told)
+    monkeypatch.setattr(cli.commands, "run", told)
     status, _, err = call("--multirun", *TINY, "optimizer.lr=1e-3,1e-2", "hydra.sweep.dir=sweep")
     assert (status, begun, err) == (130, [1e-3], "dtrain: interrupted\n")
 
@@ -570,7 +570,7 @@ def test_a_sweep_ends_where_a_job_had_done_all_its_steps_when_it_was_told_to(
             os.kill(os.getpid(), signal.SIGTERM)
         return {"val_loss": 1.0}
 
-    monkeypatch.setattr(cli, "run", told)
+    monkeypatch.setattr(cli.commands, "run", told)
     status, _, err = call("--multirun", *TINY, "optimizer.lr=1e-3,1e-2", "hydra.sweep.dir=sweep")
     assert (status, begun, err) == (130, [1e-3], "dtrain: interrupted\n")
     assert (
@@ -587,11 +587,13 @@ def test_a_sweeper_is_told_the_validation_loss(
     def trained(config) -> None:
         for held_out in (0.25, 4.0, 0.0, None):
             summary = {"loss": 1.5, "val_loss": held_out}
-            monkeypatch.setattr(cli, "run", lambda *_, summary=summary: summary)
+            monkeypatch.setattr(cli.commands, "run", lambda *_, summary=summary: summary)
             (tmp_path / "summary.json").write_text(json.dumps(summary))
             told.append((train(config), _outcome(tmp_path, 0, [], config).return_value))
         monkeypatch.setattr(
-            cli, "run", lambda *_: {RESUMABLE: "stopped after step 1 of 3", "interrupted": False}
+            cli.commands,
+            "run",
+            lambda *_: {RESUMABLE: "stopped after step 1 of 3", "interrupted": False},
         )
         assert math.isnan(train(config))  # it has no loss yet; and alone it ends well
 

@@ -21,11 +21,12 @@ from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 from torch import nn
 
-from dtrain import cli
+from dtrain.cli import ranks
 from dtrain.compare import command
-from dtrain.config import aliases, constructor
+from dtrain.config import aliases
+from dtrain.config.build import build, imported, misfit
 from dtrain.config.errors import explain
-from dtrain.config.schema import build, register, validated
+from dtrain.config.schema import register, validated
 from dtrain.data.base import Data
 from dtrain.data.sources import Source
 from dtrain.data.tokenizer import Tokenizer
@@ -576,6 +577,23 @@ def test_what_was_checked_is_built_as_it_stands() -> None:
     assert made.given[1][0]().out_features == 3
 
 
+# A value, an annotation, and what the value should be.
+MISFITS = [
+    (1, int, ""), (1, float, ""), (1.5, int, "int"), (True, int, "int"), (1, bool, "bool"),
+    ("1", float | None, "float or null"), ("fp32", str | int, ""), (2, list[int], "list"),
+    (2, tuple[float, float], "list"), ([2], tuple[float, float], "a list of 2"),
+    ([2], tuple[float, ...], ""), (None, int, ""), ("a", Any, ""), ("a", object, ""),
+    ("a", Path, ""), ("a", Path | int, "Path or int"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("value", "hint", "wanted"), MISFITS, ids=str)
+def test_a_value_is_held_to_its_annotation_as_far_as_that_tells(
+    value: Any, hint: Any, wanted: str
+) -> None:
+    assert misfit(value, hint) == wanted
+
+
 ASKS: dict[str, Callable[[dict[str, Any]], Any]] = {
     "build": lambda node: own.build_model(node, "model", 3),
     "handed": own.accepted_settings,
@@ -603,11 +621,11 @@ def test_what_has_moved_is_told_and_is_there(old: str, tmp_path: Path, monkeypat
     before = f"{old}.Some"
     if find_spec(new.rpartition(".")[0]).submodule_search_locations is None:  # type: ignore[union-attr]
         before = old  # no module, but a name in one
-        assert constructor.imported(new, "it")
+        assert imported(new, "it")
     else:
         assert import_module(new).__doc__
     with pytest.raises(ValueError, match=f": it is {re.escape(new)} now$"):
-        constructor.imported(before, "it")
+        imported(before, "it")
     module, _, name = before.rpartition(".")
     (tmp_path / "theirs.py").write_text(f"from {module} import {name}")
     monkeypatch.syspath_prepend(tmp_path)
@@ -615,7 +633,7 @@ def test_what_has_moved_is_told_and_is_there(old: str, tmp_path: Path, monkeypat
     with pytest.raises(
         ValueError, match=f"^it cannot be imported: [^/]*: it is {re.escape(new)} now$"
     ):
-        constructor.imported("theirs.Model", "it")
+        imported("theirs.Model", "it")
 
 
 @pytest.mark.parametrize("kind", [Strategy, Executor])
@@ -643,18 +661,18 @@ def test_ranks_are_given_what_was_checked(monkeypatch: pytest.MonkeyPatch, tmp_p
     """An escaped interpolation is a text, on the ranks that `start` starts too."""
     register()
     monkeypatch.setenv("A_NAME", "a-value")
-    monkeypatch.setattr(cli, "assemble", lambda *_: None)
+    monkeypatch.setattr(ranks, "assemble", lambda *_: None)
     monkeypatch.setattr(
-        cli, "spawn", lambda function, *arguments, **_: (function, pickle.dumps(arguments))
+        ranks, "spawn", lambda function, *arguments, **_: (function, pickle.dumps(arguments))
     )
-    monkeypatch.setattr(cli, "run", lambda config, *_: config)
+    monkeypatch.setattr(ranks, "run", lambda config, *_: config)
     with initialize_config_dir(str(CONFIGS), version_base="1.3"):
         config = compose(
             "train",
             overrides=["model=tiny", r"+model.a='\${oc.env:A_NAME}'", r"+model.b='\${foo}'"],
         )
-    function, arguments = cli.start(config, tmp_path, "ddp")
-    monkeypatch.setattr(cli.World, "of_environment", lambda: cli.World())
+    function, arguments = ranks.start(config, tmp_path, "ddp")
+    monkeypatch.setattr(ranks.World, "of_environment", lambda: ranks.World())
     got = function(*pickle.loads(arguments))
     assert (got.model["a"], got.model["b"]) == ("${oc.env:A_NAME}", "${foo}") and got == validated(
         config

@@ -15,7 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_configs import NEEDED, composed
 
-from dtrain.config.schema import build
+from dtrain.config.build import build
 from dtrain.data.features import Features
 from dtrain.data.prepare import normalized, prepare
 from dtrain.data.rows import Rows

@@ -12,8 +12,8 @@ from hydra import compose, initialize_config_dir
 from packaging.requirements import Requirement
 
 from dtrain.cli import WORDS
-from dtrain.config.outside import ALLOWED
 from dtrain.config.schema import register
+from dtrain.config.untrusted_config import ALLOWED
 
 # Versions with a hole that a configuration or an image of somebody else's would reach, and the
 # first without it.

@@ -169,7 +169,7 @@ def test_sigterm_while_a_large_checkpoint_is_verified_ends_at_once(
 def test_ctrl_c_while_a_script_imports_shows_no_traceback() -> None:
     """It ends by the signal; where SIGINT is ignored, as in a shell's background, it stays so."""
     script = (
-        "import dtrain.launch.quiet, os, signal; os.kill(os.getpid(), signal.SIGINT); "
+        "import dtrain.launch.interrupts, os, signal; os.kill(os.getpid(), signal.SIGINT); "
         "print('goes on')"
     )
     for before, status, out in (
@@ -202,7 +202,7 @@ def test_ctrl_c_while_the_fork_server_imports_shows_no_traceback() -> None:
 def test_ctrl_c_is_pythons_own_again_in_a_rank_that_is_forked() -> None:
     before = signal.signal(
         signal.SIGINT, signal.SIG_DFL
-    )  # as the fork server, which has imported dtrain.launch.quiet, had it
+    )  # as the fork server, which has imported dtrain.launch.interrupts, had it
     terms = [(number, signal.getsignal(number)) for number in (signal.SIGTERM, signal.SIGHUP)]
     try:
         with mock.patch("dtrain.launch.rank_processes.exit_with_parent"):

@@ -19,7 +19,8 @@ from hydra import compose, initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
 from test_cli import call  # noqa: F401
 
-from dtrain.config.schema import CONFIGS, register
+from dtrain.config.groups import CONFIGS
+from dtrain.config.schema import register
 from dtrain.files.lock import NAME, Lock
 from dtrain.launch.world import World
 from dtrain.report.base import Run

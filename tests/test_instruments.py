@@ -602,7 +602,7 @@ def test_a_rank_notes_the_step_in_which_a_collective_began() -> None:
     what = "all_reduce of 3x4, 1 float"
     # gloo's and NCCL's
     with mock.patch("dtrain.launch.hang_detector._recorded", lambda: [told[:3], told[3:]]):
-        notes = watch._notes()
+        notes = watch._report()
     assert notes == RankReport(
         6,
         {
@@ -632,7 +632,7 @@ def test_the_first_rank_that_answers_says_for_all_what_it_finds(
     watches = [each for each in _watches(3, 1.0) if each.rank in answering]
     for watch in watches:
         begun = _notes(*("a", "b")[: 1 if watch.rank == 1 else 2])
-        watch._notes = lambda found=begun: RankReport(found.step, {"w": found.groups["g"]})  # type: ignore[method-assign]
+        watch._report = lambda found=begun: RankReport(found.step, {"w": found.groups["g"]})  # type: ignore[method-assign]
     with ThreadPoolExecutor(3) as threads:
         found = list(threads.map(HangDetector.explain, watches))
     assert dict(zip(answering, found, strict=True)) == {

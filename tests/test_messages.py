@@ -23,11 +23,12 @@ from torch import nn
 
 from dtrain import cli
 from dtrain.compare.entries import Entry
-from dtrain.config import constructor
-from dtrain.config.aliases import ALIASES, RENAMED, ours
+from dtrain.config.aliases import ALIASES, RENAMED, our_name
+from dtrain.config.build import OPTIMIZER_RANGES, build
 from dtrain.config.errors import check_overrides
+from dtrain.config.groups import CONFIGS, options
 from dtrain.config.override import for_a_shell, parsed, setting, value_of
-from dtrain.config.schema import CONFIGS, build, options, register
+from dtrain.config.schema import register
 from dtrain.parallel.strategy import Strategy
 from dtrain.run.run import _resumable
 
@@ -159,7 +160,7 @@ def said(
     def of(*words: str) -> str:
         monkeypatch.chdir(tmp_path)
         monkeypatch.setattr(sys, "argv", ["train.py", *words])
-        monkeypatch.setattr(cli, "run", lambda *_: pytest.fail("it trains"))
+        monkeypatch.setattr(cli.commands, "run", lambda *_: pytest.fail("it trains"))
         GlobalHydra.instance().clear()
         with pytest.raises(SystemExit) as ended:
             cli.main("train", cli.train)
@@ -308,8 +309,10 @@ def test_an_alias_names_what_there_is(words: str, known: set[str]) -> None:
     and the dashes.
     """
     for word in words.split():
-        told = ours(word)
-        assert told and "{" not in told and ours(f"train.{word.upper().replace('_', '-')}") == told
+        told = our_name(word)
+        assert (
+            told and "{" not in told and our_name(f"train.{word.upper().replace('_', '-')}") == told
+        )
         for group, name in re.findall(r"(strategy|precision|optimizer)=(\w+)", told):
             assert name in options(group)
         for key in re.findall(r"[a-z]\w*(?:\.\w+)+", told):
@@ -320,7 +323,7 @@ def test_an_alias_names_what_there_is(words: str, known: set[str]) -> None:
 
 def test_no_word_of_ours_is_taken_for_anothers(known: set[str]) -> None:
     """A key of the configuration's top has no alias."""
-    assert not [key for key in known if "." not in key and ours(key)]
+    assert not [key for key in known if "." not in key and our_name(key)]
 
 
 # Ranges that other libraries' constructors hold
@@ -366,7 +369,7 @@ def test_the_ranges_are_torchs(name: str) -> None:
     made = lambda **given: getattr(torch.optim, name)([nn.Parameter(torch.ones(1))], **given)  # noqa: E731
     ends = {"lr": 0.0, "eps": 0.0, "weight_decay": 0.0, "momentum": 0.0, "betas": (0.0, 0.0)}
     beyond = {**dict.fromkeys(ends, -1e-9), "betas": (0.9, 1.0)}
-    assert ends.keys() == constructor.RANGES.keys()
+    assert ends.keys() == OPTIMIZER_RANGES.keys()
     for key in ends.keys() & signature(getattr(torch.optim, name)).parameters.keys():
         made(**{key: ends[key]})
         with pytest.raises(ValueError, match="Invalid"):

@@ -12,7 +12,7 @@ import pytest
 from omegaconf import OmegaConf
 
 from dtrain.compare.results import Results, Row, read
-from dtrain.files import records
+from dtrain.files import json_files
 from dtrain.report.base import Run
 from dtrain.report.files import Files
 from dtrain.report.sweep import Told, show_sweep
@@ -37,7 +37,7 @@ def _strict(text: str) -> object:
 
 
 def test_what_is_not_finite_is_written_as_json_and_read_again() -> None:
-    found = _strict(records.dumps(VALUES))
+    found = _strict(json_files.dumps(VALUES))
     assert found == {
         "nan": "NaN",
         "inf": "Infinity",
@@ -46,7 +46,7 @@ def test_what_is_not_finite_is_written_as_json_and_read_again() -> None:
         "all": [1, ["Infinity", "NaN?"]],
         "no": None,
     }
-    again = records.loads(records.dumps(VALUES))
+    again = json_files.loads(json_files.dumps(VALUES))
     assert math.isnan(again.pop("nan")) and again == {
         **{k: v for k, v in VALUES.items() if k != "nan"},
         "all": [1, [math.inf, "NaN?"]],
@@ -121,7 +121,7 @@ def test_what_would_steer_a_terminal_is_written_out() -> None:
 def test_no_file_ends_in_anything_but_a_line(text: str, tmp_path: Path) -> None:
     (tmp_path / "a.json").write_text(text)
     with pytest.raises(ValueError, match=r"a\.json (is not readable|holds no)") as found:
-        records.read(tmp_path / "a.json")
+        json_files.read(tmp_path / "a.json")
     assert "\n" not in str(found.value)
 
 
@@ -133,11 +133,11 @@ def test_only_files_are_read_and_none_that_is_larger_than_any_of_ours(tmp_path: 
         (Path("/dev/zero"), "no regular"),
     ):
         with pytest.raises(ValueError, match=said):
-            records.read(place)
+            json_files.read(place)
     with (tmp_path / "large").open("wb") as file:
-        file.truncate(records.LARGEST + 1)
+        file.truncate(json_files.LARGEST + 1)
     with pytest.raises(ValueError, match="67,108,865 bytes: more than any such file"):
-        records.read(tmp_path / "large")
+        json_files.read(tmp_path / "large")
 
 
 def test_a_job_that_failed_has_no_figures_of_the_run_before_it(
@@ -156,7 +156,7 @@ def test_a_job_that_failed_has_no_figures_of_the_run_before_it(
 def test_a_pipe_for_figures_is_not_waited_for(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "metrics.jsonl")
     with pytest.raises(ValueError, match="metrics.jsonl is no regular file"):
-        list(records.lines(tmp_path / "metrics.jsonl"))
+        list(json_files.lines(tmp_path / "metrics.jsonl"))
     os.mkfifo(tmp_path / "summary.json")
     with pytest.raises(ValueError, match="summary.json is no regular file"):
         show_sweep([Told("0", (), tmp_path)])
@@ -200,7 +200,7 @@ def test_lines_are_read_one_by_one_and_none_that_is_larger_than_any_of_ours(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Whatever a file's size: no more of it is held than a line."""
-    monkeypatch.setattr(records, "LINE", 100)
+    monkeypatch.setattr(json_files, "LINE", 100)
     file = tmp_path / "metrics.jsonl"
     file.write_text(
         '{"step": 1}\n'
@@ -211,4 +211,4 @@ def test_lines_are_read_one_by_one_and_none_that_is_larger_than_any_of_ours(
         + '{"step": 3}\n{"step": 4}'
     )
     with mock.patch.object(Path, "read_bytes", side_effect=AssertionError("all of it at once")):
-        assert list(records.lines(file)) == [{"step": 1}, {"step": 3}]
+        assert list(json_files.lines(file)) == [{"step": 1}, {"step": 3}]

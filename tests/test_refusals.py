@@ -29,10 +29,12 @@ from own_models import MODELS
 from torch import Tensor, nn
 
 import dtrain
-from dtrain import cli
+from dtrain.cli import exits
 from dtrain.compare.command import Failed
+from dtrain.config.build import build
 from dtrain.config.errors import NO_MORE_PROCESSES
-from dtrain.config.schema import CONFIGS, Comparison, build, check_axes, register, validated
+from dtrain.config.groups import CONFIGS, check_axes
+from dtrain.config.schema import Comparison, register, validated
 from dtrain.data.base import Data
 from dtrain.data.rows import Rows
 from dtrain.data.sources import Source, StandardLibrary
@@ -81,7 +83,8 @@ ROOMS = (
     "parallel/mesh.py",
     "parallel/strategy.py",
     "config/schema.py",
-    "config/constructor.py",
+    "config/groups.py",
+    "config/build.py",
     "model/layout.py",
     "run/assemble.py",
 )
@@ -1329,12 +1332,12 @@ ENDS: list[tuple[BaseException, int, str]] = [
     (NonFinite("step 3: loss nan"), 1, "step 3: loss nan"),
     (Hang("ranks wait"), 1, "ranks wait"),
     (Failed("failed: ddp"), 1, "failed: ddp"),
-    (RanksFailed(1, -9, "", said=False), 1, "rank 1 ended with signal 9"),
-    (RanksFailed(1, 3, "said already", said=True), 3, ""),
-    (RanksFailed(0, 2, "said already", said=True), 2, ""),
-    (RanksFailed(1, 3, "", said=False), 1, "rank 1 ended with exit status 3"),  # by a library
+    (RanksFailed(1, -9, "", printed=False), 1, "rank 1 ended with signal 9"),
+    (RanksFailed(1, 3, "said already", printed=True), 3, ""),
+    (RanksFailed(0, 2, "said already", printed=True), 2, ""),
+    (RanksFailed(1, 3, "", printed=False), 1, "rank 1 ended with exit status 3"),  # by a library
     (
-        RanksFailed(1, 4, "torch has seen it", said=False),
+        RanksFailed(1, 4, "torch has seen it", printed=False),
         1,
         "rank 1 ended with exit status 4: torch has seen it",
     ),
@@ -1369,7 +1372,7 @@ def test_a_command_ends_with_the_status_of_what_went_wrong(
     error: BaseException, status: int, line: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """2 for a mistake, 1 for a run that broke off, a rank's own; one line, if none was said."""
-    with pytest.raises(SystemExit) as ended, cli._explaining("train"):
+    with pytest.raises(SystemExit) as ended, exits.explained("train"):
         raise error
     assert ended.value.code == status
     assert capsys.readouterr().err == (f"dtrain: {line}\n" if line else "")
@@ -1393,5 +1396,5 @@ def test_a_rank_that_the_kernel_ends_for_want_of_memory_is_told_so(
 
 def test_a_bug_is_not_told_as_a_mistake() -> None:
     """Its traceback is what a person needs."""
-    with pytest.raises(ZeroDivisionError), cli._explaining("train"):
+    with pytest.raises(ZeroDivisionError), exits.explained("train"):
         _ = 1 / 0

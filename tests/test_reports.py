@@ -18,7 +18,7 @@ from typing import Any
 
 import pytest
 
-from dtrain import cli
+from dtrain.cli import exits
 from dtrain.compare import runner
 from dtrain.compare.entries import Case, Entry
 from dtrain.compare.results import Results, Row
@@ -303,7 +303,7 @@ def _compare(folder: Path) -> None:
 
 def _mistake(folder: Path) -> None:
     with contextlib.redirect_stderr(sys.stdout), pytest.raises(SystemExit):
-        cli._exit(errors.explain(FileNotFoundError(2, "No such file", HOSTILE), "train"), 2)
+        exits.end(errors.explain(FileNotFoundError(2, "No such file", HOSTILE), "train"), 2)
 
 
 @pytest.mark.parametrize("say", [
@@ -333,7 +333,7 @@ def test_a_traceback_steers_no_terminal(capsys: pytest.CaptureFixture[str]) -> N
         try:
             raise RuntimeError(HOSTILE)
         except RuntimeError as error:
-            cli._crashed(error)
+            exits.crash(error)
     said = capsys.readouterr().err
     assert r"a\x1b[2J" in said and "\x1b" not in said
 

@@ -17,8 +17,7 @@ from hypothesis import strategies as st
 from omegaconf import OmegaConf
 
 from dtrain.compare import command
-from dtrain.config.constructor import named
-from dtrain.config.schema import build
+from dtrain.config.build import build, error_with_setting
 from dtrain.config.secret import HIDDEN, is_secret, masked, masked_override, printable
 from dtrain.model import own
 from dtrain.report.base import Logger, Run
@@ -286,11 +285,10 @@ def test_what_a_class_of_the_users_is_given_or_says_hides_it(
         "more": {"auth": {"pin": 90125}},
         "size": 3,
     }
-    error = named(
+    error = error_with_setting(
         ValueError(f"api_key {PLAIN} and 90125 are wrong for size 3"),
         node,
         "logger.service",
-        ["steps"],
     )
     assert str(error) == (
         f"logger.service.api_key={HIDDEN} or logger.service.size=3: api_key {HIDDEN} and "

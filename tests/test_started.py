@@ -18,7 +18,7 @@ from runs import free_port
 from test_cli import PYTHON, call  # noqa: F401
 
 from dtrain.launch import rank_processes
-from dtrain.launch.launchers import script_arguments
+from dtrain.launch.launcher_variables import script_arguments
 from dtrain.launch.rank_processes import spawn
 from dtrain.launch.rendezvous import process_group
 from dtrain.launch.world import World
@@ -109,7 +109,7 @@ def test_half_a_rank_is_refused(
 ) -> None:
     for name, value in told.items():
         monkeypatch.setenv(name, value)
-    monkeypatch.setattr("dtrain.cli.GRACE_S", 0.0)
+    monkeypatch.setattr("dtrain.cli.exits.GRACE_S", 0.0)
     status, _, err = call(*QUICK)
     assert status == 2 and said in err and err.count("\n") == 1
 

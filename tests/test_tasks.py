@@ -41,7 +41,8 @@ from scipy.linalg import sqrtm
 from sklearn.metrics import accuracy_score, f1_score
 from torch import Tensor
 
-from dtrain.config.schema import CONFIGS, register, validated
+from dtrain.config.groups import CONFIGS
+from dtrain.config.schema import register, validated
 from dtrain.data.augment import Crop, Cutout, Flip, Mixup, SpanMask, TextCrop, TokenDrop
 from dtrain.data.images import Folder, HubImages, Ring, Samples, to_tensor
 from dtrain.data.rows import Rows

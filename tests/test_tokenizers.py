@@ -21,7 +21,8 @@ from test_configs import composed
 from tokenizers import Tokenizer as Library
 from tokenizers import decoders, models, normalizers, pre_tokenizers
 
-from dtrain.config.schema import build, validated
+from dtrain.config.build import build
+from dtrain.config.schema import validated
 from dtrain.data.base import Data
 from dtrain.data.prepare import normalized, prepare
 from dtrain.data.rows import Rows

@@ -8,8 +8,7 @@ import re
 from pathlib import Path
 
 from dtrain.compare.survey import ITSELF, PARTLY, REFUSED, SAME_AXIS, Combination, survey
-from dtrain.config.about import strategy_comment
-from dtrain.config.schema import CONFIGS
+from dtrain.config.groups import CONFIGS, strategy_comment
 from dtrain.report.tables import Sheet, put_between
 
 BEGIN, END = "<!-- capabilities -->\n", "<!-- /capabilities -->\n"

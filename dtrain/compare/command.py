@@ -21,14 +21,14 @@ from dtrain.compare.condition import Condition
 from dtrain.compare.entries import Case, cases_of
 from dtrain.compare.results import FILE, Results, Row, read
 from dtrain.compare.verdict import differences
-from dtrain.config.about import strategy_comment
-from dtrain.config.constructor import imported
-from dtrain.config.schema import CONFIGS, Comparison
+from dtrain.config.build import imported
+from dtrain.config.groups import CONFIGS, strategy_comment
+from dtrain.config.schema import Comparison
 from dtrain.config.secret import masked_override
 from dtrain.cost import environment
 from dtrain.cost.profile import RECORDED
-from dtrain.files import records
-from dtrain.files.durable import remove, write
+from dtrain.files import json_files
+from dtrain.files.disk import remove, write
 from dtrain.files.lock import Lock
 from dtrain.report.terminal import Terminal
 
@@ -119,7 +119,7 @@ def traces(results: Results, folder: Path) -> dict[str, list[dict[str, Any]]]:
     for row in results.ran:
         file = folder / "runs" / Case.folder_of(row.strategy) / "0" / "profile" / "trace.json"
         if file.exists():
-            found[row.strategy] = records.parse(file.read_bytes())["traceEvents"]
+            found[row.strategy] = json_files.parse(file.read_bytes())["traceEvents"]
     return found
 
 

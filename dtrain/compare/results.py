@@ -12,7 +12,7 @@ from statistics import mean, median
 from types import UnionType
 from typing import Any, Union, get_args, get_origin, get_type_hints
 
-from dtrain.files import records
+from dtrain.files import json_files
 from dtrain.parallel.messages import Message
 from dtrain.report.terminal import without_control_characters
 
@@ -275,7 +275,7 @@ class Results:
 
     def write(self, folder: Path) -> None:
         """`results.json`, all of it, and `results.csv`, a line a row."""
-        (folder / FILE).write_text(records.dumps(asdict(self), indent=1) + "\n")
+        (folder / FILE).write_text(json_files.dumps(asdict(self), indent=1) + "\n")
         with (folder / "results.csv").open("w", encoding="utf-8", newline="") as file:
             table = csv.writer(file)
             table.writerow(["strategy", *FIGURES, "reference", "reason"])
@@ -299,7 +299,7 @@ def read(folder: Path) -> Results:
     """
     file = folder / FILE if folder.is_dir() else folder
     try:
-        found = _shown(records.figures(file))
+        found = _shown(json_files.figures(file))
     except OSError:
         raise ValueError(
             f"{folder} has no {FILE}: give a folder that scripts/compare.py has written"

@@ -26,7 +26,7 @@ from rich.table import Table
 from dtrain.compare.entries import Case
 from dtrain.compare.results import Results, Row
 from dtrain.compare.verdict import verdicts
-from dtrain.files import records
+from dtrain.files import json_files
 from dtrain.report.amounts import in_bytes
 from dtrain.report.terminal import Terminal, on_one_line, without_control_characters
 
@@ -83,7 +83,7 @@ class Follower:
 
         def follow() -> None:
             while not done.wait(POLL_S):
-                if lines := list(records.lines(metrics)):
+                if lines := list(json_files.lines(metrics)):
                     figures = (
                         f"loss {lines[-1]['loss']:.4f}  {lines[-1]['tokens_per_second']:,.0f} "
                         f"tokens/s"
@@ -158,7 +158,7 @@ def run_all(
                         results.facts["data digest"] = digest
                     row.add(
                         summary,
-                        list(records.lines(place / "metrics.jsonl")),
+                        list(json_files.lines(place / "metrics.jsonl")),
                         first,
                         time.monotonic() - before,
                     )

@@ -17,7 +17,9 @@ from hydra import compose, initialize_config_dir
 from omegaconf import DictConfig, OmegaConf
 from torch import nn
 
-from dtrain.config.schema import CONFIGS, Config, build, options, validated
+from dtrain.config.build import build
+from dtrain.config.groups import CONFIGS, options
+from dtrain.config.schema import Config, validated
 from dtrain.model.initialize import on_meta
 from dtrain.parallel.mesh import MESH_ORDER
 from dtrain.parallel.plan import Plan

@@ -1,4 +1,4 @@
-"""What other tools and papers call a setting of ours: for a person who types their word."""
+"""Translate settings' names: other tools' and papers', and earlier ones of ours."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ FP16 = (
 )
 TRACKER = "logger=[default,tracker] logger.tracker.name={word} (pip install accelerate {word})"
 
-# Their words, and what to type here. A word is looked up in lower case, with _ for -, by the last
-# part of its key.
+# Other tools' words, and what to type here. A word is looked up by the last part of its key, in
+# lower case, with _ for -.
 ALIASES = {
     "lr learning_rate base_lr max_lr peak_lr": "optimizer.lr",
     "wd decay weight_decay": "optimizer.weight_decay",
@@ -17,32 +17,24 @@ ALIASES = {
     "adam_epsilon adam_eps epsilon": "optimizer.eps",
     "momentum": "optimizer=sgd optimizer.momentum",
     "adam optim": "optimizer=adamw",
-    "scheduler lr_scheduler lr_scheduler_type lr_decay": (
-        "lr_schedule.warmup_steps and lr_schedule.min_lr_ratio of a cosine"
-    ),
+    "scheduler lr_scheduler lr_scheduler_type lr_decay":
+        "lr_schedule.warmup_steps and lr_schedule.min_lr_ratio of a cosine",
     "warmup warmup_iters num_warmup_steps warmup_ratio": "lr_schedule.warmup_steps",
     "min_lr lr_min": "lr_schedule.min_lr_ratio, over the highest learning rate",
     "grad_clip max_grad_norm gradient_clip_val gradient_clipping clip": "clip_norm",
-    "batch_size bs train_batch_size": (
-        "global_batch_size (over all ranks) or micro_batch_size (a rank's)"
-    ),
-    ("per_device_train_batch_size per_gpu_batch_size train_micro_batch_size_per_gpu mbs"): (
-        "micro_batch_size (a rank's)"
-    ),
-    ("gradient_accumulation_steps grad_accum grad_accum_steps accumulate_grad_batches gas"): (
-        "micro_batch_size: a rank's rows of global_batch_size, over that, are its micro-batches"
-    ),
-    (
-        "epochs epoch num_epochs n_epochs max_epochs num_train_epochs"
-    ): "steps: an epoch of text is train_tokens / (global_batch_size x seq_len) of them, of rows "
-    "train_rows / "
-    "global_batch_size; a run begins by telling how many",
-    (
-        "max_steps num_steps n_steps iters max_iters train_iters train_steps total_steps iterations"
-    ): "steps",
+    "batch_size bs train_batch_size":
+        "global_batch_size (over all ranks) or micro_batch_size (a rank's)",
+    "per_device_train_batch_size per_gpu_batch_size train_micro_batch_size_per_gpu mbs":
+        "micro_batch_size (a rank's)",
+    "gradient_accumulation_steps grad_accum grad_accum_steps accumulate_grad_batches gas":
+        "micro_batch_size: a rank's rows of global_batch_size, over that, are its micro-batches",
+    "epochs epoch num_epochs n_epochs max_epochs num_train_epochs":
+        "steps: an epoch of text is train_tokens / (global_batch_size x seq_len) of them, of rows "
+        "train_rows / global_batch_size; a run begins by telling how many",
+    "max_steps num_steps n_steps iters max_iters train_iters train_steps total_steps iterations":
+        "steps",
     "block_size max_seq_len max_seq_length max_length seq_length sequence_length context_length "
-    "n_ctx n_positions "
-    "max_position_embeddings": "seq_len, of at most model.context",
+    "n_ctx n_positions max_position_embeddings": "seq_len, of at most model.context",
     "hidden_size hidden_dim n_embd embed_dim d_hidden": "model.d_model",
     "n_layer num_layers num_hidden_layers depth": "model.n_layers",
     "n_head num_heads num_attention_heads": "model.n_heads",
@@ -51,23 +43,19 @@ ALIASES = {
     "num_experts num_local_experts": "model.n_experts",
     "vocab": "model.vocab_size",
     "attention_dropout hidden_dropout resid_pdrop": "model.dropout",
-    (
-        "gradient_checkpointing activation_checkpoint recompute checkpointing"
-    ): "activation_checkpointing",
+    "gradient_checkpointing activation_checkpoint recompute checkpointing":
+        "activation_checkpointing",
     "torch_compile": "compile",
     "fp16 float16 half amp use_fp16": FP16,
     "bf16 bfloat16 use_bf16 mixed_precision": "precision=bf16_mixed",
     "float32 tf32": "dtype=fp32",
-    (
-        "nproc nproc_per_node num_processes world_size gpus n_gpus ngpus num_gpus devices"
-    ): "launch.nproc",
-    "master_port port": (
-        "nothing: ranks that we start meet in a file of theirs; torchrun has --master-port"
-    ),
+    "nproc nproc_per_node num_processes world_size gpus n_gpus ngpus num_gpus devices":
+        "launch.nproc",
+    "master_port port":
+        "nothing: ranks that we start meet in a file of theirs; torchrun has --master-port",
     "timeout ddp_timeout": "launch.timeout_s",
-    "num_workers workers dataloader_num_workers": (
-        "nothing: a rank reads its rows itself; launch.threads are those that it computes with"
-    ),
+    "num_workers workers dataloader_num_workers":
+        "nothing: a rank reads its rows itself; launch.threads are those that it computes with",
     "random_seed manual_seed": "seed",
     "output_dir out_dir save_dir log_dir logging_dir": "hydra.run.dir",
     "save_every save_steps save_interval save_freq": "checkpoint.every",
@@ -80,25 +68,20 @@ ALIASES = {
     "wandb mlflow aim comet_ml clearml dvclive swanlab trackio": TRACKER,
     "report_to log_with use_wandb": TRACKER.format(word="wandb"),
     "dp data_parallel distributed_data_parallel": "strategy=ddp",
-    ("tp tensor_parallel tensor_parallel_size tensor_model_parallel_size"): (
-        "strategy=tensor strategy.tp.degree"
-    ),
-    ("pp pipeline_parallel pipeline_parallel_size pipeline_model_parallel_size"): (
-        "strategy=pipeline strategy.pp.degree"
-    ),
+    "tp tensor_parallel tensor_parallel_size tensor_model_parallel_size":
+        "strategy=tensor strategy.tp.degree",
+    "pp pipeline_parallel pipeline_parallel_size pipeline_model_parallel_size":
+        "strategy=pipeline strategy.pp.degree",
     "cp context_parallel context_parallel_size ring ulysses": "strategy=context strategy.cp.degree",
     "ep expert_parallel expert_parallel_size": "strategy=expert strategy.ep.degree",
     "fsdp2 fully_sharded_data_parallel zero_3 zero3": "strategy=fsdp, or strategy=deepspeed_zero3",
-    "deepspeed zero zero_stage": (
-        "strategy=deepspeed_zero1, strategy=deepspeed_zero2 or strategy=deepspeed_zero3"
-    ),
-    "accelerate": (
-        "strategy=accelerate_ddp, strategy=accelerate_fsdp or strategy=accelerate_deepspeed"
-    ),
+    "deepspeed zero zero_stage":
+        "strategy=deepspeed_zero1, strategy=deepspeed_zero2 or strategy=deepspeed_zero3",
+    "accelerate":
+        "strategy=accelerate_ddp, strategy=accelerate_fsdp or strategy=accelerate_deepspeed",
     "hybrid hybrid_shard": "strategy=hsdp",
-}
-# What settings of ours were called before, in full, and what they are called now; a group's choice
-# is group=name.
+}  # fmt: skip
+# Earlier names of our settings, in full, and today's; a group's choice is group=name.
 RENAMED = {
     "schedule": "lr_schedule",
     "schedule.warmup_steps": "lr_schedule.warmup_steps",
@@ -125,7 +108,7 @@ RENAMED = {
     "strategy.dp.keep": "strategy.dp.top_k_fraction",
     "strategy.dp.rank": "strategy.dp.power_sgd_rank",
 }
-# Where modules have gone that people name, in configurations and in code of their own.
+# Where modules and classes are now that users name in configurations and in their own code.
 MOVED = {
     "dtrain.layout": "dtrain.model.layout",
     "dtrain.initialize": "dtrain.model.initialize",
@@ -169,13 +152,11 @@ MOVED = {
         "dtrain.strategy.accelerate.strategy.AccelerateLocalSGD",
     "dtrain.strategy.deepspeed.DeepSpeed": "dtrain.strategy.deepspeed.zero.DeepSpeed",
 }  # fmt: skip
-_BY_WORD = {word: ours for words, ours in ALIASES.items() for word in words.split()}
+_BY_WORD = {word: setting for words, setting in ALIASES.items() for word in words.split()}
 
 
-def ours(word: str) -> str:
-    """What to type for another tool's word, or an earlier one of ours; empty: it is none that
-    we know.
-    """
+def our_name(word: str) -> str:
+    """Return what to type for another tool's word, or an earlier one of ours; empty: unknown."""
     if word in RENAMED:
         return RENAMED[word]
     name = word.rpartition(".")[2].lower().replace("-", "_")
@@ -183,7 +164,5 @@ def ours(word: str) -> str:
 
 
 def moved(name: str) -> str:
-    """For behind what says that there is no such module, or class: where it has gone; empty:
-    nobody knows.
-    """
+    """Return the end of a message on a missing module or class: where it is now, if it moved."""
     return f": it is {MOVED[name]} now" if name in MOVED else ""

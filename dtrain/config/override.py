@@ -1,6 +1,4 @@
-"""A setting as a word of the command line: key=value in Hydra's grammar, and in the quotes that
-a shell needs.
-"""
+"""Read and write settings as words of the command line: key=value in Hydra's grammar."""
 
 from __future__ import annotations
 
@@ -13,32 +11,30 @@ from hydra.errors import HydraException
 
 
 def parsed(word: str) -> Override | None:
-    """What Hydra reads in a word; None: its grammar has no such word."""
+    """Return what Hydra reads in a word; None: its grammar has no such word."""
     try:
         return OverridesParser.create().parse_override(word)
     except HydraException:
         return None
 
 
-def value_of(found: Override) -> Any:
-    """As the configuration gets it: text without its quotes. A sweep is an object of Hydra's."""
-    value = found.value()
+def value_of(override: Override) -> Any:
+    """Return the value that the configuration gets; of a sweep, an object of Hydra's."""
+    value = override.value()
     return value.text if isinstance(value, QuotedString) else value
 
 
 def setting(key: str, text: str) -> str:
-    """The word that gives a key this text, in Hydra's quotes if its grammar would read it
-    otherwise, or not at all.
-    """
+    """Return the word that gives a key this text, in Hydra's quotes if its grammar needs them."""
     plain = f"{key}={text}"
-    found = parsed(plain)
-    if found is not None and not found.is_sweep_override() and value_of(found) == text:
+    override = parsed(plain)
+    if override and not override.is_sweep_override() and value_of(override) == text:
         return plain
     return f"{key}={QuotedString(text=text, quote=Quote.single).with_quotes()}"
 
 
 def for_a_shell(key: str, text: str) -> str:
-    """The same for a person to type: in a shell's quotes, if that needs them."""
+    """Return the same word for a person to type: in a shell's quotes, if it needs them."""
     word = setting(key, text)
     if shlex.quote(word) == word:
         return word

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from dtrain.config.constructor import error_in_words
+from dtrain.config.user_code import error_in_words
 from dtrain.cost import flops
 from dtrain.model.initialize import on_meta
 from dtrain.model.layout import ModelFactory, layout_of, sequence_length

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.utils.checkpoint import checkpoint
 
-from dtrain.config.constructor import error_in_words
+from dtrain.config.user_code import error_in_words
 from dtrain.cost.memory import MemoryTracker
 from dtrain.model.initialize import cast, on_meta
 from dtrain.model.layout import blocks_of, layout_of

@@ -20,8 +20,8 @@ from pathlib import Path
 from typing import Any
 
 from dtrain.data.paths import CACHE, SIGNATURE, expanded
-from dtrain.files import records
-from dtrain.files.durable import digest, sync
+from dtrain.files import json_files
+from dtrain.files.disk import digest, sync
 
 MANIFEST = "kept.json"  # by name: the size and the digest of each file
 KEY = "data.cache"
@@ -111,7 +111,7 @@ def is_complete(folder: Path) -> bool:
     """
     try:
         manifest = folder / MANIFEST
-        files, written = records.read(manifest), manifest.stat().st_mtime_ns
+        files, written = json_files.read(manifest), manifest.stat().st_mtime_ns
         for name, (size, sha256) in files.items():
             found = (folder / name).stat()
             if Path(name).name != name or not stat.S_ISREG(found.st_mode):

@@ -18,13 +18,13 @@ from safetensors import SafetensorError
 from safetensors.torch import load, save
 from torch import Tensor
 
-from dtrain.config.constructor import error_in_words
+from dtrain.config.user_code import error_in_words
 from dtrain.data.base import Data, Progress
 from dtrain.data.cache import cached_folder, refuse_altered_content
 from dtrain.data.features import Features
 from dtrain.data.paths import file_stamps, files_at
 from dtrain.data.seeded import generator
-from dtrain.files import records
+from dtrain.files import json_files
 
 UNREADABLE = ("refuse", "skip")
 FORMATS = ("BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")  # as Pillow calls them
@@ -89,7 +89,7 @@ class Samples(Data):
             self.cache, self.name, lambda: {"version": VERSION} | (self.settings() or {}), make
         )
         with refuse_altered_content(self.kept / ABOUT):
-            about = records.read(self.kept / ABOUT)
+            about = json_files.read(self.kept / ABOUT)
             self.classes, self.skipped = list(about["classes"]), list(about["skipped"])
             self.left_out = Counter(dict(about["left_out"]))
         with refuse_altered_content(self.kept / SAMPLES, SafetensorError):
@@ -364,7 +364,7 @@ def decoded(file: Any, size: int, grey: bool) -> Tensor:
 
     try:
         if not isinstance(file, BytesIO):
-            records.check_regular(Path(file))
+            json_files.check_regular(Path(file))
         with Image.open(file, formats=FORMATS) as image:
             return to_tensor(image, size, grey)
     except Exception as error:

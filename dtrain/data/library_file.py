@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from dtrain.files import records
+from dtrain.files import json_files
 
 PLACES = ("continuing_subword_prefix", "end_of_word_suffix")
 # Normalizers that do with a character what they do with it alone.
@@ -32,7 +32,7 @@ def opened(library: Any, file: Path, said: str) -> Any:
     """
     try:
         if file.exists():
-            records.check_regular(file)
+            json_files.check_regular(file)
         return library.Tokenizer.from_file(str(file))
     except BaseException as error:  # noqa: BLE001  the library raises nothing narrower
         raise ValueError(f"{said}: {first_line(error)}") from None

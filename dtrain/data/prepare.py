@@ -25,7 +25,7 @@ from dtrain.data.cache import cached_folder, refuse_altered_content
 from dtrain.data.paths import left_out_in_words
 from dtrain.data.sources import Source
 from dtrain.data.tokenizer import Tokenizer
-from dtrain.files import records
+from dtrain.files import json_files
 
 VERSION = 3  # of reading, cleaning and of the files' form: part of the fingerprint
 SPLITS = ("train", "validation")
@@ -126,7 +126,7 @@ def prepare(
 
 
 def _told(folder: Path) -> Corpus:
-    told = records.read(folder / "corpus.json") | {"folder": str(folder)}
+    told = json_files.read(folder / "corpus.json") | {"folder": str(folder)}
     kinds = {"str": str, "int": int, "dict[str, int]": dict}  # by the words for them in `Corpus`
     if wrong := [
         each.name

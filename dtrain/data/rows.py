@@ -13,7 +13,7 @@ from dtrain.data.base import Data, Progress
 from dtrain.data.cache import cached_folder, refuse_altered_content, refuse_changed
 from dtrain.data.sources import Source, is_missing
 from dtrain.data.tokenizer import BPE, KEPT, Tokenizer
-from dtrain.files import records
+from dtrain.files import json_files
 
 Row = tuple[str, dict[str, Any]]  # where it stands, for messages; its fields
 VERSION = 2  # of how rows are read and kept: part of the fingerprint
@@ -98,9 +98,9 @@ class Rows(Data):
 
         def make(folder: Path | None) -> None:
             for number, row in enumerate(self.source.rows(), start=1):
-                if records.too_deep(row[1]):
+                if json_files.too_deep(row[1]):
                     raise ValueError(
-                        f"{row[0]}: nested deeper than {records.DEEPEST} levels: leave such "
+                        f"{row[0]}: nested deeper than {json_files.DEEPEST} levels: leave such "
                         f"fields out"
                     )
                 if folder and number == 1:
@@ -125,8 +125,8 @@ class Rows(Data):
                     refuse_altered_content(file := self.kept / FILE),
                     file.open(encoding="utf-8") as lines,
                 ):
-                    self.left_out = Counter(dict(records.parse(next(lines, ""))))
-                    return [(str(where), dict(row)) for where, row in map(records.parse, lines)]
+                    self.left_out = Counter(dict(json_files.parse(next(lines, ""))))
+                    return [(str(where), dict(row)) for where, row in map(json_files.parse, lines)]
         if not read:
             before = settings()
             make(None)

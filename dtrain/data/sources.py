@@ -15,7 +15,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from dtrain.config.constructor import error_in_words
+from dtrain.config.user_code import error_in_words
 from dtrain.data.formats import format_of, parsed, rows_of, utf8
 from dtrain.data.paths import expanded, file_stamps, files_at
 

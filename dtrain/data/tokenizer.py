@@ -22,7 +22,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from dtrain.data.library_file import first_line, one_by_one, opened
 from dtrain.data.paths import expanded
-from dtrain.files import records
+from dtrain.files import json_files
 
 KEPT = 9  # ids for marks
 DROPPED = "characters that the tokenizer drops"
@@ -196,7 +196,7 @@ class FromFile(Tokenizer):
         """What the configuration beside the file calls its end, as `transformers` saves it."""
         for name in ("tokenizer_config.json", "special_tokens_map.json"):
             try:
-                token = records.read(self._file.parent / name).get("eos_token")
+                token = json_files.read(self._file.parent / name).get("eos_token")
             except (OSError, ValueError):
                 continue
             if isinstance(token := token.get("content") if isinstance(token, dict) else token, str):

@@ -1,5 +1,6 @@
-"""torchrun for `launch/node.sh`: it ends as the first rank that failed has, and leaves it to
-that rank to say why.
+"""Run torchrun for `launch/node.sh`, and end with the status of the first rank that failed.
+
+torchrun itself would end with 1, and print a report where that rank has said why.
 """
 
 from __future__ import annotations
@@ -21,26 +22,26 @@ FAILED = 1
 
 
 def main() -> int:
-    """Do as torchrun does with the same arguments and environment. Returns the exit status.
+    """Do as torchrun does with the same arguments and environment; return the exit status.
 
-    Of a rank that failed: 2 for a mistake of the user's, 1 for a run that broke off. 128 + N for
+    It is the failed rank's: 2 for a mistake of the user's, 1 for a run that broke off; 128 + N for
     signal N.
     """
-    # who fails speaks for itself
+    # The rank that fails says why.
     logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
     memory = MemoryWatch()
     try:
-        torchrun(parse_args(sys.argv[1:]))
+        torchrun(parse_args(sys.argv[1:]))  # type: ignore[no-untyped-call]
     except ChildFailedError as error:
-        # Those that were stopped for another's failure are no reason.
+        # Ranks that were stopped for another's failure are not the reason.
         failures = [each for each in error.failures.values() if each.exitcode != -signal.SIGTERM]
         first = min(failures or error.failures.values(), key=lambda failure: failure.timestamp)
         if first.exitcode > 0:
             return first.exitcode
-        why = str(memory) if first.exitcode == -signal.SIGKILL else ""
+        reason = str(memory) if first.exitcode == -signal.SIGKILL else ""
         return _failed(
             f"local rank {first.local_rank} of {socket.gethostname()} ended by "
-            f"{signal.Signals(-first.exitcode).name}{why}"
+            f"{signal.Signals(-first.exitcode).name}{reason}"
         )
     except SignalException as error:
         return 128 + int(error.sigval)

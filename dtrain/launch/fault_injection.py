@@ -1,5 +1,6 @@
-"""A rank that is slower than the others, on purpose, to see who waits for it; one that stays
-away: `hang_detector`.
+"""Slow a rank on purpose, to see who waits for it.
+
+`HangDetector.skipping` is the other fault: a rank that stays away.
 """
 
 from __future__ import annotations
@@ -15,10 +16,10 @@ from dtrain.config.schema import Straggler
 
 @contextmanager
 def slowed(straggler: Straggler, rank: int) -> Iterator[None]:
-    """If this is the rank, take `factor` times as long for what is done within."""
-    begun = time.perf_counter()
+    """Take `factor` times as long for what is done within, if this is the rank."""
+    start = time.perf_counter()
     yield
     if rank == straggler.rank:
         if torch.cuda.is_available():
             torch.cuda.synchronize()
-        time.sleep((straggler.factor - 1) * (time.perf_counter() - begun))
+        time.sleep((straggler.factor - 1) * (time.perf_counter() - start))

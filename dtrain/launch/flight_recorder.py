@@ -1,6 +1,4 @@
-"""What ranks note of their collectives, compared: who is missing from which, and what the
-others wait in.
-"""
+"""Compare what ranks have noted of their collectives: who is missing, and where others wait."""
 
 from __future__ import annotations
 
@@ -10,14 +8,12 @@ from dataclasses import dataclass
 
 import torch.distributed as dist
 
-# how the words of a rank begin that has lost another: its launcher looks for them
+# How the message of a rank begins that has lost another one: its launcher looks for it.
 LOST = "a collective failed"
 
 
 def collective_failed(error: BaseException) -> bool:
-    """Is it what torch and gloo say of a collective that failed, since other ranks are gone or
-    late?
-    """
+    """Return whether an error is torch's or gloo's for ranks that are gone or late."""
     return isinstance(error, RuntimeError) and (
         isinstance(error, dist.DistError) or "gloo" in str(error).lower()
     )
@@ -25,8 +21,13 @@ def collective_failed(error: BaseException) -> bool:
 
 @dataclass(frozen=True)
 class Collective:
-    """A collective that a rank has begun: its number in its group, what it is, the rank's step,
-    and is it under way?
+    """A collective that a rank has begun.
+
+    Attributes:
+        number: in its group.
+        what: operation, shapes and types.
+        step: of the rank, when it began.
+        pending: whether it is not over yet.
     """
 
     number: int
@@ -37,106 +38,116 @@ class Collective:
 
 @dataclass(frozen=True)
 class RankReport:
-    """What a rank hands in: its step, and its collectives by group."""
+    """What a rank hands in when it is asked: its step, and its collectives by group."""
 
     step: int
     groups: dict[str, list[Collective]]
 
 
 def missing_from_collective(
-    notes: Mapping[int, RankReport], groups: Mapping[str, tuple[str, Sequence[int]]]
+    reports: Mapping[int, RankReport], groups: Mapping[str, tuple[str, Sequence[int]]]
 ) -> str:
-    """The first collective in which the ranks of a group are not all together, in words; empty:
-    there is none.
+    """Return in words the first collective that not all ranks of a group are in; empty: none.
 
     Args:
-        notes: of the ranks that have answered.
+        reports: of the ranks that have answered.
         groups: by name: the axis, and its ranks.
     """
-    found = []
+    differences = []
     for name, (axis, ranks) in groups.items():
-        theirs = {rank: notes[rank].groups.get(name, []) for rank in ranks if rank in notes}
-        told = {rank: {note.number: note for note in those} for rank, those in theirs.items()}
-        numbers = sorted({number for those in told.values() for number in those})
-        # earlier ones may be forgotten
-        first = max((min(those) for those in told.values() if those), default=0)
-        for number in (n for n in numbers if n >= first):
-            here = {rank: those[number] for rank, those in told.items() if number in those}
-            kinds = Counter(note.what for note in here.values())
-            if len(here) == len(told) and len(kinds) == 1:
+        begun = {
+            rank: {each.number: each for each in reports[rank].groups.get(name, [])}
+            for rank in ranks
+            if rank in reports
+        }
+        numbers = sorted({number for own in begun.values() for number in own})
+        # A recorder forgets its earliest notes.
+        oldest = max((min(own) for own in begun.values() if own), default=0)
+        for number in (n for n in numbers if n >= oldest):
+            inside = {rank: own[number] for rank, own in begun.items() if number in own}
+            kinds = Counter(each.what for each in inside.values())
+            if len(inside) == len(begun) and len(kinds) == 1:
                 continue
-            found.append(
-                (min(note.step for note in here.values()), _say(axis, number, told, here, kinds))
-            )
+            step = min(each.step for each in inside.values())
+            differences.append((step, _difference(axis, number, begun, inside, kinds)))
             break
-    return min(found)[1] if found else ""
+    return min(differences)[1] if differences else ""
 
 
 def waiting_in_collective(
-    notes: Mapping[int, RankReport],
+    reports: Mapping[int, RankReport],
     groups: Mapping[str, tuple[str, Sequence[int]]],
     silent: Sequence[int],
 ) -> str:
-    """The first collective under way in a group of which ranks do not answer, in words; empty:
-    there is none.
+    """Return in words the first pending collective of a group with silent ranks; empty: none.
+
+    Args:
+        silent: ranks that do not answer.
     """
-    found: dict[tuple[int, int, str, str], list[int]] = defaultdict(list)
+    pending: dict[tuple[int, int, str, str], list[int]] = defaultdict(list)
     for name, (axis, ranks) in groups.items():
-        for rank in ranks if set(ranks) & set(silent) else ():
-            for note in notes[rank].groups.get(name, []) if rank in notes else ():
-                if note.pending:
-                    found[note.step, note.number, axis, note.what].append(rank)
-    if not found:
+        if not set(ranks) & set(silent):
+            continue
+        for rank in (rank for rank in ranks if rank in reports):
+            for each in reports[rank].groups.get(name, []):
+                if each.pending:
+                    pending[each.step, each.number, axis, each.what].append(rank)
+    if not pending:
         return ""
-    step, number, axis, what = min(found)
-    together = min(found.items())[1]
+    (step, number, axis, what), waiting = min(pending.items())
     return (
         f"step {step}, axis {axis}, collective {number}, {what}: "
-        f"{ranks_in_words(together, 'waits', 'wait')} in it"
+        f"{ranks_in_words(waiting, 'waits', 'wait')} in it"
     )
 
 
-def ranks_in_words(numbers: Iterable[int], one_does: str, several_do: str) -> str:
-    """With what they do."""
-    each = sorted(numbers)
-    return (
-        f"rank {each[0]} {one_does}"
-        if len(each) == 1
-        else f"ranks {', '.join(map(str, each))} {several_do}"
-    )
+def ranks_in_words(ranks: Iterable[int], one_does: str, several_do: str) -> str:
+    """Return ranks with what they do: "rank 1 waits", "ranks 1, 2 wait"."""
+    numbers = sorted(ranks)
+    if len(numbers) == 1:
+        return f"rank {numbers[0]} {one_does}"
+    return f"ranks {', '.join(map(str, numbers))} {several_do}"
 
 
-def _say(
+def _difference(
     axis: str,
     number: int,
-    told: dict[int, dict[int, Collective]],
-    here: dict[int, Collective],
+    begun: dict[int, dict[int, Collective]],
+    inside: dict[int, Collective],
     kinds: Counter[str],
 ) -> str:
+    """Say which ranks wait in a collective, and which are missing from it.
+
+    Args:
+        begun: by rank, its collectives by number.
+        inside: by rank, the collective of this number.
+        kinds: how many ranks are in which kind of collective.
+    """
     best = max(kinds.values())
     usual = [kind for kind in kinds if kinds[kind] == best]
-    # as many do one thing as another: right is who did it at this place of the step before, too
+    # In a draw those are right who did the same at this place of the step before.
     if len(usual) > 1:
-        before = {note.what for rank, note in here.items() if _as_before(told[rank], note)}
+        before = {each.what for rank, each in inside.items() if _as_before(begun[rank], each)}
         usual = [kind for kind in usual if kind in before] or usual
     expected = usual[0]
-    together = [rank for rank, note in here.items() if note.what == expected]
-    step = min(here[rank].step for rank in together)
-    absent = []
-    for rank in sorted(told.keys() - set(together)):
-        last = max(told[rank].values(), key=lambda note: note.number, default=None)
-        begun = f"has begun {last.what} last" if last else "has begun none"
-        doing = f"is in {here[rank].what}" if rank in here else begun
-        absent.append(f"rank {rank} is missing: it {doing}, in step {last.step if last else 0}")
+    waiting = [rank for rank, each in inside.items() if each.what == expected]
+    step = min(inside[rank].step for rank in waiting)
+    missing = []
+    for rank in sorted(begun.keys() - set(waiting)):
+        last = max(begun[rank].values(), key=lambda each: each.number, default=None)
+        doing = f"has begun {last.what} last" if last else "has begun none"
+        if rank in inside:
+            doing = f"is in {inside[rank].what}"
+        missing.append(f"rank {rank} is missing: it {doing}, in step {last.step if last else 0}")
     where = f"step {step}, axis {axis}, collective {number}, {expected}"
-    return f"{where}: {ranks_in_words(together, 'waits', 'wait')} in it; {'; '.join(absent)}"
+    return f"{where}: {ranks_in_words(waiting, 'waits', 'wait')} in it; {'; '.join(missing)}"
 
 
-def _as_before(own: dict[int, Collective], note: Collective) -> bool:
-    """Did the rank do the same at the same place of the step before?"""
+def _as_before(own: dict[int, Collective], collective: Collective) -> bool:
+    """Return whether the rank did the same at the same place of the step before."""
 
-    def sequence(step: int) -> list[int]:
-        return sorted(n for n, each in own.items() if each.step == step)
+    def numbers(step: int) -> list[int]:
+        return sorted(number for number, each in own.items() if each.step == step)
 
-    place, before = sequence(note.step).index(note.number), sequence(note.step - 1)
-    return place < len(before) and own[before[place]].what == note.what
+    place, before = numbers(collective.step).index(collective.number), numbers(collective.step - 1)
+    return place < len(before) and own[before[place]].what == collective.what

@@ -1,8 +1,7 @@
-"""Imported by the server from which ranks are forked, and by nothing else.
+"""Keep the fork server alive when a signal stops its process group. Only the server imports this.
 
-What stops a whole process group (`timeout`, systemd, scancel, a terminal that is closed) reaches
-the server too. Were it to end, the launcher would take its living ranks for dead. A rank that has
-just been forked ends, as by default.
+`timeout`, systemd, scancel or a closed terminal stop a whole group. If the server ended too, the
+launcher would take living ranks for dead. A rank that was just forked ends, as by default.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
-"""How the ranks of a job find each other.
+"""Let the ranks of a job find each other, and form the process group.
 
-torchrun keeps one store for all its attempts at a job, and ranks that it has restarted would read
-in it where the dead ones had listened. So the ranks of an attempt agree on a name first, and write
-below it.
+torchrun keeps one store for all its attempts at a job. Ranks that it has restarted would read in it
+the addresses of the dead ones. So the ranks of an attempt first agree on a name, and write below
+it.
 """
 
 from __future__ import annotations
@@ -20,6 +20,8 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
+from torch.distributed.distributed_c10d import PrefixStore, Store
+from torch.distributed.rendezvous import rendezvous
 
 from dtrain.launch.collectives import all_gather_object
 from dtrain.launch.flight_recorder import collective_failed
@@ -27,33 +29,33 @@ from dtrain.launch.rank_processes import MEETING
 from dtrain.launch.world import World, cores
 
 TIMEOUTS = ("default_pg_timeout", "default_pg_nccl_timeout")
-NOTES = 4096  # collectives that torch's flight recorder remembers, for whoever asks why ranks wait
+NOTES = 4096  # collectives that torch's flight recorder remembers
 
 
 @contextmanager
 def process_group(
     world: World, device: torch.device, *, threads: int | None, timeout_s: float
 ) -> Iterator[None]:
-    """Set this process's threads and device, and be in the process group while the context lasts.
+    """Set this process's threads and device, and join the process group for the context.
 
-    Afterwards the environment is as it was: Accelerate and DeepSpeed leave RANK and WORLD_SIZE in
-    it, and the next run of a sweep would take itself for a rank of theirs.
+    Afterwards the environment is as before: Accelerate and DeepSpeed leave RANK and WORLD_SIZE in
+    it, and the next run of a sweep would take itself for a rank.
 
     Raises:
-        ValueError: the port of the rendezvous is taken.
+        ValueError: the rendezvous' port is taken, or nobody answers there.
     """
-    before = torch.get_num_threads()
+    threads_before = torch.get_num_threads()
     defaults = {name: getattr(dist.distributed_c10d, name) for name in TIMEOUTS}
     environment = dict(os.environ)
     torch.set_num_threads(threads or max(1, cores() // world.local_size))
     if device.type == "cuda":
         torch.cuda.set_device(device)
-        torch.cuda.init()
+        torch.cuda.init()  # type: ignore[no-untyped-call]
     os.environ.setdefault("TORCH_FR_BUFFER_SIZE", str(NOTES))
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
     timeout = timedelta(seconds=timeout_s)
     try:
-        for name in TIMEOUTS:  # of groups that are made later
+        for name in TIMEOUTS:  # for groups that are made later
             setattr(dist.distributed_c10d, name, timeout)
         store = _store(world, timeout)
         dist.init_process_group(
@@ -75,7 +77,7 @@ def process_group(
         yield
     finally:
         dist.destroy_process_group()
-        torch.set_num_threads(before)
+        torch.set_num_threads(threads_before)
         for name, value in defaults.items():
             setattr(dist.distributed_c10d, name, value)
         for name in os.environ.keys() - environment.keys():
@@ -83,39 +85,39 @@ def process_group(
         os.environ.update(environment)
 
 
-def _store(world: World, timeout: timedelta) -> dist.Store:
-    """A store that the ranks of this attempt share, and no others."""
+def _store(world: World, timeout: timedelta) -> Store:
+    """Return a store that only the ranks of this attempt share."""
     if world.size == 1:
-        return dist.HashStore()  # nobody to find: no port
+        return dist.HashStore()  # type: ignore[attr-defined]  # no port: nobody to find
     if file := os.environ.get(MEETING):
-        return dist.FileStore(file, world.size)
-    shared, *_ = next(dist.rendezvous("env://", timeout=timeout))
-    return dist.PrefixStore(f"dtrain/{agree_on_attempt(shared, world, timeout)}", shared)
+        return dist.FileStore(file, world.size)  # type: ignore[attr-defined]
+    shared, *_ = next(rendezvous("env://", timeout=timeout))
+    return PrefixStore(f"dtrain/{agree_on_attempt(shared, world, timeout)}", shared)
 
 
-def agree_on_attempt(store: dist.Store, world: World, timeout: timedelta) -> str:
-    """A name that all ranks of this attempt get, and none of an earlier one: rank 0 gives it to who
-    asks.
+def agree_on_attempt(store: Store, world: World, timeout: timedelta) -> str:
+    """Return a name that all ranks of this attempt get, and none of an earlier one.
+
+    Rank 0 gives it to each rank that asks. Collective: every rank calls it.
 
     Raises:
-        dist.DistStoreError: not all have come.
+        dist.DistStoreError: not all ranks have come in time.
     """
     own = uuid.uuid4().hex
     if world.rank:
         store.set(f"dtrain/asks/{world.rank}", own)
         store.wait([f"dtrain/told/{own}"], timeout)
-        name = store.get(f"dtrain/told/{own}").decode()
+        name: str = store.get(f"dtrain/told/{own}").decode()
         store.set(f"dtrain/has/{name}/{world.rank}", "")
         return name
-    absent, told, end = set(range(1, world.size)), set(), time.monotonic() + timeout.total_seconds()
+    absent, answered = set(range(1, world.size)), set()
+    end = time.monotonic() + timeout.total_seconds()
     while absent:
         for rank in sorted(absent):
-            if (
-                store.check([asks := f"dtrain/asks/{rank}"])
-                and (name := store.get(asks).decode()) not in told
-            ):
-                store.set(f"dtrain/told/{name}", own)  # or a dead one's, which nobody reads
-                told.add(name)
+            asks = f"dtrain/asks/{rank}"
+            if store.check([asks]) and (asker := store.get(asks).decode()) not in answered:
+                store.set(f"dtrain/told/{asker}", own)  # nobody reads an answer to a dead rank
+                answered.add(asker)
             if store.check([f"dtrain/has/{own}/{rank}"]):
                 absent.discard(rank)
         if time.monotonic() > end:
@@ -127,26 +129,29 @@ def agree_on_attempt(store: dist.Store, world: World, timeout: timedelta) -> str
 
 
 def address_of_first() -> str:
-    """Where rank 0 is reached: on this machine alone, or in the network in which the ranks have
-    met. A collective.
+    """Return rank 0's address: the loopback, or one in the network in which the ranks have met.
 
-    A machine's own name may lead it to its loopback, and others not.
+    A machine's own name may lead to its loopback on itself, and to its address elsewhere.
+    Collective: every rank calls it.
     """
     host = os.environ.get("MASTER_ADDR")
-    apart = host and MEETING not in os.environ
-    every = all_gather_object(
-        str(socket.getaddrinfo(host, None)[0][4][0]) if apart else "127.0.0.1"
-    )
-    return next((each for each in every if not ip_address(each).is_loopback), every[0])
+    own = "127.0.0.1"
+    if host and MEETING not in os.environ:
+        own = str(socket.getaddrinfo(host, None)[0][4][0])
+    addresses = all_gather_object(own)
+    return next((each for each in addresses if not ip_address(each).is_loopback), addresses[0])
 
 
 def elastic_agents() -> frozenset[str]:
-    """The elastic agents of all ranks, if torchrun has started them. A collective."""
+    """Return the names of the agents of torchrun that have started the ranks; empty: none has.
+
+    Collective: every rank calls it.
+    """
     own, agent = "", os.getppid()
     if "TORCHELASTIC_RUN_ID" in os.environ and MEETING not in os.environ:
-        # on Linux its time of start: numbers of processes come again
+        # With its time of start on Linux, for process numbers are used again.
         stat = Path(f"/proc/{agent}/stat")
         digest = hashlib.sha256(os.environ["TORCHELASTIC_RUN_ID"].encode()).hexdigest()
-        begun = stat.read_text().rsplit(")", 1)[1].split()[19] if stat.exists() else digest
-        own = f"{socket.gethostname()}:{agent}:{begun}"
+        start = stat.read_text().rsplit(")", 1)[1].split()[19] if stat.exists() else digest
+        own = f"{socket.gethostname()}:{agent}:{start}"
     return frozenset(filter(None, all_gather_object(own)))

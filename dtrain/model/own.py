@@ -15,8 +15,8 @@ from omegaconf import OmegaConf
 from torch import nn
 
 from dtrain.config import secret
-from dtrain.config.constructor import imported
-from dtrain.config.schema import CONFIGS, build
+from dtrain.config.build import build, imported
+from dtrain.config.groups import CONFIGS
 
 SAID = (
     "vocab_size",

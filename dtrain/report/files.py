@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from dtrain.cost.timeline import Span
-from dtrain.files import records
+from dtrain.files import json_files
 from dtrain.report import step_chart
 from dtrain.report.base import Logger, Run
 
@@ -25,7 +25,7 @@ def summary_in(folder: Path) -> dict[str, Any]:
         ValueError: no run has left that: its loss is no number.
         OSError: it is not there, or cannot be read.
     """
-    found = records.figures(file := folder / SUMMARY)
+    found = json_files.figures(file := folder / SUMMARY)
     for key in ("loss", "val_loss", "tokens_per_second"):
         value = found.get(key)
         if not (isinstance(value, int | float) or (value is None and key != "loss")):
@@ -49,12 +49,12 @@ class Files(Logger):
         self._folder = run.folder
         file = run.folder / "metrics.jsonl"
         told = {}  # the last line of each step that was done
-        for line in records.lines(file) if run.first_step else ():
+        for line in json_files.lines(file) if run.first_step else ():
             if type(step := line.get("step")) is int and 0 < step <= run.first_step:
                 told[step] = line
         kept = [told[step] for step in sorted(told)]
         anew = file.with_suffix(".new")  # a kill leaves the old lines or the new ones
-        anew.write_text("".join(f"{records.dumps(line)}\n" for line in kept))
+        anew.write_text("".join(f"{json_files.dumps(line)}\n" for line in kept))
         anew.replace(file)
         self._metrics = file.open("a")
 
@@ -66,7 +66,7 @@ class Files(Logger):
                 f"is lost"
             )
         try:
-            self._metrics.write(records.dumps(figures) + "\n")
+            self._metrics.write(json_files.dumps(figures) + "\n")
             self._metrics.flush()  # other programs follow the file
         except OSError as error:
             raise OSError(f"{self._metrics.name} could not be written: {error.strerror}") from error
@@ -75,7 +75,7 @@ class Files(Logger):
         step_chart.write(self._folder / "profile", ranks, title, pictures=self._pictures)
 
     def finish(self, summary: dict[str, Any]) -> None:
-        (self._folder / SUMMARY).write_text(records.dumps(summary, indent=2, default=str) + "\n")
+        (self._folder / SUMMARY).write_text(json_files.dumps(summary, indent=2, default=str) + "\n")
 
     def close(self) -> None:
         if self._metrics:

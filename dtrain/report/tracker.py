@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from dtrain.files.records import flat
+from dtrain.files.json_files import flat
 from dtrain.report.base import Logger, Run
 
 

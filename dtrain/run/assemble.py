@@ -13,7 +13,8 @@ from typing import Any
 from torch import nn
 from torch.optim import Optimizer
 
-from dtrain.config.schema import Config, build
+from dtrain.config.build import build
+from dtrain.config.schema import Config
 from dtrain.config.secret import masked
 from dtrain.cost.profile import RECORDED
 from dtrain.data.augment import ImageChange, Mixup, TextChange

@@ -31,7 +31,7 @@ from torch.distributed.checkpoint.hf_storage import (
 from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
 from torch.distributed.tensor import DTensor
 
-from dtrain.files.durable import remove, sync
+from dtrain.files.disk import remove, sync
 from dtrain.launch.collectives import all_gather_object, on_all_ranks, on_rank_zero
 from dtrain.parallel.optimizer import OPTIMIZER_STATE
 from dtrain.run.checkpoint_files import (

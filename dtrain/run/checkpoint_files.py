@@ -15,8 +15,8 @@ from typing import Any
 from safetensors import SafetensorError
 from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader
 
-from dtrain.files import records
-from dtrain.files.durable import digest, sync
+from dtrain.files import json_files
+from dtrain.files.disk import digest, sync
 
 CHECKPOINTS, MANIFEST, SHARD = "checkpoints", "checkpoint.json", ".safetensors"
 NO_HEADER = (
@@ -188,7 +188,7 @@ def read_manifest(path: Path) -> dict[str, Any]:
         ValueError: it says what none of ours says; of files, that they are elsewhere.
         OSError: it cannot be read.
     """
-    manifest = records.read(path / MANIFEST)
+    manifest = json_files.read(path / MANIFEST)
     if absent := [
         key for key in ("step", "tokens", "files") if manifest.get(key) in (None, {}, [])
     ]:

@@ -8,7 +8,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from dtrain.config.schema import Config
-from dtrain.files.durable import remove
+from dtrain.files.disk import remove
 from dtrain.files.lock import Lock, check_free
 from dtrain.launch.collectives import on_rank_zero
 from dtrain.launch.world import World

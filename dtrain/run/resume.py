@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from dtrain.config.aliases import RENAMED
-from dtrain.files import records
+from dtrain.files import json_files
 from dtrain.launch.collectives import on_rank_zero
 from dtrain.launch.world import World
 from dtrain.report.files import SUMMARY, summary_in
@@ -121,7 +121,7 @@ def _resume(trainer: Trainer, job: Parts, resume: str, folder: Path) -> None:
     trainer.next_step, trainer.tokens = theirs["step"], theirs["tokens"]
     note(f"resumed from {found}, step {theirs['step']}")
     ours = {key: value for key, value in _curve(job).items() if key in theirs}
-    before, now = records.flat({key: theirs[key] for key in ours}), records.flat(ours)
+    before, now = json_files.flat({key: theirs[key] for key in ours}), json_files.flat(ours)
     for key in before | now:
         if (had := before.get(key)) != (has := now.get(key)):
             note(f"the checkpoint's run had {key}={had}, this one has {has}: the curve may differ")

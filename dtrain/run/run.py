@@ -20,7 +20,7 @@ from dtrain.cost import peak_memory
 from dtrain.cost.predict import Cost, fold
 from dtrain.cost.profile import RECORDED, Profile
 from dtrain.cost.trace import trace
-from dtrain.files.durable import write
+from dtrain.files.disk import write
 from dtrain.launch.collectives import on_rank_zero
 from dtrain.launch.consistency import refuse_differences
 from dtrain.launch.fault_injection import slowed

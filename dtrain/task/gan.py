@@ -21,7 +21,7 @@ import torch.nn.functional as F
 from matplotlib.figure import Figure
 from torch import Tensor
 
-from dtrain.config.constructor import error_in_words
+from dtrain.config.user_code import error_in_words
 from dtrain.data.images import Ring, Samples
 from dtrain.data.seeded import generator, shuffled_rows
 from dtrain.model.initialize import on_meta

@@ -31,7 +31,8 @@ from hydra import compose, initialize_config_dir  # noqa: E402
 from runs import TORCHRUN, alive, curve, free_port, printed, ranks, start, training, two_nodes  # noqa: E402
 
 from dtrain.cli import start as launch  # noqa: E402
-from dtrain.config.schema import CONFIGS, register  # noqa: E402
+from dtrain.config.groups import CONFIGS  # noqa: E402
+from dtrain.config.schema import register  # noqa: E402
 from dtrain.launch.rank_processes import RanksFailed
 from dtrain.run.checkpoint_files import published, verify  # noqa: E402
 

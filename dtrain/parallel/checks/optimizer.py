@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from dtrain.config.constructor import error_in_words
+from dtrain.config.user_code import error_in_words
 from dtrain.data.seeded import Again, seed_everything
 from dtrain.model.layout import has_gradient_hook
 from dtrain.parallel.optimizer import materialize_state, named_tensors, restore_state

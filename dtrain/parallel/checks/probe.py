@@ -27,7 +27,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from dtrain.config.constructor import error_in_words
+from dtrain.config.user_code import error_in_words
 from dtrain.data.seeded import Again, generator, seed_everything
 from dtrain.model.initialize import build_with_values, cast, on_meta
 from dtrain.model.layout import StepAware, is_ours, offers, refuse_gradient_hooks

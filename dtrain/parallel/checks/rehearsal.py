@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from dtrain.config.constructor import error_in_words
+from dtrain.config.user_code import error_in_words
 from dtrain.model.layout import Layout, blocks_of, experts_of, holders, layout_of, modules_at
 
 Forward = Callable[..., Tensor]

@@ -1,7 +1,6 @@
-"""JSON as its standard has it: numbers that are not finite are written as words, and read as
-numbers again.
+"""Read and write standard JSON, with words in place of numbers that are not finite.
 
-What is read may come from anybody: nothing that a file holds ends in anything but a ValueError.
+What is read may come from anybody: whatever a file holds, only a ValueError is raised.
 """
 
 from __future__ import annotations
@@ -10,30 +9,31 @@ import json
 import math
 import stat
 from collections.abc import Iterator, Mapping
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
 DEEPEST, LARGEST, LINE = 64, 64 << 20, 1 << 20  # levels; bytes of a file, and of a line
-# JavaScript's and Python's float() know them
+# JavaScript and Python's float() know these words.
 WORDS = {"NaN": math.nan, "Infinity": math.inf, "-Infinity": -math.inf}
 
 
 def dumps(value: Any, **options: Any) -> str:
-    """As `json.dumps`."""
-    return json.dumps(_worded(value), allow_nan=False, **options)
+    """Do as `json.dumps`, with words for numbers that are not finite."""
+    return json.dumps(_with_words(value), allow_nan=False, **options)
 
 
 def loads(text: str | bytes) -> Any:
-    """What `dumps` has written.
+    """Return what `dumps` has written.
 
     Raises:
-        ValueError: it is no JSON, or nested deeper than anything of ours.
+        ValueError: it is no JSON, or nested deeper than `DEEPEST` levels.
     """
     return numbered(parse(text))
 
 
 def parse(text: str | bytes) -> Any:
-    """The same as it stands, with no words for numbers."""
+    """Do as `loads`, and leave words for numbers as they are."""
     try:
         value = json.loads(text)
     except RecursionError:
@@ -44,28 +44,27 @@ def parse(text: str | bytes) -> Any:
 
 
 def too_deep(value: Any) -> bool:
-    """Is it nested deeper than `DEEPEST` levels?"""
+    """Return whether a value is nested deeper than `DEEPEST` levels."""
     level = [value]
     for _ in range(DEEPEST):
-        children = (
-            e.values() if isinstance(e, dict) else e for e in level if isinstance(e, dict | list)
-        )
-        if not (level := [each for some in children for each in some]):
+        parents = [each for each in level if isinstance(each, dict | list)]
+        children = [each.values() if isinstance(each, dict) else each for each in parents]
+        if not (level := [*chain(*children)]):
             return False
     return True
 
 
 def read(file: Path) -> dict[str, Any]:
-    """The object of a file.
+    """Return the object of a file.
 
     Raises:
-        ValueError: it is no regular file, larger than any of ours, no JSON or no object; says which
+        ValueError: it is no regular file, larger than `LARGEST`, no JSON or no object; names the
             file.
         OSError: it cannot be read, or is not there.
     """
     check_regular(file)
-    if (found := file.stat()).st_size > LARGEST:
-        raise ValueError(f"{file} has {found.st_size:,} bytes: more than any such file")
+    if (size := file.stat().st_size) > LARGEST:
+        raise ValueError(f"{file} has {size:,} bytes: more than any such file")
     try:
         value = parse(file.read_bytes())
     except ValueError as error:
@@ -76,13 +75,13 @@ def read(file: Path) -> dict[str, Any]:
 
 
 def figures(file: Path) -> dict[str, Any]:
-    """The object of a file that `dumps` has written; raises as `read`."""
-    found: dict[str, Any] = numbered(read(file))
-    return found
+    """Return the object of a file that `dumps` has written; raises as `read`."""
+    value: dict[str, Any] = numbered(read(file))
+    return value
 
 
 def check_regular(file: Path) -> None:
-    """Refuse what would be waited for, such as a pipe.
+    """Refuse a pipe and the like, from which reading might never return.
 
     Raises:
         ValueError: it is no regular file.
@@ -93,10 +92,10 @@ def check_regular(file: Path) -> None:
 
 
 def lines(file: Path) -> Iterator[dict[str, Any]]:
-    """The objects of a file that has one in each line; what a kill or a full disk has left of a
-    line is none.
+    """Yield the objects of a file that has one in each line.
 
-    A last line without its end may still grow.
+    Lines that a kill or a full disk has cut are skipped; so is a last line without an end, which
+    may still grow.
 
     Raises:
         ValueError: it is no regular file.
@@ -104,7 +103,7 @@ def lines(file: Path) -> Iterator[dict[str, Any]]:
     if not file.exists():
         return
     check_regular(file)
-    begins = True  # and is not what follows of one that is longer than any of ours
+    begins = True  # not in the middle of a line that is longer than `LINE`
     with file.open("rb") as stream:
         while line := stream.readline(LINE):
             whole, begins = begins and line.endswith(b"\n"), line.endswith(b"\n")
@@ -116,16 +115,16 @@ def lines(file: Path) -> Iterator[dict[str, Any]]:
                 yield record
 
 
-def _worded(value: Any) -> Any:
+def _with_words(value: Any) -> Any:
     if isinstance(value, float) and not math.isfinite(value):
         return next(word for word, each in WORDS.items() if str(each) == str(float(value)))
     if isinstance(value, dict):
-        return {key: _worded(each) for key, each in value.items()}
-    return [_worded(each) for each in value] if isinstance(value, list | tuple) else value
+        return {key: _with_words(each) for key, each in value.items()}
+    return [_with_words(each) for each in value] if isinstance(value, list | tuple) else value
 
 
 def numbered(value: Any) -> Any:
-    """What was read, with numbers for the words that stand for some."""
+    """Return what was read, with numbers for the words that stand for them."""
     if isinstance(value, dict):
         return {key: numbered(each) for key, each in value.items()}
     if isinstance(value, list):
@@ -134,12 +133,9 @@ def numbered(value: Any) -> Any:
 
 
 def flat(node: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Mappings within mappings as one, by dotted keys."""
-    found: dict[str, Any] = {}
+    """Return mappings within mappings as one, by dotted keys."""
+    values: dict[str, Any] = {}
     for key, value in node.items():
-        found |= (
-            flat(value, f"{prefix}{key}.")
-            if isinstance(value, Mapping)
-            else {f"{prefix}{key}": value}
-        )
-    return found
+        name = f"{prefix}{key}"
+        values |= flat(value, f"{name}.") if isinstance(value, Mapping) else {name: value}
+    return values

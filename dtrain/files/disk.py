@@ -9,9 +9,7 @@ from pathlib import Path
 
 
 def sync(path: Path) -> None:
-    """Have the system write a file, or a folder's list of files, to the disk before this
-    returns.
-    """
+    """Write a file, or a folder's list of files, to the disk before returning."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -20,24 +18,19 @@ def sync(path: Path) -> None:
 
 
 def digest(file: Path) -> str:
-    """The SHA-256 of a file's bytes."""
+    """Return the SHA-256 of a file's bytes."""
     with file.open("rb") as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
 def write(file: Path, text: str) -> None:
-    """A text that may hold names of files which are not UTF-8: what cannot be written is
-    written out.
-    """
+    """Write a text in UTF-8, with escapes for names of files that are not UTF-8."""
     file.write_text(text, encoding="utf-8", errors="backslashreplace")
 
 
-def remove(place: Path) -> None:
-    """Whatever is there, if anything is.
-
-    A link goes, and what it leads to stays: it may be somebody else's.
-    """
-    if place.is_dir() and not place.is_symlink():
-        shutil.rmtree(place)
+def remove(path: Path) -> None:
+    """Remove a file, a folder or a link, if it is there; what a link leads to stays."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
     else:
-        place.unlink(missing_ok=True)
+        path.unlink(missing_ok=True)

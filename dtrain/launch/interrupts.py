@@ -1,5 +1,6 @@
-"""Imported first by a script: until all else is imported, which takes seconds, Ctrl-C ends it
-without a traceback.
+"""Let Ctrl-C end a script without a traceback while it imports, which takes seconds.
+
+A script imports this before everything else.
 """
 
 from __future__ import annotations
@@ -11,6 +12,6 @@ if signal.getsignal(signal.SIGINT) == signal.default_int_handler:  # not where i
 
 
 def restore_interrupt() -> None:
-    """From now on it is Python's KeyboardInterrupt again."""
+    """Let Ctrl-C raise KeyboardInterrupt again."""
     if signal.getsignal(signal.SIGINT) == signal.SIG_DFL:
         signal.signal(signal.SIGINT, signal.default_int_handler)
