@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from dtrain.data.prepare import Corpus, normalized, prepare
 from dtrain.data.sources import Files
-from dtrain.data.tokenizer import BPE, KEPT, Bytes, Tokenizer
+from dtrain.data.tokenizer import BPE, MARK_IDS, Bytes, Tokenizer
 from dtrain.data.windows import Windows
 from dtrain.task import image_classification, span_qa
 from dtrain.task.base import Sizes, Supervised
@@ -29,7 +29,7 @@ from dtrain.task.causal_lm import (
     cross_entropy,
     padded_batch,
 )
-from dtrain.task.rows import token_confusion
+from dtrain.task.classifier import token_confusion
 
 VOCAB = 420  # ids: enough for words that stand in one document only
 EPOCHS = 150  # so many that each of a few offsets is drawn
@@ -111,7 +111,7 @@ def test_a_tokenizer_learns_from_the_training_documents_alone(tmp_path: Path) ->
     assert [made.decode(part) for part in parts(corpus)] == ["".join(side) for side in sides]
 
     words = [{text.split()[0] for text in side} for side in sides]
-    learned = {made.decode([i]).strip() for i in range(KEPT, VOCAB)}
+    learned = {made.decode([i]).strip() for i in range(MARK_IDS, VOCAB)}
     assert len(words[0]) > 20 and learned > words[0]
     assert len(words[1]) > 5 and not learned & words[1]
     alone.fit(iter(sides[0]), tmp_path)

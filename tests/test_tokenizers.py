@@ -26,7 +26,7 @@ from dtrain.data.base import Data
 from dtrain.data.prepare import normalized, prepare
 from dtrain.data.rows import Rows
 from dtrain.data.sources import Files, Source
-from dtrain.data.tokenizer import BPE, KEPT, Bytes, FromFile, Tokenizer, count_ids
+from dtrain.data.tokenizer import BPE, MARK_IDS, Bytes, FromFile, Tokenizer, count_ids
 
 TEXT = "some words of a text, and some more of them\n" * 40
 
@@ -221,7 +221,7 @@ def test_rows_hold_no_marks(tmp_path: Path) -> None:
             row["text"] == f"a b {row['n']}" and row["words"] == [" ", "b"] for _, row in data.all()
         )
         assert data.left_out == {"control characters, now blanks": 3 * 40}
-        assert all(Bytes().encode(row["text"]).min() >= KEPT for _, row in data.all())
+        assert all(Bytes().encode(row["text"]).min() >= MARK_IDS for _, row in data.all())
 
 
 @given(st.text("abc xyzäß日🙂\n", max_size=40))
