@@ -138,6 +138,7 @@ MOVED = {
     "dtrain.parallel.footprint.Call": "dtrain.parallel.footprint.ModuleCall",
     "dtrain.parallel.accumulate.Accumulate": "dtrain.parallel.accumulate.GradientAccumulation",
     "dtrain.draw": "dtrain.data.seeded",
+    "dtrain.task.rows": "dtrain.task.labelled_rows",
     "dtrain.data.library": "dtrain.data.stdlib_rows",
     "dtrain.plan": "dtrain.parallel.plan",
     "dtrain.optimizer": "dtrain.parallel.optimizer",
