@@ -291,7 +291,7 @@ def test_the_probe_leaves_the_random_numbers_of_the_process_alone() -> None:
 
 def test_models_of_dtrain_are_not_tried() -> None:
     task = NextToken()
-    with mock.patch("dtrain.parallel.checks.probe.whole", side_effect=AssertionError):
+    with mock.patch("dtrain.parallel.checks.probe.build_with_values", side_effect=AssertionError):
         assert probe(task, Plan.of([], 1), micro_batches=1, seed=0) == ()
 
 
