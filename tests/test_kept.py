@@ -19,7 +19,7 @@ from torch import nn
 from dtrain.data import cache as caches
 from dtrain.data.cache import MANIFEST, cached_folder
 from dtrain.data.images import Digits, Folder, HubImages, Samples
-from dtrain.data.paths import CACHE, files_at
+from dtrain.data.paths import CACHE, find_files
 from dtrain.data.prepare import Corpus, prepare
 from dtrain.data.rows import Rows
 from dtrain.data.sources import Files, HuggingFace, Source
@@ -232,7 +232,7 @@ def test_an_error_of_the_users_files_is_not_the_caches(tmp_path: Path) -> None:
 def test_a_cache_says_that_it_is_one(tmp_path: Path, corpus: Callable[[], Corpus]) -> None:
     corpus()
     assert (tmp_path / "cache" / CACHE).is_file()
-    assert [file.name for file in files_at(str(tmp_path), "path")] == ["a.txt"]
+    assert [file.name for file in find_files(str(tmp_path), "path")] == ["a.txt"]
 
 
 # Rows and samples

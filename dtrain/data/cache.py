@@ -19,7 +19,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from dtrain.data.paths import CACHE, SIGNATURE, expanded
+from dtrain.data.paths import CACHE, SIGNATURE, expand_path
 from dtrain.files import records
 from dtrain.files.durable import digest, sync
 
@@ -52,7 +52,7 @@ def cached_folder(
         raise ValueError(f"data.name={name} is a folder's name: it cannot hold a slash")
     before = settings()
     fingerprint = hashlib.sha256(json.dumps(before, sort_keys=True).encode()).hexdigest()[:16]
-    root = expanded(str(cache), f"{KEY} (DTRAIN_CACHE)")
+    root = expand_path(str(cache), f"{KEY} (DTRAIN_CACHE)")
     folder = root / f"{name}-{fingerprint}"
 
     def make_unchanged(partial: Path) -> None:

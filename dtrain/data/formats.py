@@ -43,7 +43,7 @@ def format_of(file: Path) -> str:
     return ENDINGS.get(name.suffix.lower().removeprefix("."), "text")
 
 
-def rows_of(
+def read_rows(
     file: Path, format: str, field: str, wanted: Sequence[str] | None, left_out: Counter[str]
 ) -> Iterator[Row]:
     """Read the rows of a file.
@@ -65,7 +65,7 @@ def rows_of(
     return _json(file, field) if format == "json" else _jsonl(file, field)
 
 
-def utf8(file: Path) -> IO[str]:
+def open_utf8(file: Path) -> IO[str]:
     """Open a file of UTF-8 text; newlines of all kinds become \\n, a mark at its begin is left out.
 
     Raises:
@@ -118,21 +118,21 @@ def _encoding_fault(stream: IO[bytes]) -> tuple[int, str] | None:
 
 
 def _text(file: Path, field: str) -> Iterator[Row]:
-    with utf8(file) as stream:
+    with open_utf8(file) as stream:
         yield str(file), {field: stream.read()}
 
 
 def _jsonl(file: Path, field: str) -> Iterator[Row]:
-    with utf8(file) as lines:
+    with open_utf8(file) as lines:
         for number, line in enumerate(lines, start=1):
             if line.strip():
                 where = f"{file}, line {number}"
-                yield where, _fields(parsed(line, where), field, where)
+                yield where, _fields(parse_json(line, where), field, where)
 
 
 def _json(file: Path, field: str) -> Iterator[Row]:
     """Read a list of rows, or one row; or JSON lines under another ending."""
-    with utf8(file) as stream:
+    with open_utf8(file) as stream:
         before, first = next(((n, line) for n, line in enumerate(stream) if line.strip()), (0, ""))
         try:
             lines = isinstance(json.loads(first), dict | str | None)
@@ -141,14 +141,14 @@ def _json(file: Path, field: str) -> Iterator[Row]:
         if not lines:
             # with the blank lines, so that an error names the right line
             text = "\n" * before + first + stream.read()
-            whole = parsed(text, str(file)) if text.strip() else []
+            whole = parse_json(text, str(file)) if text.strip() else []
             for number, value in enumerate(whole if isinstance(whole, list) else [whole]):
                 yield f"{file}, row {number}", _fields(value, field, f"{file}, row {number}")
             return
     yield from _jsonl(file, field)
 
 
-def parsed(text: str, where: str) -> Any:
+def parse_json(text: str, where: str) -> Any:
     """Return the value of a text of JSON.
 
     Args:
@@ -204,7 +204,7 @@ def _fields(value: Any, field: str, where: str) -> dict[str, Any]:
 
 def _csv(file: Path, delimiter: str) -> Iterator[Row]:
     csv.field_size_limit(sys.maxsize)  # of the process; Python's own is 128 kB
-    with utf8(file) as stream:
+    with open_utf8(file) as stream:
         rows = csv.DictReader(stream, strict=True, delimiter=delimiter)
         try:
             names = list(rows.fieldnames or ())

@@ -22,7 +22,7 @@ from dtrain.config.constructor import error_in_words
 from dtrain.data.base import Data, Progress, check_validation_fraction
 from dtrain.data.cache import cached_folder, refuse_altered_content
 from dtrain.data.features import Features
-from dtrain.data.paths import file_stamps, files_at
+from dtrain.data.paths import file_stamps, find_files
 from dtrain.data.seeded import generator
 from dtrain.data.sources import HuggingFace, check_source, is_missing
 from dtrain.files import records
@@ -190,17 +190,17 @@ class Folder(Samples):
 
     def settings(self) -> dict[str, Any]:
         sizes = {"size": self.size, "grey": self.grey, "unreadable": self.unreadable}
-        return {"files": file_stamps(files_at(self.path, "data.path"))} | sizes
+        return {"files": file_stamps(find_files(self.path, "data.path"))} | sizes
 
     def read(self, progress: Progress) -> tuple[Tensor, Tensor]:
         self.left_out.clear()
         self.skipped.clear()
-        files = files_at(self.path, "data.path", self.left_out)
+        files = find_files(self.path, "data.path", self.left_out)
         images: list[Tensor] = []
         names = []
         for number, file in enumerate(files, start=1):
             try:
-                images.append(decoded(file, self.size, self.grey))
+                images.append(decode_image(file, self.size, self.grey))
             except ValueError:
                 self.skipped.append(file.name)
                 continue
@@ -271,7 +271,7 @@ class HubImages(Samples):
                 )
             content = file["path"] if file["bytes"] is None else BytesIO(file["bytes"])
             try:
-                images.append(decoded(content, self.size, self.grey))
+                images.append(decode_image(content, self.size, self.grey))
             except ValueError as error:
                 raise ValueError(
                     f"{where}: {self.image!r} is no readable image: {error}"
@@ -324,7 +324,7 @@ class Ring(Samples):
         return about
 
 
-def decoded(file: Any, size: int, grey: bool) -> Tensor:
+def decode_image(file: Any, size: int, grey: bool) -> Tensor:
     """Decode an image file, given by its path or as a stream, as `to_tensor` does.
 
     Use the decoders of `FORMATS` alone: others start programs, or have seen little use.

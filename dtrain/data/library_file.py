@@ -15,7 +15,7 @@ ONE_BY_ONE = (
 )  # fmt: skip
 
 
-def opened(library: Any, file: Path, key: str) -> Any:
+def open_tokenizer(library: Any, file: Path, key: str) -> Any:
     """Open the tokenizer in a file.
 
     Raises:

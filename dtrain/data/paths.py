@@ -22,7 +22,7 @@ MARKS = (
 )  # fmt: skip
 
 
-def expanded(path: str, key: str) -> Path:
+def expand_path(path: str, key: str) -> Path:
     """Return a user's path, with the home folder in place of `~`.
 
     Raises:
@@ -38,7 +38,7 @@ def expanded(path: str, key: str) -> Path:
         raise ValueError(f"{key}={path}: there is no such home folder: give a whole path") from None
 
 
-def files_at(path: str | list[str], key: str, left_out: Counter[str] | None = None) -> list[Path]:
+def find_files(path: str | list[str], key: str, left_out: Counter[str] | None = None) -> list[Path]:
     """Return the files of a path, a folder with all that is in it, a pattern, or a list of these.
 
     Follow links, but not back into folders that they are in. Leave out hidden files, and the
@@ -60,7 +60,7 @@ def files_at(path: str | list[str], key: str, left_out: Counter[str] | None = No
 
 
 def _files_of(path: str, key: str, left_out: Counter[str]) -> list[Path]:
-    start = expanded(path, key)
+    start = expand_path(path, key)
     if start.is_dir():
         _refuse_run(start, f"{key}={path}")
         files = sorted(_inside(start, left_out, (), Counter()))

@@ -68,7 +68,7 @@ class Corpus:
         }
 
 
-def normalized(text: str) -> str:
+def normalize(text: str) -> str:
     """Return the text in NFC, its newlines as \\n, no control characters, no trailing blanks."""
     return normalize_and_count(text, Counter())
 

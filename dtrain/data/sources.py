@@ -16,8 +16,8 @@ from pathlib import Path
 from typing import Any
 
 from dtrain.config.constructor import error_in_words
-from dtrain.data.formats import Row, format_of, parsed, rows_of, utf8
-from dtrain.data.paths import expanded, file_stamps, files_at
+from dtrain.data.formats import Row, format_of, open_utf8, parse_json, read_rows
+from dtrain.data.paths import expand_path, file_stamps, find_files
 
 # Packages of the standard library, without tests and tables (encodings). Where a Python lacks one
 # (Debian's has no idlelib, 3.13 no lib2to3) the corpus is smaller: its digest stands in the log.
@@ -115,7 +115,7 @@ class Files(Source):
         self.path, self.format, self.field = path, format, field
 
     def describe(self) -> dict[str, Any]:
-        files = files_at(self.path, "data.source.path")
+        files = find_files(self.path, "data.source.path")
         return {
             "kind": "files",
             "format": self.format,
@@ -131,7 +131,7 @@ class Files(Source):
 
     def _read(self, wanted: Sequence[str] | None) -> Iterator[Row]:
         self.left_out.clear()
-        files = files_at(self.path, "data.source.path", self.left_out)
+        files = find_files(self.path, "data.source.path", self.left_out)
         nonempty = [file for file in files if file.stat().st_size]
         if not nonempty:
             raise ValueError(
@@ -140,7 +140,7 @@ class Files(Source):
         self.left_out["empty files"] += len(files) - len(nonempty)
         for file in nonempty:
             format = self.format or format_of(file)
-            yield from rows_of(file, format, self.field, wanted, self.left_out)
+            yield from read_rows(file, format, self.field, wanted, self.left_out)
 
 
 class HuggingFace(Source):
@@ -177,7 +177,7 @@ class HuggingFace(Source):
         except ImportError:
             raise ValueError("data=hub needs `datasets`: pip install 'dtrain[hub]'") from None
         if self._dataset is None:
-            folder = expanded(self.name, "data.source.name")
+            folder = expand_path(self.name, "data.source.name")
             saved = ("dataset_info.json", "state.json", "dataset_dict.json")
             with self._errors_in_one_line("loaded"):
                 if any((folder / file).exists() for file in saved):
@@ -241,14 +241,14 @@ class Squad(Source):
         self.path = path
 
     def describe(self) -> dict[str, Any]:
-        return {"kind": "squad", "files": file_stamps(files_at(self.path, "data.source.path"))}
+        return {"kind": "squad", "files": file_stamps(find_files(self.path, "data.source.path"))}
 
     def rows(self) -> Iterator[Row]:
         self.left_out.clear()
-        for file in files_at(self.path, "data.source.path", self.left_out):
+        for file in find_files(self.path, "data.source.path", self.left_out):
             try:
-                with utf8(file) as stream:
-                    articles = parsed(stream.read(), str(file))["data"]
+                with open_utf8(file) as stream:
+                    articles = parse_json(stream.read(), str(file))["data"]
                 for article in articles:
                     for paragraph in article["paragraphs"]:
                         yield from self._questions(file, article.get("title", ""), paragraph)

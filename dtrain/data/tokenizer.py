@@ -20,8 +20,8 @@ from typing import Any
 import numpy as np
 from omegaconf import DictConfig, OmegaConf
 
-from dtrain.data.library_file import first_line, loses_one_by_one, opened
-from dtrain.data.paths import expanded
+from dtrain.data.library_file import first_line, loses_one_by_one, open_tokenizer
+from dtrain.data.paths import expand_path
 from dtrain.files import records
 
 MARK_IDS = 9  # ids below this stand for marks
@@ -142,7 +142,7 @@ class FromFile(Tokenizer):
 
     def __init__(self, path: str, vocab_size: int, end: str | None = None) -> None:
         self._file, tokenizer = _read(path)
-        self._tokenizer = plain(tokenizer)
+        self._tokenizer = disable_saved_options(tokenizer)
         vocabulary = self._tokenizer.get_vocab()
         self.vocab_size = _count_ids(vocabulary)
         if vocab_size != self.vocab_size:
@@ -315,9 +315,9 @@ def _read(path: str) -> tuple[Path, Any]:
         ValueError: there is no such file, or it is no tokenizer.
     """
     tokenizers = _library("tokenizer files need")
-    file = expanded(path, "data.tokenizer.path")
+    file = expand_path(path, "data.tokenizer.path")
     file = file / BPE.FILE if file.is_dir() else file
-    return file, opened(tokenizers, file, f"data.tokenizer.path={path}")
+    return file, open_tokenizer(tokenizers, file, f"data.tokenizer.path={path}")
 
 
 def _library(needed: str) -> Any:
@@ -337,7 +337,7 @@ def _count_ids(vocabulary: dict[str, int]) -> int:
 def count_ids(path: str) -> int:
     """Return the number of ids of a tokenizer's file; 0 if `FromFile` will refuse it."""
     try:
-        file = expanded(path, "data.tokenizer.path")
+        file = expand_path(path, "data.tokenizer.path")
         return _count_ids_of_file(path, file.stat().st_mtime_ns)
     except (OSError, ValueError, RuntimeError):
         return 0
@@ -357,7 +357,7 @@ def _count_ids_of_file(path: str, _: int) -> int:
     return _count_ids(_read(path)[1].get_vocab())
 
 
-def plain(tokenizer: Any) -> Any:
+def disable_saved_options(tokenizer: Any) -> Any:
     """Let a tokenizer of the library turn a whole text into tokens, always the same ones.
 
     Turn off what its file may have saved besides: truncation, padding, BPE's dropout, and that the
@@ -413,14 +413,16 @@ class BPE(Tokenizer):
             initial_alphabet=lib.pre_tokenizers.ByteLevel.alphabet(),
         )
         tokenizer.train_from_iterator(texts, trainer)
-        self._tokenizer = plain(tokenizer)
+        self._tokenizer = disable_saved_options(tokenizer)
         self.save(folder)
 
     def save(self, folder: Path) -> None:
         (folder / self.FILE).write_text(self._tokenizer.to_str(pretty=True), encoding="utf-8")
 
     def load(self, folder: Path) -> None:
-        self._tokenizer = plain(opened(self._library, folder / self.FILE, str(folder / self.FILE)))
+        self._tokenizer = disable_saved_options(
+            open_tokenizer(self._library, folder / self.FILE, str(folder / self.FILE))
+        )
 
     def encode(self, text: str) -> np.ndarray:
         return np.asarray(self._tokenizer.encode(text).ids, dtype=np.uint32)

@@ -25,7 +25,7 @@ OTHERS = {
 }  # fmt: skip
 
 
-def adapted(model: nn.Module) -> nn.Module:
+def adapt(model: nn.Module) -> nn.Module:
     """Return the model, with hooks where it is a user's.
 
     Raises:

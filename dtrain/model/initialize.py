@@ -18,7 +18,7 @@ from torch.distributed.tensor import DTensor
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
 from dtrain.data.seeded import generator, seed_everything
-from dtrain.model.adapt import adapted
+from dtrain.model.adapt import adapt
 from dtrain.model.layout import ModelFactory, attributes_set, offers, set_attributes
 
 _WITH_VALUES: WeakSet[ModelFactory] = WeakSet()  # factories that fail on the meta device
@@ -32,7 +32,7 @@ def on_meta(factory: ModelFactory) -> nn.Module | None:
     """
     try:
         with torch.device("meta"):
-            return adapted(factory()).to("meta")  # buffers may have been made with their values
+            return adapt(factory()).to("meta")  # buffers may have been made with their values
     except Exception:  # of a user's model: it may fail in any way
         if factory not in _WITH_VALUES:
             with torch.random.fork_rng(devices=[]):
@@ -45,9 +45,9 @@ def build(factory: ModelFactory, seed: int) -> nn.Module:
     """Build the model: on the meta device if it has `initial`, else whole, drawn from `seed`."""
     if offers(on_meta(factory), "initial"):
         with torch.device("meta"):
-            return _contiguous(adapted(factory()))
+            return _contiguous(adapt(factory()))
     seed_everything(seed)
-    return _contiguous(adapted(factory()))
+    return _contiguous(adapt(factory()))
 
 
 def _contiguous(model: nn.Module) -> nn.Module:

@@ -89,7 +89,7 @@ class CausalLM(Task):
 
     def validation(self) -> Iterator[Batch]:
         for rows in self._validation.sweep(self._eval_batches, self._batch_size):
-            yield padded_batch(_pairs(rows), self._batch_size)
+            yield pad_batch(_pairs(rows), self._batch_size)
 
     def size(self, batch: Batch) -> int:
         return batch["tokens"].numel()
@@ -132,7 +132,7 @@ def _pairs(rows: Tensor) -> Batch:  # (B, T + 1) -> inputs and targets, one posi
     return {"tokens": tokens, "positions": positions(tokens), "targets": targets}
 
 
-def padded_batch(batch: Batch, rows: int) -> Batch:
+def pad_batch(batch: Batch, rows: int) -> Batch:
     """Fill the batch up to `rows` with rows that do not count."""
     if missing := rows - len(batch["targets"]):
         batch = {

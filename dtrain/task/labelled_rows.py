@@ -13,7 +13,7 @@ from dtrain.data.rows import Rows
 from dtrain.data.seeded import generator, random_subset, shuffled_rows
 from dtrain.task.base import Sizes, Task, check_examples
 from dtrain.task.batch import Batch
-from dtrain.task.causal_lm import padded_batch
+from dtrain.task.causal_lm import pad_batch
 
 SAMPLED = 500  # rows that are encoded to estimate how much of their texts is cut
 
@@ -64,7 +64,7 @@ class RowTask(Task):
 
     def batch(self, step: int) -> Batch:
         rows, size, seed = self._train, self.sizes.global_batch_size, self.sizes.seed
-        return stacked(
+        return stack_rows(
             self.encode(*rows[index], generator(seed, "augment", step, place))
             for place, index in enumerate(shuffled_rows(step, size, len(rows), seed))
         )
@@ -73,15 +73,15 @@ class RowTask(Task):
         size = self.sizes.global_batch_size
         rows = random_rows(self.data.split["validation"], self.sizes.eval_batches * size, 0)
         for first in range(0, len(rows), size):
-            yield padded_batch(
-                stacked(self.encode(*row, None) for row in rows[first : first + size]), size
+            yield pad_batch(
+                stack_rows(self.encode(*row, None) for row in rows[first : first + size]), size
             )
 
     def size(self, batch: Batch) -> int:
         return batch["tokens"].numel()
 
 
-def stacked(rows: Iterator[Batch]) -> Batch:
+def stack_rows(rows: Iterator[Batch]) -> Batch:
     """Stack the tensors of many rows into one batch."""
     batches = list(rows)
     return {name: torch.stack([row[name] for row in batches]) for name in batches[0]}

@@ -30,7 +30,7 @@ from dtrain.task.causal_lm import (
     count_targets,
     cross_entropy,
     language_metrics,
-    padded_batch,
+    pad_batch,
 )
 
 PAIRS = (None, "next_sentence", "sentence_order")
@@ -108,7 +108,7 @@ class MaskedLM(Task):
         for index, rows in enumerate(
             self._windows["validation"].sweep(self.sizes.eval_batches, self.sizes.global_batch_size)
         ):
-            yield padded_batch(
+            yield pad_batch(
                 self._hide(rows, generator(0, "validation", index)), self.sizes.global_batch_size
             )
 
