@@ -21,7 +21,7 @@ from sklearn.pipeline import make_pipeline
 from dtrain.data.rows import Rows
 from dtrain.data.stdlib_rows import Functions
 from dtrain.data.tokenizer import Bytes
-from dtrain.task.rows import random_rows
+from dtrain.task.labelled_rows import random_rows
 
 LABELS, SEEDS = (100, 500, None), (0, 1, 2)  # None: all that there are
 BERT = Path("outputs/bert")

@@ -14,7 +14,7 @@ import pytest
 from rooms import PACKAGE, PICTURE, ROOMS, draw, imports_of, module_of, room_of
 
 FILES = sorted(PACKAGE.rglob("*.py"))
-LARGEST_FUNCTION = 72  # without signature and docstring
+LARGEST_FUNCTION = 60  # without signature and docstring
 LINES = {
     "files": 350, "config": 1_450, "data": 2_950, "model": 2_000, "task": 1_650, "launch": 1_500,
     "parallel": 3_450, "train": 240, "strategy": 6_300, "cost": 1_450, "report": 1_000,

@@ -66,7 +66,7 @@ NEEDED = {
     **dict.fromkeys(("hub", "hub_rows"), ["data.source.name=x"]),
     **dict.fromkeys(("digits", "mnist", "ring"), ["model=convnet"]),
     "images": ["data.path=x", "model=convnet"],
-    "hub_images": ["data.source=x", "model=convnet"],
+    "hub_images": ["data.source.name=x", "model=convnet"],
     "file": ["data.tokenizer.path=x"],
     "tracker": ["logger.tracker.name=tensorboard"],
     "hf": ["model.name_or_path=x"],

@@ -216,4 +216,4 @@ def test_an_image_that_is_a_pipe_is_not_waited_for(tmp_path: Path) -> None:
             ValueError, match=r"row 0: 'image' is no readable image: .*pipe is no regular file"
         ),
     ):
-        HubImages("theirs", label=None, size=8).read(lambda *_: None)
+        HubImages(HuggingFace("theirs"), label=None, size=8).read(lambda *_: None)

@@ -17,7 +17,7 @@ from test_configs import NEEDED, composed
 
 from dtrain.config.build import build
 from dtrain.data.features import Features
-from dtrain.data.prepare import normalized, prepare
+from dtrain.data.prepare import normalize, prepare
 from dtrain.data.rows import Rows
 from dtrain.data.seeded import generator
 from dtrain.data.sources import Files, HuggingFace, Source, Squad, StandardLibrary
@@ -49,7 +49,7 @@ def test_the_standard_library_is_there_and_large() -> None:
 def test_tokens_are_the_documents_each_ended_and_on_one_side(tmp_path: Path) -> None:
     made = corpus(tmp_path, write(tmp_path / "texts", TEXTS))
     sides = [bytes(made.tokens(split)).split(b"\0")[:-1] for split in ("train", "validation")]
-    assert sorted(sides[0] + sides[1]) == sorted(normalized(text).encode() for text in TEXTS)
+    assert sorted(sides[0] + sides[1]) == sorted(normalize(text).encode() for text in TEXTS)
     assert not set(sides[0]) & set(sides[1])
     assert (
         made.documents == 60 and made.train_tokens + made.validation_tokens == made.text_bytes + 60
@@ -73,13 +73,13 @@ def test_duplicates_are_dropped_after_cleaning(tmp_path: Path) -> None:
 
 
 def test_cleaning_normalises_and_is_idempotent() -> None:
-    assert normalized("e\u0301 \r\nb\x00\x1b[1m\t\rc  \n\n") == "\u00e9\nb[1m\nc\n"
+    assert normalize("e\u0301 \r\nb\x00\x1b[1m\t\rc  \n\n") == "\u00e9\nb[1m\nc\n"
 
 
 @given(st.text(max_size=200))
 def test_cleaning_twice_changes_nothing(text: str) -> None:
-    assert normalized(normalized(text)) == normalized(text)
-    assert not any(ord(c) < 9 for c in normalized(text))
+    assert normalize(normalize(text)) == normalize(text)
+    assert not any(ord(c) < 9 for c in normalize(text))
 
 
 def test_a_second_preparation_reads_nothing(tmp_path: Path) -> None:
@@ -196,7 +196,7 @@ def test_bpe_round_trips_and_is_shorter(tmp_path: Path) -> None:
 @given(st.text(max_size=50))
 def test_bytes_round_trip(text: str) -> None:
     """Of cleaned text, which has none of the bytes that mark things."""
-    text = normalized(text)
+    text = normalize(text)
     assert Bytes().decode(Bytes().encode(text)) == text
 
 

@@ -21,9 +21,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dtrain.data.formats import CHUNK, utf8
-from dtrain.data.paths import CACHE, SIGNATURE, files_at, left_out_in_words
-from dtrain.data.prepare import normalize_and_count, normalized, prepare
+from dtrain.data.formats import CHUNK, open_utf8
+from dtrain.data.paths import CACHE, SIGNATURE, find_files, left_out_in_words
+from dtrain.data.prepare import normalize, normalize_and_count, prepare
 from dtrain.data.rows import Rows
 from dtrain.data.sources import Files, HuggingFace, Squad
 from dtrain.data.tokenizer import Bytes, FromFile
@@ -96,7 +96,7 @@ def test_a_run_in_the_folder_of_its_data_is_refused(tmp_path: Path) -> None:
         with pytest.raises(
             ValueError, match="is the folder of a run, and its files are the run's own"
         ):
-            files_at(path, KEY)
+            find_files(path, KEY)
     assert texts(tmp_path / "a.txt") == ["a"]
 
 
@@ -126,7 +126,7 @@ def test_no_home_folder_is_no_traceback(monkeypatch: pytest.MonkeyPatch) -> None
 
     monkeypatch.setattr(Path, "expanduser", none)
     with pytest.raises(ValueError, match="data.source.path=~/x: there is no such home folder"):
-        files_at("~/x", KEY)
+        find_files("~/x", KEY)
 
 
 def test_a_link_that_leads_nowhere_is_named(tmp_path: Path) -> None:
@@ -134,7 +134,7 @@ def test_a_link_that_leads_nowhere_is_named(tmp_path: Path) -> None:
     (folder / "b.txt").symlink_to("gone.txt")
     for path in (folder, folder / "*.txt", folder / "b.txt"):
         with pytest.raises(ValueError, match=r"b.txt is a link to gone.txt, which is not there"):
-            files_at(str(path), KEY)
+            find_files(str(path), KEY)
 
 
 @pytest.mark.parametrize(
@@ -158,7 +158,7 @@ def test_a_list_needs_each_of_its_paths(tmp_path: Path) -> None:
         texts([f"{tmp_path}/a.txt", f"{tmp_path}/no.txt"])
     for path in ([], [3], {"a": 1}):
         with pytest.raises(ValueError, match="must be a path, or a list of paths"):
-            files_at(path, KEY)  # type: ignore[arg-type]
+            find_files(path, KEY)  # type: ignore[arg-type]
 
 
 def test_folders_that_a_pattern_matches_are_counted_unless_it_goes_into_them(
@@ -189,7 +189,7 @@ def test_links_back_do_not_keep_a_pattern_from_its_end(pattern: str, tmp_path: P
 
 def _tried(pattern: str) -> list[Path]:
     try:
-        return files_at(pattern, KEY)
+        return find_files(pattern, KEY)
     except ValueError as error:
         assert "links to a folder that they are in" in str(error)
         return []
@@ -204,7 +204,7 @@ def test_folders_whose_links_cross_are_refused(end: str, tmp_path: Path) -> None
             for name in "xy":
                 (tmp_path / f"{number}" / name).symlink_to(tmp_path / f"{number + 1}")
     with pytest.raises(ValueError, match="links lead to .*/.* by more than 1,000 ways"):
-        files_at(f"{tmp_path}/0{end}", KEY)
+        find_files(f"{tmp_path}/0{end}", KEY)
 
 
 @given(
@@ -228,7 +228,7 @@ def test_a_pattern_matches_what_glob_says(parts: list[str]) -> None:
         pattern = f"{folder}/{'/'.join(parts)}"
         expected = {Path(path) for path in glob.glob(pattern, recursive=True)} - {Path(folder)}
         try:
-            found = files_at(pattern, KEY) if glob.has_magic("".join(parts)) else []
+            found = find_files(pattern, KEY) if glob.has_magic("".join(parts)) else []
         except ValueError:
             found = []
         assert not glob.has_magic("".join(parts)) or found == sorted(
@@ -239,13 +239,13 @@ def test_a_pattern_matches_what_glob_says(parts: list[str]) -> None:
 def test_what_cannot_be_opened_is_said(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "pipe.txt")
     with pytest.raises(ValueError, match="is a pipe or a device, and would be read several times"):
-        files_at(str(tmp_path / "pipe.txt"), KEY)
+        find_files(str(tmp_path / "pipe.txt"), KEY)
     put(tmp_path, a_txt="a")
     assert named(tmp_path) == (["a.txt"], {"pipes or devices": 1})
     with pytest.raises(
         ValueError, match=r"no file in it or matching it, where \[\[\] stands for \["
     ):
-        files_at(f"{tmp_path}/[v2]/*.txt", KEY)
+        find_files(f"{tmp_path}/[v2]/*.txt", KEY)
 
 
 # Encodings
@@ -260,7 +260,7 @@ def test_utf8_is_read_whole_at_any_place(text: str, before: int) -> None:
     for mark in (b"", b"\xef\xbb\xbf"):
         file = Path(os.environ["DTRAIN_CACHE"]).parent / "one.txt"
         file.write_bytes(mark + b"x" * before + text.encode())
-        with utf8(file) as stream:
+        with open_utf8(file) as stream:
             assert stream.read() == "x" * before + text.replace("\r\n", "\n").replace("\r", "\n")
 
 
@@ -278,7 +278,7 @@ def test_what_is_no_utf8_is_refused_at_its_byte(text: str, before: int, fault: b
     for after in (b"", b" and more"):
         file.write_bytes(start + fault + after)
         with pytest.raises(ValueError, match=rf"fault.txt is not UTF-8 text \(byte {len(start)}\)"):
-            utf8(file)
+            open_utf8(file)
 
 
 @pytest.mark.parametrize("mark", [True, False])
@@ -354,13 +354,13 @@ def test_what_separates_words_goes_on_to_separate_them(text: str) -> None:
     made = normalize_and_count(text, lost)
     silent = str.maketrans(dict.fromkeys("\x07\x1b\x7f"))
     assert len(made.split()) == len(text.translate(silent).split())
-    assert made == normalized(made) and lost["control characters"] == sum(
+    assert made == normalize(made) and lost["control characters"] == sum(
         c in "\x07\x1b\x7f" for c in text
     )
 
 
 def test_composed_characters_stay_composed() -> None:
-    assert normalized("e\x07\u0301") == "é\n" == normalized(normalized("e\x07\u0301"))
+    assert normalize("e\x07\u0301") == "é\n" == normalize(normalize("e\x07\u0301"))
 
 
 # Formats

@@ -22,8 +22,8 @@ from dtrain.data.seeded import generator
 from dtrain.model.images import MLP, ConvGenerator, ConvNet
 from dtrain.parallel.spans import PHASE
 from dtrain.report import step_chart
-from dtrain.task.pictures import confusion_matrix, write
-from dtrain.task.rows import confusion
+from dtrain.task.classifier import confusion
+from dtrain.task.pictures import draw_confusion_matrix, save_figures
 
 CLASSES, NOISE, SIZE = 3, 5, 8
 TOLERANCE = 1e-12  # rounding alone, in fp64
@@ -197,7 +197,9 @@ def names_at(axis: Any) -> dict[float, str]:
 
 def test_a_class_of_any_name_is_drawn_as_it_is_called(tmp_path: Path) -> None:
     """Names of folders and columns are no formulas."""
-    write(tmp_path, 1, {"confusion": confusion_matrix(torch.eye(2), [r"$\frac$", "$5-$10"])})
+    save_figures(
+        tmp_path, 1, {"confusion": draw_confusion_matrix(torch.eye(2), [r"$\frac$", "$5-$10"])}
+    )
     assert (tmp_path / "confusion-000001.png").exists()
     step_chart.draw(
         [[Span(PHASE, "optimizer", 0, 10)]], r"$\frac$ on 2 ranks", [tmp_path / "gantt.svg"]
@@ -211,9 +213,9 @@ def test_a_confusion_is_drawn_with_the_truth_at_its_side() -> None:
     names = ["cat", "dog", "emu"]
     truth, taken_for = counts.nonzero().repeat_interleave(counts[counts > 0], dim=0).T
     assert torch.equal(confusion(torch.eye(3)[taken_for], truth), counts.double())
-    (axes,) = confusion_matrix(counts, names).axes
+    (axes,) = draw_confusion_matrix(counts, names).axes
     said, true = names_at(axes.xaxis), names_at(axes.yaxis)
-    assert (axes.get_xlabel(), axes.get_ylabel()) == ("said", "true")
+    assert (axes.get_xlabel(), axes.get_ylabel()) == ("predicted", "true")
     shown = {}
     for text in axes.texts:
         x, y = text.get_position()

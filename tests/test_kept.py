@@ -19,10 +19,10 @@ from torch import nn
 from dtrain.data import cache as caches
 from dtrain.data.cache import MANIFEST, cached_folder
 from dtrain.data.images import Digits, Folder, HubImages, Samples
-from dtrain.data.paths import CACHE, files_at
+from dtrain.data.paths import CACHE, find_files
 from dtrain.data.prepare import Corpus, prepare
 from dtrain.data.rows import Rows
-from dtrain.data.sources import Files, Source
+from dtrain.data.sources import Files, HuggingFace, Source
 from dtrain.data.stdlib_rows import Functions
 from dtrain.data.tokenizer import BPE, Bytes
 from dtrain.report.console import preparation_progress
@@ -232,7 +232,7 @@ def test_an_error_of_the_users_files_is_not_the_caches(tmp_path: Path) -> None:
 def test_a_cache_says_that_it_is_one(tmp_path: Path, corpus: Callable[[], Corpus]) -> None:
     corpus()
     assert (tmp_path / "cache" / CACHE).is_file()
-    assert [file.name for file in files_at(str(tmp_path), "path")] == ["a.txt"]
+    assert [file.name for file in find_files(str(tmp_path), "path")] == ["a.txt"]
 
 
 # Rows and samples
@@ -261,14 +261,14 @@ def test_rows_are_kept_and_read_from_there(tmp_path: Path) -> None:
     first = made()
     assert (
         rows_of(first) == alone
-        and first.kept
-        and first.kept.is_dir()
+        and first.cache_folder
+        and first.cache_folder.is_dir()
         and alone[2]["hidden files or folders"] == 1
     )
     second = made()
     second.source.rows = None  # type: ignore[method-assign,assignment]
     assert rows_of(second) == alone
-    flip(first.kept / "rows.jsonl")
+    flip(first.cache_folder / "rows.jsonl")
     assert rows_of(made()) == alone
     file.write_text("\n".join(map(json.dumps, rows[:30])))
     assert len([*made_rows(made())]) == 30
@@ -297,7 +297,7 @@ def test_rows_that_json_does_not_give_back_are_not_kept(value: Any, tmp_path: Pa
                 yield f"row {i}", {"text": f"{i}", "odd": value}
 
     data = Rows("x", Odd(), Bytes(), cache=str(tmp_path))
-    assert len([*made_rows(data)]) == 40 and data.kept is None and data.source.reads <= 2
+    assert len([*made_rows(data)]) == 40 and data.cache_folder is None and data.source.reads <= 2
     assert all(row["odd"] is value for _, row in data.all())
     assert not [p for p in tmp_path.iterdir() if p.is_dir()]
 
@@ -344,7 +344,7 @@ def test_images_are_kept_and_read_from_there(
     )
     assert (
         about == again
-        and second.kept == first.kept is not None
+        and second.cache_folder == first.cache_folder is not None
         and about[2] == {"files that are no images": 1}
     )
     for side in ("train", "validation"):
@@ -358,8 +358,10 @@ def test_images_are_kept_and_read_from_there(
     assert len(both.settings()["files"]) == 41
     with pytest.raises(ValueError, match="data.path is empty"):
         Folder("").settings()
-    with pytest.raises(ValueError, match="data.source is empty"):
-        HubImages("")
+    with pytest.raises(ValueError, match="data.source.name is empty"):
+        HubImages(HuggingFace(""))
+    with pytest.raises(ValueError, match="data.source=x: set data.source.path for files, or"):
+        HubImages("x")  # as it was once written
 
 
 def test_that_data_are_kept_is_said_only_where_they_are(

@@ -35,7 +35,7 @@ from own_models import MODELS, OwnModel
 
 from dtrain.cost.model_size import model_size
 from dtrain.cost.trace import trace
-from dtrain.model.adapt import adapted
+from dtrain.model.adapt import adapt
 from dtrain.model.initialize import build, build_with_values, cast
 from dtrain.model.layout import refuse_batch_norm
 from dtrain.parallel.checks.probe import probe
@@ -421,13 +421,13 @@ def test_only_what_the_precision_means_is_cast(dtype: str) -> None:
 
 def test_a_model_may_give_a_tuple_and_take_targets() -> None:
     torch.manual_seed(0)
-    model, tokens = adapted(MODELS["Counting"]()), torch.randint(VOCAB, (2, CONTEXT))
+    model, tokens = adapt(MODELS["Counting"]()), torch.randint(VOCAB, (2, CONTEXT))
     positions = torch.arange(CONTEXT).expand(2, -1)
     assert model(tokens, positions).shape == (2, CONTEXT, VOCAB)
     told = lambda self, idx, targets=None: torch.full((1, 1), float(targets is None))  # noqa: E731
-    asked = adapted(type("Asked", (torch.nn.Module,), {"forward": told})())
+    asked = adapt(type("Asked", (torch.nn.Module,), {"forward": told})())
     assert asked(tokens, positions).item() == 1.0  # positions are not its targets
-    named = adapted(
+    named = adapt(
         type(
             "Named",
             (torch.nn.Module,),
@@ -438,7 +438,7 @@ def test_a_model_may_give_a_tuple_and_take_targets() -> None:
 
 
 def test_what_gives_no_logits_or_needs_targets_is_refused() -> None:
-    lost = adapted(type("Lost", (torch.nn.Module,), {"forward": lambda self, x: "nothing"})())
+    lost = adapt(type("Lost", (torch.nn.Module,), {"forward": lambda self, x: "nothing"})())
     with pytest.raises(
         ValueError, match=r"Lost gives a str: it must give logits, a tensor \(B, T, V\)"
     ):
@@ -447,7 +447,7 @@ def test_what_gives_no_logits_or_needs_targets_is_refused() -> None:
     with pytest.raises(
         ValueError, match=r"Needs.forward\(idx, targets\) wants 'targets' in every call"
     ):
-        adapted(needs())
+        adapt(needs())
 
 
 def test_a_prediction_takes_attention_as_it_is_called() -> None:

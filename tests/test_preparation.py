@@ -15,9 +15,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from dtrain.data.prepare import Corpus, normalized, prepare
+from dtrain.data.prepare import Corpus, normalize, prepare
 from dtrain.data.sources import Files
-from dtrain.data.tokenizer import BPE, KEPT, Bytes, Tokenizer
+from dtrain.data.tokenizer import BPE, MARK_IDS, Bytes, Tokenizer
 from dtrain.data.windows import Windows
 from dtrain.task import image_classification, span_qa
 from dtrain.task.base import Sizes, Supervised
@@ -27,9 +27,9 @@ from dtrain.task.causal_lm import (
     count_correct,
     count_targets,
     cross_entropy,
-    padded_batch,
+    pad_batch,
 )
-from dtrain.task.rows import token_confusion
+from dtrain.task.classifier import token_confusion
 
 VOCAB = 420  # ids: enough for words that stand in one document only
 EPOCHS = 150  # so many that each of a few offsets is drawn
@@ -64,21 +64,21 @@ def test_documents_that_are_all_on_one_side_are_cut_in_two(
     """Training has the beginning, validation the end: together each token once, ends included."""
     made = tokenizer()
     corpus = prepared(tmp_path, TEXTS[:number], made, fraction)
-    ends = [[*made.encode(normalized(text)).tolist(), made.marks.end] for text in TEXTS[:number]]
+    ends = [[*made.encode(normalize(text)).tolist(), made.marks.end] for text in TEXTS[:number]]
     every = sum(ends, [])
     train, validation = parts(corpus)
     assert (corpus.train_tokens, corpus.validation_tokens) == (len(train), len(validation))
     if isinstance(made, Bytes):
         assert train + validation == every
         assert len(validation) == int(fraction * len(every)) > 0
-    assert made.decode(train) + made.decode(validation) == "".join(map(normalized, TEXTS[:number]))
+    assert made.decode(train) + made.decode(validation) == "".join(map(normalize, TEXTS[:number]))
     assert (train + validation).count(made.marks.end) == corpus.documents == number
 
 
 @pytest.mark.parametrize("text", ["a", "ab", "abc\n" * 5])
 def test_the_shortest_text_leaves_a_token_for_each_part(text: str, tmp_path: Path) -> None:
     train, validation = parts(prepared(tmp_path, [text], Bytes()))
-    assert bytes(train + validation) == normalized(text).encode() + b"\0" and len(validation) == 1
+    assert bytes(train + validation) == normalize(text).encode() + b"\0" and len(validation) == 1
 
 
 def test_copies_of_one_document_are_one_document(tmp_path: Path) -> None:
@@ -111,7 +111,7 @@ def test_a_tokenizer_learns_from_the_training_documents_alone(tmp_path: Path) ->
     assert [made.decode(part) for part in parts(corpus)] == ["".join(side) for side in sides]
 
     words = [{text.split()[0] for text in side} for side in sides]
-    learned = {made.decode([i]).strip() for i in range(KEPT, VOCAB)}
+    learned = {made.decode([i]).strip() for i in range(MARK_IDS, VOCAB)}
     assert len(words[0]) > 20 and learned > words[0]
     assert len(words[1]) > 5 and not learned & words[1]
     alone.fit(iter(sides[0]), tmp_path)
@@ -234,7 +234,7 @@ def test_what_does_not_count_changes_no_sum_and_gets_no_gradient(
     assert float(expected["loss"]) == pytest.approx(by_hand, rel=ROUNDING)
     assert expected["count"] == counted
 
-    filled = padded_batch({name: tensor.clone() for name, tensor in batch.items()}, ROWS + 2)
+    filled = pad_batch({name: tensor.clone() for name, tensor in batch.items()}, ROWS + 2)
     for seed in (3, 4):
         more = torch.cat((said, drawn(seed, 2, TOKENS, outputs))).requires_grad_()
         found = update.measured(more, filled)

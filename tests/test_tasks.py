@@ -47,10 +47,10 @@ from dtrain.data.augment import Crop, Cutout, Flip, Mixup, SpanMask, TextCrop, T
 from dtrain.data.images import Folder, HubImages, Ring, Samples, to_tensor
 from dtrain.data.rows import Rows
 from dtrain.data.seeded import generator
-from dtrain.data.sources import Files, Source, Squad
+from dtrain.data.sources import Files, HuggingFace, Source, Squad
 from dtrain.data.stdlib_rows import Docstrings, Functions, Questions
 from dtrain.data.text import Text
-from dtrain.data.tokenizer import KEPT, Bytes, FromFile
+from dtrain.data.tokenizer import MARK_IDS, Bytes, FromFile
 from dtrain.model.images import MLP, ConvGenerator, ConvNet, SpectralLinear
 from dtrain.model.transformer import Transformer
 from dtrain.parallel.plan import Plan
@@ -59,10 +59,10 @@ from dtrain.run.checkpoint import Checkpoints, load
 from dtrain.task.base import Sizes, Task
 from dtrain.task.causal_lm import IGNORE, CausalLM
 from dtrain.task.classification import Classification
+from dtrain.task.classifier import confusion, scores
 from dtrain.task.gan import GAN, move_towards
 from dtrain.task.image_classification import ImageClassification
 from dtrain.task.masked_lm import MaskedLM
-from dtrain.task.rows import confusion, scores
 from dtrain.task.sample_quality import frechet_distance, precision_recall
 from dtrain.task.span_qa import SpanQA
 from dtrain.task.token_classification import TokenClassification
@@ -292,10 +292,12 @@ def test_what_a_row_leaves_out_of_its_texts_is_told(name: str, marks: int) -> No
     assert (
         cut > 0
         and f"; {cut} of the {len(sums)} looked at are longer than seq_len={LENGTH} and cut: "
-        in task.told
+        in task.summary
     )
     # whole words go
-    assert f" {lost:.1%} of the tokens are left out" in task.told or name == "token_classification"
+    assert (
+        f" {lost:.1%} of the tokens are left out" in task.summary or name == "token_classification"
+    )
     long = replace(SIZES, seq_len=200)
     outputs = 2 if name == "span_qa" else 6
     model = {
@@ -309,7 +311,7 @@ def test_what_a_row_leaves_out_of_its_texts_is_told(name: str, marks: int) -> No
             "classification": Classification,
             "token_classification": TokenClassification,
             "span_qa": SpanQA,
-        }[name](model, rows_of_made(), long).told
+        }[name](model, rows_of_made(), long).summary
     )
 
 
@@ -631,7 +633,9 @@ def test_images_of_datasets_are_as_a_folder_has_them(tmp_path: Path) -> None:
         datasets.Features({"image": datasets.Image(), "label": datasets.Value("string")}),
     )
     rows.save_to_disk(str(tmp_path / "saved"))
-    data = prepared(HubImages(str(tmp_path / "saved"), size=8, grey=True, validation_fraction=0.4))
+    data = prepared(
+        HubImages(HuggingFace(str(tmp_path / "saved")), size=8, grey=True, validation_fraction=0.4)
+    )
     assert data.classes == ["a", "b"] and data.shape == (1, 8, 8)
     datasets.Dataset.from_dict({"image": images, "label": [1.0, float("nan")] * 4}).cast_column(
         "image", datasets.Image()
@@ -639,9 +643,9 @@ def test_images_of_datasets_are_as_a_folder_has_them(tmp_path: Path) -> None:
     with pytest.raises(
         ValueError, match="row 1 has no 'label': leave such rows out, or set data.label=null"
     ):
-        prepared(HubImages(str(tmp_path / "nan"), size=8, grey=True))
+        prepared(HubImages(HuggingFace(str(tmp_path / "nan")), size=8, grey=True))
     with pytest.raises(ValueError, match="has no field 'kind', only image, label: set data.label"):
-        prepared(HubImages(str(tmp_path / "saved"), label="kind"))
+        prepared(HubImages(HuggingFace(str(tmp_path / "saved")), label="kind"))
 
 
 EPS = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 4 4\n%%EndComments\n(x) run\n"
@@ -685,7 +689,7 @@ def test_whatever_a_decoder_meets_its_file_is_named_and_no_program_starts(
     rows = datasets.Dataset.from_dict({"image": files}).cast_column("image", datasets.Image())
     rows.save_to_disk(str(tmp_path / "saved"))
     with pytest.raises(ValueError, match=r"saved, row 1: 'image' is no readable image: ") as found:
-        prepared(HubImages(str(tmp_path / "saved"), label=None, size=8))
+        prepared(HubImages(HuggingFace(str(tmp_path / "saved")), label=None, size=8))
     assert "\n" not in str(found.value)
 
 
@@ -767,7 +771,9 @@ def test_gans_refuse_what_does_not_fit() -> None:
 
 @settings(max_examples=60, deadline=None)
 @given(
-    st.lists(st.integers(KEPT, 255), min_size=1, max_size=50), st.integers(1, 40), st.integers(0, 9)
+    st.lists(st.integers(MARK_IDS, 255), min_size=1, max_size=50),
+    st.integers(1, 40),
+    st.integers(0, 9),
 )
 def test_changes_of_texts_keep_what_they_should(ids: list[int], room: int, seed: int) -> None:
     text, hidden = torch.tensor(ids), 1
@@ -954,7 +960,7 @@ def test_images_are_evaluated_of_every_class() -> None:
     seen = torch.cat([batch["targets"] for batch in task.validation()]).sum(0)
     assert (
         seen.min() >= 3
-        and task.told
+        and task.summary
         == f"trains on {len(data.split['train'][0])} of {len(data.split['train'][0])} images"
     )
     with pytest.raises(ValueError, match="task.examples=0 must be at least 1"):
@@ -1074,7 +1080,7 @@ def test_a_label_is_asked_for_where_all_of_the_text_is_seen(causal: bool) -> Non
     for where, row in list(task.data.all())[:3]:
         made = task.encode(where, row, None)
         (place,) = (made["targets"] != IGNORE).nonzero().flatten().tolist()
-        text = (made["tokens"] >= KEPT).nonzero().flatten().tolist()
+        text = (made["tokens"] >= MARK_IDS).nonzero().flatten().tolist()
         assert bytes(made["tokens"][text].tolist()).decode() == row["text"][: LENGTH - 1]
         assert set(text) <= seen_at(model, made["tokens"], place)
         assert made["tokens"][place] == Bytes().marks.first

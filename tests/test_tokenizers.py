@@ -24,10 +24,10 @@ from tokenizers import decoders, models, normalizers, pre_tokenizers
 from dtrain.config.build import build
 from dtrain.config.schema import validated
 from dtrain.data.base import Data
-from dtrain.data.prepare import normalized, prepare
+from dtrain.data.prepare import normalize, prepare
 from dtrain.data.rows import Rows
 from dtrain.data.sources import Files, Source
-from dtrain.data.tokenizer import BPE, KEPT, Bytes, FromFile, Tokenizer, count_ids
+from dtrain.data.tokenizer import BPE, MARK_IDS, Bytes, FromFile, Tokenizer, count_ids
 
 TEXT = "some words of a text, and some more of them\n" * 40
 
@@ -91,7 +91,7 @@ def test_the_end_is_the_token_that_is_called_so(name: str, tmp_path: Path) -> No
     made = corpus(TEXT, tokenizer, tmp_path)
     assert tokenizer.marks.end == tokenizer.vocab_size - 1 and "end" not in tokenizer.missing
     assert whole(made).count(tokenizer.marks.end) == 1 and whole(made)[-1] == tokenizer.marks.end
-    assert tokenizer.decode(whole(made)) == normalized(TEXT)
+    assert tokenizer.decode(whole(made)) == normalize(TEXT)
 
 
 def test_an_end_of_any_other_name_is_asked_for(tmp_path: Path) -> None:
@@ -117,7 +117,7 @@ def test_ids_may_have_gaps(step: int, tmp_path: Path) -> None:
     tokenizer = saved(characters("</s>", step=step), tmp_path)
     made = corpus(TEXT, tokenizer, tmp_path)
     assert tokenizer.vocab_size == 29 * step + 1 and max(whole(made)) == 29 * step
-    assert tokenizer.decode(whole(made)) == normalized(TEXT)
+    assert tokenizer.decode(whole(made)) == normalize(TEXT)
     refused = pytest.raises(
         ValueError, match=f"data.tokenizer.vocab_size=30: .* has {29 * step + 1} ids"
     )
@@ -222,7 +222,7 @@ def test_rows_hold_no_marks(tmp_path: Path) -> None:
             row["text"] == f"a b {row['n']}" and row["words"] == [" ", "b"] for _, row in data.all()
         )
         assert data.left_out == {"control characters, now blanks": 3 * 40}
-        assert all(Bytes().encode(row["text"]).min() >= KEPT for _, row in data.all())
+        assert all(Bytes().encode(row["text"]).min() >= MARK_IDS for _, row in data.all())
 
 
 @given(st.text("abc xyzäß日🙂\n", max_size=40))

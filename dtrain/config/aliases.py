@@ -125,6 +125,7 @@ MOVED = {
     "dtrain.parallel.units": "dtrain.parallel.fsdp_units",
     "dtrain.parallel.presence": "dtrain.parallel.unused_parameters",
     "dtrain.draw": "dtrain.data.seeded",
+    "dtrain.task.rows": "dtrain.task.labelled_rows",
     "dtrain.data.library": "dtrain.data.stdlib_rows",
     "dtrain.plan": "dtrain.parallel.plan",
     "dtrain.optimizer": "dtrain.parallel.optimizer",

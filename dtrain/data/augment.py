@@ -1,4 +1,4 @@
-"""Augmentation: changes of training samples by chance, each drawn from (seed, step, sample) alone.
+"""Augmentation: random changes of training samples, drawn from (seed, step, sample) alone.
 
 Sources: EDA, Wei & Zou 2019 (1901.11196: deletion); SpanBERT, Joshi et al. 2019 (1907.10529: spans
 of geometric length); cutout, DeVries & Taylor 2017 (1708.04552); mixup, Zhang et al. 2017
@@ -23,57 +23,65 @@ class TextChange(ABC):
 
     @abstractmethod
     def __call__(self, ids: Tensor, room: int, hidden: int, chance: torch.Generator) -> Tensor:
-        """The changed ids: (N,) -> (M,), of which a row takes `room`; `hidden` is the mark in a
-        hidden one's place.
+        """Change the ids: (N,) -> (M,).
+
+        Args:
+            room: ids that fit into the row.
+            hidden: the mark in the place of a hidden token.
         """
 
 
 def augmentations(
-    augment: Mapping[str, Any] | None, kinds: type | tuple[type, ...], of: str
+    augment: Mapping[str, Any] | None, kinds: type | tuple[type, ...], samples: str
 ) -> list[Any]:
-    """The changes that a task is asked for.
+    """Return the changes that `task.augment` names.
+
+    Args:
+        kinds: of changes that the task knows.
+        samples: what they change, for messages.
 
     Raises:
         ValueError: one is of another kind.
     """
     for name, change in (augment or {}).items():
         if not isinstance(change, kinds):
-            raise ValueError(f"task.augment.{name}: {type(change).__name__} is no change of {of}")
+            raise ValueError(
+                f"task.augment.{name}: {type(change).__name__} is no change of {samples}"
+            )
     return list((augment or {}).values())
 
 
 class TokenDrop(TextChange):
-    """Leave out tokens, each with this probability; one at least stays."""
+    """Leave out each token with this probability; at least one stays."""
 
     def __init__(self, probability: float = 0.1) -> None:
         self.probability = _probability("token_drop", probability)
 
     def __call__(self, ids: Tensor, room: int, hidden: int, chance: torch.Generator) -> Tensor:
-        kept = torch.rand(len(ids), generator=chance) >= self.probability
-        return ids[kept] if kept.any() else ids[:1]
+        stays = torch.rand(len(ids), generator=chance) >= self.probability
+        return ids[stays] if stays.any() else ids[:1]
 
 
 class SpanMask(TextChange):
-    """Hide spans of tokens, of geometric length with this mean, up to this share of the text."""
+    """Hide spans of tokens, up to this share of the text; their lengths are geometric."""
 
     def __init__(self, share: float = 0.15, mean_length: float = 3.0) -> None:
         self.share = _probability("span_mask", share, "share")
         self.mean_length = _one_or_more("span_mask.mean_length", mean_length)
 
     def __call__(self, ids: Tensor, room: int, hidden: int, chance: torch.Generator) -> Tensor:
-        left, changed = int(self.share * min(len(ids), room)), ids.clone()
+        read, changed = min(len(ids), room), ids.clone()
+        left = int(self.share * read)
         while left > 0:
             length = min(left, 1 + _geometric(1 / self.mean_length, chance))
-            start = int(
-                torch.randint(max(1, min(len(ids), room) - length + 1), (), generator=chance)
-            )
+            start = int(torch.randint(max(1, read - length + 1), (), generator=chance))
             changed[start : start + length] = hidden
             left -= length
         return changed
 
 
 class TextCrop(TextChange):
-    """Begin a text that is too long for its row anywhere: each time another part of it is read."""
+    """Begin a text that is too long for its row at a random token, each time at another."""
 
     def __call__(self, ids: Tensor, room: int, hidden: int, chance: torch.Generator) -> Tensor:
         start = int(torch.randint(max(0, len(ids) - room) + 1, (), generator=chance))
@@ -85,11 +93,11 @@ class ImageChange(ABC):
 
     @abstractmethod
     def __call__(self, pixels: Tensor, chance: torch.Generator) -> Tensor:
-        """The changed image: (C, H, W) -> (C, H, W), values from -1 to 1."""
+        """Change the image: (C, H, W) -> (C, H, W), values from -1 to 1."""
 
 
 class Crop(ImageChange):
-    """Move the image by up to so many pixels in each direction; what comes in is dark."""
+    """Move the image by up to this many pixels in each direction; the free border is dark."""
 
     def __init__(self, pixels: int = 1) -> None:
         self.pixels = _one_or_more("crop.pixels", pixels)
@@ -101,7 +109,7 @@ class Crop(ImageChange):
 
 
 class Flip(ImageChange):
-    """Mirror left and right, with this probability: not for letters and digits."""
+    """Mirror left and right with this probability; not for letters and digits."""
 
     def __init__(self, probability: float = 0.5) -> None:
         self.probability = _probability("flip", probability)
@@ -111,7 +119,7 @@ class Flip(ImageChange):
 
 
 class Cutout(ImageChange):
-    """Darken a square of this side, anywhere; it may reach over the edge."""
+    """Darken a square of this side at a random place; it may reach over the edge."""
 
     def __init__(self, side: int = 3) -> None:
         self.side = _one_or_more("cutout.side", side)
@@ -127,9 +135,7 @@ class Cutout(ImageChange):
 
 
 class Mixup:
-    """Mix each sample of a batch with another, and their labels likewise; shares are drawn from
-    Beta(alpha, alpha).
-    """
+    """Mix each sample of a batch and its label with another, by shares of Beta(alpha, alpha)."""
 
     def __init__(self, alpha: float = 0.2) -> None:
         self.alpha = alpha
@@ -139,7 +145,7 @@ class Mixup:
     def mix(
         self, pixels: Tensor, targets: Tensor, chance: torch.Generator
     ) -> tuple[Tensor, Tensor]:
-        """(B, C, H, W), (B, K) shares of each class -> the same."""
+        """Mix pixels (B, C, H, W) and shares of the classes (B, K); return both."""
         draws = [
             torch._standard_gamma(torch.full((len(pixels),), self.alpha), generator=chance)
             for _ in range(2)
@@ -147,18 +153,15 @@ class Mixup:
         share = (draws[0] / (draws[0] + draws[1]).clamp(min=1e-9)).to(pixels.dtype)
         other = torch.randperm(len(pixels), generator=chance)
         wide, narrow = share[:, None, None, None], share[:, None]
-        return wide * pixels + (1 - wide) * pixels[other], narrow * targets + (
-            1 - narrow
-        ) * targets[other]
+        pixels = wide * pixels + (1 - wide) * pixels[other]
+        return pixels, narrow * targets + (1 - narrow) * targets[other]
 
 
 def _geometric(p: float, chance: torch.Generator) -> int:
-    """Failures before the first success."""
-    return (
-        0
-        if p >= 1
-        else int(math.log(1 - float(torch.rand((), generator=chance))) / math.log(1 - p))
-    )
+    """Draw the number of failures before the first success."""
+    if p >= 1:
+        return 0
+    return int(math.log(1 - float(torch.rand((), generator=chance))) / math.log(1 - p))
 
 
 def _probability(name: str, value: float, key: str = "probability") -> float:

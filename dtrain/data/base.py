@@ -1,4 +1,4 @@
-"""What a run may do with any data before it knows the task."""
+"""The contract of data: what a run may do with them before it knows the task."""
 
 from __future__ import annotations
 
@@ -14,25 +14,32 @@ Progress = Callable[[str, int], None]  # (what is being done, documents or sampl
 class Data(ABC):
     """Training and held-out data.
 
-    `left_out` says what a user's texts or files have that is not read, by kind, and `kept` in which
-    folder what `prepare` made is kept for the next run, if it is.
+    Attributes:
+        left_out: number of things in the user's texts or files that are not read, by kind.
+        cache_folder: where the prepared data are kept for the next run; None: they are not.
     """
 
     name: str
     left_out: Counter[str] = Counter()
-    kept: Path | None = None
+    cache_folder: Path | None = None
 
     @abstractmethod
     def prepare(self, progress: Progress) -> None:
-        """Make ready to read, once; any number of processes may call it at the same time.
+        """Make the data ready to read, once; many processes may call it at the same time.
 
         Raises:
-            ValueError: nothing to read, or something that cannot be read.
+            ValueError: there is nothing to read, or something cannot be read.
         """
 
-    def leave(self, folder: Path) -> None:  # noqa: B027
-        """Put beside a run what its model needs to be used: a tokenizer, say."""
+    def save_for_inference(self, folder: Path) -> None:  # noqa: B027
+        """Save what the trained model needs to be used, such as the tokenizer."""
 
     @abstractmethod
     def describe(self) -> dict[str, Any]:
-        """What a run's summary says of its data."""
+        """Return what a run's summary says of its data."""
+
+
+def check_validation_fraction(fraction: float) -> None:
+    """Raise ValueError unless both sides get a share."""
+    if not 0 < fraction < 1:
+        raise ValueError(f"data.validation_fraction={fraction} must be more than 0 and less than 1")

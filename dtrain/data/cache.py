@@ -1,8 +1,8 @@
-"""What is made of a user's data once, and kept: folders in a cache, each whole or not there.
+"""A cache of what is made once of a user's data: folders, each whole or not there.
 
-A folder's name is a fingerprint of all that decides what is in it. It is made under another name,
-synced, and renamed when whole, under a lock: what breaks off leaves nothing, and of several ranks
-one works. `kept.json` says what was written; what does not agree with it is made anew.
+A folder's name is a fingerprint of all that decides its content. It is made under another name,
+synced, and renamed when it is whole, under a lock: so an interrupted process leaves nothing, and of
+several ranks one works. `kept.json` lists what was written; a folder that differs is made anew.
 """
 
 from __future__ import annotations
@@ -19,12 +19,13 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from dtrain.data.paths import CACHE, SIGNATURE, expanded
+from dtrain.data.paths import CACHE, SIGNATURE, expand_path
 from dtrain.files import json_files
 from dtrain.files.disk import digest, sync
 
 MANIFEST = "kept.json"  # by name: the size and the digest of each file
 KEY = "data.cache"
+REMEDY = f"set {KEY} or DTRAIN_CACHE to a folder of yours with room"
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
@@ -34,49 +35,49 @@ def cached_folder(
     settings: Callable[[], Mapping[str, Any]],
     make: Callable[[Path], None],
 ) -> Path:
-    """The folder of what `make` writes into the folder that it is given: as it is kept, or made
-    now.
+    """Return the cached folder, or let `make` write it now.
 
-    Every process may call it at once. What is there is only read: also where nothing can be
-    written.
+    Many processes may call it at once. A complete folder is only read, so it may be read-only.
 
     Args:
         name: for people.
-        settings: tells all that decides what is written, asked for before and after.
+        settings: returns all that decides the content; called before and after `make`.
+        make: writes the content into the folder that it is given.
 
     Raises:
-        ValueError: the cache cannot be written, its disk is full, or what is read changes
-            meanwhile; it is left as it was.
+        ValueError: the cache cannot be written, its disk is full, or the user's files change
+            meanwhile; the cache is left as it was.
     """
     if "/" in name:
         raise ValueError(f"data.name={name} is a folder's name: it cannot hold a slash")
-    asked = settings()
-    fingerprint = hashlib.sha256(json.dumps(asked, sort_keys=True).encode()).hexdigest()[:16]
-    at = expanded(str(cache), f"{KEY} (DTRAIN_CACHE)")
-    folder = at / f"{name}-{fingerprint}"
+    before = settings()
+    fingerprint = hashlib.sha256(json.dumps(before, sort_keys=True).encode()).hexdigest()[:16]
+    root = expand_path(str(cache), f"{KEY} (DTRAIN_CACHE)")
+    folder = root / f"{name}-{fingerprint}"
 
-    def made(partial: Path) -> None:
+    def make_unchanged(partial: Path) -> None:
         make(partial)
-        refuse_changed(name, asked, settings)
+        refuse_changed(name, before, settings)
 
     try:
         if not is_complete(folder):
-            at.mkdir(parents=True, exist_ok=True)
-            (at / CACHE).exists() or (at / CACHE).write_text(SIGNATURE)
-            with _locked(at / f"{folder.name}.lock"):
+            root.mkdir(parents=True, exist_ok=True)
+            if not (root / CACHE).exists():
+                (root / CACHE).write_text(SIGNATURE)
+            with _locked(root / f"{folder.name}.lock"):
                 if not is_complete(folder):
-                    _make(folder, made)
+                    _publish(folder, make_unchanged)
     except OSError as error:
         if error.errno in FULL:
             raise ValueError(
-                f"{KEY}={cache}: {error.strerror}, while {name} was prepared: {_elsewhere()}"
+                f"{KEY}={cache}: {error.strerror}, while {name} was prepared: {REMEDY}"
             ) from None
         where = Path(str(error.filename or "?"))
-        if not (where.is_relative_to(at) or at.is_relative_to(where)):
-            raise  # of the user's files
+        if not (where.is_relative_to(root) or root.is_relative_to(where)):
+            raise  # an error with the user's files
         raise ValueError(
             f"{KEY}={cache}: {folder.name} is not there, or not whole, and cannot be made "
-            f"({error.strerror}: {where}): {_elsewhere()}"
+            f"({error.strerror}: {where}): {REMEDY}"
         ) from None
     return folder
 
@@ -84,7 +85,7 @@ def cached_folder(
 def refuse_changed(
     name: str, before: Mapping[str, Any], now: Callable[[], Mapping[str, Any]]
 ) -> None:
-    """Raise ValueError if the files of some data are others than before they were read."""
+    """Raise ValueError if the files of some data have changed since `before`."""
     if (after := now()) != before:
         changed = sorted(set(_files(before)) ^ set(_files(after)))
         which = f"{changed[0][0]}, of data {name}," if changed else f"what data {name} is read from"
@@ -92,7 +93,7 @@ def refuse_changed(
 
 
 def _files(settings: Mapping[str, Any]) -> list[tuple[str, int, int]]:
-    """The stamps among some settings, or among those of their source."""
+    """Return the stamps of files in some settings and in their source's."""
     return [
         tuple(each)
         for part in (settings, settings.get("source", {}))
@@ -101,23 +102,23 @@ def _files(settings: Mapping[str, Any]) -> list[tuple[str, int, int]]:
 
 
 def is_complete(folder: Path) -> bool:
-    """Is it there, as it was written?
+    """Return whether a folder is there, as it was written.
 
-    Sizes are compared, and digests of files that are not older than the manifest: whatever changes
-    a file makes it so.
+    Compare sizes, and digests of files that are not older than the manifest: every change makes a
+    file newer.
 
     Raises:
-        OSError: it may not be read.
+        OSError: the folder may not be read.
     """
     try:
         manifest = folder / MANIFEST
         files, written = json_files.read(manifest), manifest.stat().st_mtime_ns
         for name, (size, sha256) in files.items():
-            found = (folder / name).stat()
-            if Path(name).name != name or not stat.S_ISREG(found.st_mode):
+            status = (folder / name).stat()
+            if Path(name).name != name or not stat.S_ISREG(status.st_mode):
                 return False
-            if found.st_size != size or (
-                found.st_mtime_ns >= written and digest(folder / name) != sha256
+            if status.st_size != size or (
+                status.st_mtime_ns >= written and digest(folder / name) != sha256
             ):
                 return False
     except (FileNotFoundError, NotADirectoryError, ValueError, TypeError):
@@ -126,25 +127,25 @@ def is_complete(folder: Path) -> bool:
 
 
 @contextmanager
-def refuse_altered_content(file: Path, *theirs: type[Exception]) -> Iterator[None]:
-    """Refuse a kept file whose content is not as ours is: somebody else may have made it, and its
-    manifest.
+def refuse_altered_content(file: Path, *errors: type[Exception]) -> Iterator[None]:
+    """Raise ValueError if a cached file cannot be understood: another program may have made it.
 
     Args:
-        theirs: what else is raised where it is read.
+        errors: that the library raises that reads it, besides Python's own.
     """
-    known = (ValueError, TypeError, KeyError, AttributeError, RecursionError, FileNotFoundError)
-    kinds: tuple[type[Exception], ...] = (*known, *theirs)
+    own = (ValueError, TypeError, KeyError, AttributeError, RecursionError, FileNotFoundError)
+    kinds: tuple[type[Exception], ...] = (*own, *errors)
     try:
         yield
     except kinds as error:
-        said = next(iter(str(error).splitlines()), type(error).__name__)
+        reason = next(iter(str(error).splitlines()), type(error).__name__)
         raise ValueError(
-            f"{file} is not as it was written ({said}): remove {file.parent}"
+            f"{file} is not as it was written ({reason}): remove {file.parent}"
         ) from None
 
 
-def _make(folder: Path, make: Callable[[Path], None]) -> None:
+def _publish(folder: Path, make: Callable[[Path], None]) -> None:
+    """Let `make` write a partial folder, list and sync its files, and rename it to `folder`."""
     partial = folder.with_name(f"{folder.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir()
@@ -167,9 +168,9 @@ def _make(folder: Path, make: Callable[[Path], None]) -> None:
 
 @contextmanager
 def _locked(file: Path) -> Iterator[None]:
-    """Alone among processes; another user's lock serves too.
+    """Exclude other processes until the block, or this process, ends.
 
-    Released when the process ends, however it ends.
+    The file may belong to another user.
     """
     try:
         lock = os.open(file, os.O_RDWR | os.O_CREAT, 0o666)
@@ -182,7 +183,3 @@ def _locked(file: Path) -> Iterator[None]:
         yield
     finally:
         os.close(lock)
-
-
-def _elsewhere() -> str:
-    return f"set {KEY} or DTRAIN_CACHE to a folder of yours with room"

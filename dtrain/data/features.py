@@ -1,4 +1,4 @@
-"""What a small classifier sees in images."""
+"""Features of images: the hidden layer of a small classifier."""
 
 from __future__ import annotations
 
@@ -7,10 +7,9 @@ from torch import Tensor
 
 
 class Features:
-    """The hidden layer of a perceptron that has learned the samples' labels: what a Fréchet
-    distance is taken in.
+    """The hidden layer of a perceptron that has learned the samples' labels, for Fréchet distances.
 
-    Trained here, by scikit-learn, in a second or a few; the same everywhere for the same samples.
+    scikit-learn trains it in a few seconds: the same everywhere for the same samples.
     """
 
     WIDTH = 64
@@ -18,7 +17,7 @@ class Features:
     def __init__(self, values: Tensor, labels: Tensor) -> None:
         from sklearn.neural_network import MLPClassifier
 
-        if len(labels.unique()) < 2:
+        if len(torch.unique(labels)) < 2:
             raise ValueError("samples without two classes have no features to compare")
         self.model = MLPClassifier((self.WIDTH,), max_iter=60, early_stopping=True, random_state=0)
         self.model.fit(values.flatten(1).numpy(), labels.numpy())

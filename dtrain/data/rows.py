@@ -1,4 +1,4 @@
-"""Rows with several fields, such as a text and its label: read whole, and split by group."""
+"""Rows with several fields, such as a text and its label: held in memory, and split by group."""
 
 from __future__ import annotations
 
@@ -9,34 +9,35 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from dtrain.data.base import Data, Progress
+from dtrain.data.base import Data, Progress, check_validation_fraction
 from dtrain.data.cache import cached_folder, refuse_altered_content, refuse_changed
-from dtrain.data.sources import Source, is_missing
-from dtrain.data.tokenizer import BPE, KEPT, Tokenizer
+from dtrain.data.formats import Row
+from dtrain.data.sources import Source, check_source, is_missing
+from dtrain.data.tokenizer import BPE, MARK_IDS, Tokenizer
 from dtrain.files import json_files
 
-Row = tuple[str, dict[str, Any]]  # where it stands, for messages; its fields
 VERSION = 2  # of how rows are read and kept: part of the fingerprint
 FILE = "rows.jsonl"
-# for control characters whose ids serve as marks; no character moves
-BLANKS = dict.fromkeys(range(KEPT), " ")
+# in place of control characters whose ids serve as marks: each text keeps its length
+BLANKS = dict.fromkeys(range(MARK_IDS), " ")
 
 
 class Rows(Data):
-    """A source's rows, held in memory. Which fields count is for the task to say.
+    """A source's rows, held in memory. The task chooses the fields.
 
     Args:
         name: for people.
-        source, tokenizer: where the rows come from; how their texts become ids.
-        validation_fraction: share of the rows (or groups) held out: by content, so that it does not
-            change.
-        group: a field; rows that agree in it are on one side. None, and a row that has none: each
-            by itself.
+        source: where the rows come from.
+        tokenizer: how their texts become ids.
+        validation_fraction: share of the rows (or groups) held out, chosen by a hash of their
+            content: a row stays on its side when others come or go.
+        group: a field; rows that agree in it are on one side. A row without a value in it is a
+            group of its own; None: every row is.
         cache: folder where the rows are kept for the next run, if JSON can hold them; None:
             nowhere.
 
     Raises:
-        ValueError: a tokenizer that would be learned from these few rows.
+        ValueError: the tokenizer would have to learn from these few rows.
     """
 
     def __init__(
@@ -51,14 +52,10 @@ class Rows(Data):
         if isinstance(tokenizer, BPE):
             raise ValueError(
                 "rows need a tokenizer that is known: data/tokenizer=bytes, or "
-                "data/tokenizer=file with "
-                "the one that the weights have learned with"
+                "data/tokenizer=file with the one that the weights have learned with"
             )
-        if not 0 < validation_fraction < 1:
-            raise ValueError(
-                f"data.validation_fraction={validation_fraction} must be more than 0 and "
-                f"less than 1"
-            )
+        check_validation_fraction(validation_fraction)
+        check_source(source)
         self.name, self.source, self.tokenizer = name, source, tokenizer
         self.validation_fraction, self.group, self.cache = validation_fraction, group, cache
         self.left_out = Counter()
@@ -70,7 +67,7 @@ class Rows(Data):
 
     def prepare(self, progress: Progress) -> None:
         self.split = {"train": [], "validation": []}
-        for where, raw in self._rows(progress):
+        for where, raw in self._read_or_load(progress):
             row = {name: _without_controls(value, self.left_out) for name, value in raw.items()}
             if self.group and self.group not in row:
                 raise ValueError(
@@ -92,11 +89,11 @@ class Rows(Data):
                     f"data.validation_fraction"
                 )
 
-    def _rows(self, progress: Progress) -> list[Row]:
-        """The source's rows, from the cache if it has them."""
-        read: list[Row] = []
+    def _read_or_load(self, progress: Progress) -> list[Row]:
+        """Return the source's rows, from the cache if it has them."""
+        rows: list[Row] = []
 
-        def make(folder: Path | None) -> None:
+        def read(folder: Path | None) -> None:
             for number, row in enumerate(self.source.rows(), start=1):
                 if json_files.too_deep(row[1]):
                     raise ValueError(
@@ -104,12 +101,12 @@ class Rows(Data):
                         f"fields out"
                     )
                 if folder and number == 1:
-                    # other ranks wait for this one: in vain, if rows like these cannot be kept
+                    # before all are read: other ranks wait, in vain if the rows cannot be kept
                     _line(row)
-                read.append(row)
+                rows.append(row)
                 progress("reading", number)
             if folder:
-                lines = [json.dumps(self.source.left_out), *map(_line, read)]
+                lines = [json.dumps(self.source.left_out), *map(_line, rows)]
                 (folder / FILE).write_text("\n".join(lines) + "\n", encoding="utf-8")
 
         def settings() -> dict[str, Any]:
@@ -117,22 +114,20 @@ class Rows(Data):
 
         if self.cache is not None:
             try:
-                self.kept = cached_folder(self.cache, self.name, settings, make)
-            except _NoJSON:
+                self.cache_folder = cached_folder(self.cache, self.name, settings, read)
+            except _NotJSON:
                 pass  # they are read each time
             else:
-                with (
-                    refuse_altered_content(file := self.kept / FILE),
-                    file.open(encoding="utf-8") as lines,
-                ):
+                file = self.cache_folder / FILE
+                with refuse_altered_content(file), file.open(encoding="utf-8") as lines:
                     self.left_out = Counter(dict(json_files.parse(next(lines, ""))))
                     return [(str(where), dict(row)) for where, row in map(json_files.parse, lines)]
-        if not read:
+        if not rows:
             before = settings()
-            make(None)
+            read(None)
             refuse_changed(self.name, before, settings)
         self.left_out = Counter(self.source.left_out)
-        return read
+        return rows
 
     def describe(self) -> dict[str, Any]:
         digest = hashlib.sha256()
@@ -142,12 +137,13 @@ class Rows(Data):
         return {"name": self.name, **sizes, "digest": digest.hexdigest()[:16]}
 
     def all(self) -> Iterator[Row]:
+        """Yield the rows of both sides."""
         for rows in self.split.values():
             yield from rows
 
 
-class _NoJSON(Exception):
-    """Rows hold something that JSON does not give back as it was."""
+class _NotJSON(Exception):
+    """Rows hold something that JSON would change or cannot hold."""
 
 
 def _line(row: Row) -> str:
@@ -155,21 +151,21 @@ def _line(row: Row) -> str:
         line = json.dumps(row)
         same = json.loads(line) == list(row)
     except (TypeError, ValueError):
-        raise _NoJSON from None
+        raise _NotJSON from None
     if not same:
-        raise _NoJSON
+        raise _NotJSON
     return line
 
 
 def _without_controls(value: Any, left_out: Counter[str]) -> Any:
-    """A value whose texts have blanks where control characters were that would be read as marks."""
+    """Put blanks in place of control characters that would be read as marks."""
     if isinstance(value, str):
-        made = value.translate(BLANKS)
-        if made != value:
+        text = value.translate(BLANKS)
+        if text != value:
             left_out["control characters, now blanks"] += sum(
-                a != b for a, b in zip(value, made, strict=True)
+                a != b for a, b in zip(value, text, strict=True)
             )
-        return made
+        return text
     if isinstance(value, list):
         return [_without_controls(each, left_out) for each in value]
     return value

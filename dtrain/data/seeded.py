@@ -1,6 +1,4 @@
-"""Chance and order that are functions of (seed, what for): the same on every rank, whatever
-came before.
-"""
+"""Random numbers and orders as functions of (seed, purpose): the same on every rank at any time."""
 
 from __future__ import annotations
 
@@ -14,37 +12,43 @@ import torch
 
 
 def generator(seed: int, *purpose: object) -> torch.Generator:
-    """A generator for one purpose: a step, a sample, an epoch, a parameter."""
+    """Make a generator for one purpose: a step, a sample, an epoch, a parameter."""
     digest = hashlib.blake2b("/".join(map(str, (seed, *purpose))).encode(), digest_size=8).digest()
     return torch.Generator().manual_seed(int.from_bytes(digest, "big") >> 1)
 
 
 def seed_everything(seed: int) -> None:
-    """The global generators of torch, Python and numpy: an author may draw by any of them."""
+    """Seed torch, Python and numpy: a user's code may draw from any of them."""
     torch.manual_seed(seed)
     random.seed(seed)
     numpy.random.seed(seed % 2**32)
 
 
 class Again:
-    """A context that begins with Python's and numpy's generators as they were when it was made, and
-    leaves them as they were: torch's own recomputation keeps its generator alone.
+    """A context with Python's and numpy's random states of the time when it was made.
+
+    On leaving it restores the states that it found. Torch's own recomputation restores torch's
+    generator alone.
     """
 
     def __init__(self) -> None:
-        self._begin = random.getstate(), numpy.random.get_state()
+        self._states = _random_states()
 
     def __enter__(self) -> None:
-        self._outside = random.getstate(), numpy.random.get_state()
-        self._set(*self._begin)
+        self._outside = _random_states()
+        _set_random_states(*self._states)
 
     def __exit__(self, *_: object) -> None:
-        self._set(*self._outside)
+        _set_random_states(*self._outside)
 
-    @staticmethod
-    def _set(own: Any, numpys: Any) -> None:
-        random.setstate(own)
-        numpy.random.set_state(numpys)
+
+def _random_states() -> tuple[Any, Any]:
+    return random.getstate(), numpy.random.get_state()
+
+
+def _set_random_states(python_state: Any, numpy_state: Any) -> None:
+    random.setstate(python_state)
+    numpy.random.set_state(numpy_state)
 
 
 @lru_cache(maxsize=8)
@@ -53,13 +57,11 @@ def _order(total: int, seed: int, epoch: int) -> list[int]:
 
 
 def shuffled_rows(step: int, rows: int, total: int, seed: int) -> list[int]:
-    """Which `rows` of `total` samples a step reads: each is read once an epoch, in an order of
-    the epoch's own.
-    """
+    """Return which `rows` of `total` samples a step reads; each epoch has an order of its own."""
     wanted = range(step * rows, (step + 1) * rows)
     return [_order(total, seed, index // total)[index % total] for index in wanted]
 
 
 def random_subset(total: int, number: int | None, seed: int) -> list[int]:
-    """So many of `total` samples, at random; None: all."""
+    """Choose `number` of `total` samples at random; None: all."""
     return torch.randperm(total, generator=generator(seed, "examples"))[:number].tolist()

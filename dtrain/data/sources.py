@@ -1,6 +1,6 @@
-"""Where documents come from.
+"""Sources of documents, and of rows with several fields.
 
-Every source names its inputs first, so that a cache can tell if they changed.
+Every source describes its inputs before they are read, so that a cache knows if they changed.
 """
 
 from __future__ import annotations
@@ -16,8 +16,8 @@ from pathlib import Path
 from typing import Any
 
 from dtrain.config.user_code import error_in_words
-from dtrain.data.formats import format_of, parsed, rows_of, utf8
-from dtrain.data.paths import expanded, file_stamps, files_at
+from dtrain.data.formats import Row, format_of, open_utf8, parse_json, read_rows
+from dtrain.data.paths import expand_path, file_stamps, find_files
 
 # Packages of the standard library, without tests and tables (encodings). Where a Python lacks one
 # (Debian's has no idlelib, 3.13 no lib2to3) the corpus is smaller: its digest stands in the log.
@@ -33,30 +33,35 @@ LEFT_OUT = ("test", "__pycache__", "_sysconfigdata")
 class Source(ABC):
     """A collection of documents, or of rows with several fields."""
 
-    field: str = "text"  # of a row: what its document is
+    field: str = "text"  # the field of a row that is its document
 
     @cached_property
     def left_out(self) -> Counter[str]:
-        """What is not read of it, by kind, counted on the way."""
+        """Number of things that are not read, by kind; counted while rows are read."""
         return Counter()
 
     @abstractmethod
     def describe(self) -> dict[str, Any]:
-        """What decides the documents, cheaply: names, sizes, times.
+        """Return what decides the documents, cheaply: names, sizes, times.
 
-        ValueError if there is nothing.
+        Raises:
+            ValueError: there is nothing.
         """
 
     @abstractmethod
-    def rows(self) -> Iterator[tuple[str, dict[str, Any]]]:
-        """(name, fields) of each row, in a fixed order. ValueError for what cannot be read."""
+    def rows(self) -> Iterator[Row]:
+        """Read the name and the fields of each row, in a fixed order.
 
-    def rows_with(self, fields: Sequence[str]) -> Iterator[tuple[str, dict[str, Any]]]:
-        """(name, fields) of each row, of which no other fields are needed."""
+        Raises:
+            ValueError: something cannot be read.
+        """
+
+    def rows_with(self, fields: Sequence[str]) -> Iterator[Row]:
+        """Read the rows; no other fields than these are needed."""
         return self.rows()
 
     def documents(self) -> Iterator[tuple[str, str]]:
-        """(name, text) of each row that has one."""
+        """Read the name and the text of each row that has a text."""
         for where, row in self.rows_with([self.field]):
             if is_missing(row.get(self.field, "")):
                 self.left_out["rows without a text (null)"] += 1
@@ -65,9 +70,7 @@ class Source(ABC):
 
 
 class StandardLibrary(Source):
-    """The sources of Python's own standard library: up to ten megabytes of real text on every
-    machine.
-    """
+    """The files of Python's own standard library: up to 10 MB of real text on every machine."""
 
     def __init__(self) -> None:
         self._root = Path(sysconfig.get_paths()["stdlib"])
@@ -77,18 +80,16 @@ class StandardLibrary(Source):
         inside = (
             file for package in STANDARD_LIBRARY for file in (self._root / package).rglob("*.py")
         )
-        kept = [f for f in (*top, *inside) if not _skipped(f.relative_to(self._root))]
-        return sorted(kept, key=lambda f: f.relative_to(self._root).as_posix())
+        files = [f for f in (*top, *inside) if not is_test_or_table(f.relative_to(self._root))]
+        return sorted(files, key=lambda f: f.relative_to(self._root).as_posix())
 
     def describe(self) -> dict[str, Any]:
         return {"kind": "standard library", "files": file_stamps(self._files())}
 
-    def rows(self) -> Iterator[tuple[str, dict[str, Any]]]:
+    def rows(self) -> Iterator[Row]:
         for file in self._files():
-            yield (
-                file.relative_to(self._root).as_posix(),
-                {"text": file.read_text(encoding="utf-8")},
-            )
+            name = file.relative_to(self._root).as_posix()
+            yield name, {"text": file.read_text(encoding="utf-8")}
 
 
 class Files(Source):
@@ -97,9 +98,9 @@ class Files(Source):
     Args:
         path: a file, a folder (everything in it), a pattern such as `docs/**/*.md`, or a list of
             these.
-        format: text (a file is a document), json, jsonl, csv, tsv or parquet (a row is one); None:
-            by the ending.
-        field: the column or key that holds the text, but for text.
+        format: text (a file is a document), json, jsonl, csv, tsv or parquet (a row is a document);
+            None: by the file's ending.
+        field: the column or key of the text, where a file has rows.
     """
 
     FORMATS = ("text", "json", "jsonl", "csv", "tsv", "parquet")
@@ -114,7 +115,7 @@ class Files(Source):
         self.path, self.format, self.field = path, format, field
 
     def describe(self) -> dict[str, Any]:
-        files = files_at(self.path, "data.source.path")
+        files = find_files(self.path, "data.source.path")
         return {
             "kind": "files",
             "format": self.format,
@@ -122,35 +123,35 @@ class Files(Source):
             "files": file_stamps(files),
         }
 
-    def rows(self) -> Iterator[tuple[str, dict[str, Any]]]:
+    def rows(self) -> Iterator[Row]:
         return self._read(None)
 
-    def rows_with(self, fields: Sequence[str]) -> Iterator[tuple[str, dict[str, Any]]]:
+    def rows_with(self, fields: Sequence[str]) -> Iterator[Row]:
         return self._read(fields)
 
-    def _read(self, wanted: Sequence[str] | None) -> Iterator[tuple[str, dict[str, Any]]]:
+    def _read(self, wanted: Sequence[str] | None) -> Iterator[Row]:
         self.left_out.clear()
-        files = files_at(self.path, "data.source.path", self.left_out)
-        full = [file for file in files if file.stat().st_size]
-        if not full:
+        files = find_files(self.path, "data.source.path", self.left_out)
+        nonempty = [file for file in files if file.stat().st_size]
+        if not nonempty:
             raise ValueError(
                 f"{files[0]} is empty" + (", and so are all the others" if len(files) > 1 else "")
             )
-        self.left_out["empty files"] += len(files) - len(full)
-        for file in full:
-            yield from rows_of(
-                file, self.format or format_of(file), self.field, wanted, self.left_out
-            )
+        self.left_out["empty files"] += len(files) - len(nonempty)
+        for file in nonempty:
+            format = self.format or format_of(file)
+            yield from read_rows(file, format, self.field, wanted, self.left_out)
 
 
 class HuggingFace(Source):
     """A data set of the `datasets` library: from the hub, or a folder or script it can load.
 
     Args:
-        name: as in `datasets.load_dataset(name, subset, split=split)`, or a folder of
-            `save_to_disk`.
-        subset, split, revision: likewise.
-        field: the column that holds the text.
+        name: of the data set, or a folder of `save_to_disk`.
+        subset: as in `datasets.load_dataset(name, subset, split=split, revision=revision)`.
+        split: as in `load_dataset`.
+        revision: as in `load_dataset`.
+        field: the column of the text.
     """
 
     def __init__(
@@ -161,74 +162,66 @@ class HuggingFace(Source):
         revision: str | None = None,
         field: str = "text",
     ) -> None:
-        self.name = name
-        self.subset = subset
-        self.split = split
-        self.revision = revision
-        self.field = field
         if not name.strip():
             raise ValueError(
                 "data.source.name is empty (is a variable not set?): give a data set's name or "
                 "its folder"
             )
-        self._rows: Any = None
+        self.name, self.subset, self.split, self.revision = name, subset, split, revision
+        self.field = field
+        self._dataset: Any = None
 
     def _load(self) -> Any:
         try:
             import datasets
         except ImportError:
             raise ValueError("data=hub needs `datasets`: pip install 'dtrain[hub]'") from None
-        if self._rows is None:
-            folder = expanded(self.name, "data.source.name")
-            with self._said("loaded"):
-                if any(
-                    (folder / f"{kind}.json").exists()
-                    for kind in ("dataset_info", "state", "dataset_dict")
-                ):
-                    self._rows = datasets.load_from_disk(str(folder))
+        if self._dataset is None:
+            folder = expand_path(self.name, "data.source.name")
+            saved = ("dataset_info.json", "state.json", "dataset_dict.json")
+            with self._errors_in_one_line("loaded"):
+                if any((folder / file).exists() for file in saved):
+                    dataset = datasets.load_from_disk(str(folder))
                 else:
-                    self._rows = datasets.load_dataset(
+                    dataset = datasets.load_dataset(
                         self.name, self.subset, split=self.split, revision=self.revision
                     )
-            if isinstance(self._rows, dict):  # saved with all its splits
-                if self.split not in self._rows:
+            if isinstance(dataset, dict):  # saved with all its splits
+                if self.split not in dataset:
                     raise ValueError(
-                        f"data.source.split={self.split}: {self.name} has {', '.join(self._rows)}"
+                        f"data.source.split={self.split}: {self.name} has {', '.join(dataset)}"
                     )
-                self._rows = self._rows[self.split]
-        return self._rows
+                dataset = dataset[self.split]
+            self._dataset = dataset
+        return self._dataset
 
     def describe(self) -> dict[str, Any]:
-        return {
-            "kind": "hub",
-            "name": self.name,
-            "field": self.field,
-            "rows": self._load()._fingerprint,
-        }
+        fingerprint = self._load()._fingerprint
+        return {"kind": "hub", "name": self.name, "field": self.field, "rows": fingerprint}
 
-    def rows(self, *, undecoded: str | None = None) -> Iterator[tuple[str, dict[str, Any]]]:
-        """The rows. `undecoded`: a column of images that come as their files' bytes, or paths."""
-        known = self._load()
+    def rows(self, *, undecoded: str | None = None) -> Iterator[Row]:
+        """Read the rows; `undecoded` is a column of images, read as their files' bytes or paths."""
+        dataset = self._load()
         import datasets
 
-        if undecoded and isinstance(known.features.get(undecoded), datasets.Image):
-            known = known.cast_column(undecoded, datasets.Image(decode=False))
-        yield from self._each(known)
+        if undecoded and isinstance(dataset.features.get(undecoded), datasets.Image):
+            dataset = dataset.cast_column(undecoded, datasets.Image(decode=False))
+        yield from self._rows_of(dataset)
 
-    def rows_with(self, fields: Sequence[str]) -> Iterator[tuple[str, dict[str, Any]]]:
+    def rows_with(self, fields: Sequence[str]) -> Iterator[Row]:
         self.left_out.clear()
-        known = self._load()
-        columns = [name for name in fields if name in known.column_names]
-        yield from self._each(known.select_columns(columns) if columns else known)
+        dataset = self._load()
+        columns = [name for name in fields if name in dataset.column_names]
+        yield from self._rows_of(dataset.select_columns(columns) if columns else dataset)
 
-    def _each(self, known: Any) -> Iterator[tuple[str, dict[str, Any]]]:
-        with self._said("read"):
-            for number, row in enumerate(known):
+    def _rows_of(self, dataset: Any) -> Iterator[Row]:
+        with self._errors_in_one_line("read"):
+            for number, row in enumerate(dataset):
                 yield f"{self.name}, row {number}", row
 
     @contextmanager
-    def _said(self, done: str) -> Iterator[None]:
-        """In a line, whatever the library, or one that it uses, makes of a file."""
+    def _errors_in_one_line(self, done: str) -> Iterator[None]:
+        """Raise ValueError, in one line, for whatever the library makes of a damaged file."""
         try:
             yield
         except Exception as error:
@@ -238,7 +231,7 @@ class HuggingFace(Source):
 
 
 class Squad(Source):
-    """Questions on paragraphs, in SQuAD's JSON (1.1, or 2.0 without what cannot be answered).
+    """Questions on paragraphs, in SQuAD's JSON: 1.1, or 2.0 without unanswerable questions.
 
     Rows: context, question, answer, start (a character of the context), file (the article's title).
     Source: Rajpurkar et al. 2016 (1606.05250).
@@ -248,14 +241,14 @@ class Squad(Source):
         self.path = path
 
     def describe(self) -> dict[str, Any]:
-        return {"kind": "squad", "files": file_stamps(files_at(self.path, "data.source.path"))}
+        return {"kind": "squad", "files": file_stamps(find_files(self.path, "data.source.path"))}
 
-    def rows(self) -> Iterator[tuple[str, dict[str, Any]]]:
+    def rows(self) -> Iterator[Row]:
         self.left_out.clear()
-        for file in files_at(self.path, "data.source.path", self.left_out):
+        for file in find_files(self.path, "data.source.path", self.left_out):
             try:
-                with utf8(file) as stream:
-                    articles = parsed(stream.read(), str(file))["data"]
+                with open_utf8(file) as stream:
+                    articles = parse_json(stream.read(), str(file))["data"]
                 for article in articles:
                     for paragraph in article["paragraphs"]:
                         yield from self._questions(file, article.get("title", ""), paragraph)
@@ -264,9 +257,7 @@ class Squad(Source):
                     f"{file} is not in SQuAD's form: {error} is missing or of another kind"
                 ) from None
 
-    def _questions(
-        self, file: Path, title: str, paragraph: dict[str, Any]
-    ) -> Iterator[tuple[str, dict[str, Any]]]:
+    def _questions(self, file: Path, title: str, paragraph: dict[str, Any]) -> Iterator[Row]:
         context = paragraph["context"]
         for question in paragraph["qas"]:
             where = f"{file}, question {question.get('id', question['question'])}"
@@ -278,33 +269,37 @@ class Squad(Source):
                     raise ValueError(
                         f"{where}: the answer {text!r} does not stand at character {start}"
                     )
-                yield (
-                    where,
-                    {
-                        "context": context,
-                        "question": question["question"],
-                        "answer": text,
-                        "start": start,
-                        "file": title,
-                    },
-                )
+                answered = {"question": question["question"], "answer": text, "start": start}
+                yield where, {"context": context, **answered, "file": title}
 
 
-def _skipped(path: Path) -> bool:
+def is_test_or_table(path: Path) -> bool:
+    """Return whether a file of the standard library is a test or a table."""
     return any(part.startswith(LEFT_OUT) for part in path.parts)
 
 
+def check_source(source: object) -> None:
+    """Raise ValueError for a text where a source belongs."""
+    if isinstance(source, str):
+        raise ValueError(
+            f"data.source={source}: set data.source.path for files, or data.source.name for a "
+            f"data set of the hub"
+        )
+
+
 def is_missing(value: Any) -> bool:
-    """Is it null, or NaN, which pandas has in its place?"""
+    """Return whether a value is null, or NaN, which pandas writes instead."""
     return value is None or (isinstance(value, float) and math.isnan(value))
 
 
 def text_of(row: dict[str, Any], field: str, where: str, key: str = "data.source.field") -> str:
-    """The text in a row's field.
+    """Return the text in a row's field.
+
+    Args:
+        key: the setting that chooses the field, for messages.
 
     Raises:
-        ValueError: no such field, naming those there are and the `key` that chooses it; or no text
-            in it.
+        ValueError: there is no such field, or no text in it.
     """
     if field not in row:
         raise ValueError(

@@ -1,4 +1,4 @@
-"""Labelled rows from Python's own standard library, found by parsing it: every machine has them."""
+"""Labelled rows that are parsed from Python's standard library, which every machine has."""
 
 from __future__ import annotations
 
@@ -9,20 +9,14 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from dtrain.data.formats import Row
 from dtrain.data.paths import file_stamps
-from dtrain.data.sources import LEFT_OUT, Source
+from dtrain.data.sources import Source, is_test_or_table
 
 PACKAGES = (
-    "asyncio",
-    "xml",
-    "multiprocessing",
-    "email",
-    "importlib",
-    "unittest",
-    "logging",
-    "urllib",
+    "asyncio", "xml", "multiprocessing", "email", "importlib", "unittest", "logging", "urllib",
     "http",
-)
+)  # fmt: skip
 WORD = re.compile(r"\w+|[^\w\s]")
 Function = ast.FunctionDef | ast.AsyncFunctionDef
 LONGEST = 60  # words of a docstring that are labelled
@@ -35,13 +29,11 @@ class _Parsed(Source):
         self._root = Path(sysconfig.get_paths()["stdlib"])
 
     def describe(self) -> dict[str, Any]:
-        return {
-            "kind": type(self).__name__,
-            "files": file_stamps([file for _, file in self._files()]),
-        }
+        files = file_stamps(file for _, file in self._files())
+        return {"kind": type(self).__name__, "files": files}
 
     def _functions(self) -> Iterator[tuple[str, str, str, Function]]:
-        """(package, file, source, the function's syntax), methods and inner functions too."""
+        """Yield package, file, source and syntax of each function, methods and inner ones too."""
         for package, file, text, tree in self._modules():
             lines = text.splitlines()
             for node in ast.walk(tree):
@@ -49,7 +41,7 @@ class _Parsed(Source):
                     yield package, file, "\n".join(lines[node.lineno - 1 : node.end_lineno]), node
 
     def _modules(self) -> Iterator[tuple[str, str, str, ast.Module]]:
-        """(package, file, source, tree)"""
+        """Yield package, file, source and syntax of each module."""
         for package, file in self._files():
             text = file.read_text(encoding="utf-8")
             yield package, file.relative_to(self._root).as_posix(), text, ast.parse(text)
@@ -57,34 +49,32 @@ class _Parsed(Source):
     def _files(self) -> Iterator[tuple[str, Path]]:
         for package in PACKAGES:
             for file in sorted((self._root / package).rglob("*.py")):
-                if not any(
-                    part.startswith(LEFT_OUT) for part in file.relative_to(self._root).parts
-                ):
+                if not is_test_or_table(file.relative_to(self._root)):
                     yield package, file
 
 
 class Functions(_Parsed):
-    """Which package is this function from? Rows: text, label, file."""
+    """Functions and the packages that they are from. Rows: text, label, file."""
 
-    def rows(self) -> Iterator[tuple[str, dict[str, Any]]]:
+    def rows(self) -> Iterator[Row]:
         for package, file, text, node in self._functions():
             yield f"{file}:{node.lineno}", {"text": text, "label": package, "file": file}
 
 
 class Docstrings(_Parsed):
-    """Names in docstrings: rows of words, tags and file.
+    """Names in docstrings. Rows: words, tags, file.
 
-    A tag says what the module's syntax has of that name.
+    A tag says what a word names in the module: class, function, parameter or other.
     """
 
-    def rows(self) -> Iterator[tuple[str, dict[str, Any]]]:
+    def rows(self) -> Iterator[Row]:
         for _, file, _, tree in self._modules():
-            known = {n.name: "class" for n in ast.walk(tree) if isinstance(n, ast.ClassDef)}
+            kinds = {n.name: "class" for n in ast.walk(tree) if isinstance(n, ast.ClassDef)}
             functions = [n for n in ast.walk(tree) if isinstance(n, Function)]
-            known |= {n.name: "function" for n in functions}
+            kinds |= {n.name: "function" for n in functions}
             for node in functions:
                 arguments = node.args.posonlyargs + node.args.args + node.args.kwonlyargs
-                names = known | {
+                names = kinds | {
                     a.arg: "parameter" for a in arguments if a.arg not in ("self", "cls")
                 }
                 words = WORD.findall(ast.get_docstring(node) or "")[:LONGEST]
@@ -94,12 +84,12 @@ class Docstrings(_Parsed):
 
 
 class Questions(_Parsed):
-    """What does a function do?
+    """Questions what functions do. Rows: context, question, answer, start, file.
 
-    Rows of context, question, answer, start and file: the answer begins its docstring.
+    The answer is the first line of the docstring.
     """
 
-    def rows(self) -> Iterator[tuple[str, dict[str, Any]]]:
+    def rows(self) -> Iterator[Row]:
         for _, file, text, node in self._functions():
             answer = (ast.get_docstring(node, clean=False) or "").strip().split("\n")[0]
             if answer and answer in text:

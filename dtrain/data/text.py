@@ -8,7 +8,7 @@ from typing import Any
 
 from dtrain.data.base import Data, Progress
 from dtrain.data.prepare import Corpus, prepare
-from dtrain.data.sources import Source
+from dtrain.data.sources import Source, check_source
 from dtrain.data.tokenizer import Tokenizer
 from dtrain.data.windows import Windows
 
@@ -32,16 +32,22 @@ class Text(Data):
         cache: str,
         validation_fraction: float = 0.05,
     ) -> None:
+        check_source(source)
         self.name, self.source, self.tokenizer = name, source, tokenizer
         self.cache, self.validation_fraction = cache, validation_fraction
-        self.corpus: Corpus | None = None
+        self._corpus: Corpus | None = None
 
     @property
     def vocab_size(self) -> int:
         return self.tokenizer.vocab_size
 
+    @property
+    def corpus(self) -> Corpus:
+        assert self._corpus is not None, "the data are not prepared"
+        return self._corpus
+
     def prepare(self, progress: Progress) -> None:
-        self.corpus = prepare(
+        self._corpus = prepare(
             self.name,
             self.source,
             self.tokenizer,
@@ -49,22 +55,20 @@ class Text(Data):
             validation_fraction=self.validation_fraction,
             progress=progress,
         )
-        self.left_out, self.kept = Counter(self.corpus.left_out), Path(self.corpus.folder)
+        self.left_out, self.cache_folder = Counter(self.corpus.left_out), Path(self.corpus.folder)
 
-    def leave(self, folder: Path) -> None:
+    def save_for_inference(self, folder: Path) -> None:
         self.tokenizer.save(folder)
 
     def describe(self) -> dict[str, Any]:
-        assert self.corpus is not None, "the data are not prepared"
         return self.corpus.describe()
 
     def windows(self, split: str, *, seq_len: int, seed: int) -> Windows:
-        """Windows of `train` or `validation`.
+        """Return the windows of `train` or `validation`.
 
         Raises:
             ValueError: the split has fewer tokens than one window.
         """
-        assert self.corpus is not None, "the data are not prepared"
         try:
             return Windows(self.corpus.tokens(split), seq_len=seq_len, seed=seed)
         except ValueError as error:

@@ -1,9 +1,9 @@
 """Windows of a token file, chosen by (seed, step) alone.
 
-Each epoch cuts the tokens into windows of T + 1 from an offset of its own and reads them in an
-order of its own, both drawn from (seed, epoch), so that step k needs no history. In an epoch no
-token is a target twice, and all are one but for fewer than 2 T at the ends; which, the offset
-decides. Over the epochs every token but the first is a target.
+Each epoch cuts the tokens into windows of T + 1 from a random offset and reads them in a random
+order. Both are drawn from (seed, epoch), so that step k needs no history. In an epoch no token is a
+target twice; fewer than 2 T at the ends, which depend on the offset, are no targets. Over the
+epochs every token but the first is a target.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ class Windows:
         seed: of offsets and orders.
 
     Raises:
-        ValueError: fewer tokens than one window.
+        ValueError: the tokens do not fill one window.
     """
 
     def __init__(self, tokens: np.ndarray, *, seq_len: int, seed: int) -> None:
@@ -35,21 +35,20 @@ class Windows:
                 f"({seq_len + 1})"
             )
         self.tokens, self.seq_len, self.seed = tokens, seq_len, seed
-        # One stride of tokens, and what is left over, is free for the epoch's offset, unless there
-        # is only one window.
+        # One stride of tokens and the rest stay free for the epoch's offset, unless there is only
+        # one window.
         self.per_epoch = max(1, (len(tokens) - 1) // seq_len - 1)
         self._epoch = lru_cache(maxsize=2)(self._draw)
 
     def batch(self, step: int, rows: int) -> Tensor:
-        """The windows of a step: (rows, T + 1), int64."""
+        """Return the windows of a step: (rows, T + 1), int64."""
         return self._read([self._start(i) for i in range(step * rows, (step + 1) * rows)])
 
     def sweep(self, batches: int, rows: int) -> Iterator[Tensor]:
-        """At most `batches` x `rows` windows, evenly spaced from first to last: each (<= rows, T +
-        1).
+        """Yield at most `batches` x `rows` windows, evenly spaced: each batch (<= rows, T + 1).
 
-        Windows begin at the first token; fewer than T tokens at the end, which fill no window, are
-        in none.
+        Windows begin at the first token; at the end fewer than T tokens, which fill no window, are
+        left out.
         """
         windows = (len(self.tokens) - 1) // self.seq_len
         chosen = np.linspace(0, windows - 1, min(windows, batches * rows)).astype(int)

@@ -1,4 +1,4 @@
-"""A block of the Transformer: attention, then the feed-forward layer, each with its residual.
+"""A block of the Transformer: attention and the feed-forward layer, each with its residual.
 
     x + attention(norm(x)),  then  x + feedforward(norm(x))
 
@@ -13,6 +13,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from functools import partial
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -58,12 +59,12 @@ class Attention(nn.Module):
         q, k, v = (self._heads(layer(x)) for layer in (self.query, self.key, self.value))
         if rotary is not None:
             q, k = rotate(q, rotary), rotate(k, rotary)
-        y = self.core(q, k, v)
-        return self.output(y.transpose(1, 2).flatten(2))
+        y: Tensor = self.output(self.core(q, k, v).transpose(1, 2).flatten(2))
+        return y
 
     # (B, T, h * D) -> (B, h, T, D); h is this rank's share of the heads
     def _heads(self, x: Tensor) -> Tensor:
-        return x.unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
+        return torch.unflatten(x, -1, (-1, self.head_dim)).transpose(1, 2)
 
 
 class FeedForward(nn.Module):
@@ -77,18 +78,16 @@ class FeedForward(nn.Module):
         self.activation = ACTIVATIONS[activation]
 
     def forward(self, x: Tensor) -> Tensor:  # (B, T, C) -> (B, T, C)
-        hidden = (
-            self.activation(self.up(x))
-            if self.gate is None
-            else self.activation(self.gate(x)) * self.up(x)
-        )
-        return self.down(hidden)
+        if self.gate is None:
+            hidden = self.activation(self.up(x))
+        else:
+            hidden = self.activation(self.gate(x)) * self.up(x)
+        y: Tensor = self.down(hidden)
+        return y
 
 
 class Block(nn.Module):
-    """Attention, then the feed-forward layer, each with its residual; norms before (GPT) or
-    after (BERT).
-    """
+    """Attention and the feed-forward layer, with norms before (GPT) or after (BERT) them."""
 
     def __init__(
         self,
@@ -106,6 +105,8 @@ class Block(nn.Module):
     def forward(self, x: Tensor, rotary: Rotary | None = None) -> Tensor:  # (B, T, C) -> (B, T, C)
         if self.norm_first:
             x = x + self.dropout(self.attention(self.norm1(x), rotary))
-            return x + self.dropout(self.feedforward(self.norm2(x)))
-        x = self.norm1(x + self.dropout(self.attention(x, rotary)))
-        return self.norm2(x + self.dropout(self.feedforward(x)))
+            x = x + self.dropout(self.feedforward(self.norm2(x)))
+        else:
+            x = self.norm1(x + self.dropout(self.attention(x, rotary)))
+            x = self.norm2(x + self.dropout(self.feedforward(x)))
+        return x

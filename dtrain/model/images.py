@@ -1,8 +1,8 @@
-"""Small models of images and of points: what a GAN is made of, and classifiers.
+"""Small models of images and of points: generators, discriminators and classifiers.
 
-Groups, not batches, are normalised: the samples of a batch stay independent, on however many ranks
-they are. Conditioned by class, a generator gets the class with its noise, and a discriminator adds
-a class's share of what it sees (projection: Miyato & Koyama 2018, 1802.05637).
+Norms are over groups of channels, not over batches: so samples stay independent, on any number of
+ranks. Conditioned by class, a generator gets the class with its noise, and a discriminator adds a
+score for the class (projection: Miyato & Koyama 2018, 1802.05637).
 
 N samples, Z noise, K classes, D hidden units; an image is (C, H, W).
 """
@@ -22,18 +22,17 @@ GROUPS = 8  # of channels that are normalised together
 
 
 class Spectral(StepAware, nn.Module):
-    """A layer whose weights, as a matrix, are divided by their largest singular value (Miyato et
-    al. 2018, 1802.05957).
+    """A layer whose weights, as a matrix, are divided by their largest singular value.
 
-    Power iteration goes on once a step, however many forward passes that has: so micro-batches
-    change nothing.
+    Power iteration advances once a step, however many forward passes the step has: so micro-batches
+    change nothing. Source: Miyato et al. 2018 (1802.05957).
     """
 
     weight: Tensor
     direction: Tensor
 
     def __init__(self, inputs: int, outputs: int, *sizes: int, **settings: int) -> None:
-        super().__init__(inputs, outputs, *sizes, **settings)  # of the layer beside it
+        super().__init__(inputs, outputs, *sizes, **settings)  # the other base's
         self.register_buffer("direction", F.normalize(torch.randn(outputs), dim=0))
         self.due = False
 
@@ -41,10 +40,10 @@ class Spectral(StepAware, nn.Module):
         self.due = True
 
     def after_step(self, total: Callable[[Tensor], Tensor]) -> None:
-        """Nothing."""
+        """Do nothing."""
 
     def divided(self) -> Tensor:
-        """The weights over their norm."""
+        """Return the weights divided by their norm."""
         matrix = self.weight.flatten(1)
         with torch.no_grad():
             left = self.direction.to(matrix.dtype)
@@ -57,17 +56,18 @@ class Spectral(StepAware, nn.Module):
 
 
 class SpectralLinear(Spectral, nn.Linear):
-    """nn.Linear, divided."""
+    """nn.Linear with divided weights."""
 
     def forward(self, x: Tensor) -> Tensor:
         return F.linear(x, self.divided(), self.bias)
 
 
 class SpectralConv(Spectral, nn.Conv2d):
-    """nn.Conv2d, divided."""
+    """nn.Conv2d with divided weights."""
 
     def forward(self, x: Tensor) -> Tensor:
-        return self._conv_forward(x, self.divided(), self.bias)
+        y: Tensor = self._conv_forward(x, self.divided(), self.bias)
+        return y
 
 
 class Residual(nn.Module):
@@ -83,19 +83,22 @@ class Residual(nn.Module):
         self.layers = nn.Sequential(OrderedDict(layers))
 
     def forward(self, x: Tensor) -> Tensor:
-        return x + self.layers(x)
+        x = x + self.layers(x)
+        return x
 
 
 class MLP(nn.Module):
     """Points in, points (or scores) out; images are flattened, and given their `shape` back.
 
     Args:
-        inputs, outputs: numbers of a sample.
-        hidden, layers: units, and residual blocks.
+        inputs: numbers of a sample.
+        outputs: numbers, or scores, for each sample.
+        hidden: units of a layer.
+        layers: residual blocks.
         classes: K; 0: not conditioned. A discriminator, which has one output, projects; others take
             the class as input.
         spectral: divide each matrix by its spectral norm.
-        shape: of what comes out: (C, H, W); None: flat.
+        shape: of the outputs: (C, H, W); None: flat.
     """
 
     layout = Layout(blocks="blocks", column=("blocks.*.layers.up",), row=("blocks.*.layers.down",))
@@ -132,7 +135,7 @@ class MLP(nn.Module):
         for block in self.blocks.values():
             x = block(x)
         x = F.silu(x)
-        y = self.output(x)
+        y: Tensor = self.output(x)
         if shares is not None and self.projection is not None:
             y = y + (self.projection(shares) * x).sum(1, keepdim=True)
         return torch.tanh(y).view(-1, *self.shape) if self.shape else y
@@ -143,8 +146,9 @@ class ConvGenerator(nn.Module):
 
     Args:
         noise: Z.
-        channels, size: of the image.
-        width: channels before the last stage; each earlier one has twice as many.
+        channels: of the image.
+        size: of the image.
+        width: channels after the last stage; there are twice as many before each stage.
         stages: doublings; 2 ** stages divides the size.
         classes: K; 0: not conditioned.
     """
@@ -190,15 +194,15 @@ class ConvGenerator(nn.Module):
 
 
 class ConvNet(nn.Module):
-    """An image to scores: a discriminator's one, or one for each class. Each stage halves the
-    sides.
+    """An image to a discriminator's score, or to one for each class; each stage halves the sides.
 
     Args:
-        channels, size: of the image.
+        channels: of the image.
+        size: of the image.
         outputs: scores.
-        width, stages: channels of the first stage, which double at each; 2 ** stages divides the
-            size.
-        classes: K of a discriminator that is conditioned; 0: not.
+        width: channels before the first stage; each stage doubles them.
+        stages: halvings; 2 ** stages divides the size.
+        classes: K of a conditioned discriminator; 0: not conditioned.
         normalise: group norms between the stages.
         spectral: divide each layer's weights by their spectral norm.
     """
@@ -240,17 +244,15 @@ class ConvNet(nn.Module):
         for block in self.blocks.values():
             x = block(x)
         x = F.silu(self.hidden(x.flatten(1)))
-        y = self.output(x)
+        y: Tensor = self.output(x)
         shares = _shares(labels, self.classes, x)
-        return (
-            y
-            if shares is None or self.projection is None
-            else y + (self.projection(shares) * x).sum(1, keepdim=True)
-        )
+        if shares is not None and self.projection is not None:
+            y = y + (self.projection(shares) * x).sum(1, keepdim=True)
+        return y
 
 
 def _shares(labels: Tensor | None, classes: int, like: Tensor) -> Tensor | None:
-    """(N,) -> (N, K), of ones and zeros; None if the model has no classes."""
+    """Return the labels as ones and zeros, (N,) -> (N, K); None if the model has no classes."""
     return F.one_hot(labels, classes).to(like.dtype) if classes and labels is not None else None
 
 

@@ -1,12 +1,13 @@
 """Mixture of experts: a router sends each token to `top_k` of E feed-forward layers.
 
-    x (B, T, C) -> router -> k experts a token, and their weights rows (B T k, C), sorted by expert
-    -> each expert its rows -> back in their places -> weighted sum over k
+    x (B, T, C) -> router -> k experts a token, and their weights
+    rows (B T k, C), sorted by expert -> each expert its rows -> back in their places
+    -> weighted sum over k
 
 B batch, T tokens, C width, F hidden units of an expert, E experts, k experts a token, N rows of
 experts.
 
-Whatever the batch is divided by, a token goes the same way: its row alone decides.
+A token's experts depend on its row alone, however the batch is divided.
 
 Sources: Shazeer et al. 2017 (1701.06538); Fedus et al. 2021 (2101.03961: Switch, capacity); Jiang
 et al. 2024 (2401.04088: Mixtral); DeepSeek-V3 2024 (2412.19437: eq. 17-20, balance within a
@@ -30,19 +31,17 @@ BALANCES = ("none", "loss", "bias")
 
 
 class Router(nn.Linear):
-    """The probability of each expert, in fp32 at least: rounding must not decide where a token
-    goes.
-    """
+    """The probability of each expert, in fp32 at least: rounding must not choose the expert."""
 
     def forward(self, x: Tensor) -> Tensor:  # (B, T, C) -> (B, T, E)
         wide = torch.promote_types(x.dtype, torch.float32)
-        # which knows no meta device
+        # autocast has no meta device
         with torch.autocast("cpu" if x.is_meta else x.device.type, enabled=False):
             return F.linear(x.to(wide), self.weight.to(wide)).softmax(-1)
 
 
 class Experts(nn.Module):
-    """The experts that are here, their matrices stacked on dim 0."""
+    """The experts on this rank, their matrices stacked on dim 0."""
 
     def __init__(self, n_experts: int, d_model: int, d_ff: int, activation: str) -> None:
         super().__init__()
@@ -53,7 +52,7 @@ class Experts(nn.Module):
 
     # (N, C) sorted by expert, (E,) -> (N, C)
     def forward(self, x: Tensor, counts: Tensor) -> Tensor:
-        parts = x.split(_sizes(counts, len(x)))
+        parts = torch.split(x, _sizes(counts, len(x)))
         gates = [None] * len(parts) if self.gate is None else self.gate.unbind()
         # An expert with no rows computes on none: its gradient is zero, and there on every rank.
         return torch.cat(
@@ -75,21 +74,26 @@ class Experts(nn.Module):
 class MoE(StepAware, nn.Module):
     """Experts in place of a block's feed-forward layer.
 
-    A token's output is the sum of its experts' outputs by their probabilities, which are divided by
-    their sum; a single expert's is not, or no gradient would reach the router (Switch).
+    A token's output is the sum of its experts' outputs, weighted by their probabilities, which are
+    divided by their sum. A single expert's probability is not divided, or no gradient would reach
+    the router (Switch).
 
-    An expert takes at most ceil(capacity_factor k T / E) tokens of a row, the first ones; to the
-    rest it adds nothing, and the residual carries them on. `balance` keeps the experts equally
-    busy:
+    Args:
+        top_k: experts for each token.
+        capacity_factor: an expert takes the first ceil(capacity_factor k T / E) tokens of a row and
+            adds nothing to the others; None: it takes all.
+        balance: how experts are kept equally busy: none, loss or bias.
 
-    loss: for each row, balance_rate E / (k T) sum over experts of (tokens sent there) x (mean
-        probability), weighted as T tokens' losses are. It acts through its gradient alone: no loss
-        that is shown holds it.
-    bias: a number is added to each expert's probability where experts are chosen, and there only;
-        after each step it moves by balance_rate, up where an expert had fewer tokens than the mean.
+            loss: for each row, balance_rate E / (k T) sum over experts of (tokens sent there) x
+                (mean probability), weighted as T tokens' losses are. It acts through its gradient
+                alone: no reported loss contains it.
+            bias: a number is added to each expert's probability, only where experts are chosen.
+                After each step it moves by balance_rate, up where an expert had fewer tokens than
+                the mean.
+        balance_rate: weight of the loss, or step of the bias.
 
     Raises:
-        ValueError: an option that does not fit.
+        ValueError: an option is out of range.
     """
 
     bias: Tensor | None
@@ -113,7 +117,7 @@ class MoE(StepAware, nn.Module):
         self.balance, self.balance_rate = balance, balance_rate
         self.router = Router(d_model, n_experts, bias=False)
         self.experts = Experts(n_experts, d_model, d_ff, activation)
-        # On the CPU whatever the default device is: values that no `initial` would give them.
+        # On the CPU whatever the default device is: `initial` gives buffers no values.
         biased = balance == "bias"
         self.register_buffer("bias", torch.zeros(n_experts, device="cpu") if biased else None)
         load = torch.zeros(n_experts, dtype=torch.long, device="cpu") if biased else None
@@ -122,7 +126,7 @@ class MoE(StepAware, nn.Module):
 
     @property
     def whole_rows(self) -> bool:
-        """Must all tokens of a row be here? Capacity counts them, and the balance loss."""
+        """Whether a rank needs all tokens of a row: capacity and the balance loss count them."""
         return self.capacity_factor is not None or self.balance == "loss"
 
     def forward(self, x: Tensor) -> Tensor:  # (B, T, C) -> (B, T, C)
@@ -135,16 +139,16 @@ class MoE(StepAware, nn.Module):
         # (B, T, E), 0 or 1
         sent = torch.zeros_like(scores, dtype=torch.long).scatter(-1, chosen, 1)
         if self.training and self.load is not None:
-            # Where activations are recomputed every token counts twice: the signs in `after_step`
-            # are the same.
+            # With recomputation every token counts twice: the signs in `after_step` are the same.
             self.load += sent.sum((0, 1))
-        y = self._apply_experts(x, chosen, sent)
+        y: Tensor = self._apply_experts(x, chosen, sent)
         y = (y * weights.unsqueeze(-1)).sum(-2).to(x.dtype)
         if self.training and self.balance == "loss":
             # (B, E)
             share = sent.sum(1).to(probabilities.dtype) * self.n_experts / (self.top_k * x.shape[1])
             loss = self.balance_rate * (share * probabilities.mean(1)).sum()
-            y = _AddGradient.apply(y, loss, self.scale * x.shape[1])
+            scale = self.scale * x.shape[1]
+            y = _AddGradient.apply(y, loss, scale)  # type: ignore[no-untyped-call]
         return y
 
     def _apply_experts(self, x: Tensor, chosen: Tensor, sent: Tensor) -> Tensor:  # -> (B, T, k, C)
@@ -152,14 +156,14 @@ class MoE(StepAware, nn.Module):
         if self.capacity_factor is not None:
             capacity = math.ceil(self.capacity_factor * self.top_k * x.shape[1] / self.n_experts)
             full = sent.cumsum(1).gather(-1, chosen) > capacity
-            expert = chosen.masked_fill(full, self.n_experts)  # no expert: last when sorted
+            expert = chosen.masked_fill(full, self.n_experts)  # no expert: sorted last
             counts = sent.sum(1).clamp(max=capacity).sum(0)
             rows = sum(_sizes(counts, rows))
         order = expert.flatten().argsort(stable=True)[:rows]
-        # Gathered by a permutation, summed over k: deterministic both ways, as adding by token
-        # index is not.
+        # Gathering by a permutation and summing over k are deterministic in both passes; adding by
+        # token index is not.
         copies = x.unsqueeze(-2).expand(-1, -1, self.top_k, -1).reshape(-1, x.shape[-1])
-        y = self.experts(copies.index_select(0, order), counts)
+        y: Tensor = self.experts(copies.index_select(0, order), counts)
         return y.new_zeros(len(copies), y.shape[-1]).index_copy(0, order, y).view(*chosen.shape, -1)
 
     def before_step(self, scale: Tensor) -> None:
@@ -167,19 +171,17 @@ class MoE(StepAware, nn.Module):
 
     @torch.no_grad()
     def after_step(self, total: Callable[[Tensor], Tensor]) -> None:
-        """Move the bias by the loads of all ranks; it stays the same on each. A collective."""
+        """Move the bias by the loads of all ranks. Collective: every rank calls it."""
         if self.bias is None or self.load is None:
             return
         load = total(self.load)
-        # whole numbers: exact
+        # in whole numbers, which are exact
         self.bias += self.balance_rate * (load.sum() - self.n_experts * load).sign()
         load.zero_()
 
 
 class _AddGradient(Function):
-    """Pass `y` through; in backward, add the gradient of `scale * loss` as if it were part of
-    the loss.
-    """
+    """Pass `y` through; in backward add the gradient of `scale * loss`."""
 
     @staticmethod
     def forward(ctx: FunctionCtx, y: Tensor, loss: Tensor, scale: Tensor | float) -> Tensor:
@@ -196,12 +198,14 @@ def _matrices(n_experts: int, outputs: int, inputs: int) -> nn.Parameter:
 
 
 def _sizes(counts: Tensor, rows: int) -> list[int]:
-    """`counts` as numbers; on the meta device, which has no values, `rows` evenly: FLOPs depend
-    on their sum.
+    """Return `counts` as numbers; on the meta device, which has no values, share `rows` evenly.
+
+    FLOPs depend on the sum alone.
     """
     if counts.is_meta:
         return [rows // len(counts) + (i < rows % len(counts)) for i in range(len(counts))]
-    return counts.tolist()
+    sizes: list[int] = counts.tolist()
+    return sizes
 
 
 def _check(

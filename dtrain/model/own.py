@@ -1,7 +1,7 @@
-"""A model of somebody else's by its `_target_` alone: it is given what its constructor takes.
+"""Build a user's model from its `_target_` alone: pass the settings that its constructor takes.
 
-`model._target_=mymodel.MyModel` leaves the other settings of the group (vocab_size, context, ...)
-in place: those that the constructor names are handed over, the others are dtrain's own models'.
+`model._target_=mymodel.MyModel` leaves the group's other settings (vocab_size, context, ...) in
+place. The constructor gets those that it names; the others are for dtrain's own models.
 """
 
 from __future__ import annotations
@@ -18,20 +18,18 @@ from dtrain.config import secret
 from dtrain.config.build import build, imported
 from dtrain.config.groups import CONFIGS
 
-SAID = (
-    "vocab_size",
-    "context",
-)  # what a model says of itself: that which it was given, if it does not
+# attributes that a model gets from its settings, if it does not set them
+DESCRIBING = ("vocab_size", "context")
 
 
 def build_model(node: Mapping[str, Any], where: str, vocab_size: int | None) -> nn.Module:
-    """The model of a node of the configuration.
+    """Build the model of a node of the configuration.
 
     Args:
-        vocab_size: of the data's tokenizer, for a constructor that asks for it and is told nothing.
+        vocab_size: of the data's tokenizer, for a constructor that takes it where no setting does.
 
     Raises:
-        ValueError: it cannot be built, or needs what nobody has said.
+        ValueError: it cannot be built, or a setting is missing.
     """
     takes = _parameters(node)
     if takes is None:
@@ -49,14 +47,14 @@ def build_model(node: Mapping[str, Any], where: str, vocab_size: int | None) -> 
             f"{where}: {node['_target_']} needs {', '.join(missing)}: set +{where}.{missing[0]}=…"
         )
     model = build(given, nn.Module, where)
-    for name in SAID:
+    for name in DESCRIBING:
         if name in given and not hasattr(model, name):
             setattr(model, name, given[name])
     return model
 
 
 def accepted_settings(node: Mapping[str, Any]) -> dict[str, Any]:
-    """The node without those settings of dtrain's models that its constructor does not take."""
+    """Return the node without settings of dtrain's models that its constructor does not take."""
     takes = _parameters(node)
     if takes is None or any(p.kind is Parameter.VAR_KEYWORD for p in takes.values()):
         return dict(node)
@@ -68,26 +66,19 @@ def accepted_settings(node: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def check_asked(model: Mapping[str, Any], overrides: Sequence[str]) -> None:
-    """Refuse a setting of the command line that the model's constructor does not take.
-
-    Raises:
-        ValueError: names it, and what the constructor takes.
-    """
-    kept, takes = accepted_settings(model), _parameters(model)
+    """Raise ValueError for a setting of the command line that the constructor does not take."""
+    accepted, takes = accepted_settings(model), _parameters(model)
+    if takes is None:
+        return
     for key in (override.split("=", 1)[0].lstrip("+") for override in overrides if "=" in override):
         name = key.removeprefix("model.").split(".")[0]
-        if (
-            takes is not None
-            and key.startswith("model.")
-            and not name.startswith("_")
-            and name not in kept
-        ):
-            known = ", ".join(takes) or "nothing"
-            raise ValueError(f"{key}: {model['_target_']} takes {known}")
+        if key.startswith("model.") and not name.startswith("_") and name not in accepted:
+            names = ", ".join(takes) or "nothing"
+            raise ValueError(f"{key}: {model['_target_']} takes {names}")
 
 
 def settings_in_words(model: Mapping[str, Any]) -> Iterator[str]:
-    """For a person: what a model that is not ours is given."""
+    """Yield a line for people: the settings that a user's model is given."""
     if _parameters(model) is not None:
         given = ", ".join(
             secret.masked_setting(key, value)
@@ -98,7 +89,7 @@ def settings_in_words(model: Mapping[str, Any]) -> Iterator[str]:
 
 
 def _parameters(node: Mapping[str, Any]) -> Mapping[str, Parameter] | None:
-    """What the constructor takes; None for a class of dtrain's, or what cannot be asked."""
+    """Return the constructor's parameters; None for dtrain's classes, or if they are unknown."""
     target = node.get("_target_")
     if not isinstance(target, str) or target.split(".")[0] == "dtrain":
         return None
@@ -110,6 +101,6 @@ def _parameters(node: Mapping[str, Any]) -> Mapping[str, Parameter] | None:
 
 @cache
 def _ours() -> frozenset[str]:
-    """Every setting of every model that comes with dtrain."""
+    """Return every setting of every model that comes with dtrain."""
     files = (CONFIGS / "model").glob("*.yaml")
     return frozenset(str(key) for file in files for key in OmegaConf.load(file))

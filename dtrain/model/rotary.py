@@ -1,5 +1,4 @@
-"""Rotary positions: attention's scores depend on how far apart two tokens are, not on where they
-are.
+"""Rotary positions: attention's scores depend on the distance of two tokens alone.
 
 Each pair of a head's features is turned by an angle that grows with the position; early pairs turn
 fast. B batch, T tokens, H heads, D features of a head. Source: Su et al. 2021 (2104.09864).
@@ -14,7 +13,7 @@ Rotary = tuple[Tensor, Tensor]  # cosine and sine, each (B, 1, T, D)
 
 
 def rotary_table(positions: Tensor, head_dim: int, theta: float) -> Rotary:
-    """Cosine and sine of every position's angles, in fp32 at least: (B, T) -> 2 x (B, 1, T, D)."""
+    """Return cosine and sine of each position's angles, in fp32: (B, T) -> 2 x (B, 1, T, D)."""
     exponents = (
         torch.arange(0, head_dim, 2, device=positions.device, dtype=torch.float32) / head_dim
     )

@@ -24,28 +24,38 @@ from dtrain.model.rotary import rotary_table
 
 NORMS = {"layernorm": nn.LayerNorm, "rmsnorm": nn.RMSNorm}
 POSITIONS = ("learned", "rotary")
+SMALLEST = {
+    "vocab_size": 1, "context": 1, "d_model": 1, "n_layers": 1, "n_heads": 1, "n_kv_heads": 1,
+    "d_ff": 1, "outputs": 1, "segments": 0, "n_experts": 0,
+}  # fmt: skip
 
 
 class Embedding(nn.Module):
     """Token, position and segment embeddings; BERT also normalises their sum."""
 
     def __init__(
-        self, sizes: tuple[int, int, int, int], norm: nn.Module, dropout: float
-    ) -> None:  # V, context, segments (0: none of them), C
+        self,
+        vocab_size: int,
+        d_model: int,
+        context: int,  # 0: no learned positions
+        segments: int,
+        norm: nn.Module,
+        dropout: float,
+    ) -> None:
         super().__init__()
-        vocab_size, context, segments, d_model = sizes
         self.token = nn.Embedding(vocab_size, d_model)
         self.position = nn.Embedding(context, d_model) if context else None
         self.segment = nn.Embedding(segments, d_model) if segments else None
         self.norm, self.dropout = norm, nn.Dropout(dropout)
 
     def forward(self, tokens: Tensor, positions: Tensor, segments: Tensor | None) -> Tensor:
-        x = self.token(tokens)  # (B, T) -> (B, T, C)
+        x: Tensor = self.token(tokens)  # (B, T) -> (B, T, C)
         if self.position is not None:
             x = x + self.position(positions)
         if self.segment is not None:
             x = x + self.segment(torch.zeros_like(tokens) if segments is None else segments)
-        return self.dropout(self.norm(x))
+        x = self.dropout(self.norm(x))
+        return x
 
 
 class Head(nn.Module):
@@ -56,7 +66,8 @@ class Head(nn.Module):
         self.norm, self.transform, self.output = norm, transform, output
 
     def forward(self, x: Tensor) -> Tensor:  # (B, T, C) -> (B, T, V)
-        return self.output(self.transform(self.norm(x)))
+        logits: Tensor = self.output(self.transform(self.norm(x)))
+        return logits
 
 
 class Transformer(nn.Module):
@@ -65,41 +76,43 @@ class Transformer(nn.Module):
     Args:
         vocab_size: number of token ids V.
         context: the longest sequence, in tokens.
-        d_model, n_layers, n_heads: width C, number of blocks, query heads H.
+        d_model: width C.
+        n_layers: number of blocks.
+        n_heads: query heads H.
         n_kv_heads: key and value heads G; None: as many as query heads.
         d_ff: hidden units of the feed-forward layer, or of each expert; None: 4 C.
-        norm, norm_eps, norm_first: kind, epsilon, and before (GPT) or after (BERT) each sublayer.
+        norm: layernorm or rmsnorm.
+        norm_eps: epsilon of the norms.
+        norm_first: norms stand before each sublayer (GPT) or after it (BERT).
         activation: gelu, gelu_tanh or swiglu.
-        position, rope_theta: learned or rotary, and the rotary base.
-        causal: may a token see only those before it?
-        tied: does the head share the embedding's matrix?
-        bias: do the linear layers and layer norms have one?
-        segments: kinds of segment embedding (BERT: 2); 0: none.
+        position: learned or rotary.
+        rope_theta: base of the rotary positions.
+        causal: a token sees only the tokens before it.
+        tied: the head shares the embedding's matrix.
+        bias: linear layers and layer norms have biases.
+        segments: number of segment embeddings (BERT: 2); 0: none.
         head_transform: BERT's dense layer, activation and norm before the vocabulary; its output
             has a bias.
-        outputs: what the head gives for each token instead of the vocabulary: classes, say. Never
-            tied.
+        outputs: size of the head's output for each token, such as a number of classes, instead of
+            the vocabulary; never tied.
         dropout: probability, for embeddings, attention weights and residuals.
         n_experts: experts in place of each feed-forward layer, without biases (see `MoE`); 0: none.
-        top_k, capacity_factor, balance, balance_rate: how a router chooses among them.
+        top_k: experts for each token.
+        capacity_factor: as of `MoE`.
+        balance: as of `MoE`.
+        balance_rate: as of `MoE`.
 
     Raises:
-        ValueError: sizes that do not fit each other, or an unknown kind.
+        ValueError: sizes do not fit each other, or a kind is unknown.
     """
 
     layout = Layout(
         first="embedding",
         blocks="blocks",
         last="head",
-        column=tuple(
-            f"blocks.*.{n}"
-            for n in (
-                "attention.query",
-                "attention.key",
-                "attention.value",
-                "feedforward.up",
-                "feedforward.gate",
-            )
+        column=(
+            *(f"blocks.*.attention.{name}" for name in ("query", "key", "value")),
+            *(f"blocks.*.feedforward.{name}" for name in ("up", "gate")),
         ),
         row=("blocks.*.attention.output", "blocks.*.feedforward.down"),
         vocabulary=("embedding.token", "head.output"),
@@ -139,43 +152,26 @@ class Transformer(nn.Module):
         balance_rate: float = 1e-3,
     ) -> None:
         super().__init__()
-        n_kv_heads = n_heads if n_kv_heads is None else n_kv_heads
-        d_ff = 4 * d_model if d_ff is None else d_ff
-        sizes = dict(
-            vocab_size=vocab_size,
-            context=context,
-            d_model=d_model,
-            n_layers=n_layers,
-            n_heads=n_heads,
-            n_kv_heads=n_kv_heads,
-            d_ff=d_ff,
-        )
-        sizes |= {} if outputs is None else {"outputs": outputs}
-        _check_numbers(norm_eps=norm_eps, rope_theta=rope_theta)
-        _check(
-            sizes,
-            {"segments": segments, "n_experts": n_experts},
-            norm=norm,
-            activation=activation,
-            position=position,
-        )
-        self.vocab_size, self.context, self.causal = vocab_size, context, causal
-        self.segments, self.outputs = segments, outputs
-        self.n_layers, self.head_dim = n_layers, d_model // n_heads
-        self.n_heads = n_heads
-        self.n_kv_heads = n_kv_heads
-        self.d_ff = d_ff
-        self.n_experts = n_experts
+        self.vocab_size, self.context, self.d_model = vocab_size, context, d_model
+        self.n_layers, self.n_heads = n_layers, n_heads
+        self.n_kv_heads = n_heads if n_kv_heads is None else n_kv_heads
+        self.d_ff = 4 * d_model if d_ff is None else d_ff
+        self.segments, self.outputs, self.n_experts = segments, outputs, n_experts
+        self.causal = causal
         self.rope_theta = rope_theta if position == "rotary" else None
+        _check_above_zero(norm_eps=norm_eps, rope_theta=rope_theta)
+        _check_sizes(self)
+        _check_kinds(norm=norm, activation=activation, position=position)
+        self.head_dim = d_model // n_heads
 
         make_feedforward: Callable[[], nn.Module] = partial(
-            FeedForward, d_model, d_ff, activation, bias
+            FeedForward, d_model, self.d_ff, activation, bias
         )
         if n_experts:
             make_feedforward = partial(
                 MoE,
                 d_model,
-                d_ff,
+                self.d_ff,
                 activation,
                 n_experts,
                 top_k=top_k,
@@ -188,13 +184,11 @@ class Transformer(nn.Module):
         )
         learned = context if position == "learned" else 0
         embedding_norm = nn.Identity() if norm_first else make_norm()
-        self.embedding = Embedding(
-            (vocab_size, learned, segments, d_model), embedding_norm, dropout
-        )
+        self.embedding = Embedding(vocab_size, d_model, learned, segments, embedding_norm, dropout)
         # by name, so that a pipeline stage keeps the full names of what it holds
         self.blocks = nn.ModuleDict()
         for index in range(n_layers):
-            attention = Attention(d_model, n_heads, n_kv_heads, bias, Core(causal, dropout))
+            attention = Attention(d_model, n_heads, self.n_kv_heads, bias, Core(causal, dropout))
             norms = (make_norm(), make_norm())
             self.blocks[str(index)] = Block(
                 attention, make_feedforward(), norms, dropout, norm_first
@@ -220,16 +214,15 @@ class Transformer(nn.Module):
             if self.rope_theta is None
             else rotary_table(positions, self.head_dim, self.rope_theta)
         )
-        x = self.embedding(tokens, positions, segments)
+        x: Tensor = self.embedding(tokens, positions, segments)
         for block in self.blocks.values():
             x = block(x, rotary)
-        return self.head(x)
+        x = self.head(x)
+        return x
 
     @torch.no_grad()
     def initial(self, name: str, values: Tensor, generator: torch.Generator) -> None:
-        """Fill `values`, the whole parameter `name`, as GPT-2 does: N(0, 0.02), residual layers
-        scaled down.
-        """
+        """Fill a whole parameter as GPT-2 does: N(0, 0.02), residual layers scaled down."""
         if name.endswith("bias"):
             values.zero_()
         elif values.ndim == 1:  # a norm's gain
@@ -242,37 +235,37 @@ class Transformer(nn.Module):
             values.normal_(0.0, std, generator=generator)
 
 
-def _check_numbers(**numbers: float) -> None:
-    """Refuse what no formula can take."""
+def _check_above_zero(**numbers: float) -> None:
     for name, value in numbers.items():
         if not value > 0:
             raise ValueError(f"model.{name}={value} must be more than 0")
 
 
-def _check(
-    sizes: dict[str, int], optional: dict[str, int], *, norm: str, activation: str, position: str
-) -> None:
-    for least, group in ((1, sizes), (0, optional)):
-        for name, size in group.items():
-            if size < least:
-                raise ValueError(f"model.{name}={size} must be at least {least}")
-    d_model, heads, kv_heads = sizes["d_model"], sizes["n_heads"], sizes["n_kv_heads"]
+def _check_sizes(model: Transformer) -> None:
+    for name, least in SMALLEST.items():
+        if (size := getattr(model, name)) is not None and size < least:
+            raise ValueError(f"model.{name}={size} must be at least {least}")
+    d_model, heads = model.d_model, model.n_heads
     if d_model % heads:
         raise ValueError(
             f"model.n_heads={heads} does not divide d_model={d_model}: use {divisors(d_model)}"
         )
-    if heads % kv_heads:
+    if heads % model.n_kv_heads:
         raise ValueError(
-            f"model.n_kv_heads={kv_heads} does not divide n_heads={heads}: use {divisors(heads)}"
+            f"model.n_kv_heads={model.n_kv_heads} does not divide n_heads={heads}: "
+            f"use {divisors(heads)}"
         )
-    if position == "rotary" and (d_model // heads) % 2:
+    if model.rope_theta is not None and (d_model // heads) % 2:
         raise ValueError(
             f"rotary positions need an even head width, d_model/n_heads={d_model // heads}"
         )
-    for key, value, known in (
+
+
+def _check_kinds(*, norm: str, activation: str, position: str) -> None:
+    for key, kind, kinds in (
         ("norm", norm, NORMS),
         ("activation", activation, ACTIVATIONS),
         ("position", position, POSITIONS),
     ):
-        if value not in known:
-            raise ValueError(f"model.{key}={value} is unknown: use {', '.join(known)}")
+        if kind not in kinds:
+            raise ValueError(f"model.{key}={kind} is unknown: use {', '.join(kinds)}")

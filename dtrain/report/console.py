@@ -122,8 +122,8 @@ def preparation_progress(data: Data, *, shown: bool) -> Iterator[Callable[[str, 
 
     try:
         yield progress
-        if begun and data.kept:
-            terminal.print(f"the data {data.name} are kept in {data.kept}", soft_wrap=True)
+        if begun and data.cache_folder:
+            terminal.print(f"the data {data.name} are kept in {data.cache_folder}", soft_wrap=True)
     finally:
         status.stop()
 

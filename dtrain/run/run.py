@@ -38,8 +38,8 @@ from dtrain.run.claim import RESUMABLE, claimed
 from dtrain.run.resume import finished, manifest_fields, take_weights
 from dtrain.run.summary import facts, summary_of, throughput_meter
 from dtrain.strategy.parameter_server.trainer import ParameterServerTrainer
-from dtrain.task import pictures
 from dtrain.task.batch import Sums
+from dtrain.task.pictures import save_figures
 from dtrain.train import Phase, Settings, Trainer
 
 
@@ -136,7 +136,7 @@ def _train(
     )
     job.logger.start(about)
     if world.rank == 0:
-        job.data.leave(folder)
+        job.data.save_for_inference(folder)
     figures: dict[str, Any] = {}
     watch.step(trainer.next_step + 1)
     with Preemption(2 if apart else 1) as preemption:  # until now a signal ends the process at once
@@ -278,5 +278,5 @@ def _resumable(job: Parts, folder: Path, step: int) -> str:
 def _evaluated(job: Parts, totals: Sums, folder: Path, step: int) -> dict[str, float]:
     """An evaluation's figures; the first rank keeps its pictures."""
     if dist.get_rank() == 0:
-        pictures.write(folder / "pictures", step, job.task.pictures(totals))
+        save_figures(folder / "pictures", step, job.task.pictures(totals))
     return {f"val_{name}": value for name, value in job.task.describe(totals).items()}

@@ -95,7 +95,7 @@ def facts(job: Parts, meter: Throughput, peak_source: str) -> tuple[str, ...]:
             else []
         ),
         *own.settings_in_words(config.model),
-        *([f"task: {job.task.told}"] if job.task.told else []),
+        *([f"task: {job.task.summary}"] if job.task.summary else []),
         *job.tried,
         f"batch: {config.global_batch_size} rows over {job.plan.row_parts} x "
         f"{job.plan.micro_batches(config.global_batch_size, config.micro_batch_size)} "

@@ -1,7 +1,7 @@
-"""What is trained: models, batches, and the updates made from each batch.
+"""The contract of tasks: models, batches, and the updates made from each batch.
 
-Every loss is a sum and every update says how many items the global batch holds; the loop divides.
-So rows, tokens, micro-batches and uneven masks change nothing in the gradient.
+Every loss is a sum, and every update counts the items of the global batch; the loop divides. So
+rows, tokens, micro-batches and uneven masks change nothing in the gradient.
 """
 
 from __future__ import annotations
@@ -26,38 +26,38 @@ class Update(Protocol):
 
     @property
     def trains(self) -> str:
-        """The name of the model whose weights it changes."""
+        """The name of the model whose weights the update changes."""
         ...
 
     @property
     def second_order(self) -> bool:
-        """Does the loss hold gradients of its models, so that backward goes through them twice?"""
+        """Whether the loss contains gradients of its models: backward passes through them twice."""
         ...
 
     @property
     def then(self) -> Callable[[Models], None] | None:
-        """Called with the models after the optimizer's step, if there is something to do."""
+        """A function that is called with the models after the optimizer's step."""
         ...
 
     def loss(self, models: Models, batch: Batch) -> Tensor:
-        """The summed loss over the batch's items."""
+        """Return the summed loss over the batch's items."""
         ...
 
     def count(self, batch: Batch) -> Tensor:
-        """How many items the loss sums over: called with the global batch."""
+        """Return the number of items of a global batch that the loss sums over."""
         ...
 
     def measure(self, models: Models, batch: Batch) -> Sums:
-        """Sums for evaluation: at least `loss` and `count`."""
+        """Return sums for evaluation: at least `loss` and `count`."""
         ...
 
 
 @dataclass(frozen=True)
 class LossUpdate:
-    """An update given by its loss alone: for tasks of several models.
+    """An update that is defined by its loss alone, for tasks of several models.
 
     Args:
-        trains, loss, count, second_order, then: as of every update.
+        trains: as of every update, like loss, count, second_order and then.
         measures: (models, batch) -> sums for evaluation; None: the loss and the count.
     """
 
@@ -76,13 +76,13 @@ class LossUpdate:
 
 @dataclass(frozen=True)
 class Supervised:
-    """The update of one model whose outputs are compared with what the batch says they should be.
+    """The update of one model whose outputs are compared with the batch's targets.
 
     Args:
         trains: the model's name.
         inputs: names of the batch's tensors that are the model's arguments.
         criterion: (outputs, batch) -> summed loss.
-        count: batch -> number of items summed.
+        count: batch -> number of items in the sum.
         measures: (outputs, batch) -> further sums, for evaluation.
     """
 
@@ -96,7 +96,8 @@ class Supervised:
 
     def outputs(self, models: Models, batch: Batch) -> Tensor:
         model = models[self.trains]
-        return model(*(as_weights(batch[name], model) for name in self.inputs))
+        outputs: Tensor = model(*(in_weight_dtype(batch[name], model) for name in self.inputs))
+        return outputs
 
     def loss(self, models: Models, batch: Batch) -> Tensor:
         return self.criterion(self.outputs(models, batch), batch)
@@ -114,11 +115,11 @@ class Supervised:
 
 @dataclass(frozen=True)
 class Sizes:
-    """What a run asks of every task.
+    """A run's settings for every task.
 
     Args:
         seed: of data and noise.
-        global_batch_size: rows of a batch, over all ranks.
+        global_batch_size: rows of a batch over all ranks.
         seq_len: tokens of a row; None: as many as the model takes.
         eval_batches: held-out batches in an evaluation.
     """
@@ -132,45 +133,39 @@ class Sizes:
 class Task(ABC):
     """The models, the batches and the updates of a run.
 
-    A constructor takes (models, data, sizes), and raises ValueError for what does not fit together.
+    A constructor takes (models, data, sizes), and raises ValueError if they do not fit together.
     """
 
     models: dict[str, ModelFactory]
     updates: tuple[Update, ...]
-    # does its loss compare the tokens of a row, and so take whole outputs?
+    # whether its loss compares the tokens of a row, and so needs whole outputs
     mixes_tokens: bool = False
-    told: str = ""  # for a person, at the start of a run
+    summary: str = ""  # for people, at the start of a run
 
     @abstractmethod
     def batch(self, step: int) -> Batch:
-        """The global batch of a step, from 0: a function of (seed, step), the same on every
-        rank.
-        """
+        """Return the global batch of a step (from 0), which depends on (seed, step) alone."""
 
     @property
     def epoch(self) -> float | None:
-        """Rows that are read before one is read again; None: it is not known, or there are no
-        such rows.
-        """
+        """Number of rows that are read before one is read again; None: unknown, or no rows."""
         return None
 
     @property
     def followers(self) -> list[str]:
-        """Models that are not trained: they follow another one."""
+        """Models that are not trained, but follow another one."""
         return sorted(self.models.keys() - {update.trains for update in self.updates})
 
     def validation(self) -> Iterable[Batch]:
-        """Global batches of held-out data, the same at every call; there may be none."""
+        """Yield global batches of held-out data, the same at every call; there may be none."""
         return ()
 
     @abstractmethod
     def size(self, batch: Batch) -> int:
-        """Tokens (or samples) in a global batch: what throughput counts."""
+        """Return the tokens (or samples) in a global batch, for the throughput."""
 
     def describe(self, totals: Sums) -> dict[str, float]:
-        """Metrics to report, from the sums of every measure over the validation batches: by
-        default their means.
-        """
+        """Return metrics from the sums over the validation batches; by default their means."""
         return {
             name: float(total / totals["count"])
             for name, total in totals.items()
@@ -178,15 +173,15 @@ class Task(ABC):
         }
 
     def pictures(self, totals: Sums) -> dict[str, Figure]:
-        """Pictures of the same sums, by name."""
+        """Draw pictures of the same sums, by name."""
         return {}
 
 
-def the_model(models: dict[str, ModelFactory], task: str) -> ModelFactory:
-    """The one model of a task that trains one.
+def single_model(models: dict[str, ModelFactory], task: str) -> ModelFactory:
+    """Return the only model.
 
     Raises:
-        ValueError: the configuration has several.
+        ValueError: the configuration has several, or none.
     """
     if set(models) != {"model"}:
         raise ValueError(
@@ -195,21 +190,25 @@ def the_model(models: dict[str, ModelFactory], task: str) -> ModelFactory:
     return models["model"]
 
 
-def as_weights(x: Tensor, model: nn.Module) -> Tensor:
-    """In the number format of the model's weights, if it is one of real numbers: a layer takes
-    no other.
-    """
+def check_examples(examples: int | None) -> None:
+    """Raise ValueError for a number of training samples that is not at least 1."""
+    if examples is not None and examples < 1:
+        raise ValueError(f"task.examples={examples} must be at least 1, or null for all")
+
+
+def in_weight_dtype(x: Tensor, model: nn.Module) -> Tensor:
+    """Convert floating-point inputs to the dtype of the model's weights: layers take no other."""
     if not x.is_floating_point():
         return x
     weight = next((p for p in model.parameters() if p.is_floating_point()), x)
     return x.to(weight.dtype)
 
 
-def wide(x: Tensor) -> Tensor:
-    """In fp32 at least, to be summed."""
+def at_least_fp32(x: Tensor) -> Tensor:
+    """Convert 16-bit numbers to fp32, to be summed."""
     return x.float() if x.dtype in (torch.bfloat16, torch.float16) else x
 
 
 def positions(tokens: Tensor) -> Tensor:
-    """The position of each token in its row: (B, T)."""
+    """Return the position of each token in its row: (B, T)."""
     return torch.arange(tokens.shape[1]).expand(len(tokens), -1)

@@ -1,4 +1,4 @@
-"""What tasks, strategies and the loop hand to each other."""
+"""Types that tasks, strategies and the loop share: batches, models, sums, and pieces of models."""
 
 from __future__ import annotations
 
@@ -13,19 +13,19 @@ Sums = dict[str, Tensor]  # sums over a batch's items, by name
 
 
 class Stages(nn.ModuleList):
-    """Several pieces of one model on one rank; each names its parameters in full."""
+    """Several pieces of one model on one rank, each with its parameters' full names."""
 
 
 def pieces(model: nn.Module) -> list[nn.Module]:
-    """The pieces of a model that this rank holds: most often the model itself."""
+    """Return the pieces of a model on this rank: usually the model itself."""
     return list(model) if isinstance(model, Stages) else [model]
 
 
 def divide(batch: Batch, parts: int) -> Iterator[Batch]:
-    """The batch's rows in `parts` equal parts.
+    """Divide the batch's rows into equal parts.
 
     Raises:
-        ValueError: the rows do not come out even.
+        ValueError: the number of rows is not divisible.
     """
     for name, tensor in batch.items():
         if len(tensor) % parts:
@@ -39,10 +39,11 @@ def divide(batch: Batch, parts: int) -> Iterator[Batch]:
 
 @contextmanager
 def evaluating(models: Models) -> Iterator[None]:
-    """Models in evaluation; then each module is as it was: what its author keeps in evaluation
-    stays there.
+    """Set models to evaluation, then each module to its mode before.
+
+    So modules that a user keeps in evaluation stay there.
     """
-    were = [(module, module.training) for model in models.values() for module in model.modules()]
+    modes = [(module, module.training) for model in models.values() for module in model.modules()]
     trained = {name: model.training for name, model in models.items()}
     for model in models.values():
         model.eval()
@@ -50,6 +51,6 @@ def evaluating(models: Models) -> Iterator[None]:
         yield
     finally:
         for name, model in models.items():
-            model.train(trained[name])  # which an author may have given more to do
-        for module, training in were:
+            model.train(trained[name])  # a user's `train` may do more
+        for module, training in modes:
             module.training = training

@@ -15,22 +15,22 @@ from dtrain.data.seeded import generator
 from dtrain.data.text import Text
 from dtrain.model.initialize import on_meta
 from dtrain.model.layout import ModelFactory, sequence_length
-from dtrain.task.base import Sizes, Supervised, Task, positions, the_model, wide
+from dtrain.task.base import Sizes, Supervised, Task, at_least_fp32, positions, single_model
 from dtrain.task.batch import Batch, Sums
 
 IGNORE = -100  # a target that does not count
-FILL = -1  # in the place of what a change of the row has left out
+FILL = -1  # in the place of tokens that a change of the row has left out
 
 
 class CausalLM(Task):
     """A GPT on windows of a corpus. Batches: tokens, positions, targets, each (B, T).
 
     Args:
-        augment: changes of the training rows; hidden tokens are inputs only.
+        augment: changes of the training rows; hidden tokens are inputs only, no targets.
 
     Raises:
-        ValueError: several models, a tokenizer or a sequence too large for the model, too little
-            text.
+        ValueError: there are several models, the tokenizer or the sequence is too large for the
+            model, or there is too little text.
     """
 
     def __init__(
@@ -45,8 +45,8 @@ class CausalLM(Task):
         self.seed = sizes.seed
         self.marks = data.tokenizer.marks
         if self.augment:
-            data.tokenizer.need("hidden", why="task.augment")
-        model = on_meta(the_model(models, "causal_lm"))
+            data.tokenizer.require_marks("hidden", reason="task.augment")
+        model = on_meta(single_model(models, "causal_lm"))
         if getattr(model, "causal", True) is False:
             raise ValueError(
                 "task causal_lm needs a model that sees one side only: set model.causal=true"
@@ -81,7 +81,7 @@ class CausalLM(Task):
         return batch | {"tokens": tokens, "targets": batch["targets"].masked_fill(unknown, IGNORE)}
 
     def _changed(self, row: Tensor, chance: torch.Generator) -> Tensor:
-        """A row after its changes, as long as it was."""
+        """Return a row after its changes, filled to its length before."""
         ids = row
         for change in self.augment:
             ids = change(ids, len(row), self.marks.hidden, chance)
@@ -89,35 +89,42 @@ class CausalLM(Task):
 
     def validation(self) -> Iterator[Batch]:
         for rows in self._validation.sweep(self._eval_batches, self._batch_size):
-            yield padded_batch(_pairs(rows), self._batch_size)
+            yield pad_batch(_pairs(rows), self._batch_size)
 
     def size(self, batch: Batch) -> int:
         return batch["tokens"].numel()
 
     def describe(self, totals: Sums) -> dict[str, float]:
-        means = super().describe(totals)
-        return {
-            "loss": means["loss"],
-            "perplexity": math.exp(min(means["loss"], 700.0)),
-            "accuracy": means["correct"],
-        }
+        return language_metrics(super().describe(totals))
 
 
 def cross_entropy(logits: Tensor, batch: Batch) -> Tensor:
-    """Summed over the targets that count, in fp32 at least: (B, T, V), (B, T) -> ()."""
+    """Sum the loss over the targets that count, in fp32 at least: (B, T, V), (B, T) -> ()."""
     return F.cross_entropy(
-        wide(logits).flatten(0, 1), batch["targets"].flatten(), ignore_index=IGNORE, reduction="sum"
+        at_least_fp32(logits).flatten(0, 1),
+        batch["targets"].flatten(),
+        ignore_index=IGNORE,
+        reduction="sum",
     )
 
 
 def count_targets(batch: Batch) -> Tensor:
-    """How many targets count."""
+    """Return the number of targets that count."""
     return (batch["targets"] != IGNORE).sum()
 
 
 def count_correct(logits: Tensor, batch: Batch) -> Sums:
-    """How many targets are the most probable token."""
+    """Return how many targets are the most probable token."""
     return {"correct": (logits.argmax(-1) == batch["targets"]).sum()}
+
+
+def language_metrics(means: dict[str, float]) -> dict[str, float]:
+    """Return loss, perplexity and accuracy from the means of loss and correct targets."""
+    return {
+        "loss": means["loss"],
+        "perplexity": math.exp(min(means["loss"], 700.0)),
+        "accuracy": means["correct"],
+    }
 
 
 def _pairs(rows: Tensor) -> Batch:  # (B, T + 1) -> inputs and targets, one position apart
@@ -125,8 +132,8 @@ def _pairs(rows: Tensor) -> Batch:  # (B, T + 1) -> inputs and targets, one posi
     return {"tokens": tokens, "positions": positions(tokens), "targets": targets}
 
 
-def padded_batch(batch: Batch, rows: int) -> Batch:
-    """With rows that do not count, so that every batch has as many."""
+def pad_batch(batch: Batch, rows: int) -> Batch:
+    """Fill the batch up to `rows` with rows that do not count."""
     if missing := rows - len(batch["targets"]):
         batch = {
             name: torch.cat((t, t[:1].expand(missing, *t.shape[1:]))) for name, t in batch.items()
@@ -138,12 +145,14 @@ def padded_batch(batch: Batch, rows: int) -> Batch:
 def checked_sequence_length(
     model: nn.Module | None, data: Text | Rows, seq_len: int | None, outputs: int | None = None
 ) -> int:
-    """The sequence length, checked with vocabulary and outputs against what the model says of
-    itself.
+    """Return the sequence length.
+
+    Raises:
+        ValueError: it, the vocabulary or the outputs do not fit the model.
     """
-    if (has := getattr(model, "outputs", outputs)) != outputs:
+    if (model_outputs := getattr(model, "outputs", outputs)) != outputs:
         raise ValueError(
-            f"model.outputs={'null' if has is None else has}: the task needs "
+            f"model.outputs={'null' if model_outputs is None else model_outputs}: the task needs "
             f"{outputs or 'null: the vocabulary'}"
         )
     length, vocab_size = sequence_length(model, seq_len), getattr(model, "vocab_size", None)

@@ -1,8 +1,8 @@
 """Classification of texts: a label for each row.
 
-The label is what the head says of one token: the first mark of a row, or the last where the model
-sees one side only. So every strategy that trains a language model trains a classifier. What the
-head gives for other tokens does not count.
+The label is the head's output for one token: a mark that stands first in the row, or last where the
+model sees one side only. Other tokens' outputs do not count. So every strategy that trains a
+language model trains a classifier.
 """
 
 from __future__ import annotations
@@ -17,22 +17,24 @@ from dtrain.data.rows import Rows
 from dtrain.data.sources import is_missing, text_of
 from dtrain.model.initialize import on_meta
 from dtrain.model.layout import ModelFactory
-from dtrain.task.base import Sizes, Supervised, the_model
+from dtrain.task.base import Sizes, Supervised, single_model
 from dtrain.task.batch import Batch
 from dtrain.task.causal_lm import IGNORE, checked_sequence_length, count_targets, cross_entropy
-from dtrain.task.rows import Classifier, OfRows, token_confusion, unique_sorted
+from dtrain.task.classifier import Classifier, token_confusion, unique_sorted
+from dtrain.task.labelled_rows import RowTask
 
 
-class Classification(Classifier, OfRows):
+class Classification(Classifier, RowTask):
     """A text's label out of a few. Batches: tokens, positions, targets, each (B, T).
 
     Args:
-        text, label: the rows' fields.
+        text: the rows' field of the text.
+        label: the rows' field of the class.
         examples: labelled rows to train on, drawn by the seed; None: all.
         augment: changes of the training texts, in order.
 
     Raises:
-        ValueError: a field is missing, there is one class only, or sizes do not fit.
+        ValueError: a field is missing, there is only one class, or sizes do not fit.
     """
 
     def __init__(
@@ -48,8 +50,7 @@ class Classification(Classifier, OfRows):
     ) -> None:
         self.models = models
         self.augment = augmentations(augment, TextChange, "texts")
-        self.text = text
-        self.label = label
+        self.text, self.label = text, label
         for where, row in data.all():
             text_of(row, text, where, "task.text")
             if label not in row:
@@ -62,13 +63,15 @@ class Classification(Classifier, OfRows):
                     f"task.label"
                 )
         self.classes = unique_sorted([str(row[label]) for _, row in data.all()], label, data)
-        model = on_meta(the_model(models, "classification"))
+        model = on_meta(single_model(models, "classification"))
         self.causal = bool(getattr(model, "causal", False))
-        data.tokenizer.need(
-            *[] if self.causal else ["first"], *["hidden"] if augment else [], why="classification"
+        data.tokenizer.require_marks(
+            *[] if self.causal else ["first"],
+            *["hidden"] if augment else [],
+            reason="classification",
         )
         self.length = checked_sequence_length(model, data, sizes.seq_len, len(self.classes))
-        self.take(data, sizes, examples)
+        self.use_rows(data, sizes, examples)
         self.updates = (
             Supervised(
                 "model", ("tokens", "positions"), cross_entropy, count_targets, token_confusion
@@ -86,7 +89,7 @@ class Classification(Classifier, OfRows):
                 ids = change(ids, room, marks.hidden, chance)
         ids = ids[:room]
         tokens, targets = torch.full((self.length,), marks.end), torch.full((self.length,), IGNORE)
-        first, at = (0, len(ids)) if self.causal else (1, 0)
-        tokens[first : first + len(ids)], tokens[at] = ids, marks.first
-        targets[at] = self.classes.index(str(row[self.label]))
+        first, mark = (0, len(ids)) if self.causal else (1, 0)
+        tokens[first : first + len(ids)], tokens[mark] = ids, marks.first
+        targets[mark] = self.classes.index(str(row[self.label]))
         return {"tokens": tokens, "positions": torch.arange(self.length), "targets": targets}

@@ -1,14 +1,15 @@
 """A generative adversarial network: two models, each with updates and an optimizer of its own.
 
-    discriminator: tell real samples from the generator's   (as many updates a step as asked for)
-    generator:     be taken for real
-    average:       follows the generator's weights; what is drawn and measured is its work
+    discriminator: learns to tell real samples from generated ones, in one or more updates a step
+    generator:     learns to make samples that are taken for real
+    average:       follows the generator's weights; its samples are drawn and measured
 
-Every random number is the batch's, a function of (seed, step): so ranks, micro-batches and resuming
-change nothing. Sources: Goodfellow et al. 2014 (1406.2661); hinge: Lim & Ye 2017 (1705.02894);
-WGAN-GP: Gulrajani et al. 2017 (1704.00028); averaged generators: Yazici et al. 2018 (1806.04498);
-Fréchet distance: Heusel et al. 2017 (1706.08500); precision and recall: Kynkäänniemi et al. 2019
-(1904.06991).
+Every random number is in the batch, a function of (seed, step): so ranks, micro-batches and
+resuming change nothing.
+
+Sources: Goodfellow et al. 2014 (1406.2661); hinge: Lim & Ye 2017 (1705.02894); WGAN-GP: Gulrajani
+et al. 2017 (1704.00028); averaged generators: Yazici et al. 2018 (1806.04498); Fréchet distance:
+Heusel et al. 2017 (1706.08500); precision and recall: Kynkäänniemi et al. 2019 (1904.06991).
 """
 
 from __future__ import annotations
@@ -26,39 +27,39 @@ from dtrain.data.images import Ring, Samples
 from dtrain.data.seeded import generator, shuffled_rows
 from dtrain.model.initialize import on_meta
 from dtrain.model.layout import ModelFactory
-from dtrain.task.base import LossUpdate, Sizes, Task, as_weights, wide
+from dtrain.task.base import LossUpdate, Sizes, Task, Update, at_least_fp32, in_weight_dtype
 from dtrain.task.batch import Batch, Models, Sums
-from dtrain.task.pictures import image_grid, points
+from dtrain.task.pictures import draw_images, draw_points
 from dtrain.task.sample_quality import frechet_distance, precision_recall
 
-# By name: the loss of scores that should be high (real), and of those that should be low. Both are
-# summed.
+# By name: the summed loss of scores that should be high (of real samples), and of those that should
+# be low.
 LOSSES: dict[str, tuple[Callable[[Tensor], Tensor], Callable[[Tensor], Tensor]]] = {
     "non_saturating": (lambda high: F.softplus(-high).sum(), lambda low: F.softplus(low).sum()),
     "hinge": (lambda high: F.relu(1 - high).sum(), lambda low: F.relu(1 + low).sum()),
     "wgan_gp": (lambda high: -high.sum(), lambda low: low.sum()),
 }
-COVERED = 0.25  # a mode is covered that gets this share of what is its due
-NEAR = 3.0  # deviations from a centre within which a point is one of its mode
-FEWEST = 3  # samples of a class, for the classifier whose features tell a Fréchet distance
+COVERED = 0.25  # a mode is found if it has this share of the points that it should have
+NEAR = 3.0  # deviations from a centre within which a point belongs to its mode
+FEWEST = 3  # samples of a class, to train the classifier whose features are compared
 DRAWN = 64  # samples in a picture
 
 
 class GAN(Task):
-    """Batches: real0 ..., labels0 ..., noise0 ..., mix0 ... for each of the discriminator's
-    updates; noise, labels.
+    """Generator and discriminator. Batches: noise and labels for the generator's update.
+
+    For each of the discriminator's updates real0 ..., labels0 ..., noise0 ..., mix0 ....
 
     Args:
         loss: non_saturating, hinge or wgan_gp.
         discriminator_steps: updates of the discriminator before each of the generator's.
         penalty: weight of WGAN-GP's gradient penalty.
-        average: share of the averaged generator that stays at a step; 0: it is the generator
-            itself.
+        average: share of the averaged generator that stays at a step; 0: there is no average.
         conditional: give both models the samples' classes.
         samples: drawn and measured in an evaluation, rounded up to whole batches.
 
     Raises:
-        ValueError: models that do not fit the samples or each other, or an unknown loss.
+        ValueError: the models do not fit the samples or each other, or a setting is out of range.
     """
 
     def __init__(
@@ -77,84 +78,77 @@ class GAN(Task):
         if set(models) != {"generator", "discriminator"}:
             raise ValueError(
                 f"task gan trains generator and discriminator, the configuration has "
-                f"{', '.join(models)}: "
-                f"use model=gan_ring, gan_digits, gan_mnist or gan_mlp"
+                f"{', '.join(models)}: use model=gan_ring, gan_digits, gan_mnist or gan_mlp"
             )
-        if loss not in LOSSES:
-            raise ValueError(f"task.loss={loss} is unknown: use {', '.join(LOSSES)}")
-        if discriminator_steps < 1 or not 0 <= average < 1:
-            raise ValueError(
-                f"task.discriminator_steps={discriminator_steps} must be at least 1, and "
-                f"task.average="
-                f"{average} from 0 to less than 1"
-            )
+        _check_settings(loss, discriminator_steps, average, samples)
         if conditional and not data.classes:
             raise ValueError(f"task.conditional=true: data {data.name} bears no classes")
         self.data, self.sizes, self.conditional, self.penalty = data, sizes, conditional, penalty
-        self.real, self.fake = LOSSES[loss]
-        if samples < 2:
-            raise ValueError(f"task.samples={samples} must be at least 2, to measure by")
-        self.samples = -(-samples // sizes.global_batch_size) * sizes.global_batch_size
-        self.noise = self._check(models)
-        self._check_features()
-        self.models = dict(models)
-        if average:  # made of the same seed and names: it begins as the generator
-            self.models["average"] = models["generator"]
-        self.shown = "average" if average else "generator"
-        then = (
-            partial(move_towards, leader="generator", follower="average", stays=average)
-            if average
-            else None
-        )
-        self.steps = discriminator_steps
         self.loss, self.penalised = loss, loss == "wgan_gp"
-        self.updates = (
-            *(
-                LossUpdate(
-                    "discriminator",
-                    partial(self._discriminate, str(index)),
-                    self._count,
-                    measures=lambda models, batch: {},
-                    second_order=self.penalised,
-                )
-                for index in range(self.steps)
-            ),
-            LossUpdate(
-                "generator", self._generate, self._count, measures=self._measures, then=then
-            ),
-        )
+        self.real_loss, self.fake_loss = LOSSES[loss]
+        self.steps = discriminator_steps
+        self.samples = -(-samples // sizes.global_batch_size) * sizes.global_batch_size
+        self.noise = self._check_models(models)
+        _check_class_sizes(data)
+        self.models = dict(models)
+        if average:  # it has the same seed and names, so it begins as the generator
+            self.models["average"] = models["generator"]
+        self.measured = "average" if average else "generator"
+        self.updates = self._make_updates(average)
 
-    def _check(self, models: dict[str, ModelFactory]) -> int:
-        """Do the models fit the samples? Returns the size of the noise."""
-        generator_, discriminator = (
-            on_meta(models[name]) for name in ("generator", "discriminator")
+    def _make_updates(self, average: float) -> tuple[Update, ...]:
+        discriminator = (
+            LossUpdate(
+                "discriminator",
+                partial(self._discriminate, str(index)),
+                self._count,
+                measures=lambda models, batch: {},
+                second_order=self.penalised,
+            )
+            for index in range(self.steps)
         )
+        then = partial(move_towards, leader="generator", follower="average", stays=average)
+        generator = LossUpdate(
+            "generator",
+            self._generate,
+            self._count,
+            measures=self._measures,
+            then=then if average else None,
+        )
+        return *discriminator, generator
+
+    def _check_models(self, models: dict[str, ModelFactory]) -> int:
+        """Return the size of the noise.
+
+        Raises:
+            ValueError: the models do not fit the samples.
+        """
+        pair = {name: on_meta(models[name]) for name in ("generator", "discriminator")}
         classes = len(self.data.classes) if self.conditional else 0
-        for name, model in (("generator", generator_), ("discriminator", discriminator)):
-            has = getattr(model, "classes", classes)
-            if has != classes:
+        for name, model in pair.items():
+            if (model_classes := getattr(model, "classes", classes)) != classes:
                 raise ValueError(
-                    f"model.{name}.classes={has}: the task needs {classes} (task.conditional="
-                    f"{str(self.conditional).lower()})"
+                    f"model.{name}.classes={model_classes}: the task needs {classes} "
+                    f"(task.conditional={str(self.conditional).lower()})"
                 )
-        noise = getattr(generator_, "inputs", None)
+        generator_, discriminator = pair.values()
+        noise: int | None = getattr(generator_, "inputs", None)
         if generator_ is None or discriminator is None or noise is None:
             raise ValueError(
                 "task gan needs models with shapes: a generator that says its `inputs`"
             )
-        given = (torch.zeros(2, dtype=torch.long, device="meta"),) if classes else ()
+        labels = (torch.zeros(2, dtype=torch.long, device="meta"),) if classes else ()
         try:
-            made = generator_(torch.empty(2, noise, device="meta"), *given)
-            scores = discriminator(torch.empty(2, *self.data.shape, device="meta"), *given)
+            samples = generator_(torch.empty(2, noise, device="meta"), *labels)
+            scores = discriminator(torch.empty(2, *self.data.shape, device="meta"), *labels)
         except Exception as error:  # of a user's model: it may fail in any way
             raise ValueError(
                 f"the models do not take samples of {self.data.shape}: {error_in_words(error)}"
             ) from error
-        if tuple(made.shape[1:]) != self.data.shape:
+        if tuple(samples.shape[1:]) != self.data.shape:
             raise ValueError(
-                f"model.generator makes {tuple(made.shape[1:])}, the samples of "
-                f"{self.data.name} are "
-                f"{self.data.shape}"
+                f"model.generator makes {tuple(samples.shape[1:])}, the samples of "
+                f"{self.data.name} are {self.data.shape}"
             )
         if tuple(scores.shape) != (2, 1):
             raise ValueError(
@@ -163,19 +157,6 @@ class GAN(Task):
             )
         return noise
 
-    def _check_features(self) -> None:
-        """Can a classifier of the samples be trained, to measure by?"""
-        classes = self.data.classes
-        if not isinstance(self.data, Ring) and classes:
-            counts = self.data.split["train"][1].bincount(minlength=len(classes))
-            least = int(counts.argmin())
-            if len(counts) < 2 or counts[least] < FEWEST:
-                raise ValueError(
-                    f"data {self.data.name}: {counts[least]} samples of class {classes[least]} "
-                    f"to learn: "
-                    f"two or more classes need {FEWEST} each, to measure by"
-                )
-
     @property
     def epoch(self) -> float:
         return len(self.data.split["train"][0]) / self.steps
@@ -183,7 +164,7 @@ class GAN(Task):
     def batch(self, step: int) -> Batch:
         values, labels = self.data.split["train"]
         rows, chance = self.sizes.global_batch_size, generator(self.sizes.seed, "gan", step)
-        batch = self._drawn(rows, chance)
+        batch = self._random_inputs(rows, chance)
         for index in range(self.steps):
             chosen = shuffled_rows(step * self.steps + index, rows, len(values), self.sizes.seed)
             batch |= {
@@ -197,38 +178,28 @@ class GAN(Task):
     def validation(self) -> Iterator[Batch]:
         rows = self.sizes.global_batch_size
         for index in range(self.samples // rows):
-            drawn = self._drawn(rows, generator(0, "gan", "validation", index))
-            yield drawn | {"place": torch.arange(index * rows, (index + 1) * rows)}
+            inputs = self._random_inputs(rows, generator(0, "gan", "validation", index))
+            yield inputs | {"place": torch.arange(index * rows, (index + 1) * rows)}
 
     def size(self, batch: Batch) -> int:
         return len(batch["noise"])
 
     def describe(self, totals: Sums) -> dict[str, float]:
         if isinstance(self.data, Ring):
-            distances = torch.cdist(totals["samples"], self.data.centres.double())
-            nearest, mode = distances.min(1)
-            good = nearest < NEAR * self.data.deviation
-            counts = torch.bincount(mode[good], minlength=len(self.data.centres))
-            due = len(nearest) / len(counts)
-            return {
-                "modes": float((counts >= COVERED * due).sum()),
-                "good": float(good.double().mean()),
-            }
+            return _modes(totals["samples"], self.data)
         if not self.data.classes:
             return {}
-        real, made = (
-            self.data.features(v)
-            for v in (self.data.split["validation"][0][: self.samples], totals["samples"])
-        )
-        precision, recall = precision_recall(real, made)
-        return {"frechet": frechet_distance(real, made), "precision": precision, "recall": recall}
+        real = self.data.features(self.data.split["validation"][0][: self.samples])
+        fake = self.data.features(totals["samples"])
+        precision, recall = precision_recall(real, fake)
+        return {"frechet": frechet_distance(real, fake), "precision": precision, "recall": recall}
 
     def pictures(self, totals: Sums) -> dict[str, Figure]:
         if isinstance(self.data, Ring):
-            return {"samples": points(totals["samples"], self.data.split["validation"][0])}
-        return {"samples": image_grid(totals["samples"][:DRAWN].view(-1, *self.data.shape))}
+            return {"samples": draw_points(totals["samples"], self.data.split["validation"][0])}
+        return {"samples": draw_images(totals["samples"][:DRAWN].view(-1, *self.data.shape))}
 
-    def _drawn(self, rows: int, chance: torch.Generator) -> Batch:
+    def _random_inputs(self, rows: int, chance: torch.Generator) -> Batch:
         labels = torch.randint(max(1, len(self.data.classes)), (rows,), generator=chance)
         return {"noise": torch.randn(rows, self.noise, generator=chance), "labels": labels}
 
@@ -236,51 +207,87 @@ class GAN(Task):
         real, labels, noise, mix = (
             batch[f"{name}{index}"] for name in ("real", "labels", "noise", "mix")
         )
-        discriminator, given = models["discriminator"], self._given(labels)
+        discriminator, classes = models["discriminator"], self._labels(labels)
         with torch.no_grad():
-            fake = models["generator"](as_weights(noise, models["generator"]), *given)
+            fake = models["generator"](in_weight_dtype(noise, models["generator"]), *classes)
         real = real.to(fake.dtype)
-        scores = discriminator(torch.cat((real, fake)), *self._given(labels.repeat(2)))
-        high, low = wide(scores).split(len(real))
-        loss = self.real(high) + self.fake(low)
+        scores = discriminator(torch.cat((real, fake)), *self._labels(labels.repeat(2)))
+        real_scores, fake_scores = torch.split(at_least_fp32(scores), len(real))
+        loss = self.real_loss(real_scores) + self.fake_loss(fake_scores)
         if self.penalised:
             shares = mix.to(fake.dtype).view(-1, *[1] * (fake.ndim - 1))
             between = (shares * real + (1 - shares) * fake).requires_grad_()
             (slope,) = torch.autograd.grad(
-                discriminator(between, *given).sum(), between, create_graph=True
+                discriminator(between, *classes).sum(), between, create_graph=True
             )
-            loss = loss + self.penalty * (wide(slope).flatten(1).norm(dim=1) - 1).square().sum()
+            norms = at_least_fp32(slope).flatten(1).norm(dim=1)
+            loss = loss + self.penalty * (norms - 1).square().sum()
         return loss
 
     def _generate(self, models: Models, batch: Batch) -> Tensor:
-        given = self._given(batch["labels"])
-        made = models["generator"](as_weights(batch["noise"], models["generator"]), *given)
-        scores = wide(models["discriminator"](made, *given))
-        return self.real(scores) if self.loss == "non_saturating" else -scores.sum()
+        classes = self._labels(batch["labels"])
+        noise = in_weight_dtype(batch["noise"], models["generator"])
+        fake = models["generator"](noise, *classes)
+        scores = at_least_fp32(models["discriminator"](fake, *classes))
+        return self.real_loss(scores) if self.loss == "non_saturating" else -scores.sum()
 
-    def _given(self, labels: Tensor) -> tuple[Tensor, ...]:
+    def _labels(self, labels: Tensor) -> tuple[Tensor, ...]:
+        """Return the argument of conditional models."""
         return (labels,) if self.conditional else ()
 
     def _count(self, batch: Batch) -> Tensor:
         return torch.tensor(len(batch["noise"]))
 
     def _measures(self, models: Models, batch: Batch) -> Sums:
-        """Each sample at its place among all that are drawn: so the sum over the ranks has them
-        all.
-        """
-        noise = as_weights(batch["noise"], models[self.shown])
-        made = models[self.shown](noise, *self._given(batch["labels"])).flatten(1).double()
-        samples = made.new_zeros(self.samples, made.shape[1])
-        samples[batch["place"]] = made
+        """Put each sample at its place among zeros: so the sum over the ranks has all of them."""
+        noise = in_weight_dtype(batch["noise"], models[self.measured])
+        fake = models[self.measured](noise, *self._labels(batch["labels"])).flatten(1).double()
+        samples = fake.new_zeros(self.samples, fake.shape[1])
+        samples[batch["place"]] = fake
         return {"samples": samples, "count": self._count(batch)}
 
 
 @torch.no_grad()
 def move_towards(models: Models, *, leader: str, follower: str, stays: float) -> None:
-    """Move the follower's weights towards the leader's: each rank its own parts of them."""
-    for ours, theirs in zip(
-        models[follower].parameters(), models[leader].parameters(), strict=True
-    ):
-        ours.lerp_(theirs.detach().to(ours.dtype), 1 - stays)
-    for held, given in zip(models[follower].buffers(), models[leader].buffers(), strict=True):
-        held.copy_(given)
+    """Move the follower's weights towards the leader's; each rank moves its own parts."""
+    following, leading = models[follower], models[leader]
+    for weight, target in zip(following.parameters(), leading.parameters(), strict=True):
+        weight.lerp_(target.detach().to(weight.dtype), 1 - stays)
+    for buffer, value in zip(following.buffers(), leading.buffers(), strict=True):
+        buffer.copy_(value)
+
+
+def _check_settings(loss: str, discriminator_steps: int, average: float, samples: int) -> None:
+    if loss not in LOSSES:
+        raise ValueError(f"task.loss={loss} is unknown: use {', '.join(LOSSES)}")
+    if discriminator_steps < 1 or not 0 <= average < 1:
+        raise ValueError(
+            f"task.discriminator_steps={discriminator_steps} must be at least 1, and "
+            f"task.average={average} from 0 to less than 1"
+        )
+    if samples < 2:
+        raise ValueError(f"task.samples={samples} must be at least 2, to measure by")
+
+
+def _check_class_sizes(data: Samples) -> None:
+    """Raise ValueError if a class has too few samples for the classifier that measures."""
+    classes = data.classes
+    if isinstance(data, Ring) or not classes:
+        return
+    counts = data.split["train"][1].bincount(minlength=len(classes))
+    least = int(counts.argmin())
+    if len(counts) < 2 or counts[least] < FEWEST:
+        raise ValueError(
+            f"data {data.name}: {counts[least]} samples of class {classes[least]} to learn: "
+            f"two or more classes need {FEWEST} each, to measure by"
+        )
+
+
+def _modes(points: Tensor, ring: Ring) -> dict[str, float]:
+    """Return how many modes the points find, and the share of points near a mode."""
+    nearest, mode = torch.cdist(points, ring.centres.double()).min(1)
+    good = nearest < NEAR * ring.deviation
+    counts = torch.bincount(mode[good], minlength=len(ring.centres))
+    expected = len(points) / len(counts)
+    modes = (counts >= COVERED * expected).sum()
+    return {"modes": float(modes), "good": float(good.double().mean())}

@@ -13,21 +13,22 @@ from dtrain.data.images import Samples
 from dtrain.data.seeded import generator, random_subset, shuffled_rows
 from dtrain.model.initialize import on_meta
 from dtrain.model.layout import ModelFactory
-from dtrain.task.base import Sizes, Supervised, the_model, wide
+from dtrain.task.base import Sizes, Supervised, at_least_fp32, check_examples, single_model
 from dtrain.task.batch import Batch, Sums
-from dtrain.task.rows import Classifier, check_examples, confusion
+from dtrain.task.classifier import Classifier, confusion
 
 
 class ImageClassification(Classifier):
-    """An image's class. Batches: pixels (B, C, H, W), targets (B, K), the shares of the classes:
-    zeros do not count.
+    """An image's class. Batches: pixels (B, C, H, W), targets (B, K).
+
+    Targets are shares of the classes; rows of zeros do not count.
 
     Args:
         examples: labelled images to train on, drawn by the seed; None: all.
         augment: changes of the training images, in order; mixup comes last.
 
     Raises:
-        ValueError: images without classes, or a model that does not fit them.
+        ValueError: the images have no classes, or the model does not fit them.
     """
 
     def __init__(
@@ -40,31 +41,33 @@ class ImageClassification(Classifier):
         augment: Mapping[str, ImageChange | Mixup] | None = None,
     ) -> None:
         self.models, self.data, self.sizes, self.classes = models, data, sizes, data.classes
-        several = augmentations(augment, (ImageChange, Mixup), "images")
-        self.changes = [change for change in several if isinstance(change, ImageChange)]
-        self.mixup = next((change for change in several if isinstance(change, Mixup)), None)
+        changes = augmentations(augment, (ImageChange, Mixup), "images")
+        self.changes = [change for change in changes if isinstance(change, ImageChange)]
+        self.mixup = next((change for change in changes if isinstance(change, Mixup)), None)
         if not data.classes:
             raise ValueError(
                 f"data {data.name} bears no classes: put images into a folder for each"
             )
-        self._check(the_model(models, "image_classification"))
+        self._check(single_model(models, "image_classification"))
         check_examples(examples)
-        self._train = self._drawn("train", examples, sizes.seed)
-        self.told = f"trains on {len(self._train[0]):,} of {len(data.split['train'][0]):,} images"
+        self._train = self._random_samples("train", examples, sizes.seed)
+        self.summary = (
+            f"trains on {len(self._train[0]):,} of {len(data.split['train'][0]):,} images"
+        )
         self.updates = (Supervised("model", ("pixels",), _criterion, _count, _measures),)
 
     def _check(self, factory: ModelFactory) -> None:
-        model, kinds = on_meta(factory), len(self.data.classes)
+        model, classes = on_meta(factory), len(self.data.classes)
         if model is None:
             return
         try:
-            made = model(torch.empty(2, *self.data.shape, device="meta"))
+            logits = model(torch.empty(2, *self.data.shape, device="meta"))
         except RuntimeError as error:
             raise ValueError(
                 f"the model does not take images of {self.data.shape}: {str(error).splitlines()[0]}"
             ) from None
-        if made.shape[-1] != kinds:
-            raise ValueError(f"model.outputs={made.shape[-1]}: the images have {kinds} classes")
+        if logits.shape[-1] != classes:
+            raise ValueError(f"model.outputs={logits.shape[-1]}: the images have {classes} classes")
 
     @property
     def epoch(self) -> float:
@@ -85,7 +88,7 @@ class ImageClassification(Classifier):
 
     def validation(self) -> Iterator[Batch]:
         size = self.sizes.global_batch_size
-        values, labels = self._drawn("validation", self.sizes.eval_batches * size, 0)
+        values, labels = self._random_samples("validation", self.sizes.eval_batches * size, 0)
         for first in range(0, len(values), size):
             pixels = values[first : first + size]
             targets = self._shares(labels[first : first + size])
@@ -98,8 +101,8 @@ class ImageClassification(Classifier):
     def size(self, batch: Batch) -> int:
         return len(batch["pixels"])
 
-    def _drawn(self, side: str, number: int | None, seed: int) -> tuple[Tensor, Tensor]:
-        """So many samples, at random: those of one class may stand together."""
+    def _random_samples(self, side: str, number: int | None, seed: int) -> tuple[Tensor, Tensor]:
+        """Choose samples of a side at random, since one class's may stand together."""
         values, labels = self.data.split[side]
         order = random_subset(len(values), number, seed)
         return values[order], labels[order]
@@ -115,7 +118,7 @@ class ImageClassification(Classifier):
 
 
 def _criterion(logits: Tensor, batch: Batch) -> Tensor:
-    logits = wide(logits)
+    logits = at_least_fp32(logits)
     return -(batch["targets"].to(logits.dtype) * logits.log_softmax(-1)).sum()
 
 

@@ -1,16 +1,15 @@
 """BERT's pre-training: find hidden tokens, and tell whether two parts of a row belong together.
 
-Of the text's tokens (or whole words) 15 % are to be found; of these 80 % are hidden, 10 % replaced
-by any token and 10 % left as they are, anew at each step. With `pairs` a row is two parts, and its
-first mark stands for the question: its answer is one more token to be found, `yes` or `no`, so that
-no strategy needs to know of a second head.
+The model has to find 15 % of the text's tokens (or whole words); of these 80 % are hidden, 10 %
+replaced by any token and 10 % left as they are, drawn anew at each step. With `pairs` a row has two
+parts, and the target at its first mark is `yes` or `no`: so there is no second head that strategies
+would have to know.
 
 Sources: Devlin et al. 2018 (1810.04805); sentence order: Lan et al. 2019, ALBERT (1909.11942).
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator
 
 import torch
@@ -19,10 +18,10 @@ from torch import Tensor
 from dtrain.data.prepare import SPLITS
 from dtrain.data.seeded import generator
 from dtrain.data.text import Text
-from dtrain.data.tokenizer import KEPT
+from dtrain.data.tokenizer import MARK_IDS
 from dtrain.model.initialize import on_meta
 from dtrain.model.layout import ModelFactory
-from dtrain.task.base import Sizes, Supervised, Task, positions, the_model
+from dtrain.task.base import Sizes, Supervised, Task, positions, single_model
 from dtrain.task.batch import Batch, Sums
 from dtrain.task.causal_lm import (
     IGNORE,
@@ -30,25 +29,25 @@ from dtrain.task.causal_lm import (
     count_correct,
     count_targets,
     cross_entropy,
-    padded_batch,
+    language_metrics,
+    pad_batch,
 )
 
 PAIRS = (None, "next_sentence", "sentence_order")
-HIDDEN, REPLACED = 0.8, 0.1  # of the tokens to be found; the others are left as they are
+HIDDEN, REPLACED = 0.8, 0.1  # shares of the tokens to be found; the others are left as they are
 
 
 class MaskedLM(Task):
-    """An encoder on windows of a corpus. Batches: tokens, positions, targets (with pairs:
-    segments), each (B, T).
+    """An encoder on windows of a corpus. Batches: tokens, positions, targets, segments (B, T).
 
     Args:
         probability: share of the tokens to be found.
         whole_words: hide words, not tokens.
-        pairs: next_sentence (the second part is another row's in half of the rows), sentence_order
-            (the parts are swapped in half of the rows), or None.
+        pairs: next_sentence (in half of the rows the second part is another row's), sentence_order
+            (in half of the rows the parts are swapped), or None.
 
     Raises:
-        ValueError: a causal model, sizes that do not fit, an unknown option.
+        ValueError: the model is causal, sizes do not fit, or an option is unknown.
     """
 
     def __init__(
@@ -72,28 +71,26 @@ class MaskedLM(Task):
                 "task.pairs=next_sentence takes parts of other rows: use global_batch_size=2 "
                 "or more"
             )
-        model = on_meta(the_model(models, "masked_lm"))
+        model = on_meta(single_model(models, "masked_lm"))
         if getattr(model, "causal", False):
             raise ValueError(
                 "task masked_lm needs a model that sees both sides: set model.causal=false"
             )
         self.models, self.sizes, self.probability, self.pairs = models, sizes, probability, pairs
         self.marks, self.vocab_size = data.tokenizer.marks, data.vocab_size
-        asked = ("between", "yes", "no") if pairs else ()
-        data.tokenizer.need(
-            "hidden", "first", *asked, why="masked_lm with pairs" if pairs else "masked_lm"
+        pair_marks = ("between", "yes", "no") if pairs else ()
+        data.tokenizer.require_marks(
+            "hidden", "first", *pair_marks, reason="masked_lm with pairs" if pairs else "masked_lm"
         )
         self.words = (
             [torch.from_numpy(table) for table in data.tokenizer.words()] if whole_words else None
         )
-        # of text, beside the marks
-        length = checked_sequence_length(model, data, sizes.seq_len) - (2 if pairs else 1)
-        if length < 2:
-            raise ValueError(
-                f"seq_len={length + (2 if pairs else 1)} leaves no text beside the marks"
-            )
+        seq_len, marks = checked_sequence_length(model, data, sizes.seq_len), 2 if pairs else 1
+        if seq_len - marks < 2:
+            raise ValueError(f"seq_len={seq_len} leaves no text beside the marks")
         self._windows = {
-            side: data.windows(side, seq_len=length - 1, seed=sizes.seed) for side in SPLITS
+            side: data.windows(side, seq_len=seq_len - marks - 1, seed=sizes.seed)
+            for side in SPLITS
         }
         segmented = pairs and bool(getattr(model, "segments", 0))
         inputs = ("tokens", "positions", *(("segments",) if segmented else ()))
@@ -111,7 +108,7 @@ class MaskedLM(Task):
         for index, rows in enumerate(
             self._windows["validation"].sweep(self.sizes.eval_batches, self.sizes.global_batch_size)
         ):
-            yield padded_batch(
+            yield pad_batch(
                 self._hide(rows, generator(0, "validation", index)), self.sizes.global_batch_size
             )
 
@@ -119,17 +116,10 @@ class MaskedLM(Task):
         return batch["tokens"].numel()
 
     def describe(self, totals: Sums) -> dict[str, float]:
-        means = super().describe(totals)
-        found = {
-            "loss": means["loss"],
-            "perplexity": math.exp(min(means["loss"], 700.0)),
-            "accuracy": means["correct"],
-        }
-        return found | (
-            {"pair_accuracy": float(totals["pairs_correct"] / totals["pairs"])}
-            if self.pairs
-            else {}
-        )
+        metrics = language_metrics(super().describe(totals))
+        if self.pairs:
+            metrics["pair_accuracy"] = float(totals["pairs_correct"] / totals["pairs"])
+        return metrics
 
     def _hide(self, text: Tensor, chance: torch.Generator) -> Batch:
         tokens, answers, segments = self._rows(text, chance)
@@ -138,7 +128,7 @@ class MaskedLM(Task):
         )
         chosen = self._draw(tokens, chance) & ~torch.isin(tokens, marks)
         fate = torch.rand(tokens.shape, generator=chance)
-        others = torch.randint(KEPT, self.vocab_size, tokens.shape, generator=chance)
+        others = torch.randint(MARK_IDS, self.vocab_size, tokens.shape, generator=chance)
         targets = tokens.masked_fill(~chosen, IGNORE)
         tokens = torch.where(chosen & (fate < HIDDEN), self.marks.hidden, tokens)
         tokens = torch.where(chosen & (fate >= HIDDEN) & (fate < HIDDEN + REPLACED), others, tokens)
@@ -152,7 +142,7 @@ class MaskedLM(Task):
         }
 
     def _rows(self, text: Tensor, chance: torch.Generator) -> tuple[Tensor, Tensor | None, Tensor]:
-        """Rows with their marks, the answers, and which part each token belongs to."""
+        """Return rows with their marks, the answers, and the part that each token belongs to."""
 
         def column(mark: int) -> Tensor:
             return torch.full((len(text), 1), mark)
@@ -164,24 +154,20 @@ class MaskedLM(Task):
         false = (torch.rand(len(text), 1, generator=chance) < 0.5) & (
             len(text) > 1 or self.pairs == "sentence_order"
         )
+        between = column(self.marks.between)
         if self.pairs == "next_sentence":
             other = torch.where(false, other.roll(1, dims=0), other)
-            parts = torch.cat((one, column(self.marks.between), other), dim=1)
+            parts = torch.cat((one, between, other), dim=1)
         else:
-            swapped = torch.cat((other, column(self.marks.between), one), dim=1)
-            parts = torch.where(
-                false, swapped, torch.cat((one, column(self.marks.between), other), dim=1)
-            )
+            swapped = torch.cat((other, between, one), dim=1)
+            parts = torch.where(false, swapped, torch.cat((one, between, other), dim=1))
         tokens = torch.cat((column(self.marks.first), parts), dim=1)
-        between = tokens == self.marks.between
-        return (
-            tokens,
-            torch.where(false[:, 0], self.marks.no, self.marks.yes),
-            between.cumsum(1) - between.long(),
-        )
+        answers = torch.where(false[:, 0], self.marks.no, self.marks.yes)
+        ends = tokens == self.marks.between
+        return tokens, answers, ends.cumsum(1) - ends.long()
 
     def _draw(self, tokens: Tensor, chance: torch.Generator) -> Tensor:
-        """Which tokens are to be found: each by itself, or each word as its first token is."""
+        """Draw which tokens are to be found: single tokens, or whole words by their first token."""
         draws = torch.rand(tokens.shape, generator=chance)
         if self.words is not None:
             begins, ends = self.words

@@ -10,21 +10,22 @@ from dtrain.data.rows import Rows
 from dtrain.data.sources import is_missing
 from dtrain.model.initialize import on_meta
 from dtrain.model.layout import ModelFactory
-from dtrain.task.base import Sizes, Supervised, the_model
+from dtrain.task.base import Sizes, Supervised, single_model
 from dtrain.task.batch import Batch
 from dtrain.task.causal_lm import IGNORE, checked_sequence_length, count_targets, cross_entropy
-from dtrain.task.rows import Classifier, OfRows, token_confusion, unique_sorted
+from dtrain.task.classifier import Classifier, token_confusion, unique_sorted
+from dtrain.task.labelled_rows import RowTask
 
 
-class TokenClassification(Classifier, OfRows):
-    """The tag of each word, said at its last token. Batches: tokens, positions, targets, each (B,
-    T).
+class TokenClassification(Classifier, RowTask):
+    """The tag of each word, at its last token. Batches: tokens, positions, targets, each (B, T).
 
     Args:
-        words, tags: the rows' fields, lists of equal length.
+        words: the rows' field of the words, a list.
+        tags: the rows' field of their tags, a list of the same length.
 
     Raises:
-        ValueError: a field is missing or of another length, there is one tag only, or sizes do not
+        ValueError: a field is missing or of another length, there is only one tag, or sizes do not
             fit.
     """
 
@@ -43,9 +44,9 @@ class TokenClassification(Classifier, OfRows):
         self.classes = unique_sorted(
             [str(tag) for _, row in data.all() for tag in row[tags]], "tag", data
         )
-        model = on_meta(the_model(models, "token_classification"))
+        model = on_meta(single_model(models, "token_classification"))
         self.length = checked_sequence_length(model, data, sizes.seq_len, len(self.classes))
-        self.take(data, sizes)
+        self.use_rows(data, sizes)
         self.updates = (
             Supervised(
                 "model", ("tokens", "positions"), cross_entropy, count_targets, token_confusion
@@ -56,22 +57,20 @@ class TokenClassification(Classifier, OfRows):
         return [f"{' ' if index else ''}{word}" for index, word in enumerate(row[self.words])]
 
     def encode(self, where: str, row: dict[str, Any], chance: torch.Generator | None) -> Batch:
-        tokenizer, at = self.data.tokenizer, 1
+        tokenizer, length = self.data.tokenizer, 1
         tokens = torch.full((self.length,), tokenizer.marks.end)
         targets = torch.full((self.length,), IGNORE)
         tokens[0] = tokenizer.marks.first
-        for index, (word, tag) in enumerate(zip(row[self.words], row[self.tags], strict=True)):
-            ids = torch.from_numpy(
-                tokenizer.encode(f"{' ' if index else ''}{word}").astype("int64")
-            )
+        for text, tag in zip(self.texts(row), row[self.tags], strict=True):
+            ids = torch.from_numpy(tokenizer.encode(text).astype("int64"))
             if not len(ids):
                 continue
-            if at + len(ids) > self.length:
+            if length + len(ids) > self.length:
                 break
-            tokens[at : at + len(ids)] = ids
-            at += len(ids)
-            # where a model that sees one side only has seen the word
-            targets[at - 1] = self.classes.index(str(tag))
+            tokens[length : length + len(ids)] = ids
+            length += len(ids)
+            # at the last token a model that sees one side only has seen the word
+            targets[length - 1] = self.classes.index(str(tag))
         return {"tokens": tokens, "positions": torch.arange(self.length), "targets": targets}
 
 
@@ -80,8 +79,7 @@ def _check(where: str, row: dict[str, Any], words: str, tags: str) -> None:
         if not isinstance(row.get(field), list):
             raise ValueError(
                 f"{where}: field {field!r} is no list; it has {', '.join(map(str, row))}: set "
-                f"task.words "
-                f"and task.tags"
+                f"task.words and task.tags"
             )
     if len(row[words]) != len(row[tags]):
         raise ValueError(f"{where}: {len(row[words])} words and {len(row[tags])} tags")
