@@ -153,6 +153,8 @@ MOVED = {
     "dtrain.strategy.tensor.TensorParallel": "dtrain.strategy.tensor.strategy.TensorParallel",
     "dtrain.strategy.pipeline.Pipeline": "dtrain.strategy.pipeline.strategy.PipelineParallel",
     "dtrain.strategy.context.Context": "dtrain.strategy.context.strategy.ContextParallel",
+    "dtrain.strategy.context.exchange.Ring": "dtrain.strategy.context.ring.Ring",
+    "dtrain.strategy.context.exchange.Ulysses": "dtrain.strategy.context.ulysses.Ulysses",
     "dtrain.strategy.expert.Expert": "dtrain.strategy.expert.ExpertParallel",
     "dtrain.strategy.parameter_server.ParameterServer":
         "dtrain.strategy.parameter_server.strategy.ParameterServer",

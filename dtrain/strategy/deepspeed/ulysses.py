@@ -18,7 +18,7 @@ from dtrain.model.layout import blocks_of, divisors, layout_of
 from dtrain.parallel.footprint import Footprint
 from dtrain.parallel.messages import Message
 from dtrain.parallel.strategy import REST
-from dtrain.strategy.context.strategy import ContextParallel, _cores
+from dtrain.strategy.context.strategy import ContextParallel, attention_cores
 from dtrain.strategy.deepspeed.library import imported
 
 if TYPE_CHECKING:
@@ -66,7 +66,7 @@ class DeepSpeedUlysses(ContextParallel):
         return model
 
     def verify(self, model: nn.Module, plan: Plan) -> None:
-        for core in _cores(model):
+        for core in attention_cores(model):
             assert isinstance(core, Swapping), (
                 f"attention is {type(core).__name__}, not DeepSpeed's"
             )
