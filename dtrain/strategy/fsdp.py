@@ -84,7 +84,7 @@ class FSDP(Strategy):
                 "reduce_each=false"
             )
         if self.reshard_after_forward and pipeline.splits_backward:
-            schedule = getattr(pipeline, "schedule", type(pipeline).__name__)
+            schedule = getattr(pipeline, "kind", type(pipeline).__name__)
             raise ValueError(
                 f"schedule {schedule} computes the gradients of weights after those of inputs, and "
                 f"resharded weights miss them: use strategy.fsdp.reshard_after_forward=false"
