@@ -42,8 +42,8 @@ if TYPE_CHECKING:
     from dtrain.parallel.plan import Plan
 
 ELSEWHERE = (
-    "a block may use no weight of another one, of which a rank has a part then: use strategy=ddp "
-    "or allreduce"
+    "a block may use no weight of another one, since a rank then holds a part of it only: use "
+    "strategy=ddp or allreduce"
 )
 
 

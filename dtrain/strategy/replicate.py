@@ -125,7 +125,7 @@ def kept_gathered(model: nn.Module) -> Iterator[None]:
 
 
 def reshard(model: nn.Module) -> None:
-    """Free gathered weights: an evaluation leaves those that a forward pass keeps for backward."""
+    """Free gathered weights, which an evaluation leaves behind where forward keeps them for backward."""
     for module in model.modules():
         if isinstance(module, FSDPModule):
             module.reshard()

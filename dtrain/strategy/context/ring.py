@@ -27,7 +27,7 @@ QUERIES = 1024  # whose scores are in memory at a time: (B, H, QUERIES, T/n) num
 
 
 class Ring(nn.Module):
-    """Attention over whole sequences, of which this rank holds a slice.
+    """Attention over whole sequences; this rank holds a slice of each.
 
     Collective, as its backward pass is.
     """

@@ -161,7 +161,7 @@ class ContextParallel(Strategy):
     def rehearsals(
         self, model: nn.Module, inputs: Sequence[Tensor], plan: Plan
     ) -> Iterator[Rehearsal]:
-        """Compare slices without attention; then what stands in for a user's attention."""
+        """Compare slices without attention; then a user's attention with what replaces it."""
         without, path, ranks = shared_copy(model), layout_of(model).attention, range(self.degree)
         for block in blocks_of(without):
             block.set_submodule(path, Unmixed(block.get_submodule(path)))

@@ -79,10 +79,11 @@ class Schedule:
 
     @property
     def least_micro_batches(self) -> int:
+        """The fewest micro-batches that torch's schedule takes."""
         return {"1f1b": self.degree, "dualpipev": self.stages}.get(self.kind, 1)
 
     def micro_batches(self, rows: int) -> list[int]:
-        """Return the numbers of equal micro-batches in which it can run so many rows."""
+        """Return into how many equal micro-batches it can divide a rank's rows: each number."""
         return [
             number
             for number in range(self.least_micro_batches, rows + 1)

@@ -54,8 +54,8 @@ if TYPE_CHECKING:
     from dtrain.task.base import Task
 
 BETWEEN = (
-    "what stands in `forward` between the modules of its Layout is lost, or done by every stage: "
-    "put it into the Layout's first module, blocks or last module, or use a strategy on dp or fsdp"
+    "what `forward` does between the modules of its Layout is lost, or done by every stage: put it "
+    "into the Layout's first module, blocks or last module, or use a strategy on dp or fsdp"
 )
 ON_META = (
     "a pipeline learns the shapes of activations there: compute with tensors alone, or use a "

@@ -100,8 +100,8 @@ class TensorParallel(Strategy):
     ) -> None:
         super().__init__(degree)
         self.sequence_parallel, self.loss_parallel = sequence_parallel, loss_parallel
-        # set by check_task: the parameters of each model, and those that act on slices
-        self.between: dict[str, tuple[set[str], set[str]]] = {}
+        # of each model its parameters, and those that act on slices; check_task finds them
+        self.on_slices: dict[str, tuple[set[str], set[str]]] = {}
 
     def check_model(self, model: nn.Module, plan: Plan) -> None:
         name, layout, n = type(model).__name__, layout_of(model), self.degree
@@ -123,8 +123,8 @@ class TensorParallel(Strategy):
         for path, layer in modules_at(model, (*layout.column, *layout.row, *layout.vocabulary)):
             if is_parametrized(layer):
                 raise ValueError(
-                    f"{path} of {name} computes its weight of others (nn.utils.parametrize), "
-                    f"of which no slice is a rank's: use a strategy on dp or fsdp"
+                    f"{path} of {name} computes its weight from others (nn.utils.parametrize), "
+                    f"so that no rank can keep a slice of it: use a strategy on dp or fsdp"
                 )
         for path, layer in modules_at(model, layout.column):
             if isinstance(layer, nn.Linear) and layer.out_features % n:
@@ -140,7 +140,7 @@ class TensorParallel(Strategy):
                 f"the loss of task {type(task).__name__} compares the tokens of a row, and "
                 f"takes whole outputs: use strategy.tp.loss_parallel=false"
             )
-        self._find_between(task)
+        self._find_parameters_on_slices(task)
         if not self.sequence_parallel:
             return
         length = max((t.shape[1] for t in task.batch(0).values() if t.ndim > 1), default=1)
@@ -152,7 +152,7 @@ class TensorParallel(Strategy):
                 f"use {near}"
             )
 
-    def _find_between(self, task: Task) -> None:
+    def _find_parameters_on_slices(self, task: Task) -> None:
         """Find which parameters act on slices, so that a rank has a part of their gradients."""
         batch = {name: tensor[:2] for name, tensor in task.batch(0).items()}
         shapes = {name: tensor.to("meta") for name, tensor in batch.items()}
@@ -179,8 +179,8 @@ class TensorParallel(Strategy):
                         f"tells what tp would divide: {error}; let it run on one process first"
                     ) from error
             every = {n for n, _ in models[name].named_parameters()}
-            _, earlier = self.between.get(name, (every, set()))
-            self.between[name] = every, on_slices | earlier
+            _, of_earlier_updates = self.on_slices.get(name, (every, set()))
+            self.on_slices[name] = every, on_slices | of_earlier_updates
 
     def rehearsals(
         self, model: nn.Module, inputs: Sequence[Tensor], plan: Plan
@@ -257,11 +257,11 @@ class TensorParallel(Strategy):
     def reduce_gradients(self, model: nn.Module, plan: Plan) -> None:
         for piece in pieces(model):
             for parameter in piece.parameters():
-                # an embedding's is made whole: keep this rank's rows of it
+                # an embedding has a whole gradient: keep this rank's rows of it
                 if isinstance(parameter.grad, DTensor):
                     assert isinstance(parameter, DTensor)
                     parameter.grad = parameter.grad.redistribute(placements=parameter.placements)
-            for _, parameter in self._partial(piece):
+            for _, parameter in self._with_partial_gradients(piece):
                 if parameter.grad is not None and not is_split(parameter):
                     all_reduce_sum(
                         local_part(parameter.grad),
@@ -269,24 +269,24 @@ class TensorParallel(Strategy):
                         plan.precision.reduce_dtype,
                     )
 
-    def _partial(self, piece: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
+    def _with_partial_gradients(self, piece: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
         """Yield parameters of whose gradient each rank has a part: of some tokens, or features."""
-        whole, between = self._see_all(piece), self._of_slices(piece)
+        whole, on_slices = self._meet_all_tokens(piece), self._on_slices(piece)
         for name, parameter in piece.named_parameters():
-            if name in between or (self.sequence_parallel and id(parameter) not in whole):
+            if name in on_slices or (self.sequence_parallel and id(parameter) not in whole):
                 yield name, parameter
 
-    def _see_all(self, piece: nn.Module) -> set[int]:
+    def _meet_all_tokens(self, piece: nn.Module) -> set[int]:
         """Return the parameters that meet all tokens without being split: first module, routers."""
         routers = holders(path for path, _ in experts_of(piece))
         modules = [module for _, module in modules_at(piece, (layout_of(piece).first, *routers))]
         return {id(parameter) for module in modules for parameter in module.parameters()}
 
-    def _of_slices(self, piece: nn.Module) -> set[str]:
+    def _on_slices(self, piece: nn.Module) -> set[str]:
         """Return the parameters that act on slices, of a model or a stage of one."""
         names = {name for name, _ in piece.named_parameters()}
         return next(
-            (of_slices & names for every, of_slices in self.between.values() if names <= every),
+            (on_slices & names for every, on_slices in self.on_slices.values() if names <= every),
             set(),
         )
 
@@ -312,7 +312,7 @@ class TensorParallel(Strategy):
                 messages.append(message(self.axis, operation, [elements], itemsize, m))
             for logits in logits_shapes(piece):
                 messages.append(self._loss(logits, footprint.compute_bytes, m))
-            names = {name for name, _ in self._partial(piece.outline)}
+            names = {name for name, _ in self._with_partial_gradients(piece.outline)}
             parts = [w for w in piece.gradients if self.axis not in w.axes and w.name in names]
             if parts or self.sequence_parallel:
                 messages.append(all_reduce_each(self.axis, parts, footprint.reduce_bytes))
