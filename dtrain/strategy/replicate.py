@@ -125,7 +125,7 @@ def kept_gathered(model: nn.Module) -> Iterator[None]:
 
 
 def reshard(model: nn.Module) -> None:
-    """Free gathered weights, which an evaluation leaves behind where forward keeps them for backward."""
+    """Free gathered weights that forward has kept for a backward pass, after an evaluation."""
     for module in model.modules():
         if isinstance(module, FSDPModule):
             module.reshard()

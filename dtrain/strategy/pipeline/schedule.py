@@ -83,7 +83,7 @@ class Schedule:
         return {"1f1b": self.degree, "dualpipev": self.stages}.get(self.kind, 1)
 
     def micro_batches(self, rows: int) -> list[int]:
-        """Return into how many equal micro-batches it can divide a rank's rows: each number."""
+        """Return the numbers of micro-batches that divide a rank's rows and that it can run."""
         return [
             number
             for number in range(self.least_micro_batches, rows + 1)
