@@ -147,11 +147,8 @@ class ContextParallel(Strategy):
         parts = self.degree * self.chunks
         if length % parts:
             near = multiples(length, parts)
-            factor, why = (
-                ("2 x ", " (each rank takes two chunks of the balanced ring)")
-                if self.balanced
-                else ("", "")
-            )
+            factor = "2 x " if self.balanced else ""
+            why = " (each rank takes two chunks of the balanced ring)" if self.balanced else ""
             other = ", or strategy.cp.balanced=false" if length % self.degree == 0 else ""
             raise ValueError(
                 f"seq_len={length} is not divisible by {factor}cp={self.degree}{why}: use "

@@ -198,9 +198,6 @@ class DeepSpeedPipelineExecutor(PipelineExecutor):
         refuse_unused(self.layer.piece, self.used, self.plan, "DeepSpeed")
         return torch.stack(losses).detach().sum() if losses else self._zero()
 
-    def loss(self, outputs: Tensor, index: Tensor) -> Tensor:
-        return self.criterion(outputs, index)
-
     def norm(self, model: str) -> Tensor | None:
         return torch.as_tensor(self.engine.get_global_grad_norm(), dtype=torch.float64)
 

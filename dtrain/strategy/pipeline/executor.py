@@ -95,10 +95,10 @@ class PipelineExecutor(Executor):
             )
             for stage, piece in self.stages.items()
         ]
-        options: dict[str, Any] = {"loss_fn": self._loss, "scale_grads": False}
+        options: dict[str, Any] = {"loss_fn": self.loss, "scale_grads": False}
         return self.schedule.build(stages, self.micro_batches, **options)
 
-    def _loss(self, outputs: Tensor, index: Tensor) -> Tensor:
+    def loss(self, outputs: Tensor, index: Tensor) -> Tensor:
         return self.criterion(outputs, index)
 
     def _activation(self, part: Batch, inputs: tuple[str, ...]) -> Tensor:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from typing import Any
+from functools import partial
+from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import (
@@ -17,9 +19,21 @@ from torch.distributed.tensor import (
 from torch.distributed.tensor._utils import _compute_local_shape_and_global_offset
 from torch.distributed.tensor.placement_types import _StridedShard
 
-from dtrain.model.layout import experts_of, layout_of, modules_at, multiples, shared_names
+from dtrain.model.initialize import build_with_values, on_meta
+from dtrain.model.layout import (
+    experts_of,
+    is_foreign,
+    layout_of,
+    modules_at,
+    multiples,
+    shared_names,
+)
+from dtrain.parallel.checks.rehearsal import DoesNotRun, parameters_between
 from dtrain.parallel.footprint import chunk_shape
 from dtrain.strategy.expert import Forward, uncompiled
+
+if TYPE_CHECKING:
+    from dtrain.task.base import Task
 
 
 def split_dims(model: nn.Module) -> dict[str, int | None]:
@@ -68,6 +82,41 @@ def _is_counted(rows: int, tp: int, fsdp: int, fsdp_rank: int, tp_rank: int) -> 
 def _part(start: int, size: int, parts: int, index: int) -> tuple[int, int]:
     """Return where a part begins and how long it is."""
     return start + min(size, index * -(-size // parts)), chunk_shape((size,), 0, parts, index)[0]
+
+
+def parameters_on_slices(task: Task) -> dict[str, tuple[set[str], set[str]]]:
+    """Return of each user's model its parameters, and those that act on slices.
+
+    A rank has a part of the gradients of the latter. A model of dtrain's own has none.
+    """
+    batch = {name: tensor[:2] for name, tensor in task.batch(0).items()}
+    shapes = {name: tensor.to("meta") for name, tensor in batch.items()}
+    outlines = {name: on_meta(factory) for name, factory in task.models.items()}
+    if all(model is not None and not is_foreign(model) for model in outlines.values()):
+        return {}
+    on_slices: dict[str, tuple[set[str], set[str]]] = {}
+    for update in task.updates:
+        name, models = update.trains, {n: m for n, m in outlines.items() if m is not None}
+        try:
+            if len(models) < len(outlines):
+                raise DoesNotRun
+            names = parameters_between(models[name], partial(update.loss, models, shapes))
+        except DoesNotRun:  # it computes with values
+            models = {
+                n: build_with_values(factory, 0, torch.float32)
+                for n, factory in task.models.items()
+            }
+            try:
+                names = parameters_between(models[name], partial(update.loss, models, batch))
+            except DoesNotRun as error:
+                raise ValueError(
+                    f"{type(models[name]).__name__} does not run on two rows, so nothing tells "
+                    f"what tp would divide: {error}; let it run on one process first"
+                ) from error
+        every = {n for n, _ in models[name].named_parameters()}
+        _, of_earlier_updates = on_slices.get(name, (every, set()))
+        on_slices[name] = every, names | of_earlier_updates
+    return on_slices
 
 
 def split_parameter(module: nn.Module, name: str, dim: int, mesh: DeviceMesh) -> None:

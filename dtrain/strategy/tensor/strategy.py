@@ -23,11 +23,9 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
-from functools import partial
 from math import prod
 from typing import TYPE_CHECKING
 
-import torch
 from torch import Size, Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Placement, Replicate, Shard
@@ -41,23 +39,16 @@ from torch.distributed.tensor.parallel import (
 )
 from torch.nn.utils.parametrize import is_parametrized
 
-from dtrain.model.initialize import build_with_values, on_meta
 from dtrain.model.layout import (
     divisors,
     experts_of,
     holders,
-    is_foreign,
     layout_of,
     modules_at,
     multiples,
     shared_names,
 )
-from dtrain.parallel.checks.rehearsal import (
-    DoesNotRun,
-    Rehearsal,
-    parameters_between,
-    split_on_ranks,
-)
+from dtrain.parallel.checks.rehearsal import Rehearsal, split_on_ranks
 from dtrain.parallel.checks.stepping import COLUMNS, REGROUPED, ROWS
 from dtrain.parallel.footprint import Footprint, ModelPart, Shape
 from dtrain.parallel.messages import Message, all_reduce_each, message
@@ -66,6 +57,7 @@ from dtrain.strategy.expert import computes_with_local_weights
 from dtrain.strategy.tensor.layers import (
     gather_input,
     is_split,
+    parameters_on_slices,
     refuse_lost_rows,
     slice_output,
     split_dims,
@@ -140,7 +132,7 @@ class TensorParallel(Strategy):
                 f"the loss of task {type(task).__name__} compares the tokens of a row, and "
                 f"takes whole outputs: use strategy.tp.loss_parallel=false"
             )
-        self._find_parameters_on_slices(task)
+        self.on_slices |= parameters_on_slices(task)
         if not self.sequence_parallel:
             return
         length = max((t.shape[1] for t in task.batch(0).values() if t.ndim > 1), default=1)
@@ -151,36 +143,6 @@ class TensorParallel(Strategy):
                 f"seq_len={length} is not divisible by {parts} (tp x cp, sequence_parallel): "
                 f"use {near}"
             )
-
-    def _find_parameters_on_slices(self, task: Task) -> None:
-        """Find which parameters act on slices, so that a rank has a part of their gradients."""
-        batch = {name: tensor[:2] for name, tensor in task.batch(0).items()}
-        shapes = {name: tensor.to("meta") for name, tensor in batch.items()}
-        outlines = {name: on_meta(factory) for name, factory in task.models.items()}
-        if all(model is not None and not is_foreign(model) for model in outlines.values()):
-            return
-        for update in task.updates:
-            name, models = update.trains, {n: m for n, m in outlines.items() if m is not None}
-            try:
-                if len(models) < len(outlines):
-                    raise DoesNotRun
-                on_slices = parameters_between(models[name], partial(update.loss, models, shapes))
-            except DoesNotRun:  # it computes with values
-                models = {
-                    n: build_with_values(factory, 0, torch.float32)
-                    for n, factory in task.models.items()
-                }
-                try:
-                    loss = partial(update.loss, models, batch)
-                    on_slices = parameters_between(models[name], loss)
-                except DoesNotRun as error:
-                    raise ValueError(
-                        f"{type(models[name]).__name__} does not run on two rows, so nothing "
-                        f"tells what tp would divide: {error}; let it run on one process first"
-                    ) from error
-            every = {n for n, _ in models[name].named_parameters()}
-            _, of_earlier_updates = self.on_slices.get(name, (every, set()))
-            self.on_slices[name] = every, on_slices | of_earlier_updates
 
     def rehearsals(
         self, model: nn.Module, inputs: Sequence[Tensor], plan: Plan
