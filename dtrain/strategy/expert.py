@@ -130,7 +130,7 @@ class ExpertParallel(Strategy):
         return self.axis in names and parameter.placements[names.index(self.axis)].is_shard(0)
 
     def footprint(self, footprint: Footprint, plan: Plan) -> Footprint:
-        here = footprint.place[self.axis]
+        n, here = self.degree, footprint.place[self.axis]
 
         def spread(piece: ModelPart) -> ModelPart:
             names = {
@@ -138,9 +138,7 @@ class ExpertParallel(Strategy):
                 for path, experts in experts_of(piece.outline)
                 for key, _ in experts.named_parameters()
             }
-            return piece.map(
-                lambda w: w.split(self.axis, 0, self.degree, here) if w.name in names else w
-            )
+            return piece.map(lambda w: w.split(self.axis, 0, n, here) if w.name in names else w)
 
         return footprint.map(spread)
 

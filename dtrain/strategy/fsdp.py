@@ -106,12 +106,8 @@ class FSDP(Strategy):
         self, model: nn.Module, inputs: Sequence[Tensor], plan: Plan
     ) -> Iterator[Rehearsal]:
         if blocks_of(model):
-            yield Rehearsal(
-                "with each block's weights in its own call alone",
-                model,
-                unit_by_unit(model),
-                ELSEWHERE,
-            )
+            what = "with each block's weights in its own call alone"
+            yield Rehearsal(what, model, unit_by_unit(model), ELSEWHERE)
 
     def parallelize(self, model: nn.Module, plan: Plan) -> nn.Module:
         mesh = plan.mesh[self._mesh_axes(plan)]
@@ -165,21 +161,16 @@ class FSDP(Strategy):
         reshard(model)
 
     def footprint(self, footprint: Footprint, plan: Plan) -> Footprint:
-        here = footprint.place[self.axis]
-        return footprint.map(
-            lambda piece: piece.map(lambda w: w.shard(self.axis, self.degree, here))
-        )
+        n, here = self.degree, footprint.place[self.axis]
+        return footprint.map(lambda piece: piece.map(lambda w: w.shard(self.axis, n, here)))
 
     def cost(self, footprint: Footprint, plan: Plan) -> list[Message]:
-        gathered = []
+        n, gathered = self.degree, []
         for piece in footprint.pieces:
             for unit, weights in piece.units.items():
-                size = self.degree * sum(weight.padded(self.degree) for weight in weights)
+                size = n * sum(weight.padded(n) for weight in weights)
                 gathered += [size] * self._gathers(piece.passes_of(unit, footprint.micro_batches))
-        reduced = [
-            self.degree * size
-            for size in footprint.unit_gradients(self.degree, each=self.reduce_each)
-        ]
+        reduced = [n * size for size in footprint.unit_gradients(n, each=self.reduce_each)]
         return [
             message(self.axis, "all_gather", gathered, footprint.compute_bytes),
             message(self.axis, "reduce_scatter", reduced, footprint.reduce_bytes),

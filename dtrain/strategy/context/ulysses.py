@@ -1,5 +1,7 @@
 """DeepSpeed Ulysses: the ranks exchange tokens for heads, attend, and exchange back.
 
+    B batch, T tokens, n ranks, D features of a head, H query heads, G key and value heads
+
     rank 0:  tokens 0-3 of heads 0-3 \\               / all tokens of heads 0, 1 -> attention \\
                                       all-to-all                                      all-to-all
     rank 1:  tokens 4-7 of heads 0-3 /               \\ all tokens of heads 2, 3 -> attention /
@@ -28,7 +30,6 @@ class Ulysses(nn.Module):
         self.core, self.group = core, group
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]
-    # B batch, T tokens, n ranks, D features of a head, H query heads, G key and value heads:
     # (B, H, T/n, D), 2 x (B, G, T/n, D) -> (B, H, T/n, D)
     def forward(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         if k.shape[1] % self.group.size():
