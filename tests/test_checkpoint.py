@@ -35,12 +35,11 @@ from cases import (
     find,
     refusal,
     trainer,
-    whole,
 )
 
 from dtrain.config.schema import Config, LRSchedule
 from dtrain.launch.world import World
-from dtrain.parallel.strategy import local_part
+from dtrain.parallel.strategy import full_tensor, local_part
 from dtrain.report.base import Logger
 from dtrain.run import checkpoint_files
 from dtrain.run.assemble import Parts
@@ -78,7 +77,7 @@ def _train(
             checkpoints.save(step.step, made.state(), {"tokens": made.tokens})
     if checkpoints:
         checkpoints.wait()
-    outcome.weights = {name: whole(t).clone() for name, t in made.state().items()}
+    outcome.weights = {name: full_tensor(t).clone() for name, t in made.state().items()}
     return outcome
 
 

@@ -16,7 +16,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 import warm
-from cases import STRATEGIES, Outcome, adamw, assert_all_equal, find, finish, plan_of, whole
+from cases import STRATEGIES, Outcome, adamw, assert_all_equal, find, finish, plan_of
 from cases import Case as Told
 from test_cli import PYTHON
 from torch import Tensor, nn
@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from dtrain.model.layout import Layout
 from dtrain.run.checkpoint import Checkpoints, load
 from dtrain.run.checkpoint_files import read_manifest
+from dtrain.parallel.strategy import full_tensor
 from dtrain.strategy.local_sgd import LocalSGD
 from dtrain.task.base import Supervised, Task
 from dtrain.task.batch import Batch
@@ -306,7 +307,7 @@ def _alone(task: type[Task], steps: int) -> list[str]:
     for _ in run.steps():
         pass
     found = run.state()
-    assert all(whole(tensor).isfinite().all() for tensor in found.values())
+    assert all(full_tensor(tensor).isfinite().all() for tensor in found.values())
     return sorted(found)
 
 
