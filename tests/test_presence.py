@@ -22,9 +22,9 @@ from test_cli import PYTHON
 from torch import Tensor, nn
 
 from dtrain.model.layout import Layout
+from dtrain.parallel.strategy import full_tensor
 from dtrain.run.checkpoint import Checkpoints, load
 from dtrain.run.checkpoint_files import read_manifest
-from dtrain.parallel.strategy import full_tensor
 from dtrain.strategy.local_sgd import LocalSGD
 from dtrain.task.base import Supervised, Task
 from dtrain.task.batch import Batch
