@@ -125,7 +125,7 @@ class PipelineParallel(Strategy):
             )
         if micro_batches is not None and micro_batches < 1:
             raise ValueError(f"strategy.pp.micro_batches={micro_batches} must be at least 1")
-        self.kind, self.asked, self.split = schedule, micro_batches, split
+        self.kind, self.micro_batches_asked, self.split = schedule, micro_batches, split
         self.splits_backward = schedule in SPLIT_BACKWARD
         self.whole: WholeModel  # of the model that split_into_stages was given
 
@@ -177,11 +177,11 @@ class PipelineParallel(Strategy):
             )
 
     def micro_batches(self, rows: int, micro_batch_size: int | None) -> int:
-        fitting = self.schedule.micro_batches(rows)
-        number = self.asked or (rows // micro_batch_size if micro_batch_size else 0)
-        if self.asked and micro_batch_size and rows != self.asked * micro_batch_size:
+        fitting, asked = self.schedule.micro_batches(rows), self.micro_batches_asked
+        number = asked or (rows // micro_batch_size if micro_batch_size else 0)
+        if asked and micro_batch_size and rows != asked * micro_batch_size:
             raise ValueError(
-                f"strategy.pp.micro_batches={self.asked} x micro_batch_size={micro_batch_size} is "
+                f"strategy.pp.micro_batches={asked} x micro_batch_size={micro_batch_size} is "
                 f"not the {rows} rows of a rank: set one of them"
             )
         if not fitting:
