@@ -87,7 +87,7 @@ def _part(start: int, size: int, parts: int, index: int) -> tuple[int, int]:
 def parameters_on_slices(task: Task) -> dict[str, tuple[set[str], set[str]]]:
     """Return the parameters of each user's model, and those of them that act on slices.
 
-    A rank has a part only of the gradients of the latter. No parameter of dtrain's own models acts so.
+    A rank has a part of the gradients of the latter. dtrain's own models have none of these.
     """
     batch = {name: tensor[:2] for name, tensor in task.batch(0).items()}
     shapes = {name: tensor.to("meta") for name, tensor in batch.items()}
