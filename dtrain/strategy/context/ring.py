@@ -44,9 +44,10 @@ class Ring(nn.Module):
         return y
 
     def tour(self, k: Tensor, v: Tensor) -> Iterator[tuple[Any, Any, bool, Tensor]]:
-        """Yield for each hop which queries of this rank see which keys of the owner, and the keys.
+        """Send keys and values round the ring, and yield at each hop what to compute.
 
-        The third item says whether a causal mask applies; the fourth holds keys and values.
+        Each item: the index of queries here, that of the keys that they see, whether a causal mask
+        lies on these, and the keys and values of the hop's owner.
         """
         kv, everything, half = torch.stack((k, v)), slice(None), k.shape[-2] // 2
         for hop in range(self.size):
@@ -54,7 +55,7 @@ class Ring(nn.Module):
             arrive = self.send(kv) if hop < self.size - 1 else None
             queries = keys = everything
             if self.causal and hop > self.rank:
-                # the owner's tokens come later; with two chunks, they come before the late one here
+                # the owner's tokens come later, but, in two chunks, before the late chunk here
                 queries = slice(half, None) if self.balanced else slice(0)
             elif self.causal and hop and self.balanced:
                 # the owner's early chunk comes before both chunks here, its late chunk after them
