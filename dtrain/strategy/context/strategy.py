@@ -19,7 +19,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
-from functools import partial
 from math import prod
 from typing import TYPE_CHECKING, Any
 
@@ -184,25 +183,23 @@ class ContextParallel(Strategy):
             3, 1, 2, tokens, 4, generator=torch.Generator().manual_seed(0)
         ).double()
 
-        def whole(*_: Tensor) -> Tensor:
-            y: Tensor = core(q, k, v)
-            return y
-
-        if self.method == "ring":
-            ring = partial(plain_attention, q, k, v, core.causal)
-            return Rehearsal("as a ring attends", whole, lambda *_: ring(), NOT_PLAIN)
-
         def by_head(*_: Tensor) -> Tensor:
             return torch.cat([core(*(x[:, [head]] for x in (q, k, v))) for head in range(2)], 1)
 
-        return Rehearsal("head by head", whole, by_head, HEADS_DIFFER)
+        def as_a_ring(*_: Tensor) -> Tensor:
+            return plain_attention(q, k, v, core.causal)
+
+        if self.method == "ring":
+            what, as_on_ranks, refused = "as a ring attends", as_a_ring, NOT_PLAIN
+        else:
+            what, as_on_ranks, refused = "head by head", by_head, HEADS_DIFFER
+        return Rehearsal(what, lambda *_: core(q, k, v), as_on_ranks, refused)
 
     def parallelize(self, model: nn.Module, plan: Plan) -> nn.Module:
         path, group = layout_of(model).attention, plan.mesh[self.axis].get_group()
+        method = METHODS[self.method]
         for block in blocks_of(model):
-            block.set_submodule(
-                path, METHODS[self.method](block.get_submodule(path), group, self.balanced)
-            )
+            block.set_submodule(path, method(block.get_submodule(path), group, self.balanced))
         return model
 
     def verify(self, model: nn.Module, plan: Plan) -> None:
@@ -221,11 +218,9 @@ class ContextParallel(Strategy):
     def _slice(self, tensor: Tensor, rank: int) -> Tensor:  # (B, T, ...) -> (B, T/n, ...)
         self._check_length(tensor.shape[1])  # of every batch, as lengths may differ
         chunks = tensor.tensor_split(self.degree * self.chunks, dim=1)
-        return (
-            torch.cat((chunks[rank], chunks[-1 - rank]), dim=1)
-            if self.balanced
-            else chunks[rank].contiguous()
-        )
+        if self.balanced:
+            return torch.cat((chunks[rank], chunks[-1 - rank]), dim=1)
+        return chunks[rank].contiguous()
 
     def reduce_gradients(self, model: nn.Module, plan: Plan) -> None:
         all_reduce_mean(

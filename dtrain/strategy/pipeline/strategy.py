@@ -213,9 +213,8 @@ class PipelineParallel(Strategy):
             return x
 
         def outlined(*inputs: Tensor) -> Tensor:
-            return torch.zeros(
-                copy.deepcopy(model).to("meta")(*(x.to("meta") for x in inputs)).shape
-            )
+            outline = copy.deepcopy(model).to("meta")
+            return torch.zeros(outline(*(x.to("meta") for x in inputs)).shape)
 
         def shaped(*inputs: Tensor) -> Tensor:
             return torch.zeros(model(*inputs).shape)
@@ -271,12 +270,10 @@ class PipelineParallel(Strategy):
             # what a stage gives is kept until its backward pass: of the last one, the logits
             if stage == end:
                 died = max((kept.died for kept in piece.kept), default=0)
-                shapes = [
-                    call.output for call in piece.calls_at((last,)) if call.output and call.graded
-                ]
+                outputs = [call.output for call in piece.calls_at((last,)) if call.graded]
                 logits = (
                     Activation(None, x, prod(x) * footprint.activation_bytes, 0, died, frozenset())
-                    for x in shapes
+                    for x in filter(None, outputs)
                 )
                 piece = replace(piece, kept=(*piece.kept, *logits))
             elif schedule.kind not in ONE_STAGE and schedule.owner(stage + 1) != here:

@@ -166,10 +166,9 @@ class TensorParallel(Strategy):
             if isinstance(layer, nn.Embedding):
                 styles[path] = RowwiseParallel(input_layouts=Replicate())
             elif isinstance(layer, nn.Linear):
-                logits: Placement = Shard(-1) if self.loss_parallel else Replicate()
                 styles[path] = ColwiseParallel(
                     input_layouts=outer,
-                    output_layouts=logits,
+                    output_layouts=Shard(-1) if self.loss_parallel else Replicate(),
                     use_local_output=not self.loss_parallel,
                 )
         for path, style in styles.items():
@@ -186,19 +185,16 @@ class TensorParallel(Strategy):
             experts.forward = sum_experts(computes_with_local_weights(experts), mesh)
 
     def _join_edges(self, model: nn.Module, mesh: DeviceMesh, outer: Placement) -> None:
-        layout = layout_of(model)
-        for holder in holders(path for path, _ in modules_at(model, layout.column)):
-            model.get_submodule(holder).register_forward_pre_hook(
-                gather_input(mesh, outer), with_kwargs=True
-            )
+        layout, gather = layout_of(model), gather_input(mesh, outer)
+        for path in holders(path for path, _ in modules_at(model, layout.column)):
+            model.get_submodule(path).register_forward_pre_hook(gather, with_kwargs=True)
         if self.sequence_parallel:
+            gather_local = gather_input(mesh, outer, local=True)
             for _, first_module in modules_at(model, (layout.first,)):
                 first_module.register_forward_hook(slice_output(mesh))
             for path in holders(path for path, _ in experts_of(model)):  # routers see whole rows
                 router = model.get_submodule(path)
-                router.register_forward_pre_hook(
-                    gather_input(mesh, outer, local=True), with_kwargs=True
-                )
+                router.register_forward_pre_hook(gather_local, with_kwargs=True)
                 router.register_forward_hook(slice_output(mesh))
         model.register_forward_hook(whole_logits)
 
@@ -217,6 +213,7 @@ class TensorParallel(Strategy):
         return Size((rows, tokens // self.degree if self.sequence_parallel else tokens, *others))
 
     def reduce_gradients(self, model: nn.Module, plan: Plan) -> None:
+        group, dtype = plan.mesh[self.axis].get_group(), plan.precision.reduce_dtype
         for piece in pieces(model):
             for parameter in piece.parameters():
                 # an embedding has a whole gradient: keep this rank's rows of it
@@ -225,11 +222,7 @@ class TensorParallel(Strategy):
                     parameter.grad = parameter.grad.redistribute(placements=parameter.placements)
             for _, parameter in self._with_partial_gradients(piece):
                 if parameter.grad is not None and not is_split(parameter):
-                    all_reduce_sum(
-                        local_part(parameter.grad),
-                        plan.mesh[self.axis].get_group(),
-                        plan.precision.reduce_dtype,
-                    )
+                    all_reduce_sum(local_part(parameter.grad), group, dtype)
 
     def _with_partial_gradients(self, piece: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
         """Yield parameters of whose gradient each rank has a part: of some tokens, or features."""
@@ -247,10 +240,8 @@ class TensorParallel(Strategy):
     def _on_slices(self, piece: nn.Module) -> set[str]:
         """Return the parameters that act on slices, of a model or a stage of one."""
         names = {name for name, _ in piece.named_parameters()}
-        return next(
-            (on_slices & names for every, on_slices in self.on_slices.values() if names <= every),
-            set(),
-        )
+        of_models = (ones & names for every, ones in self.on_slices.values() if names <= every)
+        return next(of_models, set())
 
     def footprint(self, footprint: Footprint, plan: Plan) -> Footprint:
         parts, here = self.degree, footprint.place[self.axis]
