@@ -335,7 +335,7 @@ class Later(Rows):
 
 def _refused(strategy: str, task: Task, *, ours: bool = False) -> str:
     with (
-        mock.patch("dtrain.parallel.units.of_others", lambda _: not ours),
+        mock.patch("dtrain.parallel.units.is_foreign", lambda _: not ours),
         mock.patch("dtrain.parallel.units.ALIKE", 3),
     ):
         run = made(strategy, 2, None, task=task, steps=4)
