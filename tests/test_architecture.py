@@ -17,11 +17,9 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 LARGEST_FUNCTION = 60  # without signature and docstring
 LINES = {
     "files": 350, "config": 1_450, "data": 2_950, "model": 2_000, "task": 1_650, "launch": 1_500,
-    "parallel": 3_450, "train": 240, "strategy": 6_300, "cost": 1_450, "report": 1_000,
+    "parallel": 3_450, "train": 240, "strategy": 6_320, "cost": 1_450, "report": 1_000,
     "run": 1_500, "compare": 2_450, "cli": 560,
 }  # fmt: skip
-
-CIRCLES = {"strategy.pipeline.schedule", "strategy.pipeline.stages", "strategy.pipeline.strategy"}
 
 # Where strategies are, and what they are called.
 STRATEGIES = {
@@ -100,14 +98,12 @@ def test_dependencies_run_downwards(file: Path) -> None:
 
 
 def test_no_files_import_each_other_in_a_circle() -> None:
-    """Types included; those of `CIRCLES` are still to be opened."""
+    """Types included: take away what imports nothing, again and again; nothing may be left."""
     modules = {module_of(file): file for file in FILES}
     imports = {name: {*imports_of(file)} & {*modules} for name, file in modules.items()}
     while leaves := {name for name, below in imports.items() if not below & imports.keys()}:
         imports = {name: below for name, below in imports.items() if name not in leaves}
-    while roots := imports.keys() - set().union(*imports.values()):
-        imports = {name: below for name, below in imports.items() if name not in roots}
-    assert imports.keys() == CIRCLES
+    assert set(imports) == set()
 
 
 def test_the_picture_of_the_rooms_is_as_they_are() -> None:

@@ -40,7 +40,7 @@ from cases import (
 
 from dtrain.config.schema import Config, LRSchedule
 from dtrain.launch.world import World
-from dtrain.parallel.strategy import local_part
+from dtrain.parallel.strategy import full_tensor, local_part
 from dtrain.report.base import Logger
 from dtrain.run import checkpoint_files
 from dtrain.run.assemble import Parts

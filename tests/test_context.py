@@ -35,7 +35,8 @@ from dtrain.parallel.plan import Plan
 from dtrain.parallel.strategy import Strategy
 from dtrain.run.assemble import COMPILERS
 from dtrain.strategy.allreduce import AllReduce
-from dtrain.strategy.context.strategy import ContextParallel, Ring
+from dtrain.strategy.context.ring import Ring
+from dtrain.strategy.context.strategy import ContextParallel
 from dtrain.strategy.fsdp import FSDP
 from dtrain.strategy.replicate import Replicate
 from dtrain.strategy.tensor.strategy import TensorParallel
@@ -381,7 +382,7 @@ def test_attention_of_another_kind_is_not_quietly_replaced() -> None:
 def test_long_slices_are_taken_in_parts(monkeypatch: pytest.MonkeyPatch, alone) -> None:
     """Queries by fives: the same numbers, with fewer scores at a time."""
     expected = errors(RING, True, (2, 24, 4, 2, 4), torch.float64)
-    monkeypatch.setattr("dtrain.strategy.context.exchange.QUERIES", 5)
+    monkeypatch.setattr("dtrain.strategy.context.ring.QUERIES", 5)
     assert (
         max(errors(RING, True, (2, 24, 4, 2, 4), torch.float64)) <= 1e-12 and max(expected) <= 1e-12
     )

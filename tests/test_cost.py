@@ -28,7 +28,8 @@ from dtrain.strategy.context.strategy import ContextParallel
 from dtrain.strategy.ddp import DDP
 from dtrain.strategy.expert import ExpertParallel
 from dtrain.strategy.fsdp import FSDP
-from dtrain.strategy.pipeline.strategy import SCHEDULES, SPLIT_BACKWARD, PipelineParallel
+from dtrain.strategy.pipeline.schedule import SCHEDULES, SPLIT_BACKWARD
+from dtrain.strategy.pipeline.strategy import PipelineParallel
 from dtrain.strategy.replicate import Replicate
 from dtrain.strategy.tensor.strategy import TensorParallel
 from dtrain.strategy.zero1 import Zero1

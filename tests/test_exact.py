@@ -37,7 +37,7 @@ from hypothesis import strategies as st
 from worlds import World
 
 from dtrain.run.assemble import COMPILERS
-from dtrain.strategy.pipeline.strategy import SCHEDULES
+from dtrain.strategy.pipeline.schedule import SCHEDULES
 
 FEW, FEWER, PAIR_STEPS, DRAWN_STEPS = 8, 3, 2, 3
 DRAWN = 6  # models in a test

@@ -55,8 +55,8 @@ from dtrain.parallel.messages import Message
 from dtrain.parallel.spans import PHASE, STAGE, mark
 from dtrain.report import instruments, step_chart
 from dtrain.run.run import run
-from dtrain.strategy.pipeline.schedule import _work, bubble
-from dtrain.strategy.pipeline.strategy import SCHEDULES, PipelineParallel
+from dtrain.strategy.pipeline.schedule import SCHEDULES, Schedule, _work, bubble
+from dtrain.strategy.pipeline.strategy import PipelineParallel
 from dtrain.train import Trainer
 
 ROOT = Path(__file__).parent.parent
@@ -77,13 +77,17 @@ def test_intervals_cover_what_their_moments_do(ours: list, theirs: list) -> None
     assert all(a[1] < b[0] for a, b in zip(one, one[1:], strict=False))
 
 
+def schedule_of(ranks: int, kind: str) -> Schedule:
+    return PipelineParallel(ranks, schedule=kind).schedule
+
+
 @pytest.mark.parametrize("schedule", ["gpipe", "1f1b", "interleaved_1f1b", "looped_bfs"])
 @pytest.mark.parametrize(("ranks", "rounds"), [(2, 2), (2, 4), (3, 2), (4, 3), (8, 2)])
 def test_a_schedules_bubble_is_the_papers(schedule: str, ranks: int, rounds: int) -> None:
     """(p-1)/(v m+p-1): Huang et al. 2018; Narayanan et al. 2021."""
-    pipeline, m = PipelineParallel(ranks, schedule=schedule), rounds * ranks
-    assert bubble(pipeline, m) == pytest.approx(
-        (ranks - 1) / (pipeline.stages_per_rank * m + ranks - 1)
+    of_ranks, m = schedule_of(ranks, schedule), rounds * ranks
+    assert bubble(of_ranks, m) == pytest.approx(
+        (ranks - 1) / (of_ranks.stages_per_rank * m + ranks - 1)
     )
 
 
@@ -92,15 +96,13 @@ def test_zero_bubble_schedules_leave_less_idle(schedule: str) -> None:
     for ranks, m in ((2, 8), (4, 16)):
         assert (
             0
-            < bubble(PipelineParallel(ranks, schedule=schedule), m)
-            < bubble(PipelineParallel(ranks, schedule="looped_bfs"), m) / 2
+            < bubble(schedule_of(ranks, schedule), m)
+            < bubble(schedule_of(ranks, "looped_bfs"), m) / 2
         )
 
 
 def test_every_schedule_has_a_bubble() -> None:
-    assert all(
-        0 < bubble(PipelineParallel(2, schedule=schedule), 8) < 0.2 for schedule in SCHEDULES
-    )
+    assert all(0 < bubble(schedule_of(2, kind), 8) < 0.2 for kind in SCHEDULES)
 
 
 @pytest.mark.parametrize("schedule", SCHEDULES)
@@ -108,9 +110,9 @@ def test_a_rank_works_as_long_whatever_parts_its_passes_are_cut_into(schedule: s
     """Three forward passes' time for each of its stages and micro-batches: a backward pass is
     as long as two.
     """
-    pipeline, m = PipelineParallel(2, schedule=schedule), 4
-    work = [sum(duration for _, duration in _work(pipeline, rank, m)) for rank in range(2)]
-    assert work == [3 * m * pipeline.stages_per_rank] * 2
+    of_ranks, m = schedule_of(2, schedule), 4
+    work = [sum(duration for _, duration in _work(of_ranks, rank, m)) for rank in range(2)]
+    assert work == [3 * m * of_ranks.stages_per_rank] * 2
 
 
 def _mlp_step(ledger: MemoryTracker, rows: int, width: int) -> None:

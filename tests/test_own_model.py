@@ -122,7 +122,7 @@ REFUSED = {
     (
         "Normed",
         "tensor",
-    ): r"blocks.0.mlp.up of Normed computes its weight of others .nn.utils.parametrize",
+    ): r"blocks.0.mlp.up of Normed computes its weight from others .nn.utils.parametrize",
     ("Listed", "tensor"): r"layout.column of Listed is 'blocks.\*.mlp.up': write names in a tuple",
     (
         "Misspelt",

@@ -16,12 +16,13 @@ import pytest
 import torch
 import torch.nn.functional as F
 import warm
-from cases import STRATEGIES, Outcome, adamw, assert_all_equal, find, finish, full_tensor, plan_of
+from cases import STRATEGIES, Outcome, adamw, assert_all_equal, find, finish, plan_of
 from cases import Case as Told
 from test_cli import PYTHON
 from torch import Tensor, nn
 
 from dtrain.model.layout import Layout
+from dtrain.parallel.strategy import full_tensor
 from dtrain.run.checkpoint import Checkpoints, load
 from dtrain.run.checkpoint_files import read_manifest
 from dtrain.strategy.local_sgd import LocalSGD

@@ -140,7 +140,10 @@ MOVED = {
     "dtrain.strategy.deepspeed_ulysses": "dtrain.strategy.deepspeed.ulysses",
     "dtrain.strategy.tensor.TensorParallel": "dtrain.strategy.tensor.strategy.TensorParallel",
     "dtrain.strategy.pipeline.Pipeline": "dtrain.strategy.pipeline.strategy.PipelineParallel",
+    "dtrain.strategy.pipeline.stages.PipelineExecutor":
+        "dtrain.strategy.pipeline.executor.PipelineExecutor",
     "dtrain.strategy.context.Context": "dtrain.strategy.context.strategy.ContextParallel",
+    "dtrain.strategy.context.exchange": "dtrain.strategy.context.ring",
     "dtrain.strategy.expert.Expert": "dtrain.strategy.expert.ExpertParallel",
     "dtrain.strategy.parameter_server.ParameterServer":
         "dtrain.strategy.parameter_server.strategy.ParameterServer",

@@ -179,7 +179,7 @@ class Profile:
         micro_batches = 1 + max(span.micro_batch for span in stages[0])
         return {
             "measured": 1 - busy / (len(stages) * (end - begin)),
-            "theory": bubble(pipeline, micro_batches),
+            "theory": bubble(pipeline.schedule, micro_batches),
             "micro_batches": micro_batches,
         }
 

@@ -1,12 +1,13 @@
-"""Data parallel by hand: every rank reads its own rows; after backward, one all-reduce for each
-gradient.
+"""Data parallel by hand: each rank reads its own rows, and all average their gradients.
 
-    rank 0: W, rows 0-3 -> g0 \\
-    rank 1: W, rows 4-7 -> g1 /  sum, divide by 2 -> the same gradient and step on every rank
+    rank 0: W, rows 0-3 -> backward -> g0 \\
+    rank 1: W, rows 4-7 -> backward -> g1 /  all-reduce: (g0 + g1) / 2 -> the same step on both
 
 The same mathematics as ddp, in one loop. ddp differs in when it sends: in buckets, while backward
-still runs. Cost a step, per rank: one all-reduce for each gradient it holds, 2 (n-1)/n times its
-bytes on a ring. Source: Goyal et al. 2017, "Accurate, Large Minibatch SGD" (1706.02677).
+still runs.
+Cost a step, per rank: one all-reduce for each gradient it holds, 2 (n-1)/n times its bytes on a
+ring.
+Source: Goyal et al. 2017, "Accurate, Large Minibatch SGD" (1706.02677).
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from dtrain.parallel.strategy import ParallelContext, Strategy, all_reduce_mean,
 
 
 class AllReduce(Strategy):
-    """Average gradients over `dp`, whatever other strategies have left of them on this rank.
+    """Average over `dp` what other strategies have left of the gradients on this rank.
 
     Args:
         degree: ranks along `dp`; -1: the rest of the world.

@@ -36,34 +36,41 @@ class DDP(Strategy):
         if bucket_mb <= 0:
             raise ValueError(f"strategy.dp.bucket_mb={bucket_mb} must be more than 0")
         self.bucket_mb = self.first_bucket_mb = bucket_mb
-        self._used: set[int] = set()  # parameters that this update's backward passes have reached
-        self._passed: set[int] = set()  # and those of its last micro-batch
+        # ids of the parameters that backward has reached: in this update, in its last micro-batch
+        self._used: set[int] = set()
+        self._passed: set[int] = set()
 
     def check(self, plan: ParallelContext) -> None:
         if others := [s.axis for s in plan.strategies if s is not self]:
             raise ValueError(
                 f"strategy ddp stands alone: beside {', '.join(others)} it would train wrong "
-                f"weights; "
-                f"use replicate in its place"
+                f"weights; use replicate in its place"
             )
-
         if plan.precision.reduce_dtype != plan.precision.weights_dtype:
             raise ValueError(
                 f"strategy ddp sums gradients in the weights' format, not in "
-                f"precision.reduce={plan.precision.reduce}: "
-                f"use replicate or fsdp"
+                f"precision.reduce={plan.precision.reduce}: use replicate or fsdp"
             )
 
     def parallelize(self, model: nn.Module, plan: ParallelContext) -> nn.Module:
-        mesh = plan.mesh[self.axis]
         self.watch(model)
         return DistributedDataParallel(
             model,
-            process_group=mesh.get_group(),
+            process_group=plan.mesh[self.axis].get_group(),
             bucket_cap_mb=self.bucket_mb,
             forward_sync_buffers=False,
             gradient_as_bucket_view=True,  # or gradients would be there twice
         )
+
+    def watch(self, model: nn.Module) -> None:
+        """Note which parameters backward passes reach, from now on."""
+
+        def reached(parameter: Tensor) -> None:
+            self._used.add(id(parameter))
+            self._passed.add(id(parameter))
+
+        for parameter in _trained(model):
+            parameter.register_post_accumulate_grad_hook(reached)  # type: ignore[no-untyped-call]
 
     def unwrap(self, model: nn.Module) -> nn.Module:
         return model.module if isinstance(model, DistributedDataParallel) else model
@@ -73,54 +80,48 @@ class DDP(Strategy):
             f"ddp was asked for, the model is a {type(model).__name__}"
         )
 
+    def begin_update(self, model: nn.Module) -> None:
+        self._used.clear()
+
     def sync_gradients(self, model: nn.Module, enabled: bool) -> None:
         assert isinstance(model, DistributedDataParallel)
         model.require_backward_grad_sync = enabled
-        self._passed.clear()  # told of every model before each micro-batch
-
-    def watch(self, model: nn.Module) -> None:
-        """Note which parameters backward passes reach: in an update, and in the last pass of it."""
-
-        def reached(parameter: Tensor) -> None:
-            self._used.add(id(parameter))
-            self._passed.add(id(parameter))
-
-        for parameter in (p for p in model.parameters() if p.requires_grad):
-            parameter.register_post_accumulate_grad_hook(reached)
-
-    def begin_update(self, model: nn.Module) -> None:
-        self._used.clear()  # likewise, before each update
+        self._passed.clear()  # the loop calls this for every model, before each micro-batch
 
     def finish_backward(self, model: nn.Module) -> None:
-        """DDP sends a bucket when it is full; a gradient that this rank's rows do not have
-        would be waited for.
+        """Fill in zeros for gradients that this rank's rows do not have.
+
+        DDP sends a bucket when it is full, and would wait for them.
         """
-        parameters = [p for p in model.parameters() if p.requires_grad]
-        left = [parameter for parameter in parameters if id(parameter) not in self._passed]
-        if isinstance(model, DistributedDataParallel) and 0 < len(left) < len(parameters):
+        trained = _trained(model)
+        missing = [parameter for parameter in trained if id(parameter) not in self._passed]
+        if isinstance(model, DistributedDataParallel) and 0 < len(missing) < len(trained):
             used = self._used.copy()
-            torch.autograd.backward(left, [torch.zeros_like(parameter) for parameter in left])
+            torch.autograd.backward(missing, [torch.zeros_like(p) for p in missing])
             self._used = used
 
     def unused(self, model: nn.Module) -> list[nn.Parameter]:
         return [p for p in model.parameters() if p.grad is not None and id(p) not in self._used]
 
     def cost(self, footprint: Footprint, plan: ParallelContext) -> list[Message]:
-        sizes = [
-            n for piece in footprint.pieces for n in self._buckets(piece, footprint.weight_bytes)
-        ]
-        return [message(self.axis, "all_reduce", sizes, footprint.weight_bytes)]
+        itemsize = footprint.weight_bytes
+        sizes = [size for piece in footprint.pieces for size in self._buckets(piece, itemsize)]
+        return [message(self.axis, "all_reduce", sizes, itemsize)]
 
     def _buckets(self, piece: ModelPart, itemsize: int) -> list[int]:
-        """Elements of each bucket, in every update that reaches it: filled as backward
-        completes gradients.
+        """Return the elements of each bucket, in every update that reaches the piece.
+
+        Buckets are filled in the order in which backward completes gradients.
         """
         sizes = [0]
-        for weight in sorted(
-            (w for w in piece.weights if w.ready is not None), key=lambda w: w.ready or 0
-        ):
-            sizes[-1] += weight.elements
+        trained = [(w.ready, w.elements) for w in piece.weights if w.ready is not None]
+        for _, elements in sorted(trained, key=lambda weight: weight[0]):
+            sizes[-1] += elements
             limit = self.first_bucket_mb if len(sizes) == 1 else self.bucket_mb
             if sizes[-1] * itemsize >= int(limit * 2**20):
                 sizes.append(0)
         return [size for size in sizes if size] * len(piece.reached)
+
+
+def _trained(model: nn.Module) -> list[nn.Parameter]:
+    return [parameter for parameter in model.parameters() if parameter.requires_grad]

@@ -1,17 +1,17 @@
-"""Expert parallel: each rank holds E/n of the experts, and every token travels to those it was sent
-to.
+"""Expert parallel: each rank holds E/n of the experts, and every token travels to its k experts.
 
     rank 0: its rows -> attention, router \\          / experts 0, 1 \\          / sum over k -> ...
                                            all-to-all                all-to-all
     rank 1: its rows -> attention, router /          \\ experts 2, 3 /          \\ sum over k -> ...
 
 All else is on every rank, as in data parallel: the gradients of the dense weights are averaged over
-`ep`. Those of an expert are whole where it is, for the tokens of all ranks came to it. Cost a block
-and micro-batch, per rank: 2 all-to-alls of its tokens (k B T rows of C, of which (n-1)/n leave it)
-forward and 2 backward, with E counts ahead; a step: one all-reduce of the dense gradients. The
-busiest rank sets the pace. Memory: 1/n of the experts' weights, gradients and moments. Sources:
-Lepikhin et al. 2020, GShard (2006.16668); Fedus et al. 2021, Switch (2101.03961); Rajbhandari et
-al. 2022, DeepSpeed-MoE (2201.05596).
+`ep`. Those of an expert are whole on its rank, as the tokens of all ranks came to it.
+Cost a block and micro-batch, per rank: 2 all-to-alls of its tokens (k B T rows of C, of which
+(n-1)/n leave it) forward and 2 backward, with E counts ahead; a step: one all-reduce of the dense
+gradients. The busiest rank sets the pace.
+Memory: 1/n of the experts' weights, gradients and moments.
+Sources: Lepikhin et al. 2020, GShard (2006.16668); Fedus et al. 2021, Switch (2101.03961);
+Rajbhandari et al. 2022, DeepSpeed-MoE (2201.05596).
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor, Shard
+from torch.distributed.tensor import DTensor, Placement, Shard
 
 from dtrain.model.layout import divisors, experts_of
 from dtrain.parallel.checks.optimizer import REGROUPED, ROWS
@@ -57,8 +57,7 @@ class ExpertParallel(Strategy):
         if not numbers:
             raise ValueError(
                 f"{type(model).__name__} has no experts (model.n_experts=0): nothing to spread "
-                f"over ep; "
-                f"use model=moe, or a strategy on dp"
+                f"over ep; use model=moe, or a strategy on dp"
             )
         for number in numbers:
             if number % self.degree:
@@ -81,32 +80,26 @@ class ExpertParallel(Strategy):
             forward = experts.forward if split_already else computes_with_local_weights(experts)
             for name, parameter in list(experts.named_parameters()):
                 owner, _, key = name.rpartition(".")
-                setattr(experts.get_submodule(owner), key, self._mine(parameter, plan))
+                setattr(experts.get_submodule(owner), key, self._shard(parameter, plan))
             experts.forward = _exchange(forward, group)
         return model
 
-    def _mine(self, parameter: nn.Parameter, plan: ParallelContext) -> nn.Parameter:
-        """This rank's experts: sharded over `ep`, and within as the parameter was before."""
-        inner, placements = (
-            (parameter.device_mesh.mesh_dim_names or (), parameter.placements)
-            if isinstance(parameter, DTensor)
-            else ((), ())
-        )
-        mine = (
-            local_part(parameter.detach())
-            .chunk(self.degree)[plan.mesh[self.axis].get_local_rank()]
-            .clone()
-        )
-        mesh = plan.mesh[(self.axis, *inner)]
-        made = DTensor.from_local(
-            mine,
-            mesh,
+    def _shard(self, parameter: nn.Parameter, plan: ParallelContext) -> nn.Parameter:
+        """Return this rank's experts: sharded over `ep`, and within as the parameter was before."""
+        axes: tuple[str, ...] = ()
+        placements: tuple[Placement, ...] = ()
+        if isinstance(parameter, DTensor):
+            axes, placements = parameter.device_mesh.mesh_dim_names or (), parameter.placements
+        chunks = local_part(parameter.detach()).chunk(self.degree)
+        sharded = DTensor.from_local(
+            chunks[plan.mesh[self.axis].get_local_rank()].clone(),
+            plan.mesh[(self.axis, *axes)],
             (Shard(0), *placements),
             run_check=False,
             shape=parameter.shape,
             stride=parameter.stride(),
         )
-        return nn.Parameter(made, requires_grad=parameter.requires_grad)
+        return nn.Parameter(sharded, requires_grad=parameter.requires_grad)
 
     def verify(self, model: nn.Module, plan: ParallelContext) -> None:
         for _, experts in experts_of(model):
@@ -121,7 +114,7 @@ class ExpertParallel(Strategy):
         dense = []
         for parameter in model.parameters():
             if parameter.grad is not None and self._shards(parameter):
-                # the sum of what each rank's part of the batch gave
+                # a sum over the batch's parts of all ranks
                 local_part(parameter.grad).div_(self.degree)
             elif parameter.grad is not None:
                 dense.append(local_part(parameter.grad))
@@ -134,88 +127,87 @@ class ExpertParallel(Strategy):
         return self.axis in names and parameter.placements[names.index(self.axis)].is_shard(0)
 
     def footprint(self, footprint: Footprint, plan: ParallelContext) -> Footprint:
-        here = footprint.place[self.axis]
+        n, here = self.degree, footprint.place[self.axis]
 
         def spread(piece: ModelPart) -> ModelPart:
-            experts = {
+            names = {
                 f"{path}.{key}"
-                for path, e in experts_of(piece.outline)
-                for key, _ in e.named_parameters()
+                for path, experts in experts_of(piece.outline)
+                for key, _ in experts.named_parameters()
             }
-            return piece.map(
-                lambda w: w.split(self.axis, 0, self.degree, here) if w.name in experts else w
-            )
+            return piece.map(lambda w: w.split(self.axis, 0, n, here) if w.name in names else w)
 
         return footprint.map(spread)
 
     def cost(self, footprint: Footprint, plan: ParallelContext) -> list[Message]:
-        """Exact in sum over the ranks along the axis; a rank's own as if every expert had as
-        many rows.
+        """Count a rank's rows as if every expert had the same number.
+
+        The sum over the ranks along the axis is exact.
         """
-        m = footprint.micro_batches
         dense = [weight for weight in footprint.gradients if self.axis not in weight.axes]
-        found = [all_reduce_each(self.axis, dense, footprint.reduce_bytes)]
+        messages = [all_reduce_each(self.axis, dense, footprint.reduce_bytes)]
         for call in footprint.calls_at(lambda layout: (f"{layout.blocks}.*.{layout.experts}",)):
             rows, counts = map(prod, call.inputs)
-            found.append(message(self.axis, "all_to_all", [counts], torch.long.itemsize, m))
-            found.append(
-                message(
-                    self.axis,
-                    "all_to_all",
-                    [rows] * (1 + call.returns),
-                    footprint.activation_bytes,
-                    m,
+            messages += [
+                message(self.axis, "all_to_all", sizes, itemsize, footprint.micro_batches)
+                for sizes, itemsize in (
+                    ([counts], torch.long.itemsize),
+                    ([rows] * (1 + call.returns), footprint.activation_bytes),
+                    ([rows] * (1 + call.graded), footprint.compute_bytes),
                 )
-            )
-            found.append(
-                message(
-                    self.axis, "all_to_all", [rows] * (1 + call.graded), footprint.compute_bytes, m
-                )
-            )
-        return found
+            ]
+        return messages
+
+
+def uncompiled(forward: Forward) -> Forward:
+    """Leave a forward pass out of torch.compile: its sizes are known when tokens come."""
+    disabled: Forward = torch.compiler.disable(forward)  # type: ignore[no-untyped-call]
+    return disabled
 
 
 def computes_with_local_weights(experts: nn.Module) -> Forward:
-    """The module's forward as it is now, computing with this rank's part of its parameters as
-    they will be.
-    """
-    # of one dictionary of parameters: what replaces one there is seen here
+    """Return the module's present forward, with this rank's part of the parameters it will have."""
+    # a copy that shares the dictionary of parameters: what replaces one there is seen here
     inner = copy.copy(experts)
 
-    @torch.compiler.disable  # sizes are known when tokens come, and weights are this rank's part
+    @uncompiled
     def forward(x: Tensor, counts: Tensor) -> Tensor:
         inner.training = experts.training  # an attribute of its own, unlike the parameters
         weights = {name: local_part(parameter) for name, parameter in inner.named_parameters()}
-        return torch.func.functional_call(inner, weights, (x, counts))
+        y: Tensor = torch.func.functional_call(inner, weights, (x, counts))
+        return y
 
     return forward
 
 
 def _exchange(forward: Forward, group: dist.ProcessGroup) -> Forward:
-    """`forward` on the rows that all ranks have for the experts here; each gets its own back,
-    in its order.
-    """
+    """Return `forward` on the rows that all ranks have for the experts here, sent back in order."""
 
-    @torch.compiler.disable
+    @uncompiled
     def exchanged(x: Tensor, counts: Tensor) -> Tensor:
-        theirs = torch.empty_like(counts)
-        dist.all_to_all_single(theirs, counts, group=group)
+        counts_here = torch.empty_like(counts)
+        dist.all_to_all_single(counts_here, counts, group=group)
         # (n, E/n): rows from each rank for each expert here
-        by_rank = theirs.view(group.size(), -1)
+        by_rank = counts_here.view(group.size(), -1)
         send, receive = counts.view(group.size(), -1).sum(1).tolist(), by_rank.sum(1).tolist()
         experts = torch.arange(by_rank.shape[1], device=x.device).repeat(group.size())
-        order = experts.repeat_interleave(theirs).argsort(stable=True)  # from by rank to by expert
-        y: Tensor = _AllToAll.apply(x, send, receive, group)
+        # from by rank to by expert
+        order = experts.repeat_interleave(counts_here).argsort(stable=True)
+        y = _all_to_all(x, send, receive, group)
         y = forward(y.index_select(0, order), by_rank.sum(0))
-        return _AllToAll.apply(y.index_select(0, order.argsort()), receive, send, group)
+        return _all_to_all(y.index_select(0, order.argsort()), receive, send, group)
 
     return exchanged
 
 
+def _all_to_all(x: Tensor, send: list[int], receive: list[int], group: dist.ProcessGroup) -> Tensor:
+    """Send the first `send[0]` rows to rank 0, the next `send[1]` to rank 1 and so on."""
+    y: Tensor = _AllToAll.apply(x, send, receive, group)  # type: ignore[no-untyped-call]
+    return y
+
+
 class _AllToAll(torch.autograd.Function):
-    """Send the first `send[0]` rows to rank 0, and so on; the gradient travels back the same
-    way.
-    """
+    """An all-to-all whose gradient travels back the same way."""
 
     @staticmethod
     def forward(
@@ -228,4 +220,4 @@ class _AllToAll(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None, None]:
-        return _AllToAll.apply(gradients[0], *ctx.way_back), None, None, None
+        return _all_to_all(gradients[0], *ctx.way_back), None, None, None

@@ -5,10 +5,11 @@
     step:      each rank updates its own slice, with its own slice of Adam's moments
 
 Cost a micro-batch, per rank: all-gather of all weights twice (once without resharding: ZeRO-2), and
-a step: reduce-scatter of all gradients; each moves (n-1)/n of the bytes. Memory between steps: 1/n
-of all three kinds. In a step of several micro-batches the whole gradient stays until the last one's
-reduce-scatter, unless each of them is reduced. Sources: Rajbhandari et al. 2020, "ZeRO"
-(1910.02054); Zhao et al. 2023, "PyTorch FSDP" (2304.11277).
+a step: reduce-scatter of all gradients; each moves (n-1)/n of the bytes.
+Memory between steps: 1/n of all three kinds. In a step of several micro-batches the whole gradient
+stays until the last one's reduce-scatter, unless each of them is reduced.
+Sources: Rajbhandari et al. 2020, "ZeRO" (1910.02054); Zhao et al. 2023, "PyTorch FSDP"
+(2304.11277).
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ from torch.distributed.tensor.placement_types import _StridedShard
 from dtrain.model.layout import blocks_of, refuse_complex
 from dtrain.parallel.checks.optimizer import ROWS
 from dtrain.parallel.checks.rehearsal import Rehearsal, unit_by_unit
-from dtrain.parallel.footprint import FORWARD, FREE, Footprint
+from dtrain.parallel.footprint import FORWARD, FREE, Footprint, chunk_shape
 from dtrain.parallel.fsdp_units import (
     begin_update,
     refuse_sharing,
@@ -39,8 +40,8 @@ from dtrain.parallel.strategy import ParallelContext, Strategy, local_part
 from dtrain.strategy.replicate import Replicate, fsdp_module, kept_gathered, reshard
 
 ELSEWHERE = (
-    "a block may use no weight of another one, of which a rank has a part then: use strategy=ddp "
-    "or allreduce"
+    "a block may use no weight of another one, since a rank then holds a part of it only: use "
+    "strategy=ddp or allreduce"
 )
 
 
@@ -82,7 +83,7 @@ class FSDP(Strategy):
                 "reduce_each=false"
             )
         if self.reshard_after_forward and pipeline.splits_backward:
-            schedule = getattr(pipeline, "schedule", type(pipeline).__name__)
+            schedule = getattr(pipeline, "kind", type(pipeline).__name__)
             raise ValueError(
                 f"schedule {schedule} computes the gradients of weights after those of inputs, and "
                 f"resharded weights miss them: use strategy.fsdp.reshard_after_forward=false"
@@ -103,63 +104,50 @@ class FSDP(Strategy):
         self, model: nn.Module, inputs: Sequence[Tensor], plan: ParallelContext
     ) -> Iterator[Rehearsal]:
         if blocks_of(model):
-            yield Rehearsal(
-                "with each block's weights in its own call alone",
-                model,
-                unit_by_unit(model),
-                ELSEWHERE,
-            )
+            what = "with each block's weights in its own call alone"
+            yield Rehearsal(what, model, unit_by_unit(model), ELSEWHERE)
 
     def parallelize(self, model: nn.Module, plan: ParallelContext) -> nn.Module:
+        mesh = plan.mesh[self._mesh_axes(plan)]
         settings: dict[str, Any] = {
-            "mesh": plan.mesh[self._mesh_axes(plan)],
+            "mesh": mesh,
             "reshard_after_forward": self.reshard_after_forward,
             "mp_policy": plan.precision.fsdp_policy(),
         }
         if self.offloads:
             settings["offload_policy"] = CPUOffloadPolicy(pin_memory=plan.device.type == "cuda")
-        for block in blocks_of(model):
-            fully_shard(block, **settings)
-        fully_shard(model, **settings)
-        watch_units(model, [int(rank) for rank in plan.mesh[self._mesh_axes(plan)].mesh.flatten()])
+        for module in (*blocks_of(model), model):
+            fully_shard(module, **settings)
+        watch_units(model, mesh.mesh.flatten().tolist())
         return model
 
     def _mesh_axes(self, plan: ParallelContext) -> tuple[str, ...]:
-        """Both axes beside `replicate`: fully_shard then overlaps the all-reduce with the
-        backward pass.
-        """
+        """Return both axes beside `replicate`: its all-reduce then overlaps with backward."""
         return ("dp", "fsdp") if isinstance(plan.strategy_on("dp"), Replicate) else ("fsdp",)
 
     def verify(self, model: nn.Module, plan: ParallelContext) -> None:
         for name, parameter in model.named_parameters():
             assert isinstance(parameter, DTensor), f"{name} is not sharded over {self.axis}"
-            mine = parameter.shape[0]
-            # Inner axes first: where tensor parallelism has cut rows, each of its slices is cut
-            # again.
-            for axis, placement in reversed(
-                list(
-                    zip(
-                        parameter.device_mesh.mesh_dim_names or (),
-                        parameter.placements,
-                        strict=True,
-                    )
-                )
-            ):
+            axes, rows = parameter.device_mesh.mesh_dim_names or (), parameter.shape[0]
+            # inner axes first: a slice of rows that tensor parallelism has cut is cut again
+            for axis, placement in reversed([*zip(axes, parameter.placements, strict=True)]):
                 if isinstance(placement, Shard | _StridedShard) and placement.dim == 0:
-                    chunk = -(-mine // plan.degrees[axis])
-                    mine = max(0, min(chunk, mine - plan.mesh[axis].get_local_rank() * chunk))
+                    rank = plan.mesh[axis].get_local_rank()
+                    (rows,) = chunk_shape((rows,), 0, plan.degrees[axis], rank)
                 assert axis != self.axis or not placement.is_replicate(), (
                     f"{name} is {placement} over {axis}"
                 )
-            assert local_part(parameter).shape[0] == mine, (
-                f"{name}: {local_part(parameter).shape[0]} rows here, not {mine}"
-            )
+            here = local_part(parameter).shape[0]
+            assert here == rows, f"{name}: {here} rows here, not {rows}"
 
-    def double_backward_context(self, model: nn.Module) -> AbstractContextManager:
+    def double_backward_context(self, model: nn.Module) -> AbstractContextManager[None]:
         return kept_gathered(model)
 
     def begin_update(self, model: nn.Module) -> None:
         begin_update(model)
+
+    def sync_gradients(self, model: nn.Module, enabled: bool) -> None:
+        fsdp_module(model).set_requires_gradient_sync(enabled or self.reduce_each)
 
     def unused(self, model: nn.Module) -> list[nn.Parameter]:
         return unused_parameters(model)
@@ -170,34 +158,26 @@ class FSDP(Strategy):
     def after_evaluation(self, model: nn.Module) -> None:
         reshard(model)
 
-    def sync_gradients(self, model: nn.Module, enabled: bool) -> None:
-        fsdp_module(model).set_requires_gradient_sync(enabled or self.reduce_each)
-
     def footprint(self, footprint: Footprint, plan: ParallelContext) -> Footprint:
-        here = footprint.place[self.axis]
-        return footprint.map(
-            lambda piece: piece.map(lambda w: w.shard(self.axis, self.degree, here))
-        )
+        n, here = self.degree, footprint.place[self.axis]
+        return footprint.map(lambda piece: piece.map(lambda w: w.shard(self.axis, n, here)))
 
     def cost(self, footprint: Footprint, plan: ParallelContext) -> list[Message]:
-        gathered = []
+        n, gathered = self.degree, []
         for piece in footprint.pieces:
             for unit, weights in piece.units.items():
-                size = self.degree * sum(weight.padded(self.degree) for weight in weights)
+                size = n * sum(weight.padded(n) for weight in weights)
                 gathered += [size] * self._gathers(piece.passes_of(unit, footprint.micro_batches))
-        reduced = [
-            self.degree * size
-            for size in footprint.unit_gradients(self.degree, each=self.reduce_each)
-        ]
+        reduced = [n * size for size in footprint.unit_gradients(n, each=self.reduce_each)]
         return [
             message(self.axis, "all_gather", gathered, footprint.compute_bytes),
             message(self.axis, "reduce_scatter", reduced, footprint.reduce_bytes),
         ]
 
     def _gathers(self, passes: tuple[str, ...]) -> int:
-        """How often a unit's weights are needed and not here."""
+        """Return how often a unit's weights are needed and not here."""
         count, here = 0, False
-        for each in passes:
-            count += each != FREE and not here
-            here = each != FREE and (each != FORWARD or not self.reshard_after_forward)
+        for step in passes:
+            count += step != FREE and not here
+            here = step != FREE and (step != FORWARD or not self.reshard_after_forward)
         return count

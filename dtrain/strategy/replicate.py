@@ -5,15 +5,14 @@
                    hold the same. Gradients: reduce-scatter along a row, all-reduce across rows.
 
 Cost a step, per rank: one all-reduce of the gradients it holds (all of them, or 1/f beside fsdp of
-degree f), in precision.reduce: 2 (n-1)/n times their bytes on a ring. Source: Zhao et al. 2023,
-"PyTorch FSDP" (2304.11277), section 3.2.2 for hybrid sharding.
+degree f), in precision.reduce: 2 (n-1)/n times their bytes on a ring.
+Source: Zhao et al. 2023, "PyTorch FSDP" (2304.11277), section 3.2.2 for hybrid sharding.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
-from typing import Any
 
 from torch import nn
 from torch.distributed._composable.replicate_with_fsdp import replicate
@@ -44,6 +43,7 @@ class Replicate(Strategy):
     name = "replicate"
     axis = "dp"
     casts_itself = True
+    beside_fsdp = False  # set by parallelize
 
     def check_model(self, model: nn.Module, plan: ParallelContext) -> None:
         if plan.strategy_on("fsdp") is None:
@@ -53,30 +53,33 @@ class Replicate(Strategy):
         self.beside_fsdp = plan.strategy_on("fsdp") is not None
         if self.beside_fsdp:
             return model  # fully_shard was given both axes and does the all-reduce too
-        settings: dict[str, Any] = {
-            "mesh": plan.mesh[self.axis],
-            "mp_policy": plan.precision.fsdp_policy(),
-        }
-        for block in blocks_of(model):
-            replicate(block, **settings)
-        replicate(model, **settings)
-        watch_units(model, [int(rank) for rank in plan.mesh[self.axis].mesh.flatten()])
+        mesh, policy = plan.mesh[self.axis], plan.precision.fsdp_policy()
+        for module in (*blocks_of(model), model):
+            replicate(module, mesh=mesh, mp_policy=policy)
+        watch_units(model, mesh.mesh.flatten().tolist())
         return model
 
     def verify(self, model: nn.Module, plan: ParallelContext) -> None:
         for name, parameter in model.named_parameters():
             assert isinstance(parameter, DTensor), f"{name} is not replicated over {self.axis}"
-            names = parameter.device_mesh.mesh_dim_names or ()
-            assert self.axis in names, f"{name} lives on {names}, not on {self.axis}"
-            assert parameter.placements[names.index(self.axis)].is_replicate(), (
+            axes = parameter.device_mesh.mesh_dim_names or ()
+            assert self.axis in axes, f"{name} lives on {axes}, not on {self.axis}"
+            assert parameter.placements[axes.index(self.axis)].is_replicate(), (
                 f"{name}: {parameter.placements}"
             )
 
-    def double_backward_context(self, model: nn.Module) -> AbstractContextManager:
+    def double_backward_context(self, model: nn.Module) -> AbstractContextManager[None]:
         return kept_gathered(model)
 
     def begin_update(self, model: nn.Module) -> None:
         begin_update(model)
+
+    def sync_gradients(self, model: nn.Module, enabled: bool) -> None:
+        # fsdp says whether gradients are reduce-scattered; the all-reduce waits for the last
+        if self.beside_fsdp:
+            fsdp_module(model).set_requires_all_reduce(enabled)
+        else:
+            fsdp_module(model).set_requires_gradient_sync(enabled)
 
     def unused(self, model: nn.Module) -> list[nn.Parameter]:
         return [] if self.beside_fsdp else unused_parameters(model)
@@ -87,20 +90,13 @@ class Replicate(Strategy):
     def after_evaluation(self, model: nn.Module) -> None:
         reshard(model)
 
-    def sync_gradients(self, model: nn.Module, enabled: bool) -> None:
-        # which says whether gradients are reduce-scattered; the all-reduce waits for the last
-        if self.beside_fsdp:
-            fsdp_module(model).set_requires_all_reduce(enabled)
-        else:
-            fsdp_module(model).set_requires_gradient_sync(enabled)
-
     def cost(self, footprint: Footprint, plan: ParallelContext) -> list[Message]:
         sizes = footprint.unit_gradients(plan.degrees.get("fsdp", 1))
         return [message(self.axis, "all_reduce", sizes, footprint.reduce_bytes)]
 
 
 def fsdp_module(model: nn.Module) -> FSDPModule:
-    """The model, known to be what `fully_shard` or `replicate` has made of it."""
+    """Return a model as what `fully_shard` or `replicate` has made of it."""
     assert isinstance(model, FSDPModule), (
         f"{type(model).__name__} is neither sharded nor replicated"
     )
@@ -109,8 +105,7 @@ def fsdp_module(model: nn.Module) -> FSDPModule:
 
 @contextmanager
 def kept_gathered(model: nn.Module) -> Iterator[None]:
-    """Keep gathered weights from one backward pass to the next, which needs them, and free them
-    after that.
+    """Keep gathered weights from one backward pass to the next, which needs them; then free them.
 
     Were they not freed, the next forward pass would not see what the optimizer does.
     """
@@ -126,9 +121,7 @@ def kept_gathered(model: nn.Module) -> Iterator[None]:
 
 
 def reshard(model: nn.Module) -> None:
-    """Free gathered weights: where forward keeps them for backward, an evaluation would leave
-    them behind.
-    """
+    """Free gathered weights that forward has kept for a backward pass, after an evaluation."""
     for module in model.modules():
         if isinstance(module, FSDPModule):
             module.reshard()

@@ -1,15 +1,16 @@
-"""ZeRO-1: data parallel whose optimizer state is divided: each rank steps its own share of the
-weights.
+"""ZeRO-1: data parallel in which each rank keeps optimizer states for its share of the weights.
 
     backward:  every rank has every gradient, averaged (all-reduce)
     step:      rank 0 updates W0 with its moments of W0; rank 1 updates W1 with its moments of W1
     then:      rank 0 broadcasts W0, rank 1 broadcasts W1 -> all of W on every rank
 
 Whole parameters are given out, the largest first, each to the rank that has least: so any optimizer
-works. Cost a step, per rank: all-reduce of the gradients and broadcasts of all weights, together 3
-(n-1)/n times their bytes, where ddp has 2 (and so would ZeRO's own reduce-scatter and all-gather:
-see zero2). Memory: of the optimizer's states 1/n, or as much as the largest tensor's. Source:
-Rajbhandari et al. 2020, "ZeRO" (1910.02054), P_os.
+works.
+Cost a step, per rank: all-reduce of the gradients and broadcasts of all weights, together 3 (n-1)/n
+times their bytes, where ddp has 2 (and so would ZeRO's own reduce-scatter and all-gather: see
+zero2).
+Memory: 1/n of the optimizer's states, or as much as those of the largest tensor.
+Source: Rajbhandari et al. 2020, "ZeRO" (1910.02054), P_os.
 """
 
 from __future__ import annotations
@@ -50,10 +51,11 @@ class Zero1(AllReduce):
 
     def optimizer(self, optimizer: Optimizer, model: nn.Module, plan: ParallelContext) -> Optimizer:
         group, rank = plan.mesh[self.axis].get_group(), plan.mesh[self.axis].get_local_rank()
-        shares = equal_shares([p for g in optimizer.param_groups for p in g["params"]], self.degree)
-        mine = {id(parameter) for parameter in shares[rank]}
+        parameters = [p for settings in optimizer.param_groups for p in settings["params"]]
+        shares = equal_shares(parameters, self.degree)
+        own = {id(parameter) for parameter in shares[rank]}
         for settings in optimizer.param_groups:
-            settings["params"] = [p for p in settings["params"] if id(p) in mine]
+            settings["params"] = [p for p in settings["params"] if id(p) in own]
 
         def exchange(*_: Any) -> None:
             for owner, share in enumerate(shares):
@@ -64,62 +66,56 @@ class Zero1(AllReduce):
 
     def footprint(self, footprint: Footprint, plan: ParallelContext) -> Footprint:
         here = footprint.place[self.axis]
-        mine = {id(weight) for shares in self._shares(footprint) for weight in shares[here]}
-        return footprint.map(lambda piece: piece.map(lambda w: replace(w, stepped=id(w) in mine)))
+        own = {id(weight) for shares in self._shares(footprint) for weight in shares[here]}
+        return footprint.map(lambda piece: piece.map(lambda w: replace(w, stepped=id(w) in own)))
 
     def cost(self, footprint: Footprint, plan: ParallelContext) -> list[Message]:
-        sent = [
-            sum(prod(w.held) for w in share)
-            for shares in self._shares(footprint)
-            for share in shares
-            if share
-        ]
-        return [
-            *super().cost(footprint, plan),
-            message(self.axis, "broadcast", sent, footprint.weight_bytes),
-        ]
+        shares = [share for of_model in self._shares(footprint) for share in of_model if share]
+        sizes = [sum(prod(weight.held) for weight in share) for share in shares]
+        broadcasts = message(self.axis, "broadcast", sizes, footprint.weight_bytes)
+        return [*super().cost(footprint, plan), broadcasts]
 
     def _shares(self, footprint: Footprint) -> list[list[list[Weight]]]:
-        """Of each model.
+        """Return the weights that each rank steps, for each model.
 
         Weights of one size are given out in the order of the model, not of its optimizer.
         """
         by_model: dict[str, list[Weight]] = {}
         for piece in footprint.pieces:
-            by_model.setdefault(piece.model, []).extend(
-                w for w in piece.weights if w.ready is not None
-            )
+            trained = [weight for weight in piece.weights if weight.ready is not None]
+            by_model.setdefault(piece.model, []).extend(trained)
         return [equal_shares(weights, self.degree) for weights in by_model.values()]
 
 
 def equal_shares(
     parameters: list[P], shares: int, size: Callable[[P], int] = lambda p: p.numel()
 ) -> list[list[P]]:
-    """The parameters in `shares` lists of about equal size, by their global sizes: the same on
-    every rank.
+    """Return the parameters in `shares` lists of about equal size: the same on every rank.
+
+    Args:
+        size: of a whole parameter.
     """
-    given: list[list[P]] = [[] for _ in range(shares)]
+    lists: list[list[P]] = [[] for _ in range(shares)]
     sizes = [0] * shares
     for parameter in sorted(parameters, key=lambda p: -size(p)):
         least = sizes.index(min(sizes))
-        given[least].append(parameter)
+        lists[least].append(parameter)
         sizes[least] += size(parameter)
-    return given
+    return lists
 
 
 @torch.no_grad()
 def _broadcast(parameters: list[nn.Parameter], owner: int, group: dist.ProcessGroup) -> None:
-    """In one message: what `owner` holds of the parameters, to every rank of the group."""
+    """Send what `owner` holds of the parameters to every rank of the group, in one message."""
     values = [local_part(parameter) for parameter in parameters]
     if not values:
         return
-    size = sum(value.numel() for value in values)
-    mine = group.rank() == owner
-    message = (
-        torch.cat([value.flatten() for value in values]) if mine else values[0].new_empty(size)
+    sizes = [value.numel() for value in values]
+    flat = (
+        torch.cat([value.flatten() for value in values])
+        if group.rank() == owner
+        else values[0].new_empty(sum(sizes))
     )
-    dist.broadcast(message, group=group, group_src=owner)
-    for value, received in zip(
-        values, message.split([value.numel() for value in values]), strict=True
-    ):
+    dist.broadcast(flat, group=group, group_src=owner)
+    for value, received in zip(values, torch.split(flat, sizes), strict=True):
         value.copy_(received.view_as(value))

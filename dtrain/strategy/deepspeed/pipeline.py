@@ -37,7 +37,8 @@ from dtrain.strategy.deepspeed.engine_state import (
 )
 from dtrain.strategy.deepspeed.library import fresh_groups, imported
 from dtrain.strategy.deepspeed.zero import DeepSpeed, owners
-from dtrain.strategy.pipeline.stages import PipelineExecutor, split_evenly
+from dtrain.strategy.pipeline.executor import PipelineExecutor
+from dtrain.strategy.pipeline.stages import keep_stage
 from dtrain.strategy.pipeline.strategy import PipelineParallel
 from dtrain.task.batch import Batch, Models, divide
 
@@ -79,12 +80,12 @@ class DeepSpeedPipeline(PipelineParallel):
 
     def check_model(self, model: nn.Module, plan: ParallelContext) -> None:
         super().check_model(model, plan)
-        counts = self.split or split_evenly(model, self.stages)
-        for stage in range(self.stages):
-            piece = self._piece(copy.deepcopy(model), stage, counts)
+        counts = self._blocks_of_stages(model)
+        for stage in range(len(counts)):
+            piece = keep_stage(copy.deepcopy(model), stage, counts)
             if not any(parameter.requires_grad for parameter in piece.parameters()):
                 raise ValueError(
-                    f"nothing trains in stage {stage} of {self.stages}, and DeepSpeed's "
+                    f"nothing trains in stage {stage} of {len(counts)}, and DeepSpeed's "
                     f"pipeline steps "
                     f"every stage: use strategy=pipeline, or another strategy.pp.split"
                 )
@@ -104,11 +105,13 @@ class DeepSpeedPipeline(PipelineParallel):
         ((name, model),) = models.items()
         fresh_groups(deepspeed, plan)
         ((stage, piece),) = self._by_stage(model, plan).items()
-        flow = DeepSpeedPipelineExecutor(self, {stage: piece}, self.outline, plan, micro_batches)
+        flow = DeepSpeedPipelineExecutor(
+            self.schedule, {stage: piece}, self.whole.outline, plan, micro_batches
+        )
         with redirect_stdout(io.StringIO()):  # a table of the stages
             module = deepspeed.pipe.PipelineModule(
-                [self._layer(each, flow.layer) for each in range(self.stages)],
-                num_stages=self.stages,
+                [self._layer(each, flow.layer) for each in range(self.schedule.stages)],
+                num_stages=self.schedule.stages,
                 loss_fn=flow.loss,
                 partition_method="uniform",
             )
@@ -120,7 +123,7 @@ class DeepSpeedPipeline(PipelineParallel):
         flow.engine.module.train = lambda mode=True: flow.engine.module
         # of a shared layer DeepSpeed takes all for shared
         for key, parameter in piece.named_parameters():
-            parameter.ds_pipe_replicated = stage > 0 and key in self.tied  # type: ignore[attr-defined]
+            parameter.ds_pipe_replicated = stage > 0 and key in self.whole.tied  # type: ignore[attr-defined]
         for parameter in (p for p in piece.parameters() if p.requires_grad):
             parameter.register_post_accumulate_grad_hook(
                 lambda parameter: flow.used.add(id(parameter))
@@ -137,9 +140,10 @@ class DeepSpeedPipeline(PipelineParallel):
         """
         from deepspeed.pipe import LayerSpec, TiedLayerSpec
 
-        kind = TiedLayerSpec if self.tied and stage in (0, self.stages - 1) else LayerSpec
+        tied, ends = self.whole.tied, (0, self.schedule.stages - 1)
+        kind = TiedLayerSpec if tied and stage in ends else LayerSpec
         named = (
-            {"tied_weight_attr": [f"piece.{name}" for name in self.tied]}
+            {"tied_weight_attr": [f"piece.{name}" for name in tied]}
             if kind is TiedLayerSpec
             else {}
         )
@@ -195,9 +199,6 @@ class DeepSpeedPipelineExecutor(PipelineExecutor):
             )
         refuse_unused(self.layer.piece, self.used, self.plan, "DeepSpeed")
         return torch.stack(losses).detach().sum() if losses else self._zero()
-
-    def loss(self, outputs: Tensor, index: Tensor) -> Tensor:
-        return self.criterion(outputs, index)
 
     def norm(self, model: str) -> Tensor | None:
         return torch.as_tensor(self.engine.get_global_grad_norm(), dtype=torch.float64)

@@ -19,7 +19,7 @@ from dtrain.parallel.footprint import Footprint
 from dtrain.parallel.mesh import REST
 from dtrain.parallel.messages import Message
 from dtrain.parallel.strategy import ParallelContext
-from dtrain.strategy.context.strategy import ContextParallel, _cores
+from dtrain.strategy.context.strategy import ContextParallel, attention_cores
 from dtrain.strategy.deepspeed.library import imported
 
 
@@ -64,7 +64,7 @@ class DeepSpeedUlysses(ContextParallel):
         return model
 
     def verify(self, model: nn.Module, plan: ParallelContext) -> None:
-        for core in _cores(model):
+        for core in attention_cores(model):
             assert isinstance(core, Swapping), (
                 f"attention is {type(core).__name__}, not DeepSpeed's"
             )

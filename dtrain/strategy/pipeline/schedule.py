@@ -1,20 +1,38 @@
-"""What the ranks of a pipeline do in a step, in order, as torch's schedules say it; no process
-group is needed.
+"""What the ranks of a pipeline do in a step, in order, as torch's schedules say.
+
+    Schedule("interleaved_1f1b", degree=2, stages_per_rank=2)    rank 0: stages 0, 2   rank 1: 1, 3
+    Schedule("zbv", degree=2, stages_per_rank=2)                 rank 0: stages 0, 3   rank 1: 1, 2
+
+A schedule is a value: it needs no model, no plan and no process group.
 """
 
 from __future__ import annotations
 
 from collections import Counter
+from dataclasses import dataclass
 from itertools import accumulate
 from types import SimpleNamespace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+from torch.distributed.pipelining import schedules
 from torch.distributed.pipelining.schedules import PipelineScheduleSingle, _ComputationType
 
 from dtrain.parallel.footprint import BACKWARD, FORWARD, FREE, GATHER, WEIGHTS
 
-if TYPE_CHECKING:
-    from dtrain.strategy.pipeline.strategy import PipelineParallel
+SCHEDULES: dict[str, type[Any]] = {
+    "gpipe": schedules.ScheduleGPipe,
+    "1f1b": schedules.Schedule1F1B,
+    "interleaved_1f1b": schedules.ScheduleInterleaved1F1B,
+    "looped_bfs": schedules.ScheduleLoopedBFS,
+    "interleaved_zero_bubble": schedules.ScheduleInterleavedZeroBubble,
+    "zbv": schedules.ScheduleZBVZeroBubble,
+    "dualpipev": schedules.ScheduleDualPipeV,
+}
+ONE_STAGE, V = ("gpipe", "1f1b"), ("zbv", "dualpipev")
+# micro-batches go round in equal groups of about p
+ROUNDS = ("interleaved_1f1b", "interleaved_zero_bubble")
+# input gradients first, those of weights later
+SPLIT_BACKWARD = ("interleaved_zero_bubble", "zbv", "dualpipev")
 
 PASSES = {
     _ComputationType.FORWARD: FORWARD, _ComputationType.FULL_BACKWARD: BACKWARD,
@@ -27,87 +45,128 @@ DURATIONS = {  # a backward pass has twice the products of a forward pass, half 
     _ComputationType.BACKWARD_INPUT: 1, _ComputationType.BACKWARD_WEIGHT: 1,
 }  # fmt: skip
 
+Work = tuple[str, int, int]  # FORWARD, BACKWARD or WEIGHTS; stage; micro-batch
 
-def actions(pipeline: PipelineParallel, rank: int, micro_batches: int) -> list[Any]:
-    """What one rank along `pp` does in a step."""
-    stages = [stage for stage in range(pipeline.stages) if pipeline.owner(stage) == rank]
+
+@dataclass(frozen=True)
+class Schedule:
+    """Which stages each rank along `pp` holds, and in which order they run micro-batches.
+
+    Args:
+        kind: a name of SCHEDULES.
+        degree: ranks along `pp`.
+        stages_per_rank: stages that each of them holds.
+    """
+
+    kind: str
+    degree: int
+    stages_per_rank: int
+
+    @property
+    def stages(self) -> int:
+        """Stages of all ranks."""
+        return self.degree * self.stages_per_rank
+
+    def owner(self, stage: int) -> int:
+        """Return the rank along `pp` that holds a stage."""
+        if self.kind in V and stage >= self.degree:
+            return 2 * self.degree - 1 - stage
+        return stage % self.degree
+
+    def held_by(self, rank: int) -> list[int]:
+        """Return the stages that a rank along `pp` holds, in order."""
+        return [stage for stage in range(self.stages) if self.owner(stage) == rank]
+
+    @property
+    def least_micro_batches(self) -> int:
+        """The fewest micro-batches that torch's schedule takes."""
+        return {"1f1b": self.degree, "dualpipev": self.stages}.get(self.kind, 1)
+
+    def micro_batches(self, rows: int) -> list[int]:
+        """Return the numbers of micro-batches that divide a rank's rows and that it can run."""
+        return [
+            number
+            for number in range(self.least_micro_batches, rows + 1)
+            if rows % number == 0
+            and (self.kind not in ROUNDS or number % max(1, number // self.degree) == 0)
+        ]
+
+    def build(self, stages: list[Any], micro_batches: int, **options: Any) -> Any:
+        """Return torch's schedule over the stages that a rank holds."""
+        kind = SCHEDULES[self.kind]
+        single = issubclass(kind, PipelineScheduleSingle)
+        return kind(stages[0] if single else stages, micro_batches, **options)
+
+
+def actions(schedule: Schedule, rank: int, micro_batches: int) -> list[Any]:
+    """Return what one rank along `pp` does in a step, as torch's actions."""
     of_all = {
-        "num_stages": pipeline.stages,
-        "group_size": pipeline.degree,
+        "num_stages": schedule.stages,
+        "group_size": schedule.degree,
         "group_rank": rank,
         "submod": None,
     }
-    told: Any = [SimpleNamespace(stage_index=stage, **of_all) for stage in stages]
-    single = issubclass(pipeline.kind, PipelineScheduleSingle)
-    schedule: Any = pipeline.kind(told[0] if single else told, micro_batches)
-    order = schedule._get_pipeline_order() if single else schedule.pipeline_order_with_comms
+    stages = [SimpleNamespace(stage_index=stage, **of_all) for stage in schedule.held_by(rank)]
+    built = schedule.build(stages, micro_batches)
+    single = isinstance(built, PipelineScheduleSingle)
+    order = built._get_pipeline_order() if single else built.pipeline_order_with_comms
     return [part for action in order[rank] if action for part in action.sub_actions or (action,)]
 
 
 def passes_of_stages(
-    pipeline: PipelineParallel, stages: list[int], rank: int, micro_batches: int
+    schedule: Schedule, rank: int, micro_batches: int
 ) -> dict[int, tuple[tuple[str, ...], tuple[tuple[int, int], ...]]]:
-    """What happens to the weights of each of a rank's stages in a step, in the schedule's order; no
-    process group.
+    """Return what a step does with the weights of each stage of a rank, and its micro-batches.
 
-    And, after each of the rank's actions, how many micro-batches have gone forward through the
-    stage and not all the way back, and how many have.
+    Of these, after each of the rank's actions: how many have gone forward through the stage and not
+    all the way back, and how many have.
     """
-    found, everything = {}, actions(pipeline, rank, micro_batches)
-    for stage in stages:
+    everything = actions(schedule, rank, micro_batches)
+    passes = {}
+    for stage in schedule.held_by(rank):
         own = [a.computation_type if a.stage_index == stage else None for a in everything]
         begun = accumulate(kind == _ComputationType.FORWARD for kind in own)
         done = accumulate(kind in FINISHED for kind in own)
         flights = tuple((b - d, int(d)) for b, d in zip(begun, done, strict=True))
-        found[stage] = tuple(PASSES[kind] for kind in own if kind in PASSES), flights
-    return found
+        passes[stage] = tuple(PASSES[kind] for kind in own if kind in PASSES), flights
+    return passes
 
 
-def bubble(pipeline: PipelineParallel, micro_batches: int) -> float:
-    """The idle share of the ranks' time, were every stage as costly, its backward twice its
-    forward, and sending free.
+def bubble(schedule: Schedule, micro_batches: int) -> float:
+    """Return the share of a step in which ranks are idle, if sending takes no time.
 
-    For gpipe and 1f1b that is (p-1)/(m+p-1), with v stages a rank and m a multiple of p (p-1)/(v
-    m+p-1).
+    All stages cost the same, and a backward pass twice a forward pass. For gpipe and 1f1b that is
+    (p-1)/(m+p-1), with v stages a rank and m a multiple of p (p-1)/(v m+p-1).
     """
-    ranks = [_work(pipeline, rank, micro_batches) for rank in range(pipeline.degree)]
-    ends: dict[tuple[str, int, int], int] = {}
-    free, waiting = [0] * len(ranks), [list(reversed(todo)) for todo in ranks]
+    ranks = [_work(schedule, rank, micro_batches) for rank in range(schedule.degree)]
+    ends: dict[Work, int] = {}
+    free, waiting = [0] * len(ranks), [list(reversed(work)) for work in ranks]
     while any(waiting):
         for rank, todo in enumerate(waiting):
-            while todo and ends.keys() >= (needs := _needs(todo[-1][0], pipeline.stages - 1)):
-                key, duration = todo.pop()
-                free[rank] = ends[key] = (
-                    max([free[rank], *(ends[need] for need in needs)]) + duration
-                )
-    return 1 - sum(duration for todo in ranks for _, duration in todo) / (
-        pipeline.degree * max(free)
-    )
+            while todo and ends.keys() >= (needs := _needs(todo[-1][0], schedule.stages - 1)):
+                work, duration = todo.pop()
+                begin = max([free[rank], *(ends[need] for need in needs)])
+                free[rank] = ends[work] = begin + duration
+    busy = sum(duration for work in ranks for _, duration in work)
+    return 1 - busy / (schedule.degree * max(free))
 
 
-def _work(
-    pipeline: PipelineParallel, rank: int, micro_batches: int
-) -> list[tuple[tuple[str, int, int], int]]:
-    """What takes a rank time: (kind, stage, micro-batch), duration.
-
-    Of each kind micro-batches come in order.
-    """
+def _work(schedule: Schedule, rank: int, micro_batches: int) -> list[tuple[Work, int]]:
+    """Return what takes a rank time, in order, and how long it takes."""
     seen: Counter[tuple[str, int]] = Counter()
-    found = []
-    for action in actions(pipeline, rank, micro_batches):
+    work = []
+    for action in actions(schedule, rank, micro_batches):
         if duration := DURATIONS.get(action.computation_type):
             kind, stage = PASSES.get(action.computation_type, WEIGHTS), action.stage_index
-            # torch's own numbers of 1f1b are shifted
-            found.append(((kind, stage, seen[kind, stage]), duration))
+            # counted, since torch's own numbers of 1f1b are shifted: each kind comes in order
+            work.append(((kind, stage, seen[kind, stage]), duration))
             seen[kind, stage] += 1
-    return found
+    return work
 
 
-def _needs(key: tuple[str, int, int], last: int) -> set[tuple[str, int, int]]:
-    """What must be done before: the neighbour's part of the same pass, and the stage's own part
-    before.
-    """
-    kind, stage, micro_batch = key
+def _needs(work: Work, last: int) -> set[Work]:
+    """Return what must be done before: by the stage itself, and by its neighbour."""
+    kind, stage, micro_batch = work
     if kind == FORWARD:
         return {(FORWARD, stage - 1, micro_batch)} if stage else set()
     if kind == WEIGHTS:

@@ -1,5 +1,4 @@
-"""Tensor parallel: each rank computes every layer on its slice of the heads, hidden units and
-vocabulary.
+"""Tensor parallel: each rank computes every layer on its slice of heads, hidden units and words.
 
     Y = f(X A) B,  A = [A1 | A2] cut by columns,  B = [B1 / B2] cut by rows:
     rank 0: f(X A1) B1 \\
@@ -7,15 +6,16 @@ vocabulary.
     sequence parallel: what lies between (norms, residuals) is cut by tokens;
                        all-gather X, reduce-scatter Y
 
-Embedding and head are cut by vocabulary; the loss needs each token's largest logit, the sum of
-exponentials and the target's logit only, so whole logits do not travel (but in evaluation, where
-anything may be measured). On GPUs torch can overlap these messages with the products (asynchronous
-TP: torch.compile and symmetric memory); on a CPU it cannot. Cost a block and micro-batch, per rank:
-2 all-reduces forward and 2 backward, each 2 (n-1)/n times the bytes of (B, T, C); with sequence
-parallelism each becomes an all-gather and a reduce-scatter: the same bytes, 1/n of the memory
-between layers, and a step's all-reduce of what is not split, such as norms. Besides, a micro-batch:
-one for the embedding, three of (B, T) for the loss. Memory: 1/n of what is split. Sources: Shoeybi
-et al. 2019, Megatron-LM (1909.08053); Korthikanti et al. 2022 (2205.05198).
+Embedding and head are cut by vocabulary. The loss needs of each token the largest logit, the sum of
+exponentials and the target's logit only, so whole logits do not travel, except in evaluation, where
+anything may be measured. On GPUs torch can overlap these messages with the products (asynchronous
+TP: torch.compile and symmetric memory); on a CPU it cannot.
+Cost a block and micro-batch, per rank: 2 all-reduces forward and 2 backward, each 2 (n-1)/n times
+the bytes of (B, T, C). With sequence parallelism each becomes an all-gather and a reduce-scatter:
+the same bytes, 1/n of the memory between layers, and a step's all-reduce of what is not split, such
+as norms. A micro-batch: one more for the embedding, three of (B, T) for the loss.
+Memory: 1/n of what is split.
+Sources: Shoeybi et al. 2019, Megatron-LM (1909.08053); Korthikanti et al. 2022 (2205.05198).
 """
 
 from __future__ import annotations
@@ -23,11 +23,9 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
-from functools import partial
 from math import prod
 from typing import TYPE_CHECKING
 
-import torch
 from torch import Size, Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Placement, Replicate, Shard
@@ -41,35 +39,26 @@ from torch.distributed.tensor.parallel import (
 )
 from torch.nn.utils.parametrize import is_parametrized
 
-from dtrain.model.initialize import build_with_values, on_meta
 from dtrain.model.layout import (
     divisors,
     experts_of,
     holders,
-    is_foreign,
     layout_of,
     modules_at,
     multiples,
     shared_names,
 )
 from dtrain.parallel.checks.optimizer import COLUMNS, REGROUPED, ROWS
-from dtrain.parallel.checks.rehearsal import (
-    DoesNotRun,
-    Rehearsal,
-    parameters_between,
-    split_on_ranks,
-)
+from dtrain.parallel.checks.rehearsal import Rehearsal, split_on_ranks
 from dtrain.parallel.footprint import Footprint, ModelPart, Shape
 from dtrain.parallel.mesh import REST
 from dtrain.parallel.messages import Message, all_reduce_each, message
 from dtrain.parallel.strategy import ParallelContext, Strategy, all_reduce_sum, local_part
 from dtrain.strategy.expert import computes_with_local_weights
 from dtrain.strategy.tensor.layers import (
-    edge_messages,
     gather_input,
     is_split,
-    kept_by_rank,
-    logits_shapes,
+    parameters_on_slices,
     refuse_lost_rows,
     slice_output,
     split_dims,
@@ -77,6 +66,7 @@ from dtrain.strategy.tensor.layers import (
     sum_experts,
     whole_logits,
 )
+from dtrain.strategy.tensor.traffic import edge_messages, kept_by_rank, logits_shapes
 from dtrain.task.batch import pieces
 
 if TYPE_CHECKING:
@@ -102,16 +92,15 @@ class TensorParallel(Strategy):
     ) -> None:
         super().__init__(degree)
         self.sequence_parallel, self.loss_parallel = sequence_parallel, loss_parallel
-        # Of each model its parameters, and those that act on slices.
-        self.between: dict[str, tuple[set[str], set[str]]] = {}
+        # of each model its parameters, and those that act on slices; check_task finds them
+        self.on_slices: dict[str, tuple[set[str], set[str]]] = {}
 
     def check_model(self, model: nn.Module, plan: ParallelContext) -> None:
         name, layout, n = type(model).__name__, layout_of(model), self.degree
         if not layout.column:
             raise ValueError(
                 f"{name} names no `column` layers in its Layout: nothing to split over tp; use a "
-                f"strategy "
-                f"on dp or fsdp"
+                f"strategy on dp or fsdp"
             )
         if self.sequence_parallel and not layout.first:
             raise ValueError(
@@ -126,16 +115,14 @@ class TensorParallel(Strategy):
         for path, layer in modules_at(model, (*layout.column, *layout.row, *layout.vocabulary)):
             if is_parametrized(layer):
                 raise ValueError(
-                    f"{path} of {name} computes its weight of others (nn.utils.parametrize), "
-                    f"of which "
-                    f"no slice is a rank's: use a strategy on dp or fsdp"
+                    f"{path} of {name} computes its weight from others (nn.utils.parametrize), "
+                    f"so that no rank can keep a slice of it: use a strategy on dp or fsdp"
                 )
         for path, layer in modules_at(model, layout.column):
             if isinstance(layer, nn.Linear) and layer.out_features % n:
                 raise ValueError(
                     f"the {layer.out_features} outputs of {name}'s {path} are not divisible by "
-                    f"tp={n}: "
-                    f"use {divisors(layer.out_features)}"
+                    f"tp={n}: use {divisors(layer.out_features)}"
                 )
         refuse_lost_rows(model, n, plan.degrees.get("fsdp", 1))
 
@@ -143,10 +130,9 @@ class TensorParallel(Strategy):
         if self.loss_parallel and task.mixes_tokens:
             raise ValueError(
                 f"the loss of task {type(task).__name__} compares the tokens of a row, and "
-                f"takes whole "
-                f"outputs: use strategy.tp.loss_parallel=false"
+                f"takes whole outputs: use strategy.tp.loss_parallel=false"
             )
-        self._find_between(task)
+        self.on_slices |= parameters_on_slices(task)
         if not self.sequence_parallel:
             return
         length = max((t.shape[1] for t in task.batch(0).values() if t.ndim > 1), default=1)
@@ -162,42 +148,6 @@ class TensorParallel(Strategy):
         self, model: nn.Module, inputs: Sequence[Tensor], plan: ParallelContext
     ) -> Iterator[Rehearsal]:
         yield split_on_ranks(model, self.degree, self.sequence_parallel)
-
-    def _find_between(self, task: Task) -> None:
-        """Which parameters act on slices, so that a rank has a part of their gradients."""
-        batch = {name: tensor[:2] for name, tensor in task.batch(0).items()}
-        shapes = {name: tensor.to("meta") for name, tensor in batch.items()}
-        outlines = {name: on_meta(factory) for name, factory in task.models.items()}
-        if all(model is not None and not is_foreign(model) for model in outlines.values()):
-            return
-        for update in task.updates:
-            name, models = update.trains, {n: m for n, m in outlines.items() if m is not None}
-            try:
-                if len(models) < len(outlines):
-                    raise DoesNotRun
-                found = parameters_between(models[name], partial(update.loss, models, shapes))
-            except DoesNotRun:  # it computes with values
-                models = {
-                    n: build_with_values(factory, 0, torch.float32)
-                    for n, factory in task.models.items()
-                }
-                try:
-                    found = parameters_between(models[name], partial(update.loss, models, batch))
-                except DoesNotRun as error:
-                    raise ValueError(
-                        f"{type(models[name]).__name__} does not run on two rows, so nothing "
-                        f"tells what tp would "
-                        f"divide: {error}; let it run on one process first"
-                    ) from error
-            everything = {n for n, _ in models[name].named_parameters()}
-            self.between[name] = everything, found | self.between.get(name, (set(), set()))[1]
-
-    def _of_slices(self, model: nn.Module) -> set[str]:
-        """Of a model, or a piece of one, the parameters that act on slices."""
-        names = {name for name, _ in model.named_parameters()}
-        return next(
-            (found & names for every, found in self.between.values() if names <= every), set()
-        )
 
     def parallelize(self, model: nn.Module, plan: ParallelContext) -> nn.Module:
         outer: Placement = Shard(1) if self.sequence_parallel else Replicate()
@@ -216,10 +166,9 @@ class TensorParallel(Strategy):
             if isinstance(layer, nn.Embedding):
                 styles[path] = RowwiseParallel(input_layouts=Replicate())
             elif isinstance(layer, nn.Linear):
-                logits: Placement = Shard(-1) if self.loss_parallel else Replicate()
                 styles[path] = ColwiseParallel(
                     input_layouts=outer,
-                    output_layouts=logits,
+                    output_layouts=Shard(-1) if self.loss_parallel else Replicate(),
                     use_local_output=not self.loss_parallel,
                 )
         for path, style in styles.items():
@@ -236,19 +185,16 @@ class TensorParallel(Strategy):
             experts.forward = sum_experts(computes_with_local_weights(experts), mesh)
 
     def _join_edges(self, model: nn.Module, mesh: DeviceMesh, outer: Placement) -> None:
-        layout = layout_of(model)
-        for holder in holders(path for path, _ in modules_at(model, layout.column)):
-            model.get_submodule(holder).register_forward_pre_hook(
-                gather_input(mesh, outer), with_kwargs=True
-            )
+        layout, gather = layout_of(model), gather_input(mesh, outer)
+        for path in holders(path for path, _ in modules_at(model, layout.column)):
+            model.get_submodule(path).register_forward_pre_hook(gather, with_kwargs=True)
         if self.sequence_parallel:
+            gather_local = gather_input(mesh, outer, local=True)
             for _, first_module in modules_at(model, (layout.first,)):
                 first_module.register_forward_hook(slice_output(mesh))
             for path in holders(path for path, _ in experts_of(model)):  # routers see whole rows
                 router = model.get_submodule(path)
-                router.register_forward_pre_hook(
-                    gather_input(mesh, outer, local=True), with_kwargs=True
-                )
+                router.register_forward_pre_hook(gather_local, with_kwargs=True)
                 router.register_forward_hook(slice_output(mesh))
         model.register_forward_hook(whole_logits)
 
@@ -267,54 +213,63 @@ class TensorParallel(Strategy):
         return Size((rows, tokens // self.degree if self.sequence_parallel else tokens, *others))
 
     def reduce_gradients(self, model: nn.Module, plan: ParallelContext) -> None:
+        group, dtype = plan.mesh[self.axis].get_group(), plan.precision.reduce_dtype
         for piece in pieces(model):
             for parameter in piece.parameters():
-                # an embedding's is made whole: keep this rank's rows of it
+                # an embedding has a whole gradient: keep this rank's rows of it
                 if isinstance(parameter.grad, DTensor):
                     assert isinstance(parameter, DTensor)
                     parameter.grad = parameter.grad.redistribute(placements=parameter.placements)
-            for _, parameter in self._partial(piece):
+            for _, parameter in self._with_partial_gradients(piece):
                 if parameter.grad is not None and not is_split(parameter):
-                    all_reduce_sum(
-                        local_part(parameter.grad),
-                        plan.mesh[self.axis].get_group(),
-                        plan.precision.reduce_dtype,
-                    )
+                    all_reduce_sum(local_part(parameter.grad), group, dtype)
+
+    def _with_partial_gradients(self, piece: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
+        """Yield parameters of whose gradient each rank has a part: of some tokens, or features."""
+        whole, on_slices = self._meet_all_tokens(piece), self._on_slices(piece)
+        for name, parameter in piece.named_parameters():
+            if name in on_slices or (self.sequence_parallel and id(parameter) not in whole):
+                yield name, parameter
+
+    def _meet_all_tokens(self, piece: nn.Module) -> set[int]:
+        """Return the parameters that meet all tokens without being split: first module, routers."""
+        routers = holders(path for path, _ in experts_of(piece))
+        modules = [module for _, module in modules_at(piece, (layout_of(piece).first, *routers))]
+        return {id(parameter) for module in modules for parameter in module.parameters()}
+
+    def _on_slices(self, piece: nn.Module) -> set[str]:
+        """Return the parameters that act on slices, of a model or a stage of one."""
+        names = {name for name, _ in piece.named_parameters()}
+        of_models = (ones & names for every, ones in self.on_slices.values() if names <= every)
+        return next(of_models, set())
 
     def footprint(self, footprint: Footprint, plan: ParallelContext) -> Footprint:
-        here = footprint.place[self.axis]
+        parts, here = self.degree, footprint.place[self.axis]
 
         def split(piece: ModelPart) -> ModelPart:
             dims, layout = split_dims(piece.outline), layout_of(piece.outline)
-            cores = {
-                call.path for call in piece.calls_at((f"{layout.blocks}.*.{layout.attention}",))
-            }
-            calls = (
-                call.cut(1, self.degree, here) if call.path in cores else call
-                for call in piece.calls
-            )
-            kept = kept_by_rank(piece, self.degree, self.sequence_parallel, self.loss_parallel)
+            cores = {c.path for c in piece.calls_at((f"{layout.blocks}.*.{layout.attention}",))}
+            calls = (c.cut(1, parts, here) if c.path in cores else c for c in piece.calls)
+            kept = kept_by_rank(piece, parts, self.sequence_parallel, self.loss_parallel)
             return replace(piece, calls=tuple(calls), kept=tuple(kept)).map(
-                lambda w: (
-                    w.split(self.axis, dims[w.name], self.degree, here) if w.name in dims else w
-                )
+                lambda w: w.split(self.axis, dims[w.name], parts, here) if w.name in dims else w
             )
 
         return footprint.map(split)
 
     def cost(self, footprint: Footprint, plan: ParallelContext) -> list[Message]:
-        m, found = footprint.micro_batches, []
+        m, messages = footprint.micro_batches, []
         for piece in footprint.pieces:
             for operation, elements, products in edge_messages(piece, self.sequence_parallel):
                 itemsize = footprint.compute_bytes if products else footprint.activation_bytes
-                found.append(message(self.axis, operation, [elements], itemsize, m))
+                messages.append(message(self.axis, operation, [elements], itemsize, m))
             for logits in logits_shapes(piece):
-                found.append(self._loss(logits, footprint.compute_bytes, m))
-            names = {name for name, _ in self._partial(piece.outline)}
+                messages.append(self._loss(logits, footprint.compute_bytes, m))
+            names = {name for name, _ in self._with_partial_gradients(piece.outline)}
             parts = [w for w in piece.gradients if self.axis not in w.axes and w.name in names]
             if parts or self.sequence_parallel:
-                found.append(all_reduce_each(self.axis, parts, footprint.reduce_bytes))
-        return found
+                messages.append(all_reduce_each(self.axis, parts, footprint.reduce_bytes))
+        return messages
 
     def _loss(self, logits: Shape, itemsize: int, micro_batches: int) -> Message:
         tokens = prod(logits[:-1])
@@ -323,20 +278,3 @@ class TensorParallel(Strategy):
             return message(self.axis, "all_reduce", [tokens] * 3, max(4, itemsize), micro_batches)
         padded = self.degree * -(-logits[-1] // self.degree)
         return message(self.axis, "all_gather", [tokens * padded], itemsize, micro_batches)
-
-    def _partial(self, piece: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
-        """Parameters of whose gradient each rank has a part: of some tokens, or of some
-        features.
-        """
-        whole, between = self._see_all(piece), self._of_slices(piece)
-        for name, parameter in piece.named_parameters():
-            if name in between or (self.sequence_parallel and id(parameter) not in whole):
-                yield name, parameter
-
-    def _see_all(self, piece: nn.Module) -> set[int]:
-        """Parameters to which every token comes though they are not split: of the first module,
-        and of routers.
-        """
-        routers = holders(path for path, _ in experts_of(piece))
-        modules = [module for _, module in modules_at(piece, (layout_of(piece).first, *routers))]
-        return {id(parameter) for module in modules for parameter in module.parameters()}
