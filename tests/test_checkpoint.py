@@ -33,9 +33,9 @@ from cases import (
     Outcome,
     assert_equal,
     find,
+    full_tensor,
     refusal,
     trainer,
-    whole,
 )
 
 from dtrain.config.schema import Config, LRSchedule
@@ -78,7 +78,7 @@ def _train(
             checkpoints.save(step.step, made.state(), {"tokens": made.tokens})
     if checkpoints:
         checkpoints.wait()
-    outcome.weights = {name: whole(t).clone() for name, t in made.state().items()}
+    outcome.weights = {name: full_tensor(t).clone() for name, t in made.state().items()}
     return outcome
 
 
