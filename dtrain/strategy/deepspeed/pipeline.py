@@ -35,7 +35,7 @@ from dtrain.strategy.deepspeed.engine_state import (
     whole_tensors,
 )
 from dtrain.strategy.deepspeed.library import fresh_groups, imported
-from dtrain.strategy.deepspeed.zero import DeepSpeed, owners
+from dtrain.strategy.deepspeed.zero import DeepSpeed
 from dtrain.strategy.pipeline.stages import PipelineExecutor, split_evenly
 from dtrain.strategy.pipeline.strategy import PipelineParallel
 from dtrain.task.batch import Batch, Models, divide
@@ -207,8 +207,7 @@ class DeepSpeedPipelineExecutor(PipelineExecutor):
         materialize_states(self.engine)
 
     def state_tensors(self, model: str) -> dict[str, Tensor] | None:
-        found = whole_tensors(self.engine, owners(self.engine))
-        return {self._ours(name): tensor for name, tensor in found.items()}
+        return {self._ours(n): tensor for n, tensor in whole_tensors(self.engine).items()}
 
     def load_state_tensors(self, model: str, tensors: dict[str, Tensor]) -> None:
         name = next(name for name, _ in self.engine.module.named_parameters())
@@ -217,7 +216,7 @@ class DeepSpeedPipelineExecutor(PipelineExecutor):
         for key, tensor in tensors.items():
             state = OPTIMIZER_STATE if key.startswith(OPTIMIZER_STATE) else ""
             theirs[state + prefix + key.removeprefix(state)] = tensor
-        distribute_states(self.engine, owners(self.engine), theirs)
+        distribute_states(self.engine, theirs)
 
     def tensors_by_kind(self, model: str) -> dict[str, list[Tensor]] | None:
         return tensors_by_kind(self.engine)

@@ -2,16 +2,18 @@
 
     stage 0   as ddp: all-reduce of the gradients
     stage 1   each rank keeps the fp32 weights and optimizer states of one slice of all weights
-    stage 2   and of the gradients its slice alone
-    stage 3   and of the weights: gathered for a module's forward and backward pass, then let go
+    stage 2   and of the gradients its slice only
+    stage 3   and of the weights: gathered for a module's forward and backward pass, then freed
 
-    backward:  every gradient in a bucket, which is summed over the ranks as soon as it is full
-    step:      each rank its slice; stages 1 and 2 then all-gather the weights
+    backward:  gradients fill a bucket; when it is full it is summed over the ranks
+    step:      each rank steps its slice; stages 1 and 2 then all-gather the weights
 
 `deepspeed` is DeepSpeed's own configuration, every key of it: offload, buckets, overlap,
-quantisation. What the run sets already (sizes of a batch, clipping, the optimizer) is dtrain's to
-say, and refused there. Sources: Rajbhandari et al. 2020, "ZeRO" (1910.02054); Ren et al. 2021,
-"ZeRO-Offload" (2101.06840). Cost a step, per rank: see `messages` of `engine_state.py`.
+quantisation. What the run sets already (sizes of a batch, clipping, the optimizer) is refused
+there. Cost a step, per rank, times the bytes of the weights, on a ring: 2 (n-1)/n at stage 0,
+3 (n-1)/n at stages 1 and 2, whose stage 2 sums the gradients of every micro-batch; a micro-batch:
+3 (n-1)/n at stage 3. To the byte: `traffic.py`. Sources: Rajbhandari et al. 2020, "ZeRO"
+(1910.02054); Ren et al. 2021, "ZeRO-Offload" (2101.06840).
 """
 
 from __future__ import annotations
@@ -24,7 +26,6 @@ from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
@@ -37,12 +38,10 @@ from dtrain.parallel.presence import reached_parameters, refuse_unused
 from dtrain.parallel.strategy import REST, Executor, Strategy
 from dtrain.strategy.deepspeed.autotp import AutoTP
 from dtrain.strategy.deepspeed.engine_state import (
-    bytes_held,
     distribute_states,
     flat_slices,
     full_size,
     materialize_states,
-    messages,
     tensors_by_kind,
     whole_tensors,
 )
@@ -53,7 +52,7 @@ from dtrain.strategy.deepspeed.library import (
     imported,
     sequences,
 )
-from dtrain.strategy.zero1 import equal_shares
+from dtrain.strategy.deepspeed.traffic import bytes_held, messages
 from dtrain.task.batch import Models
 
 if TYPE_CHECKING:
@@ -263,10 +262,7 @@ class DeepSpeed(Strategy):
             return footprint
         if self.fp16:
             footprint = replace(footprint, compute_bytes=2)
-        return replace(
-            footprint,
-            held=bytes_held(footprint, self.degree, footprint.place[self.axis], self.stage),
-        )
+        return replace(footprint, held=bytes_held(footprint, self.degree, self.stage))
 
     def cost(self, footprint: Footprint, plan: Plan) -> list[Message]:
         if self.fp16:
@@ -325,14 +321,14 @@ class DeepSpeedExecutor(GradientAccumulation):
         if not self._keeps(model):
             return None
         engine, autotp = self.engines[model], _autotp(self.plan)
-        found = whole_tensors(engine, owners(self.engines[model]))
-        return autotp.joined(engine.module, found, self.plan) if autotp else found
+        tensors = whole_tensors(engine)
+        return autotp.joined(engine.module, tensors, self.plan) if autotp else tensors
 
     def load_state_tensors(self, model: str, tensors: dict[str, Tensor]) -> None:
         if self._keeps(model):
             engine, autotp = self.engines[model], _autotp(self.plan)
             own = autotp.parted(engine.module, tensors, self.plan) if autotp else tensors
-            distribute_states(engine, owners(self.engines[model]), own)
+            distribute_states(engine, own)
 
     def tensors_by_kind(self, model: str) -> dict[str, list[Tensor]] | None:
         return tensors_by_kind(self.engines[model]) if self._keeps(model) else None
@@ -340,16 +336,6 @@ class DeepSpeedExecutor(GradientAccumulation):
     def _keeps(self, model: str) -> bool:
         """Are the model's weights and states the engine's?"""
         return self.stage > 0 and model in self.engines
-
-
-def owners(engine: Any) -> dict[str, int]:
-    """Which of the ranks that share the states keeps which weight whole while a checkpoint is
-    written or read.
-    """
-    sharing = dist.get_world_size(engine.optimizer.dp_process_group)
-    shares = equal_shares(list(engine.module.parameters()), sharing, full_size)
-    ranks = {id(parameter): rank for rank, share in enumerate(shares) for parameter in share}
-    return {name: ranks[id(parameter)] for name, parameter in engine.module.named_parameters()}
 
 
 def _autotp(plan: Plan) -> AutoTP | None:
