@@ -245,9 +245,7 @@ def on_model(strategy: Strategy, model: ModelFactory, ranks: int, *others: Strat
 
 def on_task(strategy: Strategy, task: Task, ranks: int, *beside: Strategy) -> None:
     """Ask for a task under strategies."""
-    plan = Plan.of([strategy, *beside], ranks)
-    for each in plan.strategies:
-        each.check_task(task, plan)
+    Plan.of([strategy, *beside], ranks).check_updates(task)
 
 
 def zero(stage: int, **settings: Any) -> DeepSpeed:
@@ -785,13 +783,13 @@ REFUSALS = {
         lambda: Plan.of([AccelerateFSDP()], 2), "FSDP plugin", "on a CPU", "use strategy=fsdp"
     ),
     "accelerate_fsdp, two models": Refusal(
-        lambda: AccelerateFSDP(2).check_task(GAN(), Plan.of([DDP()], 2)),
+        lambda: Plan((AccelerateFSDP(2),), 2).check_updates(GAN()),
         "strategy accelerate_fsdp",
         "task GAN trains 2 models",
         "use accelerate_ddp",
     ),
     "accelerate_deepspeed, two models": Refusal(
-        lambda: AccelerateDeepSpeed(2).check_task(GAN(), Plan.of([DDP()], 2)),
+        lambda: on_task(accelerated(1), GAN(), 2),
         "strategy accelerate_deepspeed",
         "task GAN trains 2 models",
         "use accelerate_ddp",

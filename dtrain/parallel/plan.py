@@ -78,6 +78,7 @@ class Plan:
         """
         plan = cls(in_application_order(strategies, world_size), world_size, **settings)  # type: ignore[arg-type]
         for strategy in plan.strategies:
+            strategy.refuse_neighbours(plan)
             strategy.check(plan)
         return plan
 
@@ -212,6 +213,7 @@ class Plan:
     def check_updates(self, task: Task) -> None:
         """The same but for the models, which `parallelize` checks as it builds them."""
         for strategy in self.strategies:
+            strategy.refuse_models(task)
             strategy.check_task(task, self)
 
     def check_model(self, model: nn.Module) -> None:

@@ -34,6 +34,7 @@ class DDP(Strategy):
 
     name = "ddp"
     axis = "dp"
+    stands_alone = ": beside {others} it would train wrong weights; use replicate in its place"
 
     def __init__(self, degree: int = REST, bucket_mb: float = 25.0) -> None:
         super().__init__(degree)
@@ -44,13 +45,6 @@ class DDP(Strategy):
         self._passed: set[int] = set()  # and those of its last micro-batch
 
     def check(self, plan: Plan) -> None:
-        if others := [s.axis for s in plan.strategies if s is not self]:
-            raise ValueError(
-                f"strategy ddp stands alone: beside {', '.join(others)} it would train wrong "
-                f"weights; "
-                f"use replicate in its place"
-            )
-
         if plan.precision.reduce_dtype != plan.precision.weights_dtype:
             raise ValueError(
                 f"strategy ddp sums gradients in the weights' format, not in "

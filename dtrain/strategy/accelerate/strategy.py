@@ -48,7 +48,7 @@ from dtrain.task.batch import Models
 
 if TYPE_CHECKING:
     from dtrain.parallel.plan import Plan
-    from dtrain.task.base import Task, Update
+    from dtrain.task.base import Update
 
 
 class AccelerateDDP(DDP):
@@ -129,6 +129,7 @@ class AccelerateLocalSGD(AccelerateDDP):
 
     name = "accelerate_local_sgd"
     synchronous = False
+    no_followers = "accelerate_ddp"
 
     def __init__(self, degree: int = REST, sync_every: int = 8) -> None:
         super().__init__(degree)
@@ -138,14 +139,6 @@ class AccelerateLocalSGD(AccelerateDDP):
 
     def by(self, *parts: Any) -> Executor:
         return AccelerateLocalSGDExecutor(self.sync_every, *parts)
-
-    def check_task(self, task: Task, plan: Plan) -> None:
-        if task.followers:
-            raise ValueError(
-                f"task {type(task).__name__} has a model that follows another, and each "
-                f"rank's would "
-                f"follow its own: use accelerate_ddp"
-            )
 
     def sync_gradients(self, model: nn.Module, enabled: bool) -> None:
         """Never."""
@@ -173,6 +166,8 @@ class AccelerateFSDP(FSDP):
     """
 
     name = "accelerate_fsdp"
+    stands_alone = ", not beside {others}: use fsdp there"
+    one_model = "accelerate_ddp"
 
     def __init__(
         self,
@@ -187,11 +182,6 @@ class AccelerateFSDP(FSDP):
 
     def check(self, plan: Plan) -> None:
         check_installed()
-        if others := [s.axis for s in plan.strategies if s is not self]:
-            raise ValueError(
-                f"strategy accelerate_fsdp stands alone, not beside {', '.join(others)}: use "
-                f"fsdp there"
-            )
         if plan.device.type == "cpu":
             raise ValueError(
                 "Accelerate makes FSDP of its FSDP plugin on GPUs and the like alone "
@@ -244,9 +234,6 @@ class AccelerateFSDP(FSDP):
             )
         return AccelerateExecutor(accelerator, wrapped, steppers, micro_batches, plan)
 
-    def check_task(self, task: Task, plan: Plan) -> None:
-        _one_model(task, "accelerate_fsdp")
-
 
 class AccelerateDeepSpeed(DeepSpeed):
     """DeepSpeed's ZeRO over `dp`, stages 1 to 3, by Accelerate's DeepSpeed plugin. It stands alone.
@@ -257,6 +244,7 @@ class AccelerateDeepSpeed(DeepSpeed):
 
     name = "accelerate_deepspeed"
     engine = "accelerate"
+    one_model = "accelerate_ddp"
 
     def check(self, plan: Plan) -> None:
         check_installed()
@@ -271,9 +259,6 @@ class AccelerateDeepSpeed(DeepSpeed):
                 "strategy accelerate_deepspeed is for stages 1, 2 and 3: use accelerate_ddp "
                 "for stage 0"
             )
-
-    def check_task(self, task: Task, plan: Plan) -> None:
-        _one_model(task, "accelerate_deepspeed")
 
     def footprint(self, footprint: Footprint, plan: Plan) -> Footprint:
         made = super().footprint(footprint, plan)
@@ -324,12 +309,3 @@ class AccelerateDeepSpeedExecutor(DeepSpeedExecutor):
 
     def step(self, model: str, optimizer: Optimizer) -> None:
         """It has."""
-
-
-def _one_model(task: Task, strategy: str) -> None:
-    if len(task.models) > 1:
-        raise ValueError(
-            f"task {type(task).__name__} trains {len(task.models)} models, and strategy "
-            f"{strategy} takes "
-            f"one: use accelerate_ddp"
-        )

@@ -82,6 +82,7 @@ class DeepSpeed(Strategy):
     name = "deepspeed"
     axis = "dp"
     engine = "deepspeed"
+    stands_alone = ", not beside {others}: use fsdp or zero1 there"
 
     def __init__(self, degree: int = REST, deepspeed: dict[str, Any] | None = None) -> None:
         super().__init__(degree)
@@ -105,11 +106,6 @@ class DeepSpeed(Strategy):
             )
 
     def check(self, plan: Plan) -> None:
-        if others := [s.axis for s in plan.strategies if s is not self and s.engine != self.engine]:
-            beside = ", ".join(others)
-            raise ValueError(
-                f"strategy {self.name} stands alone, not beside {beside}: use fsdp or zero1 there"
-            )
         if find_spec("deepspeed") is None:
             raise ValueError(
                 f"strategy {self.name} needs the package deepspeed: pip install 'dtrain[deepspeed]'"
