@@ -383,7 +383,7 @@ def keeping_gradients(made: Trainer, outcome: Outcome) -> Iterator[None]:
                     )
         return clip_gradients(model, *others)
 
-    with mock.patch("dtrain.train.clip", clipping):
+    with mock.patch("dtrain.train.clip_gradients", clipping):
         yield
 
 
