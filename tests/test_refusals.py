@@ -48,12 +48,10 @@ from dtrain.parallel.plan import Plan
 from dtrain.parallel.precision import Precision
 from dtrain.parallel.strategy import Strategy
 from dtrain.run.assemble import COMPILERS, assemble, optimizer_of
-from dtrain.strategy.accelerate.strategy import (
-    AccelerateDDP,
-    AccelerateDeepSpeed,
-    AccelerateFSDP,
-    AccelerateLocalSGD,
-)
+from dtrain.strategy.accelerate.ddp import AccelerateDDP
+from dtrain.strategy.accelerate.deepspeed import AccelerateDeepSpeed
+from dtrain.strategy.accelerate.fsdp import AccelerateFSDP
+from dtrain.strategy.accelerate.local_sgd import AccelerateLocalSGD
 from dtrain.strategy.allreduce import AllReduce
 from dtrain.strategy.context.strategy import ContextParallel
 from dtrain.strategy.ddp import DDP
@@ -76,6 +74,7 @@ SOURCE = Path(dtrain.__file__).parent
 ROOMS = (
     "strategy/*.py",
     "strategy/*/strategy.py",
+    *(f"strategy/accelerate/{name}.py" for name in ("ddp", "local_sgd", "fsdp", "deepspeed")),
     *(f"strategy/deepspeed/{name}.py" for name in ("zero", "autotp", "pipeline", "ulysses")),
     "parallel/plan.py",
     "parallel/mesh.py",
@@ -795,7 +794,7 @@ REFUSALS = {
         "use accelerate_ddp",
     ),
     "accelerate_deepspeed without transformers": Refusal(
-        lambda: missing("transformers", AccelerateDeepSpeed(), "accelerate.strategy"),
+        lambda: missing("transformers", AccelerateDeepSpeed(), "accelerate.deepspeed"),
         "DeepSpeed plugin",
         "the package transformers",
         "pip install transformers",
