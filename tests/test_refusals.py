@@ -901,7 +901,7 @@ REFUSALS = {
     ),
     "deepspeed_autotp without its ZeRO": Refusal(
         lambda: Plan.of([AutoTP(2), DDP(2)], 4),
-        "strategy autotp",
+        "strategy deepspeed_autotp",
         "DeepSpeed's",
         "use strategy=deepspeed_autotp, or tensor",
     ),

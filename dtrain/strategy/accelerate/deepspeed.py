@@ -3,9 +3,8 @@
     model, optimizer -> Accelerator.prepare -> DeepSpeedEngine, as under deepspeed
     backward:  the last micro-batch's backward pass also clips and steps; no gradient is left
 
-Cost a step, per rank: as deepspeed, on a ring 3 (n-1)/n times the bytes of the weights, at stage 3
-in every micro-batch. Source: https://huggingface.co/docs/accelerate, release 1.15; Rajbhandari et
-al. 2020, "ZeRO" (1910.02054).
+Cost a step, per rank: as deepspeed, on a ring 3 (n-1)/n times the bytes of the weights. Sources:
+https://huggingface.co/docs/accelerate, release 1.15; Rajbhandari et al. 2020, "ZeRO" (1910.02054).
 """
 
 from __future__ import annotations
