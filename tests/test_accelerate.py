@@ -37,13 +37,11 @@ from torch.distributed.tensor import DTensor
 from dtrain.parallel.plan import Plan
 from dtrain.parallel.precision import Precision
 from dtrain.parallel.strategy import Strategy
-from dtrain.strategy.accelerate.library import refuse_contradictions
-from dtrain.strategy.accelerate.strategy import (
-    AccelerateDDP,
-    AccelerateDeepSpeed,
-    AccelerateFSDP,
-    AccelerateLocalSGD,
-)
+from dtrain.strategy.accelerate.ddp import AccelerateDDP
+from dtrain.strategy.accelerate.deepspeed import AccelerateDeepSpeed
+from dtrain.strategy.accelerate.environment import refuse_contradictions
+from dtrain.strategy.accelerate.fsdp import AccelerateFSDP
+from dtrain.strategy.accelerate.local_sgd import AccelerateLocalSGD
 from dtrain.strategy.ddp import DDP
 from dtrain.train import Settings, Trainer
 

@@ -38,12 +38,10 @@ from dtrain.parallel.strategy import EARLIER, REST, Executor, Strategy
 from dtrain.report.base import Logger
 from dtrain.run.checkpoint import Checkpoints
 from dtrain.run.run import run
-from dtrain.strategy.accelerate.strategy import (
-    AccelerateDDP,
-    AccelerateDeepSpeed,
-    AccelerateFSDP,
-    AccelerateLocalSGD,
-)
+from dtrain.strategy.accelerate.ddp import AccelerateDDP
+from dtrain.strategy.accelerate.deepspeed import AccelerateDeepSpeed
+from dtrain.strategy.accelerate.fsdp import AccelerateFSDP
+from dtrain.strategy.accelerate.local_sgd import AccelerateLocalSGD
 from dtrain.strategy.allreduce import AllReduce
 from dtrain.strategy.context.strategy import ContextParallel
 from dtrain.strategy.ddp import DDP

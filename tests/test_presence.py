@@ -16,7 +16,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 import warm
-from cases import STRATEGIES, Outcome, adamw, assert_all_equal, find, finish, plan_of
+from cases import STRATEGIES, Outcome, adamw, assert_all_equal, find, finish, full_tensor, plan_of
 from cases import Case as Told
 from test_cli import PYTHON
 from torch import Tensor, nn

@@ -17,7 +17,7 @@ from test_presence import Block, Rows, Settled, Ways, made, trained
 from torch import Tensor, nn
 
 from dtrain.run.checkpoint import Checkpoints, load
-from dtrain.strategy.accelerate.strategy import AccelerateLocalSGD
+from dtrain.strategy.accelerate.local_sgd import AccelerateLocalSGD
 from dtrain.train import Trainer
 
 pytest.importorskip("deepspeed", reason="the extra dtrain[deepspeed] is not installed")

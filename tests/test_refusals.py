@@ -50,12 +50,10 @@ from dtrain.parallel.plan import Plan
 from dtrain.parallel.precision import Precision
 from dtrain.parallel.strategy import Strategy
 from dtrain.run.assemble import COMPILERS, assemble, optimizer_of
-from dtrain.strategy.accelerate.strategy import (
-    AccelerateDDP,
-    AccelerateDeepSpeed,
-    AccelerateFSDP,
-    AccelerateLocalSGD,
-)
+from dtrain.strategy.accelerate.ddp import AccelerateDDP
+from dtrain.strategy.accelerate.deepspeed import AccelerateDeepSpeed
+from dtrain.strategy.accelerate.fsdp import AccelerateFSDP
+from dtrain.strategy.accelerate.local_sgd import AccelerateLocalSGD
 from dtrain.strategy.allreduce import AllReduce
 from dtrain.strategy.context.strategy import ContextParallel
 from dtrain.strategy.ddp import DDP
@@ -78,6 +76,7 @@ SOURCE = Path(dtrain.__file__).parent
 ROOMS = (
     "strategy/*.py",
     "strategy/*/strategy.py",
+    *(f"strategy/accelerate/{name}.py" for name in ("ddp", "local_sgd", "fsdp", "deepspeed")),
     *(f"strategy/deepspeed/{name}.py" for name in ("zero", "autotp", "pipeline", "ulysses")),
     "parallel/plan.py",
     "parallel/mesh.py",
@@ -248,9 +247,7 @@ def on_model(strategy: Strategy, model: ModelFactory, ranks: int, *others: Strat
 
 def on_task(strategy: Strategy, task: Task, ranks: int, *beside: Strategy) -> None:
     """Ask for a task under strategies."""
-    plan = Plan.of([strategy, *beside], ranks)
-    for each in plan.strategies:
-        each.check_task(task, plan)
+    Plan.of([strategy, *beside], ranks).check_updates(task)
 
 
 def zero(stage: int, **settings: Any) -> DeepSpeed:
@@ -788,19 +785,19 @@ REFUSALS = {
         lambda: Plan.of([AccelerateFSDP()], 2), "FSDP plugin", "on a CPU", "use strategy=fsdp"
     ),
     "accelerate_fsdp, two models": Refusal(
-        lambda: AccelerateFSDP(2).check_task(GAN(), Plan.of([DDP()], 2)),
+        lambda: Plan((AccelerateFSDP(2),), 2).check_updates(GAN()),
         "strategy accelerate_fsdp",
         "task GAN trains 2 models",
         "use accelerate_ddp",
     ),
     "accelerate_deepspeed, two models": Refusal(
-        lambda: AccelerateDeepSpeed(2).check_task(GAN(), Plan.of([DDP()], 2)),
+        lambda: on_task(accelerated(1), GAN(), 2),
         "strategy accelerate_deepspeed",
         "task GAN trains 2 models",
         "use accelerate_ddp",
     ),
     "accelerate_deepspeed without transformers": Refusal(
-        lambda: missing("transformers", AccelerateDeepSpeed(), "accelerate.strategy"),
+        lambda: missing("transformers", AccelerateDeepSpeed(), "accelerate.deepspeed"),
         "DeepSpeed plugin",
         "the package transformers",
         "pip install transformers",
@@ -907,7 +904,7 @@ REFUSALS = {
     ),
     "deepspeed_autotp without its ZeRO": Refusal(
         lambda: Plan.of([AutoTP(2), DDP(2)], 4),
-        "strategy autotp",
+        "strategy deepspeed_autotp",
         "DeepSpeed's",
         "use strategy=deepspeed_autotp, or tensor",
     ),

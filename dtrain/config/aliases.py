@@ -147,13 +147,13 @@ MOVED = {
     "dtrain.strategy.expert.Expert": "dtrain.strategy.expert.ExpertParallel",
     "dtrain.strategy.parameter_server.ParameterServer":
         "dtrain.strategy.parameter_server.strategy.ParameterServer",
-    "dtrain.strategy.accelerate.AccelerateDDP": "dtrain.strategy.accelerate.strategy.AccelerateDDP",
+    "dtrain.strategy.accelerate.AccelerateDDP": "dtrain.strategy.accelerate.ddp.AccelerateDDP",
     "dtrain.strategy.accelerate.AccelerateFSDP":
-        "dtrain.strategy.accelerate.strategy.AccelerateFSDP",
+        "dtrain.strategy.accelerate.fsdp.AccelerateFSDP",
     "dtrain.strategy.accelerate.AccelerateDeepSpeed":
-        "dtrain.strategy.accelerate.strategy.AccelerateDeepSpeed",
+        "dtrain.strategy.accelerate.deepspeed.AccelerateDeepSpeed",
     "dtrain.strategy.accelerate.AccelerateLocalSGD":
-        "dtrain.strategy.accelerate.strategy.AccelerateLocalSGD",
+        "dtrain.strategy.accelerate.local_sgd.AccelerateLocalSGD",
     "dtrain.strategy.deepspeed.DeepSpeed": "dtrain.strategy.deepspeed.zero.DeepSpeed",
 }  # fmt: skip
 _BY_WORD = {word: setting for words, setting in ALIASES.items() for word in words.split()}

@@ -62,6 +62,7 @@ class Plan(ParallelContext):
         """
         plan = cls(in_application_order(strategies, world_size), world_size, **settings)  # type: ignore[arg-type]
         for strategy in plan.strategies:
+            strategy.refuse_neighbours(plan)
             strategy.check(plan)
         return plan
 
@@ -164,6 +165,7 @@ class Plan(ParallelContext):
     def check_updates(self, task: Task) -> None:
         """The same without the models, which `parallelize` checks as it builds them."""
         for strategy in self.strategies:
+            strategy.refuse_models(task)
             strategy.check_task(task, self)
 
     def check_model(self, model: nn.Module) -> None:

@@ -119,6 +119,10 @@ class Strategy:
     asynchronous: ClassVar[bool] = False
     divides: ClassVar[str] = "rows"
     stepped: tuple[str, ...] = ()
+    # Rules that a plan checks, each by what to use where it is broken; "": there is no such rule.
+    stands_alone: ClassVar[str] = ""  # beside no axes {others}, but those of its own engine
+    one_model: ClassVar[str] = ""  # a task has one model
+    no_followers: ClassVar[str] = ""  # no model of a task follows another
 
     def __init_subclass__(cls, **more: object) -> None:
         super().__init_subclass__(**more)
@@ -133,6 +137,31 @@ class Strategy:
     def parts(self) -> int:
         """Return into how many parts the axis divides the batch; their gradients are averaged."""
         return self.degree if self.divides else 1
+
+    def refuse_neighbours(self, plan: ParallelContext) -> None:
+        """Raise ValueError if the strategy `stands_alone` and the plan has others."""
+        others = [
+            other.axis
+            for other in plan.strategies
+            if other is not self and not (self.engine and other.engine == self.engine)
+        ]
+        if self.stands_alone and others:
+            rule = self.stands_alone.format(others=", ".join(others))
+            raise ValueError(f"strategy {self.name} stands alone{rule}")
+
+    def refuse_models(self, task: Task) -> None:
+        """Raise ValueError if the task has more models than the strategy trains, or followers."""
+        name = type(task).__name__
+        if self.one_model and len(task.models) > 1:
+            raise ValueError(
+                f"task {name} trains {len(task.models)} models, and strategy {self.name} takes "
+                f"one: use {self.one_model}"
+            )
+        if self.no_followers and task.followers:
+            raise ValueError(
+                f"task {name} has a model that follows another, and each rank's would follow its "
+                f"own: use {self.no_followers}"
+            )
 
     def check(self, plan: ParallelContext) -> None:
         """Raise ValueError, with the remedy, if the plan cannot work; before any process group."""

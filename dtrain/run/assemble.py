@@ -31,7 +31,7 @@ from dtrain.parallel.precision import Precision
 from dtrain.parallel.strategy import Strategy
 from dtrain.report.base import All, Logger
 from dtrain.report.console import preparation_progress
-from dtrain.strategy.accelerate.library import refuse_contradictions
+from dtrain.strategy.accelerate.environment import refuse_contradictions
 from dtrain.strategy.parameter_server.strategy import ParameterServer
 from dtrain.task.base import Sizes, Task
 

@@ -30,6 +30,7 @@ class DDP(Strategy):
 
     name = "ddp"
     axis = "dp"
+    stands_alone = ": beside {others} it would train wrong weights; use replicate in its place"
 
     def __init__(self, degree: int = REST, bucket_mb: float = 25.0) -> None:
         super().__init__(degree)
@@ -41,11 +42,6 @@ class DDP(Strategy):
         self._passed: set[int] = set()
 
     def check(self, plan: ParallelContext) -> None:
-        if others := [s.axis for s in plan.strategies if s is not self]:
-            raise ValueError(
-                f"strategy ddp stands alone: beside {', '.join(others)} it would train wrong "
-                f"weights; use replicate in its place"
-            )
         if plan.precision.reduce_dtype != plan.precision.weights_dtype:
             raise ValueError(
                 f"strategy ddp sums gradients in the weights' format, not in "

@@ -49,7 +49,7 @@ from dtrain.parallel.unused_parameters import with_zero_states
 from dtrain.task.batch import Batch, Models, Sums
 
 if TYPE_CHECKING:
-    from dtrain.task.base import Task, Update
+    from dtrain.task.base import Update
 
 # States of a parameter: w0, v, inner steps done.
 START, VELOCITY, STEPS = "outer_start", "outer_velocity", "outer_steps"
@@ -71,6 +71,7 @@ class LocalSGD(Strategy):
     name = "local_sgd"
     axis = "dp"
     synchronous = False
+    no_followers = "ddp"
 
     def __init__(
         self,
@@ -125,14 +126,6 @@ class LocalSGD(Strategy):
             raise ValueError(
                 f"strategy.dp.num_fragments={self.num_fragments} are more than the model's "
                 f"{number} weights"
-            )
-
-    def check_task(self, task: Task, plan: ParallelContext) -> None:
-        if task.followers:
-            raise ValueError(
-                f"task {type(task).__name__} has a model that follows another, and each "
-                f"rank's would "
-                f"follow its own: use ddp"
             )
 
     def combine_norm(self, norm: Tensor, plan: ParallelContext) -> Tensor:

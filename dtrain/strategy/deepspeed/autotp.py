@@ -27,14 +27,14 @@ from dtrain.parallel.footprint import Footprint
 from dtrain.parallel.messages import Message
 from dtrain.parallel.optimizer import OPTIMIZER_STATE
 from dtrain.parallel.strategy import ParallelContext, Strategy
+from dtrain.strategy.deepspeed.library import ENGINE, check_beside_zero
 
 if TYPE_CHECKING:
     from dtrain.task.base import Task
 
 
 class AutoTP(Strategy):
-    """Split the layers that the model's Layout names `column` and `row` over `tp`, by DeepSpeed's
-    engine.
+    """Split the layers that the model's Layout names `column` and `row` over `tp`.
 
     Args:
         degree: ranks along `tp`; -1: the rest of the world.
@@ -43,39 +43,33 @@ class AutoTP(Strategy):
     name = "deepspeed_autotp"
     axis = "tp"
     stepped = (ROWS, COLUMNS)
-    engine = "deepspeed"
+    engine = ENGINE
     divides = ""
 
     def check(self, plan: ParallelContext) -> None:
-        if getattr(plan.strategy_on("dp"), "stage", None) is None or len(plan.strategies) > 2:
-            raise ValueError(
-                "strategy autotp is DeepSpeed's: use strategy=deepspeed_autotp, or tensor "
-                "beside others"
-            )
+        check_beside_zero(plan, self.name, "strategy=deepspeed_autotp, or tensor beside others")
 
     def check_model(self, model: nn.Module, plan: ParallelContext) -> None:
-        layout, n = layout_of(model), self.degree
+        layout = layout_of(model)
         if not layout.column:
             raise ValueError(
-                f"{type(model).__name__} names no `column` layers in its Layout: nothing to "
-                f"split over "
-                f"tp; use a strategy on dp or fsdp"
+                f"{type(model).__name__} names no `column` layers in its Layout: nothing to split "
+                f"over tp; use a strategy on dp or fsdp"
             )
         if layout.experts and list(modules_at(model, (f"{layout.blocks}.*.{layout.experts}",))):
             raise ValueError("DeepSpeed's AutoTP does not cut experts: use strategy=tensor")
         for size in layout.sizes:
-            if (number := getattr(model, size, None)) and number % n:
+            if (number := getattr(model, size, None)) and number % self.degree:
                 raise ValueError(
-                    f"{size}={number} is not divisible by tp={n}: use {divisors(number)}"
+                    f"{size}={number} is not divisible by tp={self.degree}: use {divisors(number)}"
                 )
 
     def check_task(self, task: Task, plan: ParallelContext) -> None:
         if task.followers:
             raise ValueError(
-                f"{', '.join(task.followers)} of task {type(task).__name__} follows another "
-                f"model and is "
-                f"not trained: DeepSpeed's AutoTP cuts only what it trains; "
-                f"use strategy=tensor"
+                f"{', '.join(task.followers)} of task {type(task).__name__} follows another model "
+                f"and is not trained: DeepSpeed's AutoTP cuts only what it trains; use "
+                f"strategy=tensor"
             )
 
     def rehearsals(
@@ -84,7 +78,7 @@ class AutoTP(Strategy):
         yield split_on_ranks(model, self.degree, False)
 
     def settings(self, model: nn.Module) -> dict[str, Any]:
-        """What DeepSpeed's configuration says of it."""
+        """Return the part of DeepSpeed's configuration that says how the model is cut."""
         layout = layout_of(model)
         specs = [
             {
@@ -105,63 +99,67 @@ class AutoTP(Strategy):
             "partition_config": {"use_default_specs": False, "layer_specs": specs},
         }
 
+    def verify_engine(self, model: nn.Module, whole: dict[str, torch.Size]) -> None:
+        """Asked = got: each layer has its part of the rows or columns of its `whole` shape."""
+        for name, dim in _dims(model).items():
+            parameter = model.get_parameter(name)
+            part = getattr(parameter, "ds_shape", parameter.shape)[dim]
+            assert part * self.degree == whole[name][dim], (
+                f"{name}: {part} of {whole[name][dim]} on {self.degree}"
+            )
+
     def joined(
         self, model: nn.Module, tensors: dict[str, Tensor], plan: ParallelContext
     ) -> dict[str, Tensor]:
-        """The same tensors, whole: what each rank along `tp` has of them. A collective."""
-        dims, found = _dims(model), dict(tensors)
+        """Return the tensors with the parts of all ranks along `tp` put together.
+
+        Collective: every rank calls it.
+        """
+        dims, group = _dims(model), plan.mesh[self.axis].get_group()
+        joined = dict(tensors)
         for name, tensor in sorted(tensors.items()):
-            if (dim := dims.get(_parameter(name))) is not None and tensor.ndim:
-                parts = [
-                    torch.empty_like(tensor, memory_format=torch.contiguous_format)
-                    for _ in range(self.degree)
-                ]
-                dist.all_gather(parts, tensor.contiguous(), group=plan.mesh[self.axis].get_group())
-                found[name] = torch.cat(parts, dim)
-        return found
+            if (dim := _dim(name, tensor, dims)) is not None:
+                own = tensor.contiguous()
+                parts = [torch.empty_like(own) for _ in range(self.degree)]
+                dist.all_gather(parts, own, group=group)
+                joined[name] = torch.cat(parts, dim)
+        return joined
 
     def parted(
         self, model: nn.Module, tensors: dict[str, Tensor], plan: ParallelContext
     ) -> dict[str, Tensor]:
-        """Of whole tensors, what this rank has of them."""
-        dims, here = _dims(model), plan.mesh[self.axis].get_local_rank()
+        """Return this rank's parts of whole tensors."""
+        dims, rank = _dims(model), plan.mesh[self.axis].get_local_rank()
         return {
-            name: tensor.chunk(self.degree, dim)[here]
-            if (dim := dims.get(_parameter(name))) is not None and tensor.ndim
+            name: tensor.chunk(self.degree, dim)[rank]
+            if (dim := _dim(name, tensor, dims)) is not None
             else tensor
             for name, tensor in tensors.items()
         }
-
-    def verify_engine(self, model: nn.Module, whole: dict[str, torch.Size]) -> None:
-        """Asked = got: each layer has its part of the rows or columns."""
-        for name, dim in _dims(model).items():
-            if dim is not None:
-                parameter = model.get_parameter(name)
-                mine = getattr(parameter, "ds_shape", parameter.shape)[dim]
-                assert mine * self.degree == whole[name][dim], (
-                    f"{name}: {mine} of {whole[name][dim]} on {self.degree}"
-                )
 
     def cost(self, footprint: Footprint, plan: ParallelContext) -> list[Message]:
         raise ValueError("the messages of DeepSpeed's AutoTP are not told")
 
 
-def _dims(model: nn.Module) -> dict[str, int | None]:
+def _dims(model: nn.Module) -> dict[str, int]:
+    """Return the dim of each parameter that is cut, by its name; a row layer's bias is not."""
     layout = layout_of(model)
-    dims: dict[str, int | None] = {}
-    for path, layer in modules_at(model, layout.column):
-        dims |= {f"{path}.{key}": 0 for key, _ in layer.named_parameters()}
-    for path, layer in modules_at(model, layout.row):
-        dims |= {
-            f"{path}.{key}": 1 if key == "weight" else None for key, _ in layer.named_parameters()
-        }
-    return dims
+    columns = {
+        f"{path}.{key}": 0
+        for path, layer in modules_at(model, layout.column)
+        for key, _ in layer.named_parameters()
+    }
+    rows = {
+        f"{path}.{key}": 1
+        for path, layer in modules_at(model, layout.row)
+        for key, _ in layer.named_parameters()
+        if key == "weight"
+    }
+    return columns | rows
 
 
-def _parameter(name: str) -> str:
-    """The parameter that a tensor belongs to: itself, or that whose state it is."""
-    return (
-        name.removeprefix(OPTIMIZER_STATE).rpartition(".")[0]
-        if name.startswith(OPTIMIZER_STATE)
-        else name
-    )
+def _dim(name: str, tensor: Tensor, dims: dict[str, int]) -> int | None:
+    """Return the dim in which a parameter or its state is cut; None: it is whole on every rank."""
+    if name.startswith(OPTIMIZER_STATE):
+        name = name.removeprefix(OPTIMIZER_STATE).rpartition(".")[0]
+    return dims.get(name) if tensor.ndim else None

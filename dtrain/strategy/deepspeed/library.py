@@ -1,6 +1,4 @@
-"""DeepSpeed as a library: imported without its talk, in our process group, one run after
-another.
-"""
+"""DeepSpeed as a library: imported without what it prints, in the process group that is there."""
 
 from __future__ import annotations
 
@@ -15,14 +13,12 @@ import torch.distributed as dist
 
 from dtrain.parallel.strategy import ParallelContext
 
-# a lock on an extension that is being compiled is older than that if nobody compiles it
-STALE_S = 900
+ENGINE = "deepspeed"
+STALE_S = 900  # an older lock on an extension is of a build that was killed
 
 
 def imported() -> Any:
-    """DeepSpeed, without the lines that it prints as it is imported; on a machine without GPUs
-    it is told so.
-    """
+    """Return the module of DeepSpeed, set to the CPU on a machine without GPUs."""
     if not torch.cuda.is_available():
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
     import deepspeed
@@ -33,45 +29,50 @@ def imported() -> Any:
     return deepspeed
 
 
+def check_beside_zero(plan: ParallelContext, strategy: str, remedy: str) -> None:
+    """Raise ValueError if the plan has not this strategy and DeepSpeed's ZeRO on `dp` only."""
+    zero = plan.strategy_on("dp")
+    if not zero or zero.engine != ENGINE or len(plan.strategies) > 2:
+        raise ValueError(
+            f"strategy {strategy} goes with DeepSpeed's ZeRO on dp alone: use {remedy}"
+        )
+
+
 def check_zero(zero: dict[str, Any]) -> None:
-    """Raise ValueError for whatever DeepSpeed's own schema, or this machine, finds wrong with
-    `zero_optimization`.
-    """
+    """Raise ValueError for what DeepSpeed's schema, or this machine, refuses of its settings."""
     from pydantic import ValidationError
 
     imported()
     from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
 
+    where = "strategy.dp.deepspeed.zero_optimization"
     try:
         DeepSpeedZeroConfig(**zero)
     except ValidationError as error:
         first = error.errors()[0]
-        where = f"strategy.dp.deepspeed.zero_optimization.{'.'.join(map(str, first['loc']))}"
-        raise ValueError(f"{where}={first['input']}: {first['msg']}") from None
-    for what in ("offload_optimizer", "offload_param"):
-        if (zero.get(what) or {}).get("device") == "nvme" and not reaches_disks():
+        key = ".".join(map(str, first["loc"]))
+        raise ValueError(f"{where}.{key}={first['input']}: {first['msg']}") from None
+    for part in ("offload_optimizer", "offload_param"):
+        if (zero.get(part) or {}).get("device") == "nvme" and not reaches_disks():
             raise ValueError(
-                f"strategy.dp.deepspeed.zero_optimization.{what}.device=nvme: DeepSpeed "
-                f"cannot build "
-                f"its asynchronous I/O; install libaio-dev and a compiler, or use cpu"
+                f"{where}.{part}.device=nvme: DeepSpeed cannot build its asynchronous I/O; "
+                f"install libaio-dev and a compiler, or use cpu"
             )
 
 
-def check_fp16(said: str) -> None:
-    """Raise ValueError, about the setting as it was `said`, where DeepSpeed's accelerator has
-    no fp16.
-    """
+def check_fp16(setting: str) -> None:
+    """Raise ValueError, which names the setting, if DeepSpeed's accelerator has no fp16."""
     imported()
     from deepspeed.accelerator import get_accelerator
 
     if not get_accelerator().is_fp16_supported():
         raise ValueError(
-            f"{said} needs a GPU, and DeepSpeed found none that computes in fp16: use dtype=bf16"
+            f"{setting} needs a GPU, and DeepSpeed found none that computes in fp16: use dtype=bf16"
         )
 
 
 def reaches_disks() -> bool:
-    """Can DeepSpeed's asynchronous I/O be compiled, or has it been?"""
+    """Return whether DeepSpeed's asynchronous I/O is compiled, or can be."""
     imported()
     from deepspeed.ops.op_builder import AsyncIOBuilder
 
@@ -79,29 +80,21 @@ def reaches_disks() -> bool:
 
 
 def fresh_groups(deepspeed: Any, plan: ParallelContext) -> None:
-    """DeepSpeed in the process group that is there, without the groups of an earlier run of
-    this process.
-    """
-    # it asks for one
+    """Give DeepSpeed the process group, without the groups of an earlier run of this process."""
     os.environ.setdefault("LOCAL_RANK", str(plan.device.index or dist.get_rank()))
-    deepspeed.init_distributed(dist_backend=dist.get_backend())
+    deepspeed.init_distributed(dist_backend=dist.get_backend())  # reads LOCAL_RANK
     free_builds()
-    for name in (
-        "_DATA_PARALLEL_GROUP",
-        "_MODEL_PARALLEL_GROUP",
-        "_TENSOR_MODEL_PARALLEL_GROUP",
-        "mpu",
-    ):
-        setattr(deepspeed.utils.groups, name, None)
+    groups = deepspeed.utils.groups
+    for kind in ("_DATA_PARALLEL_GROUP", "_MODEL_PARALLEL_GROUP", "_TENSOR_MODEL_PARALLEL_GROUP"):
+        setattr(groups, kind, None)
+    groups.mpu = None
 
 
 def free_builds() -> None:
-    """Take away the lock of a build that was killed: all later ones of what it compiles would
-    wait for it.
-    """
+    """Remove the lock of a build that was killed: all later builds of it would wait for it."""
     from torch.utils.cpp_extension import get_default_build_root
 
-    # by torch's habit there is a folder for each version
+    # torch's own place has a folder for each version
     own = os.environ.get("TORCH_EXTENSIONS_DIR")
     locks = Path(own).glob("*/lock") if own else Path(get_default_build_root()).glob("*/*/lock")
     for lock in locks:
@@ -111,7 +104,7 @@ def free_builds() -> None:
 
 
 def sequences(plan: ParallelContext) -> Any:
-    """DeepSpeed's groups for Ulysses, if a strategy of its cuts sequences."""
+    """Return DeepSpeed's groups for Ulysses, or None where no strategy cuts sequences."""
     if not plan.strategy_on("cp"):
         return None
     from deepspeed.runtime.sequence_parallel import parallel_state_sp

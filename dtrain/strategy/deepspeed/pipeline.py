@@ -27,7 +27,7 @@ from dtrain.parallel.footprint import Footprint
 from dtrain.parallel.mesh import REST
 from dtrain.parallel.messages import Message
 from dtrain.parallel.optimizer import OPTIMIZER_STATE
-from dtrain.parallel.strategy import Executor, ParallelContext, full_tensor
+from dtrain.parallel.strategy import Executor, ParallelContext, Strategy, full_tensor
 from dtrain.parallel.unused_parameters import refuse_unused
 from dtrain.strategy.deepspeed.engine_state import (
     distribute_states,
@@ -35,8 +35,8 @@ from dtrain.strategy.deepspeed.engine_state import (
     tensors_by_kind,
     whole_tensors,
 )
-from dtrain.strategy.deepspeed.library import fresh_groups, imported
-from dtrain.strategy.deepspeed.zero import DeepSpeed, owners
+from dtrain.strategy.deepspeed.library import ENGINE, check_beside_zero, fresh_groups, imported
+from dtrain.strategy.deepspeed.zero import DeepSpeed
 from dtrain.strategy.pipeline.executor import PipelineExecutor
 from dtrain.strategy.pipeline.stages import keep_stage
 from dtrain.strategy.pipeline.strategy import PipelineParallel
@@ -51,7 +51,7 @@ class DeepSpeedPipeline(PipelineParallel):
     """
 
     name = "deepspeed_pipeline"
-    engine = "deepspeed"
+    engine = ENGINE
 
     def __init__(
         self,
@@ -64,19 +64,13 @@ class DeepSpeedPipeline(PipelineParallel):
 
     def check(self, plan: ParallelContext) -> None:
         super().check(plan)
-        zero = plan.strategy_on("dp")
-        if not isinstance(zero, DeepSpeed) or len(plan.strategies) > 2:
-            raise ValueError(
-                "strategy deepspeed_pipeline goes with DeepSpeed's ZeRO on dp alone: use "
-                "strategy=pipeline"
-            )
-        if zero.stage != 1:
-            reason = (
-                "tells no norm, and counts a matrix that both ends share twice"
-                if not zero.stage
-                else "refuses it"
-            )
-            raise ValueError(f"DeepSpeed's pipeline {reason} at stage {zero.stage}: use stage 1")
+        check_beside_zero(plan, self.name, "strategy=pipeline")
+        stage = _zero(plan).stage
+        if stage != 1:
+            reason = "refuses it"
+            if not stage:
+                reason = "tells no norm, and counts a matrix that both ends share twice"
+            raise ValueError(f"DeepSpeed's pipeline {reason} at stage {stage}: use stage 1")
 
     def check_model(self, model: nn.Module, plan: ParallelContext) -> None:
         super().check_model(model, plan)
@@ -85,13 +79,9 @@ class DeepSpeedPipeline(PipelineParallel):
             piece = keep_stage(copy.deepcopy(model), stage, counts)
             if not any(parameter.requires_grad for parameter in piece.parameters()):
                 raise ValueError(
-                    f"nothing trains in stage {stage} of {len(counts)}, and DeepSpeed's "
-                    f"pipeline steps "
-                    f"every stage: use strategy=pipeline, or another strategy.pp.split"
+                    f"nothing trains in stage {stage} of {len(counts)}, and DeepSpeed's pipeline "
+                    f"steps every stage: use strategy=pipeline, or another strategy.pp.split"
                 )
-
-    def reduce_gradients(self, model: nn.Module, plan: ParallelContext) -> None:
-        """The engine has."""
 
     def executor(
         self,
@@ -100,65 +90,56 @@ class DeepSpeedPipeline(PipelineParallel):
         plan: ParallelContext,
         micro_batches: int,
     ) -> Executor:
-        deepspeed, zero = imported(), plan.strategy_on("dp")
-        assert isinstance(zero, DeepSpeed)
+        deepspeed, zero = imported(), _zero(plan)
         ((name, model),) = models.items()
         fresh_groups(deepspeed, plan)
         ((stage, piece),) = self._by_stage(model, plan).items()
-        flow = DeepSpeedPipelineExecutor(
+        executor = DeepSpeedPipelineExecutor(
             self.schedule, {stage: piece}, self.whole.outline, plan, micro_batches
         )
-        with redirect_stdout(io.StringIO()):  # a table of the stages
+        with redirect_stdout(io.StringIO()):  # it prints a table of the stages
             module = deepspeed.pipe.PipelineModule(
-                [self._layer(each, flow.layer) for each in range(self.schedule.stages)],
+                [self._layer_spec(each, executor.layer) for each in range(self.schedule.stages)],
                 num_stages=self.schedule.stages,
-                loss_fn=flow.loss,
+                loss_fn=executor.loss,
                 partition_method="uniform",
             )
-            config = zero.config(plan, micro_batches)
-            flow.engine = deepspeed.initialize(
-                model=module, optimizer=optimizers[name], config=config
-            )[0]
-        # Its `train_batch` calls `train()`, which would wake what its author keeps in evaluation.
-        flow.engine.module.train = lambda mode=True: flow.engine.module
-        # of a shared layer DeepSpeed takes all for shared
-        for key, parameter in piece.named_parameters():
-            parameter.ds_pipe_replicated = stage > 0 and key in self.whole.tied  # type: ignore[attr-defined]
-        for parameter in (p for p in piece.parameters() if p.requires_grad):
-            parameter.register_post_accumulate_grad_hook(
-                lambda parameter: flow.used.add(id(parameter))
+            executor.engine, *_ = deepspeed.initialize(
+                model=module, optimizer=optimizers[name], config=zero.config(plan, micro_batches)
             )
-        zero.verify_engine(flow.engine, zero.degree)
-        assert flow.engine.num_stages == self.degree, (
-            f"{flow.engine.num_stages} stages, not {self.degree}"
-        )
-        return flow
+        # Its `train_batch` calls `train()`, which would wake what its author keeps in evaluation.
+        executor.engine.module.train = lambda mode=True: executor.engine.module
+        # DeepSpeed takes a shared layer to be shared in all its parameters
+        parameters: dict[str, Any] = dict(piece.named_parameters())
+        for key, parameter in parameters.items():
+            parameter.ds_pipe_replicated = stage > 0 and key in self.whole.tied
+            if parameter.requires_grad:
+                parameter.register_post_accumulate_grad_hook(lambda p: executor.used.add(id(p)))
+        zero.verify_engine(executor.engine, zero.degree)
+        stages = executor.engine.num_stages
+        assert stages == self.degree, f"{stages} stages, not {self.degree}"
+        return executor
 
-    def _layer(self, stage: int, module: nn.Module) -> Any:
-        """What DeepSpeed takes for a layer: the whole stage, which is there on its own rank
-        alone.
-        """
+    def _layer_spec(self, stage: int, module: nn.Module) -> Any:
+        """Return DeepSpeed's layer of a stage: all of it. Its own rank builds the module only."""
         from deepspeed.pipe import LayerSpec, TiedLayerSpec
 
-        tied, ends = self.whole.tied, (0, self.schedule.stages - 1)
-        kind = TiedLayerSpec if tied and stage in ends else LayerSpec
-        named = (
-            {"tied_weight_attr": [f"piece.{name}" for name in tied]}
-            if kind is TiedLayerSpec
-            else {}
-        )
-        spec = kind(*(["ends"] if named else []), nn.Identity, **named)
+        if self.whole.tied and stage in (0, self.schedule.stages - 1):
+            tied = [f"piece.{name}" for name in self.whole.tied]
+            spec = TiedLayerSpec("ends", nn.Identity, tied_weight_attr=tied)
+        else:
+            spec = LayerSpec(nn.Identity)
         spec.build = lambda log=False: module
         return spec
+
+    reduce_gradients = Strategy.reduce_gradients  # nothing: the engine sums them
 
     def cost(self, footprint: Footprint, plan: ParallelContext) -> list[Message]:
         raise ValueError("the messages of DeepSpeed's pipeline are not told")
 
 
 class Layer(nn.Module):
-    """A stage that is called with activations alone: it knows the other inputs, micro-batch by
-    micro-batch.
-    """
+    """A stage that is called with activations only: it has each micro-batch's other inputs."""
 
     def __init__(self, piece: nn.Module) -> None:
         super().__init__()
@@ -166,7 +147,8 @@ class Layer(nn.Module):
         self.others: Iterator[dict[str, Tensor]] = iter(())
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.piece(x, **next(self.others))
+        y: Tensor = self.piece(x, **next(self.others))
+        return y
 
 
 class DeepSpeedPipelineExecutor(PipelineExecutor):
@@ -204,28 +186,34 @@ class DeepSpeedPipelineExecutor(PipelineExecutor):
         return torch.as_tensor(self.engine.get_global_grad_norm(), dtype=torch.float64)
 
     def step(self, model: str, optimizer: Optimizer) -> None:
-        """It has."""
+        """The engine has stepped."""
 
     def make_states(self, model: str, optimizer: Optimizer) -> None:
         materialize_states(self.engine)
 
     def state_tensors(self, model: str) -> dict[str, Tensor] | None:
-        found = whole_tensors(self.engine, owners(self.engine))
-        return {self._ours(name): tensor for name, tensor in found.items()}
+        return {_full_name(name): tensor for name, tensor in whole_tensors(self.engine).items()}
 
     def load_state_tensors(self, model: str, tensors: dict[str, Tensor]) -> None:
         name = next(name for name, _ in self.engine.module.named_parameters())
-        prefix = name.removesuffix(self._ours(name))
-        theirs = {}
+        prefix = name.removesuffix(_full_name(name))
+        renamed = {}
         for key, tensor in tensors.items():
             state = OPTIMIZER_STATE if key.startswith(OPTIMIZER_STATE) else ""
-            theirs[state + prefix + key.removeprefix(state)] = tensor
-        distribute_states(self.engine, owners(self.engine), theirs)
+            renamed[state + prefix + key.removeprefix(state)] = tensor
+        distribute_states(self.engine, renamed)
 
     def tensors_by_kind(self, model: str) -> dict[str, list[Tensor]] | None:
         return tensors_by_kind(self.engine)
 
-    def _ours(self, name: str) -> str:
-        """The full name of what DeepSpeed calls `<layer>.piece.<name>`."""
-        state = OPTIMIZER_STATE if name.startswith(OPTIMIZER_STATE) else ""
-        return state + name.partition("piece.")[2]
+
+def _zero(plan: ParallelContext) -> DeepSpeed:
+    zero = plan.strategy_on("dp")
+    assert isinstance(zero, DeepSpeed)
+    return zero
+
+
+def _full_name(name: str) -> str:
+    """Return the full name of what DeepSpeed calls `<layer>.piece.<name>`."""
+    state = OPTIMIZER_STATE if name.startswith(OPTIMIZER_STATE) else ""
+    return state + name.partition("piece.")[2]

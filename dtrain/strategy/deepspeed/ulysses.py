@@ -1,7 +1,7 @@
 """Ulysses by DeepSpeed's DistributedAttention, beside its ZeRO on `dp`.
 
-    my tokens of all heads -> all-to-all -> all tokens of my heads -> attention -> all-to-all ->
-    back
+    a rank's tokens, all heads -> all-to-all -> all tokens, a rank's heads -> attention
+                               <- all-to-all <-
 
 DeepSpeed sums gradients, and divides the optimizer's states, over the ranks of `cp` and `dp`
 together. Cost a block and micro-batch, per rank: four all-to-alls forward (queries, keys, values,
@@ -18,9 +18,9 @@ from dtrain.model.layout import blocks_of, divisors, layout_of
 from dtrain.parallel.footprint import Footprint
 from dtrain.parallel.mesh import REST
 from dtrain.parallel.messages import Message
-from dtrain.parallel.strategy import ParallelContext
-from dtrain.strategy.context.strategy import ContextParallel, attention_cores
-from dtrain.strategy.deepspeed.library import imported
+from dtrain.parallel.strategy import ParallelContext, Strategy
+from dtrain.strategy.context.strategy import ContextParallel
+from dtrain.strategy.deepspeed.library import ENGINE, check_beside_zero, imported
 
 
 class DeepSpeedUlysses(ContextParallel):
@@ -31,19 +31,13 @@ class DeepSpeedUlysses(ContextParallel):
     """
 
     name = "deepspeed_ulysses"
-    engine = "deepspeed"
+    engine = ENGINE
 
     def __init__(self, degree: int = REST) -> None:
         super().__init__(degree, method="ulysses")
 
     def check(self, plan: ParallelContext) -> None:
-        zero = plan.strategy_on("dp")
-        if not zero or zero.engine != self.engine or len(plan.strategies) > 2:
-            raise ValueError(
-                "strategy deepspeed_ulysses goes with DeepSpeed's ZeRO on dp alone: use "
-                "strategy=context "
-                "strategy.cp.method=ulysses"
-            )
+        check_beside_zero(plan, self.name, "strategy=context strategy.cp.method=ulysses")
         if self.degree < 2:
             raise ValueError(
                 f"strategy.cp.degree={self.degree}: DeepSpeed's Ulysses takes 2 or more ranks"
@@ -64,22 +58,18 @@ class DeepSpeedUlysses(ContextParallel):
         return model
 
     def verify(self, model: nn.Module, plan: ParallelContext) -> None:
-        for core in attention_cores(model):
-            assert isinstance(core, Swapping), (
-                f"attention is {type(core).__name__}, not DeepSpeed's"
-            )
+        for block in blocks_of(model):
+            core = block.get_submodule(layout_of(model).attention)
+            assert isinstance(core, Swapping), f"{type(core).__name__} is not DeepSpeed's attention"
 
-    def reduce_gradients(self, model: nn.Module, plan: ParallelContext) -> None:
-        """The engine has, along both axes."""
+    reduce_gradients = Strategy.reduce_gradients  # nothing: the engine sums along both axes
 
     def cost(self, footprint: Footprint, plan: ParallelContext) -> list[Message]:
         raise ValueError("the messages of DeepSpeed's Ulysses are not told")
 
 
 class Swapping(nn.Module):
-    """DeepSpeed's DistributedAttention around a core, which has heads before tokens: (B, H, T,
-    D).
-    """
+    """DeepSpeed's DistributedAttention around a core that has (B, H, T, D)."""
 
     def __init__(self, core: Any, group: Any) -> None:
         from deepspeed.sequence.layer import DistributedAttention
@@ -90,17 +80,18 @@ class Swapping(nn.Module):
             Transposed(core), group, scatter_idx=2, gather_idx=1
         )
 
-    def forward(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        y = self.distributed(*(x.transpose(1, 2).contiguous() for x in (q, k, v)), 0)
+    def forward(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:  # (B, H, T, D) -> (B, H, T, D)
+        y: Tensor = self.distributed(*(x.transpose(1, 2).contiguous() for x in (q, k, v)), 0)
         return y.transpose(1, 2)
 
 
 class Transposed(nn.Module):
-    """A core for those who have tokens before heads: (B, T, H, D)."""
+    """A core for DeepSpeed, which has tokens before heads: (B, T, H, D)."""
 
     def __init__(self, core: nn.Module) -> None:
         super().__init__()
         self.core = core
 
-    def forward(self, *inputs: Tensor) -> Tensor:
-        return self.core(*(x.transpose(1, 2) for x in inputs)).transpose(1, 2)
+    def forward(self, *inputs: Tensor) -> Tensor:  # (B, T, H, D) -> (B, T, H, D)
+        y: Tensor = self.core(*(x.transpose(1, 2) for x in inputs))
+        return y.transpose(1, 2)

@@ -56,6 +56,7 @@ class ParameterServer(Strategy):
     axis = "dp"
     engine = "parameter_server"
     asynchronous = True
+    stands_alone = ", not beside {others}: leave them out, or use replicate in its place"
 
     def __init__(
         self,
@@ -100,11 +101,6 @@ class ParameterServer(Strategy):
         return self.workers
 
     def check(self, plan: ParallelContext) -> None:
-        if others := [strategy.axis for strategy in plan.strategies if strategy is not self]:
-            raise ValueError(
-                f"strategy parameter_server stands alone, not beside {', '.join(others)}: "
-                f"leave them out, or use replicate in its place"
-            )
         if self.workers < 1:
             raise ValueError(
                 f"strategy parameter_server has {self.degree} ranks for {self.servers} servers "
