@@ -64,9 +64,8 @@ class Replicate(Strategy):
             assert isinstance(parameter, DTensor), f"{name} is not replicated over {self.axis}"
             axes = parameter.device_mesh.mesh_dim_names or ()
             assert self.axis in axes, f"{name} lives on {axes}, not on {self.axis}"
-            assert parameter.placements[axes.index(self.axis)].is_replicate(), (
-                f"{name}: {parameter.placements}"
-            )
+            placement = parameter.placements[axes.index(self.axis)]
+            assert placement.is_replicate(), f"{name}: {parameter.placements}"
 
     def double_backward_context(self, model: nn.Module) -> AbstractContextManager[None]:
         return kept_gathered(model)

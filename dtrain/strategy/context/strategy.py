@@ -158,7 +158,8 @@ class ContextParallel(Strategy):
         self, model: nn.Module, inputs: Sequence[Tensor], plan: ParallelContext
     ) -> Iterator[Rehearsal]:
         """Compare slices without attention; then a user's attention with what replaces it."""
-        without, path, ranks = shared_copy(model), layout_of(model).attention, range(self.degree)
+        without, ranks = shared_copy(model), range(self.degree)
+        path = layout_of(model).attention
         for block in blocks_of(without):
             block.set_submodule(path, Unmixed(block.get_submodule(path)))
 
@@ -190,10 +191,8 @@ class ContextParallel(Strategy):
             return plain_attention(q, k, v, core.causal)
 
         if self.method == "ring":
-            what, as_on_ranks, refused = "as a ring attends", as_a_ring, NOT_PLAIN
-        else:
-            what, as_on_ranks, refused = "head by head", by_head, HEADS_DIFFER
-        return Rehearsal(what, lambda *_: core(q, k, v), as_on_ranks, refused)
+            return Rehearsal("as a ring attends", lambda *_: core(q, k, v), as_a_ring, NOT_PLAIN)
+        return Rehearsal("head by head", lambda *_: core(q, k, v), by_head, HEADS_DIFFER)
 
     def parallelize(self, model: nn.Module, plan: ParallelContext) -> nn.Module:
         path, group = layout_of(model).attention, plan.mesh[self.axis].get_group()

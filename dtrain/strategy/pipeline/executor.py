@@ -44,8 +44,7 @@ class PipelineExecutor(Executor):
         self.criterion: Callable[[Tensor, Tensor], Tensor]  # of the step that runs
         self.shapes: dict[str, tuple[int, ...]] = {}  # of each micro-batch
         self.runner: Any = None  # torch's schedule, built with the first batch: it tells the shapes
-        # shapes of what an evaluation measures
-        self.measured: dict[str, tuple[int, ...]] | None = None
+        self.measured: dict[str, tuple[int, ...]] | None = None  # shapes of an evaluation's sums
 
     def train(self, update: Any, batch: Batch, scale: Tensor) -> Tensor:
         losses: list[Tensor] = []
@@ -143,7 +142,8 @@ class PipelineExecutor(Executor):
 
     def _measure(self, update: Any, part: Batch, hidden: Tensor) -> Sums:
         inputs, named = self._arguments(update, part)
-        x, rank, owner = inputs[0] if inputs else None, self.group.rank(), self.schedule.owner
+        rank, owner = self.group.rank(), self.schedule.owner
+        x = inputs[0] if inputs else None
         for stage, piece in self.stages.items():
             if stage and owner(stage - 1) != rank:
                 x = torch.empty_like(hidden, device=self.plan.device)

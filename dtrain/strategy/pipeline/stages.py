@@ -50,7 +50,8 @@ def keep_stage(model: nn.Module, stage: int, counts: list[int]) -> nn.Module:
     Args:
         counts: blocks of each stage.
     """
-    layout, shared, last = layout_of(model), shared_names(model), len(counts) - 1
+    layout, last = layout_of(model), len(counts) - 1
+    shared = shared_names(model)
     start, blocks = sum(counts[:stage]), model.get_submodule(layout.blocks)
     for index, name in enumerate(dict(blocks.named_children())):
         if not start <= index < start + counts[stage]:

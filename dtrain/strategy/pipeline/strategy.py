@@ -125,7 +125,8 @@ class PipelineParallel(Strategy):
             )
         if micro_batches is not None and micro_batches < 1:
             raise ValueError(f"strategy.pp.micro_batches={micro_batches} must be at least 1")
-        self.kind, self.micro_batches_asked, self.split = schedule, micro_batches, split
+        self.kind, self.split = schedule, split
+        self.micro_batches_asked = micro_batches
         self.splits_backward = schedule in SPLIT_BACKWARD
         self.whole: WholeModel  # of the model that split_into_stages was given
 
@@ -142,7 +143,8 @@ class PipelineParallel(Strategy):
             )
 
     def check_model(self, model: nn.Module, plan: ParallelContext) -> None:
-        name, layout, stages = type(model).__name__, layout_of(model), self.schedule.stages
+        name, layout = type(model).__name__, layout_of(model)
+        stages = self.schedule.stages
         if not (layout.first and layout.blocks and layout.last):
             raise ValueError(
                 f"{name} has no pipeline split: its Layout names no first, blocks and last; use a "
@@ -265,7 +267,8 @@ class PipelineParallel(Strategy):
         return value
 
     def footprint(self, footprint: Footprint, plan: ParallelContext) -> Footprint:
-        (whole,), here, schedule = footprint.pieces, footprint.place[self.axis], self.schedule
+        here, schedule = footprint.place[self.axis], self.schedule
+        (whole,) = footprint.pieces
         counts, end = self._blocks_of_stages(whole.outline), schedule.stages - 1
         (output, *_), last = self._outputs(footprint, plan), layout_of(whole.outline).last
         stages = []
