@@ -18,7 +18,7 @@ from omegaconf import OmegaConf
 from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 
 from dtrain.config.aliases import RENAMED, our_name
-from dtrain.config.groups import CONFIGS, options
+from dtrain.config.groups import CONFIGS, group_names, options
 from dtrain.config.override import for_a_shell, parsed, value_of
 from dtrain.config.secret import masked_override
 
@@ -86,7 +86,7 @@ def check_overrides(arguments: Sequence[str], known: Collection[str] = ()) -> No
                 f"{word} has several values: a list is {key}=[{value}], one text "
                 f"{for_a_shell(key, value)}, and a run for each takes --multirun"
             )
-        if name in _groups() and value and not isinstance(value_of(override), str | list):
+        if name in group_names() and value and not isinstance(value_of(override), str | list):
             raise ValueError(_set_to_a_value(word, name))
     if unknown:
         raise ValueError(
@@ -164,7 +164,7 @@ def _unknown_choice(match: re.Match[str], *_: object) -> str:
 
 
 def _unknown_key(key: str, config_name: str) -> str:
-    if key in _groups():
+    if key in group_names():
         return (
             f"group {key!r} has no default to override: append to it with +{key}=…, of "
             f"{', '.join(options(key))}"
@@ -273,15 +273,10 @@ PATTERNS: Mapping[str, Explanation] = {
 }
 
 
-def _groups() -> list[str]:
-    """Return the names of all groups, such as `task/augment`."""
-    return [str(folder.relative_to(CONFIGS)) for folder in CONFIGS.rglob("*") if folder.is_dir()]
-
-
 def _keys(config_name: str) -> list[str]:
     """Return the keys of the configuration with the groups that the command line chooses."""
     GlobalHydra.instance().clear()
-    groups = _groups()
+    groups = group_names()
     chosen = [a for a in sys.argv[1:] if a.split("=")[0].lstrip("+") in groups]
     for overrides in (chosen, []):
         try:

@@ -10,6 +10,11 @@ from hydra import compose
 CONFIGS = Path(__file__).resolve().parents[2] / "configs"
 
 
+def group_names() -> list[str]:
+    """Return the names of all groups, such as `task/augment`."""
+    return [str(folder.relative_to(CONFIGS)) for folder in CONFIGS.rglob("*") if folder.is_dir()]
+
+
 def options(group: str) -> list[str]:
     """Return the names that a group has to choose from."""
     return sorted(file.stem for file in (CONFIGS / group).glob("*.yaml"))
