@@ -1007,7 +1007,7 @@ def test_words_and_marks_of_another_s_tokenizer(tmp_path: Path) -> None:
     starts = [True, *(not (b and e) for b, e in zip(begins[ids[1:]], ends[ids[:-1]], strict=True))]
     assert ids.tolist() == [5, 6, 7, 8] and starts == [True, True, False, True]
     with pytest.raises(ValueError, match="no mark for no, yes, which pairs needs"):
-        found.need("hidden", "yes", "no", why="pairs")
+        found.require_marks("hidden", "yes", "no", reason="pairs")
     with pytest.raises(ValueError, match=r"data.tokenizer.vocab_size=5: .* has 9 ids"):
         FromFile(str(tmp_path), 5)
 
