@@ -43,9 +43,9 @@ from dtrain.compare.verdict import (
     loss_at,
     memory_of,
     pareto_front,
-    size,
     verdicts,
 )
+from dtrain.report.amounts import in_bytes
 
 ROOT = Path(__file__).parent.parent
 SCRIPT = [sys.executable, str(ROOT / "scripts/compare.py")]
@@ -551,7 +551,7 @@ def test_a_figure_of_another_kind_is_named(key: str, value: Any, said: str, tmp_
     [(0, "0 B"), (999, "999 B"), (1500, "1.5 kB"), (2e6, "2.0 MB"), (3.25e9, "3.2 GB")],
 )
 def test_sizes_are_said_in_words(number: float, words: str) -> None:
-    assert size(number) == words
+    assert in_bytes(number) == words
 
 
 # The whole thing
