@@ -24,6 +24,7 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 
 from dtrain.compare import command as comparison
+from dtrain.compare import difference
 from dtrain.config.errors import USER_ERRORS, check_overrides, explain, system_error
 from dtrain.config.outside import refuse_foreign_settings
 from dtrain.config.schema import (
@@ -119,10 +120,11 @@ def main(config_name: str, task: Callable[[DictConfig], Any]) -> None:
         with _explaining(config_name):
             module, name = word
             return getattr(import_module(module), name)()
-    if config_name == "compare" and sys.argv[1:2] == ["--from"]:
+    if config_name == "compare":
         with _explaining(config_name):
-            return comparison.show_difference(sys.argv[2:])
-    sys.argv[1:] = map(_quoted, sys.argv[1:])
+            difference.refuse_misplaced(sys.argv[1:])
+            if sys.argv[1:2] == ["--from"]:
+                return difference.show_difference(sys.argv[2:])
     with _explaining(config_name):
         _add_settings(_settings_of_a_plain_file())
     world = _world()
@@ -424,16 +426,6 @@ def _explaining(config_name: str) -> Iterator[None]:
         if not system_error(error):
             raise
         _exit(explain(error, config_name), USAGE)
-
-
-def _quoted(argument: str) -> str:
-    """A condition is no word of Hydra's grammar, and a shell takes the quotes away that a
-    person puts around it.
-    """
-    key, _, value = argument.partition("=")
-    if key != "fail_if" or value in ("", "null") or value[0] == value[-1] in ("'", '"'):
-        return argument
-    return f"fail_if='{value}'" if "'" not in value else f'fail_if="{value}"'
 
 
 def _world() -> World | None:
