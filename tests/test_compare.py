@@ -754,7 +754,7 @@ def test_two_results_are_compared_and_a_bound_decides_the_status(
     assert between("slow", str(folder), "fail_below=0.9").returncode == 0
     seen = between(str(folder), "slow", "fail_if=ddp.tokens_per_second < 0.9 * baseline")
     assert seen.returncode == 2
-    assert seen.stderr.endswith("'fail_if': here it is --from DIR1 DIR2 fail_below=0.9\n")
+    assert seen.stderr.endswith("fail_if: here it is --from DIR1 DIR2 fail_below=0.9\n")
     seen = between(str(folder))
     assert seen.returncode == 2 and "give two folders" in seen.stderr
     seen = between(str(folder), "nowhere")
@@ -791,8 +791,8 @@ def test_what_can_be_known_before_is_refused_before(ran, call) -> None:
             (f"hydra.run.dir={folder}",),
             "has results.json of another comparison: set overwrite=true",
         ),
-        (("fail_if=ddp.loss < 1",), "'fail_if': here it is --from DIR1 DIR2 fail_below=0.9"),
-        (("fail_below=0.9",), "'fail_below': here it is --from DIR1 DIR2 fail_below=0.9"),
+        (("fail_if=ddp.loss < 1",), "fail_if: here it is --from DIR1 DIR2 fail_below=0.9"),
+        (("fail_below=0.9",), "fail_below: here it is --from DIR1 DIR2 fail_below=0.9"),
         (("steps=4",), "steps=4: the first 4 are not timed"),
         (("measure.skip_steps=9",), "the first 9 are not timed"),
         (("world_sizes=[0]",), "world_sizes=[0] must be at least 1 each"),

@@ -56,7 +56,7 @@ def refuse_misplaced(arguments: list[str]) -> None:
     for argument in arguments:
         key = argument.lstrip("+~").partition("=")[0]
         if key == "fail_if" or (key == "fail_below" and arguments[0] != "--from"):
-            raise ValueError(f"unknown key {key!r}: here it is --from DIR1 DIR2 {OPTION}")
+            raise ValueError(f"{key}: here it is --from DIR1 DIR2 {OPTION}")
 
 
 def show_difference(arguments: list[str]) -> None:
