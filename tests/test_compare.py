@@ -28,7 +28,7 @@ from test_cli import call  # noqa: F401
 
 from dtrain.compare import command as comparison
 from dtrain.compare import markdown, runner
-from dtrain.compare.command import Failed, _held
+from dtrain.compare.command import Failed, _locked
 from dtrain.compare.difference import differences, show_difference
 from dtrain.compare.entries import Case, Entry, cases_of
 from dtrain.compare.figures import COLUMNS, in_words
@@ -383,10 +383,10 @@ def test_a_comparison_writes_and_removes_nothing_behind_a_link(name: str, tmp_pa
     (folder / name).symlink_to(theirs)
     with (
         pytest.raises(ValueError, match=f"has {name} of another comparison: set overwrite=true"),
-        _held(folder, False),
+        _locked(folder, False),
     ):
         pass
-    with _held(folder, True):
+    with _locked(folder, True):
         assert not os.path.lexists(folder / name) and (
             (theirs / "single").is_dir() or theirs.read_text() == "theirs"
         )

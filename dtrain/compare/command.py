@@ -60,7 +60,7 @@ def compare(
     )
     configs = {case.label: configure(case.overrides) for case in cases}
     untimed = _untimed_steps(configs)
-    with _held(folder, settings.overwrite):
+    with _locked(folder, settings.overwrite):
         results = Results(
             command=shlex.join(["python", "scripts/compare.py", *map(masked_override, overrides)]),
             made=datetime.now(UTC).isoformat(timespec="seconds"),
@@ -133,8 +133,8 @@ def _untimed_steps(configs: dict[str, DictConfig]) -> int:
 
 
 @contextmanager
-def _held(folder: Path, overwrite: bool) -> Iterator[None]:
-    """Hold the folder; remove an earlier comparison from it if that is wanted."""
+def _locked(folder: Path, overwrite: bool) -> Iterator[None]:
+    """Lock the folder; remove an earlier comparison from it if that is wanted."""
     folder.mkdir(parents=True, exist_ok=True)
     lock = Lock(folder)
     try:
