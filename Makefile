@@ -31,23 +31,10 @@ lint: $(VENV)/.test
 rooms:
 	$(PYTHON) tests/rooms.py
 
-bench-bubble: $(VENV)/.run
-	$(VENV)/bin/python scripts/bench_bubble.py
-
-bench-traffic: $(VENV)/.run
-	$(VENV)/bin/python scripts/bench_traffic.py
-
-bench-bert: $(VENV)/.test
-	$(VENV)/bin/python scripts/bench_bert.py
-
-bench-gan: $(VENV)/.test
-	$(VENV)/bin/python scripts/bench_gan.py
-
-bench-augment: $(VENV)/.test
-	$(VENV)/bin/python scripts/bench_augment.py
-
-bench-async: $(VENV)/.run
-	$(VENV)/bin/python scripts/bench_async.py
+bench-bubble bench-traffic bench-async: $(VENV)/.run
+bench-bert bench-gan bench-augment: $(VENV)/.test
+bench-bubble bench-traffic bench-async bench-bert bench-gan bench-augment:
+	$(VENV)/bin/python benchmarks/$(@:bench-%=%).py
 
 chaos: $(VENV)/.test
 	$(VENV)/bin/python tests/distributed/chaos.py --faults 200

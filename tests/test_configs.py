@@ -22,7 +22,7 @@ from omegaconf import OmegaConf
 from torch import nn
 
 from dtrain.cli import ranks
-from dtrain.compare import command
+from dtrain.compare import description
 from dtrain.config import aliases
 from dtrain.config.build import build, imported, misfit
 from dtrain.config.errors import explain
@@ -597,7 +597,7 @@ ASKS: dict[str, Callable[[dict[str, Any]], Any]] = {
     "handed": own.accepted_settings,
     "check_asked": lambda node: own.check_asked(node, ["model.depth=1"]),
     "told": lambda node: list(own.settings_in_words(node)),
-    "class_of": lambda node: command._class_of(node["_target_"]),
+    "class_of": lambda node: description._class_of(node["_target_"]),
     "make": lambda node: build(node, nn.Module, "model"),
 }
 

@@ -21,6 +21,7 @@ import pytest
 from dtrain.cli import exits
 from dtrain.compare import runner
 from dtrain.compare.entries import Case, Entry
+from dtrain.compare.figures import show
 from dtrain.compare.results import Results, Row
 from dtrain.config import errors
 from dtrain.cost.model_size import ModelSize
@@ -298,7 +299,7 @@ def _compare(folder: Path) -> None:
     found = Results("c", "m", HOSTILE, "strong", 2, 4, 1, {}, {}, rows)
     follower = runner.Follower([Case(Entry(HOSTILE), 2, 4, HOSTILE)], 1, 4, Terminal())
     follower.finish(rows[0], 0)
-    runner.show(found, Path(HOSTILE))
+    show(found, Path(HOSTILE))
 
 
 def _mistake(folder: Path) -> None:

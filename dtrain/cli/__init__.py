@@ -22,12 +22,12 @@ import hydra
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
 
-from dtrain.cli.arguments import add_plain_file_settings, is_multirun, quoted, silence
+from dtrain.cli.arguments import add_plain_file_settings, is_multirun, silence
 from dtrain.cli.commands import compare, info, train
 from dtrain.cli.exits import explained
 from dtrain.cli.ranks import start
 from dtrain.cli.sweep import JobFailed, recorded
-from dtrain.compare.command import show_difference
+from dtrain.compare import difference
 from dtrain.config.errors import check_overrides
 from dtrain.config.groups import CONFIGS
 from dtrain.config.schema import refuse_unknown, register
@@ -68,10 +68,11 @@ def main(config_name: str, command: Callable[[DictConfig], Any]) -> None:
             module, function = word
             getattr(import_module(module), function)()
             return
-        if config_name == "compare" and sys.argv[1:2] == ["--from"]:
-            show_difference(sys.argv[2:])
-            return
-        sys.argv[1:] = map(quoted, sys.argv[1:])
+        if config_name == "compare":
+            difference.refuse_misplaced(sys.argv[1:])
+            if sys.argv[1:2] == ["--from"]:
+                difference.show_difference(sys.argv[2:])
+                return
         add_plain_file_settings()
         _take_place_among_ranks()
     _compose_and_run(config_name, command)

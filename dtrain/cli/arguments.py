@@ -26,14 +26,6 @@ def is_multirun() -> bool:
     return any(word in MULTIRUN for word in sys.argv[1:])
 
 
-def quoted(argument: str) -> str:
-    """Put the condition of `fail_if` in quotes: Hydra needs them, and a shell removes them."""
-    key, _, value = argument.partition("=")
-    if key != "fail_if" or value in ("", "null") or value[0] == value[-1] in ("'", '"'):
-        return argument
-    return f"fail_if='{value}'" if "'" not in value else f'fail_if="{value}"'
-
-
 def add_plain_file_settings() -> None:
     """Add Hydra's settings of ours for a configuration that has no defaults.
 

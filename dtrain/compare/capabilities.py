@@ -1,6 +1,4 @@
-"""What goes with what, for a person: on the terminal, and as a block of the README that a test
-holds to it.
-"""
+"""The survey as tables: for the terminal, and for a block of the README that a test compares."""
 
 from __future__ import annotations
 
@@ -15,26 +13,22 @@ BEGIN, END = "<!-- capabilities -->\n", "<!-- /capabilities -->\n"
 
 
 def survey_tables() -> list[Sheet]:
-    """The survey as a person reads it."""
+    """Return the survey's tables: single strategies, pairs, compositions, refusals."""
     trials = survey()
-    pairs = {
-        frozenset(part.name for part in trial.parts): trial.mark for trial in trials if trial.parts
-    }
-    alone, composed = (
-        [t for t in trials if not t.parts and (len(t.axes) > 1) is several]
-        for several in (False, True)
-    )
+    pairs = {frozenset(part.name for part in t.parts): t.mark for t in trials if t.parts}
+    named = [t for t in trials if not t.parts]
+    single = [t for t in named if len(t.axes) <= 1]
+    composed = [t for t in named if len(t.axes) > 1]
     composes = {
         name for pair, mark in pairs.items() if mark not in (REFUSED, SAME_AXIS) for name in pair
     }
-    names = [trial.name for trial in alone if trial.name in composes]
-    lonely = [trial.name for trial in alone if trial.axes and trial.name not in composes]
+    names = [t.name for t in single if t.name in composes]
+    lonely = [t.name for t in single if t.axes and t.name not in composes]
     legend = (
         f"{PARTLY}: for some of the tasks; {REFUSED}: refused; {SAME_AXIS}: both want one axis; "
-        f"those that stand "
-        f"alone, {', '.join(lonely)}, are not here"
+        f"those that stand alone, {', '.join(lonely)}, are not here"
     )
-    told = [t for t in trials if not t.parts or composes >= {part.name for part in t.parts}]
+    refused = reasons([t for t in trials if not t.parts or composes >= {p.name for p in t.parts}])
     return [
         Sheet(
             f"Strategies, for the tasks {', '.join(trials[0].refusals)}",
@@ -47,7 +41,7 @@ def survey_tables() -> list[Sheet]:
                     t.tasks,
                     strategy_comment(t.name),
                 )
-                for t in alone
+                for t in single
             ],
         ),
         Sheet(
@@ -66,45 +60,44 @@ def survey_tables() -> list[Sheet]:
         Sheet(
             "Refusals",
             ("how many", "which", "reason"),
-            [(str(len(whom)), ", ".join(whom), reason) for reason, whom in reasons(told).items()],
+            [(str(len(which)), ", ".join(which), reason) for reason, which in refused.items()],
         ),
     ]
 
 
 def reasons(trials: list[Combination]) -> dict[str, list[str]]:
-    """What each reason refuses; those that differ in the strategies' names alone are one, with
-    … for the names.
+    """Return the names of what each reason refuses.
+
+    Reasons that differ in the strategies' names alone are one, with … for the names.
     """
-    found: dict[str, list[tuple[str, str]]] = {}
+    refused: dict[str, list[tuple[str, str]]] = {}
     for trial in trials:
         names = "|".join({name for s in trial.strategies for name in (type(s).__name__, s.axis)})
         for reason in dict.fromkeys(filter(None, trial.asked.values())):
             tasks = [task for task, each in trial.asked.items() if each == reason]
-            whom = (
-                trial.name
-                if len(tasks) == len(trial.asked)
-                else f"{trial.name} ({', '.join(tasks)})"
-            )
-            found.setdefault(re.sub(rf"\b({names})\b", "…", reason), []).append((reason, whom))
+            of_all = len(tasks) == len(trial.asked)
+            name = trial.name if of_all else f"{trial.name} ({', '.join(tasks)})"
+            pattern = re.sub(rf"\b({names})\b", "…", reason)
+            refused.setdefault(pattern, []).append((reason, name))
     return {
-        several[0][0] if len({reason for reason, _ in several}) == 1 else kind: [
-            whom for _, whom in several
+        cases[0][0] if len({reason for reason, _ in cases}) == 1 else pattern: [
+            name for _, name in cases
         ]
-        for kind, several in found.items()
+        for pattern, cases in refused.items()
     }
 
 
 def show() -> None:
-    """Print what goes with what."""
+    """Print the tables."""
     for sheet in survey_tables():
         sheet.show()
 
 
 def markdown() -> str:
-    """The same as a block of the README."""
+    """Return the tables as a block of the README."""
     return "\n".join(sheet.markdown() for sheet in survey_tables())
 
 
 def write(document: Path = CONFIGS.parent / "README.md") -> None:
-    """Put the block into the README, between its marks."""
+    """Write the block into the README, between its marks."""
     put_between(document, BEGIN, END, markdown())

@@ -1,6 +1,4 @@
-"""What a comparison found: a row for each case, kept as `results.json` (docs/comparison.md
-tells its schema).
-"""
+"""A comparison's figures, a row for each case, kept as `results.json` (docs/comparison.md)."""
 
 from __future__ import annotations
 
@@ -10,7 +8,7 @@ from itertools import accumulate
 from pathlib import Path
 from statistics import mean, median
 from types import UnionType
-from typing import Any, Union, get_args, get_origin, get_type_hints
+from typing import Any, TypeVar, get_args, get_origin, get_type_hints
 
 from dtrain.files import json_files
 from dtrain.parallel.messages import Message
@@ -18,7 +16,8 @@ from dtrain.report.terminal import without_control_characters
 
 SCHEMA = 1
 FILE = "results.json"
-FIGURES = (
+T = TypeVar("T")
+FIGURES = (  # of a row: numbers, or None
     "tokens_per_second",
     "step_seconds",
     "loss",
@@ -28,7 +27,7 @@ FIGURES = (
     "wire_bytes",
     "exposed_share",
     "ranks",
-)  # of a row: numbers, or None
+)
 
 
 @dataclass
@@ -36,34 +35,37 @@ class Row:
     """One case's figures, or the reason why there are none.
 
     Args:
-        strategy: its label; unlike every other row's.
-        ranks, mesh: how many, and along which axes.
-        overrides: what differs from the baseline's configuration.
-        command: that runs it alone.
-        about, cost, files: the idea, the formulas of each axis, and where it is written; relative
-            to the project.
-        synchronous: should its losses be the reference's?
+        strategy: its label, which no other row has.
+        ranks: how many.
+        mesh: ranks along each axis.
+        overrides: the settings in which it differs from the baseline.
+        command: the command that runs it alone.
+        about: the idea.
+        cost: the formulas of each axis.
+        files: where it is written, relative to the project.
+        synchronous: whether its losses should be the reference's.
         reference: the row with which its losses are compared; None: nothing trains the same.
-        trained: settings of its own that change what is trained.
-        reason: why there are no figures, or no more; `failed`: it began and broke off, else it is
-            not possible here.
-        losses, loss: of every step, and the last, in the first repeat.
+        trained: its own settings that change what is trained.
+        reason: why there are no figures, or no more.
+        failed: it began and broke off; else it is not possible here.
+        losses: of every step of the first repeat.
+        loss: of the last step of the first repeat.
         loss_difference: the greatest from the reference's, over all steps.
-        repeats: for each: `step_seconds` of every undisturbed step; `usual`, their median, or their
-            mean of what is not synchronous; `tokens_per_second` at that; and `seconds` in all.
+        repeats: for each: `step_seconds` of every undisturbed step; `usual`, their median (their
+            mean if not synchronous); `tokens_per_second` at that; and `seconds` in all.
         tokens_per_second, step_seconds: medians over the repeats.
-        peak_memory_bytes: the process's, of the rank with most.
+        peak_memory_bytes: of the process with most, in the first repeat.
         memory: of each rank, by kind: `most`, `at_peak`, `predicted`, in bytes of tensors.
         memory_bytes: of tensors at the step's peak, on the rank with most.
-        traffic, traffic_predicted: of each rank, a step's messages by axis and collective.
-        wire_bytes: that leave the rank that sends most in a step, where ranks stand in a ring. Of
-            what is not synchronous, traffic is rank 0's alone, and the mean over the steps.
-        seconds: from the start to the end of every step, in the first repeat; of the first steps,
-            which instruments disturb, as if they had taken the median of the others.
-        time: of each rank, the shares of one step; exposed_share: of exposed communication, mean
-            over the ranks.
+        traffic, traffic_predicted: of each rank, a step's messages by axis and collective. If not
+            synchronous, traffic is rank 0's alone, and the mean over the steps.
+        wire_bytes: those that the busiest rank sends in a step, in a ring.
+        seconds: from the start to the end of every step, in the first repeat. The first steps,
+            which instruments disturb, count as the median of the others.
+        time: of each rank, the shares of one step.
+        exposed_share: of exposed communication in that step, the mean over the ranks.
         bubble: a pipeline's, measured and in theory.
-        asynchronous: a parameter server's updates, staleness, and what each worker did.
+        asynchronous: a parameter server's updates, its staleness, and each worker's times.
     """
 
     strategy: str
@@ -103,7 +105,7 @@ class Row:
 
     @property
     def fullest(self) -> dict[str, Any]:
-        """The memory by kind of the rank that holds most; empty where it was not followed."""
+        """The memory by kind of the rank that holds most; empty if it was not followed."""
         return max(
             self.memory,
             key=lambda kinds: sum(kind["most"] or 0 for kind in kinds.values()),
@@ -117,21 +119,21 @@ class Row:
         return sums.index(max(sums))
 
     def add(
-        self, summary: dict[str, Any], steps: list[dict[str, Any]], first: int, seconds: float
+        self, summary: dict[str, Any], steps: list[dict[str, Any]], untimed: int, seconds: float
     ) -> None:
-        """Take up one more repeat: its summary, its lines of `metrics.jsonl`, of which those
-        from `first` are timed.
+        """Add one more repeat.
+
+        Args:
+            steps: its lines of `metrics.jsonl`.
+            untimed: how many of these, at the begin, do not count in the times.
+            seconds: that it took in all.
         """
-        timed = [line["step_seconds"] for line in steps if line["step"] > first]
+        timed = [line["step_seconds"] for line in steps if line["step"] > untimed]
         # a median would leave out what is seldom
         usual = median(timed) if summary["synchronous"] else mean(timed)
         if not self.ran:
-            self._take(summary, steps)
-            self.seconds = list(
-                accumulate(
-                    line["step_seconds"] if line["step"] > first else usual for line in steps
-                )
-            )
+            self._add_first(summary, steps)
+            self.seconds = [*accumulate([usual] * (len(steps) - len(timed)) + timed)]
         rate = summary["tokens"] / summary["steps"] / usual
         self.repeats.append(
             {"tokens_per_second": rate, "step_seconds": timed, "usual": usual, "seconds": seconds}
@@ -139,14 +141,17 @@ class Row:
         self.tokens_per_second = median(each["tokens_per_second"] for each in self.repeats)
         self.step_seconds = median(each["usual"] for each in self.repeats)
 
-    def _take(self, summary: dict[str, Any], steps: list[dict[str, Any]]) -> None:
-        """What one repeat tells as well as several."""
-        self.losses, self.loss = [line["loss"] for line in steps], summary["loss"]
+    def _add_first(self, summary: dict[str, Any], steps: list[dict[str, Any]]) -> None:
+        """Add what is the same in every repeat."""
+        self.losses = [line["loss"] for line in steps]
+        self.loss = summary["loss"]
         self.synchronous = summary["synchronous"]
-        self.ranks, self.mesh = summary["world_size"], summary["mesh"]
+        self.ranks = summary["world_size"]
+        self.mesh = summary["mesh"]
         self.peak_memory_bytes = summary["peak_memory_bytes"]
         profile = summary["profile"]
-        self.bubble, ranks = profile["bubble"], profile["ranks"]
+        ranks = profile["ranks"]
+        self.bubble = profile["bubble"]
         self.memory = [rank["memory"]["kinds"] for rank in ranks if rank["memory"]]
         self.memory_bytes = max(
             (rank["memory"]["peak"] for rank in ranks if rank["memory"]), default=None
@@ -158,11 +163,11 @@ class Row:
         self.traffic_predicted = [rank["traffic_predicted"] for rank in ranks][: len(self.traffic)]
         self.wire_bytes = sum(message["wire_bytes"] for message in self.traffic[self.busiest])
         self.time = [rank["time"] for rank in ranks if rank["time"]]
-        if self.time and self.synchronous:  # of one step, which tells nothing where steps differ
+        if self.time and self.synchronous:  # of one step, which is not as the others are else
             self.exposed_share = mean(rank["exposed"] / rank["step"] for rank in self.time)
 
     def compare(self, reference: Row | None) -> None:
-        """Hold the losses against the reference's."""
+        """Compare the losses with the reference's."""
         if reference and reference.ran and self.ran:
             self.reference = reference.strategy
             self.loss_difference = max(
@@ -170,30 +175,30 @@ class Row:
             )
 
     def spread(self) -> tuple[float, float]:
-        """The least and the greatest throughput of the repeats."""
-        found = [each["tokens_per_second"] for each in self.repeats]
-        return min(found), max(found)
+        """Return the least and the greatest throughput of the repeats."""
+        rates = [repeat["tokens_per_second"] for repeat in self.repeats]
+        return min(rates), max(rates)
 
 
 def _mean_traffic(steps: list[dict[str, Any]], mesh: dict[str, int]) -> list[dict[str, Any]]:
-    """Messages a step, over all steps: of strategies that do not communicate in each."""
-    found: dict[tuple[str, str], dict[str, float]] = {}
+    """Return a step's messages as the mean over all steps, not each of which has some."""
+    means: dict[tuple[str, str], dict[str, float]] = {}
     for line in steps:
         for key, value in line.items():
             axis, _, rest = key.partition("_")
-            operation, _, what = rest.rpartition("_")
-            if axis in mesh and what in ("calls", "bytes"):
-                each = found.setdefault((axis, operation), {"calls": 0.0, "bytes": 0.0})
-                each[what] += value / len(steps)
+            operation, _, unit = rest.rpartition("_")
+            if axis in mesh and unit in ("calls", "bytes"):
+                message = means.setdefault((axis, operation), {"calls": 0.0, "bytes": 0.0})
+                message[unit] += value / len(steps)
     return [
         {
             "axis": axis,
             "operation": operation,
-            "calls": sums["calls"],
-            "bytes": round(sums["bytes"]),
-            "wire_bytes": Message(axis, operation, 1, round(sums["bytes"])).wire_bytes(mesh[axis]),
+            "calls": message["calls"],
+            "bytes": (size := round(message["bytes"])),
+            "wire_bytes": Message(axis, operation, 1, size).wire_bytes(mesh[axis]),
         }
-        for (axis, operation), sums in sorted(found.items())
+        for (axis, operation), message in sorted(means.items())
     ]
 
 
@@ -202,12 +207,17 @@ class Results:
     """A whole comparison.
 
     Args:
-        command: that repeats it.
+        command: the command that repeats it.
         made: when, in UTC.
-        baseline, scaling, world_size, steps, asked: as asked for; `asked` repeats.
-        facts: of what is trained, for a person; environment: where.
-        seconds: it took, and of these in steps.
+        baseline: the label of its row.
+        scaling: strong or weak.
+        world_size: the largest.
+        steps: of each run.
+        asked: repeats that were asked for.
+        facts: what is trained, for a person.
+        environment: the machine and the versions.
         rows: in the order of the runs.
+        seconds: that all of it took.
     """
 
     command: str
@@ -228,132 +238,108 @@ class Results:
         return [row for row in self.rows if row.ran]
 
     @property
-    def base(self) -> Row | None:
-        return next((row for row in self.ran if row.strategy == self.baseline), None)
-
-    @property
     def comparable(self) -> list[Row]:
-        """Rows that compute what the baseline computes, on as many ranks as were asked for, and
-        the baseline.
-        """
-        wide = [row for row in self._alike if row.synchronous and row.ranks <= self.world_size]
-        if self.scaling == "weak":
-            wide = [row for row in wide if row.ranks == self.world_size]
+        """The baseline, and rows that compute the same on as many ranks as were asked for."""
+        fewest = self.world_size if self.scaling == "weak" else 1
         rows = [
             row
             for row in self._alike
-            if row in wide or (row is self.base and self.scaling == "strong")
+            if (row.synchronous and row.ranks in range(fewest, self.world_size + 1))
+            or (row.strategy == self.baseline and self.scaling == "strong")
         ]
         followed = [row for row in rows if row.memory_bytes]
         return followed or rows  # where no tensors were followed, processes are compared
 
     @property
     def loose(self) -> list[Row]:
-        """Rows that train what the baseline trains, and need not compute the same."""
+        """Rows that train what the baseline trains, and need not have the same losses."""
         return [row for row in self._alike if not row.synchronous]
 
     @property
     def _alike(self) -> list[Row]:
         return [row for row in self.ran if row.trained == self.rows[0].trained]
 
-    def row(self, strategy: str) -> Row:
-        """
-        Raises:
-            ValueError: there is none, or it did not run.
-        """
-        for row in self.rows:
-            if row.strategy == strategy:
-                if not row.ran:
-                    raise ValueError(
-                        f"{strategy!r} has no figures: {row.reason or 'it was not run'}"
-                    )
-                return row
-        raise ValueError(
-            f"{strategy!r} is not in this comparison, of "
-            f"{', '.join(row.strategy for row in self.rows)}"
-        )
-
     def write(self, folder: Path) -> None:
-        """`results.json`, all of it, and `results.csv`, a line a row."""
+        """Write all of it as `results.json`, and a line for each row as `results.csv`."""
         (folder / FILE).write_text(json_files.dumps(asdict(self), indent=1) + "\n")
         with (folder / "results.csv").open("w", encoding="utf-8", newline="") as file:
             table = csv.writer(file)
             table.writerow(["strategy", *FIGURES, "reference", "reason"])
             for row in self.rows:
-                figures = (getattr(row, name) for name in FIGURES)
-                table.writerow(
-                    [
-                        without_control_characters(row.strategy),
-                        *figures,
-                        without_control_characters(row.reference or ""),
-                        without_control_characters(row.reason),
-                    ]
+                strategy, reference, reason = map(
+                    without_control_characters, (row.strategy, row.reference or "", row.reason)
                 )
+                figures = (getattr(row, name) for name in FIGURES)
+                table.writerow([strategy, *figures, reference, reason])
 
 
 def read(folder: Path) -> Results:
-    """A comparison's results.
+    """Read the results of a comparison.
 
     Raises:
-        ValueError: there are none, or of another schema.
+        ValueError: there are none, they have another schema, or a field has another type.
     """
     file = folder / FILE if folder.is_dir() else folder
     try:
-        found = _shown(json_files.figures(file))
+        content = _fit_to_be_shown(json_files.figures(file))
     except OSError:
         raise ValueError(
             f"{folder} has no {FILE}: give a folder that scripts/compare.py has written"
         ) from None
-    if found.get("schema") != SCHEMA:
+    if content.get("schema") != SCHEMA:
         raise ValueError(
-            f"{file} has schema {found.get('schema')}, this version reads {SCHEMA}: make it again"
+            f"{file} has schema {content.get('schema')}, this version reads {SCHEMA}: make it again"
         )
     try:
         rows = [
-            _made(Row, row, f"{file}: row {number}") for number, row in enumerate(found.pop("rows"))
+            _build(Row, row, f"{file}: row {number}")
+            for number, row in enumerate(content.pop("rows"))
         ]
-        return _made(Results, {**found, "rows": rows}, str(file))
+        return _build(Results, {**content, "rows": rows}, str(file))
     except (AttributeError, KeyError, TypeError) as error:
         raise ValueError(
             f"{file} is not as scripts/compare.py writes it: {type(error).__name__}: {error}"
         ) from None
 
 
-def _made(kind: Any, given: dict[str, Any], where: str) -> Any:
+def _build(kind: type[T], fields: dict[str, Any], where: str) -> T:
+    """Return a row or results from a file's fields; names that are not known are left out."""
     hints = get_type_hints(kind)
-    for key, value in given.items():
-        rates = (
-            [each.get("tokens_per_second") for each in value]
-            if key == "repeats" and _fits(value, list[dict])
-            else []
-        )
-        if not _fits(value, hints.get(key, Any)) or not all(
-            _fits(rate, float) and rate > 0 for rate in rates
+    for name, value in fields.items():
+        if not _has_type(value, hints.get(name, Any)) or (
+            kind is Row and name == "repeats" and not all(map(_has_rate, value))
         ):
             raise ValueError(
-                f"{where}: {key}={str(value)[:40]} is not what scripts/compare.py writes there"
+                f"{where}: {name}={str(value)[:40]} is not what scripts/compare.py writes there"
             )
-    return kind(**{key: value for key, value in given.items() if key in hints})
+    return kind(**{name: value for name, value in fields.items() if name in hints})
 
 
-def _fits(value: Any, hint: Any) -> bool:
-    """Is it of a field's kind, and each part of a list too?
+def _has_type(value: Any, hint: Any) -> bool:
+    """Return whether a value has a field's type, and each item of a list too.
 
-    Numbers are such as can be reckoned with.
+    Integers of more than 64 bits have none: nothing can be computed with them.
     """
-    if get_origin(hint) in (Union, UnionType):
-        return any(_fits(value, each) for each in get_args(hint))
+    if get_origin(hint) is UnionType:
+        return any(_has_type(value, each) for each in get_args(hint))
     if get_origin(hint) is list:
-        return isinstance(value, list) and all(_fits(each, get_args(hint)[0]) for each in value)
+        return isinstance(value, list) and all(_has_type(each, *get_args(hint)) for each in value)
     if type(value) is int and abs(value) >= 1 << 63:
         return False
     return hint is Any or type(value) in (get_origin(hint) or hint, int if hint is float else hint)
 
 
-def _shown(value: Any) -> Any:
-    """Somebody else's texts, fit to be shown."""
+def _has_rate(repeat: dict[str, Any]) -> bool:
+    rate: Any = repeat.get("tokens_per_second")
+    return _has_type(rate, float) and rate > 0
+
+
+def _fit_to_be_shown(value: Any) -> Any:
+    """Return JSON whose texts, which anybody may have written, steer no terminal."""
     if isinstance(value, dict):
-        return {without_control_characters(key): _shown(each) for key, each in value.items()}
+        return {
+            without_control_characters(key): _fit_to_be_shown(each) for key, each in value.items()
+        }
     if isinstance(value, list):
-        return [_shown(each) for each in value]
+        return [_fit_to_be_shown(each) for each in value]
     return without_control_characters(value) if isinstance(value, str) else value

@@ -1,16 +1,15 @@
-"""What goes with what, found by trying: every strategy of `configs/strategy`, alone and in pairs,
-with every task.
+"""Try every strategy of `configs/strategy`, alone and in pairs, with every task.
 
 Each is tried as a run tries it before it starts, with the default settings and two ranks on each
-axis; no other process is needed. What cannot be raises a ValueError, and its message is the reason.
-Nothing here knows a strategy.
+axis; no other process is needed. What does not go together raises a ValueError, whose message is
+the reason. No strategy is named here.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from functools import partial
-from itertools import combinations
+from itertools import chain, combinations
 from typing import Any
 
 from hydra import compose, initialize_config_dir
@@ -28,7 +27,7 @@ from dtrain.run.assemble import task_of
 from dtrain.task.base import Task
 
 RANKS = 2  # along each axis
-EXPERTS = 8  # in the model that is tried where the task's own is refused
+EXPERTS = 8  # of the model that is tried beside the task's own
 WORKS, PARTLY, REFUSED, SAME_AXIS, ITSELF = "yes", "some", "–", "=", ""
 # a task's name -> the task, with each model that is tried
 Jobs = dict[str, list[tuple[Config, Task]]]
@@ -36,12 +35,17 @@ Jobs = dict[str, list[tuple[Config, Task]]]
 
 @dataclass(frozen=True)
 class Combination:
-    """Strategies tried together: for each task the reason why not, empty if they can train it."""
+    """Strategies that were tried together.
+
+    Args:
+        refusals: for each task the reason why they cannot train it; empty if they can.
+        parts: each of the strategies alone, where that has been tried.
+    """
 
     name: str
     strategies: list[Strategy]
     refusals: dict[str, str]
-    parts: tuple[Combination, ...] = ()  # each of them alone, where that has been tried
+    parts: tuple[Combination, ...] = ()
 
     @property
     def axes(self) -> list[str]:
@@ -49,6 +53,7 @@ class Combination:
 
     @property
     def tasks(self) -> str:
+        """The tasks that they can train, in words."""
         able = [task for task, reason in self.refusals.items() if not reason]
         unable = [task for task, reason in self.refusals.items() if reason]
         if not able or not unable:
@@ -66,7 +71,7 @@ class Combination:
 
     @property
     def mark(self) -> str:
-        """Do the parts go together?"""
+        """How the parts go together: one of the marks above."""
         if len(set(self.axes)) < len(self.axes):
             return SAME_AXIS
         works = [not reason for reason in self.asked.values()]
@@ -74,7 +79,7 @@ class Combination:
 
 
 def survey() -> list[Combination]:
-    """Try every strategy and composition that has a YAML, and every pair of those on one axis.
+    """Try each strategy and composition that has a YAML, and each pair of single strategies.
 
     Raises:
         ValueError: a task cannot be built from its own configuration.
@@ -93,23 +98,17 @@ def survey() -> list[Combination]:
         name: [(each, task_of(each)[1]) for each in _with_models(config)]
         for name, config in configs.items()
     }
-    # shapes alone, which nobody changes here
-    for _, task in (job for several in jobs.values() for job in several):
+    # shapes alone suffice, and one model serves all trials
+    for _, task in chain.from_iterable(jobs.values()):
         task.models = {
             name: partial(_same, on_meta(factory) or factory())
             for name, factory in task.models.items()
         }
     tried = [_try(name, strategies, jobs) for name, strategies in named.items()]
-    tried.sort(
-        key=lambda trial: (
-            len(trial.axes),
-            [MESH_ORDER.index(axis) for axis in trial.axes],
-            trial.name,
-        )
-    )
+    tried.sort(key=lambda each: (len(each.axes), [*map(MESH_ORDER.index, each.axes)], each.name))
     pairs = [
         _try(f"{one.name} + {other.name}", one.strategies + other.strategies, jobs, one, other)
-        for one, other in combinations([trial for trial in tried if len(trial.axes) == 1], 2)
+        for one, other in combinations([each for each in tried if len(each.axes) == 1], 2)
     ]
     return tried + pairs
 
@@ -119,7 +118,7 @@ def _same(model: nn.Module) -> nn.Module:
 
 
 def _strategies(run: DictConfig, chosen: DictConfig) -> list[Strategy]:
-    """Those of one YAML, whose values may refer to the run's."""
+    """Build the strategies of one YAML, whose values may refer to the run's."""
     nodes: Any = OmegaConf.to_container(OmegaConf.merge(run, chosen).strategy, resolve=True)
     return [
         build({**node, "degree": RANKS}, Strategy, f"strategy.{axis}")
@@ -128,24 +127,22 @@ def _strategies(run: DictConfig, chosen: DictConfig) -> list[Strategy]:
 
 
 def _with_models(config: Config) -> list[Config]:
-    experts = (
-        [replace(config, model={**config.model, "n_experts": EXPERTS})]
-        if "n_experts" in config.model
-        else []
-    )
-    return [config, *experts]
+    """Return the configuration, and the same with experts where the model can have some."""
+    if "n_experts" not in config.model:
+        return [config]
+    return [config, replace(config, model={**config.model, "n_experts": EXPERTS})]
 
 
 def _try(name: str, strategies: list[Strategy], jobs: Jobs, *parts: Combination) -> Combination:
-    refusals = {
-        task: [_refusal(strategies, *job) for job in several] for task, several in jobs.items()
-    }
-    return Combination(
-        name, strategies, {task: "" if "" in r else r[-1] for task, r in refusals.items()}, parts
-    )
+    refusals = {}
+    for task, models in jobs.items():
+        reasons = [_refusal(strategies, *model) for model in models]
+        refusals[task] = "" if "" in reasons else reasons[-1]
+    return Combination(name, strategies, refusals, parts)
 
 
 def _refusal(strategies: list[Strategy], config: Config, task: Task) -> str:
+    """Return why the strategies cannot train the task, or nothing."""
     try:
         plan = Plan.of(strategies, RANKS ** len(strategies))
         plan.micro_batches(config.global_batch_size, config.micro_batch_size)

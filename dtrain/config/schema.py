@@ -141,7 +141,6 @@ class Comparison(Config):
     world_sizes: list[int] | None = MISSING
     scaling: str = one_of("strong", "weak")
     repeats: int = at_least(1)
-    fail_if: str | None = MISSING
 
 
 def register() -> None:

@@ -1,4 +1,4 @@
-"""The figures of the page, made by Plotly: throughput, memory, messages, losses."""
+"""The page's charts of throughput, losses and scaling, by Plotly."""
 
 from __future__ import annotations
 
@@ -17,28 +17,31 @@ from dtrain.compare.verdict import (
     loss_at,
     memory_of,
     pareto_front,
+    rate_of,
 )
 from dtrain.report.amounts import in_bytes
 from dtrain.report.terminal import for_html
 
+DOTTED = {"dash": "dot", "color": "#888888"}
+
 
 def charts(results: Results) -> list[Chart]:
-    """All figures but those of single strategies."""
-    made = [tradeoff(results), losses(results), pace(results), throughput(results), steps(results)]
-    if len({row.ranks for row in results.ran if "@" in row.strategy}) > 1:
-        made.append(scaling(results))
-    return [*made, memory(results), messages(results)]
+    """Return all charts but those of single strategies."""
+    makers = [tradeoff, losses, pace, throughput, steps, scaling, memory, messages]
+    if len({row.ranks for row in results.ran if "@" in row.strategy}) < 2:
+        makers.remove(scaling)
+    return [make(results) for make in makers]
 
 
 def tradeoff(results: Results) -> Chart:
-    """Throughput against memory, with the front that nothing else beats."""
+    """Throughput against memory, with the Pareto front."""
     rows, figure = results.comparable, go.Figure()
     best = pareto_front(rows)
     figure.add_scatter(
         x=[memory_of(r) / 1e6 for r in best],
         y=[r.tokens_per_second for r in best],
         mode="lines",
-        line={"dash": "dot", "width": 2, "color": "#888888"},
+        line=DOTTED | {"width": 2},
         name="Pareto front",
         hoverinfo="skip",
     )
@@ -63,61 +66,57 @@ def tradeoff(results: Results) -> Chart:
                 "line": {"width": 2.5, "color": colour},
             },
         )
-    titles = {
-        "xaxis_title": f"{kind_of_memory(rows[0])} of the fullest rank in MB (left is better)",
-        "yaxis_title": "tokens/s (up is better)",
-    }
-    figure.update_layout(**titles, xaxis_rangemode="tozero", yaxis_rangemode="tozero")
+    figure.update_layout(
+        xaxis_title=f"{kind_of_memory(rows[0])} of the fullest rank in MB (left is better)",
+        yaxis_title="tokens/s (up is better)",
+        xaxis_rangemode="tozero",
+        yaxis_rangemode="tozero",
+    )
     return Chart(
         "tradeoff",
         "Throughput against memory",
         "Full circles are the Pareto front: nothing else is both faster and leaner. Left out "
-        "here: what trains "
-        "another model, is not synchronous, or uses more ranks than were asked for.",
+        "here: what trains another model, is not synchronous, or uses more ranks than were asked "
+        "for.",
         POINT,
         figure,
     )
 
 
 def losses(results: Results) -> Chart:
+    """Losses over steps."""
     figure = _curves(results, lambda row: list(range(1, len(row.losses) + 1)))
     figure.update_layout(xaxis_title="step", hovermode="x")
-    told = [row for row in results.ran if row.synchronous and row.loss_difference is not None]
-    worst = max(told, key=lambda row: row.loss_difference or 0, default=None)
-    words = (
-        f" The greatest difference of a synchronous strategy from its reference is "
-        f"{worst.loss_difference:.1e} "
-        f"({worst.strategy})."
-        if worst
-        else ""
-    )
-    return Chart(
-        "losses",
-        "Loss curves",
-        f"What trains the same, synchronously, draws one line.{words}",
-        TRACE,
-        figure,
-    )
+    words = "What trains the same, synchronously, draws one line."
+    compared = [row for row in results.ran if row.synchronous and row.loss_difference is not None]
+    if compared:
+        worst = max(compared, key=lambda row: row.loss_difference or 0)
+        words += (
+            f" The greatest difference of a synchronous strategy from its reference is "
+            f"{worst.loss_difference:.1e} ({worst.strategy})."
+        )
+    return Chart("losses", "Loss curves", words, TRACE, figure)
 
 
 def pace(results: Results) -> Chart:
+    """Losses over time."""
     figure = _curves(results, lambda row: row.seconds)
     until = equal_time(results.comparable or results.ran)
-    figure.add_vline(x=until, line={"dash": "dot", "width": 1, "color": "#888888"})
+    figure.add_vline(x=until, line=DOTTED | {"width": 1})
     figure.update_layout(xaxis_title="seconds in steps", xaxis_rangemode="tozero")
     words = "The same curves, over the time that the steps took."
     if results.loose:
-        judged = [*results.comparable[:1], *results.loose]
-        told = "; ".join(f"{row.strategy} {loss_at(row, until):.4f}" for row in judged)
+        rows = [*results.comparable[:1], *results.loose]
+        at_that_time = "; ".join(f"{row.strategy} {loss_at(row, until):.4f}" for row in rows)
         words += (
             f" What is not synchronous is to be judged here: after {until:.1f} s (dotted) the "
-            f"loss is {told}."
+            f"loss is {at_that_time}."
         )
     return Chart("pace", "Loss against time", words, TRACE, figure)
 
 
 def _curves(results: Results, along: Callable[[Row], Sequence[float]]) -> go.Figure:
-    """Every row's losses, over what is told of its steps."""
+    """Return every row's losses over what `along` returns of its steps."""
     figure = go.Figure()
     for row in results.ran:
         line = {"color": family(row)[1], "dash": "solid" if row.synchronous else "dash"}
@@ -133,8 +132,9 @@ def _curves(results: Results, along: Callable[[Row], Sequence[float]]) -> go.Fig
 
 
 def throughput(results: Results) -> Chart:
-    rows, figure = sorted(results.ran, key=lambda row: row.tokens_per_second or 0), go.Figure()
-    spread = [row.spread() for row in rows]
+    """A bar for each row, with whiskers for its repeats."""
+    rows, figure = sorted(results.ran, key=rate_of), go.Figure()
+    spreads = [row.spread() for row in rows]
     figure.add_bar(
         orientation="h",
         y=[for_html(r.strategy) for r in rows],
@@ -146,12 +146,8 @@ def throughput(results: Results) -> Chart:
         error_x={
             "type": "data",
             "symmetric": False,
-            "array": [
-                m - (r.tokens_per_second or 0) for r, (_, m) in zip(rows, spread, strict=True)
-            ],
-            "arrayminus": [
-                (r.tokens_per_second or 0) - m for r, (m, _) in zip(rows, spread, strict=True)
-            ],
+            "array": [m - rate_of(r) for r, (_, m) in zip(rows, spreads, strict=True)],
+            "arrayminus": [rate_of(r) - m for r, (m, _) in zip(rows, spreads, strict=True)],
         },
         showlegend=False,
     )
@@ -165,6 +161,7 @@ def throughput(results: Results) -> Chart:
 
 
 def steps(results: Results) -> Chart:
+    """A box of step times for each row."""
     rows = sorted(results.ran, key=lambda row: -(row.step_seconds or 0))
     figure = go.Figure()
     for row in rows:
@@ -184,7 +181,7 @@ def steps(results: Results) -> Chart:
     return Chart(
         "steps",
         "Step time",
-        "Every step of every repeat after the first ones, which instruments and warming up "
+        "Every step of every repeat but the first steps, which instruments and warming up "
         "disturb: median, quartiles, and whiskers to 1.5 times their distance.",
         TRACE,
         figure,
@@ -192,6 +189,7 @@ def steps(results: Results) -> Chart:
 
 
 def scaling(results: Results) -> Chart:
+    """Efficiency over world sizes."""
     figure, groups = go.Figure(), defaultdict(list)
     for row in results.ran:
         groups[row.strategy.split(" @")[0]].append(row)
@@ -215,7 +213,7 @@ def scaling(results: Results) -> Chart:
         y=[100] * len(sizes),
         name="ideal",
         mode="lines",
-        line={"dash": "dot", "color": "#888888"},
+        line=DOTTED,
     )
     figure.update_layout(
         xaxis_title="ranks",

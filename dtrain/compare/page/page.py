@@ -1,6 +1,4 @@
-"""`report.html`: one file that needs no network, with the figures, their numbers and the words
-around them.
-"""
+"""`report.html`: one file with the figures and their numbers, which needs no network."""
 
 from __future__ import annotations
 
@@ -12,48 +10,32 @@ from typing import Any
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from plotly.offline import get_plotlyjs
 
+from dtrain.compare.figures import COLUMNS, in_words
 from dtrain.compare.page.charts import charts
 from dtrain.compare.page.step import gantt
 from dtrain.compare.page.style import Chart, family
 from dtrain.compare.results import Results, Row
-from dtrain.compare.runner import row_in_words
 from dtrain.compare.verdict import pareto_front, verdicts
 from dtrain.cost.predict import coordinates
 from dtrain.parallel.messages import Message
 from dtrain.report.amounts import in_bytes
 from dtrain.report.terminal import without_control_characters
 
-HOLDS = {  # what the coordinate i of n on an axis says of a rank
+HOLDS = {  # by axis: what the rank at coordinate i of n holds
     "dp": "rows {i} of {n}", "fsdp": "rows and shard {i} of {n}",
     "tp": "slice {i} of {n} of each matrix", "pp": "stage {i} of {n}", "cp": "tokens {i} of {n}",
     "ep": "experts {i} of {n}",
 }  # fmt: skip
-COLUMNS = {  # figure: its title, and what is to be known of it
-    "ranks": ("ranks", "processes"),
-    "loss": ("loss", "of the last step"),
-    "loss_difference": (
-        "Δloss",
-        (
-            "greatest difference from the reference, over all steps; not sync.: it need not be "
-            "the same"
-        ),
-    ),
-    "tokens_per_second": ("tokens/s", "median of the repeats"),
-    "step_seconds": ("step ms", "median"),
-    "memory_bytes": ("tensor memory", "of the fullest rank, at a step's peak"),
-    "wire_bytes": ("sent a step", "by the busiest rank, as a ring sends it"),
-    "exposed_share": ("exposed", "share of a step with communication and no computation"),
-}
 
 
 def document(
     results: Results, traces: dict[str, list[dict[str, Any]]], link: Callable[[str], str]
 ) -> str:
-    """The page.
+    """Return the page.
 
     Args:
-        traces: of one step, by strategy: Chrome's trace events.
-        link: a file of the project -> what to link to.
+        traces: Chrome's trace events of one step, by strategy.
+        link: a file of the project -> its link.
     """
     environment = Environment(
         loader=FileSystemLoader(Path(__file__).parent),
@@ -63,17 +45,15 @@ def document(
         lstrip_blocks=True,
         finalize=lambda value: without_control_characters(value) if type(value) is str else value,
     )
-    drawn = charts(results) if results.ran else []
-    best = pareto_front(results.comparable) if results.ran else []
     steps = sum(sum(each["step_seconds"]) for row in results.ran for each in row.repeats)
     return environment.get_template("page.html").render(
         results=results,
-        verdicts=verdicts(results) if results.ran else [],
-        charts=drawn,
+        verdicts=verdicts(results),
+        charts=charts(results) if results.ran else [],
         columns=COLUMNS,
-        best=best,
-        rows=[(row, dict(zip(COLUMNS, row_in_words(row), strict=True))) for row in results.ran],
-        values=_values,
+        best=pareto_front(results.comparable),
+        rows=[(row, in_words(row)) for row in results.ran],
+        values=lambda row, figure: json.dumps(getattr(row, figure)),
         missing=[row for row in results.rows if row.reason or not row.ran],
         data=_embedded,
         colour=lambda row: family(row)[1],
@@ -84,12 +64,8 @@ def document(
     )
 
 
-def _values(row: Row, figure: str) -> str:
-    return json.dumps(getattr(row, figure))
-
-
 def _embedded(value: Any) -> str:
-    """JSON that may stand within a script."""
+    """Return JSON that may stand within a script."""
     text = value.figure.to_json() if isinstance(value, Chart) else json.dumps(value)
     return str(text).replace("<", "\\u003c")
 
@@ -97,7 +73,7 @@ def _embedded(value: Any) -> str:
 def _card(
     row: Row, events: list[dict[str, Any]] | None, link: Callable[[str], str]
 ) -> dict[str, Any]:
-    """What is told of one strategy."""
+    """Return what the page's card of one strategy shows."""
     return {
         "row": row,
         "family": family(row),
@@ -110,48 +86,49 @@ def _card(
 
 
 def _mesh(row: Row) -> list[tuple[str, str]]:
-    """Each rank, and what it holds."""
+    """Return each rank, and what it holds."""
     if row.asynchronous:
         servers = row.asynchronous["servers"]
-        own = [f"the weights, share {i + 1} of {servers}" for i in range(servers)]
-        own += [f"worker {i}: a part of each batch" for i in range(row.ranks - servers)]
-        return [(f"rank {rank}", words) for rank, words in enumerate(own)]
-    axes = {axis: degree for axis, degree in row.mesh.items() if degree > 1}
-    found = []
-    for rank in range(row.ranks):
-        at = coordinates(row.mesh, rank)
-        words = [HOLDS[axis].format(i=at[axis] + 1, n=degree) for axis, degree in axes.items()]
-        words += ["and its share of what the engine divides"] * any(
-            "deepspeed" in file for file in row.files
-        )
-        found.append((f"rank {rank}", "; ".join(words) or "everything"))
-    return found
+        parts = [f"the weights, share {i + 1} of {servers}" for i in range(servers)]
+        parts += [f"worker {i}: a part of each batch" for i in range(row.ranks - servers)]
+    else:
+        parts = [_part_of(row, rank) for rank in range(row.ranks)]
+    return [(f"rank {rank}", part) for rank, part in enumerate(parts)]
+
+
+def _part_of(row: Row, rank: int) -> str:
+    place = coordinates(row.mesh, rank)
+    parts = [
+        HOLDS[axis].format(i=place[axis] + 1, n=degree)
+        for axis, degree in row.mesh.items()
+        if degree > 1
+    ]
+    if any("deepspeed" in file for file in row.files):
+        parts.append("and its share of what the engine divides")
+    return "; ".join(parts) or "everything"
 
 
 def _messages(row: Row) -> list[dict[str, Any]]:
-    """The busiest rank's messages beside the formulas', with this run's numbers in them."""
-    busiest = row.busiest
-    told = {(m["axis"], m["operation"]): m for m in row.traffic_predicted[busiest] or []}
-    seen = {(m["axis"], m["operation"]): m for m in row.traffic[busiest]}
-    found = []
-    for key in sorted(told.keys() | seen.keys()):
-        n = row.mesh.get(key[0], 1)
-        either = seen.get(key) or told[key]
-        times = Message(*key, 1, 1).wire_bytes(n)
-        found.append(
+    """Return the busiest rank's messages beside the predicted ones, and their formulas."""
+    predictions = row.traffic_predicted[row.busiest]
+    predicted = {(m["axis"], m["operation"]): m for m in predictions or []}
+    measured = {(m["axis"], m["operation"]): m for m in row.traffic[row.busiest]}
+    messages = []
+    for axis, operation in sorted(predicted.keys() | measured.keys()):
+        key, n = (axis, operation), row.mesh.get(axis, 1)
+        size = (measured.get(key) or predicted[key])["bytes"]
+        sent = Message(axis, operation, 1, 1).wire_bytes(n) * size
+        messages.append(
             {
-                "axis": key[0],
-                "operation": key[1],
-                "measured": seen.get(key),
-                "predicted": told.get(key),
-                "known": row.traffic_predicted[busiest] is not None,
-                "formula": (
-                    f"{_factor(key[1], n)} × {in_bytes(either['bytes'])} = "
-                    f"{in_bytes(times * either['bytes'])}"
-                ),
+                "axis": axis,
+                "operation": operation,
+                "measured": measured.get(key),
+                "predicted": predicted.get(key),
+                "known": predictions is not None,
+                "formula": f"{_factor(operation, n)} × {in_bytes(size)} = {in_bytes(sent)}",
             }
         )
-    return found
+    return messages
 
 
 def _factor(operation: str, n: int) -> str:
@@ -159,7 +136,7 @@ def _factor(operation: str, n: int) -> str:
 
 
 def _memory(row: Row) -> list[tuple[str, str, str]]:
-    """Kind, the most that was measured on the fullest rank, what was predicted."""
+    """Return kind, maximum and prediction of the fullest rank's memory."""
     return [
         (
             name,

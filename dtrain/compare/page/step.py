@@ -1,4 +1,4 @@
-"""One step of one strategy as a figure: what every rank did, and where it waited."""
+"""The page's chart of one step: what every rank did, and where it waited."""
 
 from __future__ import annotations
 
@@ -17,9 +17,7 @@ EXPOSED = "#d62f2f"
 
 
 def gantt(events: Iterable[dict[str, Any]], row: Row) -> Chart:
-    """A step of every rank: its work, below it its communication, and below that in red what
-    nothing covers.
-    """
+    """Draw each rank's work, below it its communication, and in red what nothing covers."""
     spans = [event for event in events if event["ph"] == "X"]
     bars: dict[tuple[str, str], list[tuple[float, float, float, float, str]]] = defaultdict(list)
     ranks = sorted({event["pid"] for event in spans})
@@ -27,9 +25,8 @@ def gantt(events: Iterable[dict[str, Any]], row: Row) -> Chart:
         own = [event for event in spans if event["pid"] == rank]
         for event in own:
             name = event["name"].split(" (")[0].split(" stage ")[0]
-            talk = event["cat"] == COMMUNICATION
             if event["cat"] != COMPUTE and name in COLOURS:
-                lane = (rank + 0.34, 0.18) if talk else (rank, 0.44)
+                lane = (rank + 0.34, 0.18) if event["cat"] == COMMUNICATION else (rank, 0.44)
                 bars[name, COLOURS[name]].append(
                     (event["ts"] / 1e3, event["dur"] / 1e3, *lane, event["name"])
                 )
@@ -38,9 +35,9 @@ def gantt(events: Iterable[dict[str, Any]], row: Row) -> Chart:
                 (start / 1e3, (end - start) / 1e3, rank + 0.5, 0.08, "exposed")
             )
     figure = go.Figure()
-    begin = min((bar[0] for found in bars.values() for bar in found), default=0.0)
-    for (name, colour), found in bars.items():
-        starts, lengths, places, heights, words = (list(each) for each in zip(*found, strict=True))
+    begin = min((bar[0] for group in bars.values() for bar in group), default=0.0)
+    for (name, colour), group in bars.items():
+        starts, lengths, places, heights, words = (list(each) for each in zip(*group, strict=True))
         starts = [start - begin for start in starts]
         figure.add_bar(
             orientation="h",
@@ -82,8 +79,9 @@ def _caption(row: Row) -> str:
 
 
 def _exposed(events: list[dict[str, Any]]) -> list[Interval]:
-    """Microseconds in which a rank communicates and computes nothing, but for less than a
-    thousandth of all.
+    """Return the microseconds in which a rank communicates and computes nothing.
+
+    Less than a thousandth of the step is left out.
     """
 
     def covered(kind: str) -> list[Interval]:
@@ -93,6 +91,6 @@ def _exposed(events: list[dict[str, Any]]) -> list[Interval]:
             if e["cat"] == kind and not e["name"].startswith("send")
         )
 
-    found = difference(covered(COMMUNICATION), covered(COMPUTE))
+    exposed = difference(covered(COMMUNICATION), covered(COMPUTE))
     least = length(union((int(e["ts"]), int(e["ts"] + e["dur"])) for e in events)) / 1000
-    return [(start, end) for start, end in found if end - start > least]
+    return [(start, end) for start, end in exposed if end - start > least]

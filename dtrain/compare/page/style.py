@@ -1,6 +1,4 @@
-"""How a figure of the page is made: its words, its colours, and what a reader may leave out of
-it.
-"""
+"""What the page's charts share: words, colours, and what a reader may leave out."""
 
 from __future__ import annotations
 
@@ -10,10 +8,10 @@ import plotly.graph_objects as go
 
 from dtrain.compare.results import Row
 
-# A figure by trace has one trace for each strategy; one by point has all strategies in each trace,
+# A chart by trace has one trace for each strategy; one by point has all strategies in each trace,
 # as its `customdata`. So the page can leave out the strategies that a reader does not want to see.
 TRACE, POINT = "trace", "point"
-FAMILIES = {  # by the axes of a mesh; what is on several is composed
+FAMILIES = {  # by the axis of a mesh; what is on several is composed
     "": ("one process", "#7a7a7a"), "dp": ("data parallel", "#2f6fb5"),
     "fsdp": ("sharded data", "#1b9a8a"),
     "tp": ("tensor", "#d9822b"), "pp": ("pipeline", "#8e5ab8"), "cp": ("context", "#c2447a"),
@@ -36,7 +34,8 @@ class Chart:
 
     Args:
         name: its id on the page.
-        title, caption: what it shows, and how to read it.
+        title: what it shows.
+        caption: how to read it.
         by: TRACE or POINT.
         figure: of Plotly.
     """
@@ -49,6 +48,6 @@ class Chart:
 
 
 def family(row: Row) -> tuple[str, str]:
-    """A row's kind of parallelism, and its colour."""
+    """Return a row's kind of parallelism, and its colour."""
     axes = [axis for axis, degree in row.mesh.items() if degree > 1]
     return FAMILIES["+" if len(axes) > 1 else axes[0] if axes else ""]

@@ -1,10 +1,12 @@
-"""What counting messages costs: steps with the recorder and without, by turns; the median of
-the pairs' ratios.
+"""What it costs to count messages: make bench-traffic
+
+Steps with and without the recorder, in turns; the median of the pairs' ratios.
 """
 
 from __future__ import annotations
 
 import sys
+from contextlib import nullcontext
 from functools import partial
 from statistics import median
 
@@ -25,7 +27,7 @@ STRATEGIES, PAIRS = ("ddp", "fsdp", "tensor", "pipeline", "context"), 40
 
 
 def ratios(overrides: list[str]) -> list[float]:
-    """Of each pair of steps on one rank: seconds with over seconds without."""
+    """Return seconds with the recorder over seconds without, for each pair of a rank's steps."""
     register()
     with initialize_config_dir(str(CONFIGS), version_base="1.3"):
         config = validated(compose("train", overrides=overrides))
@@ -44,10 +46,7 @@ def ratios(overrides: list[str]) -> list[float]:
         for number in range(2 * PAIRS + 4):
             on = bool(number // 2 % 2) ^ bool(number % 2)  # off on, on off, off on ...
             dist.barrier()
-            if on:
-                with profile:
-                    step = next(steps)
-            else:
+            with profile if on else nullcontext():
                 step = next(steps)
             if number >= 4:
                 seconds[on].append(step.step_seconds)
@@ -56,5 +55,5 @@ def ratios(overrides: list[str]) -> list[float]:
 
 if __name__ == "__main__":
     for strategy in STRATEGIES:
-        found = spawn(ratios, [f"strategy={strategy}", *sys.argv[1:]], nproc=2)
-        print(f"{strategy:10} {median(found) - 1:+.1%} of a step (median of {PAIRS} pairs)")
+        pairs = spawn(ratios, [f"strategy={strategy}", *sys.argv[1:]], nproc=2)
+        print(f"{strategy:10} {median(pairs) - 1:+.1%} of a step (median of {PAIRS} pairs)")

@@ -1,15 +1,12 @@
-"""What augmentation does where a model overfits: python scripts/bench_augment.py prints the table
-of docs/tasks.md.
+"""The table of docs/tasks.md on augmentation: make bench-augment
 
-Few samples, many epochs: the lowest and the last loss on held-out data, medians of 3 seeds.
+What does it do where a model overfits, with few samples and many epochs? The lowest and the last
+loss on held-out data, medians of 3 seeds.
 """
 
-import json
-import subprocess
-import sys
-import tempfile
-from pathlib import Path
 from statistics import median
+
+from runner import train
 
 IMAGES = (
     "task=image_classification",
@@ -36,21 +33,11 @@ TRIED = {
 
 
 def losses(settings: tuple[str, ...], changes: str, seed: int) -> tuple[float, float, float]:
-    """The lowest and the last loss on held-out data, and the last accuracy."""
-    with tempfile.TemporaryDirectory() as folder:
-        added = [f"+task/augment=[{changes}]"] if changes else []
-        command = [
-            sys.executable,
-            "scripts/train.py",
-            *settings,
-            *added,
-            f"seed={seed}",
-            f"hydra.run.dir={folder}",
-        ]
-        subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
-        lines = list(map(json.loads, (Path(folder) / "metrics.jsonl").read_text().splitlines()))
-        found = [line["val_loss"] for line in lines if "val_loss" in line]
-        return min(found), found[-1], lines[-1]["val_accuracy"]
+    """Return the lowest and the last loss on held-out data, and the last accuracy."""
+    augment = [f"+task/augment=[{changes}]"] if changes else []
+    _, lines = train(*settings, *augment, f"seed={seed}")
+    values = [line["val_loss"] for line in lines if "val_loss" in line]
+    return min(values), values[-1], lines[-1]["val_accuracy"]
 
 
 print("| data | augmentation | lowest loss | last loss | last accuracy |\n|---|---|---|---|---|")

@@ -1,19 +1,15 @@
-"""Who waits for a slow worker, and what not waiting costs: make bench-async prints the table of
-docs/asynchronous.md.
+"""The table and the figure of docs/asynchronous.md: make bench-async
 
-Two workers; one of them takes ten times as long in half of the runs. Runs take turns; medians over
-the rounds.
+Who waits for a slow worker, and what does it cost not to wait? Of two workers one takes ten times
+as long in half of the runs. Runs take turns; figures are medians over the rounds.
 """
 
-import json
-import subprocess
-import sys
-import tempfile
 from itertools import accumulate
 from pathlib import Path
 from statistics import median
 
 from matplotlib.figure import Figure
+from runner import train
 
 SLOW = ("inject.straggler.rank=1", "inject.straggler.factor=10")
 SERVER = ("strategy=parameter_server", "launch.nproc=3")
@@ -26,32 +22,17 @@ TRIED = {
 ROUNDS, STEPS, SLOW_STEPS = 3, 24, 8
 
 
-def run(settings: tuple[str, ...], steps: int) -> tuple[dict, list[dict]]:
-    """A run's summary and the lines of its steps."""
-    with tempfile.TemporaryDirectory() as folder:
-        command = [
-            sys.executable,
-            "scripts/train.py",
-            *settings,
-            "launch.threads=1",
-            f"steps={steps}",
-            "eval.every=0",
-        ]
-        subprocess.run([*command, f"hydra.run.dir={folder}"], check=True, stdout=subprocess.DEVNULL)
-        lines = map(json.loads, (Path(folder) / "metrics.jsonl").read_text().splitlines())
-        return json.loads((Path(folder) / "summary.json").read_text()), list(lines)
-
-
 def main() -> None:
-    found = {(name, slow): [] for name in TRIED for slow in (False, True)}
+    runs: dict[tuple[str, bool], list] = {
+        (name, slow): [] for name in TRIED for slow in (False, True)
+    }
     for _ in range(ROUNDS):
-        for name, slow in found:
-            found[name, slow].append(
-                run((*TRIED[name], *(SLOW if slow else ())), SLOW_STEPS if slow else STEPS)
-            )
+        for name, slow in runs:
+            own = (*SLOW, f"steps={SLOW_STEPS}") if slow else (f"steps={STEPS}",)
+            runs[name, slow].append(train(*TRIED[name], "launch.threads=1", "eval.every=0", *own))
     speeds = {
-        key: median(summary["tokens_per_second"] for summary, _ in runs)
-        for key, runs in found.items()
+        key: median(summary["tokens_per_second"] for summary, _ in several)
+        for key, several in runs.items()
     }
     print(
         "| | tokens/s | one of two slowed tenfold | of one unslowed worker | last loss | "
@@ -59,10 +40,10 @@ def main() -> None:
     )
     print("|---|---:|---:|---:|---:|---:|---:|")
     for name in TRIED:
-        summary, lines = found[name, False][0]
-        told = summary.get("profile", {}).get("asynchronous", {})
-        waited = sum(w["wait_seconds"] for w in told["workers"].values()) if told else None
-        loss = median(runs[-1]["loss"] for _, runs in found[name, False])
+        summary, lines = runs[name, False][0]
+        server = summary.get("profile", {}).get("asynchronous", {})
+        waited = sum(w["wait_seconds"] for w in server["workers"].values()) if server else None
+        loss = median(steps[-1]["loss"] for _, steps in runs[name, False])
         alone, stale = speeds[name, False] / 2, lines[-1].get("staleness", 0)
         print(
             f"| {name} | {speeds[name, False]:,.0f} | {speeds[name, True]:,.0f} | "
@@ -70,11 +51,11 @@ def main() -> None:
             f"{loss:.3f} | {stale:.2f} | {'–' if waited is None else f'{waited:.1f} s'} |",
             flush=True,
         )
-    draw({name: found[name, False][0][1] for name in TRIED}, speeds, Path("docs/async.png"))
+    draw({name: runs[name, False][0][1] for name in TRIED}, speeds, Path("docs/async.png"))
 
 
 def draw(curves: dict[str, list[dict]], speeds: dict[tuple[str, bool], float], file: Path) -> None:
-    """Throughput without and with the straggler; loss over gradients and over time."""
+    """Draw throughput without and with the straggler; loss over gradients and over time."""
     figure = Figure(figsize=(12, 3.6), layout="constrained")
     bars, gradients, seconds = figure.subplots(1, 3)
     for offset, slow, colour in ((-0.2, False, "#2f6fb5"), (0.2, True, "#d9822b")):
