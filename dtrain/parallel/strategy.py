@@ -140,11 +140,8 @@ class Strategy:
 
     def refuse_neighbours(self, plan: ParallelContext) -> None:
         """Raise ValueError if the strategy `stands_alone` and the plan has others."""
-        others = [
-            other.axis
-            for other in plan.strategies
-            if other is not self and not (self.engine and other.engine == self.engine)
-        ]
+        own = {self.engine} - {""}
+        others = [s.axis for s in plan.strategies if s is not self and s.engine not in own]
         if self.stands_alone and others:
             rule = self.stands_alone.format(others=", ".join(others))
             raise ValueError(f"strategy {self.name} stands alone{rule}")

@@ -53,14 +53,14 @@ def accelerator_of(plan: ParallelContext, micro_batches: int, **settings: Any) -
     AcceleratorState._reset_state(True)
     GradientState._reset_state()
     threads, rank, size = torch.get_num_threads(), dist.get_rank(), dist.get_world_size()
-    ranks = {
-        "RANK": str(rank),
-        "WORLD_SIZE": str(size),
-        "LOCAL_RANK": str(plan.device.index or rank),
-        "LOCAL_WORLD_SIZE": str(size),
-    }
-    before = ranks | dict(os.environ)  # DeepSpeed asks for the ranks later, too
-    os.environ |= before
+    for name, number in (
+        ("RANK", rank),
+        ("WORLD_SIZE", size),
+        ("LOCAL_RANK", plan.device.index or rank),
+        ("LOCAL_WORLD_SIZE", size),
+    ):
+        os.environ.setdefault(name, str(number))  # for good: DeepSpeed asks for them later, too
+    before = dict(os.environ)
     steps = GradientAccumulationPlugin(
         num_steps=micro_batches, adjust_scheduler=False, sync_with_dataloader=False
     )

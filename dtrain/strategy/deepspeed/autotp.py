@@ -80,18 +80,13 @@ class AutoTP(Strategy):
     def settings(self, model: nn.Module) -> dict[str, Any]:
         """Return the part of DeepSpeed's configuration that says how the model is cut."""
         layout = layout_of(model)
+        kinds = {"column": layout.column, "row": layout.row, "skip": layout.vocabulary}
         specs = [
             {
-                "patterns": [
-                    rf".*{re.escape(path)}\.weight$".replace(r"\*", "[^.]+") for path in paths
-                ],
+                "patterns": [rf".*{re.escape(p)}\.weight$".replace(r"\*", "[^.]+") for p in paths],
                 "partition_type": kind,
             }
-            for kind, paths in (
-                ("column", layout.column),
-                ("row", layout.row),
-                ("skip", layout.vocabulary),
-            )
+            for kind, paths in kinds.items()
             if paths
         ]
         return {
@@ -144,18 +139,13 @@ class AutoTP(Strategy):
 def _dims(model: nn.Module) -> dict[str, int]:
     """Return the dim of each parameter that is cut, by its name; a row layer's bias is not."""
     layout = layout_of(model)
-    columns = {
-        f"{path}.{key}": 0
-        for path, layer in modules_at(model, layout.column)
+    return {
+        f"{path}.{key}": dim
+        for dim, paths in enumerate((layout.column, layout.row))
+        for path, layer in modules_at(model, paths)
         for key, _ in layer.named_parameters()
+        if dim == 0 or key == "weight"
     }
-    rows = {
-        f"{path}.{key}": 1
-        for path, layer in modules_at(model, layout.row)
-        for key, _ in layer.named_parameters()
-        if key == "weight"
-    }
-    return columns | rows
 
 
 def _dim(name: str, tensor: Tensor, dims: dict[str, int]) -> int | None:

@@ -303,13 +303,12 @@ class DeepSpeedExecutor(GradientAccumulation):
         if not self.stage:
             return None  # gradients are in `.grad`, and the loop clips
         zero = self.engines[model].optimizer
-        norm: Tensor
         if self.stage < 3:
-            norm = zero.scaled_global_norm().double() / zero.loss_scale
+            norm: Tensor = zero.scaled_global_norm().double()
         else:
             norms = torch.stack(zero._get_norm_groups()).double()  # -1 where one is not finite
-            norm = norms.where(norms >= 0, math.inf).norm() / zero.loss_scale
-        return norm
+            norm = norms.where(norms >= 0, math.inf).norm()
+        return norm / float(zero.loss_scale)
 
     def step(self, model: str, optimizer: Optimizer) -> None:
         self.engines[model].step()
