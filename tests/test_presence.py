@@ -16,7 +16,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 import warm
-from cases import STRATEGIES, Outcome, adamw, assert_all_equal, find, finish, plan_of, whole
+from cases import STRATEGIES, Outcome, adamw, assert_all_equal, find, finish, full_tensor, plan_of
 from cases import Case as Told
 from test_cli import PYTHON
 from torch import Tensor, nn
@@ -306,7 +306,7 @@ def _alone(task: type[Task], steps: int) -> list[str]:
     for _ in run.steps():
         pass
     found = run.state()
-    assert all(whole(tensor).isfinite().all() for tensor in found.values())
+    assert all(full_tensor(tensor).isfinite().all() for tensor in found.values())
     return sorted(found)
 
 
