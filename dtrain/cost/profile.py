@@ -12,7 +12,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import asdict
-from typing import Any
+from typing import Any, Self
 
 import torch.distributed as dist
 
@@ -50,7 +50,7 @@ class Profile:
         self.followed: MemoryTracker | None = None  # the memory of one step
         self.timeline = Timeline()
 
-    def __enter__(self) -> Profile:
+    def __enter__(self) -> Self:
         self._counter.__enter__()
         return self
 
@@ -73,9 +73,9 @@ class Profile:
         finally:
             self._counter.counting = False
 
-    def steps(self, trainer: Trainer) -> Iterator[Step]:
-        """Those of the trainer, with the instruments on."""
-        steps, number = trainer.steps(), 0
+    def steps(self, trainer: Trainer, steps: Iterator[Step] | None = None) -> Iterator[Step]:
+        """Yield the steps, or else the trainer's own, with the instruments on."""
+        steps, number = steps or trainer.steps(), 0
         while True:
             number += 1
             self.disturbed = number in (FOLLOWED, RECORDED)
