@@ -13,7 +13,7 @@ from torch.optim import Optimizer
 from dtrain.config.schema import Straggler
 from dtrain.cost.predict import Cost, fold
 from dtrain.cost.profile import RECORDED, Profile
-from dtrain.cost.trace import trace
+from dtrain.cost.recorder import record_footprint
 from dtrain.launch.fault_injection import slowed
 from dtrain.launch.hang_detector import HangDetector
 from dtrain.parallel.spans import FIGURES, FORWARD_BACKWARD
@@ -150,12 +150,16 @@ def observers_of(
 
 def _predicted(job: Parts, optimizer: Callable[[nn.Module], Optimizer]) -> Cost | None:
     """Return this rank's predicted cost; None, with a note, if shapes alone cannot tell it."""
-    sizes = {
-        "global_batch_size": job.config.global_batch_size,
-        "micro_batch_size": job.config.micro_batch_size,
-    }
+    config = job.config
     try:
-        return fold(trace(job.task, job.plan, optimizer, **sizes), job.plan, dist.get_rank())  # type: ignore[arg-type]
+        footprint = record_footprint(
+            job.task,
+            job.plan,
+            optimizer,
+            global_batch_size=config.global_batch_size,
+            micro_batch_size=config.micro_batch_size,
+        )
+        return fold(footprint, job.plan, dist.get_rank())
     except ValueError as error:
         job.logger.note(f"nothing is predicted: {error}")
         return None
