@@ -144,7 +144,6 @@ MOVED = {
     "dtrain.accumulate": "dtrain.parallel.accumulate",
     "dtrain.footprint": "dtrain.parallel.footprint",
     "dtrain.cost.trace": "dtrain.cost.recorder",
-    "dtrain.cost.trace.trace": "dtrain.cost.recorder.record_footprint",
     "dtrain.cost.Message": "dtrain.parallel.messages.Message",
     "dtrain.cost.message": "dtrain.parallel.messages.message",
     "dtrain.cost.all_reduce_each": "dtrain.parallel.messages.all_reduce_each",

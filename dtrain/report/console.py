@@ -18,11 +18,11 @@ from dtrain.report.base import Logger, Run
 from dtrain.report.tables import numbers, show_table
 from dtrain.report.terminal import Terminal, on_one_line
 
-LINES = 10  # how many lines a run prints where there is no terminal
+LINES = 10  # of a run's steps, where output is no terminal
 
 
 class Console(Logger):
-    """Progress for a person; where output is not a terminal, some ten plain lines."""
+    """Show progress to a person: a bar, or some ten plain lines where output is no terminal."""
 
     def __init__(self) -> None:
         self._terminal = Terminal()
@@ -69,9 +69,9 @@ class Console(Logger):
     def note(self, text: str) -> None:
         self._print(text)
 
-    def profile(self, found: dict[str, Any], ranks: Sequence[Sequence[Span]], title: str) -> None:
+    def profile(self, report: dict[str, Any], ranks: Sequence[Sequence[Span]], title: str) -> None:
         self._stop()
-        instruments.show_profile(found)
+        instruments.show_profile(report)
 
     def finish(self, summary: dict[str, Any]) -> None:
         self._stop()
