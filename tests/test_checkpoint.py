@@ -46,7 +46,7 @@ from dtrain.run import checkpoint_files
 from dtrain.run.assemble import Parts
 from dtrain.run.checkpoint import Checkpoints, _apart, load, load_weights
 from dtrain.run.checkpoint_files import read_manifest, run_of, verify
-from dtrain.run.resume import manifest_fields, take_weights
+from dtrain.run.resume import Resume, manifest_fields, starting_point, take_weights
 
 STEPS, SAVED_AT = 6, 4
 EXACT, CROSS = 0.0, 1e-12  # the same strategy: bit for bit; another one: rounding in fp64
@@ -770,7 +770,10 @@ def resumed(alone, tmp_path_factory: pytest.TempPathFactory) -> Callable[..., li
 
     def resume(data: dict[str, Any], **settings: Any) -> list[str]:
         notes.clear()
-        take_weights(made, job(data, **settings), folder, World())
+        parts = job(data, **settings)
+        start = starting_point(parts, folder, World())
+        assert isinstance(start, Resume)
+        take_weights(made, parts, start)
         assert notes[0].startswith("resumed from") and notes[0].endswith(", step 3")
         return notes[1:]
 
@@ -819,7 +822,7 @@ def test_complex_numbers_are_saved_and_restored(
     kept = (
         nullcontext()
         if not as_it_is
-        else mock.patch("dtrain.run.checkpoint._written", lambda name, tensor, saved: tensor)
+        else mock.patch("dtrain.run.checkpoint._as_saved", lambda name, tensor, saved: tensor)
     )
     with kept:
         Checkpoints(tmp_path, keep_last=1).save(

@@ -455,12 +455,12 @@ def reached(folder: Path, overrides: list[str]) -> dict[str, Any]:
             "Checkpoints",
             "HangDetector",
             "process_group",
-            "slowed",
             "take_weights",
         )
-        trainer, checkpoints, watch, connected, slowed, taken = (
+        trainer, checkpoints, watch, connected, taken = (
             seen(f"dtrain.run.run.{name}") for name in names
         )
+        slowed = seen("dtrain.run.observers.slowed")
         meter = seen("dtrain.run.summary.Throughput")
         save = stack.enter_context(mock.patch.object(Checkpoints, "save"))
         run(validated(config), World(), folder / "run", "single")

@@ -11,11 +11,14 @@ from statistics import fmean
 from typing import Any
 
 import pytest
+import torch
 from cases import CONTEXT, GAN, ROWS, NextToken, adamw
+from torch import nn
 
+from dtrain.cost import predict
 from dtrain.cost.predict import Cost, coordinates, fold
 from dtrain.cost.profile import Profile
-from dtrain.cost.trace import trace
+from dtrain.cost.recorder import record_footprint
 from dtrain.model.moe import MoE
 from dtrain.model.transformer import Transformer
 from dtrain.parallel import footprint
@@ -33,7 +36,8 @@ from dtrain.strategy.pipeline.strategy import PipelineParallel
 from dtrain.strategy.replicate import Replicate
 from dtrain.strategy.tensor.strategy import TensorParallel
 from dtrain.strategy.zero1 import Zero1
-from dtrain.task.base import Task
+from dtrain.task.base import Supervised, Task
+from dtrain.task.batch import Batch
 from dtrain.train import Settings, Trainer
 
 ACTIVATIONS = 0.1  # of what is predicted
@@ -129,15 +133,17 @@ def measured(case: Case) -> Cost:
         steps = profile.steps(Trainer(task, plan, adamw, settings, profile.phase))
         for _ in range(WARM_UP + 1):
             next(steps)
-        ledger = profile.followed
-        assert ledger is not None
-        held = [ledger.held[kind] for kind in ("parameters", "gradients", "optimizer")]
-        return Cost(profile.traffic, *held, ledger.peak("activations"))
+        tracker = profile.followed
+        assert tracker is not None
+        held = [tracker.labelled_bytes[kind] for kind in ("parameters", "gradients", "optimizer")]
+        return Cost(profile.traffic, *held, tracker.peak("activations"))
 
 
 def predicted(case: Case) -> list[Cost]:
     task, plan, micro_batch_size = case.made()
-    footprint = trace(task, plan, adamw, global_batch_size=ROWS, micro_batch_size=micro_batch_size)
+    footprint = record_footprint(
+        task, plan, adamw, global_batch_size=ROWS, micro_batch_size=micro_batch_size
+    )
     return [fold(footprint, plan, rank) for rank in range(case.ranks)]
 
 
@@ -323,6 +329,41 @@ def test_wire_bytes_of_a_ring() -> None:
     assert Message("dp", "send", 1, 100).wire_bytes(1) == 0
 
 
+class OneLinear(Task):
+    """The model of the example in `cost/predict.py`."""
+
+    def __init__(self) -> None:
+        self.models = {"model": partial(nn.Linear, 4, 6, bias=False)}
+        self.updates = (
+            Supervised("model", ("rows",), lambda outputs, batch: outputs.sum(), _count_rows),
+        )
+
+    def batch(self, step: int) -> Batch:
+        return {"rows": torch.ones(ROWS, 4)}
+
+    def validation(self) -> list[Batch]:
+        return []
+
+    def size(self, batch: Batch) -> int:
+        return len(batch["rows"])
+
+
+def _count_rows(batch: Batch) -> torch.Tensor:
+    return torch.tensor(float(len(batch["rows"])))
+
+
+def test_the_worked_example_is_what_is_predicted() -> None:
+    """In the docstring of `cost/predict.py`, a row a strategy."""
+    example = (predict.__doc__ or "").partition("strategy   parameters")[2].partition("\n\n")[0]
+    rows = [line.split(maxsplit=4) for line in example.splitlines()[1:]]
+    assert [name for name, *_ in rows] == ["ddp", "zero1", "fsdp"]
+    for name, *cells in rows:
+        cost = predicted(Case(2, PLANS[name][1], OneLinear))[0]
+        messages = [f"{m.operation} {m.calls} x {m.bytes // m.calls}" for m in cost.messages]
+        sizes = cost.parameter_bytes, cost.gradient_bytes, cost.optimizer_bytes
+        assert cells == [*map(str, sizes), ", ".join(messages)]
+
+
 def test_a_large_plan_needs_shapes_alone() -> None:
     """A billion weights on 1,024 ranks, in this process: a replica's 64 ranks hold them once,
     but for the norms.
@@ -331,7 +372,7 @@ def test_a_large_plan_needs_shapes_alone() -> None:
     task, plan, _ = Case(
         1024, strategies, partial(NextToken, 1024, d_model=2048, n_layers=24, n_heads=16)
     ).made()
-    footprint = trace(task, plan, adamw, global_batch_size=1024)
+    footprint = record_footprint(task, plan, adamw, global_batch_size=1024)
     replica = [fold(footprint, plan, rank) for rank in range(64)]
     weights = 4 * sum(p.numel() for p in footprint.pieces[0].outline.parameters())
     assert weights > 4e9

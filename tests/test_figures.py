@@ -25,9 +25,9 @@ from dtrain.config.schema import Config, Measure
 from dtrain.cost import peak_memory, timeline
 from dtrain.cost.predict import fold
 from dtrain.cost.profile import Profile
+from dtrain.cost.recorder import record_footprint
 from dtrain.cost.throughput import Throughput
 from dtrain.cost.timeline import COMMUNICATION, COMPUTE, Shares, Span
-from dtrain.cost.trace import trace
 from dtrain.launch.world import World
 from dtrain.model.layout import Layout
 from dtrain.parallel.messages import Message
@@ -294,7 +294,7 @@ def test_what_one_block_keeps_for_its_backward_pass_is_the_textbooks() -> None:
     rows, heads, tokens = 2, 2, 2 * CONTEXT
     task = NextToken(rows=rows, n_layers=1, n_heads=heads)
     plan = Plan.of([], 1)
-    footprint = trace(task, plan, adamw, global_batch_size=rows)
+    footprint = record_footprint(task, plan, adamw, global_batch_size=rows)
     (piece,) = footprint.pieces
     wide, figure = tokens * WIDTH, tokens
     norm = [wide, figure, figure]  # what it gives, and the mean and deviation of each token

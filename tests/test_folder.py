@@ -183,7 +183,7 @@ def test_a_restart_waits_for_the_attempt_before_and_needs_no_setting(
 
 @pytest.mark.usefixtures("alone")
 @pytest.mark.parametrize("kind", ["file", "folder", "pipe", "link to nowhere"])
-@pytest.mark.parametrize("name", [NAME, claim.HYDRA, *claim.LEFT])
+@pytest.mark.parametrize("name", [NAME, claim.HYDRA, *claim.OUTPUT])
 def test_what_is_in_the_way_of_a_runs_own_is_refused(name: str, kind: str, tmp_path: Path) -> None:
     """Before it trains, and however it begins; `overwrite` removes what a run leaves, of
     whatever kind.
@@ -208,7 +208,7 @@ def test_what_is_in_the_way_of_a_runs_own_is_refused(name: str, kind: str, tmp_p
             with claim.claimed(tmp_path, World(), config, {}):
                 pass
             make["file"]() if name == claim.RESUMABLE and right else None  # noqa: B018
-    if name in claim.LEFT:
+    if name in claim.OUTPUT:
         with claim.claimed(tmp_path, World(), _config(overwrite=True), {}):
             assert not os.path.lexists(place)
 

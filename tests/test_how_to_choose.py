@@ -13,7 +13,7 @@ import torch
 from cases import NextToken, adamw
 
 from dtrain.cost.predict import fold
-from dtrain.cost.trace import trace
+from dtrain.cost.recorder import record_footprint
 from dtrain.data.tokenizer import Bytes
 from dtrain.model.transformer import Transformer
 from dtrain.parallel.plan import Plan
@@ -76,7 +76,11 @@ def value(formula: str, n: int) -> float:
 
 def sent(name: str, n: int, rank: int = 0) -> float:
     plan = Plan.of([STRATEGIES[name]()], n)
-    cost = fold(trace(Mini(), plan, adamw, global_batch_size=B, micro_batch_size=None), plan, rank)
+    cost = fold(
+        record_footprint(Mini(), plan, adamw, global_batch_size=B, micro_batch_size=None),
+        plan,
+        rank,
+    )
     return sum(message.wire_bytes(n) for message in cost.messages)
 
 

@@ -115,15 +115,15 @@ def test_a_rank_works_as_long_whatever_parts_its_passes_are_cut_into(schedule: s
     assert work == [3 * m * of_ranks.stages_per_rank] * 2
 
 
-def _mlp_step(ledger: MemoryTracker, rows: int, width: int) -> None:
+def _mlp_step(tracker: MemoryTracker, rows: int, width: int) -> None:
     model = torch.nn.Sequential(
         torch.nn.Linear(width, 3 * width), torch.nn.GELU(), torch.nn.Linear(3 * width, 1)
     )
     x = torch.randn(rows, width)
-    ledger.hold("parameters", model.parameters())
-    with ledger:
+    tracker.label("parameters", model.parameters())
+    with tracker:
         model(x).sum().backward()
-        ledger.hold("gradients", [p.grad for p in model.parameters()])
+        tracker.label("gradients", [p.grad for p in model.parameters()])
 
 
 @given(st.integers(1, 40), st.integers(1, 20))
@@ -132,12 +132,14 @@ def test_memory_by_kind_is_that_of_the_shapes(rows: int, width: int) -> None:
 
     Of the loss itself two numbers stay.
     """
-    ledger = MemoryTracker()
-    _mlp_step(ledger, rows, width)
+    tracker = MemoryTracker()
+    _mlp_step(tracker, rows, width)
     weights = 4 * (width * 3 * width + 3 * width + 3 * width + 1)
-    assert ledger.held == {"parameters": weights, "gradients": weights}
-    assert ledger.peak("activations") == 2 * 4 * rows * 3 * width + 2 * 4
-    assert sum(ledger.at_peak().values()) == ledger.peak() >= weights + ledger.peak("activations")
+    assert tracker.labelled_bytes == {"parameters": weights, "gradients": weights}
+    assert tracker.peak("activations") == 2 * 4 * rows * 3 * width + 2 * 4
+    assert (
+        sum(tracker.at_peak().values()) == tracker.peak() >= weights + tracker.peak("activations")
+    )
 
 
 def _profiled(strategy: str, size: int, model: tuple) -> tuple[dict, list[list[Span]], list[dict]]:
@@ -519,28 +521,28 @@ def test_each_collective_is_counted_with_the_whole_tensor_that_it_is_about(world
 
 def test_memory_is_of_what_lives_at_one_moment() -> None:
     """A view is no memory of its own, and what has gone makes room; sizes in fp32."""
-    ledger, held = MemoryTracker(), torch.zeros(10)
-    ledger.hold("parameters", [held, None])
-    with ledger:
+    tracker, held = MemoryTracker(), torch.zeros(10)
+    tracker.label("parameters", [held, None])
+    with tracker:
         early = torch.zeros(1000)
         view = early[500:]
         other = torch.zeros(500, dtype=torch.float64)
         del early, view
         late = torch.zeros(900)
         del other, late
-        ledger.hold("gradients", [torch.zeros(20)])
+        tracker.label("gradients", [torch.zeros(20)])
         last = torch.zeros(30)
-    assert ledger.peak() == 4 * (10 + 1000 + 2 * 500)
-    assert {kind: size for kind, size in ledger.at_peak().items() if size} == {
+    assert tracker.peak() == 4 * (10 + 1000 + 2 * 500)
+    assert {kind: size for kind, size in tracker.at_peak().items() if size} == {
         "parameters": 40,
         "other": 8000,
     }
-    assert (ledger.peak("parameters"), ledger.peak("gradients"), ledger.peak("other")) == (
+    assert (tracker.peak("parameters"), tracker.peak("gradients"), tracker.peak("other")) == (
         40,
         80,
         8000,
     )
-    assert ledger.held == {"parameters": 40, "gradients": 80} and last.numel() == 30
+    assert tracker.labelled_bytes == {"parameters": 40, "gradients": 80} and last.numel() == 30
 
 
 # Who is missing

@@ -34,7 +34,7 @@ from omegaconf import OmegaConf
 from own_models import MODELS, OwnModel
 
 from dtrain.cost.model_size import model_size
-from dtrain.cost.trace import trace
+from dtrain.cost.recorder import record_footprint
 from dtrain.model.adapt import adapt
 from dtrain.model.initialize import build, build_with_values, cast
 from dtrain.model.layout import refuse_batch_norm
@@ -453,12 +453,12 @@ def test_what_gives_no_logits_or_needs_targets_is_refused() -> None:
 def test_a_prediction_takes_attention_as_it_is_called() -> None:
     """Five arguments by their places."""
     task = OwnModel(MODELS["Good"])
-    assert trace(task, Plan.of([], 1), global_batch_size=12).pieces[0].calls
+    assert record_footprint(task, Plan.of([], 1), global_batch_size=12).pieces[0].calls
 
 
 def test_what_does_not_run_on_meta_tensors_is_not_predicted() -> None:
     with pytest.raises(ValueError, match="a model does not run on meta tensors: "):
-        trace(OwnModel(MODELS["Branching"]), Plan.of([], 1), global_batch_size=12)
+        record_footprint(OwnModel(MODELS["Branching"]), Plan.of([], 1), global_batch_size=12)
 
 
 def test_whole_takes_the_seed() -> None:

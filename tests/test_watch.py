@@ -20,7 +20,7 @@ from dtrain.config.schema import Inject, MissedCollective, Straggler
 from dtrain.launch import hang_detector
 from dtrain.launch.hang_detector import Hang, HangDetector
 from dtrain.parallel.spans import EXCHANGE, FIGURES, FORWARD_BACKWARD
-from dtrain.run.run import _instruments
+from dtrain.run.observers import observers_of
 
 TIMEOUT_S = 0.4
 
@@ -181,15 +181,15 @@ def test_a_rank_may_be_slow_and_stay_away() -> None:
     )
     watch = SimpleNamespace(skipping=lambda step: noted(f"skipped in {step}"))
     with (
-        mock.patch("dtrain.run.run.dist.get_rank", lambda: 0),
+        mock.patch("dtrain.run.observers.dist.get_rank", lambda: 0),
         mock.patch(
-            "dtrain.run.run.slowed", lambda straggler, rank: noted(f"slow by {straggler.factor:g}")
+            "dtrain.run.observers.slowed",
+            lambda straggler, rank: noted(f"slow by {straggler.factor:g}"),
         ),
     ):
-        _, phase = _instruments(
-            SimpleNamespace(config=config, asynchronous=False), None, None, watch
-        )  # type: ignore[arg-type]
+        job = SimpleNamespace(config=config, asynchronous=False)
+        observers = observers_of(job, None, None, watch)  # type: ignore[arg-type]
         for name in (FORWARD_BACKWARD, EXCHANGE, FIGURES):
-            with phase(name):
+            with observers.phase(name):
                 pass
     assert done == ["slow by 2", "skipped in 3"]

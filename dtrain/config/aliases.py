@@ -131,6 +131,7 @@ MOVED = {
     "dtrain.optimizer": "dtrain.parallel.optimizer",
     "dtrain.accumulate": "dtrain.parallel.accumulate",
     "dtrain.footprint": "dtrain.parallel.footprint",
+    "dtrain.cost.trace": "dtrain.cost.recorder",
     "dtrain.cost.Message": "dtrain.parallel.messages.Message",
     "dtrain.cost.message": "dtrain.parallel.messages.message",
     "dtrain.cost.all_reduce_each": "dtrain.parallel.messages.all_reduce_each",

@@ -1,4 +1,4 @@
-"""Where a run's figures were read: versions, machine, commit."""
+"""Describe where a run's figures were measured: versions, machine, commit."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ PACKAGES = (
 
 
 def describe() -> dict[str, Any]:
-    """Versions, processor, cores, threads, memory, GPU and the checkout's commit."""
+    """Return versions, processor, cores, threads, memory, GPU and the checkout's commit."""
     return {
         "python": platform.python_version(),
         "platform": platform.platform(),
@@ -59,14 +59,11 @@ def _cpu() -> str:
 
 
 def _commit() -> str | None:
-    """The checkout's commit, with `+changes` where the tree differs from it; None outside a
-    checkout.
-    """
-    here = Path(__file__).resolve().parent
+    """Return the checkout's commit, with `+changes` if the tree differs; None if there is none."""
     try:
-        found = subprocess.run(
+        described = subprocess.run(
             ["git", "describe", "--always", "--abbrev=12", "--dirty=+changes", "--exclude=*"],
-            cwd=here,
+            cwd=Path(__file__).resolve().parent,
             capture_output=True,
             text=True,
             timeout=5,
@@ -74,4 +71,4 @@ def _commit() -> str | None:
         )
     except (OSError, subprocess.SubprocessError):
         return None
-    return found.stdout.strip() or None
+    return described.stdout.strip() or None

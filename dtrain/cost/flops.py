@@ -22,7 +22,7 @@ SECONDS = 0.1
 
 
 def count(run: Callable[[], Tensor]) -> int:
-    """Operations of matrix products in `run()` and the backward of the loss it returns.
+    """Count the operations of matrix products in `run()` and the backward pass of its loss.
 
     On the meta device this costs no arithmetic. Attention counts as if no score were masked, as is
     usual for MFU; element-wise work does not count.
@@ -30,16 +30,15 @@ def count(run: Callable[[], Tensor]) -> int:
     with FlopCounterMode(display=False) as counter:
         loss = run()
         if loss.requires_grad:
-            loss.backward()
-    return counter.get_total_flops()
+            loss.backward()  # type: ignore[no-untyped-call]
+    return int(counter.get_total_flops())
 
 
 def peak(device: torch.device, dtype: torch.dtype) -> tuple[float, str]:
-    """A rank's peak in operations a second, and where the figure is from: a data sheet, or measured
-    now.
+    """Return a rank's peak in operations a second, and its source: a data sheet or a measurement.
 
-    Measured: the best of several products of large matrices, on a CPU with this rank's threads. All
-    ranks of a machine should call it together, since they share the machine's units.
+    The measurement is the best of several products of large matrices, on a CPU with this rank's
+    threads. All ranks of a machine should call it together: they share the machine's units.
     """
     if device.type == "cuda" and dtype == torch.bfloat16:
         name = torch.cuda.get_device_name(device)
@@ -47,8 +46,7 @@ def peak(device: torch.device, dtype: torch.dtype) -> tuple[float, str]:
             return STATED_PEAKS[name], f"data sheet of {name}, bf16 dense"
     size = 1024 if device.type == "cpu" else 8192
     a, b = (torch.randn(size, size, device=device, dtype=dtype) for _ in range(2))
-    # the first one loads the library, which on a GPU takes longer than SECONDS
-    _timed_product(a, b)
+    _timed_product(a, b)  # loads the library, which on a GPU takes longer than SECONDS
     best, end = _timed_product(a, b), time.perf_counter() + SECONDS
     while time.perf_counter() < end:
         best = min(best, _timed_product(a, b))

@@ -1,24 +1,23 @@
-"""The memory of a rank by kind: every storage that a step allocates, when it is born and when it
-goes.
+"""Track the memory of a rank by kind: each storage, from its birth to its death.
 
-    parameters      what the models hold between steps
-    gradients       what the optimizer finds
-    optimizer       what it keeps
+    parameters      weights, between steps
+    gradients       what the optimizer finds before it steps
+    optimizer       its states
     activations     made by a forward pass, and still there when a backward pass begins
     communication   handed to collectives, and weights that fsdp has gathered
     other           batches, buffers, and what lives for a moment within a pass
 
 A dispatch mode sees each operation's results, on the CPU and on CUDA alike, and a weak reference
-tells when the last user of a storage has gone; what an operation takes and frees within itself is
-not seen. It costs time: one step.
+tells when the last user of a storage has gone. It does not see what an operation allocates and
+frees within itself. It slows a step down.
 """
 
 from __future__ import annotations
 
 import weakref
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field, replace
-from typing import Any
+from dataclasses import dataclass, field
+from typing import Any, Self
 
 import torch
 from torch import Tensor
@@ -33,18 +32,21 @@ KINDS = ("parameters", "gradients", "optimizer", "activations", "communication",
 
 
 @dataclass
-class Entry:
-    """One storage, from when it is born to when it dies or changes its size.
+class Storage:
+    """One storage, from its birth to its death, or until its size changes.
 
     Args:
-        shape, bytes: of the tensor it was made for; of all of it.
+        shape: of the tensor that it was allocated for.
         where: what computed it.
-        born, died: in operations.
-        kind: what it was said to be for.
-        forward, turns: is it of a forward pass; how many times it had gone from forward to
-            backward, at both ends.
-        travels, received: was it handed to a collective, to be filled by it?
-        used: did a backward pass need it?
+        born: the number of the operation that allocated it.
+        died: the number of the last operation before it was freed; None: it is still there.
+        bytes: of all of it.
+        label: its kind, where `MemoryTracker.label` has named one.
+        forward: whether a forward pass allocated it.
+        turns: how often the step had gone from forward to backward, at its birth and death.
+        travels: whether it was handed to a collective.
+        received: whether a collective filled it.
+        used: whether a backward pass needed it.
         feeds: the modules that were given it.
     """
 
@@ -53,7 +55,7 @@ class Entry:
     born: int = 0
     died: int | None = None
     bytes: int = 0
-    kind: str = ""
+    label: str = ""
     forward: bool = False
     turns: tuple[int, int] = (0, 0)
     travels: bool = False
@@ -63,71 +65,77 @@ class Entry:
 
     @property
     def survives(self) -> bool:
-        """Was it made in a forward pass, and held for a backward pass?
+        """Whether a forward pass allocated it and a backward pass found it.
 
-        What a collective has filled may linger with its message: of that, if the backward pass used
-        it.
+        What a collective filled may linger with its message: it counts if backward used it.
         """
-        held = self.forward and self.died is not None and self.turns[0] < self.turns[1]
-        return held and (self.used or not self.received)
+        survives = self.forward and self.died is not None and self.turns[0] < self.turns[1]
+        return survives and (self.used or not self.received)
 
     @property
-    def what(self) -> str:
+    def kind(self) -> str:
         """One of KINDS."""
-        return self.kind or (
+        return self.label or (
             "activations" if self.survives else "communication" if self.travels else "other"
         )
 
 
-class MemoryTracker(TorchDispatchMode):
-    """Follows all storages while it is on.
+class MemoryTracker(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Track all storages while the mode is on.
 
     Args:
-        where: says what computes; noted with each storage that is born.
+        where: returns what computes; called for each storage that is born.
+
+    Attributes:
+        labelled_bytes: of each labelled kind, the most bytes at once, padding left out.
     """
 
     def __init__(self, where: Callable[[], Any] = lambda: None) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.where = where
-        self.entries: list[Entry] = []
-        # of the kinds that were said, the most bytes at once, padding left out
-        self.held: dict[str, int] = {}
+        self.storages: list[Storage] = []
+        self.labelled_bytes: dict[str, int] = {}
         self._now = self._turns = 0
-        self._forward = False  # was the last operation one of a forward pass?
-        self._living: dict[int, Entry] = {}  # by the address of the storage's object
+        self._forward = False  # whether the last operation was one of a forward pass
+        self._living: dict[int, Storage] = {}  # by the address of the storage's object
         self._references: dict[int, Any] = {}
 
-    def hold(self, kind: str, tensors: Iterable[Tensor | None]) -> None:
-        """Say what these tensors are for, whenever they were made: their whole storages,
-        padding included.
-        """
-        held = [_local(tensor) for tensor in tensors if tensor is not None]
-        for tensor in held:
-            self.entry(tensor).kind = kind
-        self.held[kind] = max(self.held.get(kind, 0), sum(tensor.nbytes for tensor in held))
+    def label(self, kind: str, tensors: Iterable[Tensor | None]) -> None:
+        """Name the kind of these tensors' whole storages, padding included, however old."""
+        local = [_local(tensor) for tensor in tensors if tensor is not None]
+        for tensor in local:
+            self.storage_of(tensor).label = kind
+        size = sum(tensor.nbytes for tensor in local)
+        self.labelled_bytes[kind] = max(self.labelled_bytes.get(kind, 0), size)
 
-    def entry(self, tensor: Tensor) -> Entry:
-        """Of a tensor's storage, which may have been there before."""
-        storage = _local(tensor).untyped_storage()
-        return self._living.get(storage._cdata) or self._open(storage, Entry(tuple(tensor.shape)))
+    def storage_of(self, tensor: Tensor) -> Storage:
+        """Return a tensor's storage; it may be older than the mode."""
+        raw = _local(tensor).untyped_storage()
+        return self._living.get(raw._cdata) or self._open(raw, Storage(tuple(tensor.shape)))
 
-    def __enter__(self) -> MemoryTracker:
+    def __enter__(self) -> Self:
         resize = self._resize = torch.UntypedStorage.resize_
 
         def resized(storage: torch.UntypedStorage, size: int) -> None:
             self._close(storage._cdata)
             resize(storage, size)
-            self._open(storage, Entry((), born=self._now, kind="communication"))
+            self._open(storage, Storage((), born=self._now, label="communication"))
 
-        torch.UntypedStorage.resize_ = resized  # type: ignore[method-assign,assignment]  # fsdp's way to free and take
-        return super().__enter__()
+        # fsdp frees and allocates so
+        torch.UntypedStorage.resize_ = resized  # type: ignore[method-assign,assignment]
+        super().__enter__()  # type: ignore[no-untyped-call]
+        return self
 
     def __exit__(self, *error: Any) -> None:
-        super().__exit__(*error)
+        super().__exit__(*error)  # type: ignore[no-untyped-call]
         torch.UntypedStorage.resize_ = self._resize  # type: ignore[method-assign]
 
     def __torch_dispatch__(
-        self, function: Any, types: Any, args: tuple = (), kwargs: dict | None = None
+        self,
+        function: Any,
+        types: Any,
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
     ) -> Any:
         if any(issubclass(kind, DTensor) for kind in types):
             return NotImplemented  # its own dispatch comes back with local tensors
@@ -139,63 +147,62 @@ class MemoryTracker(TorchDispatchMode):
         self._forward = forward
         travels = function.namespace in ("c10d", "_c10d_functional")
         for tensor in _tensors((args, kwargs)):
-            entry = self.entry(tensor)
-            entry.travels |= travels
-            entry.used |= not forward
+            storage = self.storage_of(tensor)
+            storage.travels |= travels
+            storage.used |= not forward
         if function.namespace == "c10d" and function.overloadpacket.__name__ != "send":
             for tensor in _tensors(args[:1]):
-                self.entry(tensor).received = True
+                self.storage_of(tensor).received = True
         output = function(*args, **(kwargs or {}))
         for tensor in _tensors(output):
-            storage = tensor.untyped_storage()
-            if storage._cdata not in self._living:
-                shape, turns = tuple(tensor.shape), (self._turns, self._turns)
-                made = Entry(
-                    shape, self.where(), self._now, forward=forward, turns=turns, travels=travels
-                )
-                self._open(storage, replace(made, received=travels))
+            raw = tensor.untyped_storage()
+            if raw._cdata not in self._living:
+                storage = Storage(tuple(tensor.shape), self.where(), self._now, forward=forward)
+                storage.turns = self._turns, self._turns
+                storage.travels = storage.received = travels
+                self._open(raw, storage)
         return output
 
     def peak(self, kind: str = "") -> int:
-        """The most bytes of a kind, or of all, that there were at once."""
+        """Return the most bytes of a kind, or of all kinds together, at any moment."""
         return max(self._curve(kind).values(), default=0)
 
     def at_peak(self) -> dict[str, int]:
-        """Bytes of each kind when there were most of all together."""
+        """Return the bytes of each kind at the moment with the most bytes together."""
         together = self._curve()
         moment = max(together, key=lambda moment: together[moment], default=0)
-        found = dict.fromkeys(KINDS, 0)
-        for entry in self.entries:
-            born, died, size = self._lifetime(entry)
-            found[entry.what] += size if born <= moment <= died else 0
-        return found
+        sizes = dict.fromkeys(KINDS, 0)
+        for storage in self.storages:
+            born, died, size = self._lifetime(storage)
+            sizes[storage.kind] += size if born <= moment <= died else 0
+        return sizes
 
     def _curve(self, kind: str = "") -> dict[int, int]:
         return bytes_over_time(
-            self._lifetime(entry) for entry in self.entries if kind in ("", entry.what)
+            self._lifetime(storage) for storage in self.storages if kind in ("", storage.kind)
         )
 
-    def _lifetime(self, entry: Entry) -> tuple[int, int, int]:
-        return entry.born, self._now if entry.died is None else entry.died, entry.bytes
+    def _lifetime(self, storage: Storage) -> tuple[int, int, int]:
+        return storage.born, self._now if storage.died is None else storage.died, storage.bytes
 
-    def _open(self, storage: torch.UntypedStorage, entry: Entry) -> Entry:
-        key = storage._cdata
-        entry.bytes = storage.nbytes()
-        self.entries.append(entry)
-        self._living[key] = entry
-        self._references[key] = weakref.ref(storage, lambda _: self._close(key))
-        return entry
+    def _open(self, raw: torch.UntypedStorage, storage: Storage) -> Storage:
+        key = raw._cdata
+        storage.bytes = raw.nbytes()
+        self.storages.append(storage)
+        self._living[key] = storage
+        self._references[key] = weakref.ref(raw, lambda _: self._close(key))
+        return storage
 
     def _close(self, key: int) -> None:
         self._references.pop(key, None)
-        if entry := self._living.pop(key, None):
-            entry.died, entry.turns = self._now, (entry.turns[0], self._turns)
+        if storage := self._living.pop(key, None):
+            storage.died, storage.turns = self._now, (storage.turns[0], self._turns)
 
 
 def _computes_again() -> bool:
-    """Within backward: is a forward pass run again?
+    """Return whether backward runs a forward pass again.
 
-    Then `torch.utils.checkpoint` catches what it saves.
+    Then `torch.utils.checkpoint` catches what that pass saves.
     """
     return torch._C._autograd._top_saved_tensors_default_hooks(True) is not None
 

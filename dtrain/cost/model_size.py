@@ -1,4 +1,4 @@
-"""What a model is and needs, told from its shapes: nothing is allocated."""
+"""Tell a model's sizes from its shapes: nothing is allocated."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ MOMENTS = 2  # Adam keeps two numbers for each weight
 
 @dataclass(frozen=True)
 class ModelSize:
-    """Sizes of a model; bytes are those of one copy, on however many ranks."""
+    """Sizes of a model; bytes are of one copy, on any number of ranks."""
 
     parameters: dict[str, int]  # by part; a tied matrix counts once, where it is first used
     seq_len: int
@@ -66,7 +66,7 @@ def model_size(factory: ModelFactory, precision: Precision, seq_len: int | None)
 
 
 def _by_part(model: nn.Module) -> dict[str, int]:
-    """Numbers of parameters by module; those of all blocks together, by the module within."""
+    """Return numbers of parameters by module; of all blocks together, by module within a block."""
     blocks = layout_of(model).blocks
     counts: Counter[str] = Counter()
     for name, parameter in model.named_parameters():

@@ -1,4 +1,4 @@
-"""The most memory a rank has held."""
+"""The most memory that a rank has used."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import torch
 
 
 def reset_peak(device: torch.device) -> None:
-    """Count from here: for several runs in one process."""
+    """Count the peak from now on: a process may do several runs."""
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
     else:
@@ -20,12 +20,10 @@ def reset_peak(device: torch.device) -> None:
 
 
 def peak_bytes(device: torch.device) -> int:
-    """Peak bytes: on CUDA of the allocator; on the CPU of the process's resident set, libraries
-    included.
-    """
+    """Return the peak bytes: of CUDA's allocator, or of the process, libraries included, on CPU."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
-    with suppress(OSError):  # not getrusage's figure, which a process inherits from its parent
+    with suppress(OSError):  # rather than getrusage: a process inherits that from its parent
         for line in Path("/proc/self/status").read_text().splitlines():
             if line.startswith("VmHWM:"):
                 return int(line.split()[1]) * 1024

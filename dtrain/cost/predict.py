@@ -1,21 +1,33 @@
-"""The cost of a plan, from shapes alone: what one rank hands to its collectives in a step, and what
-it holds.
+"""Predict the cost of a plan for a rank from shapes alone: messages of a step, and memory.
 
-    trace(task, plan) -> Footprint: one micro-batch of every update, on the meta device
-    Footprint -> each strategy's `footprint`, in application order -> what one rank holds of it
-    what it holds -> each strategy's `cost` -> messages
+    record_footprint(task, plan) -> Footprint: one micro-batch of every update, on the meta device
+    Footprint -> each strategy's `footprint`, in application order -> the Footprint of one rank
+    the Footprint of one rank -> each strategy's `cost` -> messages
 
 What the loop itself sums (loss, gradient norm, loads of experts) is a few numbers and does not
-count. Nor does an axis of one rank: nothing travels. Bytes held between steps: parameters,
-gradients and optimizer states, not buffers. Activations are counted by themselves, as the most that
-is there at once within a step (`activations`).
+count. Nor does an axis of one rank: nothing travels. Bytes between steps are parameters, gradients
+and optimizer states, without buffers. Activations are counted apart, as the most bytes at one
+moment of a step (`activations`).
 
-The prediction is for a step after the first two, and exact, with three exceptions. Where routers
-send tokens to other ranks, what all ranks along `ep` send is exact, one rank's bytes are as if
-every expert had as many tokens; a capacity that drops tokens makes it less. Under autocast (mixed
-precision without fsdp or replicate) what enters a layer counts in the format of the weights, what
-leaves it in that of the products: too much for a layer between two layers, as in BERT's head. And
-an optimizer is taken to keep the same states of every parameter, whatever its shape.
+An example: rank 0 of two trains `Linear(4, 6, bias=False)` in fp32 with Adam. The weight has 24
+elements, so 96 bytes. Adam keeps two numbers an element and a step count of 4 bytes: 2 x 96 + 4 =
+196 bytes. zero1 gives out whole weights, this one to rank 0; fsdp leaves half of each weight on a
+rank: 48 bytes, and 2 x 48 + 4 = 100 of Adam's. The table has bytes, and calls x bytes of messages:
+
+    strategy   parameters  gradients  optimizer  messages
+    ddp                96         96        196  all_reduce 1 x 96
+    zero1              96         96        196  all_reduce 1 x 96, broadcast 1 x 96
+    fsdp               48         48        100  all_gather 2 x 96, reduce_scatter 1 x 96
+
+The prediction is for a step after the first two. It is exact, with three exceptions:
+
+* Where routers send tokens to other ranks, the bytes of all ranks along `ep` together are exact;
+  one rank's are predicted as if every expert had equally many tokens. A capacity that drops tokens
+  makes them fewer.
+* Under autocast (mixed precision without fsdp or replicate) the input of a layer counts in the
+  format of the weights, its output in that of the products. That is too much for a layer between
+  two layers, as in BERT's head.
+* An optimizer is taken to keep the same states for every parameter, whatever its shape.
 """
 
 from __future__ import annotations
@@ -36,22 +48,17 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Cost:
-    """One rank's: messages of an optimizer step, and bytes held between steps (gradients: before
-    the step).
-
-    Of several updates' gradients, and of activations, the most that are there at once; None: not
-    told, since autocast keeps some of them in one format and some in another.
-    """
+    """The cost of one optimizer step for one rank."""
 
     messages: tuple[Message, ...]
     parameter_bytes: int
-    gradient_bytes: int
+    gradient_bytes: int  # before the step; the most at once, if there are several updates
     optimizer_bytes: int
-    activation_bytes: int | None
+    activation_bytes: int | None  # the most at once; None: autocast keeps them in two formats
 
 
 def fold(footprint: Footprint, plan: Plan, rank: int = 0) -> Cost:
-    """What the plan costs a rank; needs no process group."""
+    """Return what the plan costs a rank. It needs no process group."""
     footprint = replace(footprint, place=coordinates(plan.degrees, rank))
     for strategy in plan.strategies:
         footprint = strategy.footprint(footprint, plan)
@@ -62,63 +69,59 @@ def fold(footprint: Footprint, plan: Plan, rank: int = 0) -> Cost:
             totals[each.axis, each.operation] = calls + each.calls, size + each.bytes
     return Cost(
         tuple(Message(*key, *total) for key, total in sorted(totals.items())),
-        *_held(footprint),
+        *_bytes_between_steps(footprint),
         activations(footprint) if plan.casts or not plan.precision.mixed else None,
     )
 
 
-def _held(footprint: Footprint) -> tuple[int, int, int]:
+def _bytes_between_steps(footprint: Footprint) -> tuple[int, int, int]:
+    """Return the bytes of parameters, gradients and optimizer states."""
     if footprint.held:
         return footprint.held
-    held: Counter[str] = Counter()
-    gradients: Counter[int] = Counter()
+    elements = states = 0
+    gradients: Counter[int] = Counter()  # elements by update
     for piece in footprint.pieces:
         sizes = {weight: prod(weight.held) for weight in piece.weights}
-        held["elements"] += sum(sizes.values())
-        trained = {
-            weight: size
-            for weight, size in sizes.items()
-            if weight.ready is not None and weight.reached
-        }
-        gradients.update(dict.fromkeys(piece.reached, sum(trained.values())))
+        trained = {w: size for w, size in sizes.items() if w.ready is not None and w.reached}
         stepped = [size for weight, size in trained.items() if weight.stepped]
-        held["states"] += (
-            sum(stepped) * footprint.state_bytes[0] + len(stepped) * footprint.state_bytes[1]
-        )
+        elements += sum(sizes.values())
+        gradients.update(dict.fromkeys(piece.reached, sum(trained.values())))
+        states += sum(stepped) * footprint.state_bytes[0] + len(stepped) * footprint.state_bytes[1]
     size = footprint.weight_bytes
-    return held["elements"] * size, max(gradients.values(), default=0) * size, held["states"]
+    return elements * size, max(gradients.values(), default=0) * size, states
 
 
 def activations(footprint: Footprint) -> int:
-    """The most bytes of activations that a rank holds at once.
+    """Return the most bytes of activations on a rank at one moment of a step.
 
-    In a pipeline those of every micro-batch that waits for its backward pass, and what computing a
-    block's activations again adds to one of them.
+    In a pipeline: those of every micro-batch that waits for its backward pass, and what recomputing
+    a block adds to one of them.
     """
     pieces = footprint.pieces
     if not any(piece.flights for piece in pieces):
-        return _peak(kept for piece in pieces for kept in piece.kept)
-    waiting = []
+        return _peak(activation for piece in pieces for activation in piece.kept)
+    waiting = []  # bytes of a micro-batch, by piece
     for piece in pieces:
-        turn = min((kept.died for kept in piece.kept), default=0)
-        waiting.append(sum(kept.bytes for kept in piece.kept if kept.born <= turn))
-    again = max(_peak(piece.kept) - each for piece, each in zip(pieces, waiting, strict=True))
+        backward = min((a.died for a in piece.kept), default=0)  # when it begins
+        waiting.append(sum(a.bytes for a in piece.kept if a.born <= backward))
+    recomputed = max(_peak(piece.kept) - size for piece, size in zip(pieces, waiting, strict=True))
     curves = (
-        [begun * each + done * piece.sent for begun, done in piece.flights]
-        for piece, each in zip(pieces, waiting, strict=True)
+        [in_flight * size + done * piece.sent for in_flight, done in piece.flights]
+        for piece, size in zip(pieces, waiting, strict=True)
     )
-    return again + max(map(sum, zip(*curves, strict=True)))
+    return recomputed + max(map(sum, zip(*curves, strict=True)))
 
 
-def _peak(kept: Iterable[Activation]) -> int:
-    return max(
-        bytes_over_time((each.born, each.died, each.bytes) for each in kept).values(), default=0
-    )
+def _peak(activations: Iterable[Activation]) -> int:
+    lifetimes = ((a.born, a.died, a.bytes) for a in activations)
+    return max(bytes_over_time(lifetimes).values(), default=0)
 
 
 def bytes_over_time(lifetimes: Iterable[tuple[int, int, int]]) -> dict[int, int]:
-    """The bytes that are there from each moment at which they change; of (born, died, bytes),
-    both moments included.
+    """Return the bytes from each moment at which they change, by moment.
+
+    Args:
+        lifetimes: (born, died, bytes); both moments are included.
     """
     change: Counter[int] = Counter()
     for born, died, size in lifetimes:
@@ -129,8 +132,8 @@ def bytes_over_time(lifetimes: Iterable[tuple[int, int, int]]) -> dict[int, int]
 
 
 def coordinates(degrees: Mapping[str, int], rank: int) -> dict[str, int]:
-    """A rank's coordinate on each axis; the last axis changes fastest."""
-    found = {}
+    """Return a rank's coordinate on each axis; the last axis changes fastest."""
+    on_axis = {}
     for axis, degree in reversed(list(degrees.items())):
-        rank, found[axis] = divmod(rank, degree)
-    return found
+        rank, on_axis[axis] = divmod(rank, degree)
+    return on_axis

@@ -1,10 +1,12 @@
-"""The instruments around a trainer: what it sends, what it holds, where its time goes; each beside
-its prediction.
+"""Measure what a trainer sends, what it holds and where its time goes, beside the predictions.
 
-with Profile(plan) as profile:
-    trainer = Trainer(..., profile.phase)
-    for step in profile.steps(trainer):   counts messages in each step, follows memory in the third,
-        profile.traffic                   records the timeline in the fourth: those two take longer
+    with Profile(plan) as profile:
+        trainer = Trainer(..., profile.phase)
+        for step in profile.steps(trainer):
+            profile.traffic
+
+It counts the messages of every step, tracks memory in the third and records the timeline in the
+fourth: those two steps take longer.
 """
 
 from __future__ import annotations
@@ -12,7 +14,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import asdict
-from typing import Any
+from typing import Any, Self
 
 import torch.distributed as dist
 
@@ -30,11 +32,11 @@ FOLLOWED, RECORDED = 3, 4  # steps of a run: after DDP's new buckets and Adam's 
 
 
 class Profile:
-    """Counts messages from when it is entered until it is left. Every rank of the plan has one.
+    """Count messages while the context lasts. Collective: every rank of the plan has one.
 
     Args:
         plan: connected.
-        predicted: what this rank should cost, or None: not known.
+        predicted: this rank's cost; None: not known.
     """
 
     def __init__(self, plan: Plan, predicted: Cost | None = None) -> None:
@@ -44,13 +46,13 @@ class Profile:
             tuple(dist.get_process_group_ranks(plan.mesh[axis].get_group())): axis for axis in axes
         }
         self._counter = CommunicationCounter(groups)
-        self._held: tuple[MemoryTracker, Trainer] | None = None
+        self._tracking: tuple[MemoryTracker, Trainer] | None = None  # in the step FOLLOWED
         self.traffic: tuple[Message, ...] = ()  # of the last step
-        self.disturbed = False  # did an instrument slow the last step down?
+        self.disturbed = False  # whether an instrument slowed the last step down
         self.followed: MemoryTracker | None = None  # the memory of one step
         self.timeline = Timeline()
 
-    def __enter__(self) -> Profile:
+    def __enter__(self) -> Self:
         self._counter.__enter__()
         return self
 
@@ -59,13 +61,10 @@ class Profile:
 
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:
-        """For the trainer: names what it does.
-
-        The sums that it needs for its figures are no traffic of the plan's.
-        """
-        if name == OPTIMIZER and self._held:
-            ledger, trainer = self._held
-            ledger.hold("gradients", trainer.local_tensors("gradients"))
+        """Mark a phase of the trainer's. Sums for its figures do not count as traffic."""
+        if name == OPTIMIZER and self._tracking:
+            tracker, trainer = self._tracking
+            tracker.label("gradients", trainer.local_tensors("gradients"))
         self._counter.counting = name != FIGURES
         try:
             with mark(PHASE, name):
@@ -73,9 +72,9 @@ class Profile:
         finally:
             self._counter.counting = False
 
-    def steps(self, trainer: Trainer) -> Iterator[Step]:
-        """Those of the trainer, with the instruments on."""
-        steps, number = trainer.steps(), 0
+    def steps(self, trainer: Trainer, steps: Iterator[Step] | None = None) -> Iterator[Step]:
+        """Yield the steps, or else the trainer's own, with the instruments on."""
+        steps, number = steps or trainer.steps(), 0
         while True:
             number += 1
             self.disturbed = number in (FOLLOWED, RECORDED)
@@ -86,8 +85,8 @@ class Profile:
             self.traffic = self._counter.take()
             yield step
 
-    def _instrument(self, number: int, trainer: Trainer) -> AbstractContextManager:
-        """What looks on in this step of the run, besides the counter."""
+    def _instrument(self, number: int, trainer: Trainer) -> AbstractContextManager[None]:
+        """Return what looks on in this step of the run, besides the counter."""
         if number == FOLLOWED and not self.plan.compile:
             return self._following(trainer)
         if number == RECORDED:
@@ -97,19 +96,19 @@ class Profile:
 
     @contextmanager
     def _following(self, trainer: Trainer) -> Iterator[None]:
-        """Follow the memory of the step within."""
-        self.followed = ledger = MemoryTracker()
+        """Track the memory of the step within."""
+        self.followed = tracker = MemoryTracker()
         for kind in ("parameters", "optimizer"):
-            ledger.hold(kind, trainer.local_tensors(kind))
-        self._held = ledger, trainer
+            tracker.label(kind, trainer.local_tensors(kind))
+        self._tracking = tracker, trainer
         try:
-            with ledger:
+            with tracker:
                 yield
         finally:
-            self._held = None
+            self._tracking = None
 
     def figures(self) -> dict[str, int]:
-        """The last step's messages, for `metrics.jsonl`."""
+        """Return the last step's messages, for `metrics.jsonl`."""
         flat = {}
         for message in self.traffic:
             flat[f"{message.axis}_{message.operation}_calls"] = message.calls
@@ -117,10 +116,7 @@ class Profile:
         return flat
 
     def summary(self) -> tuple[dict[str, Any], list[list[Span]]]:
-        """What was measured on every rank, beside what was predicted; and every rank's spans.
-
-        A collective.
-        """
+        """Return measurements beside predictions, and spans, of every rank. Collective."""
         ranks = all_gather_object((self._own(), self.timeline.spans))
         spans = [each for _, each in ranks]
         return {"ranks": [own for own, _ in ranks], "bubble": self._bubble(spans)}, spans
@@ -137,9 +133,9 @@ class Profile:
         }
 
     def _memory(self) -> dict[str, Any]:
-        ledger = self.followed
-        assert ledger is not None
-        at_peak = ledger.at_peak()
+        tracker = self.followed
+        assert tracker is not None
+        at_peak = tracker.at_peak()
         predicted = (
             {
                 "parameters": self.predicted.parameter_bytes,
@@ -153,7 +149,7 @@ class Profile:
         kinds = {
             kind: {
                 "at_peak": at_peak[kind],
-                "most": ledger.held.get(kind) or ledger.peak(kind),
+                "most": tracker.labelled_bytes.get(kind) or tracker.peak(kind),
                 "predicted": predicted.get(kind),
             }
             for kind in KINDS
@@ -161,12 +157,10 @@ class Profile:
         return {"peak": sum(at_peak.values()), "kinds": kinds}
 
     def _bubble(self, ranks: list[list[Span]]) -> dict[str, float] | None:
-        """The idle share of a pipeline's ranks, from its first work to its last, and what the
-        schedule leaves idle.
-        """
+        """Return the idle share of a pipeline's ranks, from first work to last, and in theory."""
         if (pipeline := self.plan.strategy_on("pp")) is None:
             return None
-        # torch's pipelining takes a second, which only those wait who use it
+        # torch's pipelining takes a second to import: only its users wait
         from dtrain.strategy.pipeline.schedule import bubble
         from dtrain.strategy.pipeline.strategy import PipelineParallel
 

@@ -1,4 +1,4 @@
-"""Throughput and step times of a run, its warm-up steps left out."""
+"""Measure the throughput and step times of a run, without its warm-up steps."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from statistics import median, quantiles
 
 
 class Throughput:
-    """Collects steps and says what is typical of them.
+    """Collect steps; return what is typical of them.
 
     Args:
         skip_steps: first steps that do not count: they pay for allocation and first use.
@@ -29,22 +29,21 @@ class Throughput:
         self._seconds, self._tokens = array("d"), array("d")  # a long run has many
 
     def add(self, tokens: float, seconds: float) -> None:
-        """One step: its global tokens (each counted once, however the world is factored) and
-        its time.
-        """
+        """Add one step: its global tokens, each counted once on any mesh, and its time."""
         self._tokens.append(tokens)
         self._seconds.append(seconds)
 
     def mfu(self, tokens_per_second: float) -> float | None:
-        """Model FLOPs utilisation: what the model needs, over what all ranks could do
-        (Chowdhery et al. 2022).
+        """Return the model FLOPs utilisation: operations needed, over the peak of all ranks.
+
+        Source: Chowdhery et al. 2022, "PaLM".
         """
         if not self.flops_per_token or not self.peak_flops:
             return None
         return tokens_per_second * self.flops_per_token / (self.world_size * self.peak_flops)
 
     def summary(self) -> dict[str, float | int | None]:
-        """Medians over the steps that count: all but the warm-up, and at least the last."""
+        """Return medians over the steps that count: all but the warm-up, and at least the last."""
         if not self._seconds:
             return {}
         skipped = min(self.skip_steps, len(self._seconds) - 1)

@@ -1,12 +1,12 @@
-"""Where the time of a step goes: torch's profiler, read as spans of a few kinds.
+"""Record where the time of a step goes: torch's profiler, read as spans of a few kinds.
 
     phase          what the loop does: forward, backward, optimizer ...
     stage          one micro-batch in one stage of a pipeline, forward or backward
     compute        operations on the device (CPU: of the training thread), gaps below GAP bridged
     communication  a collective, from its call until its result is there
 
-Communication is overlapped while something is computed, and exposed while nothing is. A send counts
-by its receiver: the sender has no need to wait for it.
+Communication is overlapped while the rank computes, and exposed while it does not. A send counts at
+its receiver: the sender need not wait for it.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch._C._autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 
 from dtrain.parallel.spans import MARK, MESSAGE, PHASE, STAGE
@@ -25,19 +26,23 @@ from dtrain.parallel.spans import MARK, MESSAGE, PHASE, STAGE
 COMPUTE, COMMUNICATION = "compute", "communication"
 OPERATIONS = ("aten::", "fsdp::", "cpp_fused", "triton_")  # names of what computes on a CPU
 WAITS = ("c10d::", "_c10d_functional::", "gloo:")  # and of what may wait within it
-GAP = 100_000  # nanoseconds between two operations in which Python prepares the next one
+GAP = 100_000  # nanoseconds: in a shorter gap Python prepares the next operation
 
 Interval = tuple[int, int]
 
 
 @dataclass(frozen=True)
 class Span:
-    """Something that one rank did: nanoseconds on a clock that a machine's ranks share.
+    """What one rank did between two moments.
 
     Args:
-        kind, name: one of the kinds above; what.
+        kind: one of the kinds above.
+        name: of the phase, the pass or the collective.
+        start: nanoseconds, on a clock that a machine's ranks share.
+        end: as `start`.
         axis: of a collective.
-        stage, micro_batch: of a pipeline's work.
+        stage: of a pipeline's work.
+        micro_batch: of a pipeline's work.
     """
 
     kind: str
@@ -61,7 +66,7 @@ class Shares:
 
 
 class Timeline:
-    """What this rank does while it is recorded."""
+    """Record what this rank does."""
 
     def __init__(self) -> None:
         self.spans: list[Span] = []
@@ -69,7 +74,7 @@ class Timeline:
     @contextmanager
     def recording(self, device: torch.device) -> Iterator[None]:
         """Fill `spans` with what happens within."""
-        os.environ.setdefault("KINETO_LOG_LEVEL", "9")  # it tells of every start and stop
+        os.environ.setdefault("KINETO_LOG_LEVEL", "9")  # else it logs every start and stop
         activities = [ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * (device.type == "cuda")
         with profile(activities=activities, acc_events=True) as profiler:
             yield
@@ -77,83 +82,75 @@ class Timeline:
         self.spans = sorted(_spans(events, device.type), key=lambda span: (span.start, -span.end))
 
     def shares(self) -> Shares:
-        """How the time between the first phase's begin and the last one's end was spent."""
+        """Return how the time from the first phase's begin to the last one's end was spent."""
         phases = self._of(PHASE)
         begin, end = min(start for start, _ in phases), max(end for _, end in phases)
-        # what comes before or after it, such as this measurement's own, is no part of it
-        step = [(begin, end)]
+        step = [(begin, end)]  # without what this measurement does before and after
         computing = intersection(self._of(COMPUTE), step)  # merged when they were read
         messages = union(
             (s.start, s.end) for s in self.spans if s.kind == COMMUNICATION and s.name != "send"
         )
-        talking = intersection(messages, step)
-        overlapped = length(intersection(computing, talking))
-        seconds = [x / 1e9 for x in (end - begin, length(computing), length(talking), overlapped)]
-        return Shares(seconds[0], seconds[1], seconds[2], seconds[2] - seconds[3], seconds[3])
+        communicating = intersection(messages, step)
+        intervals = step, computing, communicating, intersection(computing, communicating)
+        total, compute, communication, overlapped = (length(each) / 1e9 for each in intervals)
+        return Shares(total, compute, communication, communication - overlapped, overlapped)
 
     def _of(self, kind: str) -> list[Interval]:
         return [(span.start, span.end) for span in self.spans if span.kind == kind]
 
 
 def union(intervals: Iterable[Interval], gap: int = 0) -> list[Interval]:
-    """Disjoint intervals in order that cover the same; those less than `gap` apart are joined."""
-    found: list[Interval] = []
+    """Return disjoint intervals, in order, that cover the same; gaps of up to `gap` are filled."""
+    joined: list[Interval] = []
     for start, end in sorted(intervals):
-        if found and start - found[-1][1] <= gap:
-            found[-1] = found[-1][0], max(end, found[-1][1])
+        if joined and start - joined[-1][1] <= gap:
+            joined[-1] = joined[-1][0], max(end, joined[-1][1])
         else:
-            found.append((start, end))
-    return found
+            joined.append((start, end))
+    return joined
 
 
-def intersection(ours: list[Interval], theirs: list[Interval]) -> list[Interval]:
-    """What two lists of disjoint intervals, in order, both cover."""
-    found, i, j = [], 0, 0
-    while i < len(ours) and j < len(theirs):
-        start, end = max(ours[i][0], theirs[j][0]), min(ours[i][1], theirs[j][1])
+def intersection(first: list[Interval], second: list[Interval]) -> list[Interval]:
+    """Return what both lists cover; each is of disjoint intervals, in order."""
+    common, i, j = [], 0, 0
+    while i < len(first) and j < len(second):
+        start, end = max(first[i][0], second[j][0]), min(first[i][1], second[j][1])
         if start < end:
-            found.append((start, end))
-        if ours[i][1] < theirs[j][1]:
+            common.append((start, end))
+        if first[i][1] < second[j][1]:
             i += 1
         else:
             j += 1
-    return found
+    return common
 
 
-def difference(ours: list[Interval], theirs: list[Interval]) -> list[Interval]:
-    """What the first of two lists of disjoint intervals, in order, covers and the second does
-    not.
-    """
-    if not ours:
+def difference(first: list[Interval], second: list[Interval]) -> list[Interval]:
+    """Return what the first list covers and the second does not; both are disjoint, in order."""
+    if not first:
         return []
-    ends = [ours[0][0], *(t for interval in theirs for t in interval), ours[-1][1]]
-    return intersection(
-        ours,
-        [(start, end) for start, end in zip(ends[::2], ends[1::2], strict=True) if start < end],
-    )
+    ends = [first[0][0], *(end for interval in second for end in interval), first[-1][1]]
+    gaps = [(start, end) for start, end in zip(ends[::2], ends[1::2], strict=True) if start < end]
+    return intersection(first, gaps)
 
 
 def length(intervals: Iterable[Interval]) -> int:
-    """The length of disjoint intervals."""
+    """Return the length of disjoint intervals."""
     return sum(end - start for start, end in intervals)
 
 
 def _spans(events: list[Any], device: str) -> Iterator[Span]:
-    marks = [
-        event for event in events if event.name().startswith(f"{MARK}:") and not _on_a_gpu(event)
-    ]
+    marks = [e for e in events if e.name().startswith(f"{MARK}:") and not _on_a_gpu(e)]
     messages = []
     for event in marks:
         _, kind, *words = event.name().split(":")
+        times = event.start_ns(), event.end_ns()
         if kind == MESSAGE:
-            messages.append((event.start_ns(), event.end_ns(), *words))
+            messages.append((*times, *words))
         elif kind == PHASE:
-            yield Span(PHASE, words[0], event.start_ns(), event.end_ns())
+            yield Span(PHASE, words[0], *times)
         else:
             name, stage, micro_batch = words
-            yield Span(
-                STAGE, name, event.start_ns(), event.end_ns(), "", int(stage), int(micro_batch)
-            )
+            yield Span(STAGE, name, *times, stage=int(stage), micro_batch=int(micro_batch))
     computing = (
         _kernels(events)
         if device == "cuda"
@@ -167,13 +164,13 @@ def _spans(events: list[Any], device: str) -> Iterator[Span]:
 def _collectives(
     events: list[Any], device: str, messages: list[tuple[int, int, str, str]]
 ) -> Iterator[Span]:
-    """Each with the axis of its message: the first one before it that has no other collective yet.
+    """Yield collectives, each with the axis of the first message before it that is still free.
 
-    On a GPU they are there twice, as the host calls them and as they run.
+    A GPU's are recorded twice: as the host calls them, which does not count, and as they run.
     """
     named = [event for event in events if event.name().startswith(("gloo:", "nccl:"))]
-    seen = [event for event in named if (event.is_async() if device == "cpu" else _on_a_gpu(event))]
-    for event in sorted(seen, key=lambda event: event.start_ns()):
+    runs = [event for event in named if (event.is_async() if device == "cpu" else _on_a_gpu(event))]
+    for event in sorted(runs, key=lambda event: event.start_ns()):
         name, axis = event.name().split(":")[1], ""
         pair = name in ("send", "recv")
         before = [m for m in messages if m[0] <= event.start_ns() and (m[2] == "send") == pair]
@@ -185,22 +182,18 @@ def _collectives(
 
 
 def _on_a_gpu(event: Any) -> bool:
-    return bool(event.device_type() == torch.autograd.DeviceType.CUDA)
+    return bool(event.device_type() == DeviceType.CUDA)
 
 
 def _kernels(events: list[Any]) -> Iterator[Interval]:
-    """What a GPU computes: not the marks of the host, ours or torch's, each of which spans the
-    kernels of its time.
-    """
+    """Yield a GPU's kernels, without the host's marks (ours and torch's), which span kernels."""
     for event in filter(_on_a_gpu, events):
         if not event.is_user_annotation() and "nccl" not in event.name().lower():
             yield event.start_ns(), event.end_ns()
 
 
 def _operations(events: list[Any], threads: set[int]) -> Iterator[Interval]:
-    """What the threads that train compute: their operations, without the messages that some of
-    them wait for.
-    """
+    """Yield the operations of the threads that train, without their waiting for messages."""
     for thread in threads:
         own = [e for e in events if e.start_thread_id() == thread and not e.is_async()]
         yield from difference(_covered(own, OPERATIONS), _covered(own, WAITS))

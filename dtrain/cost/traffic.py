@@ -1,9 +1,9 @@
-"""What this rank really hands to `torch.distributed`, whoever calls it.
+"""Count what this rank really hands to `torch.distributed`, whoever calls it.
 
-Every collective, from DDP's C++ reducer to distributed tensors and DeepSpeed, ends as an operator
-of torch's `c10d` library, of which each backend has a kernel. While a `CommunicationCounter` is
-open, a kernel of ours stands before those: it notes the operation, the group and the size, and
-calls on. Closed, nothing is left of it.
+Every collective, from DDP's C++ reducer to distributed tensors and DeepSpeed, ends in an operator
+of torch's `c10d` library, for which each backend has a kernel. While a `CommunicationCounter` is
+open, our kernel runs before the backend's: it notes the operation, the group and the size. Nothing
+is left of it once the counter is closed.
 """
 
 from __future__ import annotations
@@ -35,35 +35,36 @@ OPERATIONS = {
 
 
 class CommunicationCounter:
-    """Counts calls and payload bytes by axis and operation. One can be open in a process at a time.
+    """Count calls and payload bytes by axis and operation. A process can have one open at a time.
 
     Args:
-        axes: the name of each group of ranks; messages of others count under `other`.
+        axes: the name of each group of ranks; messages of other groups count under `other`.
     """
 
     def __init__(self, axes: Mapping[tuple[int, ...], str]) -> None:
         self.axes, self.counting = axes, False
-        self._names: dict[int, str] = {}  # of the groups met
+        self._names: dict[int, str] = {}  # of the groups seen so far, by their hash
         self._calls: Counter[tuple[str, str]] = Counter()
         self._bytes: Counter[tuple[str, str]] = Counter()
 
     def __enter__(self) -> CommunicationCounter:
-        self._library = torch.library.Library("c10d", "IMPL")
+        self._library = torch.library.Library("c10d", "IMPL")  # type: ignore[no-untyped-call]
         for name, (operation, index) in OPERATIONS.items():
-            self._library.impl(name, self._kernel(name, operation, index), SELECT, with_keyset=True)
+            kernel = self._kernel(name, operation, index)
+            self._library.impl(name, kernel, SELECT, with_keyset=True)  # type: ignore[no-untyped-call]
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._library._destroy()
+        self._library._destroy()  # type: ignore[no-untyped-call]
 
     def take(self) -> tuple[Message, ...]:
-        """What was counted since it was last taken."""
-        found = tuple(
+        """Return what was counted since the last call."""
+        messages = tuple(
             Message(*key, self._calls[key], self._bytes[key]) for key in sorted(self._calls)
         )
         self._calls.clear()
         self._bytes.clear()
-        return found
+        return messages
 
     def _kernel(self, name: str, operation: str, index: int) -> Any:
         operator = getattr(torch.ops.c10d, name).default
@@ -86,8 +87,7 @@ class CommunicationCounter:
         return axis
 
     def _axis(self, group: dist.ProcessGroup) -> str:
-        # By its ranks: distributed tensors may keep to the group of an equal mesh that was made
-        # before.
+        # by its ranks: a distributed tensor may use the group of an equal mesh that was made before
         if hash(group) not in self._names:
             self._names[hash(group)] = self.axes.get(
                 tuple(dist.get_process_group_ranks(group)), "other"

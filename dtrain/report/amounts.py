@@ -1,4 +1,4 @@
-"""Amounts in words: powers of a thousand, everywhere. (torch's `bucket_mb` alone counts in MiB.)"""
+"""Amounts in words, in powers of a thousand. (Only torch's `bucket_mb` counts in MiB.)"""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ MB = 1e6  # bytes: the unit of columns that have one unit
 
 
 def with_si_prefix(number: float, unit: str) -> str:
-    """In the largest power of a thousand of which there is one."""
+    """Return the number in its largest power of a thousand, with the unit."""
     for power, prefix in PREFIXES:
         if number >= power:
             return f"{number / power:,.1f} {prefix}{unit}"
@@ -15,5 +15,5 @@ def with_si_prefix(number: float, unit: str) -> str:
 
 
 def in_bytes(number: float) -> str:
-    """Bytes."""
+    """Return a number of bytes in words."""
     return with_si_prefix(number, "B")

@@ -1,4 +1,4 @@
-"""What every logger may be told."""
+"""The interface of loggers: what a run reports to them."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from dtrain.cost.timeline import Span
 
 @dataclass(frozen=True)
 class Run:
-    """What is known when training starts."""
+    """What a run is, when training starts."""
 
     strategy: str  # as it was asked for
     mesh: dict[str, int]  # ranks along each axis
     world_size: int
-    first_step: int  # steps done before
+    first_step: int  # steps that earlier attempts have done
     steps: int
     folder: Path
     facts: tuple[str, ...]  # lines for a person: model, data, precision, threads
@@ -31,21 +31,19 @@ class Logger:
         """Before the first step."""
 
     def step(self, figures: dict[str, Any]) -> None:
-        """After a step: its figures, those of an evaluation among them where there was one."""
+        """After a step: its figures, with those of an evaluation if there was one."""
 
     def note(self, text: str) -> None:
-        """Something that a person should know."""
+        """At any time: something that a person should know."""
 
-    def profile(self, found: dict[str, Any], ranks: Sequence[Sequence[Span]], title: str) -> None:
-        """What the instruments measured beside what was predicted, and what every rank did in
-        one step.
-        """
+    def profile(self, report: dict[str, Any], ranks: Sequence[Sequence[Span]], title: str) -> None:
+        """After the last step: measurements beside predictions; every rank's spans of a step."""
 
     def finish(self, summary: dict[str, Any]) -> None:
-        """After the last step. Not called when the run breaks off; `close` is."""
+        """After the last step, unless the run breaks off."""
 
     def close(self) -> None:
-        """Always, last."""
+        """At the end, always."""
 
 
 class All(Logger):
@@ -66,9 +64,9 @@ class All(Logger):
         for logger in self._loggers:
             logger.note(text)
 
-    def profile(self, found: dict[str, Any], ranks: Sequence[Sequence[Span]], title: str) -> None:
+    def profile(self, report: dict[str, Any], ranks: Sequence[Sequence[Span]], title: str) -> None:
         for logger in self._loggers:
-            logger.profile(found, ranks, title)
+            logger.profile(report, ranks, title)
 
     def finish(self, summary: dict[str, Any]) -> None:
         for logger in self._loggers:

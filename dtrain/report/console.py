@@ -7,7 +7,6 @@ from contextlib import contextmanager
 from typing import Any
 
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-from rich.table import Table
 from rich.text import Text
 
 from dtrain.cost.model_size import ModelSize
@@ -16,13 +15,14 @@ from dtrain.data.base import Data
 from dtrain.report import instruments
 from dtrain.report.amounts import MB, in_bytes, with_si_prefix
 from dtrain.report.base import Logger, Run
+from dtrain.report.tables import numbers, show_table
 from dtrain.report.terminal import Terminal, on_one_line
 
-LINES = 10  # how many lines a run prints where there is no terminal
+LINES = 10  # of a run's steps, where output is no terminal
 
 
 class Console(Logger):
-    """Progress for a person; where output is not a terminal, some ten plain lines."""
+    """Show progress to a person: a bar, or some ten plain lines where output is no terminal."""
 
     def __init__(self) -> None:
         self._terminal = Terminal()
@@ -54,12 +54,12 @@ class Console(Logger):
 
     def step(self, figures: dict[str, Any]) -> None:
         line = f"loss {figures['loss']:.4f}  {figures['tokens_per_second']:,.0f} tokens/s"
-        found = [
+        measures = [
             f"{name.removeprefix('val_')} {value:.4f}"
             for name, value in figures.items()
             if name.startswith("val_")
         ]
-        held_out = f"  validation {', '.join(found)}" if found else ""
+        held_out = f"  validation {', '.join(measures)}" if measures else ""
         if self._progress:
             self._progress.update(self._task, completed=figures["step"], figures=line)
         due = figures["step"] in (self._first, self._last) or figures["step"] % self._every == 0
@@ -69,9 +69,9 @@ class Console(Logger):
     def note(self, text: str) -> None:
         self._print(text)
 
-    def profile(self, found: dict[str, Any], ranks: Sequence[Sequence[Span]], title: str) -> None:
+    def profile(self, report: dict[str, Any], ranks: Sequence[Sequence[Span]], title: str) -> None:
         self._stop()
-        instruments.show_profile(found)
+        instruments.show_profile(report)
 
     def finish(self, summary: dict[str, Any]) -> None:
         self._stop()
@@ -98,14 +98,12 @@ class Console(Logger):
 
 @contextmanager
 def preparation_progress(data: Data, *, shown: bool) -> Iterator[Callable[[str, int], None]]:
-    """Show that data are being prepared, once there is something to show, if it is to be
-    `shown` at all.
-    """
+    """Yield what shows the progress of preparing data; it prints nothing unless `shown`."""
     terminal = Terminal(quiet=not shown)
     status = terminal.status("")
     begun = False
 
-    def progress(what: str, documents: int) -> None:
+    def progress(phase: str, documents: int) -> None:
         nonlocal begun
         if not begun:
             begun = True
@@ -114,11 +112,8 @@ def preparation_progress(data: Data, *, shown: bool) -> Iterator[Callable[[str, 
             else:
                 terminal.print(f"preparing the data {data.name}", soft_wrap=True)
         if documents % 20 == 0:
-            status.update(
-                Text(
-                    on_one_line(f"preparing the data {data.name}: {what}, {documents:,} documents")
-                )
-            )
+            line = f"preparing the data {data.name}: {phase}, {documents:,} documents"
+            status.update(Text(on_one_line(line)))
 
     try:
         yield progress
@@ -128,24 +123,20 @@ def preparation_progress(data: Data, *, shown: bool) -> Iterator[Callable[[str, 
         status.stop()
 
 
-def show_model_size(name: str, info: ModelSize) -> None:
-    """A model's sizes as a table."""
-    made = Table(title=f"{name}, sequences of {info.seq_len:,} tokens")
-    made.add_column("")
-    made.add_column("", justify="right")
-    for part, parameters in info.parameters.items():
-        made.add_row(f"parameters, {part}", f"{parameters:,}")
-    made.add_row("parameters", f"{info.total:,}", end_section=True)
-    made.add_row(
-        "forward and backward a token",
-        with_si_prefix(info.flops_per_token, "FLOP"),
-        end_section=True,
-    )
-    kinds = {
-        "weights": info.weight_bytes,
-        "gradients": info.gradient_bytes,
-        "Adam states": info.optimizer_bytes,
+def show_model_size(name: str, size: ModelSize) -> None:
+    """Print a model's sizes as a table."""
+    memory = {
+        "weights": size.weight_bytes,
+        "gradients": size.gradient_bytes,
+        "Adam states": size.optimizer_bytes,
     }
-    for kind, number in (*kinds.items(), ("together", sum(kinds.values()))):
-        made.add_row(f"tensor memory, {kind}", in_bytes(number))
-    Terminal().print(made)
+    rows: list[tuple[str, ...]] = [
+        *((f"parameters, {part}", f"{count:,}") for part, count in size.parameters.items()),
+        ("parameters", f"{size.total:,}"),
+        (),
+        ("forward and backward a token", with_si_prefix(size.flops_per_token, "FLOP")),
+        (),
+        *((f"tensor memory, {kind}", in_bytes(number)) for kind, number in memory.items()),
+        ("tensor memory, together", in_bytes(sum(memory.values()))),
+    ]
+    show_table(f"{name}, sequences of {size.seq_len:,} tokens", ["", *numbers("")], rows)

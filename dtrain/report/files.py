@@ -1,6 +1,4 @@
-"""The run's folder: `metrics.jsonl`, an object a step; `summary.json`, written at the end;
-`profile/`, if asked for.
-"""
+"""Files in the run's folder: `metrics.jsonl`, a line a step; `summary.json`; `profile/`."""
 
 from __future__ import annotations
 
@@ -19,26 +17,25 @@ SUMMARY = "summary.json"
 
 
 def summary_in(folder: Path) -> dict[str, Any]:
-    """What a run that has done all its steps has left.
+    """Return the summary of a run that has done all its steps.
 
     Raises:
-        ValueError: no run has left that: its loss is no number.
+        ValueError: a figure is no number, so no run has written the file.
         OSError: it is not there, or cannot be read.
     """
-    found = json_files.figures(file := folder / SUMMARY)
+    summary = json_files.figures(file := folder / SUMMARY)
     for key in ("loss", "val_loss", "tokens_per_second"):
-        value = found.get(key)
+        value = summary.get(key)
         if not (isinstance(value, int | float) or (value is None and key != "loss")):
             raise ValueError(f"{file} has {key}={str(value)[:40]}: no run has left that")
-    return found
+    return summary
 
 
 class Files(Logger):
-    """Machine-readable figures. A resumed run in the same folder goes on after the steps it has
-    taken up.
+    """Write figures for programs. A resumed run appends to the lines of the steps it goes on from.
 
     Args:
-        pictures: draw the profile, beside its trace?
+        pictures: whether to draw the profile, beside its trace.
     """
 
     def __init__(self, pictures: bool = True) -> None:
@@ -48,22 +45,22 @@ class Files(Logger):
     def start(self, run: Run) -> None:
         self._folder = run.folder
         file = run.folder / "metrics.jsonl"
-        told = {}  # the last line of each step that was done
+        earlier = {}  # the last line of each step that was done
         for line in json_files.lines(file) if run.first_step else ():
             if type(step := line.get("step")) is int and 0 < step <= run.first_step:
-                told[step] = line
-        kept = [told[step] for step in sorted(told)]
-        anew = file.with_suffix(".new")  # a kill leaves the old lines or the new ones
-        anew.write_text("".join(f"{json_files.dumps(line)}\n" for line in kept))
-        anew.replace(file)
+                earlier[step] = line
+        new = file.with_suffix(".new")  # a kill leaves the old lines or the new ones
+        lines = [earlier[step] for step in sorted(earlier)]
+        new.write_text("".join(f"{json_files.dumps(line)}\n" for line in lines))
+        new.replace(file)
         self._metrics = file.open("a")
 
     def step(self, figures: dict[str, Any]) -> None:
         assert self._metrics is not None
         if not os.fstat(self._metrics.fileno()).st_nlink:
             raise OSError(
-                f"{self._metrics.name} was removed while the run went on: what it would write "
-                f"is lost"
+                f"{self._metrics.name} was removed while the run went on: what it would write is "
+                f"lost"
             )
         try:
             self._metrics.write(json_files.dumps(figures) + "\n")
@@ -71,7 +68,7 @@ class Files(Logger):
         except OSError as error:
             raise OSError(f"{self._metrics.name} could not be written: {error.strerror}") from error
 
-    def profile(self, found: dict[str, Any], ranks: Sequence[Sequence[Span]], title: str) -> None:
+    def profile(self, report: dict[str, Any], ranks: Sequence[Sequence[Span]], title: str) -> None:
         step_chart.write(self._folder / "profile", ranks, title, pictures=self._pictures)
 
     def finish(self, summary: dict[str, Any]) -> None:
@@ -79,5 +76,5 @@ class Files(Logger):
 
     def close(self) -> None:
         if self._metrics:
-            with suppress(OSError):  # what could not be written has been said
+            with suppress(OSError):  # a write that failed has raised before
                 self._metrics.close()

@@ -1,6 +1,4 @@
-"""One log file per rank: its warnings, errors and log records, also those the console does not
-show.
-"""
+"""Write a log file for each rank: warnings, errors and log records, shown on the console or not."""
 
 from __future__ import annotations
 
@@ -14,13 +12,13 @@ from pathlib import Path
 from dtrain.report.terminal import without_control_characters
 
 
-class _Shown(logging.Formatter):
+class _Formatter(logging.Formatter):
     def format(self, record: logging.LogRecord) -> str:
         return without_control_characters(super().format(record))
 
 
 class _File(logging.FileHandler):
-    """A full disk does not hide what the run has to say."""
+    """A log file whose own errors, of a full disk say, do not end the run or hide its error."""
 
     def handleError(self, record: logging.LogRecord) -> None:
         pass
@@ -32,14 +30,14 @@ class _File(logging.FileHandler):
 
 @contextmanager
 def writing(folder: Path, rank: int) -> Iterator[Path]:
-    """Write `logs/rank<r>.log`.
+    """Write `logs/rank<r>.log` while the context lasts.
 
-    On ranks but 0 standard output and error go there too, libraries' included.
+    Standard output and error of all ranks but 0 go there too, also what libraries print.
     """
     file = folder / "logs" / f"rank{rank}.log"
     file.parent.mkdir(parents=True, exist_ok=True)
     handler = _File(file)
-    handler.setFormatter(_Shown("%(asctime)s %(levelname)s %(name)s: %(message)s"))
+    handler.setFormatter(_Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
     root, level = logging.getLogger(), logging.getLogger().level
     root.addHandler(handler)
     root.setLevel(min(level, logging.INFO))

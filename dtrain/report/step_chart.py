@@ -1,11 +1,10 @@
-"""A step as pictures: a Gantt chart of every rank, and a trace for Perfetto (or
-chrome://tracing).
-"""
+"""Draw a step: a trace for Perfetto (or chrome://tracing), and a Gantt chart of all ranks."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +24,7 @@ COLOURS = {
 
 
 def chrome_trace(ranks: Sequence[Sequence[Span]]) -> dict[str, Any]:
-    """All ranks in Chrome's trace format: a process for each rank, a thread for each kind of span.
+    """Return all ranks in Chrome's trace format: a process a rank, a thread a kind of span.
 
     Source: the Trace Event Format. Spans of a kind that overlap go to further threads, as the
     format needs.
@@ -33,22 +32,14 @@ def chrome_trace(ranks: Sequence[Sequence[Span]]) -> dict[str, Any]:
     begin = min((span.start for spans in ranks for span in spans), default=0)
     events: list[dict[str, Any]] = []
     for rank, spans in enumerate(ranks):
-        events.append(
-            {"ph": "M", "name": "process_name", "pid": rank, "args": {"name": f"rank {rank}"}}
-        )
-        placed = _in_lanes(spans)
-        for kind, lane in sorted({(kind, lane) for kind, lane, _ in placed}):
-            name = {"name": f"{kind} {lane + 1}" if lane else kind}
-            events.append(
-                {
-                    "ph": "M",
-                    "name": "thread_name",
-                    "pid": rank,
-                    "tid": _thread(kind, lane),
-                    "args": name,
-                }
-            )
-        for kind, lane, span in placed:
+        process = {"name": f"rank {rank}"}
+        events.append({"ph": "M", "name": "process_name", "pid": rank, "args": process})
+        in_lanes = _in_lanes(spans)
+        for kind, lane in sorted({(kind, lane) for kind, lane, _ in in_lanes}):
+            place = {"pid": rank, "tid": _thread(kind, lane)}
+            thread = {"name": f"{kind} {lane + 1}" if lane else kind}
+            events.append({"ph": "M", "name": "thread_name", **place, "args": thread})
+        for kind, lane, span in in_lanes:
             events.append(
                 {
                     "ph": "X",
@@ -68,10 +59,9 @@ def _thread(kind: str, lane: int) -> int:
 
 
 def _in_lanes(spans: Sequence[Span]) -> list[tuple[str, int, Span]]:
-    """Each span with its kind and the first lane of that kind in which it overlaps no other,
-    unless nested.
-    """
-    found, ends = [], {kind: [] for kind in ROWS}  # type: ignore[var-annotated]
+    """Return spans, each with its kind and the first lane of that kind where it fits or nests."""
+    found = []
+    ends: dict[str, list[int]] = {kind: [] for kind in ROWS}
     for span in sorted(spans, key=lambda s: (s.start, -s.end)):
         lanes = ends[span.kind]
         lane = next(
@@ -88,45 +78,69 @@ def _label(span: Span) -> str:
     return f"{span.name} ({span.axis})" if span.axis else span.name
 
 
+@dataclass(frozen=True)
+class Bar:
+    """One span in the chart of a step. Times are milliseconds since the step's begin.
+
+    Args:
+        name: a key of COLOURS.
+        label: the name in full.
+        micro_batch: its number, if the bar is a stage's work.
+        communication: whether the bar stands in the thin row below what the rank computes.
+    """
+
+    rank: int
+    name: str
+    label: str
+    begin: float
+    length: float
+    micro_batch: str
+    communication: bool
+
+    @property
+    def colour(self) -> str:
+        return COLOURS[self.name]
+
+
+def bars_of(events: Iterable[dict[str, Any]]) -> list[Bar]:
+    """Return the bars of a chart, from the events of a Chrome trace."""
+    bars = []
+    for event in events:
+        label = event["name"]
+        name = label.split(" (")[0].split(" stage ")[0]
+        if event["ph"] == "X" and event["cat"] != COMPUTE and name in COLOURS:
+            micro_batch = label.rpartition(" micro-batch ")[2] if event["cat"] == STAGE else ""
+            communication = event["cat"] == COMMUNICATION
+            times = event["ts"] / 1e3, event["dur"] / 1e3
+            bars.append(Bar(event["pid"], name, label, *times, micro_batch, communication))
+    return bars
+
+
 def draw(ranks: Sequence[Sequence[Span]], title: str, files: Sequence[Path]) -> None:
-    """A row of what each rank computes, and below it a thin one of its communication."""
+    """Draw a row of what each rank computes, and a thin row of its communication below it."""
     from matplotlib.figure import Figure  # takes half a second: only who draws pays
     from matplotlib.patches import Patch
 
-    begin = min(s.start for spans in ranks for s in spans)
-    end = max(s.end for spans in ranks for s in spans)
+    bars = bars_of(chrome_trace(ranks)["traceEvents"])
+    begin = min(span.start for spans in ranks for span in spans)
+    duration = max(span.end - begin for spans in ranks for span in spans) / 1e6
     figure = Figure(figsize=(12, 1.4 + 0.75 * len(ranks)), layout="constrained")
     axes = figure.subplots()
-    for rank, spans in enumerate(ranks):
-        for span in spans:
-            work = span.kind in (STAGE, PHASE)
-            if (work or span.kind == COMMUNICATION) and span.name in COLOURS:
-                place = (rank, 0.44) if work else (rank + 0.47, 0.2)
-                left, width = (span.start - begin) / 1e6, (span.end - span.start) / 1e6
-                axes.broken_barh(
-                    [(left, width)],
-                    place,
-                    facecolors=COLOURS[span.name],
-                    edgecolor="white",
-                    linewidth=0.4,
-                )
-                if span.kind == STAGE and width > 0.012 * (end - begin) / 1e6:
-                    axes.text(
-                        left + width / 2,
-                        rank + 0.22,
-                        str(span.micro_batch),
-                        ha="center",
-                        va="center",
-                        size=7,
-                    )
+    for bar in bars:
+        row = (bar.rank + 0.47, 0.2) if bar.communication else (bar.rank, 0.44)
+        span = [(bar.begin, bar.length)]
+        axes.broken_barh(span, row, facecolors=bar.colour, edgecolor="white", linewidth=0.4)
+        if bar.micro_batch and bar.length > 0.012 * duration:
+            middle = bar.begin + bar.length / 2
+            axes.text(middle, bar.rank + 0.22, bar.micro_batch, ha="center", va="center", size=7)
     axes.set_yticks(
         [rank + 0.33 for rank in range(len(ranks))], [f"rank {rank}" for rank in range(len(ranks))]
     )
     axes.invert_yaxis()
-    axes.set_xlim(0, (end - begin) / 1e6)
+    axes.set_xlim(0, duration)
     axes.set_xlabel("milliseconds")
     axes.set_title(title, loc="left", size=10, parse_math=False)
-    used = {span.name for spans in ranks for span in spans} & COLOURS.keys()
+    used = {span.name for spans in ranks for span in spans}
     axes.legend(
         handles=[Patch(color=COLOURS[name], label=name) for name in COLOURS if name in used],
         loc="upper left",
@@ -143,7 +157,7 @@ def draw(ranks: Sequence[Sequence[Span]], title: str, files: Sequence[Path]) -> 
 def write(
     folder: Path, ranks: Sequence[Sequence[Span]], title: str, *, pictures: bool = True
 ) -> None:
-    """`trace.json`, and the `pictures` `gantt.svg` and `gantt.png`, in the folder."""
+    """Write `trace.json` into the folder, and with `pictures` `gantt.svg` and `gantt.png`."""
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "trace.json").write_text(json.dumps(chrome_trace(ranks)))
     if pictures:

@@ -1,38 +1,54 @@
-"""A table of words, for a terminal and for a document."""
+"""Tables, for a terminal and for a document."""
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from rich.box import SIMPLE_HEAD
-from rich.table import Table
+from rich.table import Column, Table
 
 from dtrain.report.terminal import Terminal
 
 
+def show_table(
+    title: str, columns: Sequence[str | Column], rows: Iterable[Sequence[str]], **style: Any
+) -> None:
+    """Print a table. An empty row draws a line; `style` goes to rich's Table."""
+    table = Table(*columns, title=title, **style)
+    for row in rows:
+        if row:
+            table.add_row(*row)
+        else:
+            table.add_section()
+    Terminal().print(table)
+
+
+def numbers(*names: str, no_wrap: bool = False) -> list[Column]:
+    """Return columns of numbers, which stand to the right."""
+    return [Column(name, justify="right", no_wrap=no_wrap) for name in names]
+
+
 @dataclass(frozen=True)
 class Sheet:
-    """A title, the names of the columns, and rows of as many words."""
+    """A table of words: a title, the names of the columns, and rows of as many words."""
 
     title: str
     columns: tuple[str, ...]
     rows: list[tuple[str, ...]]
 
     def show(self) -> None:
-        """Print it.
-
-        Where the terminal is narrow the words are folded, but for the first of a row.
-        """
-        made = Table(title=self.title, title_justify="left", box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
-        for index, name in enumerate(self.columns):
-            made.add_column(name, no_wrap=index == 0, overflow="fold")
-        for row in self.rows:
-            made.add_row(*row)
-        Terminal().print(made)
+        """Print the table; a narrow terminal folds all words but the first of a row."""
+        first, *others = self.columns
+        columns = [Column(first, no_wrap=True, overflow="fold")]
+        columns += [Column(name, overflow="fold") for name in others]
+        left = {"title_justify": "left", "box": SIMPLE_HEAD, "padding": (0, 1, 0, 0)}
+        show_table(self.title, columns, self.rows, **left)
 
     def markdown(self) -> str:
-        """The same for a document."""
+        """Return the table for a document."""
         lines = [self.columns, ("---",) * len(self.columns), *self.rows]
         table = "\n".join(
             "| " + " | ".join(word.replace("|", r"\|") for word in line) + " |" for line in lines
@@ -41,13 +57,13 @@ class Sheet:
 
 
 def put_between(document: Path, begin: str, end: str, text: str) -> None:
-    """Put the text into a document, between two marks of it.
+    """Put the text between two marks of a document.
 
     Raises:
         ValueError: the document has no such marks.
     """
     before, _, rest = document.read_text().partition(begin)
-    _, found, after = rest.partition(end)
-    if not found:
+    _, mark, after = rest.partition(end)
+    if not mark:
         raise ValueError(f"{document} has no {begin.strip()} and {end.strip()} to write between")
     document.write_text(f"{before}{begin}{text}{end}{after}")

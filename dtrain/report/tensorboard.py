@@ -1,4 +1,4 @@
-"""TensorBoard: every figure of a step as a scalar."""
+"""Report to TensorBoard: every figure of a step is a scalar."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from dtrain.report.base import Logger, Run
 
 
 class TensorBoard(Logger):
-    """Event files in `<run>/tensorboard`.
+    """Write event files into `<run>/tensorboard`.
 
     Raises:
         ValueError: the package is not installed.

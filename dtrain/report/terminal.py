@@ -1,4 +1,4 @@
-"""What a process prints: where nobody reads it any more, the training goes on."""
+"""Print to a terminal that may close at any time, and print texts that may be anybody's."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ from typing import Any
 from rich.console import Console
 from rich.text import Text
 
-HIDDEN = ("Cc", "Cf", "Cs", "Co", "Cn", "Zl", "Zp")  # kinds of characters, as Unicode has them
-# a pipe (`| head`), a terminal, a file that its reader has closed
-GONE = (errno.EPIPE, errno.EIO, errno.EBADF)
+HIDDEN = ("Cc", "Cf", "Cs", "Co", "Cn", "Zl", "Zp")  # Unicode's categories of characters
+GONE = (errno.EPIPE, errno.EIO, errno.EBADF)  # a closed pipe (`| head`), terminal or file
 
 
 def without_control_characters(text: str) -> str:
-    """A text for a terminal or a page: what would steer them (escape sequences, bells, other
-    directions) is written out. It may be the name of somebody's file or column.
+    """Write out what would steer a terminal or a page: escape sequences, bells, directions.
+
+    A text may be the name of anybody's file or column.
     """
     return "".join(
         c if c in "\n\t" or unicodedata.category(c) not in HIDDEN else ascii(c)[1:-1] for c in text
@@ -29,14 +29,12 @@ def without_control_characters(text: str) -> str:
 
 
 def on_one_line(text: str) -> str:
-    """The same in one line, which a name with line ends would end: these are written out too."""
+    """Write out line ends too: a name may have some."""
     return without_control_characters(text).replace("\n", r"\n")
 
 
 class Terminal(Console):
-    """rich's console; a text, a cell or a title is one line of text as it stands, and never
-    markup.
-    """
+    """rich's console, which takes each text, cell and title as one line, and never as markup."""
 
     def __init__(self, **options: Any) -> None:
         super().__init__(highlight=False, markup=False, emoji=False, **options)
@@ -46,19 +44,17 @@ class Terminal(Console):
 
 
 def for_html(text: str) -> str:
-    """The same for HTML, or for what Plotly takes for some: `<` begins nothing."""
+    """Return the text for HTML, or for what Plotly takes for HTML: `<` begins no tag."""
     return html.escape(without_control_characters(text), quote=False)
 
 
 def for_markdown(text: str) -> str:
-    """The same for a line of Markdown."""
+    """Return the text for a line of Markdown."""
     return re.sub(r"([\\`\[])", r"\\\1", " ".join(for_html(text).split()))
 
 
 def keep_open() -> None:
-    """Let this process's standard streams take whatever is written, also if they are closed, or
-    will be.
-    """
+    """Let writing to this process's standard streams succeed, also once they are closed."""
     for number, flags in enumerate((os.O_RDONLY, os.O_WRONLY, os.O_WRONLY)):
         try:
             os.fstat(number)
@@ -68,8 +64,8 @@ def keep_open() -> None:
                 os.close(nothing)
     for name, number in (("stdout", 1), ("stderr", 2)):
         stream = getattr(sys, name)
-        kept = getattr(getattr(stream, "buffer", None), "raw", None)
-        if stream is getattr(sys, f"__{name}__") and not isinstance(kept, _Lasting):
+        raw = getattr(getattr(stream, "buffer", None), "raw", None)
+        if stream is getattr(sys, f"__{name}__") and not isinstance(raw, _Lasting):
             setattr(sys, name, _lasting(stream, number))
             setattr(sys, f"__{name}__", getattr(sys, name))
 

@@ -1,4 +1,4 @@
-"""Any experiment tracker that Accelerate knows, by its name: wandb, mlflow, aim, comet_ml, ..."""
+"""Report to any experiment tracker that Accelerate knows: wandb, mlflow, aim, comet_ml, ..."""
 
 from __future__ import annotations
 
@@ -42,13 +42,18 @@ class Tracker(Logger):
         self._tracker: Any = None
 
     def start(self, run: Run) -> None:
-        # its trackers ask it which rank this is; the process group is there already
-        self._state(cpu=True)
+        self._state(cpu=True)  # trackers ask it for the rank; the process group is there already
         folder = {"logging_dir": str(run.folder)} if self._class.requires_logging_directory else {}
         self._tracker = self._class(self._project, **folder, **self._options)
         if hasattr(self._tracker, "start"):
             self._tracker.start()
-        self._tracker.store_init_configuration(_flat(run.config))
+        self._tracker.store_init_configuration(
+            # some trackers take plain values alone
+            {
+                key: value if isinstance(value, int | float | str | bool) else str(value)
+                for key, value in flat(run.config).items()
+            }
+        )
 
     def step(self, figures: dict[str, Any]) -> None:
         self._tracker.log(
@@ -60,10 +65,3 @@ class Tracker(Logger):
         if self._tracker is not None:
             self._tracker.finish()
             self._state._reset_state()
-
-
-def _flat(config: Any) -> dict[str, Any]:
-    """With dotted keys and plain values: some trackers take no others."""
-    return {
-        k: v if isinstance(v, int | float | str | bool) else str(v) for k, v in flat(config).items()
-    }

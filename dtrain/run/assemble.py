@@ -1,6 +1,4 @@
-"""The parts of a run, built and checked without any other process: most of a user's mistakes
-end here.
-"""
+"""Build and check the parts of a run in one process: most of a user's mistakes end here."""
 
 from __future__ import annotations
 
@@ -42,20 +40,19 @@ COMPILERS = tuple(filter(None, (os.environ.get("CXX"), "g++", "clang++")))
 
 @dataclass(frozen=True)
 class Parts:
-    """Everything of a run that can be made, and found wrong, without other processes."""
+    """What one process can build and check of a run."""
 
     config: Config
     data: Data
     task: Task
     plan: Plan
     logger: Logger
-    tried: tuple[str, ...] = ()  # what the probe has to say
-    # the configuration, as it may be written down
-    written: dict[str, Any] = field(default_factory=dict)
+    tried: tuple[str, ...] = ()  # lines of the probe, for a person
+    written: dict[str, Any] = field(default_factory=dict)  # the configuration without secrets
 
     @property
     def asynchronous(self) -> bool:
-        """Do ranks train without meeting in every step?"""
+        """Whether ranks train without meeting in every step."""
         return any(strategy.asynchronous for strategy in self.plan.strategies)
 
 
@@ -63,7 +60,7 @@ def assemble(config: Config, world: World) -> Parts:
     """Build the parts and check them against each other and the world.
 
     Raises:
-        ValueError: for every mistake of the configuration's that can be known here.
+        ValueError: a mistake in the configuration.
     """
     precision = Precision.of(config.dtype, config.precision)
     strategies = strategies_of(config)
@@ -87,22 +84,7 @@ def assemble(config: Config, world: World) -> Parts:
             f"profile=true looks at a run's first {RECORDED} steps, steps={config.steps} are "
             f"too few"
         )
-    inject = config.inject
-    for name, rank in (
-        ("missed_collective", inject.missed_collective.rank),
-        ("straggler", inject.straggler.rank),
-    ):
-        if rank is not None and rank >= world.size:
-            raise ValueError(
-                f"inject.{name}.rank={rank} is none of the {world.size} ranks of this run"
-            )
-        for server in (s for s in strategies if isinstance(s, ParameterServer)):
-            if rank is not None and (name == "missed_collective" or rank < server.servers):
-                raise ValueError(
-                    f"inject.{name}.rank={rank} does nothing under strategy parameter_server: its "
-                    f"ranks meet in no "
-                    f"collective; inject.straggler.rank={server.servers} or above slows a worker"
-                )
+    _check_injected(config, strategies, world)
     logger = All([build(node, Logger, f"logger.{name}") for name, node in config.logger.items()])
     data, task = task_of(config, shown=world.rank == 0)
     plan.check_task(task)
@@ -111,21 +93,36 @@ def assemble(config: Config, world: World) -> Parts:
     return Parts(config, data, task, plan, logger, tried, masked(asdict(config)))
 
 
+def _check_injected(config: Config, strategies: list[Strategy], world: World) -> None:
+    for name in ("missed_collective", "straggler"):
+        if (rank := getattr(config.inject, name).rank) is None:
+            continue
+        if rank >= world.size:
+            raise ValueError(
+                f"inject.{name}.rank={rank} is none of the {world.size} ranks of this run"
+            )
+        for server in (s for s in strategies if isinstance(s, ParameterServer)):
+            if name == "missed_collective" or rank < server.servers:
+                raise ValueError(
+                    f"inject.{name}.rank={rank} does nothing under strategy parameter_server: its "
+                    f"ranks meet in no collective; inject.straggler.rank={server.servers} or above "
+                    f"slows a worker"
+                )
+
+
 def strategies_of(config: Config) -> list[Strategy]:
-    """The configured ones."""
+    """Build the configured strategies, in the order of their axes."""
     return [build(node, Strategy, f"strategy.{axis}") for axis, node in config.strategy.items()]
 
 
 def task_and_plan(config: Config, world: World) -> tuple[Task, Plan]:
-    """Those of a configuration that is known to be good, for one more process of its run."""
+    """Build task and plan for one more process of a run whose configuration was checked."""
     job = assemble(config, world)
     return job.task, job.plan
 
 
 def task_of(config: Config, *, shown: bool = True) -> tuple[Data, Task]:
-    """The data, prepared here if they are not in the cache (`shown`: tell of it), and the task
-    on them.
-    """
+    """Build the data and the task on them; prepare the data, and show it if `shown`."""
     data = build(config.data, Data, "data", parts=(Source, Tokenizer))
     with preparation_progress(data, shown=shown) as progress:
         data.prepare(progress)
@@ -142,18 +139,18 @@ def task_of(config: Config, *, shown: bool = True) -> tuple[Data, Task]:
 
 
 def model_factories(config: Config) -> dict[str, ModelFactory]:
-    """The task's models by name: one, called `model`, or as many as the configuration names."""
-    words = (config.data.get("tokenizer") or {}).get("vocab_size")
+    """Return the task's models by name: one, called `model`, or those of the configuration."""
+    vocab_size = (config.data.get("tokenizer") or {}).get("vocab_size")
     if "_target_" in config.model:
-        return {"model": partial(own.build_model, config.model, "model", words)}
+        return {"model": partial(own.build_model, config.model, "model", vocab_size)}
     return {
-        name: partial(own.build_model, node, f"model.{name}", words)
+        name: partial(own.build_model, node, f"model.{name}", vocab_size)
         for name, node in config.model.items()
     }
 
 
 def optimizer_of(node: dict[str, Any], model: nn.Module) -> Optimizer:
-    """The configured optimizer of a model's parameters."""
+    """Build the configured optimizer of a model's parameters."""
     if node.get("fused") and any(p.is_complex() for p in model.parameters()):
         raise ValueError(
             "optimizer.fused=true takes no complex weights, of which the model has some: set "

@@ -22,13 +22,15 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-import torch.distributed.checkpoint as dcp
 from torch import Tensor
+from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.hf_storage import (
     HuggingFaceStorageReader,
     HuggingFaceStorageWriter,
 )
 from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
+from torch.distributed.checkpoint.state_dict_loader import load as dcp_load
+from torch.distributed.checkpoint.state_dict_saver import save as dcp_save
 from torch.distributed.tensor import DTensor
 
 from dtrain.files.disk import remove, sync
@@ -36,6 +38,7 @@ from dtrain.launch.collectives import all_gather_object, on_all_ranks, on_rank_z
 from dtrain.parallel.optimizer import OPTIMIZER_STATE
 from dtrain.run.checkpoint_files import (
     MANIFEST,
+    SHARD,
     check_sizes,
     difference_from,
     file_digest,
@@ -50,13 +53,15 @@ VERSION = 1
 
 
 class Checkpoints:
-    """Write a run's checkpoints into one folder. Making one, `save` and `wait` are collectives.
+    """Write a run's checkpoints into one folder.
+
+    Collective: all ranks make one, save and wait together.
 
     Args:
         folder: where they go; shared by all ranks.
         keep_last: how many to keep.
         asynchronous: copy the tensors and write them while training goes on.
-        ranks: that save, the first among them; None: all.
+        ranks: those that save, rank 0 among them; None: all.
     """
 
     def __init__(
@@ -70,15 +75,15 @@ class Checkpoints:
         self.folder, self.keep_last, self.asynchronous = folder, keep_last, asynchronous
         # A group of its own: a thread's collectives must not mix with the training's.
         self._group = dist.new_group(ranks, backend="gloo")
-        # plain copies in host memory
-        self._stager = DefaultStager(StagingOptions(False, False, False, False))
+        plain_copies = StagingOptions(False, False, False, False)  # in host memory
+        self._stager = DefaultStager(plain_copies)
         self._thread: threading.Thread | None = None
         self._error: BaseException | None = None
         on_rank_zero(lambda: clear(self.folder))
 
     @property
     def newest(self) -> str | None:
-        """The last one that was published; None: there is none."""
+        """The last one that was published, or None."""
         return str(latest.resolve()) if (latest := self.folder / "latest").exists() else None
 
     def save(self, step: int, tensors: dict[str, Tensor], about: dict[str, Any]) -> None:
@@ -89,7 +94,7 @@ class Checkpoints:
                 whole.
         """
         self.wait()
-        tensors = _apart({name: _written(name, tensor, {}) for name, tensor in tensors.items()})
+        tensors = _apart({n: _as_saved(n, tensor, {}) for n, tensor in tensors.items()})
         if self.asynchronous:
             copies = self._stager.stage(tensors)
             self._thread = threading.Thread(target=self._write_guarded, args=(step, copies, about))
@@ -98,7 +103,7 @@ class Checkpoints:
             self._write(step, tensors, about)
 
     def wait(self) -> None:
-        """Until the asynchronous save has ended; raises what it raised."""
+        """Wait until the asynchronous save has ended; raise what it raised."""
         if self._thread:
             self._thread.join()
             self._thread = None
@@ -125,17 +130,16 @@ class Checkpoints:
     ) -> None:
         writer = HuggingFaceStorageWriter(str(partial), save_distributed=True)
         try:
-            dcp.save(tensors, storage_writer=writer, process_group=self._group)
-        except dcp.CheckpointException as error:
-            causes = sorted(
-                {str(cause).strip().splitlines()[0] for cause, _ in error.failures.values()}
-            )
+            dcp_save(tensors, storage_writer=writer, process_group=self._group)
+        except CheckpointException as error:
+            causes = {str(cause).strip().splitlines()[0] for cause, _ in error.failures.values()}
             raise OSError(
-                f"checkpoint of step {step} could not be written: {'; '.join(causes)}"
+                f"checkpoint of step {step} could not be written: {'; '.join(sorted(causes))}"
             ) from error
-        files = file_digests(
-            partial, on_rank_zero(lambda: _written_in(partial), self._group), self._group
+        names = on_rank_zero(
+            lambda: sorted(file.name for file in partial.glob(f"*{SHARD}")), self._group
         )
+        files = file_digests(partial, names, self._group)
         on_rank_zero(lambda: self._publish(partial, step, about, files), self._group)
 
     def _publish(
@@ -172,120 +176,108 @@ class Checkpoints:
 
 
 def clear(folder: Path) -> None:
-    """Remove what a process that was killed has left half-written, or half-removed, among a
-    run's checkpoints.
-    """
+    """Remove what a killed process has left half-written or half-removed among checkpoints."""
     for left in folder.glob(f"{PARTIAL}*"):
         remove(left)
-
-
-def _written_in(folder: Path) -> list[str]:
-    return sorted(file.name for file in folder.glob("*.safetensors"))
 
 
 def file_digests(
     folder: Path, names: list[str], group: dist.ProcessGroup | None = None
 ) -> dict[str, dict[str, Any]]:
-    """Sizes and checksums of these files of a folder. A collective: each rank reads its share of
-    them.
+    """Return sizes and checksums of these files of a folder. Collective.
 
-    So that the others do not wait for one that reads a large model alone, until their patience
-    ends.
+    Each rank reads its share: if one read a large model alone, the others would time out.
     """
-    rank, size = dist.get_rank(group), dist.get_world_size(group)
-    own = names[rank::size]
+    own = names[dist.get_rank(group) :: dist.get_world_size(group)]
     shares = on_all_ranks(lambda: {name: file_digest(folder / name) for name in own}, group)
-    return {name: found for share in shares for name, found in share.items()}
+    return {name: digest for share in shares for name, digest in share.items()}
 
 
 def verified(path: Path) -> str:
-    """What is wrong with the files of a checkpoint, or an empty string.
+    """Return what is wrong with the files of a checkpoint, or an empty string. Collective.
 
-    A collective, the same on every rank.
+    Every rank returns the same.
     """
-    if said := on_rank_zero(lambda: check_sizes(path)):
-        return said
-    found = file_digests(path, on_rank_zero(lambda: files_of(path)))
-    return on_rank_zero(lambda: difference_from(path, found))
+    if problem := on_rank_zero(lambda: check_sizes(path)):
+        return problem
+    digests = file_digests(path, on_rank_zero(lambda: files_of(path)))
+    return on_rank_zero(lambda: difference_from(path, digests))
 
 
 def load(path: Path, states: list[dict[str, Tensor]], *, late: bool = False) -> None:
-    """Fill the tensors of `states`, whatever their sharding, from the checkpoint. A collective.
+    """Fill the tensors of `states`, whatever their sharding, from the checkpoint. Collective.
 
     Every rank gives equally many states. An optimizer has no state of a weight that no step has
-    used: what is made here of such states, and is not there, is taken out of `states`. `late`: what
-    is there, and comes after some steps alone, is put into `states`; an engine would not take it.
+    used: such a state is taken out of `states` where the checkpoint lacks it.
+
+    Args:
+        late: add to `states` what an optimizer makes only after some steps; engines take none.
 
     Raises:
-        ValueError: the checkpoint is of another model; the first differing tensor and both shapes
-            are named.
+        ValueError: the checkpoint is of another model; names the first tensor and both shapes.
     """
-    reader, saved, ours = _shapes(path, states)
+    reader, saved, shapes = _shapes(path, states)
     if late:
-        _add_late(reader, saved, ours, states)
+        _add_late(reader, saved, shapes, states)
     kinds = {name.rpartition(".")[2] for name in saved if name.startswith(OPTIMIZER_STATE)}
     begun = bool(read_manifest(path)["step"])
-    for name in [n for n in ours if n.startswith(OPTIMIZER_STATE) and n not in saved]:
+    for name in [n for n in shapes if n.startswith(OPTIMIZER_STATE) and n not in saved]:
         if name.rpartition(".")[2] in kinds or not (kinds or begun):
-            del ours[name]
+            del shapes[name]
             for tensors in states:
                 tensors.pop(name, None)
-    for name in sorted(ours | saved, key=lambda n: (n.startswith("optimizer."), n)):
-        if ours.get(name) != saved.get(name):
-            kind = "optimizer" if name.startswith("optimizer.") else "model"
+    for name in sorted(shapes | saved, key=lambda n: (n.startswith(OPTIMIZER_STATE), n)):
+        if shapes.get(name) != saved.get(name):
+            kind = "optimizer" if name.startswith(OPTIMIZER_STATE) else "model"
             raise ValueError(
                 f"{path} is of another {kind}: {name} is {saved.get(name, 'absent')} there, "
-                f"{ours.get(name, 'absent')} here"
+                f"{shapes.get(name, 'absent')} here"
             )
     for tensors in states:
-        dcp.load(
-            {name: _written(name, tensor, saved) for name, tensor in tensors.items()},
-            storage_reader=reader,
-        )
+        _read(reader, tensors, saved)
 
 
 def load_weights(
     path: Path, states: list[dict[str, Tensor]], *, taken: list[str], new: list[str]
 ) -> None:
-    """Fill those tensors of `states` that the checkpoint has too, in the same shape; all others
-    stay. A collective.
+    """Fill the weights of `states` that the checkpoint has in the same shape. Collective.
 
     Args:
-        path, states: as `load` takes them; optimizer states are left alone.
-        taken, new: told the names of those filled, and of those that stay.
+        states: as `load` takes them; optimizer states are left alone.
+        taken: gets the names of the weights that are filled.
+        new: gets the names of the weights that stay as they are.
 
     Raises:
         ValueError: nothing fits.
     """
-    reader, saved, ours = _shapes(path, states)
-    weights = {name: shape for name, shape in ours.items() if not name.startswith(OPTIMIZER_STATE)}
+    reader, saved, shapes = _shapes(path, states)
+    weights = {n: shape for n, shape in shapes.items() if not n.startswith(OPTIMIZER_STATE)}
     taken += [name for name in sorted(weights) if saved.get(name) == weights[name]]
     new += [name for name in sorted(weights) if saved.get(name) != weights[name]]
     if not taken:
         name = new[0]
         raise ValueError(
             f"init_from: nothing in {path} fits this model: {name} is "
-            f"{saved.get(name, 'absent')} there, "
-            f"{weights[name]} here"
+            f"{saved.get(name, 'absent')} there, {weights[name]} here"
         )
     for tensors in states:
-        known = {
-            name: _written(name, tensor, saved) for name, tensor in tensors.items() if name in taken
-        }
-        dcp.load(known, storage_reader=reader)
+        _read(reader, {n: tensor for n, tensor in tensors.items() if n in taken}, saved)
+
+
+def _read(reader: Any, tensors: dict[str, Tensor], saved: dict[str, Any]) -> None:
+    named = {name: _as_saved(name, tensor, saved) for name, tensor in tensors.items()}
+    dcp_load(named, storage_reader=reader)
 
 
 def _add_late(
-    reader: Any, saved: dict[str, Any], ours: dict[str, Any], states: list[dict[str, Tensor]]
+    reader: Any, saved: dict[str, Any], shapes: dict[str, Any], states: list[dict[str, Tensor]]
 ) -> None:
-    """Make room for states that come after some steps, of weights that have others: no first
-    step has made them.
-    """
-    owners = {name.rpartition(".")[0] for name in ours}
+    """Allocate the states that an optimizer adds to a weight's others only after some steps."""
+    owners = {name.rpartition(".")[0] for name in shapes}
     late = [
         n
         for n in saved
-        if n.startswith(OPTIMIZER_STATE) and n not in ours and n.rpartition(".")[0] in owners
+        if n.startswith(OPTIMIZER_STATE) and n not in shapes and n.rpartition(".")[0] in owners
     ]
     metadata = reader.read_metadata().state_dict_metadata if late else {}
     for full in late:
@@ -293,61 +285,54 @@ def _add_late(
         weight = owner.removeprefix(OPTIMIZER_STATE)
         for part in (p for p in states if any(n.rpartition(".")[0] == owner for n in p)):
             dtype, like = metadata[full].properties.dtype, part[weight]
-            same = saved[full] == tuple(_written(full, like, saved).shape)
+            same = saved[full] == tuple(_as_saved(full, like, saved).shape)
             dtype = like.dtype if same and like.is_complex() else dtype
             part[full] = (
                 torch.empty_like(like, dtype=dtype)
                 if same
                 else torch.empty(saved[full], dtype=dtype)
             )
-        ours[full] = saved[full]
+        shapes[full] = saved[full]
 
 
 def _apart(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The tensors; copies of those that lie among the numbers of others, or not row by row: the
-    format takes no such views.
-    """
-    found, end = dict(tensors), 0
-    here = {name: t.to_local() if isinstance(t, DTensor) else t for name, t in tensors.items()}
-    for name in sorted((n for n, t in here.items() if t.numel()), key=lambda n: here[n].data_ptr()):
-        tensor, begin = here[name], here[name].data_ptr()
+    """Return the tensors, copied where they overlap or are not contiguous: the format needs it."""
+    separate, end = dict(tensors), 0
+    local = {name: t.to_local() if isinstance(t, DTensor) else t for name, t in tensors.items()}
+    names = [name for name, tensor in local.items() if tensor.numel()]
+    for name in sorted(names, key=lambda name: local[name].data_ptr()):
+        tensor, begin = local[name], local[name].data_ptr()
         last = sum(
             (size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True)
         )
         if begin < end or not tensor.is_contiguous():
-            found[name] = tensors[name].clone().contiguous()
+            separate[name] = tensors[name].clone().contiguous()
         end = max(end, begin + (last + 1) * tensor.itemsize)
-    return found
+    return separate
 
 
-def _written(name: str, tensor: Tensor, saved: dict[str, Any]) -> Tensor:
-    """A tensor as the format takes it, in the same memory: complex numbers as their two parts, in a
-    last dim.
+def _as_saved(name: str, tensor: Tensor, saved: dict[str, Any]) -> Tensor:
+    """View a complex tensor as the format takes it: two real parts in a last dim.
 
-    Unless the checkpoint, whose shapes are `saved`, has them as they are.
+    A tensor whose shape the checkpoint has (`saved`) stays complex.
     """
-    return (
-        torch.view_as_real(tensor)
-        if tensor.is_complex() and saved.get(name) != tuple(tensor.shape)
-        else tensor
-    )
+    real = tensor.is_complex() and saved.get(name) != tuple(tensor.shape)
+    return torch.view_as_real(tensor) if real else tensor
 
 
 def _shapes(
     path: Path, states: list[dict[str, Tensor]]
 ) -> tuple[Any, dict[str, Any], dict[str, Any]]:
-    """A reader of the checkpoint, and the shapes of all tensors there and of all ranks here."""
+    """Return a reader, and the shapes of the checkpoint's tensors and of all ranks' tensors."""
     reader = HuggingFaceStorageReader(str(path))
-    saved = {
-        n: tuple(getattr(m, "size", ()))
-        for n, m in reader.read_metadata().state_dict_metadata.items()
-    }
-    ours: dict[str, tuple[int, ...]] = {}
-    for theirs in all_gather_object(
-        {n: tuple(_written(n, t, saved).shape) for part in states for n, t in part.items()}
+    metadata = reader.read_metadata().state_dict_metadata
+    saved = {name: tuple(getattr(entry, "size", ())) for name, entry in metadata.items()}
+    shapes: dict[str, tuple[int, ...]] = {}
+    for of_rank in all_gather_object(
+        {n: tuple(_as_saved(n, t, saved).shape) for part in states for n, t in part.items()}
     ):
-        ours |= theirs
-    return reader, saved, ours
+        shapes |= of_rank
+    return reader, saved, shapes
 
 
 def _write_synced(file: Path, content: dict[str, Any]) -> None:

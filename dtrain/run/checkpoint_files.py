@@ -1,4 +1,4 @@
-"""Which checkpoints there are, and whether they are whole."""
+"""Find checkpoints, and tell whether they are whole."""
 
 from __future__ import annotations
 
@@ -20,75 +20,66 @@ from dtrain.files.disk import digest, sync
 
 CHECKPOINTS, MANIFEST, SHARD = "checkpoints", "checkpoint.json", ".safetensors"
 NO_HEADER = (
-    ValueError,
-    KeyError,
-    TypeError,
-    AttributeError,
-    IndexError,
-    OverflowError,
-    RecursionError,
-    RuntimeError,
-)
+    SafetensorError, ValueError, KeyError, TypeError, AttributeError, IndexError, OverflowError,
+    RecursionError, RuntimeError,
+)  # fmt: skip
 AUTO = "auto"  # resume from the run's newest, if it has any
 
 
 def resume_candidates(
     resume: str, run_folder: Path, outputs: Path, *, key: str = "resume"
 ) -> list[Path]:
-    """The checkpoints that `resume` names, the newest first.
+    """Return the checkpoints that `resume` names, the newest first.
 
     Args:
-        key: of the configuration, for what is said.
         resume: a checkpoint, a folder of them, a run's folder; or `latest`: this run's newest, or
             else the newest of all runs below `outputs`.
+        key: the configuration's name of `resume`, for the error.
 
     Raises:
-        ValueError: none there; says where.
+        ValueError: there is none.
     """
     if resume == "latest":
-        found = published(run_folder / "checkpoints")
-        if not found:
+        written = published(run_folder / CHECKPOINTS)
+        if not written:
             runs = [
                 published(folder)
                 for folder in _below(outputs)
                 if os.path.lexists(folder / "latest")
             ]
-            found = max((run for run in runs if run), key=lambda run: _written(run[-1]), default=[])
+            written = max(filter(None, runs), key=lambda run: _write_order(run[-1]), default=[])
         where = f"{run_folder} or below {outputs}"
     else:
         path = Path(resume).expanduser()
         if (path / MANIFEST).exists():
-            path, written = path.resolve(), published(path.resolve().parent)
-            found = written[: written.index(path) + 1] if path in written else [path]
+            path = path.resolve()
+            siblings = published(path.parent)
+            written = siblings[: siblings.index(path) + 1] if path in siblings else [path]
         else:
-            found = published(path / "checkpoints") or published(path)
+            written = published(path / CHECKPOINTS) or published(path)
         where = str(path)
-    if not found:
+    if not written:
         raise ValueError(f"{key}={resume}: no checkpoint in {where}")
-    return list(reversed(found))
+    return written[::-1]
 
 
-def run_of(places: Iterable[Path], agents: frozenset[str]) -> Path | None:
-    """The run below these folders that ranks of one of these agents were at, as its checkpoints
-    tell.
-    """
-    found = []
-    for place in places if agents else ():
-        for path in (path for folder in _below(place) for path in folder.glob("step-*")):
+def run_of(folders: Iterable[Path], agents: frozenset[str]) -> Path | None:
+    """Return the newest run below the folders whose checkpoints name one of the agents, or None."""
+    runs = []
+    for folder in folders if agents else ():
+        for path in (path for below in _below(folder) for path in below.glob("step-*")):
             with suppress(ValueError, OSError):  # damaged, or another run has just removed it
                 if agents.intersection(read_manifest(path).get("agents", ())):
-                    found.append((_written(path), path.parent.parent))
-    return max(found, default=(None, None))[1]
+                    runs.append((_write_order(path), path.parent.parent))
+    return max(runs, default=(None, None))[1]
 
 
-def _below(place: Path) -> Iterator[Path]:
-    """The folders of checkpoints of the runs below a folder; links on the way to a run are not
-    followed.
-    """
-    for above, names, _ in os.walk(place):
+def _below(folder: Path) -> Iterator[Path]:
+    """Yield the folders of checkpoints below a folder; links on the way are not followed."""
+    for parent, names, _ in os.walk(folder):
         if CHECKPOINTS in names:
             names.remove(CHECKPOINTS)
-            yield Path(above, CHECKPOINTS)
+            yield Path(parent, CHECKPOINTS)
 
 
 def first_undamaged(
@@ -98,14 +89,14 @@ def first_undamaged(
     fallback: bool,
     note: Callable[[str], None],
 ) -> Path:
-    """The first of these checkpoints.
+    """Return the first of the checkpoints, or with `fallback` the first that is not damaged.
 
     Args:
-        verify: says what is wrong with one, as below.
-        fallback: if it is damaged, take the newest whole one before it, and `note` so.
+        verify: returns what is wrong with a checkpoint, as `verify` below.
+        note: is called for each damaged one that is left out.
 
     Raises:
-        ValueError: damaged; says in what, and what would do.
+        ValueError: it is damaged; names the damage and the remedy.
     """
     for path, older in zip(newest_first, [*newest_first[1:], None], strict=True):
         damage = verify(path)
@@ -123,55 +114,52 @@ def first_undamaged(
 
 
 def verify(path: Path) -> str:
-    """What is wrong with the files of a checkpoint, or an empty string."""
-    if said := check_sizes(path):
-        return said
-    return difference_from(path, {name: file_digest(path / name) for name in files_of(path)})
+    """Return what is wrong with the files of a checkpoint, or an empty string."""
+    return check_sizes(path) or difference_from(
+        path, {name: file_digest(path / name) for name in files_of(path)}
+    )
 
 
 def check_sizes(path: Path) -> str:
-    """What is wrong that can be known without reading the files to their end."""
+    """Return what is wrong as far as names and sizes of files can tell, or an empty string."""
     try:
         manifest = read_manifest(path)
     except ValueError as error:
         return str(error)
     if with_checksum(manifest) != manifest:
         return f"{MANIFEST} does not have its SHA-256"
-    return _outline(path, manifest["files"])
-
-
-def files_of(path: Path) -> list[str]:
-    """The names of a checkpoint's files, as it says itself."""
-    return list(read_manifest(path)["files"])
-
-
-def _outline(path: Path, files: dict[str, dict[str, Any]]) -> str:
+    files = manifest["files"]
     for name, expected in files.items():
         try:
-            found = (path / name).lstat()
+            status = (path / name).lstat()
         except FileNotFoundError:
             return f"{name} is missing"
-        if not stat.S_ISREG(found.st_mode):
+        if not stat.S_ISREG(status.st_mode):
             return f"{name} is no regular file"
-        if found.st_size != expected["bytes"]:
-            return f"{name} has {found.st_size} bytes, not {expected['bytes']}"
+        if status.st_size != expected["bytes"]:
+            return f"{name} has {status.st_size} bytes, not {expected['bytes']}"
     if stray := sorted({file.name for file in path.glob(f"*{SHARD}")} - files.keys()):
         return f"{stray[0]} is not in {MANIFEST}"
     return ""
 
 
-def difference_from(path: Path, found: dict[str, dict[str, Any]]) -> str:
-    """What is wrong with its files, of which `found` are the descriptions."""
+def files_of(path: Path) -> list[str]:
+    """Return the names of a checkpoint's files, from its manifest."""
+    return list(read_manifest(path)["files"])
+
+
+def difference_from(path: Path, digests: dict[str, dict[str, Any]]) -> str:
+    """Return what is wrong with the files of a checkpoint that have these digests, or ""."""
     for name, expected in read_manifest(path)["files"].items():
-        if found[name] != expected:
+        if digests[name] != expected:
             return f"{name} does not have its SHA-256"
     try:
         tensors: dict[str, Any] = (
             HuggingFaceStorageReader(str(path)).read_metadata().state_dict_metadata
         )
-    except (SafetensorError, *NO_HEADER) as error:
+    except NO_HEADER as error:
         return f"the header of a shard is none of ours: {type(error).__name__}: {str(error)[:80]}"
-    for name, tensor in tensors.items():  # whoever reads it makes room for all of it
+    for name, tensor in tensors.items():  # loading allocates all of a tensor
         odd = any(
             len(part.offsets) != len(part.sizes) or min(part.offsets, default=0) < 0
             for part in tensor.chunks
@@ -182,10 +170,10 @@ def difference_from(path: Path, found: dict[str, dict[str, Any]]) -> str:
 
 
 def read_manifest(path: Path) -> dict[str, Any]:
-    """What a checkpoint says of itself: step, tokens, and what its run gave.
+    """Return a checkpoint's manifest: step, tokens, files, and what its run added.
 
     Raises:
-        ValueError: it says what none of ours says; of files, that they are elsewhere.
+        ValueError: a field is absent or none that we write, or names a file elsewhere.
         OSError: it cannot be read.
     """
     manifest = json_files.read(path / MANIFEST)
@@ -202,30 +190,28 @@ def read_manifest(path: Path) -> dict[str, Any]:
     fits["agents"] = isinstance(agents, list) and all(isinstance(agent, str) for agent in agents)
     if wrong := [key for key, right in fits.items() if not right]:
         raise ValueError(f"{MANIFEST} has {wrong[0]}={str(manifest[wrong[0]])[:40]}")
-    for name, found in files.items():
+    for name, entry in files.items():
         if Path(name).name != name or not name.endswith(SHARD) or not name.isprintable():
             raise ValueError(
                 f"{MANIFEST} names the file {name[:80]!r}, which is none of a checkpoint's"
             )
         if not (
-            isinstance(found, dict)
-            and type(found.get("bytes")) is int
-            and isinstance(found.get("sha256"), str)
+            isinstance(entry, dict)
+            and type(entry.get("bytes")) is int
+            and isinstance(entry.get("sha256"), str)
         ):
             raise ValueError(f"{MANIFEST} does not tell bytes and SHA-256 of {name!r}")
     return manifest
 
 
 def with_checksum(manifest: dict[str, Any]) -> dict[str, Any]:
-    """The manifest, with the checksum of all else in it."""
-    rest = json.loads(
-        json.dumps({key: value for key, value in manifest.items() if key != "sha256"})
-    )
+    """Return the manifest with the checksum of everything else in it."""
+    rest = json.loads(json.dumps({k: v for k, v in manifest.items() if k != "sha256"}))
     return {**rest, "sha256": hashlib.sha256(json.dumps(rest, sort_keys=True).encode()).hexdigest()}
 
 
 def steps_of(path: Path) -> int:
-    """That a checkpoint has done; 0 if its manifest is damaged: whoever loads it will say so."""
+    """Return the steps of a checkpoint; 0 if its manifest is damaged: loading it will say so."""
     try:
         manifest = read_manifest(path)
         return int(manifest["step"]) if with_checksum(manifest) == manifest else 0
@@ -234,19 +220,17 @@ def steps_of(path: Path) -> int:
 
 
 def published(folder: Path) -> list[Path]:
-    """The published checkpoints of a folder, in the order in which they were written; a link
-    there stays one.
-    """
-    here = folder.resolve()
-    return sorted(
-        (here / p.name for p in folder.glob("step-*") if (p / MANIFEST).exists()), key=_written
-    )
+    """Return the published checkpoints of a folder as they were written; links stay links."""
+    resolved = folder.resolve()
+    names = [path.name for path in folder.glob("step-*") if (path / MANIFEST).exists()]
+    return sorted((resolved / name for name in names), key=_write_order)
 
 
-def _written(path: Path) -> tuple[int, str]:
+def _write_order(path: Path) -> tuple[int, str]:
     return (path / MANIFEST).stat().st_mtime_ns, path.name
 
 
 def file_digest(file: Path) -> dict[str, Any]:
+    """Sync a file; return its size and SHA-256."""
     sync(file)
     return {"bytes": file.stat().st_size, "sha256": digest(file)}

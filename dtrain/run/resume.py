@@ -1,11 +1,17 @@
-"""Where a run's weights come from: an earlier attempt, a checkpoint that was asked for, or
-nothing.
+"""Where a run's weights come from.
+
+    Fresh      its own initial weights
+    InitFrom   what fits of another run's checkpoint (`init_from`)
+    Resume     a checkpoint of its own, or one that was asked for (`resume`)
+    Finished   nowhere: the run has done all its steps
+
+Rank 0 decides (`starting_point`), and every rank acts on it (`take_weights`).
 """
 
 from __future__ import annotations
 
-import math
 import os
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -20,132 +26,145 @@ from dtrain.run.assemble import Parts
 from dtrain.run.claim import OUTPUTS, RESUMABLE
 from dtrain.train import Trainer
 
+# of a configuration: what decides the loss curve besides weights and data
+CURVE = (
+    "seed", "steps", "dtype", "precision", "global_batch_size", "seq_len", "clip_norm",
+    "optimizer", "lr_schedule", "model", "task",
+)  # fmt: skip
 
-def finished(job: Parts, folder: Path, world: World) -> dict[str, Any] | None:
-    """The summary that the run has left, if it is begun again and there is nothing left to do.
 
-    A collective.
+@dataclass(frozen=True)
+class Fresh:
+    """Begin with initial weights; `note` says why, where that may surprise."""
+
+    note: str = ""
+
+
+@dataclass(frozen=True)
+class InitFrom:
+    """Begin with weights of one of these checkpoints, the newest first."""
+
+    checkpoints: list[Path]
+
+
+@dataclass(frozen=True)
+class Resume:
+    """Go on from one of these checkpoints, the newest first."""
+
+    checkpoints: list[Path]
+
+
+@dataclass(frozen=True)
+class Finished:
+    """Nothing is left to do; the run has left this summary."""
+
+    summary: dict[str, Any]
+
+
+StartingPoint = Fresh | InitFrom | Resume | Finished
+
+
+def starting_point(job: Parts, folder: Path, world: World) -> StartingPoint:
+    """Decide where the run's weights come from. Collective: rank 0 decides for all.
+
+    Raises:
+        ValueError: there is no checkpoint where one was asked for.
     """
-
-    def look() -> dict[str, Any] | None:
-        newest = _newest(job, folder, world)
-        if (
-            newest
-            and checkpoint_files.steps_of(newest) >= job.config.steps
-            and (folder / SUMMARY).exists()
-        ):
-            job.logger.note(
-                f"{newest} has done all {job.config.steps} steps: nothing is left to do"
-            )
-            # it was not stopped
-            return {key: value for key, value in summary_in(folder).items() if key != RESUMABLE}
-        return None
-
-    return on_rank_zero(look)
+    return on_rank_zero(lambda: _decide(job, folder, world))
 
 
-def _newest(job: Parts, folder: Path, world: World, steps: float = math.inf) -> Path | None:
-    """The run's newest checkpoint, of fewer steps if there is one, if it was restarted or goes
-    on by itself.
-    """
-    if job.config.resume != checkpoint_files.AUTO and not checkpoint_files.run_of(
-        (folder,), world.agents
-    ):
-        return None
-    every = checkpoint_files.published(folder / "checkpoints")
-    return next(
-        (path for path in reversed(every) if checkpoint_files.steps_of(path) < steps),
-        every[-1] if every else None,
+def _decide(job: Parts, folder: Path, world: World) -> StartingPoint:
+    config, own = job.config, _own_checkpoints(job, folder, world)
+    if own and checkpoint_files.steps_of(own[-1]) >= config.steps and (folder / SUMMARY).exists():
+        job.logger.note(f"{own[-1]} has done all {config.steps} steps: nothing is left to do")
+        summary = summary_in(folder)
+        summary.pop(RESUMABLE, None)  # it was not stopped
+        return Finished(summary)
+    candidates = partial(
+        checkpoint_files.resume_candidates, run_folder=folder, outputs=OUTPUTS.resolve()
+    )
+    if own:
+        unfinished = (p for p in reversed(own) if checkpoint_files.steps_of(p) < config.steps)
+        return Resume(candidates(str(next(unfinished, own[-1]))))
+    if config.resume not in (None, checkpoint_files.AUTO):
+        return Resume(candidates(config.resume))
+    if config.init_from:
+        return InitFrom(candidates(config.init_from, key="init_from"))
+    restarted = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0))
+    return Fresh(
+        f"restarted; no checkpoint of an earlier attempt in {folder} or {OUTPUTS.resolve()}: "
+        f"begun anew"
+        if restarted
+        else ""
     )
 
 
-def take_weights(trainer: Trainer, job: Parts, folder: Path, world: World) -> None:
-    """From a checkpoint to go on with, or to begin with; and say where a model's own come from.
+def _own_checkpoints(job: Parts, folder: Path, world: World) -> list[Path]:
+    """Return the checkpoints in the run's folder, if it goes on by itself or was restarted."""
+    goes_on = job.config.resume == checkpoint_files.AUTO
+    if not (goes_on or checkpoint_files.run_of((folder,), world.agents)):
+        return []
+    return checkpoint_files.published(folder / checkpoint_files.CHECKPOINTS)
 
-    A collective.
+
+def take_weights(trainer: Trainer, job: Parts, start: Fresh | InitFrom | Resume) -> None:
+    """Give the trainer the weights to start with, and note where they come from. Collective.
+
+    Raises:
+        ValueError: the checkpoint is damaged, of another model, or has done all steps.
     """
-    for model in trainer.models.values():
-        for origin in {
-            str(module.origin) for module in model.modules() if hasattr(module, "origin")
-        }:
-            job.logger.note(origin)
-    own = on_rank_zero(lambda: _newest(job, folder, world, job.config.steps))
-    asked = None if job.config.resume == checkpoint_files.AUTO else job.config.resume
-    if own or asked:
-        _resume(trainer, job, str(own or asked), folder)
-    elif job.config.init_from:
-        _begin(trainer, job, job.config.init_from, folder)
-    elif int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)):
-        job.logger.note(
-            f"restarted; no checkpoint of an earlier attempt in {folder} or {OUTPUTS.resolve()}: "
-            f"begun anew"
-        )
-
-
-def _begin(trainer: Trainer, job: Parts, path: str, folder: Path) -> None:
-    """Take what fits of another run's weights; say what does not."""
-    note = job.logger.note
-    newest_first = on_rank_zero(
-        lambda: checkpoint_files.resume_candidates(path, folder, OUTPUTS.resolve(), key="init_from")
-    )
-    found = checkpoint_files.first_undamaged(
-        newest_first, checkpoint.verified, fallback=False, note=note
-    )
-    taken: list[str] = []
-    new: list[str] = []
-    trainer.begin(partial(checkpoint.load_weights, found, taken=taken, new=new))
-    note(f"begun from {found}: {len(taken)} tensors; new: {', '.join(new) or 'none'}")
-
-
-def _resume(trainer: Trainer, job: Parts, resume: str, folder: Path) -> None:
     config, note = job.config, job.logger.note
-    newest_first = on_rank_zero(
-        lambda: checkpoint_files.resume_candidates(resume, folder, OUTPUTS.resolve())
+    for model in trainer.models.values():
+        for origin in {str(m.origin) for m in model.modules() if hasattr(m, "origin")}:
+            note(origin)
+    if isinstance(start, Fresh):
+        if start.note:
+            note(start.note)
+        return
+    fallback = isinstance(start, Resume) and config.checkpoint.fallback
+    path = checkpoint_files.first_undamaged(
+        start.checkpoints, checkpoint.verified, fallback=fallback, note=note
     )
-    fallback = config.checkpoint.fallback
-    found = checkpoint_files.first_undamaged(
-        newest_first, checkpoint.verified, fallback=fallback, note=note
-    )
-    theirs = checkpoint_files.read_manifest(found)
-    if isinstance(schedule := theirs.get("schedule"), dict):  # of an earlier version
-        now = {f"schedule.{key}": value for key, value in schedule.items()}
-        theirs["lr_schedule"] = {
-            RENAMED.get(key, key).split(".")[1]: value for key, value in now.items()
-        }
-    if theirs["step"] >= config.steps:
+    if isinstance(start, InitFrom):
+        taken: list[str] = []
+        new: list[str] = []
+        trainer.begin(partial(checkpoint.load_weights, path, taken=taken, new=new))
+        note(f"begun from {path}: {len(taken)} tensors; new: {', '.join(new) or 'none'}")
+        return
+    manifest = checkpoint_files.read_manifest(path)
+    if manifest["step"] >= config.steps:
         raise ValueError(
-            f"resume: {found} has done {theirs['step']} steps already, steps={config.steps}: ask "
+            f"resume: {path} has done {manifest['step']} steps already, steps={config.steps}: ask "
             f"for more steps"
         )
-    trainer.load(partial(checkpoint.load, found, late=job.plan.without_late_states is None))
-    trainer.next_step, trainer.tokens = theirs["step"], theirs["tokens"]
-    note(f"resumed from {found}, step {theirs['step']}")
-    ours = {key: value for key, value in _curve(job).items() if key in theirs}
-    before, now = json_files.flat({key: theirs[key] for key in ours}), json_files.flat(ours)
+    trainer.load(partial(checkpoint.load, path, late=job.plan.without_late_states is None))
+    trainer.next_step, trainer.tokens = manifest["step"], manifest["tokens"]
+    note(f"resumed from {path}, step {manifest['step']}")
+    _note_differences(manifest, job)
+
+
+def _note_differences(manifest: dict[str, Any], job: Parts) -> None:
+    """Note each setting that the checkpoint's run had otherwise, and that changes the curve."""
+    if isinstance(schedule := manifest.get("schedule"), dict):  # of an earlier version
+        renamed = {
+            RENAMED.get(f"schedule.{key}", f"schedule.{key}"): v for key, v in schedule.items()
+        }
+        manifest["lr_schedule"] = {key.split(".")[1]: value for key, value in renamed.items()}
+    settings = {key: value for key, value in _curve(job).items() if key in manifest}
+    before = json_files.flat({key: manifest[key] for key in settings})
+    now = json_files.flat(settings)
     for key in before | now:
         if (had := before.get(key)) != (has := now.get(key)):
-            note(f"the checkpoint's run had {key}={had}, this one has {has}: the curve may differ")
+            job.logger.note(
+                f"the checkpoint's run had {key}={had}, this one has {has}: the curve may differ"
+            )
 
 
 def _curve(job: Parts) -> dict[str, Any]:
-    """What decides the loss curve besides the weights: kept in a checkpoint to compare."""
-    keys = (
-        "seed",
-        "steps",
-        "dtype",
-        "precision",
-        "global_batch_size",
-        "seq_len",
-        "clip_norm",
-        "optimizer",
-        "lr_schedule",
-        "model",
-        "task",
-    )
-    return {"data": job.data.describe()} | {key: job.written[key] for key in keys}
+    return {"data": job.data.describe()} | {key: job.written[key] for key in CURVE}
 
 
 def manifest_fields(job: Parts, trainer: Trainer, world: World) -> dict[str, Any]:
-    """What a checkpoint says of its run, besides the step."""
+    """Return what a checkpoint tells of its run, besides the step."""
     agents = {"agents": sorted(world.agents)}
     return {"tokens": trainer.tokens, **_curve(job), "mesh": job.plan.degrees, **agents}

@@ -1,6 +1,4 @@
-"""The figures of a run: what is measured, what a person is told at the start, what is left at
-the end.
-"""
+"""The figures of a run: measured, shown at its start, left at its end."""
 
 from __future__ import annotations
 
@@ -24,7 +22,7 @@ from dtrain.task.base import Task
 
 
 def throughput_meter(job: Parts, world: World) -> tuple[Throughput, str]:
-    """A meter that knows the model's operations a token and this rank's peak. A collective."""
+    """Return a meter of throughput and MFU, and the source of its peak. Collective."""
     stated = job.config.measure.peak_flops
     dist.barrier()  # the ranks measure at the same time, as they will compute at the same time
     peak, source = (
@@ -43,8 +41,7 @@ def throughput_meter(job: Parts, world: World) -> tuple[Throughput, str]:
 
 
 def flops_per_token(task: Task) -> float | None:
-    """Operations of one step over the tokens (or samples) it trains on: counted on one row, on meta
-    tensors.
+    """Return a step's operations over its tokens (or samples), counted on one row of meta tensors.
 
     None if a model cannot run there.
     """
@@ -68,38 +65,35 @@ def flops_per_token(task: Task) -> float | None:
 
 
 def facts(job: Parts, meter: Throughput, peak_source: str) -> tuple[str, ...]:
-    """Lines for a person."""
-    whole = [
+    """Return lines for a person: model, data, batch, device."""
+    # not the trainer's models: an engine may have put their parameters away
+    models = [
         factory() if (model := on_meta(factory)) is None else model
         for factory in job.task.models.values()
     ]
-    # an engine may have put them away
-    parameters = sum(p.numel() for model in whole for p in model.parameters())
+    parameters = sum(p.numel() for model in models for p in model.parameters())
     precision, config = job.plan.precision, job.config
     weights = str(precision.weights_dtype).removeprefix("torch.")
     data = ", ".join(
         f"{key} {value:,}" if isinstance(value, int) else f"{key} {value}"
         for key, value in job.data.describe().items()
     )
-    epoch = (
-        f", {rows / config.global_batch_size:,.1f} steps an epoch"
-        if (rows := job.task.epoch)
-        else ""
-    )
-    return (
+    rows, micro_batch_size = config.global_batch_size, config.micro_batch_size
+    epoch = f", {job.task.epoch / rows:,.1f} steps an epoch" if job.task.epoch else ""
+    lines = [
         f"model: {parameters:,} parameters; computes in {precision.compute}, weights in {weights}",
         f"data: {data}",
-        *(
-            [f"left out of the data: {left_out_in_words(job.data.left_out)}"]
-            if any(job.data.left_out.values())
-            else []
-        ),
-        *own.settings_in_words(config.model),
-        *([f"task: {job.task.summary}"] if job.task.summary else []),
+    ]
+    if any(job.data.left_out.values()):
+        lines.append(f"left out of the data: {left_out_in_words(job.data.left_out)}")
+    lines += own.settings_in_words(config.model)
+    if job.task.summary:
+        lines.append(f"task: {job.task.summary}")
+    return (
+        *lines,
         *job.tried,
-        f"batch: {config.global_batch_size} rows over {job.plan.row_parts} x "
-        f"{job.plan.micro_batches(config.global_batch_size, config.micro_batch_size)} "
-        f"micro-batches{epoch}",
+        f"batch: {rows} rows over {job.plan.row_parts} x "
+        f"{job.plan.micro_batches(rows, micro_batch_size)} micro-batches{epoch}",
         f"device: {job.plan.device.type}, {torch.get_num_threads()} threads a process; "
         f"peak {(meter.peak_flops or math.nan) / 1e9:,.0f} GFLOP/s a rank ({peak_source})",
     )
@@ -113,8 +107,9 @@ def summary_of(
     meter: Throughput,
     peak_source: str,
 ) -> dict[str, Any]:
-    """The whole of a run for `summary.json`. A collective."""
+    """Return what `summary.json` holds of any run. Collective."""
     peaks = all_gather_object(peak_memory.peak_bytes(job.plan.device))
+    left_out = {"left_out": dict(job.data.left_out)} if job.data.left_out else {}
     return {
         "strategy": strategy,
         "mesh": job.plan.degrees,
@@ -128,8 +123,7 @@ def summary_of(
         "peak_memory_bytes": max(peaks),
         "peak_memory_bytes_by_rank": peaks,
         "tokens": figures["tokens"],
-        "data": job.data.describe()
-        | ({"left_out": dict(job.data.left_out)} if job.data.left_out else {}),
+        "data": job.data.describe() | left_out,
         "environment": environment.describe(),
         "config": job.written,
     }

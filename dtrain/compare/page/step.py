@@ -11,7 +11,7 @@ import plotly.graph_objects as go
 from dtrain.compare.page.style import TRACE, Chart
 from dtrain.compare.results import Row
 from dtrain.cost.timeline import COMMUNICATION, COMPUTE, Interval, difference, length, union
-from dtrain.report.step_chart import COLOURS
+from dtrain.report.step_chart import bars_of
 
 EXPOSED = "#d62f2f"
 
@@ -23,13 +23,9 @@ def gantt(events: Iterable[dict[str, Any]], row: Row) -> Chart:
     ranks = sorted({event["pid"] for event in spans})
     for rank in ranks:
         own = [event for event in spans if event["pid"] == rank]
-        for event in own:
-            name = event["name"].split(" (")[0].split(" stage ")[0]
-            if event["cat"] != COMPUTE and name in COLOURS:
-                lane = (rank + 0.34, 0.18) if event["cat"] == COMMUNICATION else (rank, 0.44)
-                bars[name, COLOURS[name]].append(
-                    (event["ts"] / 1e3, event["dur"] / 1e3, *lane, event["name"])
-                )
+        for bar in bars_of(own):
+            lane = (rank + 0.34, 0.18) if bar.communication else (rank, 0.44)
+            bars[bar.name, bar.colour].append((bar.begin, bar.length, *lane, bar.label))
         for start, end in _exposed(own):
             bars["exposed communication", EXPOSED].append(
                 (start / 1e3, (end - start) / 1e3, rank + 0.5, 0.08, "exposed")

@@ -1,6 +1,4 @@
-"""One micro-batch of a step on the meta device: which modules are called, with what shapes, and
-what backward does.
-"""
+"""Record one micro-batch of a step on the meta device: module calls, shapes, the backward pass."""
 
 from __future__ import annotations
 
@@ -31,7 +29,7 @@ if TYPE_CHECKING:
 META = torch.device("meta")
 
 
-def trace(
+def record_footprint(
     task: Task,
     plan: Plan,
     optimizer: Callable[[nn.Module], Optimizer] | None = None,
@@ -39,10 +37,9 @@ def trace(
     global_batch_size: int,
     micro_batch_size: int | None = None,
 ) -> Footprint:
-    """All of a step's models and calls, for the rows and tokens of one rank; no strategy has cut a
-    model yet.
+    """Return a step's models and calls, for the rows and tokens of one rank and whole models.
 
-    Needs no process group, and memory for no weight. Without an optimizer its states do not count.
+    It needs no process group, and allocates no weight. Without an optimizer no states count.
 
     Raises:
         ValueError: a model cannot be built on the meta device, or does not run there.
@@ -56,7 +53,7 @@ def trace(
     )
     recorder = _Recorder(models)
     try:
-        with recorder.ledger, _flash_attention():
+        with recorder.tracker, _flash_attention():
             for index, update in enumerate(task.updates):
                 recorder.run(index, partial(update.loss, models, batch))
     except Exception as error:  # of a user's model: it may fail in any way
@@ -67,9 +64,8 @@ def trace(
         recorder.close()
     trained = Counter(update.trains for update in task.updates)
     narrow = activations.itemsize / dtype.itemsize
-    pieces = (recorder.piece(name, trained[name], narrow) for name in models)
     return Footprint(
-        tuple(pieces),
+        tuple(recorder.model_part(name, trained[name], narrow) for name in models),
         micro_batches,
         weight_bytes=dtype.itemsize,
         compute_bytes=plan.precision.compute_dtype.itemsize,
@@ -92,7 +88,7 @@ def _outline(name: str, model: nn.Module | None, plan: Plan) -> nn.Module:
 
 
 def _shapes(batch: Batch, row_parts: int, token_parts: int) -> Batch:
-    """A micro-batch of one rank, without its values."""
+    """Return a micro-batch of one rank, without its values."""
     parts = {name: tensor[: len(tensor) // row_parts] for name, tensor in batch.items()}
     if token_parts > 1:
         parts = {
@@ -104,9 +100,7 @@ def _shapes(batch: Batch, row_parts: int, token_parts: int) -> Batch:
 
 @contextmanager
 def _flash_attention() -> Iterator[None]:
-    """On the meta device torch would take the attention that keeps all scores; devices have one
-    that does not.
-    """
+    """Use flash attention on the meta device too, where torch would keep all scores."""
     original = F.scaled_dot_product_attention
 
     def attention(
@@ -118,11 +112,12 @@ def _flash_attention() -> Iterator[None]:
         is_causal: bool = False,
         **_: Any,
     ) -> Tensor:
-        return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, 0.0, is_causal)[
-            0
-        ]
+        flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+        output: Tensor = flash(q, k, v, 0.0, is_causal)[0]
+        return output
 
-    F.scaled_dot_product_attention = attention  # type: ignore[assignment]  # a function mode is off during backward, and recomputation needs it
+    # not by a function mode: that is off during backward, where recomputation needs it
+    F.scaled_dot_product_attention = attention  # type: ignore[assignment]
     try:
         yield
     finally:
@@ -133,13 +128,13 @@ class _Recorder:
     """Hooks on the models' modules and parameters while updates run."""
 
     def __init__(self, models: Models) -> None:
-        self.models, self.update, self.again = models, 0, False
-        self.within: list[tuple[str, str | None]] = []  # which modules compute: the last one
-        self.ledger = MemoryTracker(lambda: self.within[-1])
+        self.models, self.update, self.in_backward = models, 0, False
+        self.running: list[tuple[str, str | None]] = []  # (model, module); the last one computes
+        self.tracker = MemoryTracker(lambda: self.running[-1])
         for model in models.values():
-            self.ledger.hold("parameters", model.parameters())
+            self.tracker.label("parameters", model.parameters())
         self.calls: dict[str, list[ModuleCall]] = {name: [] for name in models}
-        self.ready: dict[str, list[str]] = {name: [] for name in models}
+        self.reached: dict[str, list[str]] = {name: [] for name in models}  # in backward's order
         self.hooks: list[Any] = []
         for name, model in models.items():
             for path, module in model.named_modules():
@@ -150,76 +145,59 @@ class _Recorder:
                 ]
             for key, parameter in model.named_parameters():
                 if parameter.requires_grad:
-                    self.hooks += [
-                        parameter.register_post_accumulate_grad_hook(
-                            partial(self._complete, name, key)
-                        )
-                    ]
+                    complete = partial(self._complete, name, key)
+                    self.hooks.append(parameter.register_post_accumulate_grad_hook(complete))  # type: ignore[no-untyped-call]
 
     def run(self, index: int, loss: Callable[[], Tensor]) -> None:
-        self.update, self.again, self.within = index, False, [("", None)]
+        self.update, self.in_backward, self.running = index, False, [("", None)]
         total = loss()
         # checkpoint calls blocks' forward by itself
-        self.again, self.within = True, [(next(iter(self.models)), "")]
-        total.backward()
+        self.in_backward, self.running = True, [(next(iter(self.models)), "")]
+        total.backward()  # type: ignore[no-untyped-call]
 
-    def piece(self, name: str, trained: int, narrow: float) -> ModelPart:
-        """What was seen of a model; `narrow` is a byte's share that is left of it where
-        activations are narrow.
+    def model_part(self, name: str, trained: int, narrow: float) -> ModelPart:
+        """Return what was seen of a model.
+
+        Args:
+            trained: how many updates train it.
+            narrow: an activation's bytes where activations are narrow, over those recorded.
         """
-        model = self.models[name]
-        ready = self.ready[name]
-        blocks = layout_of(self.models[name]).blocks
-        units = (
-            {
-                f"{blocks}.{key}": block
-                for key, block in model.get_submodule(blocks).named_children()
-            }
-            if blocks
-            else {}
-        )
-        unused = [
-            key
-            for key, p in model.named_parameters()
-            if p.requires_grad and key not in ready and trained
-        ]
-        places = {key: place for place, key in enumerate([*ready, *unused])}
-        owner = {id(p): unit for unit, block in units.items() for p in block.parameters()}
-        weights = (
+        model, reached = self.models[name], self.reached[name]
+        blocks = layout_of(model).blocks
+        children = model.get_submodule(blocks).named_children() if blocks else ()
+        owner = {id(p): f"{blocks}.{key}" for key, block in children for p in block.parameters()}
+        named = dict(model.named_parameters())
+        unused = [k for k, p in named.items() if p.requires_grad and k not in reached and trained]
+        order = {key: index for index, key in enumerate([*reached, *unused])}
+        weights = tuple(
             Weight(
                 key,
                 owner.get(id(p), ""),
                 p.numel(),
                 tuple(p.shape),
                 tuple(p.shape),
-                places.get(key),
-                reached=key in ready,
+                order.get(key),
+                reached=key in reached,
             )
-            for key, p in model.named_parameters()
+            for key, p in named.items()
         )
-        return ModelPart(
-            name,
-            model,
-            tuple(weights),
-            tuple(self.calls[name]),
-            tuple(self._kept(name, narrow)),
-            trained,
-        )
+        calls, activations = tuple(self.calls[name]), tuple(self._activations(name, narrow))
+        return ModelPart(name, model, weights, calls, activations, trained)
 
-    def _kept(self, name: str, narrow: float) -> Iterator[Activation]:
-        """What is kept of a model's activations; those of the loss are the first model's."""
-        for entry in self.ledger.entries:
-            if entry.what != "activations":
+    def _activations(self, name: str, narrow: float) -> Iterator[Activation]:
+        """Yield a model's activations; those of the loss are the first model's."""
+        for storage in self.tracker.storages:
+            if storage.kind != "activations":
                 continue
-            model, path = entry.where
+            model, path = storage.where
             if (model or next(iter(self.models))) == name:
                 yield Activation(
                     path,
-                    entry.shape,
-                    round(entry.bytes * narrow),
-                    entry.born,
-                    entry.died or 0,
-                    frozenset(entry.feeds),
+                    storage.shape,
+                    round(storage.bytes * narrow),
+                    storage.born,
+                    storage.died or 0,
+                    frozenset(storage.feeds),
                 )
 
     def close(self) -> None:
@@ -231,44 +209,40 @@ class _Recorder:
     ) -> None:
         inputs = [x for x in (*args, *named.values()) if isinstance(x, Tensor)]
         for x in inputs:
-            self.ledger.entry(x).feeds.add(path)
-        self.within.append((name, path))
-        returns = any(x.requires_grad for x in inputs) and not self.again
-        self.calls[name].append(
-            ModuleCall(
-                path, self.update, tuple(tuple(x.shape) for x in inputs), None, False, returns
-            )
-        )
+            self.tracker.storage_of(x).feeds.add(path)
+        self.running.append((name, path))
+        returns = any(x.requires_grad for x in inputs) and not self.in_backward
+        shapes = tuple(tuple(x.shape) for x in inputs)
+        self.calls[name].append(ModuleCall(path, self.update, shapes, None, False, returns))
 
     def _end(
         self, name: str, path: str, module: nn.Module, args: tuple[Any, ...], output: Any
     ) -> None:
         calls = self.calls[name]
-        self.within.pop()
-        index = next(
-            i
-            for i in reversed(range(len(calls)))
-            if calls[i].path == path and calls[i].output is None
-        )
+        self.running.pop()
+        indexes = reversed(range(len(calls)))
+        index = next(i for i in indexes if calls[i].path == path and calls[i].output is None)
         if isinstance(output, Tensor):
-            graded = output.requires_grad and not self.again
+            graded = output.requires_grad and not self.in_backward
             calls[index] = replace(calls[index], output=tuple(output.shape), graded=graded)
 
     def _complete(self, name: str, key: str, parameter: Tensor) -> None:
-        if key not in self.ready[name]:
-            self.ready[name].append(key)
+        if key not in self.reached[name]:
+            self.reached[name].append(key)
 
 
 def _states(optimizer: Callable[[nn.Module], Optimizer], dtype: torch.dtype) -> tuple[int, int]:
-    """Bytes that the optimizer keeps for an element and for a parameter: seen after a step of a
-    parameter of two.
+    """Return the bytes of optimizer states for each element and for each parameter.
+
+    They are seen after a step of one parameter with two elements.
     """
     model = nn.Linear(2, 1, bias=False, dtype=dtype)
     model.weight.grad = torch.zeros_like(model.weight)
-    made = optimizer(model)
-    made.step()
-    kept = [value for value in made.state[model.weight].values() if isinstance(value, Tensor)]
-    moments = [value for value in kept if value.shape == model.weight.shape]
-    return sum(m.element_size() for m in moments), sum(v.nbytes for v in kept) - sum(
-        m.nbytes for m in moments
+    stepped = optimizer(model)
+    stepped.step()
+    states = [s for s in stepped.state[model.weight].values() if isinstance(s, Tensor)]
+    like_weight = [state.shape == model.weight.shape for state in states]
+    return (
+        sum(s.element_size() for s, like in zip(states, like_weight, strict=True) if like),
+        sum(s.nbytes for s, like in zip(states, like_weight, strict=True) if not like),
     )
