@@ -82,7 +82,7 @@ class Server(Trainer):
         }
         self.rounds = len(task.updates)  # of a step
         self.lock = threading.Condition()
-        self.board, self.once = WorkQueue(0, 1), SeenItems()
+        self.queue, self.once = WorkQueue(0, 1), SeenItems()
         self.applied = 0  # gradients, of this run and those before it
         self.version, self.staleness, self.lives = 0, Counter[int](), Counter[int]()
         self._gathering: dict[int, dict[int, tuple[list[Tensor], list[bool]]]] = defaultdict(dict)
@@ -123,7 +123,7 @@ class Server(Trainer):
                     logging.getLogger("dtrain").warning("worker %d is gone: %s", worker, error)
                     store.set(f"{worker}/{life}/lost", "")
                     with self.lock:
-                        self.board.leave(worker)
+                        self.queue.remove_worker(worker)
                         self.lock.notify_all()
         except BaseException as error:  # noqa: BLE001  told to the loop
             with self.lock:
@@ -189,7 +189,7 @@ class Server(Trainer):
         with self.lock:
             self.lives[worker] += 1
             self._absent.discard(worker)
-            self.board.join(worker)
+            self.queue.add_worker(worker)
 
     def _answer(
         self,
@@ -210,7 +210,7 @@ class Server(Trainer):
         applied.result()
         while self.lock.acquire(timeout=max(0.0, deadline - time.monotonic())):
             try:
-                item, done, version = self._item(worker, wanted), self.board.done, self.version
+                item, done, version = self._item(worker, wanted), self.queue.done, self.version
                 weights = (
                     torch.cat([p.detach().flatten() for p in share]) if item is not None else None
                 )
@@ -228,7 +228,7 @@ class Server(Trainer):
     def _item(self, worker: int, wanted: int) -> int | None:
         if self.rank == 0:
             waits = self._absent and time.monotonic() < self._begin_by
-            return None if waits else self.board.take(worker)
+            return None if waits else self.queue.next_item(worker)
         ready = (
             self.strategy.mode != SYNC
             or self.applied // self.strategy.workers >= wanted // self.strategy.workers
@@ -275,7 +275,7 @@ class Server(Trainer):
                 )
                 self.applied += 1
             if self.rank == 0:
-                self.board.hand_in(worker)
+                self.queue.complete(worker)
             self.lock.notify_all()
 
     def _apply_all(self, index: int, parts: dict[int, tuple[list[Tensor], list[bool]]]) -> None:

@@ -77,7 +77,7 @@ class ParameterServerTrainer(Server):
             return
         self._begun = self.next_step
         total, self.applied = self.settings.steps * self.of_a_step, self.next_step * self.of_a_step
-        self.board = WorkQueue(
+        self.queue = WorkQueue(
             total, self.strategy.workers, self.strategy.mode, self.strategy.bound, self.applied
         )
         self.once = SeenItems(self.applied)
@@ -100,7 +100,7 @@ class ParameterServerTrainer(Server):
             yield from self._steps(threads)
         except GeneratorExit:  # the run is told to stop: there is no more work
             with self.lock:
-                self.board.total = 0
+                self.queue.total = 0
                 self.lock.notify_all()
         if self.rank == 0:
             self._store.set(OVER, "")
@@ -220,7 +220,7 @@ class ParameterServerTrainer(Server):
             "servers": self.strategy.servers,
             "updates": updates,
             "updates_per_second": updates / (self._seconds or 1.0),
-            "most_ahead": self.board.widest,
+            "most_ahead": self.queue.max_lead,
             "staleness": dict(sorted(self.staleness.items())),
             "lives": dict(self.lives),
             "workers": {
