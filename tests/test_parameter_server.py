@@ -23,7 +23,9 @@ from runs import until
 
 from dtrain.run.checkpoint_files import read_manifest
 from dtrain.strategy.fsdp import FSDP
+from dtrain.strategy.parameter_server import protocol
 from dtrain.strategy.parameter_server.gradient_compression import METHODS, GradientCompression
+from dtrain.strategy.parameter_server.protocol import HEADER_BYTES, Header, Kind
 from dtrain.strategy.parameter_server.strategy import ParameterServer
 from dtrain.strategy.parameter_server.work_queue import (
     ASYNC,
@@ -111,6 +113,41 @@ def test_a_server_takes_each_item_once(items: list[int]) -> None:
 
 
 # What travels
+
+
+HEADERS = st.builds(
+    Header,
+    st.sampled_from(Kind),
+    st.integers(0, 2**63 - 1),
+    st.integers(0, 2**63 - 1),
+    *[st.floats(allow_nan=False)] * 4,
+)
+
+
+@given(header=HEADERS)
+def test_a_header_arrives_as_it_was_sent(header: Header) -> None:
+    data = header.packed()
+    assert len(data) == HEADER_BYTES and Header.unpacked(data) == header
+
+
+@given(header=HEADERS, bit=st.integers(0, 8 * HEADER_BYTES - 1))
+def test_a_damaged_header_is_refused_in_one_line(header: Header, bit: int) -> None:
+    data = bytearray(header.packed())
+    data[bit // 8] ^= 1 << bit % 8
+    for damaged in (bytes(data), header.packed()[:-1]):
+        with pytest.raises(ValueError, match="header of the parameter server's") as error:
+            Header.unpacked(damaged)
+        assert "\n" not in str(error.value)
+
+
+def test_a_header_of_another_version_is_refused_in_one_line(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(protocol, "VERSION", 7)
+    data = Header(Kind.PULL).packed()
+    monkeypatch.undo()
+    with pytest.raises(ValueError, match=r"^.*version 7, .*version 1: install the same dtrain.*$"):
+        Header.unpacked(data)
 
 
 SHAPES = st.lists(

@@ -18,7 +18,7 @@ from dtrain.report.files import SUMMARY, summary_in
 from dtrain.run import checkpoint, checkpoint_files
 from dtrain.run.assemble import Parts
 from dtrain.run.claim import OUTPUTS, RESUMABLE
-from dtrain.train import Trainer
+from dtrain.run.trainer import AnyTrainer
 
 
 def finished(job: Parts, folder: Path, world: World) -> dict[str, Any] | None:
@@ -59,7 +59,7 @@ def _newest(job: Parts, folder: Path, world: World, steps: float = math.inf) -> 
     )
 
 
-def take_weights(trainer: Trainer, job: Parts, folder: Path, world: World) -> None:
+def take_weights(trainer: AnyTrainer, job: Parts, folder: Path, world: World) -> None:
     """From a checkpoint to go on with, or to begin with; and say where a model's own come from.
 
     A collective.
@@ -82,7 +82,7 @@ def take_weights(trainer: Trainer, job: Parts, folder: Path, world: World) -> No
         )
 
 
-def _begin(trainer: Trainer, job: Parts, path: str, folder: Path) -> None:
+def _begin(trainer: AnyTrainer, job: Parts, path: str, folder: Path) -> None:
     """Take what fits of another run's weights; say what does not."""
     note = job.logger.note
     newest_first = on_rank_zero(
@@ -97,7 +97,7 @@ def _begin(trainer: Trainer, job: Parts, path: str, folder: Path) -> None:
     note(f"begun from {found}: {len(taken)} tensors; new: {', '.join(new) or 'none'}")
 
 
-def _resume(trainer: Trainer, job: Parts, resume: str, folder: Path) -> None:
+def _resume(trainer: AnyTrainer, job: Parts, resume: str, folder: Path) -> None:
     config, note = job.config, job.logger.note
     newest_first = on_rank_zero(
         lambda: checkpoint_files.resume_candidates(resume, folder, OUTPUTS.resolve())
@@ -145,7 +145,7 @@ def _curve(job: Parts) -> dict[str, Any]:
     return {"data": job.data.describe()} | {key: job.written[key] for key in keys}
 
 
-def manifest_fields(job: Parts, trainer: Trainer, world: World) -> dict[str, Any]:
+def manifest_fields(job: Parts, trainer: AnyTrainer, world: World) -> dict[str, Any]:
     """What a checkpoint says of its run, besides the step."""
     agents = {"agents": sorted(world.agents)}
     return {"tokens": trainer.tokens, **_curve(job), "mesh": job.plan.degrees, **agents}

@@ -37,6 +37,7 @@ from dtrain.run.checkpoint import Checkpoints
 from dtrain.run.claim import RESUMABLE, claimed
 from dtrain.run.resume import finished, manifest_fields, take_weights
 from dtrain.run.summary import facts, summary_of, throughput_meter
+from dtrain.run.trainer import AnyTrainer
 from dtrain.strategy.parameter_server.trainer import ParameterServerTrainer
 from dtrain.task import pictures
 from dtrain.task.batch import Sums
@@ -140,7 +141,9 @@ def _train(
     figures: dict[str, Any] = {}
     watch.step(trainer.next_step + 1)
     with Preemption(2 if apart else 1) as preemption:  # until now a signal ends the process at once
-        for step in profile.steps(trainer) if profile else trainer.steps():
+        for step in (
+            profile.steps(trainer) if profile and isinstance(trainer, Trainer) else trainer.steps()
+        ):
             if not (profile and profile.disturbed):
                 meter.add(step.tokens_per_second * step.step_seconds, step.step_seconds)
             figures = step.figures() | (source.figures() if (source := profile or apart) else {})
@@ -229,7 +232,7 @@ def _trainer(
     optimizer: Callable[[nn.Module], Optimizer],
     settings: Settings,
     phase: Phase,
-) -> Trainer:
+) -> AnyTrainer:
     """A collective."""
     if job.asynchronous:
         parts = partial(task_and_plan, job.config, world)

@@ -114,7 +114,7 @@ class GradientCompression:
     def decode(self, message: Tensor) -> list[Tensor]:
         """The gradients, as far as the message tells them."""
         empty = self._pieces_of_a_message
-        parts = message.split([piece.numel() * piece.element_size() for piece in empty])
+        parts = torch.split(message, [piece.numel() * piece.element_size() for piece in empty])
         pieces = [
             part.clone().view(like.dtype).view(like.shape)
             for part, like in zip(parts, empty, strict=True)
