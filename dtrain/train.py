@@ -24,7 +24,7 @@ from dtrain.parallel.plan import Plan
 from dtrain.parallel.presence import Presence
 from dtrain.parallel.spans import EXCHANGE, FIGURES, FORWARD_BACKWARD, OPTIMIZER
 from dtrain.task.base import Task, Update
-from dtrain.task.batch import evaluating, pieces
+from dtrain.task.batch import Batch, evaluating, pieces
 
 Phase = Callable[[str], AbstractContextManager]  # told what the loop does: by instruments
 
@@ -146,19 +146,12 @@ class Trainer:
         self, step: int, batch: dict[str, Tensor]
     ) -> tuple[dict[str, float], dict[str, float]]:
         mine = self.plan.shard(batch)
-        # Dropout draws from (seed, step, part, stage) alone: a resumed run draws the same, and so
-        # do ranks that compute the same (along tp, where other masks would let the ranks'
-        # activations drift apart).
-        seed_everything(hash((self.settings.seed, step, *self.plan.coordinates)) % 2**63)
-        self._set_rate(step)
+        seed_step(self.settings.seed, step, *self.plan.coordinates)
+        self.set_learning_rate(step)
         losses: dict[str, float] = {}
         norms: dict[str, float] = {}
         for update in self.task.updates:
-            # In fp64: one over the count is no power of two, and every rank's gradient is
-            # multiplied by it.
-            scale = (self.plan.batch_parts / update.count(batch).clamp(min=1).double()).to(
-                self.plan.device
-            )
+            scale = loss_scale(update, batch, self.plan.batch_parts).to(self.plan.device)
             model = self.models[update.trains]
             for module in self._aware[update.trains]:
                 module.before_step(scale)
@@ -193,7 +186,8 @@ class Trainer:
             losses[update.trains], norms[update.trains] = loss, norm
         return losses, norms
 
-    def _set_rate(self, step: int) -> None:
+    def set_learning_rate(self, step: int) -> None:
+        """Set the rates of all optimizers to those of a step."""
         s = self.settings
         factor = lr_factor(step, s.steps, warmup_steps=s.warmup_steps, min_lr_ratio=s.min_lr_ratio)
         for name, optimizer in self.optimizers.items():
@@ -313,6 +307,23 @@ class Trainer:
             self._executor.load_state_tensors(name, own)
             for piece in pieces(model) if name in self.optimizers else ():
                 restore_state(self.plan.unwrap(piece), self.optimizers[name], own)
+
+
+def seed_step(seed: int, step: int, part: int, stage: int) -> None:
+    """Set all generators by (seed, step, part of the batch, stage of the model) alone.
+
+    So dropout draws the same in a resumed run, and on ranks that compute the same: along tp, where
+    other masks would let the ranks' activations drift apart.
+    """
+    seed_everything(hash((seed, step, part, stage)) % 2**63)
+
+
+def loss_scale(update: Update, batch: Batch, parts: int) -> Tensor:
+    """Return the factor that makes the summed loss of one of a batch's parts a mean.
+
+    In fp64: it is no power of two, and every rank's gradient is multiplied by it.
+    """
+    return parts / update.count(batch).clamp(min=1).double()
 
 
 def _within(model_name: str, key: str) -> str:

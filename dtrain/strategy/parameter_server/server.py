@@ -17,7 +17,6 @@ import torch.distributed as dist
 from torch import Tensor
 
 from dtrain.parallel.clip import clip_factor
-from dtrain.parallel.optimizer import lr_factor
 from dtrain.strategy.parameter_server.gradient_log import GradientLog
 from dtrain.strategy.parameter_server.protocol import Header, Kind
 from dtrain.strategy.parameter_server.share import shares_of
@@ -60,10 +59,6 @@ class Server:
         self._rounds: dict[int, dict[int, Pushed]] = defaultdict(dict)  # incomplete ones, by part
         self._absent = set(range(strategy.workers))  # the others wait until these begin, once
         self._start_by = time.monotonic() + start_timeout_s
-        self._rates = {
-            name: [group["lr"] for group in optimizer.param_groups]
-            for name, optimizer in trainer.optimizers.items()
-        }
 
     def begin(self, step: int) -> None:
         """Go on from a step, with the weights and states that the trainer holds now."""
@@ -215,22 +210,14 @@ class Server:
             )
         optimizer = self.trainer.optimizers[update.trains]
         parameters = self.share.by_model[update.trains]
-        self._set_rates(factor)
+        self.trainer.set_learning_rate(self.next_step)
+        for group in optimizer.param_groups:
+            group["lr"] *= factor
         for parameter, gradient, has in zip(parameters, gradients, used, strict=True):
             parameter.grad = gradient if has or gradient.any() else None
         optimizer.step()
         optimizer.zero_grad()
-        self._set_rates()
+        self.trainer.set_learning_rate(self.next_step)
         self.version += 1
         if update.then:
             update.then(self.trainer.models)
-
-    def _set_rates(self, factor: float = 1.0) -> None:
-        """Set the learning rates of the step, times a factor."""
-        s = self.trainer.settings
-        scheduled = lr_factor(
-            self.next_step, s.steps, warmup_steps=s.warmup_steps, min_lr_ratio=s.min_lr_ratio
-        )
-        for name, optimizer in self.trainer.optimizers.items():
-            for group, rate in zip(optimizer.param_groups, self._rates[name], strict=True):
-                group["lr"] = rate * scheduled * factor

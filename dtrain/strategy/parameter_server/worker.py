@@ -13,7 +13,6 @@ from torch import Tensor
 from torch._C._distributed_c10d import TCPStore
 
 from dtrain.config.schema import Config
-from dtrain.data.seeded import seed_everything
 from dtrain.launch.fault_injection import slowed
 from dtrain.launch.rank_processes import STOPS
 from dtrain.launch.world import World, cores
@@ -26,6 +25,7 @@ from dtrain.strategy.parameter_server.strategy import ParameterServer
 from dtrain.strategy.parameter_server.work_queue import SYNC
 from dtrain.task.base import Task
 from dtrain.task.batch import Batch, divide
+from dtrain.train import loss_scale, seed_step
 
 MakeParts = Callable[[], tuple[Task, Plan]]  # can be pickled, for another process
 
@@ -151,8 +151,8 @@ class Worker:
         if self._batch[0] != step:
             self._batch = step, self.task.batch(step)
         batch, update = self._batch[1], updates[index]
-        scale = workers / update.count(batch).clamp(min=1).double()
-        seed_everything(hash((self.config.seed, step, part, 0)) % 2**63)
+        scale = loss_scale(update, batch, workers)
+        seed_step(self.config.seed, step, part, stage=0)
         model = self.models[update.trains]
         rows = self.plan.shard(list(divide(batch, workers))[part])
         with slowed(self.config.inject.straggler, self.number + self.strategy.servers):
