@@ -25,7 +25,7 @@ from dtrain.parallel.spans import EXCHANGE, FIGURES, FORWARD_BACKWARD, OPTIMIZER
 from dtrain.parallel.training_state import TrainingState
 from dtrain.parallel.unused_parameters import UnusedParameters
 from dtrain.task.base import Task, Update
-from dtrain.task.batch import evaluating
+from dtrain.task.batch import Batch, evaluating
 
 Phase = Callable[[str], AbstractContextManager[object]]  # by which instruments follow the loop
 
@@ -138,18 +138,12 @@ class Trainer(TrainingState):
         self, step: int, batch: dict[str, Tensor]
     ) -> tuple[dict[str, float], dict[str, float]]:
         own_rows = self.plan.shard(batch)
-        # Dropout draws from (seed, step, part, stage) alone: a resumed run draws the same, and so
-        # do ranks that compute the same (along tp, where other masks would let the ranks'
-        # activations drift apart).
-        seed_everything(hash((self.settings.seed, step, *self.plan.coordinates)) % 2**63)
-        self._set_learning_rate(step)
+        seed_step(self.settings.seed, step, *self.plan.coordinates)
+        self.set_learning_rate(step)
         losses: dict[str, float] = {}
         norms: dict[str, float] = {}
         for update in self.task.updates:
-            # in fp64: every rank's gradient is multiplied by it, and it is no power of two
-            scale = (self.plan.batch_parts / update.count(batch).clamp(min=1).double()).to(
-                self.plan.device
-            )
+            scale = loss_scale(update, batch, self.plan.batch_parts).to(self.plan.device)
             model = self.models[update.trains]
             for module in self._step_aware[update.trains]:
                 module.before_step(scale)
@@ -186,7 +180,8 @@ class Trainer(TrainingState):
             losses[update.trains], norms[update.trains] = loss, norm
         return losses, norms
 
-    def _set_learning_rate(self, step: int) -> None:
+    def set_learning_rate(self, step: int) -> None:
+        """Set the rates of all optimizers to those of a step."""
         s = self.settings
         factor = lr_factor(step, s.steps, warmup_steps=s.warmup_steps, min_lr_ratio=s.min_lr_ratio)
         for name, optimizer in self.optimizers.items():
@@ -231,3 +226,20 @@ class Trainer(TrainingState):
         for unused in self._unused.values():
             unused.check_units()
         return {name: total.cpu() for name, total in sums.items()} if sums and sums["count"] else {}
+
+
+def seed_step(seed: int, step: int, part: int, stage: int) -> None:
+    """Set all generators by (seed, step, part of the batch, stage of the model) alone.
+
+    So dropout draws the same in a resumed run, and on ranks that compute the same: along tp, where
+    other masks would let the ranks' activations drift apart.
+    """
+    seed_everything(hash((seed, step, part, stage)) % 2**63)
+
+
+def loss_scale(update: Update, batch: Batch, parts: int) -> Tensor:
+    """Return the factor that makes the summed loss of one of a batch's parts a mean.
+
+    In fp64: it is no power of two, and every rank's gradient is multiplied by it.
+    """
+    return parts / update.count(batch).clamp(min=1).double()

@@ -12,10 +12,9 @@ import pytest
 import torch
 from cases import ROWS, NextToken
 from test_cli import call  # noqa: F401
-from test_server import CONFIG, SETTINGS, plan_of, sgd
+from test_server import SETTINGS, plan_of, sgd
 
-from dtrain.launch.world import World
-from dtrain.strategy.parameter_server.server import Server
+from dtrain.strategy.parameter_server.trainer import local_trainer
 
 WORKERS = 4
 
@@ -26,15 +25,16 @@ def test_a_parameter_server_evaluates_as_many_rows_at_once_as_a_worker_trains(
     micro_batch_size: int | None,
 ) -> None:
     """Not the global batch, which is in the memory of no process."""
-    plan, world = plan_of(WORKERS), World(rank=0, size=WORKERS + 1)
+    plan, rows = plan_of(WORKERS), []
     settings = replace(SETTINGS, micro_batch_size=micro_batch_size)
-    server, rows = Server(NextToken(), plan, sgd, settings, CONFIG, world, ("", 0), None), []
+    strategy = plan.strategy_on("dp")
+    trainer = local_trainer(NextToken(), plan, strategy, sgd, settings)  # type: ignore[arg-type]
 
     def measure(models: object, part: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         rows.append(len(next(iter(part.values()))))
         return {"count": torch.tensor(rows[-1])}
 
-    sums = server._executor.evaluate(SimpleNamespace(measure=measure), NextToken().batch(0))  # type: ignore[arg-type]
+    sums = trainer._executor.evaluate(SimpleNamespace(measure=measure), NextToken().batch(0))  # type: ignore[arg-type]
     assert sums["count"] == ROWS == sum(rows) and set(rows) == {micro_batch_size or ROWS // WORKERS}
 
 

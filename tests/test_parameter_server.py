@@ -23,7 +23,9 @@ from runs import until
 
 from dtrain.run.checkpoint_files import read_manifest
 from dtrain.strategy.fsdp import FSDP
+from dtrain.strategy.parameter_server import protocol
 from dtrain.strategy.parameter_server.gradient_compression import METHODS, GradientCompression
+from dtrain.strategy.parameter_server.protocol import HEADER_BYTES, Header, Kind
 from dtrain.strategy.parameter_server.strategy import ParameterServer
 from dtrain.strategy.parameter_server.work_queue import (
     ASYNC,
@@ -53,53 +55,53 @@ def test_whatever_happens_each_item_is_finished_once_and_nobody_runs_ahead(
     """Workers that are fast, slow, dead and back, in any order; then all that are left finish
     the rest.
     """
-    board = WorkQueue(rounds * workers, workers, mode, bound)
+    queue = WorkQueue(rounds * workers, workers, mode, bound)
     finished: list[int] = []
     for worker in range(workers):
-        board.join(worker)
+        queue.add_worker(worker)
 
     def go_on(worker: int) -> bool:
-        if worker in board.given:
-            finished.append(board.given[worker])
-            board.hand_in(worker)
+        if worker in queue.assigned:
+            finished.append(queue.assigned[worker])
+            queue.complete(worker)
             return True
-        slowest = min(board.clocks.values())
-        item = board.take(worker)
+        slowest = min(queue.clocks.values())
+        item = queue.next_item(worker)
         if item is None:
             return False
         if mode == BOUNDED:
-            assert board.clocks[worker] - slowest <= bound
+            assert queue.clocks[worker] - slowest <= bound
         if mode == SYNC:
             assert {i for i in range(item // workers * workers)} <= set(finished)
         return True
 
     for worker, what in history:
         worker %= workers
-        if what == 0 and worker in board.clocks:
-            board.leave(worker)
-        elif what == 1 and worker not in board.clocks:
-            board.join(worker)
-        elif worker in board.clocks:
+        if what == 0 and worker in queue.clocks:
+            queue.remove_worker(worker)
+        elif what == 1 and worker not in queue.clocks:
+            queue.add_worker(worker)
+        elif worker in queue.clocks:
             go_on(worker)
-    if not board.clocks:
-        board.join(0)
-    while not board.done:
-        assert any([go_on(worker) for worker in list(board.clocks)]), "nobody may go on"
+    if not queue.clocks:
+        queue.add_worker(0)
+    while not queue.done:
+        assert any([go_on(worker) for worker in list(queue.clocks)]), "nobody may go on"
     assert sorted(finished) == list(range(rounds * workers))
-    assert board.widest <= bound or mode != BOUNDED
+    assert queue.max_lead <= bound or mode != BOUNDED
 
 
 def test_async_never_waits_while_there_is_work() -> None:
-    board = WorkQueue(100, 2, ASYNC)
+    queue = WorkQueue(100, 2, ASYNC)
     for worker in (0, 1):
-        board.join(worker)
-    assert board.take(1) == 0  # and never hands it in
+        queue.add_worker(worker)
+    assert queue.next_item(1) == 0  # and never hands it in
     for _ in range(99):
-        assert board.take(0) is not None
-        board.hand_in(0)
-    assert board.take(0) is None and not board.done
-    board.leave(1)
-    assert board.take(0) == 0
+        assert queue.next_item(0) is not None
+        queue.complete(0)
+    assert queue.next_item(0) is None and not queue.done
+    queue.remove_worker(1)
+    assert queue.next_item(0) == 0
 
 
 @given(items=st.lists(st.integers(0, 30)))
@@ -111,6 +113,41 @@ def test_a_server_takes_each_item_once(items: list[int]) -> None:
 
 
 # What travels
+
+
+HEADERS = st.builds(
+    Header,
+    st.sampled_from(Kind),
+    st.integers(0, 2**63 - 1),
+    st.integers(0, 2**63 - 1),
+    *[st.floats(allow_nan=False)] * 4,
+)
+
+
+@given(header=HEADERS)
+def test_a_header_arrives_as_it_was_sent(header: Header) -> None:
+    data = header.packed()
+    assert len(data) == HEADER_BYTES and Header.unpacked(data) == header
+
+
+@given(header=HEADERS, bit=st.integers(0, 8 * HEADER_BYTES - 1))
+def test_a_damaged_header_is_refused_in_one_line(header: Header, bit: int) -> None:
+    data = bytearray(header.packed())
+    data[bit // 8] ^= 1 << bit % 8
+    for damaged in (bytes(data), header.packed()[:-1]):
+        with pytest.raises(ValueError, match="header of the parameter server's") as error:
+            Header.unpacked(damaged)
+        assert "\n" not in str(error.value)
+
+
+def test_a_header_of_another_version_is_refused_in_one_line(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(protocol, "VERSION", 7)
+    data = Header(Kind.PULL).packed()
+    monkeypatch.undo()
+    with pytest.raises(ValueError, match=r"^.*version 7, .*version 1: install the same dtrain.*$"):
+        Header.unpacked(data)
 
 
 SHAPES = st.lists(
@@ -442,16 +479,16 @@ def test_a_rank_that_it_cannot_hold_up_is_refused(
 @given(bound=st.integers(0, 3), turns=st.lists(st.integers(0, 3), min_size=20, max_size=60))
 def test_a_worker_that_comes_back_holds_up_nobody(bound: int, turns: list[int]) -> None:
     """Whoever may go on without it may do so with it, and it may go on itself."""
-    board = WorkQueue(1000, 4, BOUNDED, bound)
+    queue = WorkQueue(1000, 4, BOUNDED, bound)
     for worker in range(4):
-        board.join(worker)
+        queue.add_worker(worker)
     for worker in turns:
-        if board.take(worker) is not None:
-            board.hand_in(worker)
-    board.leave(3)
-    free = [worker for worker in range(3) if deepcopy(board).take(worker) is not None]
-    board.join(3)
-    assert free and [w for w in range(4) if deepcopy(board).take(w) is not None] == [*free, 3]
+        if queue.next_item(worker) is not None:
+            queue.complete(worker)
+    queue.remove_worker(3)
+    free = [worker for worker in range(3) if deepcopy(queue).next_item(worker) is not None]
+    queue.add_worker(3)
+    assert free and [w for w in range(4) if deepcopy(queue).next_item(w) is not None] == [*free, 3]
 
 
 @given(mode=st.sampled_from(MODES), method=st.sampled_from(METHODS))

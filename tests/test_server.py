@@ -21,19 +21,13 @@ from dtrain.config.schema import Config, Inject, Launch, Straggler
 from dtrain.launch.world import World
 from dtrain.parallel.plan import Plan
 from dtrain.parallel.precision import Precision
-from dtrain.strategy.parameter_server.connection import HEADER, Connection, PeerLost
+from dtrain.strategy.parameter_server.connection import Connection, PeerLost
+from dtrain.strategy.parameter_server.protocol import OVER, Header, Kind, Life
 from dtrain.strategy.parameter_server.server import Server
+from dtrain.strategy.parameter_server.session import WorkerSession
 from dtrain.strategy.parameter_server.strategy import ParameterServer
-from dtrain.strategy.parameter_server.trainer import ParameterServerTrainer
-from dtrain.strategy.parameter_server.worker import (
-    BYE,
-    OVER,
-    PULL,
-    PUSH,
-    Worker,
-    compression,
-    of_model,
-)
+from dtrain.strategy.parameter_server.trainer import ParameterServerTrainer, local_trainer
+from dtrain.strategy.parameter_server.worker import Worker
 from dtrain.train import Settings, Trainer
 
 TOLERANCE = 1e-12  # rounding alone, in fp64
@@ -63,13 +57,19 @@ def plan_of(computing: int, servers: int = 1, **options: Any) -> Plan:
     return Plan.of([strategy], size, precision=Precision("fp64"), clip_norm=clip_norm)
 
 
+def server_of(plan: Plan, rank: int, optimizer: Any = sgd) -> Server:
+    strategy: Any = plan.strategy_on("dp")
+    trainer = local_trainer(NextToken(), plan, strategy, optimizer, SETTINGS)
+    return Server(trainer, strategy, rank, None, TIMEOUT_S)
+
+
 def test_silence_ends_when_it_has_lasted_as_long_as_it_may() -> None:
     """Of one who is there and says nothing, such as a stopped process."""
     store, heard = dist.HashStore(), []
 
     def listen() -> None:
         try:
-            Connection(store, "silent", 1, 1.0).hear()
+            Connection(store, "silent", 1, 1.0).receive_header()
         except PeerLost as error:
             heard.append(error)
 
@@ -84,27 +84,26 @@ def test_silence_ends_when_it_has_lasted_as_long_as_it_may() -> None:
 
 
 class Written:
-    """The other end of a link: a worker that says what it was given to say, and then dies."""
+    """The other end of a connection: a worker that sends what is written here, and then dies."""
 
-    def __init__(self, *said: Any) -> None:
-        self.left, self.counts = list(said), {}
+    def __init__(self, *messages: Any) -> None:
+        self.left, self.counts = list(messages), {}
 
-    def hear(self) -> list[float]:
+    def receive_header(self) -> Header:
         if not self.left:
             raise PeerLost("nobody there")
-        numbers = self.left.pop(0)
-        return [float(number) for number in (*numbers, *[0] * (HEADER - len(numbers)))]
+        return self.left.pop(0)
 
-    def receive(self, like: Tensor) -> Tensor:
+    def receive_tensor(self, like: Tensor) -> Tensor:
         return like.copy_(self.left.pop(0))
 
-    def told(self, number: int) -> list[bool]:
+    def receive_flags(self, number: int) -> list[bool]:
         return [True] * number  # used
 
-    def say(self, *numbers: float) -> None:
+    def send_header(self, header: Header) -> None:
         """It listens to nothing."""
 
-    def send(self, tensor: Tensor) -> None:
+    def send_tensor(self, tensor: Tensor) -> None:
         """Nor takes anything."""
 
 
@@ -112,10 +111,8 @@ class Second:
     """The second of two servers, to which gradients come; and its weights as they should be."""
 
     def __init__(self, computing: int, **options: Any) -> None:
-        plan = plan_of(computing, 2, **options)
-        world = World(rank=1, size=plan.world_size)
-        self.server = Server(NextToken(), plan, sgd, SETTINGS, CONFIG, world, ("", 0), None)
-        self.own = of_model(self.server.models["model"], self.server.shares[1])
+        self.server = server_of(plan_of(computing, 2, **options), rank=1)
+        self.own = self.server.share.by_model["model"]
         self.expected = [p.detach().clone() for p in self.own]
         self.chance = torch.Generator().manual_seed(0)
 
@@ -127,12 +124,12 @@ class Second:
         return drawn
 
     def push(self, item: int, gradient: Sequence[Tensor], version: int = 0) -> tuple[Any, Any]:
-        encoder = compression(self.server.strategy, self.own)
-        return (PUSH, version, item, 0.0, 1.0), encoder.encode(gradient)
+        encoder = self.server.share.compressions(self.server.strategy)["model"]
+        return Header(Kind.PUSH, item, version, 0.0, 1.0), encoder.encode(gradient)
 
-    def serve(self, worker: int, *said: Any) -> None:
-        link: Any = Written(*said)
-        self.server._serve(worker, link)
+    def serve(self, worker: int, *messages: Any) -> None:
+        connection: Any = Written(*messages)
+        WorkerSession(self.server, worker, ("", 0), TIMEOUT_S).serve(connection)
 
     def assert_expected(self) -> None:
         for weight, expected in zip(self.own, self.expected, strict=True):
@@ -145,8 +142,8 @@ def test_a_gradient_that_is_computed_again_counts_once(mode: str) -> None:
     second = Second(3, mode=mode)
     first, other, again = second.gradient(1), second.gradient(1), second.gradient(0)
     with pytest.raises(PeerLost):
-        second.serve(0, (PULL, 0, 0), *second.push(0, first))
-    second.serve(1, *second.push(0, again), *second.push(1, other), (BYE,))
+        second.serve(0, Header(Kind.PULL), *second.push(0, first))
+    second.serve(1, *second.push(0, again), *second.push(1, other), Header(Kind.BYE))
     second.assert_expected()
     assert second.server.applied == second.server.version == 2
 
@@ -158,11 +155,11 @@ def test_a_gradients_rate_is_divided_by_its_staleness_if_asked_for(divides: bool
     pulled = (0, 0, 0, 3, 0)  # at which version; each of these gradients is an update
     staleness = [version - at for version, at in enumerate(pulled)]
     assert staleness == [0, 1, 2, 0, 4]
-    said: list[Any] = []
+    messages: list[Any] = []
     for item, (version, stale) in enumerate(zip(pulled, staleness, strict=True)):
         gradient = second.gradient(1 / max(1, stale) if divides else 1)
-        said += second.push(item, gradient, version)
-    second.serve(0, *said, (BYE,))
+        messages += second.push(item, gradient, version)
+    second.serve(0, *messages, Header(Kind.BYE))
     second.assert_expected()
     assert second.server.staleness == {0: 2, 1: 1, 2: 1, 4: 1}
 
@@ -187,9 +184,9 @@ def test_a_worker_draws_by_the_seed_and_says_what_its_rows_have_used(alone) -> N
     for first in (1, 2):
         worker = Worker((OwnModel(Spare), plan_of(1)), CONFIG, World(1, 2))
         random.seed(first)
-        told = [worker._gradient(item) for item in (0, 1, 2, 3)]
-        losses.append([loss for _, _, _, loss, _ in told])
-    used = told[0][2]
+        gradients = [worker.gradient(item) for item in (0, 1, 2, 3)]
+        losses.append([gradient.loss for gradient in gradients])
+    used = gradients[0].by_parameter
     assert losses[0] == losses[1] and len(set(losses[0])) == 4
     names = {name for name, p in worker.models["model"].named_parameters() if id(p) not in used}
     assert names == {"spare.weight", "spare.bias"}
@@ -240,14 +237,17 @@ def served(servers: int, **options: Any) -> Found:
         NextToken(), plan, sgd, SETTINGS, CONFIG, World(rank, plan.world_size), absent
     )
 
+    life = Life(0, 0)
+
     def compute() -> None:
         store = dist.TCPStore(*made.address, is_master=False)
         try:
             own = Worker((NextToken(), plan), CONFIG, World(servers, plan.world_size))
-            store.set("0/0", "")
-            own.run([Connection(store, f"0/0/{server}", 1, TIMEOUT_S) for server in range(servers)])
+            store.set(life.begun, "")
+            names = [life.connection(server) for server in range(servers)]
+            own.run([Connection(store, name, 1, TIMEOUT_S) for name in names])
         except BaseException:
-            store.set("0/gone", "")  # so that nobody waits
+            store.set(life.gone, "")  # so that nobody waits
             raise
 
     log = logging.getLogger("dtrain")
@@ -329,12 +329,12 @@ def test_a_worker_is_started_again_as_often_as_asked_for(restarts: int, keeper) 
     for statuses, lives in (((-9,), restarts + 1), ((0,), 1), ((*[1] * restarts, 0), restarts + 1)):
         made, found = keeper(restarts), Lives(*statuses)
         with mock.patch(
-            "dtrain.strategy.parameter_server.trainer.multiprocessing.get_context",
+            "dtrain.strategy.parameter_server.supervisor.multiprocessing.get_context",
             lambda _, of=found: of,
         ):
             assert list(made.steps()) == []
         assert found.begun == lives
-        assert made._store.check(["0/gone"]) == (statuses[-1] != 0)
+        assert made._store.check([Life(0, 0).gone]) == (statuses[-1] != 0)
 
 
 def decaying(model: nn.Module) -> torch.optim.Optimizer:
@@ -345,15 +345,15 @@ def decaying(model: nn.Module) -> torch.optim.Optimizer:
 def test_what_no_workers_rows_have_used_is_not_stepped(mode: str) -> None:
     """Of two parts of a round; in async each gradient is a step, of what its own rows have used."""
     plan = plan_of(2, 1, mode=mode)
-    server = Server(NextToken(), plan, decaying, SETTINGS, CONFIG, World(0, 3), ("", 0), None)
-    own = server._own["model"]
+    server = server_of(plan, 0, decaying)
+    own = server.share.by_model["model"]
     before = [p.detach().clone() for p in own]
     zeros, ones = [torch.zeros_like(p) for p in own], [torch.ones_like(p) for p in own]
     first = [True, *[False] * (len(own) - 1)]
     second = [False, True, *[False] * (len(own) - 2)]
     given = [[ones[0], *zeros[1:]], [zeros[0], ones[1], *zeros[2:]]]
     if mode == "sync":
-        server._apply_all(0, {0: (given[0], first), 1: (given[1], second)})
+        server._apply_round(0, {0: (given[0], first), 1: (given[1], second)})
     else:
         server._apply(0, given[0], first, 1.0)
     moved = [not torch.equal(p.detach(), old) for p, old in zip(own, before, strict=True)]

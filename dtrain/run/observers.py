@@ -19,6 +19,7 @@ from dtrain.launch.hang_detector import HangDetector
 from dtrain.parallel.spans import FIGURES, FORWARD_BACKWARD
 from dtrain.report.base import Logger
 from dtrain.run.assemble import Parts
+from dtrain.run.trainer import AnyTrainer
 from dtrain.strategy.parameter_server.trainer import ParameterServerTrainer
 from dtrain.train import Step, Trainer
 
@@ -28,14 +29,14 @@ class Observer:
 
     disturbed = False  # whether it has slowed the last step down
 
-    def start(self, trainer: Trainer) -> None:
+    def start(self, trainer: AnyTrainer) -> None:
         """Look at a trainer that has its weights, before its first step."""
 
     def phase(self, name: str) -> AbstractContextManager[None]:
         """Return a context for one phase of a step; the trainer enters it."""
         return nullcontext()
 
-    def steps(self, trainer: Trainer, steps: Iterator[Step]) -> Iterator[Step]:
+    def steps(self, trainer: AnyTrainer, steps: Iterator[Step]) -> Iterator[Step]:
         """Return the trainer's steps, with what is to happen around each."""
         return steps
 
@@ -71,9 +72,13 @@ class SlowRank(Observer):
 class ProfileObserver(Profile, Observer):
     """Profile the run's first steps (`profile=true`)."""
 
-    def start(self, trainer: Trainer) -> None:
+    def start(self, trainer: AnyTrainer) -> None:
         if (left := trainer.settings.steps - trainer.next_step) < RECORDED:
             raise ValueError(f"profile=true needs {RECORDED} steps, {left} are left: use more")
+
+    def steps(self, trainer: AnyTrainer, steps: Iterator[Step] | None = None) -> Iterator[Step]:
+        assert isinstance(trainer, Trainer)  # the parameter server's is not profiled
+        return super().steps(trainer, steps)
 
     def finish(self, summary: dict[str, Any], logger: Logger) -> None:
         summary["profile"], spans = self.summary()
@@ -84,7 +89,7 @@ class ProfileObserver(Profile, Observer):
 class ParameterServerObserver(Observer):
     """Report what the servers count: updates, gradients and their staleness."""
 
-    def start(self, trainer: Trainer) -> None:
+    def start(self, trainer: AnyTrainer) -> None:
         assert isinstance(trainer, ParameterServerTrainer)
         self._trainer = trainer
 
@@ -105,7 +110,7 @@ class Observers:
     def disturbed(self) -> bool:
         return any(each.disturbed for each in self._observers)
 
-    def start(self, trainer: Trainer) -> None:
+    def start(self, trainer: AnyTrainer) -> None:
         for each in self._observers:
             each.start(trainer)
 
@@ -116,7 +121,7 @@ class Observers:
                 stack.enter_context(each.phase(name))
             yield
 
-    def steps(self, trainer: Trainer) -> Iterator[Step]:
+    def steps(self, trainer: AnyTrainer) -> Iterator[Step]:
         steps = trainer.steps()
         for each in self._observers:
             steps = each.steps(trainer, steps)

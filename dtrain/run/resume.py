@@ -24,7 +24,7 @@ from dtrain.report.files import SUMMARY, summary_in
 from dtrain.run import checkpoint, checkpoint_files
 from dtrain.run.assemble import Parts
 from dtrain.run.claim import OUTPUTS, RESUMABLE
-from dtrain.train import Trainer
+from dtrain.run.trainer import AnyTrainer
 
 # of a configuration: what decides the loss curve besides weights and data
 CURVE = (
@@ -107,7 +107,7 @@ def _own_checkpoints(job: Parts, folder: Path, world: World) -> list[Path]:
     return checkpoint_files.published(folder / checkpoint_files.CHECKPOINTS)
 
 
-def take_weights(trainer: Trainer, job: Parts, start: Fresh | InitFrom | Resume) -> None:
+def take_weights(trainer: AnyTrainer, job: Parts, start: Fresh | InitFrom | Resume) -> None:
     """Give the trainer the weights to start with, and note where they come from. Collective.
 
     Raises:
@@ -164,7 +164,7 @@ def _curve(job: Parts) -> dict[str, Any]:
     return {"data": job.data.describe()} | {key: job.written[key] for key in CURVE}
 
 
-def manifest_fields(job: Parts, trainer: Trainer, world: World) -> dict[str, Any]:
+def manifest_fields(job: Parts, trainer: AnyTrainer, world: World) -> dict[str, Any]:
     """Return what a checkpoint tells of its run, besides the step."""
     agents = {"agents": sorted(world.agents)}
     return {"tokens": trainer.tokens, **_curve(job), "mesh": job.plan.degrees, **agents}

@@ -42,6 +42,7 @@ from dtrain.run.resume import (
     take_weights,
 )
 from dtrain.run.summary import facts, summary_of, throughput_meter
+from dtrain.run.trainer import AnyTrainer
 from dtrain.strategy.parameter_server.trainer import ParameterServerTrainer
 from dtrain.task.pictures import save_figures
 from dtrain.train import Phase, Settings, Trainer
@@ -161,7 +162,7 @@ def _train(
 
 def _trainer(
     job: Parts, world: World, optimizer: Callable[[nn.Module], Optimizer], phase: Phase
-) -> Trainer:
+) -> AnyTrainer:
     """Return the loop, or a parameter server's. Collective."""
     config = job.config
     settings = Settings(
@@ -178,7 +179,9 @@ def _trainer(
     return Trainer(job.task, job.plan, optimizer, settings, phase)
 
 
-def _checkpoints(config: Config, folder: Path, trainer: Trainer, stack: ExitStack) -> Checkpoints:
+def _checkpoints(
+    config: Config, folder: Path, trainer: AnyTrainer, stack: ExitStack
+) -> Checkpoints:
     """Return the run's checkpoints, also if none is due: somebody may stop the run. Collective."""
     checkpoints = Checkpoints(
         folder / CHECKPOINTS,
@@ -200,7 +203,7 @@ def _saves(config: Config, step: int) -> bool:
     return (every > 0 and step % every == 0) or (config.checkpoint.last and step == config.steps)
 
 
-def _evaluated(job: Parts, trainer: Trainer, folder: Path, step: int) -> dict[str, float]:
+def _evaluated(job: Parts, trainer: AnyTrainer, folder: Path, step: int) -> dict[str, float]:
     """Return an evaluation's figures; rank 0 keeps its pictures. Collective."""
     totals = trainer.totals()
     if totals and dist.get_rank() == 0:

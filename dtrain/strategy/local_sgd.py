@@ -1,20 +1,20 @@
-"""Local SGD, DiLoCo and federated averaging: each rank trains alone; every H steps their weights
-meet.
+"""Local SGD, DiLoCo, federated averaging: ranks train alone and exchange weights every H steps.
 
     inner, H times:  w_r <- w_r - optimizer(g_r)                  on every rank r, of its own rows
     outer:           D = mean over the ranks of (w0 - w_r)        pseudo-gradient: the only message
                      v <- m v + D;  w0 <- w0 - lr (D + m v)       Nesterov (or plain) momentum
                      w_r <- w0
 
-With lr 1 and m 0 the new w0 is the mean of the weights: local SGD, and the averaging of federated
-runs. DiLoCo is inner AdamW, lr 0.7, m 0.9. `num_fragments` exchanges the weights in parts, at
-different steps; `sync_delay` goes on training while a message is under way, and takes what has
-come, mixed with its own weights, so many steps later (streaming DiLoCo).
+With lr 1 and m 0 the new w0 is the mean of the weights: local SGD, and federated averaging. DiLoCo
+is inner AdamW, lr 0.7, m 0.9. `num_fragments` exchanges the weights in parts, at different steps.
+With `sync_delay` ranks go on training while a message is under way; that many steps later each
+mixes what has come with its own weights (streaming DiLoCo).
 
-Not a synchronous strategy: its losses are not one process's. A figure told of a step is the mean
-over the ranks. Evaluations and checkpoints are of the ranks' mean; a run that resumes begins there,
-with the mean of their moments too, and without the messages that were under way. Cost of H steps,
-per rank: one all-reduce of the weights, 2 (n-1)/n times their bytes on a ring: 1/H of ddp's.
+This is not a synchronous strategy: its losses are not one process's. A step's figures are means
+over the ranks. Evaluations and checkpoints are of the mean of the ranks' weights. A run that
+resumes begins there, with the mean of their moments, and without the messages that were under way.
+Cost of H steps, per rank: one all-reduce of the weights, 2 (n-1)/n times their bytes on a ring: 1/H
+of ddp's.
 Memory, where the outer step is more than a mean: w0 and v, twice the weights. Sources: Stich 2019,
 "Local SGD" (1805.09767); McMahan et al. 2016, federated averaging (1602.05629); Douillard et al.
 2023, DiLoCo (2311.08105); Douillard et al. 2025, "Streaming DiLoCo" (2501.18512).
@@ -56,16 +56,15 @@ START, VELOCITY, STEPS = "outer_start", "outer_velocity", "outer_steps"
 
 
 class LocalSGD(Strategy):
-    """Each rank (or group of ranks that share a model) along `dp` trains alone, but for the outer
-    steps.
+    """Ranks along `dp` (or groups that share a model) train alone, but for the outer steps.
 
     Args:
         degree: ranks along `dp`; -1: the rest of the world.
         sync_every: inner steps from one exchange of a weight to the next, H.
         outer_lr, outer_momentum, nesterov: of the outer step; 1 and 0 take the mean.
         num_fragments: parts of the weights, exchanged at steps of their own, evenly spread over H.
-        sync_delay: steps that go on while a message is under way; below H.
-        keep_local: share of a rank's own weights that it keeps when a delayed message has come.
+        sync_delay: steps that ranks take while a message is under way; below H.
+        keep_local: share of its own weights that a rank keeps when a delayed message has come.
     """
 
     name = "local_sgd"
@@ -111,7 +110,7 @@ class LocalSGD(Strategy):
 
     @property
     def remembers(self) -> bool:
-        """Does the outer step need more than the ranks' weights?"""
+        """Whether the outer step needs more than the ranks' weights."""
         return self.outer_lr != 1 or self.outer_momentum > 0 or self.sync_delay > 0
 
     def check(self, plan: ParallelContext) -> None:
@@ -129,7 +128,7 @@ class LocalSGD(Strategy):
             )
 
     def combine_norm(self, norm: Tensor, plan: ParallelContext) -> Tensor:
-        """Root mean square over the ranks: each has clipped by its own."""
+        """Return the root mean square over the ranks, each of which has clipped by its own norm."""
         square = norm.square()
         dist.all_reduce(square, group=plan.mesh[self.axis].get_group())
         return (square / self.degree).sqrt()
@@ -163,7 +162,7 @@ class LocalSGD(Strategy):
 
 @dataclass
 class PendingAllReduce:
-    """A fragment's message: what comes of it is needed at the inner step `due`."""
+    """A fragment's message, whose result is needed at the inner step `due`."""
 
     due: int
     parameters: list[nn.Parameter]
@@ -198,40 +197,34 @@ class LocalSGDExecutor(GradientAccumulation):
         for parameter in parameters:
             states[parameter][STEPS] += 1
         done = int(states[parameters[0]][STEPS])
-        for index in range(self.strategy.num_fragments):
-            if (
-                done + index * self.strategy.sync_every // self.strategy.num_fragments
-            ) % self.strategy.sync_every == 0:
-                self._send(model, parameters[index :: self.strategy.num_fragments], done)
+        every, fragments = self.strategy.sync_every, self.strategy.num_fragments
+        for index in range(fragments):
+            if (done + index * every // fragments) % every == 0:
+                self._send(model, parameters[index::fragments], done)
         while self.underway[model] and self.underway[model][0].due <= done:
             self._receive(model, self.underway[model].pop(0))
 
     def _send(self, model: str, parameters: list[nn.Parameter], done: int) -> None:
-        """Hand the fragment's pseudo-gradients (or, where a mean is enough, its weights) to one
-        all-reduce.
-        """
-        states = self.states[model]
+        """All-reduce the fragment's pseudo-gradients, or its weights where a mean is enough."""
         if self.strategy.remembers:
+            states = self.states[model]
             values = [local_part(states[p][START]) - local_part(p) for p in parameters]
-        else:
-            values = [local_part(p) for p in parameters]
-        flat = torch.cat([value.flatten() for value in values])
-        # whole weights do not travel in a narrower format: they would stay rounded
-        if self.strategy.remembers:
+            flat = torch.cat([value.flatten() for value in values])
             flat = flat.to(self.plan.precision.reduce_dtype)
+        else:  # in their own format: in a narrower one they would stay rounded
+            flat = torch.cat([local_part(p).flatten() for p in parameters])
         work = dist.all_reduce(flat, group=self.group, async_op=self.strategy.sync_delay > 0)
         self.underway[model].append(
             PendingAllReduce(done + self.strategy.sync_delay, parameters, flat, work)
         )
 
     def _receive(self, model: str, message: PendingAllReduce) -> None:
-        """The outer step of a fragment."""
+        """Take the outer step of a fragment."""
         if message.work:
             message.work.wait()
         s, states = self.strategy, self.states[model]
-        means = (message.flat / self.group.size()).split(
-            [local_part(p).numel() for p in message.parameters]
-        )
+        sizes = [local_part(p).numel() for p in message.parameters]
+        means = torch.split(message.flat / self.group.size(), sizes)
         for parameter, mean in zip(message.parameters, means, strict=True):
             weight, state = local_part(parameter), states[parameter]
             mean = mean.view_as(weight).to(weight.dtype)
@@ -244,15 +237,14 @@ class LocalSGDExecutor(GradientAccumulation):
             weight.copy_(start.lerp(weight, s.keep_local) if s.sync_delay else start)
 
     def _parameters(self, model: str) -> list[nn.Parameter]:
-        """In the order of the model, which is the same under every plan."""
+        """Return what the optimizer steps, in the model's order: the same under every plan."""
         stepped = {id(p) for group in self.optimizers[model].param_groups for p in group["params"]}
         return [p for p in self.models[model].parameters() if id(p) in stepped]
 
     def _begin(self, model: str) -> None:
         """Make the outer step's states, before the first inner step.
 
-        They stand apart from the optimizer's, which would take them for its own of a weight that it
-        has not met.
+        They are apart from the optimizer's: it would take them for its own, where it has none yet.
         """
         if self.states[model]:
             return
@@ -269,29 +261,23 @@ class LocalSGDExecutor(GradientAccumulation):
         self._begin(model)
 
     def tensors_by_kind(self, model: str) -> dict[str, list[Tensor]]:
-        parameters, own = list(self.models[model].parameters()), self.optimizers[model].state
-        kept = [
-            value
-            for states in (own, self.states[model])
-            for state in states.values()
-            for value in state.values()
-        ]
+        parameters = list[Tensor](self.models[model].parameters())
+        states = [*self.optimizers[model].state.values(), *self.states[model].values()]
+        values = [value for state in states for value in state.values()]
         return {
-            "parameters": list(parameters),
+            "parameters": parameters,
             "gradients": [p.grad for p in parameters if p.grad is not None],
-            "optimizer": [value for value in kept if isinstance(value, Tensor)],
+            "optimizer": [value for value in values if isinstance(value, Tensor)],
         }
 
     def _live(self, model: str) -> dict[str, Tensor]:
-        """The weights, buffers and states by their names, as far as there are any."""
+        """Return the weights, buffers and states that there are, by their names."""
         whole = self.plan.unwrap(self.models[model])
-        found = named_tensors(whole, self.optimizers[model])
+        tensors = named_tensors(whole, self.optimizers[model])
         for name, parameter in whole.named_parameters():
-            found |= {
-                f"{OPTIMIZER_STATE}{name}.{key}": value
-                for key, value in self.states[model].get(parameter, {}).items()
-            }
-        return found
+            for key, value in self.states[model].get(parameter, {}).items():
+                tensors[f"{OPTIMIZER_STATE}{name}.{key}"] = value
+        return tensors
 
     @torch.no_grad()
     def evaluate(self, update: Update, batch: Batch) -> Sums:
@@ -306,24 +292,20 @@ class LocalSGDExecutor(GradientAccumulation):
 
     @torch.no_grad()
     def state_tensors(self, model: str) -> dict[str, Tensor]:
-        """The ranks' mean of each."""
+        """Return the mean of each tensor over the ranks."""
         live = with_zero_states(self._live(model), self.plan.unwrap(self.models[model]), self.group)
-        found = {name: tensor.detach().clone() for name, tensor in live.items()}
-        self._average(map(local_part, found.values()))
-        return found
+        means = {name: tensor.detach().clone() for name, tensor in live.items()}
+        self._average(map(local_part, means.values()))
+        return means
 
     @torch.no_grad()
     def load_state_tensors(self, model: str, tensors: dict[str, Tensor]) -> None:
         for name, tensor in self._live(model).items():
-            if (
-                name in tensors
-            ):  # what is not is of a weight that no step had used: see `restore_state`
+            if name in tensors:  # all but states of weights that no step has used
                 tensor.copy_(tensors[name])
 
     def _average(self, tensors: Iterable[Tensor]) -> None:
-        """Over the ranks, in place, each in its own format; counts of whole numbers are alike
-        everywhere.
-        """
+        """Replace each tensor by its mean over the ranks, in its own format. Collective."""
         for tensor in tensors:
-            if tensor.is_floating_point():
+            if tensor.is_floating_point():  # whole numbers are counts, alike on all ranks
                 all_reduce_mean([tensor], self.group, tensor.dtype)

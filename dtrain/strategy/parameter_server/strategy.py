@@ -1,21 +1,21 @@
-"""A parameter server: workers push gradients and pull weights, and nobody waits for anybody.
+"""A parameter server: workers push gradients and pull weights, and need not wait for each other.
 
     worker 1:  pull w(3) ... gradient ... push -> w(5) = w(4) - lr g(w(3))   staleness 1: one update
     worker 2:  pull w(2) .......... gradient .......... push -> w(6)         came between; here 3
     server:    applies each as it comes
 
-`mode=sync` waits for the gradients of all of a batch's parts, and is ddp; `bounded` lets no worker
-be more than `max_staleness` gradients ahead of the slowest; `async` lets all run. The first
-`servers` ranks hold the weights, in shares; the others compute. Every worker's gradient is of one
-part of a global batch, 1/W of its rows: in `async` and `bounded` each is an update of its own, so a
-step (a global batch) has W of them.
+`mode=sync` waits for the gradients of all parts of a batch, and is ddp. `bounded` lets no worker be
+more than `max_staleness` gradients ahead of the slowest. `async` lets all run. The first `servers`
+ranks hold the weights, in shares; the others compute. A worker's gradient is that of one part of a
+global batch, 1/W of its rows. In `async` and `bounded` each gradient is an update of its own, so a
+step (a global batch) has W updates.
 
-Workers are processes that their ranks look after: one that dies is started again, and its gradient
-given to another. Cost a step, per rank: a worker sends its gradients (or what `compression` leaves
-of them), a server the weights to each of the W workers: the server's link is what everything goes
-through. Sources: Li et al. 2014, "Scaling Distributed Machine Learning with the Parameter Server";
-Dean et al. 2012, DistBelief; Ho et al. 2013, stale-synchronous parallel; Zhang et al. 2015, rates
-divided by staleness (1511.05950).
+Workers are processes that their ranks look after. If one dies, it is started again, and another one
+computes its gradient. Cost a step, per rank: a worker sends its gradients (or what `compression`
+leaves of them), a server sends the weights to each of the W workers, so the server's connection is
+the bottleneck. Sources: Li et al. 2014, "Scaling Distributed Machine Learning with the Parameter
+Server"; Dean et al. 2012, DistBelief; Ho et al. 2013, stale-synchronous parallel; Zhang et al.
+2015, rates divided by staleness (1511.05950).
 """
 
 from __future__ import annotations
@@ -42,13 +42,12 @@ class ParameterServer(Strategy):
     Args:
         degree: ranks along `dp`; -1: the rest of the world.
         mode: async, bounded or sync.
-        max_staleness: in `bounded`: how many gradients a worker may be ahead of the slowest.
+        max_staleness: gradients that a worker may be ahead of the slowest, in `bounded`.
         servers: ranks that share the weights.
-        divide_by_staleness: divide the learning rate of a gradient by its staleness, where that is
-            above 1.
-        compression: none, fp16, bf16, top_k or power_sgd, of gradients on their way to the server.
-        top_k_fraction: share of the elements that top_k sends; power_sgd_rank: of power_sgd's
-            matrices.
+        divide_by_staleness: divide the learning rate by a gradient's staleness if it is above 1.
+        compression: of gradients on their way to the server: none, fp16, bf16, top_k or power_sgd.
+        top_k_fraction: share of the elements that top_k sends.
+        power_sgd_rank: of power_sgd's matrices.
         restarts: how often a worker that dies is started again.
     """
 
@@ -89,7 +88,7 @@ class ParameterServer(Strategy):
 
     @property
     def synchronous(self) -> bool:  # type: ignore[override]
-        """With whole gradients, and all of them, it is ddp."""
+        """Whether it is ddp: whole gradients, and all of them."""
         return self.mode == SYNC and self.compression == "none"
 
     @property
@@ -103,9 +102,8 @@ class ParameterServer(Strategy):
     def check(self, plan: ParallelContext) -> None:
         if self.workers < 1:
             raise ValueError(
-                f"strategy parameter_server has {self.degree} ranks for {self.servers} servers "
-                f"and the "
-                f"workers: start {self.servers + 1} or more"
+                f"strategy parameter_server has {self.degree} ranks for {self.servers} servers and "
+                f"the workers: start {self.servers + 1} or more"
             )
         if plan.compile:
             raise ValueError(
@@ -126,8 +124,8 @@ class ParameterServer(Strategy):
             raise ValueError(
                 f"strategy.dp.servers={self.servers} are more than the model's {number} weights"
             )
-        kept = model.state_dict().keys()
-        if [name for name, _ in model.named_buffers() if name in kept] or any(
+        saved = model.state_dict().keys()
+        if any(name in saved for name, _ in model.named_buffers()) or any(
             isinstance(module, StepAware) for module in model.modules()
         ):
             raise ValueError(
@@ -138,7 +136,6 @@ class ParameterServer(Strategy):
     def check_task(self, task: Task, plan: ParallelContext) -> None:
         if self.servers > 1 and task.followers:
             raise ValueError(
-                f"task {type(task).__name__} has a model that follows another, whose weights "
-                f"are on "
-                f"several servers: use strategy.dp.servers=1"
+                f"task {type(task).__name__} has a model that follows another, whose weights are "
+                f"on several servers: use strategy.dp.servers=1"
             )

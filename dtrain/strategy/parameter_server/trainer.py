@@ -1,45 +1,49 @@
 """A run under a parameter server, as its ranks see it.
 
 rank 0 .. S-1   keep the weights (`Server`); a step of their loop is one global batch of gradients
-other ranks     look after a worker process each (`run_worker`), and start another one where it dies
+other ranks     look after a worker process each (`supervise`), and start another one where it dies
 """
 
 from __future__ import annotations
 
-import logging
 import math
-import multiprocessing
-import os
 import socket
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator
+from dataclasses import replace
 from typing import Any
 
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch._C._distributed_c10d import Store, TCPStore
 from torch.optim import Optimizer
 
 from dtrain.config.schema import Config
-from dtrain.launch.collectives import all_gather_object
 from dtrain.launch.consistency import digest, refuse_other_weights, tensors_of
-from dtrain.launch.rank_processes import PRELOADED, run_and_exit_with_parent
 from dtrain.launch.rendezvous import address_of_first
 from dtrain.launch.world import World
 from dtrain.model.layout import is_foreign
 from dtrain.parallel.plan import Plan
+from dtrain.strategy.parameter_server.protocol import OVER
+from dtrain.strategy.parameter_server.report import report
 from dtrain.strategy.parameter_server.server import Server
+from dtrain.strategy.parameter_server.session import WorkerSession
 from dtrain.strategy.parameter_server.strategy import ParameterServer
-from dtrain.strategy.parameter_server.work_queue import SYNC, SeenItems, WorkQueue
-from dtrain.strategy.parameter_server.worker import OVER, MakeParts, run_worker
+from dtrain.strategy.parameter_server.supervisor import supervise
+from dtrain.strategy.parameter_server.worker import MakeParts
 from dtrain.task.base import Task
-from dtrain.train import Settings, Step
+from dtrain.train import Settings, Step, Trainer
 
 
-class ParameterServerTrainer(Server):
-    """The trainer of one rank.
+class ParameterServerTrainer:
+    """What a run needs of a trainer. Making one is a collective; training is not.
 
-    Making one is a collective; training is not. Arguments: see `Server`, `run_worker`.
+    Args:
+        task, optimizer, settings: as of every trainer.
+        plan: has a parameter server.
+        config, world: of this rank.
+        parts: makes the task and the plan of a worker.
     """
 
     def __init__(
@@ -54,97 +58,77 @@ class ParameterServerTrainer(Server):
     ) -> None:
         strategy = plan.strategy_on("dp")
         assert isinstance(strategy, ParameterServer)
-        self._parts = parts  # for each life of a worker
+        self.strategy, self.rank, self.settings = strategy, world.rank, settings
         self.saving = list(range(strategy.servers))  # ranks that write checkpoints
-        self._store, address = _shared_store()
-        super().__init__(
-            task, plan, optimizer, settings, config, world, address, dist.new_group(self.saving)
-        )
-        # which each rank has made, as its worker will
+        self._store, self.address = _shared_store()
+        self._servers = dist.new_group(self.saving)
+        self._worker_arguments = parts, config, world, self.address
+        self._timeout_s = config.launch.timeout_s
+        self._local = local_trainer(task, plan, strategy, optimizer, settings)
+        self._server = Server(self._local, strategy, self.rank, self._servers, self._timeout_s)
+        self._sessions: list[WorkerSession] = []
+        self.models = self._local.models
+        self.begin, self.load = self._local.begin, self._local.load
+        # each rank has made the models, as its worker will
         for model in filter(is_foreign, self.models.values()):
             refuse_other_weights(
                 {name: digest(tensor) for name, tensor in tensors_of(model)}, type(model).__name__
             )
-        self._begun = self._begun_version = 0  # steps and updates of earlier runs
-        self._seconds = 0.0  # of this one's
+        self.next_step = self.tokens = 0
+        self._first_step = self._first_version = 0  # of this run
+        self._seconds = 0.0
 
     def steps(self) -> Iterator[Step]:
-        """On a server the steps of all workers together; on other ranks none, until the
-        training has ended.
-        """
+        """Yield the steps of all workers together on a server; elsewhere wait for the end."""
         if self.rank >= self.strategy.servers:
-            self._look_after_a_worker()
+            worker = self.rank - self.strategy.servers
+            supervise(worker, self.strategy.restarts, self._store, *self._worker_arguments)
             return
-        self._begun = self.next_step
-        total, self.applied = self.settings.steps * self.of_a_step, self.next_step * self.of_a_step
-        self.board = WorkQueue(
-            total, self.strategy.workers, self.strategy.mode, self.strategy.bound, self.applied
-        )
-        self.once = SeenItems(self.applied)
-        self.version = self._begun_version = self.applied // (
-            self.strategy.workers if self.strategy.mode == SYNC else 1
-        )
-        mine = {id(p) for p in self.shares[self.rank]}
-        for optimizer in self.optimizers.values():
-            for group in optimizer.param_groups:
-                group["params"] = [p for p in group["params"] if id(p) in mine]
-            for parameter in [p for p in optimizer.state if id(p) not in mine]:
-                del optimizer.state[parameter]  # that a checkpoint has filled: another server's
-        threads = [
-            threading.Thread(target=self.attend, args=(w,), daemon=True)
-            for w in range(self.strategy.workers)
+        server = self._server
+        server.begin(self.next_step)
+        self._first_step, self._first_version = self.next_step, server.version
+        self._sessions = [
+            WorkerSession(server, worker, self.address, self._timeout_s)
+            for worker in range(self.strategy.workers)
         ]
+        threads = [threading.Thread(target=s.run, daemon=True) for s in self._sessions]
         for thread in threads:
             thread.start()
         try:
             yield from self._steps(threads)
-        except GeneratorExit:  # the run is told to stop: there is no more work
-            with self.lock:
-                self.board.total = 0
-                self.lock.notify_all()
+        except GeneratorExit:  # the run stops before its last step
+            server.stop()
         if self.rank == 0:
             self._store.set(OVER, "")
         for thread in threads:
             thread.join()
 
     def _steps(self, threads: list[threading.Thread]) -> Iterator[Step]:
-        begun = time.perf_counter()
+        server, start = self._server, time.perf_counter()
         while self.next_step < self.settings.steps:
-            tokens = self.task.size(self.task.batch(self.next_step))
-            with self.lock:  # held while the loop evaluates or saves: nothing changes meanwhile
-                while self.applied < (self.next_step + 1) * self.of_a_step:
-                    if self.failure or not any(thread.is_alive() for thread in threads):
-                        raise self.failure or RuntimeError(
-                            "every worker of the parameter server is gone"
-                        )
-                    self.lock.wait(1.0)
+            tokens = self._local.task.size(self._local.task.batch(self.next_step))
+            with server.lock:  # held while the run evaluates or saves: nothing changes meanwhile
+                server.wait_for_step(threads)
                 if self.strategy.servers > 1:
                     # another server may lack a gradient, which somebody computes on our weights
-                    with self.released():
-                        dist.barrier(group=self.servers)
-                # workers compute while it evaluates
-                seconds, begun = time.perf_counter() - begun, time.perf_counter()
-                yield self._told(tokens, seconds)
-                self.lock.notify_all()
+                    with server.released():
+                        dist.barrier(group=self._servers)
+                # workers compute while the run evaluates
+                seconds, start = time.perf_counter() - start, time.perf_counter()
+                yield self._step(tokens, seconds)
+                server.lock.notify_all()
 
-    def _told(self, tokens: int, seconds: float) -> Step:
-        """The figures of the gradients since the last step."""
-        told, self.told = self.told, []
+    def _step(self, tokens: int, seconds: float) -> Step:
+        """Return the figures of the step that has ended, and begin the next one."""
+        losses, norms = self._server.log.take()
         self._seconds += seconds
-        losses: dict[str, float] = {}
-        norms: dict[str, float] = {}
-        for index, update in enumerate(self.task.updates):
-            own = [(loss, norm) for each, loss, norm in told if each == index]
-            if own:
-                losses[update.trains] = sum(loss for loss, _ in own) / len(own)
-                norms[update.trains] = (sum(norm**2 for _, norm in own) / len(own)) ** 0.5
         self.tokens, self.next_step = self.tokens + tokens, self.next_step + 1
-        lr = next(iter(self.optimizers.values())).param_groups[0]["lr"]
+        self._server.next_step = self.next_step
         return Step(
             self.next_step,
             sum(losses.values()),
             math.hypot(*norms.values()),
-            lr,
+            next(iter(self._local.optimizers.values())).param_groups[0]["lr"],
             self.tokens,
             tokens / seconds,
             seconds,
@@ -152,118 +136,51 @@ class ParameterServerTrainer(Server):
         )
 
     def figures(self) -> dict[str, float]:
-        """For the line of a step: updates of the weights so far, gradients, and their mean
-        staleness.
-        """
-        gradients = sum(self.staleness.values())
-        mean = sum(staleness * times for staleness, times in self.staleness.items()) / max(
-            1, gradients
-        )
-        return {"updates": self.version, "gradients": gradients, "staleness": mean}
-
-    def _look_after_a_worker(self) -> None:
-        worker, log = self.rank - self.strategy.servers, logging.getLogger("dtrain")
-        context = multiprocessing.get_context("forkserver")
-        context.set_forkserver_preload(PRELOADED)
-        for life in range(self.strategy.restarts + 1):
-            arguments = (
-                os.getpid(),
-                run_worker,
-                self._parts,
-                self.config,
-                self.world,
-                self.address,
-                life,
-            )
-            process = context.Process(target=run_and_exit_with_parent, args=arguments)
-            process.start()
-            log.info("worker %d, process %d", worker, process.pid)
-            while process.exitcode is None:
-                process.join(1.0)
-                if process.exitcode is None and self._store.check([f"{worker}/{life}/lost"]):
-                    process.kill()  # it was silent for too long: stopped, perhaps
-            if process.exitcode == 0:
-                break
-            log.warning("worker %d ended with %s", worker, process.exitcode)
-            self._store.set(f"{worker}/{life}/ended", "")
-        else:
-            self._store.set(f"{worker}/gone", "")
-        while not self._store.check([OVER]):  # whatever comes next is for all ranks together
-            time.sleep(0.2)
-
-    # What all servers do together, while they hold their locks
-
-    def _gather(self) -> None:
-        """Everybody's weights on every server."""
-        if self.strategy.servers > 1 and self.rank < self.strategy.servers:
-            for owner, share in enumerate(self.shares):
-                for parameter in share:
-                    dist.broadcast(parameter.data, group=self.servers, group_src=owner)
+        """Return the updates and gradients so far, and the gradients' mean staleness."""
+        staleness = self._server.staleness
+        gradients = sum(staleness.values())
+        mean = sum(stale * times for stale, times in staleness.items()) / max(1, gradients)
+        return {"updates": self._server.version, "gradients": gradients, "staleness": mean}
 
     def totals(self) -> dict[str, Tensor]:
+        """See `Trainer`. Collective: all servers call it, with their locks held."""
         self._gather()
-        return super().totals()
+        return self._local.totals()
 
     def state(self) -> dict[str, Tensor]:
+        """See `Trainer`. Collective: all servers call it, with their locks held."""
         self._gather()
-        return super().state()
+        return self._local.state()
 
     def report(self) -> dict[str, Any]:
-        """What a profile tells of other strategies, as far as there is such a thing here.
+        """Return what a profile holds of other strategies, where it exists here. A collective."""
+        updates = self._server.version - self._first_version
+        steps = self.next_step - self._first_step
+        return report(self._server, self._sessions, steps, updates, self._seconds)
 
-        A collective of all ranks.
-        """
-        names = ("gradients", "compute_seconds", "wait_seconds")
-        updates = self.version - self._begun_version
-        told = {
-            "mode": self.strategy.mode,
-            "servers": self.strategy.servers,
-            "updates": updates,
-            "updates_per_second": updates / (self._seconds or 1.0),
-            "most_ahead": self.board.widest,
-            "staleness": dict(sorted(self.staleness.items())),
-            "lives": dict(self.lives),
-            "workers": {
-                w: dict(zip(names, each, strict=True)) for w, each in sorted(self.spent.items())
-            },
-        }
-        every = all_gather_object((told, dict(self.traffic), self.next_step - self._begun))
-        servers, steps = every[: self.strategy.servers], max(1, every[0][2])
-        sent = [[_added(traffic.values(), "sent")] for _, traffic, _ in servers]
-        for worker in range(self.strategy.workers):
-            sent.append(
-                [_added([traffic.get(worker, {}) for _, traffic, _ in servers], "received")]
-            )
-        ranks = [[_message(size, calls, steps) for size, calls in each] for each in sent]
-        return {
-            "ranks": [
-                {"traffic": each, "traffic_predicted": None, "memory": None, "time": None}
-                for each in ranks
-            ],
-            "bubble": None,
-            "asynchronous": servers[0][0],
-        }
+    def _gather(self) -> None:
+        """Copy the weights of each server to all servers."""
+        if self.strategy.servers > 1 and self.rank < self.strategy.servers:
+            for owner, share in enumerate(self._server.shares):
+                for parameter in share.parameters:
+                    dist.broadcast(parameter.data, group=self._servers, group_src=owner)
 
 
-def _added(links: Iterable[Mapping[str, int]], way: str) -> tuple[int, int]:
-    """Bytes and messages of several links, as one end sees them."""
-    counts = list(links)
-    return tuple(sum(each.get(f"{way}{what}", 0) for each in counts) for what in ("", "_messages"))  # type: ignore[return-value]
+def local_trainer(
+    task: Task,
+    plan: Plan,
+    strategy: ParameterServer,
+    optimizer: Callable[[nn.Module], Optimizer],
+    settings: Settings,
+) -> Trainer:
+    """Return a trainer of one process, which evaluates as many rows at once as a worker trains."""
+    rows = settings.micro_batch_size or max(1, settings.global_batch_size // strategy.workers)
+    alone = Plan((), 1, plan.precision, plan.device, clip_norm=plan.clip_norm)
+    return Trainer(task, alone, optimizer, replace(settings, micro_batch_size=rows))
 
 
-def _message(size: int, calls: int, steps: int) -> dict[str, Any]:
-    """Of a step, as a profile tells it."""
-    return {
-        "axis": "dp",
-        "operation": "send",
-        "calls": calls / steps,
-        "bytes": size // steps,
-        "wire_bytes": size / steps,
-    }
-
-
-def _shared_store() -> tuple[dist.Store, tuple[str, int]]:
-    """A store that every process of the run reaches, workers that come back too, and its address.
+def _shared_store() -> tuple[Store, tuple[str, int]]:
+    """Return a store that every process of the run reaches, later ones too, and its address.
 
     A collective.
     """
@@ -274,13 +191,13 @@ def _shared_store() -> tuple[dist.Store, tuple[str, int]]:
         # torch's own would listen on all interfaces
         listener = socket.create_server((host, 0), family=family)
         address = host, int(listener.getsockname()[1])
-        store = dist.TCPStore(
+        store = TCPStore(
             host,
             address[1],
             is_master=True,
             wait_for_workers=False,
             master_listen_fd=listener.detach(),
         )
-    told = [address]
-    dist.broadcast_object_list(told, src=0)
-    return store or dist.TCPStore(*told[0], is_master=False), told[0]
+    shared = [address]
+    dist.broadcast_object_list(shared, src=0)
+    return store or TCPStore(*shared[0], is_master=False), shared[0]

@@ -1,70 +1,80 @@
-"""A worker of a parameter server: a process that pulls weights, computes one gradient, and
-pushes it.
-"""
+"""A worker of a parameter server: a process that pulls weights, computes a gradient, pushes it."""
 
 from __future__ import annotations
 
 import logging
 import signal
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 import torch
-import torch.distributed as dist
-from torch import Tensor, nn
+from torch import Tensor
+from torch._C._distributed_c10d import TCPStore
 
 from dtrain.config.schema import Config
-from dtrain.data.seeded import seed_everything
 from dtrain.launch.fault_injection import slowed
 from dtrain.launch.rank_processes import STOPS
 from dtrain.launch.world import World, cores
 from dtrain.parallel.clip import clip_gradients
 from dtrain.parallel.plan import Plan
 from dtrain.strategy.parameter_server.connection import Connection
-from dtrain.strategy.parameter_server.gradient_compression import GradientCompression
+from dtrain.strategy.parameter_server.protocol import OVER, Header, Kind, Life
+from dtrain.strategy.parameter_server.share import shares_of
 from dtrain.strategy.parameter_server.strategy import ParameterServer
 from dtrain.strategy.parameter_server.work_queue import SYNC
-from dtrain.strategy.zero1 import equal_shares
 from dtrain.task.base import Task
-from dtrain.task.batch import Batch, Models, divide
+from dtrain.task.batch import Batch, divide
+from dtrain.train import loss_scale, seed_step
 
-MakeParts = Callable[[], tuple[Task, Plan]]  # that travels to another process
-OVER = "over"  # the key that the first server sets when there is no more work
-PULL, PUSH, BYE = 0, 1, 2  # what a worker says
-WORK, WAIT, STOP = 0, 1, 2  # and a server
+MakeParts = Callable[[], tuple[Task, Plan]]  # can be pickled, for another process
 
 
 def run_worker(
     parts: MakeParts, config: Config, world: World, address: tuple[str, int], life: int
 ) -> None:
-    """What the process does, in one of its lives, until the servers have no more work.
+    """Compute gradients in a process of its own, until the servers have no more work.
 
     Args:
-        parts: makes its task and plan.
+        parts: makes the worker's task and plan.
         config, world: of the rank that looks after it.
         address: of the servers' store.
-        life: how many of this worker there have been before.
+        life: how many processes this worker had before.
     """
     for number in STOPS:
         signal.signal(number, signal.SIG_IGN)  # its rank decides
     torch.set_num_threads(config.launch.threads or max(1, cores() // world.local_size))
-    logging.getLogger("dtrain").setLevel(logging.ERROR)  # its rank has said it all
+    logging.getLogger("dtrain").setLevel(logging.ERROR)  # its rank has logged the rest
     worker = Worker(parts(), config, world)
-    store = dist.TCPStore(*address, is_master=False)
-    store.set(f"{worker.number}/{life}", "")
-    while not store.check([f"{worker.number}/{life}/welcome"]):
+    store, own = TCPStore(*address, is_master=False), Life(worker.number, life)
+    store.set(own.begun, "")
+    while not store.check([own.welcome]):
         if store.check([OVER]):  # the others have done all the work
             return
         time.sleep(0.05)
-    links = [
-        Connection(store, f"{worker.number}/{life}/{server}", 1, config.launch.timeout_s)
-        for server in range(worker.strategy.servers)
-    ]
-    worker.run(links)
+    names = [own.connection(server) for server in range(worker.strategy.servers)]
+    worker.run([Connection(store, name, 1, config.launch.timeout_s) for name in names])
+
+
+@dataclass(frozen=True)
+class Gradient:
+    """What a worker computes of an item.
+
+    Args:
+        model: that it is the gradient of.
+        by_parameter: by the ids of the parameters that the rows have used.
+        loss: the mean over the part's items.
+        norm: before clipping; 0 where the server clips.
+    """
+
+    model: str
+    by_parameter: dict[int, Tensor]
+    loss: float
+    norm: float
 
 
 class Worker:
-    """The model of one worker, and its part of every batch."""
+    """The models of one worker, and its part of every batch."""
 
     def __init__(self, parts: tuple[Task, Plan], config: Config, world: World) -> None:
         self.task, plan = parts
@@ -82,106 +92,74 @@ class Worker:
         }
         self.executor = self.plan.executor(self.models, {}, micro_batches)
         self.shares = shares_of(self.task, self.models, strategy.servers)
-        self.own = [
-            {u.trains: of_model(self.models[u.trains], share) for u in self.task.updates}
-            for share in self.shares
-        ]
-        self.encoders = [
-            {name: compression(strategy, each) for name, each in own.items()} for own in self.own
-        ]
-        self._batch: tuple[int, Batch] = (-1, {})
-        self.computed = self.waited = 0.0
+        self.compressions = [share.compressions(strategy) for share in self.shares]
+        self.compute_seconds = self.wait_seconds = 0.0
+        self._batch: tuple[int, Batch] = (-1, {})  # with its step
 
-    def run(self, links: list[Connection]) -> None:
-        """Pull, compute, push, until told to stop."""
-        while (pulled := self._pull(links)) is not None:
+    def run(self, connections: Sequence[Connection]) -> None:
+        """Pull, compute and push, until told to stop."""
+        while (pulled := self._pull(connections)) is not None:
             item, versions = pulled
-            begun = time.perf_counter()
-            name, gradients, used, loss, norm = self._gradient(item)
-            self.computed += time.perf_counter() - begun
-            # the first one last: it counts what is finished
-            for server in reversed(range(len(links))):
-                own = [gradients[id(p)] for p in self.own[server][name]]
-                has = [id(p) in used for p in self.own[server][name]]
-                links[server].say(
-                    PUSH, versions[server], item, loss, norm, self.computed, self.waited
-                )
-                links[server].tell(has)
-                links[server].send(self.encoders[server][name].encode(own))
-        for link in links:
-            link.say(BYE)
+            start = time.perf_counter()
+            gradient = self.gradient(item)
+            self.compute_seconds += time.perf_counter() - start
+            # the first server last: it counts what is finished
+            for server in reversed(range(len(connections))):
+                self._push(connections[server], server, item, versions[server], gradient)
+        for connection in connections:
+            connection.send_header(Header(Kind.BYE))
 
-    def _pull(self, links: list[Connection]) -> tuple[int, list[int]] | None:
-        """The weights of all servers, an item, and the servers' versions; None: there is no
-        more work.
+    def _pull(self, connections: Sequence[Connection]) -> tuple[int, list[int]] | None:
+        """Take an item, and the weights of all servers.
+
+        Return the item and the weights' versions by server; None: there is no more work.
         """
-        begun, item, versions = time.perf_counter(), 0, []
-        for link, share in zip(links, self.shares, strict=True):
-            link.say(PULL, 0, item)
-            while (heard := link.hear())[0] != WORK:
-                if heard[0] == STOP:
-                    return None
-                link.say(PULL, 0, item)
-            versions.append(int(heard[1]))
-            item = int(heard[2])
-            weights = torch.empty(sum(p.numel() for p in share), dtype=share[0].dtype)
-            for parameter, part in zip(
-                share, link.receive(weights).split([p.numel() for p in share]), strict=True
-            ):
-                parameter.data.copy_(part.view_as(parameter))
-        self.waited += time.perf_counter() - begun
+        start, item, versions = time.perf_counter(), 0, []
+        for connection, share in zip(connections, self.shares, strict=True):
+            header = Header(Kind.WAIT)
+            while header.kind == Kind.WAIT:
+                connection.send_header(Header(Kind.PULL, item))
+                header = connection.receive_header()
+            if header.kind == Kind.STOP:
+                return None
+            versions.append(header.version)
+            item = header.item
+            share.load(connection.receive_tensor(share.empty()))
+        self.wait_seconds += time.perf_counter() - start
         return item, versions
 
-    def _gradient(self, item: int) -> tuple[str, dict[int, Tensor], set[int], float, float]:
-        """The model whose gradient item i is, the gradient by parameter, those used, the loss,
-        the gradient's norm.
-        """
+    def _push(
+        self, connection: Connection, server: int, item: int, version: int, gradient: Gradient
+    ) -> None:
+        """Send a server its share of the gradient."""
+        parameters = self.shares[server].by_model[gradient.model]
+        figures = gradient.loss, gradient.norm, self.compute_seconds, self.wait_seconds
+        connection.send_header(Header(Kind.PUSH, item, version, *figures))
+        tensors = [gradient.by_parameter.get(id(p)) for p in parameters]
+        connection.send_flags([tensor is not None for tensor in tensors])
+        whole = [
+            torch.zeros_like(p) if tensor is None else tensor
+            for p, tensor in zip(parameters, tensors, strict=True)
+        ]
+        connection.send_tensor(self.compressions[server][gradient.model].encode(whole))
+
+    def gradient(self, item: int) -> Gradient:
+        """Compute the gradient of an item's part of its batch."""
         workers, updates = self.strategy.workers, self.task.updates
         rounds, part = divmod(item, workers)
         step, index = divmod(rounds, len(updates))
         if self._batch[0] != step:
             self._batch = step, self.task.batch(step)
         batch, update = self._batch[1], updates[index]
-        scale = workers / update.count(batch).clamp(min=1).double()
-        seed_everything(hash((self.config.seed, step, part, 0)) % 2**63)
+        scale = loss_scale(update, batch, workers)
+        seed_step(self.config.seed, step, part, stage=0)
         model = self.models[update.trains]
-        rows = {
-            name: tensor.to(self.plan.device)
-            for name, tensor in list(divide(batch, workers))[part].items()
-        }
+        rows = self.plan.shard(list(divide(batch, workers))[part])
         with slowed(self.config.inject.straggler, self.number + self.strategy.servers):
             loss = self.executor.train(update, rows, scale)
-        # the server clips the whole
+        # in `sync` the server clips the mean
         norm = clip_gradients(model, self.plan) if self.strategy.mode != SYNC else torch.zeros(())
-        used = {id(p) for p in model.parameters() if p.grad is not None}
-        found = {
-            id(p): torch.zeros_like(p) if p.grad is None else p.grad for p in model.parameters()
-        }
-        for each in self.models.values():
-            each.zero_grad()
-        return update.trains, found, used, loss.item(), norm.item()
-
-
-def shares_of(task: Task, models: Models, servers: int) -> list[list[nn.Parameter]]:
-    """Which server keeps which weights of the models that are trained."""
-    trained = {update.trains: None for update in task.updates}
-    return equal_shares([p for name in trained for p in models[name].parameters()], servers)
-
-
-def of_model(model: nn.Module, share: list[nn.Parameter]) -> list[nn.Parameter]:
-    """Those of a share that are the model's."""
-    own = {id(p) for p in model.parameters()}
-    return [p for p in share if id(p) in own]
-
-
-def compression(strategy: ParameterServer, parameters: list[nn.Parameter]) -> GradientCompression:
-    """How the gradients of these parameters travel."""
-    shapes = [p.shape for p in parameters]
-    dtype = parameters[0].dtype if parameters else torch.float32
-    return GradientCompression(
-        strategy.compression,
-        shapes,
-        dtype,
-        share=strategy.top_k_fraction,
-        rank=strategy.power_sgd_rank,
-    )
+        by_parameter = {id(p): p.grad for p in model.parameters() if p.grad is not None}
+        for any_model in self.models.values():
+            any_model.zero_grad()
+        return Gradient(update.trains, by_parameter, loss.item(), norm.item())
