@@ -41,7 +41,6 @@ PRIVATE = {
     "cost.traffic": (
         "torch._C.DispatchKey", "torch._ops.OpOverload._schema", "torch.library.Library._destroy",
     ),
-    "cost.timeline": ("torch._C._autograd.DeviceType",),
     "data.augment": ("torch._standard_gamma",),
     "launch.hang_detector": (
         "torch._C._distributed_c10d", "torch._C._distributed_c10d._dump_fr_trace_json",

@@ -88,9 +88,9 @@ def process_group(
 def _store(world: World, timeout: timedelta) -> Store:
     """Return a store that only the ranks of this attempt share."""
     if world.size == 1:
-        return dist.HashStore()  # type: ignore[attr-defined]  # no port: nobody to find
+        return dist.HashStore()  # no port: nobody to find
     if file := os.environ.get(MEETING):
-        return dist.FileStore(file, world.size)  # type: ignore[attr-defined]
+        return dist.FileStore(file, world.size)
     shared, *_ = next(rendezvous("env://", timeout=timeout))
     return PrefixStore(f"dtrain/{agree_on_attempt(shared, world, timeout)}", shared)
 

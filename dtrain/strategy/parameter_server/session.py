@@ -8,7 +8,7 @@ from collections import Counter
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 
 import torch
-from torch._C._distributed_c10d import Store, TCPStore
+from torch.distributed import Store, TCPStore
 
 from dtrain.strategy.parameter_server.connection import Connection, PeerLost
 from dtrain.strategy.parameter_server.protocol import OVER, Header, Kind, Life

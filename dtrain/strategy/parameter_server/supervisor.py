@@ -7,7 +7,7 @@ import multiprocessing
 import os
 import time
 
-from torch._C._distributed_c10d import Store
+from torch.distributed import Store
 
 from dtrain.launch.rank_processes import PRELOADED, run_and_exit_with_parent
 from dtrain.strategy.parameter_server.protocol import OVER, Life

@@ -16,7 +16,7 @@ from typing import Any
 
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch._C._distributed_c10d import Store, TCPStore
+from torch.distributed import Store, TCPStore
 from torch.optim import Optimizer
 
 from dtrain.config.schema import Config

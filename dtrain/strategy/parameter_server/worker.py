@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from torch._C._distributed_c10d import TCPStore
+from torch.distributed import TCPStore
 
 from dtrain.config.schema import Config
 from dtrain.launch.fault_injection import slowed
