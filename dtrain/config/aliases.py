@@ -148,6 +148,7 @@ MOVED = {
     "dtrain.strategy.expert.Expert": "dtrain.strategy.expert.ExpertParallel",
     "dtrain.strategy.parameter_server.ParameterServer":
         "dtrain.strategy.parameter_server.strategy.ParameterServer",
+    "dtrain.strategy.accelerate.strategy": "dtrain.strategy.accelerate",  # and see below
     "dtrain.strategy.accelerate.AccelerateDDP": "dtrain.strategy.accelerate.ddp.AccelerateDDP",
     "dtrain.strategy.accelerate.AccelerateFSDP":
         "dtrain.strategy.accelerate.fsdp.AccelerateFSDP",
@@ -156,6 +157,22 @@ MOVED = {
     "dtrain.strategy.accelerate.AccelerateLocalSGD":
         "dtrain.strategy.accelerate.local_sgd.AccelerateLocalSGD",
     "dtrain.strategy.deepspeed.DeepSpeed": "dtrain.strategy.deepspeed.zero.DeepSpeed",
+    "dtrain.parallel.strategy.whole": "dtrain.parallel.strategy.full_tensor",
+    "dtrain.parallel.strategy.local": "dtrain.parallel.strategy.local_part",
+    "dtrain.parallel.strategy.average": "dtrain.parallel.strategy.all_reduce_mean",
+    "dtrain.parallel.strategy.add_up": "dtrain.parallel.strategy.all_reduce_sum",
+    "dtrain.parallel.optimizer.rate": "dtrain.parallel.optimizer.lr_factor",
+    "dtrain.parallel.optimizer.fill_state": "dtrain.parallel.optimizer.materialize_state",
+    "dtrain.parallel.clip.clip": "dtrain.parallel.clip.clip_gradients",
+    "dtrain.task.base.the_model": "dtrain.task.base.single_model",
+    "dtrain.task.base.as_weights": "dtrain.task.base.in_weight_dtype",
+    "dtrain.task.base.wide": "dtrain.task.base.at_least_fp32",
+    "dtrain.data.seeded.rows_of": "dtrain.data.seeded.shuffled_rows",
+    "dtrain.data.seeded.some": "dtrain.data.seeded.random_subset",
+    "dtrain.launch.collectives.gathered": "dtrain.launch.collectives.all_gather_object",
+    "dtrain.launch.collectives.agree": "dtrain.launch.collectives.on_rank_zero",
+    "dtrain.launch.collectives.together": "dtrain.launch.collectives.on_all_ranks",
+    "dtrain.config.schema.make": "dtrain.config.build.build",
 }  # fmt: skip
 _BY_WORD = {word: setting for words, setting in ALIASES.items() for word in words.split()}
 
