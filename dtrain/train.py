@@ -36,7 +36,16 @@ class NonFinite(ArithmeticError):
 
 @dataclass(frozen=True)
 class Settings:
-    """The loop's sizes and schedule."""
+    """The loop's sizes and schedule.
+
+    Args:
+        steps: optimizer steps of the run.
+        seed: of weights, batches and dropout.
+        global_batch_size: rows of a step, over all ranks.
+        micro_batch_size: rows of a forward pass, per rank; None: all of the rank's rows.
+        warmup_steps: of linear warm-up of the learning rate.
+        min_lr_ratio: learning rate at the end of the cosine, over the highest.
+    """
 
     steps: int
     seed: int = 0
@@ -48,15 +57,16 @@ class Settings:
 
 @dataclass(frozen=True)
 class Step:
-    """The figures of one step, the same on every rank.
+    """The figures of one step, the same on every rank except the two that are times.
 
     Args:
         step: optimizer steps done, from 1.
-        loss: the mean over the global batch's items, summed over the updates.
+        loss: the mean over the global batch's items, summed over the models; of a model with
+            several updates the last one's.
         grad_norm: over all models, before clipping.
         lr: of the first model's first parameter group.
         tokens: since the first step of the first run.
-        tokens_per_second: of this step.
+        tokens_per_second: of this step, by this rank's time.
         step_seconds: this rank's time from asking for the batch to the optimizer's end, without
             evaluation and checkpoints.
         losses: by the model that each one trains.
@@ -238,8 +248,8 @@ def seed_step(seed: int, step: int, part: int, stage: int) -> None:
 
 
 def loss_scale(update: Update, batch: Batch, parts: int) -> Tensor:
-    """Return the factor that makes the summed loss of one of a batch's parts a mean.
+    """Return the factor from the summed loss of one part of a batch to the global mean.
 
-    In fp64: it is no power of two, and every rank's gradient is multiplied by it.
+    It is in fp64, since it multiplies every gradient: rounding it would scale all of them.
     """
     return parts / update.count(batch).clamp(min=1).double()

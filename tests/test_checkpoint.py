@@ -46,7 +46,7 @@ from dtrain.run import checkpoint_files
 from dtrain.run.assemble import Parts
 from dtrain.run.checkpoint import Checkpoints, _apart, load, load_weights
 from dtrain.run.checkpoint_files import read_manifest, run_of, verify
-from dtrain.run.resume import Resume, manifest_fields, starting_point, take_weights
+from dtrain.run.resume import Resume, begin_from, manifest_fields, starting_point
 
 STEPS, SAVED_AT = 6, 4
 EXACT, CROSS = 0.0, 1e-12  # the same strategy: bit for bit; another one: rounding in fp64
@@ -773,7 +773,7 @@ def resumed(alone, tmp_path_factory: pytest.TempPathFactory) -> Callable[..., li
         parts = job(data, **settings)
         start = starting_point(parts, folder, World())
         assert isinstance(start, Resume)
-        take_weights(made, parts, start)
+        begin_from(made, parts, start)
         assert notes[0].startswith("resumed from") and notes[0].endswith(", step 3")
         return notes[1:]
 

@@ -57,6 +57,7 @@ from dtrain.strategy.pipeline.strategy import PipelineParallel
 from dtrain.strategy.replicate import Replicate
 from dtrain.strategy.tensor.strategy import TensorParallel
 from dtrain.strategy.zero1 import Zero1
+from dtrain.task.base import Task
 
 CONFIGS = Path(__file__).parent.parent / "configs"
 NEEDED = {
@@ -455,7 +456,7 @@ def reached(folder: Path, overrides: list[str]) -> dict[str, Any]:
             "Checkpoints",
             "HangDetector",
             "process_group",
-            "take_weights",
+            "begin_from",
         )
         trainer, checkpoints, watch, connected, taken = (
             seen(f"dtrain.run.run.{name}") for name in names
@@ -642,6 +643,26 @@ def test_a_hook_by_an_earlier_name_is_refused(kind: type) -> None:
     for earlier in found:
         with pytest.raises(TypeError, match=f"Mine.{earlier}: it is {EARLIER[earlier]} now"):
             type("Mine", (kind,), {earlier: lambda self: None})
+
+
+@pytest.mark.parametrize(
+    "kind, earlier, now",
+    [
+        (Task, "told", "summary"),
+        (Data, "leave", "save_for_inference"),
+        (Data, "kept", "cache_folder"),
+    ],
+)
+def test_an_attribute_by_an_earlier_name_is_refused(kind: type, earlier: str, now: str) -> None:
+    with pytest.raises(TypeError, match=f"Mine.{earlier}: it is {now} now"):
+        type("Mine", (kind,), {earlier: ""})
+    type("Mine", (kind,), {now: ""})
+
+
+@pytest.mark.parametrize("strategy", sorted({*options("strategy")} - {"single"}))
+def test_each_strategys_card_tells_its_cost(strategy: str) -> None:
+    for node in option_of("strategy", strategy).values():
+        assert description._cost(description._class_of(node["_target_"])).startswith("Cost")
 
 
 def test_a_runs_own_configuration_of_an_earlier_version_is_told_the_new_names(

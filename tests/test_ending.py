@@ -133,7 +133,7 @@ def test_a_signal_before_the_first_step_ends_at_once(call, tmp_path: Path) -> No
     def told(*_: object) -> None:
         os.kill(os.getpid(), signal.SIGINT)
 
-    with mock.patch("dtrain.run.run.take_weights", told):
+    with mock.patch("dtrain.run.run.begin_from", told):
         assert call(*QUICK, "steps=9")[::2] == (130, "dtrain: interrupted\n")
     assert not steps(tmp_path)
 
@@ -223,12 +223,11 @@ def test_a_second_ctrl_c_while_ranks_save_leaves_nothing_behind(tmp_path: Path) 
     partial.mkdir(parents=True)
     config: Any = mock.Mock()
     with mock.patch.multiple(
-        "dtrain.cli",
+        "dtrain.cli.ranks",
         spawn=mock.Mock(side_effect=KeyboardInterrupt),
-        checked=mock.Mock(),
+        validated=mock.Mock(),
         assemble=mock.Mock(),
-        OmegaConf=mock.Mock(),
-        written=mock.Mock(),
+        printable=mock.Mock(),
     ):
         script = (
             "import sys, time; from pathlib import Path; from dtrain.files.lock import Lock; held "

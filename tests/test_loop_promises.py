@@ -32,7 +32,7 @@ from dtrain.parallel.strategy import local_part
 from dtrain.report.base import All
 from dtrain.run.assemble import Parts, optimizer_of
 from dtrain.run.checkpoint import Checkpoints
-from dtrain.run.resume import Resume, manifest_fields, starting_point, take_weights
+from dtrain.run.resume import Resume, begin_from, manifest_fields, starting_point
 from dtrain.task.base import Task
 from dtrain.task.batch import Batch
 from dtrain.task.causal_lm import CausalLM
@@ -448,7 +448,7 @@ def test_a_run_that_is_taken_up_goes_on_bit_for_bit(alone, tmp_path: Path) -> No
     torch.manual_seed(5)
     start = starting_point(job, tmp_path, world)
     assert isinstance(start, Resume)
-    take_weights(second, job, start)
+    begin_from(second, job, start)
     found += [curve(step) for step in second.steps()]
     assert found == expected
     assert_same_bits(copied(second), copied(whole))

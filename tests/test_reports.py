@@ -283,7 +283,7 @@ def _begin_and_end(folder: Path) -> None:
 
 
 def _prepare(folder: Path) -> None:
-    data: Any = SimpleNamespace(name=HOSTILE, kept=Path(HOSTILE))
+    data: Any = SimpleNamespace(name=HOSTILE, cache_folder=Path(HOSTILE))
     with preparation_progress(data, shown=True) as progress:
         progress(HOSTILE, 20)
 

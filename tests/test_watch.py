@@ -179,7 +179,7 @@ def test_a_rank_may_be_slow_and_stay_away() -> None:
         inject=Inject(MissedCollective(rank=0, step=3), Straggler(rank=0, factor=2.0)),
         profile=False,
     )
-    watch = SimpleNamespace(skipping=lambda step: noted(f"skipped in {step}"))
+    watch = SimpleNamespace(stuck_in=lambda step: noted(f"skipped in {step}"))
     with (
         mock.patch("dtrain.run.observers.dist.get_rank", lambda: 0),
         mock.patch(

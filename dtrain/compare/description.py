@@ -85,5 +85,5 @@ def _relative(file: Path) -> str:
 def _cost(strategy: type) -> str:
     """Return the paragraph on the cost in the docstring of the strategy's file."""
     docstring = ast.get_docstring(ast.parse(Path(inspect.getfile(strategy)).read_text())) or ""
-    match = re.search(r"^(Costs? .*?)(?=\s*\bSources?:|\Z)", docstring, re.S | re.M)
+    match = re.search(r"(?:^|(?<=[.:]\s))(Costs? .*?)(?=\s*\bSources?:|\Z)", docstring, re.S | re.M)
     return " ".join(match[1].split()) if match else ""

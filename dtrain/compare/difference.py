@@ -67,7 +67,8 @@ def show_difference(arguments: list[str]) -> None:
 
     Raises:
         ValueError: these are no two folders with results, or no number.
-        Failed: a strategy's throughput falls below the bound, or it ran in the first alone.
+        Failed: a strategy's throughput falls below the bound, or it ran in the
+            first and could not in the second.
     """
     folders = [argument for argument in arguments if "=" not in argument]
     options = [argument for argument in arguments if "=" in argument]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 FP16 = (
     "dtype=bf16; fp16 is DeepSpeed's alone: strategy=deepspeed_zero2 "
     "+strategy.dp.deepspeed.fp16.enabled=true"
@@ -188,3 +190,18 @@ def our_name(word: str) -> str:
 def moved(name: str) -> str:
     """Return the end of a message on a missing module or class: where it is now, if it moved."""
     return f": it is {MOVED[name]} now" if name in MOVED else ""
+
+
+def refuse_earlier_names(cls: type, base: type, earlier: Mapping[str, str]) -> None:
+    """Refuse a user's class with a method or attribute that nothing calls or reads any more.
+
+    Args:
+        cls: a subclass of `base`.
+        earlier: earlier names, and those of today; the ones that `base` has count.
+
+    Raises:
+        TypeError: names both; the class would do something else without a word.
+    """
+    for name, now in earlier.items():
+        if name in vars(cls) and hasattr(base, now):
+            raise TypeError(f"{cls.__name__}.{name}: it is {now} now")

@@ -132,7 +132,7 @@ def system_error(error: BaseException) -> str:
 
 
 def explain(error: BaseException, config_name: str) -> str:
-    """Return one line: what is wrong, the value, and what would work."""
+    """Return one line for an error: what is wrong, the value, and what would work."""
     if line := system_error(error):
         return line
     text = str(error)
@@ -186,7 +186,7 @@ def _unknown_key(key: str, config_name: str) -> str:
 
 
 def _nearest(name: str, names: Iterable[str]) -> str:
-    """Ask whether the most similar name is meant, ignoring case; empty: none is similar."""
+    """Return `did you mean …?` for the most similar name, ignoring case; empty: none is similar."""
     lower = {each.lower(): each for each in names}
     close = difflib.get_close_matches(name.lower(), lower, n=1, cutoff=NEAR)
     if close and "." in name:  # the last part must be alike by itself

@@ -9,7 +9,7 @@
 
 A dispatch mode sees each operation's results, on the CPU and on CUDA alike, and a weak reference
 tells when the last user of a storage has gone. It does not see what an operation allocates and
-frees within itself. It slows a step down.
+frees within itself. It slows a step down. The prediction of the same is `predict.activations`.
 """
 
 from __future__ import annotations

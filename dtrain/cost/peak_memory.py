@@ -1,4 +1,4 @@
-"""The most memory that a rank has used."""
+"""Measure the most memory that a rank has used, in bytes."""
 
 from __future__ import annotations
 

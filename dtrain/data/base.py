@@ -8,6 +8,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from dtrain.config.aliases import refuse_earlier_names
+
 Progress = Callable[[str, int], None]  # (what is being done, documents or samples so far)
 
 
@@ -22,6 +24,10 @@ class Data(ABC):
     name: str
     left_out: Counter[str] = Counter()
     cache_folder: Path | None = None
+
+    def __init_subclass__(cls, **more: object) -> None:
+        super().__init_subclass__(**more)
+        refuse_earlier_names(cls, Data, {"leave": "save_for_inference", "kept": "cache_folder"})
 
     @abstractmethod
     def prepare(self, progress: Progress) -> None:

@@ -1,6 +1,6 @@
 """Slow a rank on purpose, to see who waits for it.
 
-`HangDetector.skipping` is the other fault: a rank that stays away.
+`HangDetector.stuck_in` is the other fault: a rank that stays away.
 """
 
 from __future__ import annotations

@@ -2,9 +2,10 @@
 
 torch's flight recorders, one for gloo and one for NCCL, note each collective of a rank as it
 begins. When nothing new has begun for a while, or a collective has failed, every rank hands in its
-notes over the store. The first rank compares them and says which rank is missing, from what, in
-which step. It only speaks: the collectives' own timeout ends the run, later. Where the run goes on
-after all (a first compilation takes its time), watching goes on too: each inquiry has a number.
+notes over the store. The lowest rank that answers compares them and says which rank is missing,
+from what, in which step. It does not end the run: the timeout of the collectives does, later. It
+ends its own process only where the store does not answer. Where the run goes on after all (a first
+compilation takes its time), watching goes on too: each inquiry has a number.
 
 Source: torch's flight recorder tutorial. Its notes of gloo leave out messages from one rank to
 another.
@@ -120,7 +121,7 @@ class HangDetector:
         self._beat = time.monotonic()
 
     def explain(self) -> str:
-        """Hand in this rank's notes, and return what the first rank finds: it prints that, too.
+        """Hand in this rank's notes; return the finding where this rank is the one that prints it.
 
         It asks once, as long as this rank gets no further.
         """
@@ -154,7 +155,7 @@ class HangDetector:
         return finding
 
     @contextmanager
-    def skipping(self, step: int) -> Iterator[None]:
+    def stuck_in(self, step: int) -> Iterator[None]:
         """Inject a fault: wait for ever in this step, instead of entering a phase of it.
 
         If the rank went on, its next collective would meet another one of the other ranks, and

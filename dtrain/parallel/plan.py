@@ -1,9 +1,11 @@
 """A plan: the strategies of one run, in the order in which they act on a model.
 
     mesh order         pp, dp, fsdp, cp, ep, tp   outermost first: least traffic on slow links
-    application order  pp, tp, ep, fsdp, cp, dp   cut, split, shard; then hook what is left
+    application order  pp, tp, ep, fsdp, cp, dp   pp cuts into stages, tp and ep split layers, fsdp
+                                                  shards; cp and dp add hooks and wrappers
 
-Between `fsdp` and `cp` the parameters get their values: before, they have shapes only.
+Between `fsdp` and `cp` the parameters get their values; before that the model is on the meta
+device and has shapes only.
 """
 
 from __future__ import annotations
@@ -50,11 +52,19 @@ from dtrain.task.batch import Batch, Models, Stages, pieces
 
 
 class Plan(ParallelContext):
-    """A context, and the folds of its strategies over model, batch and sums; made by `of`."""
+    """The strategies of a run. Each method asks every strategy in turn. Make one by `Plan.of`.
+
+    Methods without a docstring of their own do what the method of `Strategy` of that name says.
+    """
 
     @classmethod
     def of(cls, strategies: Iterable[Strategy], world_size: int, **settings: object) -> Plan:
-        """Check the strategies against each other and the world; no process group is needed.
+        """Make a plan; check its strategies against each other and the world.
+
+        It needs no process group.
+
+        Args:
+            settings: fields of `ParallelContext`.
 
         Raises:
             ValueError: two strategies want one axis, the degrees do not fill the world, or a
@@ -77,7 +87,7 @@ class Plan(ParallelContext):
 
     @property
     def groups(self) -> dict[str, tuple[str, list[int]]]:
-        """Return the axis and ranks of this rank's process groups of several ranks, by name."""
+        """Return (axis, ranks) of each process group of this rank with several ranks, by name."""
         groups = [(axis, self.mesh[axis].get_group()) for axis, n in self.degrees.items() if n > 1]
         return {
             str(group.group_name): (axis, dist.get_process_group_ranks(group))
@@ -163,7 +173,7 @@ class Plan(ParallelContext):
         self.check_updates(task)
 
     def check_updates(self, task: Task) -> None:
-        """The same without the models, which `parallelize` checks as it builds them."""
+        """Refuse tasks that do not go with the strategies; the models need not be there yet."""
         for strategy in self.strategies:
             strategy.refuse_models(task)
             strategy.check_task(task, self)
@@ -199,7 +209,7 @@ class Plan(ParallelContext):
 
     @property
     def without_late_states(self) -> Strategy | None:
-        """Return the strategy, if any, that resumes no state which begins after the first step."""
+        """Return a strategy that cannot restore states made after the first step, or None."""
         return next((s for s in self.strategies if s.engine or not s.synchronous), None)
 
     def _apply(self, axes: Sequence[str], model: nn.Module) -> nn.Module:
@@ -264,7 +274,7 @@ class Plan(ParallelContext):
     def sum_over_batch_parts(self, value: Tensor) -> Tensor:
         """Sum in place over the ranks that read different parts of the batch. Collective.
 
-        Of what each stage of a model counts for itself.
+        Not over `pp`: each stage of a model has a value of its own. Compare `total`.
         """
         for strategy in (s for s in self.strategies if s.divides):
             value = strategy.sum_over_axis(value, self)

@@ -20,6 +20,7 @@ from torch import Size, Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.optim import Optimizer
 
+from dtrain.config.aliases import refuse_earlier_names
 from dtrain.parallel.checks.rehearsal import Rehearsal
 from dtrain.parallel.footprint import Footprint
 from dtrain.parallel.mesh import MESH_ORDER, REST
@@ -51,7 +52,7 @@ class Executor(ABC):
 
     def __init_subclass__(cls, **more: object) -> None:
         super().__init_subclass__(**more)
-        _refuse_earlier_names(cls, Executor)
+        refuse_earlier_names(cls, Executor, EARLIER)
 
     @abstractmethod
     def train(self, update: Update, batch: Batch, scale: Tensor) -> Tensor:
@@ -126,7 +127,7 @@ class Strategy:
 
     def __init_subclass__(cls, **more: object) -> None:
         super().__init_subclass__(**more)
-        _refuse_earlier_names(cls, Strategy)
+        refuse_earlier_names(cls, Strategy, EARLIER)
 
     def __init__(self, degree: int = REST) -> None:
         self.degree = degree
@@ -144,14 +145,14 @@ class Strategy:
         others = [s.axis for s in plan.strategies if s is not self and s.engine not in own]
         if self.stands_alone and others:
             rule = self.stands_alone.format(others=", ".join(others))
-            raise ValueError(f"strategy {self.name} stands alone{rule}")
+            raise ValueError(f"strategy {self.name or type(self).__name__} stands alone{rule}")
 
     def refuse_models(self, task: Task) -> None:
         """Raise ValueError if the task has more models than the strategy trains, or followers."""
-        name = type(task).__name__
+        name, own = type(task).__name__, self.name or type(self).__name__
         if self.one_model and len(task.models) > 1:
             raise ValueError(
-                f"task {name} trains {len(task.models)} models, and strategy {self.name} takes "
+                f"task {name} trains {len(task.models)} models, and strategy {own} takes "
                 f"one: use {self.one_model}"
             )
         if self.no_followers and task.followers:
@@ -382,13 +383,6 @@ class ParallelContext:
                     value, dist.ReduceOp.MAX, group=self.mesh[strategy.axis].get_group()
                 )
         return value
-
-
-def _refuse_earlier_names(cls: type, base: type) -> None:
-    """Raise TypeError for a method that nothing calls any more: its class would train wrong."""
-    for earlier, now in EARLIER.items():
-        if earlier in vars(cls) and hasattr(base, now):
-            raise TypeError(f"{cls.__name__}.{earlier}: it is {now} now")
 
 
 def check_options(axis: str, *options: tuple[str, object, bool, str]) -> None:

@@ -87,7 +87,7 @@ class Checkpoints:
         return str(latest.resolve()) if (latest := self.folder / "latest").exists() else None
 
     def save(self, step: int, tensors: dict[str, Tensor], about: dict[str, Any]) -> None:
-        """Write the tensors and `about` (JSON) as the state before `step`.
+        """Write the tensors and `about` (JSON) as the state after `step` steps.
 
         Raises:
             OSError: this or the last asynchronous save could not be written; earlier ones are
@@ -207,11 +207,12 @@ def verified(path: Path) -> str:
 def load(path: Path, states: list[dict[str, Tensor]], *, late: bool = False) -> None:
     """Fill the tensors of `states`, whatever their sharding, from the checkpoint. Collective.
 
-    Every rank gives equally many states. An optimizer has no state of a weight that no step has
-    used: such a state is taken out of `states` where the checkpoint lacks it.
+    Every rank gives equally many states. A weight that no step has used has no optimizer state:
+    `states` loses those that the checkpoint lacks.
 
     Args:
-        late: add to `states` what an optimizer makes only after some steps; engines take none.
+        late: add to `states` what an optimizer makes only after some steps. False for strategies
+            that cannot restore it (`Plan.without_late_states`).
 
     Raises:
         ValueError: the checkpoint is of another model; names the first tensor and both shapes.

@@ -1,4 +1,4 @@
-"""Find checkpoints, and tell whether they are whole."""
+"""Find checkpoints and verify their files. `checkpoint.py` writes, publishes and loads them."""
 
 from __future__ import annotations
 
@@ -89,7 +89,7 @@ def first_undamaged(
     fallback: bool,
     note: Callable[[str], None],
 ) -> Path:
-    """Return the first of the checkpoints, or with `fallback` the first that is not damaged.
+    """Return the newest of the checkpoints, or with `fallback` the newest undamaged one.
 
     Args:
         verify: returns what is wrong with a checkpoint, as `verify` below.
@@ -220,7 +220,7 @@ def steps_of(path: Path) -> int:
 
 
 def published(folder: Path) -> list[Path]:
-    """Return the published checkpoints of a folder as they were written; links stay links."""
+    """Return the published checkpoints of a folder, oldest first; links are not followed."""
     resolved = folder.resolve()
     names = [path.name for path in folder.glob("step-*") if (path / MANIFEST).exists()]
     return sorted((resolved / name for name in names), key=_write_order)

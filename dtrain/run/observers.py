@@ -37,7 +37,7 @@ class Observer:
         return nullcontext()
 
     def steps(self, trainer: AnyTrainer, steps: Iterator[Step]) -> Iterator[Step]:
-        """Return the trainer's steps, with what is to happen around each."""
+        """Wrap the trainer's steps, to do something before and after each."""
         return steps
 
     def figures(self) -> dict[str, Any]:
@@ -49,13 +49,13 @@ class Observer:
 
 
 class MissedCollective(Observer):
-    """Keep this rank away from the figures of one step, and so from a collective of theirs."""
+    """Inject a fault: this rank never comes to the collective of one step's figures."""
 
     def __init__(self, watch: HangDetector, step: int) -> None:
         self._watch, self._step = watch, step
 
     def phase(self, name: str) -> AbstractContextManager[None]:
-        return self._watch.skipping(self._step) if name == FIGURES else nullcontext()
+        return self._watch.stuck_in(self._step) if name == FIGURES else nullcontext()
 
 
 class SlowRank(Observer):

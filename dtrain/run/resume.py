@@ -1,11 +1,11 @@
-"""Where a run's weights come from.
+"""Decide what a run starts from.
 
-    Fresh      its own initial weights
-    InitFrom   what fits of another run's checkpoint (`init_from`)
-    Resume     a checkpoint of its own, or one that was asked for (`resume`)
-    Finished   nowhere: the run has done all its steps
+    Fresh      initial weights
+    InitFrom   weights of the same name and shape in another run's checkpoint (`init_from`)
+    Resume     a checkpoint of its own, or the one that was asked for (`resume`)
+    Finished   nothing: the run has done all its steps
 
-Rank 0 decides (`starting_point`), and every rank acts on it (`take_weights`).
+Rank 0 decides (`starting_point`), and every rank acts on it (`begin_from`).
 """
 
 from __future__ import annotations
@@ -35,21 +35,21 @@ CURVE = (
 
 @dataclass(frozen=True)
 class Fresh:
-    """Begin with initial weights; `note` says why, where that may surprise."""
+    """Begin with initial weights; `note` says why, if the run was restarted."""
 
     note: str = ""
 
 
 @dataclass(frozen=True)
 class InitFrom:
-    """Begin with weights of one of these checkpoints, the newest first."""
+    """Begin with weights of the first of these checkpoints, which are sorted from the newest."""
 
     checkpoints: list[Path]
 
 
 @dataclass(frozen=True)
 class Resume:
-    """Go on from one of these checkpoints, the newest first."""
+    """Go on from the first of these, or with `checkpoint.fallback` the first undamaged one."""
 
     checkpoints: list[Path]
 
@@ -86,7 +86,7 @@ def _decide(job: Parts, folder: Path, world: World) -> StartingPoint:
     if own:
         unfinished = (p for p in reversed(own) if checkpoint_files.steps_of(p) < config.steps)
         return Resume(candidates(str(next(unfinished, own[-1]))))
-    if config.resume not in (None, checkpoint_files.AUTO):
+    if config.resume and config.resume != checkpoint_files.AUTO:
         return Resume(candidates(config.resume))
     if config.init_from:
         return InitFrom(candidates(config.init_from, key="init_from"))
@@ -107,8 +107,8 @@ def _own_checkpoints(job: Parts, folder: Path, world: World) -> list[Path]:
     return checkpoint_files.published(folder / checkpoint_files.CHECKPOINTS)
 
 
-def take_weights(trainer: AnyTrainer, job: Parts, start: Fresh | InitFrom | Resume) -> None:
-    """Give the trainer the weights to start with, and note where they come from. Collective.
+def begin_from(trainer: AnyTrainer, job: Parts, start: Fresh | InitFrom | Resume) -> None:
+    """Give the trainer the weights, states and step to start with; note the origin. Collective.
 
     Raises:
         ValueError: the checkpoint is damaged, of another model, or has done all steps.

@@ -37,9 +37,9 @@ from dtrain.run.resume import (
     Fresh,
     InitFrom,
     Resume,
+    begin_from,
     manifest_fields,
     starting_point,
-    take_weights,
 )
 from dtrain.run.summary import facts, summary_of, throughput_meter
 from dtrain.run.trainer import AnyTrainer
@@ -54,12 +54,13 @@ def run(
     """Train as configured and return the summary, on every rank. Collective: every rank calls it.
 
     A run that is stopped (SIGTERM, SIGHUP, SIGINT) returns two entries instead: `resumable`, how to
-    go on with it, and `interrupted`, whether this rank was sent SIGINT.
+    go on with it, and `interrupted`, whether this rank was sent SIGINT. A run that has done all its
+    steps before returns the summary that it has left.
 
     Args:
         folder: of the run; rank 0's counts.
         strategy: the user's name of the plan.
-        asked: what may be written down of the user's request; None: this configuration.
+        asked: the user's configuration without its secrets, to write down; None: this one.
 
     Raises:
         ValueError: a mistake of the user's.
@@ -99,7 +100,7 @@ def _run(
         watch = HangDetector(
             job.plan.groups, config.launch.timeout_s, messages=job.plan.degrees.get("pp", 1) > 1
         )
-        if not job.asynchronous:  # whose ranks may wait as long as they like
+        if not job.asynchronous:  # ranks of an asynchronous run may wait as long as they like
             stack.enter_context(watch)
         with watch.explaining():
             return _train(job, world, folder, strategy, start, watch, stack)
@@ -120,7 +121,7 @@ def _train(
     optimizer = partial(optimizer_of, config.optimizer)
     observers = observers_of(job, optimizer, stack, watch)
     trainer = _trainer(job, world, optimizer, observers.phase)
-    take_weights(trainer, job, start)
+    begin_from(trainer, job, start)
     observers.start(trainer)
     checkpoints = _checkpoints(config, folder, trainer, stack)
     lines = facts(job, meter, peak_source)

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Protocol
 import torch
 from torch import Tensor, nn
 
+from dtrain.config.aliases import refuse_earlier_names
 from dtrain.model.layout import ModelFactory
 from dtrain.task.batch import Batch, Models, Sums
 
@@ -141,6 +142,10 @@ class Task(ABC):
     # whether its loss compares the tokens of a row, and so needs whole outputs
     mixes_tokens: bool = False
     summary: str = ""  # for people, at the start of a run
+
+    def __init_subclass__(cls, **more: object) -> None:
+        super().__init_subclass__(**more)
+        refuse_earlier_names(cls, Task, {"told": "summary"})
 
     @abstractmethod
     def batch(self, step: int) -> Batch:

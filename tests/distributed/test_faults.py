@@ -107,7 +107,7 @@ def test_all_ranks_stop_after_the_same_step(
     done, stopped = [0, 0, 0], {}
     for moment, rank in enumerate([*turns, *[0, 1, 2] * 40]):
         if moment == at:
-            each[whom]._tell(signal.SIGTERM, None)
+            each[whom]._ask(signal.SIGTERM, None)
         # the others have begun its next step, or ended
         if rank not in stopped and done[rank] - min(done) < further:
             done[rank] += 1

@@ -209,7 +209,11 @@ class DeepSpeedPipelineExecutor(PipelineExecutor):
 
 def _zero(plan: ParallelContext) -> DeepSpeed:
     zero = plan.strategy_on("dp")
-    assert isinstance(zero, DeepSpeed)
+    if not isinstance(zero, DeepSpeed):
+        raise ValueError(
+            f"DeepSpeed's pipeline steps by the ZeRO of dtrain.strategy.deepspeed.zero.DeepSpeed, "
+            f"not by {type(zero).__name__} on dp: use strategy=deepspeed_pipeline"
+        )
     return zero
 
 

@@ -1,7 +1,7 @@
 """What a step of DeepSpeed's ZeRO sends, and what a rank keeps, in bytes, predicted from shapes.
 
-Buckets have at most `reduce_bucket_size` elements. Stages 1 and 2 have a flat tensor for each of
-the optimizer's groups: first all matrices, then all vectors.
+Buckets of stages 1 to 3 have at most `reduce_bucket_size` elements. Stages 1 and 2 have a flat
+tensor for each of the optimizer's groups: first all matrices, then all vectors.
 
     stage 0   all-reduce of all gradients, after the last micro-batch
     stage 1   all-reduce of buckets, after the last micro-batch; all-gather of the flat tensors
@@ -22,7 +22,7 @@ from dtrain.parallel.messages import Message, message
 
 ALL_REDUCED = 500_000_000  # stage 0 begins a new message when it has more elements than this
 ALIGNED = 2  # a flat tensor of stages 1 and 2 is padded to a multiple of this times the ranks
-# the messages are known with these settings only; others may have any value
+# messages are predicted only if these settings have these values; all other settings are free
 NORMAL: dict[str, object] = {
     "reduce_scatter": True, "contiguous_gradients": True, "use_multi_rank_bucket_allreduce": True,
     "round_robin_gradients": False, "offload_optimizer": None, "offload_param": None,
@@ -71,10 +71,10 @@ def messages(footprint: Footprint, axis: str, ranks: int, zero: dict[str, Any]) 
 
 
 def bytes_held(footprint: Footprint, ranks: int, stage: int) -> tuple[int, int, int]:
-    """Return the bytes that one rank keeps at stages 1 to 3.
+    """Return what a rank keeps at stages 1 to 3, in bytes.
 
-    They are those of the weights, of the gradients before the step, and of the fp32 weights with
-    their states.
+    Returns:
+        weights; gradients before the step; fp32 weights with their states.
     """
     (piece,) = footprint.pieces
     if stage == 3:
@@ -141,10 +141,7 @@ def _flat(group: list[Weight], ranks: int) -> int:
 
 
 def _buckets(weights: list[Weight], limit: int, *, after: bool = False) -> Iterator[list[Weight]]:
-    """Divide weights into buckets of at most `limit` elements.
-
-    With `after` a bucket ends with the first weight that brings it above the limit.
-    """
+    """Divide weights into buckets; each ends before, or with `after` just above, the limit."""
     bucket: list[Weight] = []
     for weight in weights:
         size = _elements(bucket) + (0 if after else weight.elements)

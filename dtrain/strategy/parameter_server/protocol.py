@@ -1,15 +1,16 @@
 """What a worker and the servers of its weights say to each other.
 
     worker                                server
-    PULL item                  ->                                item: that of the first server
+    PULL item                  ->                                asks for work, or for one item
                                <-         WAIT                   not yet: the worker pulls again
-                               <-         STOP                   from the first: no more work
+                               <-         STOP                   there is no more work
                                <-         WORK item version      then the weights: one tensor
-    PUSH item version figures  ->                                then flags (used weights), gradient
+    PUSH item version loss     ->                                then flags (used weights), gradient
     BYE                        ->                                the worker has ended well
 
-A message begins with a header of one size, with a checksum. What follows it has a size that both
-sides know. Who lives is told by keys in a store that all processes of the run reach: see `Life`.
+The first server hands items out and says STOP; of the others the worker asks for the same item. A
+message begins with a `Header`, whose size is fixed; what follows has the size of the weights'
+shapes, which both sides know. Keys in a store that all processes reach say who is alive: `Life`.
 """
 
 from __future__ import annotations
@@ -84,7 +85,7 @@ class Header:
 
 
 class Life:
-    """One process of a worker, and the keys of the store that tell of it.
+    """One process of a worker, and the keys of the store that say whether it is alive.
 
         begun     the process sets it when it can answer
         welcome   the first server sets it when it has seen `begun`: all servers may connect

@@ -28,8 +28,9 @@ SCHEDULES: dict[str, type[Any]] = {
     "zbv": schedules.ScheduleZBVZeroBubble,
     "dualpipev": schedules.ScheduleDualPipeV,
 }
-ONE_STAGE, V = ("gpipe", "1f1b"), ("zbv", "dualpipev")
-# micro-batches go round in equal groups of about p
+ONE_STAGE = ("gpipe", "1f1b")  # a rank holds one stage
+V_SHAPED = ("zbv", "dualpipev")  # a rank holds two, one on the way down and one on the way up
+# micro-batches go round in equal groups of about as many as there are ranks
 ROUNDS = ("interleaved_1f1b", "interleaved_zero_bubble")
 # input gradients first, those of weights later
 SPLIT_BACKWARD = ("interleaved_zero_bubble", "zbv", "dualpipev")
@@ -69,7 +70,7 @@ class Schedule:
 
     def owner(self, stage: int) -> int:
         """Return the rank along `pp` that holds a stage."""
-        if self.kind in V and stage >= self.degree:
+        if self.kind in V_SHAPED and stage >= self.degree:
             return 2 * self.degree - 1 - stage
         return stage % self.degree
 
@@ -83,7 +84,7 @@ class Schedule:
         return {"1f1b": self.degree, "dualpipev": self.stages}.get(self.kind, 1)
 
     def micro_batches(self, rows: int) -> list[int]:
-        """Return the numbers of micro-batches that divide a rank's rows and that it can run."""
+        """Return the numbers of micro-batches that this schedule takes for a rank's `rows`."""
         return [
             number
             for number in range(self.least_micro_batches, rows + 1)
@@ -116,10 +117,12 @@ def actions(schedule: Schedule, rank: int, micro_batches: int) -> list[Any]:
 def passes_of_stages(
     schedule: Schedule, rank: int, micro_batches: int
 ) -> dict[int, tuple[tuple[str, ...], tuple[tuple[int, int], ...]]]:
-    """Return what a step does with the weights of each stage of a rank, and its micro-batches.
+    """Return (passes, flights) of each stage of a rank, by the stage's number.
 
-    Of these, after each of the rank's actions: how many have gone forward through the stage and not
-    all the way back, and how many have.
+    Returns:
+        passes: what a step does with the stage's weights, in order.
+        flights: (under way, done) after each of the rank's actions: micro-batches that have gone
+            forward and not all the way back, and those that have.
     """
     everything = actions(schedule, rank, micro_batches)
     passes = {}
@@ -136,7 +139,8 @@ def bubble(schedule: Schedule, micro_batches: int) -> float:
     """Return the share of a step in which ranks are idle, if sending takes no time.
 
     All stages cost the same, and a backward pass twice a forward pass. For gpipe and 1f1b that is
-    (p-1)/(m+p-1), with v stages a rank and m a multiple of p (p-1)/(v m+p-1).
+    (p-1)/(m+p-1) for p ranks and m micro-batches; with v stages a rank, and m a multiple of p,
+    (p-1)/(v m+p-1).
     """
     ranks = [_work(schedule, rank, micro_batches) for rank in range(schedule.degree)]
     ends: dict[Work, int] = {}

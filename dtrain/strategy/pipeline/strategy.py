@@ -43,8 +43,8 @@ from dtrain.strategy.pipeline.schedule import (
     ONE_STAGE,
     SCHEDULES,
     SPLIT_BACKWARD,
+    V_SHAPED,
     Schedule,
-    V,
     passes_of_stages,
 )
 from dtrain.strategy.pipeline.stages import keep_stage, split_evenly, sum_ends
@@ -111,11 +111,11 @@ class PipelineParallel(Strategy):
         expected = 1 if schedule in ONE_STAGE else 2
         self.stages_per_rank = expected if stages_per_rank is None else stages_per_rank
         if self.stages_per_rank < 1 or (
-            schedule in ONE_STAGE + V and self.stages_per_rank != expected
+            schedule in ONE_STAGE + V_SHAPED and self.stages_per_rank != expected
         ):
             raise ValueError(
                 f"strategy.pp.stages_per_rank={stages_per_rank}: schedule {schedule} holds "
-                f"{expected}{'' if schedule in ONE_STAGE + V else ' or more'} a rank"
+                f"{expected}{'' if schedule in ONE_STAGE + V_SHAPED else ' or more'} a rank"
             )
         if split is not None and not (
             isinstance(split, list) and all(type(number) is int for number in split)
