@@ -17,7 +17,7 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 LARGEST_FUNCTION = 60  # without signature and docstring
 LINES = {
     "files": 300, "config": 1_450, "data": 2_875, "model": 1_940, "task": 1_640, "launch": 1_480,
-    "parallel": 3_485, "train": 260, "strategy": 6_510, "cost": 1_410, "report": 950,
+    "parallel": 3_485, "train": 260, "strategy": 6_510, "cost": 1_420, "report": 950,
     "run": 1_590, "compare": 2_280, "cli": 550,
 }  # fmt: skip
 
@@ -31,7 +31,7 @@ STRATEGIES = {
 
 # What torch keeps to itself and we use, by file: an upgrade that takes one away is named by it.
 PRIVATE = {
-    "cost.memory": (
+    "cost.memory_tracker": (
         "torch.UntypedStorage._cdata", "torch._C._autograd",
         "torch._C._autograd._top_saved_tensors_default_hooks", "torch._C._current_graph_task_id",
         "torch.distributed._functional_collectives.AsyncCollectiveTensor",

@@ -31,7 +31,7 @@ from test_configs import composed
 from dtrain.compare.page import step
 from dtrain.compare.results import Row
 from dtrain.config.schema import validated
-from dtrain.cost.memory import MemoryTracker
+from dtrain.cost.memory_tracker import MemoryTracker
 from dtrain.cost.profile import RECORDED, Profile
 from dtrain.cost.timeline import (
     COMMUNICATION,

@@ -7,7 +7,7 @@
 What the loop itself sums (loss, gradient norm, loads of experts) is a few numbers and does not
 count. Nor does an axis of one rank: nothing travels. Bytes between steps are parameters, gradients
 and optimizer states, without buffers. Activations are counted apart, as the most bytes at one
-moment of a step (`activations`).
+moment of a step (`predicted_activations.py`).
 
 An example: rank 0 of two trains `Linear(4, 6, bias=False)` in fp32 with Adam. The weight has 24
 elements, so 96 bytes. Adam keeps two numbers an element and a step count of 4 bytes: 2 x 96 + 4 =
@@ -33,13 +33,13 @@ The prediction is for a step after the first two. It is exact, with three except
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from itertools import accumulate
 from math import prod
 from typing import TYPE_CHECKING
 
-from dtrain.parallel.footprint import Activation, Footprint
+from dtrain.cost.predicted_activations import activations
+from dtrain.parallel.footprint import Footprint
 from dtrain.parallel.messages import Message
 
 if TYPE_CHECKING:
@@ -89,46 +89,6 @@ def _bytes_between_steps(footprint: Footprint) -> tuple[int, int, int]:
         states += sum(stepped) * footprint.state_bytes[0] + len(stepped) * footprint.state_bytes[1]
     size = footprint.weight_bytes
     return elements * size, max(gradients.values(), default=0) * size, states
-
-
-def activations(footprint: Footprint) -> int:
-    """Return the most bytes of activations on a rank at one moment of a step.
-
-    In a pipeline: those of every micro-batch that waits for its backward pass, and what recomputing
-    a block adds to one of them.
-    """
-    pieces = footprint.pieces
-    if not any(piece.flights for piece in pieces):
-        return _peak(activation for piece in pieces for activation in piece.kept)
-    waiting = []  # bytes of a micro-batch, by piece
-    for piece in pieces:
-        backward = min((a.died for a in piece.kept), default=0)  # when it begins
-        waiting.append(sum(a.bytes for a in piece.kept if a.born <= backward))
-    recomputed = max(_peak(piece.kept) - size for piece, size in zip(pieces, waiting, strict=True))
-    curves = (
-        [in_flight * size + done * piece.sent for in_flight, done in piece.flights]
-        for piece, size in zip(pieces, waiting, strict=True)
-    )
-    return recomputed + max(map(sum, zip(*curves, strict=True)))
-
-
-def _peak(activations: Iterable[Activation]) -> int:
-    lifetimes = ((a.born, a.died, a.bytes) for a in activations)
-    return max(bytes_over_time(lifetimes).values(), default=0)
-
-
-def bytes_over_time(lifetimes: Iterable[tuple[int, int, int]]) -> dict[int, int]:
-    """Return the bytes from each moment at which they change, by moment.
-
-    Args:
-        lifetimes: (born, died, bytes); both moments are included.
-    """
-    change: Counter[int] = Counter()
-    for born, died, size in lifetimes:
-        change[born] += size
-        change[died + 1] -= size
-    moments = sorted(change)
-    return dict(zip(moments, accumulate(change[moment] for moment in moments), strict=True))
 
 
 def coordinates(degrees: Mapping[str, int], rank: int) -> dict[str, int]:

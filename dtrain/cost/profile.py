@@ -18,7 +18,7 @@ from typing import Any, Self
 
 import torch.distributed as dist
 
-from dtrain.cost.memory import KINDS, MemoryTracker
+from dtrain.cost.memory_tracker import KINDS, MemoryTracker
 from dtrain.cost.predict import Cost
 from dtrain.cost.timeline import Span, Timeline, length
 from dtrain.cost.traffic import CommunicationCounter

@@ -16,7 +16,7 @@ from torch.optim import Optimizer
 from torch.utils.checkpoint import checkpoint
 
 from dtrain.config.user_code import error_in_words
-from dtrain.cost.memory import MemoryTracker
+from dtrain.cost.memory_tracker import MemoryTracker
 from dtrain.model.initialize import cast, on_meta
 from dtrain.model.layout import blocks_of, layout_of
 from dtrain.parallel.footprint import Activation, Footprint, ModelPart, ModuleCall, Weight

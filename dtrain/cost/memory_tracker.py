@@ -9,7 +9,8 @@
 
 A dispatch mode sees each operation's results, on the CPU and on CUDA alike, and a weak reference
 tells when the last user of a storage has gone. It does not see what an operation allocates and
-frees within itself. It slows a step down. The prediction of the same is `predict.activations`.
+frees within itself. It slows a step down. `predicted_activations.py` predicts the
+activations.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 
-from dtrain.cost.predict import bytes_over_time
+from dtrain.cost.predicted_activations import bytes_over_time
 
 KINDS = ("parameters", "gradients", "optimizer", "activations", "communication", "other")
 
