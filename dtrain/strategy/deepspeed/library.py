@@ -32,7 +32,7 @@ def imported() -> Any:
 def check_beside_zero(plan: ParallelContext, strategy: str, remedy: str) -> None:
     """Raise ValueError if the plan has not this strategy and DeepSpeed's ZeRO on `dp` only."""
     zero = plan.strategy_on("dp")
-    if not zero or zero.engine != ENGINE or len(plan.strategies) > 2:
+    if not hasattr(zero, "stage") or len(plan.strategies) > 2:
         raise ValueError(
             f"strategy {strategy} goes with DeepSpeed's ZeRO on dp alone: use {remedy}"
         )

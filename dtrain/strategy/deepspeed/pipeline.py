@@ -209,11 +209,7 @@ class DeepSpeedPipelineExecutor(PipelineExecutor):
 
 def _zero(plan: ParallelContext) -> DeepSpeed:
     zero = plan.strategy_on("dp")
-    if not isinstance(zero, DeepSpeed):
-        raise ValueError(
-            f"DeepSpeed's pipeline steps by the ZeRO of dtrain.strategy.deepspeed.zero.DeepSpeed, "
-            f"not by {type(zero).__name__} on dp: use strategy=deepspeed_pipeline"
-        )
+    assert isinstance(zero, DeepSpeed)  # `check_beside_zero` has refused others
     return zero
 
 
