@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from dtrain.compare.command import Failed
-from dtrain.compare.figures import figures_table, wide_terminal
+from dtrain.compare.figures import show_figures, wide_terminal
 from dtrain.compare.results import Results, Row, read
 
 OPTION = "fail_below=0.9"
@@ -81,7 +81,7 @@ def show_difference(arguments: list[str]) -> None:
     rows, console = differences(first, second), wide_terminal()
     columns = ("strategy", "tokens/s", "spread", "", "tensor memory", "bytes sent")
     title = f"{folders[1]} over {folders[0]}"
-    console.print(figures_table(columns, [row.in_words for row in rows], title))
+    show_figures(console, columns, [row.in_words for row in rows], title)
     lines = [LEGEND]
     for name in first.facts | second.facts:
         before, after = first.facts.get(name), second.facts.get(name)

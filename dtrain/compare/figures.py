@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
-from rich.box import SIMPLE_HEAD
-from rich.table import Table
+from rich.table import Column
 
 from dtrain.compare.results import Results, Row
 from dtrain.compare.verdict import verdicts
 from dtrain.report.amounts import in_bytes
+from dtrain.report.tables import PLAIN, numbers, show_table
 from dtrain.report.terminal import Terminal
 
 WIDE = 106  # columns of a terminal that has room for all figures
@@ -55,16 +55,16 @@ def wide_terminal() -> Terminal:
     return console
 
 
-def figures_table(
-    columns: Iterable[str], rows: Iterable[Iterable[str]], title: str | None = None
-) -> Table:
-    """Return a table for the terminal: names to the left, figures to the right."""
-    table = Table(title=title, title_justify="left", box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
-    for number, column in enumerate(columns):
-        table.add_column(column, justify="right" if number else "left", no_wrap=not number)
-    for row in rows:
-        table.add_row(*row)
-    return table
+def show_figures(
+    terminal: Terminal,
+    columns: Sequence[str],
+    rows: Iterable[Sequence[str]],
+    title: str | None = None,
+) -> None:
+    """Print a table of strategies: their names to the left, figures to the right."""
+    first, *others = columns
+    named = [Column(first, no_wrap=True), *numbers(*others)]
+    show_table(title, named, rows, terminal=terminal, **PLAIN)
 
 
 def reasons(results: Results) -> list[tuple[str, str, str]]:
@@ -81,7 +81,7 @@ def show(results: Results, folder: Path) -> None:
     console = wide_terminal()
     shown = [name for name in COLUMNS if console.width >= WIDE or name not in LEFT_OUT]
     rows = [(row.strategy, *(in_words(row)[name] for name in shown)) for row in results.ran]
-    console.print(figures_table(("strategy", *(COLUMNS[name][0] for name in shown)), rows))
+    show_figures(console, ("strategy", *(COLUMNS[name][0] for name in shown)), rows)
     lines = [f"{v.title}: {v.strategy}, {v.figure} ({v.note})" for v in verdicts(results)]
     lines += [": ".join(reason) for reason in reasons(results)]
     lines.append(f"{results.seconds:.0f} s; report: {folder / 'report.html'}")

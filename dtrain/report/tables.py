@@ -12,9 +12,17 @@ from rich.table import Column, Table
 
 from dtrain.report.terminal import Terminal
 
+# a plain table at the left edge, in rich's words
+PLAIN: dict[str, Any] = {"title_justify": "left", "box": SIMPLE_HEAD, "padding": (0, 1, 0, 0)}
+
 
 def show_table(
-    title: str, columns: Sequence[str | Column], rows: Iterable[Sequence[str]], **style: Any
+    title: str | None,
+    columns: Sequence[str | Column],
+    rows: Iterable[Sequence[str]],
+    *,
+    terminal: Terminal | None = None,
+    **style: Any,
 ) -> None:
     """Print a table. An empty row draws a line; `style` goes to rich's Table."""
     table = Table(*columns, title=title, **style)
@@ -23,7 +31,7 @@ def show_table(
             table.add_row(*row)
         else:
             table.add_section()
-    Terminal().print(table)
+    (terminal or Terminal()).print(table)
 
 
 def numbers(*names: str, no_wrap: bool = False) -> list[Column]:
@@ -44,8 +52,7 @@ class Sheet:
         first, *others = self.columns
         columns = [Column(first, no_wrap=True, overflow="fold")]
         columns += [Column(name, overflow="fold") for name in others]
-        left = {"title_justify": "left", "box": SIMPLE_HEAD, "padding": (0, 1, 0, 0)}
-        show_table(self.title, columns, self.rows, **left)
+        show_table(self.title, columns, self.rows, **PLAIN)
 
     def markdown(self) -> str:
         """Return the table for a document."""

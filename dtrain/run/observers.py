@@ -114,8 +114,11 @@ class Observers:
         for each in self._observers:
             each.start(trainer)
 
+    def phase(self, name: str) -> AbstractContextManager[None]:
+        return self._all(name) if self._observers else nullcontext()  # most runs have none
+
     @contextmanager
-    def phase(self, name: str) -> Iterator[None]:
+    def _all(self, name: str) -> Iterator[None]:
         with ExitStack() as stack:
             for each in self._observers:
                 stack.enter_context(each.phase(name))
