@@ -10,14 +10,15 @@ from pathlib import Path
 
 from omegaconf import DictConfig
 
+import dtrain
 from dtrain.compare.entries import RANKS, Case
 from dtrain.compare.results import Row
 from dtrain.config.build import imported
-from dtrain.config.groups import CONFIGS, strategy_comment
+from dtrain.config.groups import strategy_comment
 from dtrain.config.schema import Comparison
 from dtrain.config.secret import masked_override
 
-PROJECT = CONFIGS.parent
+PROJECT = Path(dtrain.__file__).parents[1]
 OF_ALL = (  # settings that are no setting of a single run, or that each entry has itself
     "strategies",
     "baseline",

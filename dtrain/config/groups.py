@@ -7,7 +7,7 @@ from pathlib import Path
 
 from hydra import compose
 
-CONFIGS = Path(__file__).resolve().parents[2] / "configs"
+CONFIGS = (Path(__file__).parents[1] / "configs").resolve()  # in a checkout a link
 
 
 def group_names() -> list[str]:
