@@ -43,7 +43,7 @@ readme-figures: $(VENV)/.test
 	$(VENV)/bin/python scripts/readme_figures.py
 
 readme: $(VENV)/.test
-	$(VENV)/bin/python scripts/info.py readme
+	$(VENV)/bin/python scripts/readme_figures.py --tables
 
 # torch first, by its pin: otherwise another package's range may choose a newer build.
 $(VENV)/.run: pyproject.toml constraints.txt

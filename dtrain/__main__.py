@@ -8,14 +8,13 @@ What needs no torch is answered before it is imported, which takes seconds.
 
 from __future__ import annotations
 
-import dtrain.launch.interrupts  # noqa: F401, I001  before what takes long
-
 import difflib
 import os
 import re
 import sys
 from typing import NoReturn
 
+import dtrain.launch.interrupts  # noqa: F401  before what takes long
 from dtrain import __version__
 
 COMMANDS = {
@@ -35,7 +34,7 @@ Settings follow as key=value:
   dtrain info model=llama_70b
 
 `dtrain COMMAND --help` tells what a command prints, and all its settings.
-`eval "$(dtrain --shell-completion install=bash)"` completes them in this shell (zsh, fish: likewise).
+`eval "$(dtrain -sc install=bash)"` lets this shell complete them (zsh, fish: likewise).
 """
 HELP_WORDS, COMPLETION_WORDS = ("-h", "--help"), ("-sc", "--shell-completion")
 USAGE = 2  # exit status for a mistake of the user's
@@ -81,14 +80,15 @@ def _completed_command() -> str:
 
 
 def _refuse(word: str) -> NoReturn:
+    key, equals, _ = word.partition("=")
     near = difflib.get_close_matches(word, COMMANDS, n=1)
     if near:
         hint = f"did you mean {near[0]}?"
-    elif "=" in word:
-        hint = f"a setting follows a command: dtrain train {word}"
+    elif equals:  # its value may be a secret
+        hint = f"a setting follows a command: dtrain train {key}=…"
     else:
         hint = f"use {', '.join(COMMANDS)}"
-    print(f"dtrain: {word.split('=')[0]!r} is no command: {hint}", file=sys.stderr)
+    print(f"dtrain: {key!r} is no command: {hint}", file=sys.stderr)
     sys.exit(USAGE)
 
 

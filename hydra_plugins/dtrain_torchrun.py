@@ -1,6 +1,6 @@
 """Start each job of Hydra's --multirun by torchrun: `hydra/launcher=torchrun`.
 
-    python scripts/train.py --multirun hydra/launcher=torchrun hydra.launcher.nproc_per_node=2
+    dtrain train --multirun hydra/launcher=torchrun hydra.launcher.nproc_per_node=2
     strategy=ddp,fsdp
 
 Without it a sweep's jobs run in `launch.nproc` ranks that the script starts itself. With it they
@@ -75,7 +75,9 @@ class TorchrunLauncher(Launcher):
             show_job(jobs[-1])
             command = [
                 *self.command,
-                sys.argv[0],
+                "-m",
+                "dtrain",
+                "train",
                 *_files(),
                 *given,
                 setting("hydra.run.dir", str(place)),

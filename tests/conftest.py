@@ -14,8 +14,12 @@ from typing import Any
 from unittest import mock
 
 import pytest
-import torch
-import torch.distributed as dist
+
+# Before torch: threads that wait for each other must not hold the cores that other tests need.
+os.environ["OMP_WAIT_POLICY"] = "passive"
+
+import torch  # noqa: E402
+import torch.distributed as dist  # noqa: E402
 from hypothesis import settings
 from xdist.scheduler import LoadScopeScheduling
 

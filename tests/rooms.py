@@ -28,6 +28,7 @@ ROOMS = (
     "run",
     "compare",
     "cli",
+    "__main__",
 )
 CELL, LEFT, TOP, TEXT = 26, 92, 78, 660  # pixels
 
@@ -55,7 +56,8 @@ def imports_of(file: Path) -> Iterator[str]:
             inner = node.module.removeprefix("dtrain").lstrip(".")
             for alias in node.names:
                 name = f"{inner}.{alias.name}".lstrip(".")
-                yield name if _is_module(name) else inner
+                if module := name if _is_module(name) else inner:  # not the package itself
+                    yield module
 
 
 def _is_module(name: str) -> bool:

@@ -1,4 +1,4 @@
-"""What goes with what, as the code itself tells; and the README says the same."""
+"""What goes with what, as the code itself tells; and docs/strategies.md says the same."""
 
 from __future__ import annotations
 
@@ -18,13 +18,14 @@ from dtrain.compare.survey import PARTLY, RANKS, REFUSED, SAME_AXIS, WORKS, Comb
 from dtrain.config.groups import CONFIGS, options
 from dtrain.config.schema import register, validated
 from dtrain.launch.world import World
+from dtrain.report.tables import put_between
 from dtrain.run.assemble import assemble
 from dtrain.run.run import optimizer_of
 from dtrain.strategy.fsdp import FSDP
 from dtrain.strategy.pipeline.strategy import PipelineParallel
 from dtrain.train import Settings, Trainer
 
-README = Path(__file__).parent.parent / "README.md"
+PAGE = Path(__file__).parent.parent / "docs/strategies.md"
 
 
 @pytest.fixture(scope="module")
@@ -157,14 +158,14 @@ def test_the_command_prints_it(
     ) and "those that stand alone" in " ".join(printed.split())
 
 
-def test_the_readme_says_the_same(
+def test_the_page_says_the_same(
     trials: list[Combination], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     monkeypatch.setattr(capabilities, "survey", lambda: trials)
-    copy = tmp_path / "README.md"
-    copy.write_text(README.read_text())
-    capabilities.write(copy)
-    assert copy.read_text() == README.read_text(), "run `make readme`"
+    copy, marks = tmp_path / "strategies.md", (capabilities.BEGIN, capabilities.END)
+    copy.write_text(PAGE.read_text())
+    put_between(copy, *marks, capabilities.markdown())
+    assert copy.read_text() == PAGE.read_text(), "run `make readme`"
     copy.write_text("# no marks\n")
-    with pytest.raises(ValueError, match="README.md has no <!-- capabilities -->"):
-        capabilities.write(copy)
+    with pytest.raises(ValueError, match="strategies.md has no <!-- capabilities -->"):
+        put_between(copy, *marks, capabilities.markdown())

@@ -81,7 +81,7 @@ def row(
 
 def results(*rows: Row) -> Results:
     return Results(
-        "python scripts/compare.py",
+        "dtrain compare",
         "2026-01-01T00:00:00+00:00",
         "single",
         "strong",
@@ -305,7 +305,7 @@ def test_names_that_are_not_utf8_end_no_comparison(tmp_path: Path) -> None:
         Row("ddp", 2, reason="too few"),
         Row(f"ddp {odd}", 2, reason="no column \udcff\x1b[2J", failed=True),
     )
-    found.command = f"python scripts/compare.py {odd}"
+    found.command = f"dtrain compare {odd}"
     found.environment |= MACHINE
     found.facts |= FACTS | {"data": odd}
     comparison.report(found, tmp_path)
@@ -454,8 +454,8 @@ def test_results_come_back_as_they_were_written(tmp_path: Path) -> None:
         ('{"schema": 99}', "has schema 99, this version reads 1"),
         ("[", "is not readable"),
         ("[]", "holds no JSON object"),
-        ('{"schema": 1}', "is not as scripts/compare.py writes it: KeyError: 'rows'"),
-        ('{"schema": 1, "rows": [3]}', "is not as scripts/compare.py writes it"),
+        ('{"schema": 1}', "is not as dtrain compare writes it: KeyError: 'rows'"),
+        ('{"schema": 1, "rows": [3]}', "is not as dtrain compare writes it"),
         ("[" * 100_000, "nested too deep"),
     ):
         (tmp_path / "results.json").write_text(broken)
@@ -523,7 +523,7 @@ def test_a_figure_of_another_kind_is_named(key: str, value: Any, said: str, tmp_
     with (
         pytest.raises(
             ValueError,
-            match=f"results.json.*: {said}.* is not what scripts/compare.py writes there",
+            match=f"results.json.*: {said}.* is not what dtrain compare writes there",
         )
         if said
         else nullcontext()
@@ -774,7 +774,7 @@ def test_figures_of_other_data_are_marked(
         found.write(tmp_path / name)
     show_difference([str(tmp_path / "one"), str(tmp_path / "two")])
     assert "not alike: data digest a1, then b2" in capsys.readouterr().out
-    assert "data digest a1" in markdown.readme(read(tmp_path / "one"))
+    assert "data digest a1" in markdown.block(read(tmp_path / "one"))
     found.facts.pop("data digest")
     del found.environment["cores"]
     found.write(tmp_path / "two")  # an older one, or of data that have none

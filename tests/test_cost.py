@@ -204,7 +204,7 @@ def settled(costs: list[Cost], plan: Plan) -> list[Cost]:
         replace(
             cost,
             messages=tuple(
-                replace(m, bytes=totals[_beside("ep", rank, plan), m.axis, m.operation])
+                replace(m, bytes=totals[_beside("ep", rank, plan), m.axis, m.operation], largest=0)
                 for m in cost.messages
             ),
         )

@@ -31,12 +31,18 @@ TEXTS = [
 ]
 
 
+# torchrun's script, or the command itself
+COMMAND = (
+    r"(?:(?:python|torchrun) .*?scripts/(\w+)\.py|dtrain (train|compare|info))(?![:\w]) ?([^`#|]*)"
+)
+
+
 def commands() -> list[tuple[str, list[str]]]:
     found = []
     for text in TEXTS:
         for line in text.read_text().splitlines():
-            if match := re.search(r"(?:python|torchrun) .*?scripts/(\w+)\.py ?([^`#]*)", line):
-                script, rest = match.groups()
+            if match := re.search(COMMAND, line):
+                script, rest = match[1] or match[2], match[3]
                 # two folders, and no configuration: tests/test_compare.py
                 if rest.startswith("--from "):
                     continue
@@ -82,8 +88,10 @@ def test_no_version_with_a_known_hole_is_installed() -> None:
 
 
 def test_it_is_said_that_a_configuration_is_code_and_what_is_refused() -> None:
-    text = " ".join((ROOT / "README.md").read_text().split())
-    assert "**A configuration is code, like a Makefile: read one before you run it.**" in text
+    warning = "**A configuration is code, like a Makefile: read one before you run it.**"
+    assert warning in (ROOT / "README.md").read_text()
+    text = " ".join((ROOT / "docs/settings.md").read_text().split())
+    assert warning in text
     for word in (
         "callbacks",
         "logging",

@@ -504,14 +504,18 @@ def test_each_collective_is_counted_with_the_whole_tensor_that_it_is_about(world
     twice.
     """
     both = [
-        Message("dp", "all_gather", 2, 8 * 4 + 6 * 4),
-        Message("dp", "all_reduce", 2, 6 * 4 + 6 * 2),
-        Message("dp", "all_to_all", 1, 3 * 4),
-        Message("dp", "broadcast", 1, 7 * 8),
-        Message("dp", "reduce_scatter", 2, 10 * 4 + 6 * 4),
+        Message("dp", "all_gather", 2, 8 * 4 + 6 * 4, 8 * 4),
+        Message("dp", "all_reduce", 2, 6 * 4 + 6 * 2, 6 * 4),
+        Message("dp", "all_to_all", 1, 3 * 4, 3 * 4),
+        Message("dp", "broadcast", 1, 7 * 8, 7 * 8),
+        Message("dp", "reduce_scatter", 2, 10 * 4 + 6 * 4, 10 * 4),
     ]
     first, second = world(2).run(_talk)
-    sender = (*both, Message("dp", "send", 1, 9 * 4), Message("other", "all_reduce", 1, 11 * 4))
+    sender = (
+        *both,
+        Message("dp", "send", 1, 9 * 4, 9 * 4),
+        Message("other", "all_reduce", 1, 11 * 4, 11 * 4),
+    )
     assert first == [(), (), sender, (), ()]
     assert second == [(), (), tuple(both), (), ()]
 

@@ -41,13 +41,8 @@ from dtrain.report.terminal import keep_open
 
 __all__ = ["compare", "info", "main", "start", "train"]
 
-# What a script does at a word, without a configuration: `python scripts/info.py capabilities`.
-WORDS = {
-    "info": {
-        "capabilities": ("dtrain.compare.capabilities", "show"),
-        "readme": ("dtrain.compare.capabilities", "write"),
-    }
-}
+# What a command does at a word, without a configuration: `dtrain info capabilities`.
+WORDS = {"info": {"capabilities": ("dtrain.compare.capabilities", "show")}}
 
 
 def main(config_name: str, command: Callable[[DictConfig], Any]) -> None:

@@ -14,16 +14,17 @@ from omegaconf import DictConfig, OmegaConf
 from dtrain.cli.ranks import start
 from dtrain.compare import command as comparison
 from dtrain.config.groups import check_axes
-from dtrain.config.schema import Comparison, validated
+from dtrain.config.schema import Comparison, Planned, validated
 from dtrain.config.secret import Asked, masked_override, printable, replayable
 from dtrain.cost.model_size import model_size
 from dtrain.launch.rank_processes import STOP_REQUESTS
 from dtrain.launch.world import World
 from dtrain.model import own
 from dtrain.parallel.precision import Precision
-from dtrain.report.console import show_model_size
+from dtrain.report.console import show_model_size, show_plan_cost
 from dtrain.run.assemble import model_factories, strategies_of
 from dtrain.run.claim import RESUMABLE
+from dtrain.run.planned import predicted_cost
 from dtrain.run.run import run
 
 # Settings of a comparison that its runs do not take over.
@@ -97,9 +98,17 @@ def compare(config: DictConfig) -> None:
 
 
 def info(config: DictConfig) -> None:
-    """Print each model's parameters, operations and memory."""
+    """Print each model's size; with `world_size`, what the plan costs its ranks."""
     settings = validated(config)
+    assert isinstance(settings, Planned)
     own.check_asked(settings.model, typed_settings())
+    if settings.world_size:
+        show_plan_cost(predicted_cost(settings, settings.world_size))
+        return
+    if strategies := [word for word in typed_settings() if word.startswith("strategy=")]:
+        raise ValueError(
+            f"{strategies[-1]} is a plan for several ranks: say for how many, world_size=8"
+        )
     precision = Precision.of(settings.dtype, settings.precision)
     for name, factory in model_factories(settings).items():
         show_model_size(name, model_size(factory, precision, settings.seq_len))

@@ -1,13 +1,12 @@
-"""The survey as tables: for the terminal, and for a block of the README that a test compares."""
+"""The survey as tables: for the terminal, and for a block of a page that a test compares."""
 
 from __future__ import annotations
 
 import re
-from pathlib import Path
 
 from dtrain.compare.survey import ITSELF, PARTLY, REFUSED, SAME_AXIS, Combination, survey
-from dtrain.config.groups import CONFIGS, strategy_comment
-from dtrain.report.tables import Sheet, put_between
+from dtrain.config.groups import strategy_comment
+from dtrain.report.tables import Sheet
 
 BEGIN, END = "<!-- capabilities -->\n", "<!-- /capabilities -->\n"
 
@@ -94,10 +93,5 @@ def show() -> None:
 
 
 def markdown() -> str:
-    """Return the tables as a block of the README."""
+    """Return the tables as a block of docs/strategies.md."""
     return "\n".join(sheet.markdown() for sheet in survey_tables())
-
-
-def write(document: Path = CONFIGS.parent / "README.md") -> None:
-    """Write the block into the README, between its marks."""
-    put_between(document, BEGIN, END, markdown())

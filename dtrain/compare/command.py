@@ -62,7 +62,7 @@ def compare(
     untimed = _untimed_steps(configs)
     with _locked(folder, settings.overwrite):
         results = Results(
-            command=shlex.join(["python", "scripts/compare.py", *map(masked_override, overrides)]),
+            command=shlex.join(["dtrain", "compare", *map(masked_override, overrides)]),
             made=datetime.now(UTC).isoformat(timespec="seconds"),
             baseline=cases[0].label,
             scaling=settings.scaling,

@@ -66,8 +66,8 @@ def _command(case: Case, overrides: list[str], settings: Comparison) -> str:
     shown = [masked_override(word) for word in last.values()]
     if case.rows != settings.global_batch_size:
         shown.append(f"global_batch_size={case.rows}")
-    launcher = f"torchrun --nproc-per-node {case.ranks}" if case.ranks > 1 else "python"
-    return f"{launcher} scripts/train.py {shlex.join(shown)}"
+    ranks = [f"launch.nproc={case.ranks}"] if case.ranks > 1 else []
+    return f"dtrain train {shlex.join([*ranks, *shown])}"
 
 
 def _class_of(target: str) -> type | None:

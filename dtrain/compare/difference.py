@@ -1,4 +1,4 @@
-"""Two earlier comparisons side by side: `scripts/compare.py --from DIR1 DIR2 [fail_below=0.9]`."""
+"""Two earlier comparisons side by side: `dtrain compare --from DIR1 DIR2 [fail_below=0.9]`."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def refuse_misplaced(arguments: list[str]) -> None:
     """Refuse the earlier option `fail_if`, and `fail_below` where nothing is compared with it.
 
     Raises:
-        ValueError: one of them is among the arguments of `scripts/compare.py`.
+        ValueError: one of them is among the arguments of `dtrain compare`.
     """
     for argument in arguments:
         key = argument.lstrip("+~").partition("=")[0]

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Container, Iterable
 
 from dtrain.compare.figures import TITLES, in_words, reasons
-from dtrain.compare.results import Results
+from dtrain.compare.results import Results, Row
 from dtrain.compare.verdict import verdicts
 from dtrain.report.tables import Sheet
 from dtrain.report.terminal import for_markdown, on_one_line, without_control_characters
@@ -40,7 +40,7 @@ def document(results: Results) -> str:
             for v in verdicts(results)
         ),
         "",
-        _sheet(results, for_markdown).markdown(),
+        _sheet(results.ran, for_markdown).markdown(),
         LEGEND,
         "",
         *(
@@ -51,23 +51,27 @@ def document(results: Results) -> str:
     return "\n".join(lines).rstrip() + "\n"
 
 
-def readme(results: Results) -> str:
-    """Return the README's block: the table, and where it was measured."""
+def block(results: Results, strategies: Container[str] | None = None) -> str:
+    """Return a block of a page: the table, and where it was measured.
+
+    Args:
+        strategies: the rows; None: all of them, and what the columns mean.
+    """
+    rows = [row for row in results.ran if strategies is None or row.strategy in strategies]
     machine, digest = results.environment, results.facts.get("data digest")
     data = f"; data digest {digest}" if digest else ""
     return "\n".join(
         [
-            _sheet(results, without_control_characters).markdown().partition("\n\n")[2],
+            _sheet(rows, without_control_characters).markdown().partition("\n\n")[2],
             f"(`{results.command}`, {results.made[:10]}, {machine['cores']} cores of a shared "
             f"{machine['cpu']}; {results.steps} steps, medians of {results.asked} runs in "
             f"turns{data}.)",
             "",
-            LEGEND,
-            "",
+            *((LEGEND, "") if strategies is None else ()),
         ]
     )
 
 
-def _sheet(results: Results, label: Callable[[str], str]) -> Sheet:
-    rows = [(label(row.strategy), *in_words(row).values()) for row in results.ran]
-    return Sheet("Strategies", ("strategy", *TITLES), rows)
+def _sheet(rows: Iterable[Row], label: Callable[[str], str]) -> Sheet:
+    lines = [(label(row.strategy), *in_words(row).values()) for row in rows]
+    return Sheet("Strategies", ("strategy", *TITLES), lines)

@@ -284,7 +284,7 @@ def read(folder: Path) -> Results:
         content = _fit_to_be_shown(json_files.figures(file))
     except OSError:
         raise ValueError(
-            f"{folder} has no {FILE}: give a folder that scripts/compare.py has written"
+            f"{folder} has no {FILE}: give a folder that dtrain compare has written"
         ) from None
     if content.get("schema") != SCHEMA:
         raise ValueError(
@@ -298,7 +298,7 @@ def read(folder: Path) -> Results:
         return _build(Results, {**content, "rows": rows}, str(file))
     except (AttributeError, KeyError, TypeError) as error:
         raise ValueError(
-            f"{file} is not as scripts/compare.py writes it: {type(error).__name__}: {error}"
+            f"{file} is not as dtrain compare writes it: {type(error).__name__}: {error}"
         ) from None
 
 
@@ -310,7 +310,7 @@ def _build(kind: type[T], fields: dict[str, Any], where: str) -> T:
             kind is Row and name == "repeats" and not all(map(_has_rate, value))
         ):
             raise ValueError(
-                f"{where}: {name}={str(value)[:40]} is not what scripts/compare.py writes there"
+                f"{where}: {name}={str(value)[:40]} is not what dtrain compare writes there"
             )
     return kind(**{name: value for name, value in fields.items() if name in hints})
 

@@ -143,14 +143,23 @@ class Comparison(Config):
     repeats: int = at_least(1)
 
 
+@dataclass
+class Planned(Config):
+    """A run that is only planned: what it would cost on so many ranks."""
+
+    world_size: int | None = at_least(1)
+    global_batch_size: int = at_least(0)
+
+
 def register() -> None:
-    """Make the schemas known to Hydra: for `configs/train.yaml`, and for what `compare.yaml` adds.
+    """Make the schemas known to Hydra: for `train.yaml`, and for what other commands add to it.
 
     Register `${token:}` too, by which the default folders of two runs differ.
     """
     store = ConfigStore.instance()
     store.store("schema", Config)
     store.store("compare_schema", Comparison)
+    store.store("info_schema", Planned)
     OmegaConf.register_new_resolver("token", lambda: uuid4().hex[:6], use_cache=True, replace=True)
 
 

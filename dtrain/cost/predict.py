@@ -62,11 +62,15 @@ def fold(footprint: Footprint, plan: Plan, rank: int = 0) -> Cost:
     footprint = replace(footprint, place=coordinates(plan.degrees, rank))
     for strategy in plan.strategies:
         footprint = strategy.footprint(footprint, plan)
-    totals: dict[tuple[str, str], tuple[int, int]] = {}
+    totals: dict[tuple[str, str], tuple[int, int, int]] = {}
     for each in (m for strategy in plan.strategies for m in strategy.cost(footprint, plan)):
         if each.calls and plan.degrees[each.axis] > 1:
-            calls, size = totals.get((each.axis, each.operation), (0, 0))
-            totals[each.axis, each.operation] = calls + each.calls, size + each.bytes
+            calls, size, largest = totals.get((each.axis, each.operation), (0, 0, 0))
+            totals[each.axis, each.operation] = (
+                calls + each.calls,
+                size + each.bytes,
+                max(largest, each.largest),
+            )
     return Cost(
         tuple(Message(*key, *total) for key, total in sorted(totals.items())),
         *_bytes_between_steps(footprint),

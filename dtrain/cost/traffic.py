@@ -46,6 +46,7 @@ class CommunicationCounter:
         self._names: dict[int, str] = {}  # of the groups seen so far, by their hash
         self._calls: Counter[tuple[str, str]] = Counter()
         self._bytes: Counter[tuple[str, str]] = Counter()
+        self._largest: Counter[tuple[str, str]] = Counter()
 
     def __enter__(self) -> CommunicationCounter:
         self._library = torch.library.Library("c10d", "IMPL")  # type: ignore[no-untyped-call]
@@ -60,10 +61,12 @@ class CommunicationCounter:
     def take(self) -> tuple[Message, ...]:
         """Return what was counted since the last call."""
         messages = tuple(
-            Message(*key, self._calls[key], self._bytes[key]) for key in sorted(self._calls)
+            Message(*key, self._calls[key], self._bytes[key], self._largest[key])
+            for key in sorted(self._calls)
         )
         self._calls.clear()
         self._bytes.clear()
+        self._largest.clear()
         return messages
 
     def _kernel(self, name: str, operation: str, index: int) -> Any:
@@ -81,9 +84,10 @@ class CommunicationCounter:
         return kernel
 
     def _count(self, operation: str, payload: Any, group: torch.ScriptObject) -> str:
-        axis = self._axis(dist.ProcessGroup.unbox(group))
+        axis, size = self._axis(dist.ProcessGroup.unbox(group)), _bytes(payload)
         self._calls[axis, operation] += 1
-        self._bytes[axis, operation] += _bytes(payload)
+        self._bytes[axis, operation] += size
+        self._largest[axis, operation] = max(size, self._largest[axis, operation])
         return axis
 
     def _axis(self, group: dist.ProcessGroup) -> str:

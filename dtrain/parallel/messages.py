@@ -25,12 +25,14 @@ class Message:
 
     Args:
         bytes: the payload of all these calls.
+        largest: the payload of the largest one: a buffer of this size is needed at once.
     """
 
     axis: str
     operation: str
     calls: int
     bytes: int
+    largest: int = 0
 
     def wire_bytes(self, ranks: int, backend: str = "ring") -> float:
         """Return the bytes that leave the rank in a ring of ranks; of a broadcast, their mean.
@@ -51,7 +53,8 @@ def message(
 ) -> Message:
     """Return one call for each number of elements, `times` over."""
     sizes = list(elements)
-    return Message(axis, operation, times * len(sizes), times * sum(sizes) * itemsize)
+    largest = max(sizes, default=0) * itemsize if times else 0
+    return Message(axis, operation, times * len(sizes), times * sum(sizes) * itemsize, largest)
 
 
 def all_reduce_each(axis: str, weights: Iterable[Weight], itemsize: int) -> Message:

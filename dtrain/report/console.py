@@ -10,6 +10,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.text import Text
 
 from dtrain.cost.model_size import ModelSize
+from dtrain.cost.plan_cost import PlanCost
 from dtrain.cost.timeline import Span
 from dtrain.data.base import Data
 from dtrain.report import instruments
@@ -121,6 +122,54 @@ def preparation_progress(data: Data, *, shown: bool) -> Iterator[Callable[[str, 
             terminal.print(f"the data {data.name} are kept in {data.cache_folder}", soft_wrap=True)
     finally:
         status.stop()
+
+
+GIB = 1 << 30
+CARDS = (8, 12, 16, 24, 32, 40, 48, 64, 80, 96, 141, 192, 288)  # GiB of memory that GPUs have
+
+
+def show_plan_cost(found: PlanCost) -> None:
+    """Print what a plan costs: the memory of the fullest rank, and a step's messages by axis."""
+    plan, cost, terminal = found.plan, found.cost, Terminal()
+    mesh = " x ".join(f"{axis}={degree}" for axis, degree in plan.degrees.items()) or "one process"
+    ranks = f"{plan.world_size:,} {'rank' if plan.world_size == 1 else 'ranks'}"
+    terminal.print(
+        f"{mesh} ({ranks}), {found.rows:,} rows a step, on each rank {found.micro_batches:,} x "
+        f"{found.rows_at_once:,} at once; rank {found.rank:,} holds most",
+        soft_wrap=True,
+    )
+    kinds = {
+        "weights": cost.parameter_bytes,
+        "gradients": cost.gradient_bytes,
+        "optimizer states": cost.optimizer_bytes,
+        "activations": cost.activation_bytes,
+        "largest messages": found.buffers,
+    }
+    rows: list[tuple[str, ...]] = [
+        *(
+            (kind, "not predicted" if size is None else in_bytes(size))
+            for kind, size in kinds.items()
+        ),
+        (),
+        ("together", in_bytes(found.total)),
+        (),
+        *((f"sent a step, {axis}", in_bytes(size)) for axis, size in found.sent.items()),
+    ]
+    show_table(None, ["of a rank", *numbers("")], rows)
+    terminal.print(_fits(found), soft_wrap=True)
+
+
+def _fits(found: PlanCost) -> str:
+    """Say in which memory sizes of GPUs a plan fits."""
+    too_small = [size for size in CARDS if size * GIB < found.total]
+    enough = [size for size in CARDS if size * GIB >= found.total]
+    words = [f"fits in {enough[0]} GiB a rank"] if enough else []
+    words += [f"not in {too_small[-1]} GiB"] if too_small else []
+    unknown = "activations, " if found.cost.activation_bytes is None else ""
+    return (
+        f"{', '.join(words)}; beside it come {unknown}temporaries of products, the allocator's "
+        "reserve and libraries, which are not predicted"
+    )
 
 
 def show_model_size(name: str, size: ModelSize) -> None:

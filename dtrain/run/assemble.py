@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from typing import Any
@@ -62,17 +63,7 @@ def assemble(config: Config, world: World) -> Parts:
     Raises:
         ValueError: a mistake in the configuration.
     """
-    precision = Precision.of(config.dtype, config.precision)
-    strategies = strategies_of(config)
-    plan = Plan.of(
-        strategies,
-        world.size,
-        precision=precision,
-        device=device_of(config.device, world),
-        recompute=config.activation_checkpointing,
-        compile=config.compile,
-        clip_norm=config.clip_norm,
-    )
+    plan = plan_of(config, world)
     if config.compile and plan.device.type == "cpu" and not any(map(shutil.which, COMPILERS)):
         raise ValueError(
             f"compile=true needs a C++ compiler, and there is none of {', '.join(COMPILERS)}"
@@ -84,7 +75,7 @@ def assemble(config: Config, world: World) -> Parts:
             f"profile=true looks at a run's first {RECORDED} steps, steps={config.steps} are "
             f"too few"
         )
-    _check_injected(config, strategies, world)
+    _check_injected(config, plan.strategies, world)
     logger = All([build(node, Logger, f"logger.{name}") for name, node in config.logger.items()])
     data, task = task_of(config, shown=world.rank == 0)
     plan.check_task(task)
@@ -93,7 +84,24 @@ def assemble(config: Config, world: World) -> Parts:
     return Parts(config, data, task, plan, logger, tried, masked(asdict(config)))
 
 
-def _check_injected(config: Config, strategies: list[Strategy], world: World) -> None:
+def plan_of(config: Config, world: World) -> Plan:
+    """Build the strategies, and check them against each other and the world.
+
+    Raises:
+        ValueError: a plan that cannot be right.
+    """
+    return Plan.of(
+        strategies_of(config),
+        world.size,
+        precision=Precision.of(config.dtype, config.precision),
+        device=device_of(config.device, world),
+        recompute=config.activation_checkpointing,
+        compile=config.compile,
+        clip_norm=config.clip_norm,
+    )
+
+
+def _check_injected(config: Config, strategies: Sequence[Strategy], world: World) -> None:
     for name in ("missed_collective", "straggler"):
         if (rank := getattr(config.inject, name).rank) is None:
             continue

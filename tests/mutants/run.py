@@ -67,10 +67,10 @@ ROOMS = {
         "loop_promises"
     ),
     "launch": (
-        "launch agree folder listening started watch ending durability refusals instruments cli "
+        "launch front_door agree folder listening started watch ending durability refusals instruments cli "
         "distributed/docker distributed/faults"
     ),
-    "cost": "figures measure instruments cost compare",
+    "cost": "figures front_door measure instruments cost compare",
     "report": (
         "figures reports records images messages at_once measure compare instruments data cli"
     ),
