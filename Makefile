@@ -4,7 +4,9 @@ VENV := .venv
 # Tests side by side: more than there are cores, since many wait. PYTEST: further arguments.
 WORKERS ?= 4
 PYTEST ?=
-PIP := $(VENV)/bin/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
+# Bytecode is written at the first import, of what is imported: pip would compile all for a minute.
+PIP := $(VENV)/bin/python -m pip install --quiet --no-compile --disable-pip-version-check --constraint constraints.txt
+unexport PYTHONDONTWRITEBYTECODE
 
 .PHONY: demo test test-times mutants smoke lint readme readme-figures rooms bench-bubble bench-traffic bench-bert bench-gan bench-augment bench-async chaos clean
 

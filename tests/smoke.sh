@@ -14,8 +14,17 @@ smoke() { # strategy, ranks, further settings
 smoke ddp 2
 smoke tensor 2 task=masked_lm
 smoke 3d 8 precision=bf16_mixed
-.venv/bin/python scripts/compare.py model=tiny steps=5 hydra.run.dir="$work/compare"
-.venv/bin/python scripts/compare.py model=tiny steps=5 hydra.run.dir="$work/others" \
-    'strategies=[single,allreduce,"hsdp launch.nproc=4","deepspeed_pipeline launch.nproc=4",accelerate_deepspeed,accelerate_local_sgd]'
-.venv/bin/python scripts/info.py model=llama_70b
+.venv/bin/dtrain compare model=tiny steps=5 hydra.run.dir="$work/engines" \
+    'strategies=[single,allreduce,"hsdp launch.nproc=4",deepspeed_zero1,deepspeed_zero3,"deepspeed_pipeline launch.nproc=4",accelerate_ddp,accelerate_deepspeed,accelerate_local_sgd]'
+.venv/bin/dtrain info model=llama_70b
+
+# The package, in an environment that has what it requires and nothing else, outside the checkout.
+.venv/bin/python -m build --outdir "$work/dist" . >"$work/build.log" 2>&1 || { cat "$work/build.log"; exit 1; }
+.venv/bin/python -m venv "$work/venv"
+install() {
+    "$work/venv/bin/pip" install --quiet --no-compile --disable-pip-version-check --constraint constraints.txt "$@"
+}
+install torch
+install "$work"/dist/*.whl
+(cd "$work" && venv/bin/dtrain compare model=tiny steps=3 hydra.run.dir=installed && test -s installed/report.html)
 docker/smoke.sh
