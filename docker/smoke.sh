@@ -72,8 +72,9 @@ if ! docker image inspect "$BASE" >/dev/null 2>&1 && ! docker pull --quiet "$BAS
     debootstrap --variant=minbase --include=python3-venv bookworm "$work/base" >"$work/log" 2>&1
     BASE=$IMAGE-base
     tar -C "$work/base" -c . | docker import - "$BASE" >/dev/null
-    mkdir "$work/requirements"
+    mkdir -p "$work/requirements/dtrain"
     cp pyproject.toml "$work/requirements"
+    cp dtrain/__init__.py "$work/requirements/dtrain" # it has the version
     touch "$work/requirements/"{README.md,LICENSE}
     python3 -m pip wheel --quiet --constraint constraints.txt --wheel-dir "$work/docker/wheels" \
         'setuptools>=77' torch "$work/requirements[tensorboard]" >"$work/log" 2>&1
