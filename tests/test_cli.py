@@ -292,10 +292,10 @@ def test_info_tells_a_models_sizes(call) -> None:
     assert status == 0 and "124,439,808" in out  # the published size of GPT-2
     status, out, _ = call("model=llama_70b", "seq_len=1024", config="info")
     assert "70,553,706,496" in out  # and of Llama 3 70B
-    assert "282.2 GB" in out  # four bytes each
+    assert "262.8 GiB" in out  # four bytes each
     status, out, _ = call("model=tiny", config="info")
-    told = re.findall(r"\d[\d.,]* (?:[GMk]?B|[GMk]?FLOP)\b", out)
-    # none of it is 0.000 GB
+    told = re.findall(r"\d[\d.,]* (?:[GMK]iB|B|[GMk]?FLOP)\b", out)
+    # none of it is 0.000 GiB
     assert len(told) == 5 and not [each for each in told if re.match(r"0[., ]", each)], told
 
 

@@ -533,7 +533,14 @@ def test_a_figure_of_another_kind_is_named(key: str, value: Any, said: str, tmp_
 
 @pytest.mark.parametrize(
     ("number", "words"),
-    [(0, "0 B"), (999, "999 B"), (1500, "1.5 kB"), (2e6, "2.0 MB"), (3.25e9, "3.2 GB")],
+    [
+        (0, "0 B"),
+        (1023, "1023 B"),
+        (1536, "1.5 KiB"),
+        (2 << 20, "2.0 MiB"),
+        (13 << 28, "3.2 GiB"),
+        (2048 << 30, "2,048.0 GiB"),
+    ],
 )
 def test_sizes_are_said_in_words(number: float, words: str) -> None:
     assert in_bytes(number) == words
@@ -793,7 +800,7 @@ def test_what_can_be_known_before_is_refused_before(ran, call) -> None:
         ),
         (("fail_if=ddp.loss < 1",), "fail_if: here it is --from DIR1 DIR2 fail_below=0.9"),
         (("fail_below=0.9",), "fail_below: here it is --from DIR1 DIR2 fail_below=0.9"),
-        (("steps=4",), "steps=4: the first 4 are not timed"),
+        (("steps=4", "measure.skip_steps=4"), "steps=4: the first 4 are not timed"),
         (("measure.skip_steps=9",), "the first 9 are not timed"),
         (("world_sizes=[0]",), "world_sizes=[0] must be at least 1 each"),
         (("scaling=sideways",), "scaling=sideways is unknown: use strong, weak"),

@@ -34,7 +34,7 @@ from dtrain.parallel.messages import Message
 from dtrain.parallel.plan import Plan
 from dtrain.parallel.spans import PHASE, STAGE
 from dtrain.report.console import Console
-from dtrain.report.instruments import _mb
+from dtrain.report.instruments import _mib
 from dtrain.run.summary import facts, summary_of, throughput_meter
 from dtrain.strategy.ddp import DDP
 from dtrain.strategy.pipeline.stages import split_evenly
@@ -478,13 +478,13 @@ def test_a_row_tells_the_fullest_and_the_busiest_rank() -> None:
 # What is printed
 
 
-def test_sizes_are_told_in_powers_of_a_thousand(capsys: pytest.CaptureFixture[str]) -> None:
-    sizes = (0, 1_500_000, 10**12, None)
-    assert list(map(_mb, sizes)) == ["0.00", "1.50", "1,000,000.00", "-"]
+def test_sizes_are_told_in_mebibytes(capsys: pytest.CaptureFixture[str]) -> None:
+    sizes = (0, 3 << 19, 1 << 40, None)
+    assert list(map(_mib, sizes)) == ["0.00", "1.50", "1,048,576.00", "-"]
     summary = {"loss": 2.5, "tokens_per_second": 1234.5, "step_seconds_median": 0.25, "mfu": 0.125}
-    Console().finish(summary | {"peak_memory_bytes": 1537 * 10**6})
+    Console().finish(summary | {"peak_memory_bytes": 1537 << 20, "unit": "samples"})
     told = (
-        "loss 2.5000, 1,234 tokens/s, 250 ms a step, MFU 12.5%, process memory at most 1,537 MB "
+        "loss 2.5000, 1,234 samples/s, 250 ms a step, MFU 12.5%, process memory at most 1.5 GiB "
         "a rank\n"
     )
     assert capsys.readouterr().out == told

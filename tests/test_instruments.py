@@ -708,7 +708,7 @@ def test_of_several_groups_the_one_that_stopped_first_is_told() -> None:
 def test_tables_show_what_was_measured_beside_what_was_predicted(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Messages and memory of the first rank, times of all, in MB and milliseconds."""
+    """Messages and memory of the first rank, times of all, in MiB and milliseconds."""
     monkeypatch.setenv("COLUMNS", "200")
     sent = {
         "axis": "dp",
@@ -719,13 +719,13 @@ def test_tables_show_what_was_measured_beside_what_was_predicted(
     }
     foreseen = [sent | {"calls": 4, "bytes": 999}, sent | {"axis": "tp", "calls": 8, "bytes": 64}]
     kinds = {
-        "parameters": {"most": 3 * 10**6, "predicted": 500_000, "at_peak": 2 * 10**6},
-        "other": {"most": 10**6, "predicted": None, "at_peak": 0},
+        "parameters": {"most": 3 << 20, "predicted": 1 << 19, "at_peak": 2 << 20},
+        "other": {"most": 1 << 20, "predicted": None, "at_peak": 0},
     }
     first = {
         "traffic": [sent],
         "traffic_predicted": foreseen,
-        "memory": {"kinds": kinds, "peak": 5 * 10**6},
+        "memory": {"kinds": kinds, "peak": 5 << 20},
         "time": {"step": 1.25, "compute": 0.5},
     }
     second = {

@@ -6,11 +6,14 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import io
 import logging
 import os
+import re
 import sys
 import unicodedata
 import warnings
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
@@ -29,7 +32,7 @@ from dtrain.report import rank_log
 from dtrain.report.base import Run
 from dtrain.report.console import Console, preparation_progress, show_model_size
 from dtrain.report.sweep import Told, show_job, show_sweep
-from dtrain.report.tables import Sheet, put_between
+from dtrain.report.tables import Sheet, put_between, show_table
 from dtrain.report.tensorboard import TensorBoard
 from dtrain.report.terminal import HIDDEN, Terminal
 from dtrain.report.tracker import Tracker
@@ -232,13 +235,13 @@ def test_a_sheet_is_a_table_of_markdown_with_a_cell_for_each_word() -> None:
     ]
 
 
-def test_a_narrow_terminal_folds_all_words_but_the_first(
+def test_a_sheet_that_is_too_wide_is_a_list(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("COLUMNS", "30")
     Sheet("t", ("name", "why"), [("a_strategy_of_a_name", "x" * 40)]).show()
     out = capsys.readouterr().out
-    assert "a_strategy_of_a_name" in out and out.count("x") == 40 and "x" * 40 not in out
+    assert out == f"t\n  a_strategy_of_a_name\n    why {'x' * 40}\n"
 
 
 def test_text_between_two_marks_is_replaced_and_nothing_else(tmp_path: Path) -> None:
@@ -253,6 +256,92 @@ def test_text_between_two_marks_is_replaced_and_nothing_else(tmp_path: Path) -> 
         with pytest.raises(ValueError, match="has no <!-- a --> and <!-- b --> to write between"):
             put_between(document, "<!-- a -->\n", "<!-- b -->", "new")
         assert document.read_text() == broken
+
+
+# A narrow terminal, and none
+
+
+class Narrow(Terminal):
+    """A terminal of 60 columns, whose output is kept."""
+
+    def __init__(self) -> None:
+        super().__init__(
+            width=60, height=50, force_terminal=True, file=io.StringIO(), legacy_windows=False
+        )
+
+    def lines(self) -> list[str]:
+        said = self.file.getvalue()  # type: ignore[attr-defined]
+        return re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", said).splitlines()
+
+
+WORDS = ["reduce_scatter", "100,000,000,000", "predicted", "1,234,567.89", "deepspeed_pipeline"]
+
+
+@pytest.mark.parametrize("columns", [2, 4, 8])
+def test_a_narrow_terminal_cuts_no_word(columns: int) -> None:
+    """A table that does not fit becomes a list; a long line is broken between words."""
+    terminal, names = Narrow(), [f"column{number}" for number in range(columns)]
+    rows = [[WORDS[(row + at) % len(WORDS)] for at in range(columns)] for row in range(3)]
+    show_table("a title", names, [*rows, ()], terminal=terminal)
+    terminal.say(f"  {' '.join(WORDS)}, and a report in outputs/2026-12-01/12-34-56-abcdef")
+    lines = terminal.lines()
+    said = Counter(re.findall(r"[\w,./-]+", " ".join(lines)))
+    for word in {*sum(rows, []), *names[1:], "outputs/2026-12-01/12-34-56-abcdef"}:
+        assert said[word], (word, lines)
+    assert max(map(len, lines)) <= 60 and "…" not in "".join(lines)
+
+
+def test_without_a_terminal_a_line_stays_one(capsys: pytest.CaptureFixture[str]) -> None:
+    Terminal(width=20).say("a line of more than twenty characters")
+    assert capsys.readouterr().out == "a line of more than twenty characters\n"
+
+
+@pytest.mark.parametrize("terminal", [True, False])
+def test_the_losses_of_a_run_stay_in_the_scrollback(
+    terminal: bool, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Some ten lines, whether or not a bar moves below them; no colour where none is wanted."""
+    monkeypatch.setenv("NO_COLOR", "1")
+    monkeypatch.setenv("COLUMNS", "80")
+    console = Console()
+    console._terminal = shown = Narrow() if terminal else Terminal()
+    console.start(dataclasses.replace(a_run(Path("here")), first_step=0, steps=40, unit="samples"))
+    for step in range(1, 41):
+        console.step({"step": step, "loss": 1 / step, "tokens_per_second": 7})
+    console.close()
+    raw = shown.file.getvalue() if terminal else capsys.readouterr().out  # type: ignore[attr-defined]
+    said = [line for line in raw.splitlines() if "step " in line]
+    assert [int(re.findall(r"step +(\d+)", line)[0]) for line in said] == [1, *range(4, 41, 4)]
+    assert "loss 0.0250  7 samples/s" in said[-1]
+    assert not re.search(r"\x1b\[[0-9;]*3[0-7]m", raw)
+
+
+def test_a_comparison_says_how_far_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of runs that are waited for, those that have run before count as they took, the others as
+    is usual.
+    """
+    cases = [Case(Entry(name), 2, 4, name) for name in "abcd"]
+    found = Results("c", "m", "a", "strong", 2, 4, 2, {}, {}, [Row(name, 2) for name in "abcd"])
+    clock = iter([0.0, 100.0, 100.0, 120.0, 120.0, 150.0])  # a: 100 s, b: 20 s, c: 30 s
+    monkeypatch.setattr(runner.time, "monotonic", lambda: next(clock))
+    follower = runner.Follower(cases, found, Terminal())
+    monkeypatch.setattr(runner, "POLL_S", 0)
+    said = []
+    for case in cases[:3]:
+        with follower.case(case, 0, Path("none.jsonl")):
+            pass
+        said.append(follower.left())
+    follower.skip(cases[3])
+    # seconds: 7 x 100; then 100 + 20 + 4 x 60, the median; then 100 + 20 + 30 + 2 x 30
+    assert said == [
+        "1 of 8, about 12 minutes left",
+        "2 of 8, about 6 minutes left",
+        "3 of 8, about 4 minutes left",
+    ]
+    assert follower.left() == "4 of 8, about 3 minutes left"
+    for case in cases:
+        follower.skip(case)
+    assert follower.left() == "8 of 8"
 
 
 # Names that others chose
@@ -277,6 +366,7 @@ def _begin_and_end(folder: Path) -> None:
             "tokens_per_second": 1.0,
             "step_seconds_median": 1.0,
             "peak_memory_bytes": 1,
+            "unit": "tokens",
             "checkpoint": HOSTILE,
         }
     )
@@ -297,7 +387,7 @@ def _sweep(folder: Path) -> None:
 def _compare(folder: Path) -> None:
     rows = [Row(HOSTILE, 2, reason=HOSTILE), Row(f"{HOSTILE}2", 2, reason=HOSTILE, failed=True)]
     found = Results("c", "m", HOSTILE, "strong", 2, 4, 1, {}, {}, rows)
-    follower = runner.Follower([Case(Entry(HOSTILE), 2, 4, HOSTILE)], 1, 4, Terminal())
+    follower = runner.Follower([Case(Entry(HOSTILE), 2, 4, HOSTILE)], found, Terminal())
     follower.finish(rows[0], 0)
     show(found, Path(HOSTILE))
 

@@ -78,7 +78,9 @@ def compare(config: DictConfig) -> None:
         composed = compose("compare", overrides=[*shared, *overrides])
         check_axes(overrides[0].removeprefix("strategy=").strip("[]").split(","))
         # Whether to overwrite is decided once, for the comparison's folder.
-        composed.profile = composed.overwrite = True
+        composed.overwrite, composed.profile = True, comparison.is_profiled(settings)
+        if not composed.profile and not any(w.startswith("measure.skip_steps=") for w in typed):
+            composed.measure.skip_steps = min(composed.measure.skip_steps, composed.steps - 1)
         composed.checkpoint.last = False
         # The page has the pictures.
         composed.logger = {"files": {"_target_": "dtrain.report.files.Files", "pictures": False}}

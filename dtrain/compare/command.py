@@ -15,7 +15,7 @@ from omegaconf import DictConfig
 from dtrain.compare import runner
 from dtrain.compare.description import PROJECT, row_of
 from dtrain.compare.entries import Case, cases_of
-from dtrain.compare.figures import show
+from dtrain.compare.figures import NOT_MEASURED, show
 from dtrain.compare.results import FILE, Results
 from dtrain.config.schema import Comparison
 from dtrain.config.secret import masked_override
@@ -27,6 +27,7 @@ from dtrain.files.lock import Lock
 
 WRITTEN = (FILE, "results.csv", "report.md", "report.html", "runs")  # into a comparison's folder
 GROUPS = ("model", "data", "task", "optimizer")  # whose choices are among the facts
+TOO_FEW = f"memory, messages and time of a step: that takes {RECORDED + 1} steps or more"
 FACTS = ("global_batch_size", "micro_batch_size", "seq_len", "steps", "seed", "dtype", "device")
 
 
@@ -70,7 +71,8 @@ def compare(
             steps=settings.steps,
             asked=settings.repeats,
             facts={group: choices[group] for group in GROUPS if group in choices}
-            | {name: getattr(settings, name) for name in FACTS},
+            | {name: getattr(settings, name) for name in FACTS}
+            | ({} if is_profiled(settings) else {NOT_MEASURED: TOO_FEW}),
             environment=environment.describe(),
             rows=[row_of(case, configs[case.label], overrides, settings) for case in cases],
         )
@@ -120,10 +122,16 @@ def _world_sizes(settings: Comparison) -> list[int]:
     return sizes
 
 
+def is_profiled(settings: Comparison) -> bool:
+    """Return whether the runs have enough steps to be looked at, and some to be timed."""
+    return settings.steps > RECORDED
+
+
 def _untimed_steps(configs: dict[str, DictConfig]) -> int:
     """Return how many steps at the begin of each run are not timed."""
     skipped: list[int] = [config.measure.skip_steps for config in configs.values()]
-    untimed = max(RECORDED, *skipped)
+    profiled = any(config.profile for config in configs.values())
+    untimed = max(RECORDED if profiled else 0, *skipped)
     for label, config in configs.items():
         if config.steps <= untimed:
             raise ValueError(

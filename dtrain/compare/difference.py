@@ -79,7 +79,7 @@ def show_difference(arguments: list[str]) -> None:
     bound = _bound_of(options[-1]) if options else 0.0
     first, second = (read(Path(folder)) for folder in folders)
     rows, console = differences(first, second), wide_terminal()
-    columns = ("strategy", "tokens/s", "spread", "", "tensor memory", "bytes sent")
+    columns = ("strategy", f"{second.unit}/s", "spread", "", "tensor memory", "bytes sent")
     title = f"{folders[1]} over {folders[0]}"
     show_figures(console, columns, [row.in_words for row in rows], title)
     lines = [LEGEND]
@@ -92,7 +92,7 @@ def show_difference(arguments: list[str]) -> None:
         if before != after:
             lines.append(f"{name}: {before}, then {after}")
     for line in lines:
-        console.print(line, soft_wrap=True)
+        console.say(line)
     if bound:
         _check(rows, first, second, bound)
 

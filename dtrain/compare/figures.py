@@ -28,8 +28,14 @@ COLUMNS = {  # figure: its title, and a note on it
     "wire_bytes": ("sent a step", "by the busiest rank, as a ring sends it"),
     "exposed_share": ("exposed", "share of a step with communication and no computation"),
 }
-TITLES = tuple(title for title, _ in COLUMNS.values())
+NOT_MEASURED = "not measured"  # a fact of a comparison
 LEFT_OUT = ("loss", "step_seconds", "exposed_share")  # where the terminal is narrow
+
+
+def columns_of(results: Results) -> dict[str, tuple[str, str]]:
+    """Return `COLUMNS`, with what the throughput counts."""
+    rate = f"{results.unit}/s", COLUMNS["tokens_per_second"][1]
+    return COLUMNS | {"tokens_per_second": rate}
 
 
 def in_words(row: Row) -> dict[str, str]:
@@ -42,7 +48,7 @@ def in_words(row: Row) -> dict[str, str]:
         "tokens_per_second": f"{row.tokens_per_second:,.0f}",
         "step_seconds": f"{(row.step_seconds or 0) * 1e3:,.0f}",
         "memory_bytes": in_bytes(row.memory_bytes) if row.memory_bytes else "–",
-        "wire_bytes": in_bytes(row.wire_bytes or 0),
+        "wire_bytes": "–" if row.wire_bytes is None else in_bytes(row.wire_bytes),
         "exposed_share": "–" if row.exposed_share is None else f"{row.exposed_share:.0%}",
     }
 
@@ -81,9 +87,12 @@ def show(results: Results, folder: Path) -> None:
     console = wide_terminal()
     shown = [name for name in COLUMNS if console.width >= WIDE or name not in LEFT_OUT]
     rows = [(row.strategy, *(in_words(row)[name] for name in shown)) for row in results.ran]
-    show_figures(console, ("strategy", *(COLUMNS[name][0] for name in shown)), rows)
+    titles = columns_of(results)
+    show_figures(console, ("strategy", *(titles[name][0] for name in shown)), rows)
     lines = [f"{v.title}: {v.strategy}, {v.figure} ({v.note})" for v in verdicts(results)]
     lines += [": ".join(reason) for reason in reasons(results)]
+    if NOT_MEASURED in results.facts:
+        lines.append(f"{NOT_MEASURED}: {results.facts[NOT_MEASURED]}")
     lines.append(f"{results.seconds:.0f} s; report: {folder / 'report.html'}")
     for line in lines:
-        console.print(line, soft_wrap=True)
+        console.say(line)

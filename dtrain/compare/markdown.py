@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Container, Iterable
 
-from dtrain.compare.figures import TITLES, in_words, reasons
+from dtrain.compare.figures import columns_of, in_words, reasons
 from dtrain.compare.results import Results, Row
 from dtrain.compare.verdict import verdicts
 from dtrain.report.tables import Sheet
@@ -40,7 +40,7 @@ def document(results: Results) -> str:
             for v in verdicts(results)
         ),
         "",
-        _sheet(results.ran, for_markdown).markdown(),
+        _sheet(results, results.ran, for_markdown).markdown(),
         LEGEND,
         "",
         *(
@@ -62,7 +62,7 @@ def block(results: Results, strategies: Container[str] | None = None) -> str:
     data = f"; data digest {digest}" if digest else ""
     return "\n".join(
         [
-            _sheet(rows, without_control_characters).markdown().partition("\n\n")[2],
+            _sheet(results, rows, without_control_characters).markdown().partition("\n\n")[2],
             f"(`{results.command}`, {results.made[:10]}, {machine['cores']} cores of a shared "
             f"{machine['cpu']}; {results.steps} steps, medians of {results.asked} runs in "
             f"turns{data}.)",
@@ -72,6 +72,7 @@ def block(results: Results, strategies: Container[str] | None = None) -> str:
     )
 
 
-def _sheet(rows: Iterable[Row], label: Callable[[str], str]) -> Sheet:
+def _sheet(results: Results, rows: Iterable[Row], label: Callable[[str], str]) -> Sheet:
     lines = [(label(row.strategy), *in_words(row).values()) for row in rows]
-    return Sheet("Strategies", ("strategy", *TITLES), lines)
+    titles = (title for title, _ in columns_of(results).values())
+    return Sheet("Strategies", ("strategy", *titles), lines)

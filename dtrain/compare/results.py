@@ -149,6 +149,10 @@ class Row:
         self.ranks = summary["world_size"]
         self.mesh = summary["mesh"]
         self.peak_memory_bytes = summary["peak_memory_bytes"]
+        if "profile" not in summary:  # too few steps for that
+            self.traffic = [[] for _ in range(self.ranks)]
+            self.traffic_predicted = [None for _ in range(self.ranks)]
+            return
         profile = summary["profile"]
         ranks = profile["ranks"]
         self.bubble = profile["bubble"]
@@ -218,6 +222,7 @@ class Results:
         environment: the machine and the versions.
         rows: in the order of the runs.
         seconds: that all of it took.
+        unit: what throughputs count.
     """
 
     command: str
@@ -231,6 +236,7 @@ class Results:
     environment: dict[str, Any]
     rows: list[Row]
     seconds: float = 0.0
+    unit: str = "tokens"
     schema: int = SCHEMA
 
     @property

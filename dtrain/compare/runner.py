@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from itertools import product
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 from rich.console import Group
@@ -19,7 +20,6 @@ from rich.progress import (
     TaskID,
     TextColumn,
     TimeElapsedColumn,
-    TimeRemainingColumn,
 )
 
 from dtrain.compare.entries import Case
@@ -28,6 +28,7 @@ from dtrain.files import json_files
 from dtrain.report.terminal import Terminal, on_one_line, without_control_characters
 
 POLL_S = 0.2
+WIDE = 100  # columns of a terminal that has room for long bars
 # (case, folder) -> the run's summary. A ValueError means not possible here, another error failed.
 Start = Callable[[Case, Path], dict[str, Any]]
 
@@ -35,25 +36,29 @@ Start = Callable[[Case, Path], dict[str, Any]]
 class Follower:
     """The progress on the console: a bar for each case, and one for all with the time left."""
 
-    def __init__(self, cases: list[Case], repeats: int, steps: int, console: Terminal) -> None:
-        self.steps, self.console, self._plain = steps, console, not console.is_terminal
+    def __init__(self, cases: list[Case], results: Results, console: Terminal) -> None:
+        self.results, self.console, self._plain = results, console, not console.is_terminal
+        repeats, self.steps = results.asked, results.steps
         name = TextColumn("{task.description}", markup=False)
         figures = TextColumn("{task.fields[figures]}", markup=False)
-        columns = (name, BarColumn(30), MofNCompleteColumn(), TimeElapsedColumn())
-        left = (*columns[:2], TimeElapsedColumn(), TextColumn("left"), TimeRemainingColumn())
+        bar = BarColumn(30 if console.width >= WIDE else 8)
+        columns = (name, bar, MofNCompleteColumn(), TimeElapsedColumn())
+        left = TextColumn("{task.fields[left]}", markup=False)
         self.bars = Progress(*columns, figures, console=console)
-        self.all = Progress(*left, console=console)
+        self.all = Progress(name, bar, TimeElapsedColumn(), left, console=console)
         width = max(len(on_one_line(case.label)) for case in cases)
         self._tasks = {
             case.label: self.bars.add_task(
                 f"{on_one_line(case.label):<{width}}",
-                total=steps * repeats,
+                total=self.steps * repeats,
                 start=False,
                 figures="",
             )
             for case in cases
         }
-        self._whole = self.all.add_task(f"{'all':<{width}}", total=len(cases) * repeats)
+        self._whole = self.all.add_task(f"{'all':<{width}}", total=len(cases) * repeats, left="")
+        self._waiting = [case.label for case in cases] * repeats
+        self._seconds: dict[str, float] = {}  # that each case's last run took
 
     @contextmanager
     def shown(self) -> Iterator[None]:
@@ -68,7 +73,7 @@ class Follower:
     @contextmanager
     def case(self, case: Case, repeat: int, metrics: Path) -> Iterator[None]:
         """Follow one run's file of steps."""
-        bar, done = self._tasks[case.label], threading.Event()
+        bar, done, begun = self._tasks[case.label], threading.Event(), time.monotonic()
         self.bars.start_task(bar)
         self._say(bar, "starting")
 
@@ -76,7 +81,7 @@ class Follower:
             while not done.wait(POLL_S):
                 if lines := list(json_files.lines(metrics)):
                     last = lines[-1]
-                    self._say(bar, _figures(last["loss"], last["tokens_per_second"]))
+                    self._say(bar, self._figures(last["loss"], last["tokens_per_second"]))
                     self.bars.update(bar, completed=repeat * self.steps + last["step"])
 
         thread = threading.Thread(target=follow, daemon=True)
@@ -86,11 +91,21 @@ class Follower:
         finally:
             done.set()
             thread.join()
-            self.skip()
+            self._seconds[case.label] = time.monotonic() - begun
+            self.skip(case)
 
-    def skip(self) -> None:
-        """Count one run as done."""
-        self.all.advance(self._whole)
+    def skip(self, case: Case) -> None:
+        """Count one run of a case as done."""
+        self._waiting.remove(case.label)
+        self.all.update(self._whole, advance=1, left=self.left())
+
+    def left(self) -> str:
+        """Return which run this was, and how long the others may take."""
+        total = int(self.all.tasks[0].total or 0)
+        usual = median(self._seconds.values()) if self._seconds else 0.0
+        seconds = sum(self._seconds.get(label, usual) for label in self._waiting)
+        rest = f", {_roughly(seconds)} left" if self._waiting and seconds else ""
+        return f"{total - len(self._waiting)} of {total}{rest}"
 
     def finish(self, row: Row, repeat: int) -> None:
         """Show what a run has ended with."""
@@ -99,19 +114,26 @@ class Follower:
             words = "failed" if row.failed else "not possible here"
             words += f" in repeat {repeat + 1}" if row.ran else ""
         else:
-            words = _figures(row.loss, row.repeats[-1]["tokens_per_second"])
+            words = self._figures(row.loss, row.repeats[-1]["tokens_per_second"])
             self.bars.update(bar, completed=(repeat + 1) * self.steps)
         self.bars.stop_task(bar)
         self._say(bar, words)
         if self._plain:
-            self.console.print(f"{row.strategy}: {words}", soft_wrap=True)
+            self.console.say(f"{row.strategy}: {words} ({self.left()})")
+
+    def _figures(self, loss: float | None, rate: float) -> str:
+        return f"loss {loss:.4f}  {rate:,.0f} {self.results.unit}/s"
 
     def _say(self, bar: TaskID, words: str) -> None:
         self.bars.update(bar, figures=words)
 
 
-def _figures(loss: float | None, rate: float) -> str:
-    return f"loss {loss:.4f}  {rate:,.0f} tokens/s"
+def _roughly(seconds: float) -> str:
+    """Return a duration as one says it."""
+    if seconds < 50:
+        return f"about {max(10, round(seconds, -1)):.0f} seconds"
+    minutes = round(seconds / 60)
+    return "about a minute" if minutes == 1 else f"about {minutes} minutes"
 
 
 def run_all(
@@ -132,12 +154,12 @@ def run_all(
         save: called whenever there are new figures.
     """
     begun, rows = time.monotonic(), {row.strategy: row for row in results.rows}
-    follower = Follower(cases, results.asked, results.steps, Terminal())
+    follower = Follower(cases, results, Terminal())
     with follower.shown():
         for repeat, case in product(range(results.asked), cases):
             row = rows[case.label]
             if row.reason:
-                follower.skip()
+                follower.skip(case)
                 continue
             place, before = folder / "runs" / case.folder / str(repeat), time.monotonic()
             metrics = place / "metrics.jsonl"
@@ -147,6 +169,7 @@ def run_all(
                 # two machines' default data differ with their Python
                 if digest := summary["data"].get("digest"):
                     results.facts["data digest"] = digest
+                results.unit = summary["unit"]
                 seconds = time.monotonic() - before
                 row.add(summary, list(json_files.lines(metrics)), untimed, seconds)
                 row.compare(_reference(case, cases, rows))

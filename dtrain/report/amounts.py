@@ -1,9 +1,10 @@
-"""Amounts in words, in powers of a thousand. (Only torch's `bucket_mb` counts in MiB.)"""
+"""Amounts in words: bytes in powers of 1,024 (MiB), all else in powers of a thousand."""
 
 from __future__ import annotations
 
 PREFIXES = ((1e9, "G"), (1e6, "M"), (1e3, "k"))
-MB = 1e6  # bytes: the unit of columns that have one unit
+MIB = 1 << 20  # bytes: the unit of columns that have one unit
+SIZES = ((1 << 30, "GiB"), (MIB, "MiB"), (1 << 10, "KiB"))
 
 
 def with_si_prefix(number: float, unit: str) -> str:
@@ -16,4 +17,7 @@ def with_si_prefix(number: float, unit: str) -> str:
 
 def in_bytes(number: float) -> str:
     """Return a number of bytes in words."""
-    return with_si_prefix(number, "B")
+    for size, unit in SIZES:
+        if number >= size:
+            return f"{number / size:,.1f} {unit}"
+    return f"{number:.0f} B"

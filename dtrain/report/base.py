@@ -22,6 +22,7 @@ class Run:
     folder: Path
     facts: tuple[str, ...]  # lines for a person: model, data, precision, threads
     config: dict[str, Any]
+    unit: str = "tokens"  # what its throughput counts
 
 
 class Logger:

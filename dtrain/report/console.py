@@ -1,4 +1,4 @@
-"""The console: a line of facts, a progress bar with the figures on it, the result."""
+"""The console: lines of facts, some ten lines of a run's steps, a progress bar, the result."""
 
 from __future__ import annotations
 
@@ -14,16 +14,16 @@ from dtrain.cost.plan_cost import PlanCost
 from dtrain.cost.timeline import Span
 from dtrain.data.base import Data
 from dtrain.report import instruments
-from dtrain.report.amounts import MB, in_bytes, with_si_prefix
+from dtrain.report.amounts import in_bytes, with_si_prefix
 from dtrain.report.base import Logger, Run
 from dtrain.report.tables import numbers, show_table
 from dtrain.report.terminal import Terminal, on_one_line
 
-LINES = 10  # of a run's steps, where output is no terminal
+LINES = 10  # of a run's steps
 
 
 class Console(Logger):
-    """Show progress to a person: a bar, or some ten plain lines where output is no terminal."""
+    """Show progress to a person: some ten lines of steps; on a terminal a bar below them."""
 
     def __init__(self) -> None:
         self._terminal = Terminal()
@@ -33,12 +33,10 @@ class Console(Logger):
     def start(self, run: Run) -> None:
         mesh = " x ".join(f"{axis}={degree}" for axis, degree in run.mesh.items()) or "one process"
         rest = f" on {run.world_size} {'rank' if run.world_size == 1 else 'ranks'} ({mesh})"
-        self._terminal.print(
-            Text.assemble((on_one_line(run.strategy), "bold"), rest), soft_wrap=True
-        )
+        self._terminal.say(Text.assemble((on_one_line(run.strategy), "bold"), rest))
         for fact in (*run.facts, f"folder: {run.folder}"):
-            self._terminal.print(f"  {fact}", soft_wrap=True)
-        self._first, self._last = run.first_step + 1, run.steps
+            self._terminal.say(f"  {fact}")
+        self._first, self._last, self._unit = run.first_step + 1, run.steps, run.unit
         self._every = max(1, (run.steps - run.first_step) // LINES)
         if self._terminal.is_terminal:
             columns = (
@@ -54,7 +52,7 @@ class Console(Logger):
             self._progress.start()
 
     def step(self, figures: dict[str, Any]) -> None:
-        line = f"loss {figures['loss']:.4f}  {figures['tokens_per_second']:,.0f} tokens/s"
+        line = f"loss {figures['loss']:.4f}  {figures['tokens_per_second']:,.0f} {self._unit}/s"
         measures = [
             f"{name.removeprefix('val_')} {value:.4f}"
             for name, value in figures.items()
@@ -64,7 +62,7 @@ class Console(Logger):
         if self._progress:
             self._progress.update(self._task, completed=figures["step"], figures=line)
         due = figures["step"] in (self._first, self._last) or figures["step"] % self._every == 0
-        if held_out or (due and not self._progress):
+        if held_out or due:
             self._print(f"step {figures['step']:>6}  {line}{held_out}")
 
     def note(self, text: str) -> None:
@@ -78,9 +76,9 @@ class Console(Logger):
         self._stop()
         mfu = f", MFU {summary['mfu']:.1%}" if summary.get("mfu") else ""
         self._print(
-            f"loss {summary['loss']:.4f}, {summary['tokens_per_second']:,.0f} tokens/s, "
+            f"loss {summary['loss']:.4f}, {summary['tokens_per_second']:,.0f} {summary['unit']}/s, "
             f"{summary['step_seconds_median'] * 1e3:.0f} ms a step{mfu}, "
-            f"process memory at most {summary['peak_memory_bytes'] / MB:,.0f} MB a rank"
+            f"process memory at most {in_bytes(summary['peak_memory_bytes'])} a rank"
         )
         if summary.get("checkpoint"):
             self._print(f"weights: {summary['checkpoint']}")
@@ -94,7 +92,7 @@ class Console(Logger):
             self._progress = None
 
     def _print(self, text: str) -> None:
-        (self._progress.console if self._progress else self._terminal).print(text, soft_wrap=True)
+        self._terminal.say(text)  # above the bar
 
 
 @contextmanager
@@ -111,7 +109,7 @@ def preparation_progress(data: Data, *, shown: bool) -> Iterator[Callable[[str, 
             if terminal.is_terminal:
                 status.start()
             else:
-                terminal.print(f"preparing the data {data.name}", soft_wrap=True)
+                terminal.say(f"preparing the data {data.name}")
         if documents % 20 == 0:
             line = f"preparing the data {data.name}: {phase}, {documents:,} documents"
             status.update(Text(on_one_line(line)))
@@ -119,7 +117,7 @@ def preparation_progress(data: Data, *, shown: bool) -> Iterator[Callable[[str, 
     try:
         yield progress
         if begun and data.cache_folder:
-            terminal.print(f"the data {data.name} are kept in {data.cache_folder}", soft_wrap=True)
+            terminal.say(f"the data {data.name} are kept in {data.cache_folder}")
     finally:
         status.stop()
 
@@ -133,10 +131,9 @@ def show_plan_cost(found: PlanCost) -> None:
     plan, cost, terminal = found.plan, found.cost, Terminal()
     mesh = " x ".join(f"{axis}={degree}" for axis, degree in plan.degrees.items()) or "one process"
     ranks = f"{plan.world_size:,} {'rank' if plan.world_size == 1 else 'ranks'}"
-    terminal.print(
+    terminal.say(
         f"{mesh} ({ranks}), {found.rows:,} rows a step, on each rank {found.micro_batches:,} x "
-        f"{found.rows_at_once:,} at once; rank {found.rank:,} holds most",
-        soft_wrap=True,
+        f"{found.rows_at_once:,} at once; rank {found.rank:,} holds most"
     )
     kinds = {
         "weights": cost.parameter_bytes,
@@ -156,7 +153,7 @@ def show_plan_cost(found: PlanCost) -> None:
         *((f"sent a step, {axis}", in_bytes(size)) for axis, size in found.sent.items()),
     ]
     show_table(None, ["of a rank", *numbers("")], rows)
-    terminal.print(_fits(found), soft_wrap=True)
+    terminal.say(_fits(found))
 
 
 def _fits(found: PlanCost) -> str:

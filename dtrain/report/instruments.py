@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from dtrain.report.amounts import MB
+from dtrain.report.amounts import MIB
 from dtrain.report.tables import numbers, show_table
 from dtrain.report.terminal import Terminal
 
@@ -41,16 +41,16 @@ def _show_traffic(measured: list[dict[str, Any]], predicted: list[dict[str, Any]
 
 def _show_memory(memory: dict[str, Any]) -> None:
     rows = [
-        (kind, *(_mb(sizes[amount]) for amount in ("most", "predicted", "at_peak")))
+        (kind, *(_mib(sizes[amount]) for amount in ("most", "predicted", "at_peak")))
         for kind, sizes in memory["kinds"].items()
     ]
-    rows.append(("together", "", "", _mb(memory["peak"])))
+    rows.append(("together", "", "", _mib(memory["peak"])))
     columns = numbers("most", "predicted", "at the peak")
-    show_table("tensor memory of a step in MB, rank 0", ["kind", *columns], rows)
+    show_table("tensor memory of a step in MiB, rank 0", ["kind", *columns], rows)
 
 
-def _mb(size: int | None) -> str:
-    return "-" if size is None else f"{size / MB:,.2f}"
+def _mib(size: int | None) -> str:
+    return "-" if size is None else f"{size / MIB:,.2f}"
 
 
 def _show_time(ranks: list[dict[str, float]]) -> None:

@@ -27,18 +27,20 @@ class Told:
 
 def show_job(job: Told) -> None:
     """Print the job's number and overrides, as it begins."""
-    Terminal().print(f"job {job.number}: {' '.join(job.overrides)}", soft_wrap=True)
+    Terminal().say(f"job {job.number}: {' '.join(job.overrides)}")
 
 
 def show_sweep(jobs: Sequence[Told]) -> None:
     """Print a row for each job, with its own overrides and figures, and why a job has failed."""
     if not jobs:
         return
+    units: set[str] = set()
     alike = set.intersection(*(set(job.overrides) for job in jobs)) if len(jobs) > 1 else set()
     rows = []
     for job in jobs:
         finished = (job.folder / SUMMARY).exists() and not job.reason  # else it is another run's
         summary = summary_in(job.folder) if finished else {}
+        units |= {summary["unit"]} if "unit" in summary else set()
         own = " ".join(each for each in job.overrides if each not in alike)
         values = [
             "–" if (value := summary.get(key)) is None else format(value, form)
@@ -47,10 +49,10 @@ def show_sweep(jobs: Sequence[Told]) -> None:
         rows.append((job.number, own, *values, str(job.folder)))
     columns = [
         *(Column(name, overflow="fold") for name in ("job", "overrides")),
-        *numbers("loss", "validation", "tokens/s", no_wrap=True),
+        *numbers("loss", "validation", f"{'/'.join(sorted(units)) or 'tokens'}/s", no_wrap=True),
         Column("folder", overflow="fold"),
     ]
     show_table(f"{len(jobs)} {'job' if len(jobs) == 1 else 'jobs'}", columns, rows)
     for job in jobs:
         if job.reason:
-            Terminal().print(f"job {job.number} failed: {job.reason}", soft_wrap=True)
+            Terminal().say(f"job {job.number} failed: {job.reason}")

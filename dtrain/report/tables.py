@@ -24,14 +24,34 @@ def show_table(
     terminal: Terminal | None = None,
     **style: Any,
 ) -> None:
-    """Print a table. An empty row draws a line; `style` goes to rich's Table."""
+    """Print a table. An empty row draws a line; `style` goes to rich's Table.
+
+    Where the terminal is too narrow for its longest words it is printed as a list.
+    """
+    terminal, rows = terminal or Terminal(), list(rows)
     table = Table(*columns, title=title, **style)
     for row in rows:
         if row:
             table.add_row(*row)
         else:
             table.add_section()
-    (terminal or Terminal()).print(table)
+    unbounded = terminal.options.update(max_width=1_000_000)
+    if terminal.measure(table, options=unbounded).minimum <= terminal.width:
+        terminal.print(table)
+    else:
+        _show_list(terminal, title, [str(c.header) for c in table.columns], filter(None, rows))
+
+
+def _show_list(
+    terminal: Terminal, title: str | None, names: Sequence[str], rows: Iterable[Sequence[str]]
+) -> None:
+    """Print each row as its first cell, and below it a line for each of the others."""
+    if title:
+        terminal.say(title)
+    for first, *others in rows:
+        terminal.say(f"  {first}")
+        for name, cell in zip(names[1:], others, strict=False):
+            terminal.say(f"    {name} {cell}".rstrip() if name else f"    {cell}")
 
 
 def numbers(*names: str, no_wrap: bool = False) -> list[Column]:

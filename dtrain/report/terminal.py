@@ -12,6 +12,7 @@ import unicodedata
 from typing import Any
 
 from rich.console import Console
+from rich.padding import Padding
 from rich.text import Text
 
 HIDDEN = ("Cc", "Cf", "Cs", "Co", "Cn", "Zl", "Zp")  # Unicode's categories of characters
@@ -38,6 +39,16 @@ class Terminal(Console):
 
     def __init__(self, **options: Any) -> None:
         super().__init__(highlight=False, markup=False, emoji=False, **options)
+
+    def say(self, text: str | Text) -> None:
+        """Print a line; a terminal that is too narrow for it breaks it between words."""
+        if not self.is_terminal:
+            self.print(text, soft_wrap=True)
+            return
+        text = self.render_str(text) if isinstance(text, str) else text
+        indent = len(text.plain) - len(text.plain.lstrip())
+        text.plain = text.plain.lstrip() if indent else text.plain
+        self.print(Padding(text, (0, 0, 0, indent)) if indent else text)
 
     def render_str(self, text: str, **options: Any) -> Text:
         return super().render_str(on_one_line(text), **options)

@@ -127,7 +127,17 @@ def _train(
     lines = facts(job, meter, peak_source)
     first, mesh = trainer.next_step, job.plan.degrees
     job.logger.start(
-        Run(strategy, mesh, world.size, first, config.steps, folder, lines, job.written)
+        Run(
+            strategy,
+            mesh,
+            world.size,
+            first,
+            config.steps,
+            folder,
+            lines,
+            job.written,
+            job.task.unit,
+        )
     )
     if world.rank == 0:
         job.data.save_for_inference(folder)

@@ -123,6 +123,7 @@ def summary_of(
         "peak_memory_bytes": max(peaks),
         "peak_memory_bytes_by_rank": peaks,
         "tokens": figures["tokens"],
+        "unit": job.task.unit,
         "data": job.data.describe() | left_out,
         "environment": environment.describe(),
         "config": job.written,

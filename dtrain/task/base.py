@@ -142,6 +142,7 @@ class Task(ABC):
     # whether its loss compares the tokens of a row, and so needs whole outputs
     mixes_tokens: bool = False
     summary: str = ""  # for people, at the start of a run
+    unit: str = "tokens"  # what `size` counts, and so the throughput: tokens or samples
 
     def __init_subclass__(cls, **more: object) -> None:
         super().__init_subclass__(**more)

@@ -62,6 +62,8 @@ class GAN(Task):
         ValueError: the models do not fit the samples or each other, or a setting is out of range.
     """
 
+    unit = "samples"
+
     def __init__(
         self,
         models: dict[str, ModelFactory],

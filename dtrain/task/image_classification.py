@@ -31,6 +31,8 @@ class ImageClassification(Classifier):
         ValueError: the images have no classes, or the model does not fit them.
     """
 
+    unit = "samples"
+
     def __init__(
         self,
         models: dict[str, ModelFactory],

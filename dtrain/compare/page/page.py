@@ -10,7 +10,7 @@ from typing import Any
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from plotly.offline import get_plotlyjs
 
-from dtrain.compare.figures import COLUMNS, in_words
+from dtrain.compare.figures import columns_of, in_words
 from dtrain.compare.page.charts import charts
 from dtrain.compare.page.step import gantt
 from dtrain.compare.page.style import Chart, family
@@ -50,7 +50,7 @@ def document(
         results=results,
         verdicts=verdicts(results),
         charts=charts(results) if results.ran else [],
-        columns=COLUMNS,
+        columns=columns_of(results),
         best=pareto_front(results.comparable),
         rows=[(row, in_words(row)) for row in results.ran],
         values=lambda row, figure: json.dumps(getattr(row, figure)),
