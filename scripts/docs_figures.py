@@ -224,6 +224,18 @@ def memory_table(page: Page, found: Sequence[dict[str, Any]]) -> Iterator[str]:
         yield f"| `{label(run)}` | {' | '.join(cells)} |"
 
 
+def bubbles(page: Page, told: Sequence[dict[str, Any]]) -> Iterator[str]:
+    """Yield a line that tells the idle shares of pipelines, if the page has any."""
+    shares = [summary["profile"]["bubble"] for summary in told]
+    words = [
+        f"`{label(run)}` {share['measured']:.0%} ({share['theory']:.0%})"
+        for run, share in zip(page.runs, shares, strict=True)
+        if share
+    ]
+    if words:
+        yield f"Idle share of a step, measured (by the schedule): {', '.join(words)}.\n"
+
+
 def summary_of(name: str, number: int, again: bool) -> dict[str, Any]:
     """Return what a run tells of itself, after it has run.
 
@@ -280,6 +292,7 @@ def figures(page: Page, told: Sequence[dict[str, Any]]) -> str:
             "",
             *memory_table(page, memory),
             "",
+            *bubbles(page, told),
             f"(`make docs-figures`, {made})",
             "",
         ]
