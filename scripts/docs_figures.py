@@ -1,5 +1,7 @@
 """The measured tables of docs/axes, from runs of today: make docs-figures
 
+`python scripts/docs_figures.py tensor` runs those of a page; `--again` runs none and writes anew.
+
 Each run trains the model `tiny` for six steps with instruments on. A table is written only if every
 payload is what its formula says, and what the strategy predicts from shapes.
 """
@@ -29,7 +31,7 @@ KINDS = ("parameters", "gradients", "optimizer", "activations")
 # what `model=tiny` trains on: rows of a batch, tokens of a row, width, words, bytes of a number
 B, T, C, V, FP32 = 16, 64, 64, 256, 4
 KIB = 2**10
-COUNTS = "LEn"  # symbols that are numbers, not bytes
+COUNTS = "LEHn"  # symbols that are numbers, not bytes
 
 
 @dataclass(frozen=True)
@@ -108,13 +110,13 @@ PAGES: dict[str, Page] = {
             Run("single", 1),
             *(
                 Run(
-                    f"pipeline strategy.pp.schedule={kind} strategy.pp.micro_batches=4",
+                    f"pipeline strategy.pp.schedule={kind}",
                     payloads={"pp send": sent},
                 )
                 for kind, sent in (("gpipe", "A + W"), ("1f1b", "A + W"), ("zbv", "2 A"))
             ),
         ),
-        ("model.n_layers=4",),
+        ("model.n_layers=4", "micro_batch_size=4"),
         {"A": B * T * C * FP32, "W": V * C * FP32},
     ),
     "context": Page(
@@ -140,6 +142,13 @@ PAGES: dict[str, Page] = {
         ("model.n_experts=4",),
         {"R": 2 * B * T * C * FP32, "X": 2 * 4 * 8 * C * C * FP32, "L": 2, "E": 4},
     ),
+    "asynchronous": Page(
+        (
+            Run("ddp", payloads={"dp all_reduce": "N"}),
+            Run("local_sgd strategy.dp.sync_every=3", payloads={"dp all_reduce": "N"}),
+            Run("diloco strategy.dp.sync_every=3", payloads={"dp all_reduce": "N"}),
+        )
+    ),
 }
 
 
@@ -156,6 +165,12 @@ class Line:
     @property
     def key(self) -> str:
         return f"{self.axis} {self.operation}"
+
+
+def document(name: str) -> Path:
+    """Return where a page is."""
+    folder = ROOT / "docs" if name == "asynchronous" else ROOT / "docs" / "axes"
+    return folder / f"{name}.md"
 
 
 def evaluate(formula: str, sizes: dict[str, int]) -> float:
@@ -198,7 +213,7 @@ def message_table(page: Page, found: Sequence[Sequence[Line]], weights: int) -> 
     Raises:
         ValueError: a payload is not what its formula says.
     """
-    yield "| strategy | message | calls | payload | = KiB | measured KiB | sent KiB |"
+    yield "| strategy | message | calls | payload | = KiB | measured | sent |"
     yield "|---|---|---:|---|---:|---:|---:|"
     for run, messages in zip(page.runs, found, strict=True):
         sizes = {**page.sizes, "N": weights, "n": run.ranks}
@@ -220,8 +235,13 @@ def memory_table(page: Page, found: Sequence[dict[str, Any]]) -> Iterator[str]:
     yield "|---|---:|---:|---:|---:|"
     for run, memory in zip(page.runs, found, strict=True):
         kinds = [memory["kinds"][kind] for kind in KINDS]
-        cells = [f"{k['most'] / KIB:,.1f} ({k['predicted'] / KIB:,.1f})" for k in kinds]
+        cells = [_amount(kind["most"], kind["predicted"]) for kind in kinds]
         yield f"| `{label(run)}` | {' | '.join(cells)} |"
+
+
+def _amount(measured: int, predicted: int | None) -> str:
+    told = f"{measured / KIB:,.1f}"
+    return told if predicted is None else f"{told} ({predicted / KIB:,.1f})"
 
 
 def bubbles(page: Page, told: Sequence[dict[str, Any]]) -> Iterator[str]:
@@ -252,7 +272,7 @@ def summary_of(name: str, number: int, again: bool) -> dict[str, Any]:
     ranks = told["profile"]["ranks"]
     measured, predicted = (
         lines(page.runs[number], [rank[key] for rank in ranks])
-        for key in ("traffic", "traffic_predicted")
+        for key in ("traffic", "traffic_predicted" if told["synchronous"] else "traffic")
     )
     if measured != predicted:
         raise ValueError(f"{page.runs[number].strategy}: {measured} is not {predicted}")
@@ -287,7 +307,7 @@ def figures(page: Page, told: Sequence[dict[str, Any]]) -> str:
             "```sh",
             *(f"dtrain train {' '.join(words(run, page))}" for run in page.runs),
             "```\n",
-            f"Messages of one step{of_all}. {symbols(page, weights)}\n",
+            f"Messages of the last step{of_all}. {symbols(page, weights)}\n",
             *message_table(page, found, weights),
             "",
             *memory_table(page, memory),
@@ -300,6 +320,8 @@ def figures(page: Page, told: Sequence[dict[str, Any]]) -> str:
 
 
 if __name__ == "__main__":
-    for name, page in PAGES.items():
-        told = [summary_of(name, number, "--again" in sys.argv) for number in range(len(page.runs))]
-        put_between(ROOT / "docs" / "axes" / f"{name}.md", BEGIN, END, figures(page, told))
+    again, chosen = "--again" in sys.argv, [name for name in PAGES if name in sys.argv]
+    for name in chosen or PAGES:
+        page = PAGES[name]
+        told = [summary_of(name, number, again) for number in range(len(page.runs))]
+        put_between(document(name), BEGIN, END, figures(page, told))

@@ -20,6 +20,7 @@ from docs_figures import (
     Page,
     Run,
     T,
+    document,
     label,
     message_table,
     symbols,
@@ -66,7 +67,9 @@ def costs(typed: tuple[str, ...], ranks: int) -> list[Cost]:
 
 
 def predicted(run: Run, page: Page) -> list[Cost]:
-    return costs(tuple(words(run, page)), run.ranks)
+    """What a run predicts; of local SGD, that of a step in which the ranks meet."""
+    typed = [re.sub("sync_every=.*", "sync_every=1", word) for word in words(run, page)]
+    return costs(tuple(typed), run.ranks)
 
 
 def messages(run: Run, page: Page) -> list[Line]:
@@ -85,7 +88,7 @@ def messages(run: Run, page: Page) -> list[Line]:
 
 
 def measured_part(name: str) -> str:
-    return (AXES / f"{name}.md").read_text().partition(BEGIN)[2].partition(END)[0]
+    return document(name).read_text().partition(BEGIN)[2].partition(END)[0]
 
 
 @pytest.mark.parametrize("name", PAGES)
@@ -105,6 +108,9 @@ def test_a_pages_memory_is_predicted(name: str) -> None:
         cost = predicted(run, page)[0]
         (row,) = re.findall(rf"^\| `{re.escape(label(run))}` \| ([^a-z]+) \|$", told, re.M)
         cells = [re.findall(r"[\d.,]+", cell) for cell in row.split(" | ")]
+        if all(len(cell) == 1 for cell in cells):  # no prediction is told of it
+            assert run.strategy.startswith(("local_sgd", "diloco"))
+            continue
         fixed = (cost.parameter_bytes, cost.gradient_bytes, cost.optimizer_bytes)
         assert [cell[0] for cell in cells[:3]] == [f"{size / KIB:,.1f}" for size in fixed]
         assert [cell[1] for cell in cells] == [
@@ -147,7 +153,7 @@ def test_an_exercises_answer_is_what_the_strategy_predicts(
     cost = costs((f"launch.nproc={ranks}", "model=tiny", *typed.split()), ranks)[0]
     size = factor * sum(m.bytes for m in cost.messages if m.operation in operations) / KIB
     assert f"{size:,.{len(told.partition('.')[2])}f}" == told
-    assert told in (AXES / f"{name}.md").read_text().partition(END)[2]
+    assert told in document(name).read_text().partition(END)[2]
 
 
 def test_the_pipelines_exercise_is_what_the_schedule_says() -> None:
