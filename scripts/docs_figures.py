@@ -247,13 +247,13 @@ def _amount(measured: int, predicted: int | None) -> str:
 def bubbles(page: Page, told: Sequence[dict[str, Any]]) -> Iterator[str]:
     """Yield a line that tells the idle shares of pipelines, if the page has any."""
     shares = [summary["profile"]["bubble"] for summary in told]
-    words = [
+    shown = [
         f"`{label(run)}` {share['measured']:.0%} ({share['theory']:.0%})"
         for run, share in zip(page.runs, shares, strict=True)
         if share
     ]
-    if words:
-        yield f"Idle share of a step, measured (by the schedule): {', '.join(words)}.\n"
+    if shown:
+        yield f"Idle share of a step, measured (by the schedule): {', '.join(shown)}.\n"
 
 
 def summary_of(name: str, number: int, again: bool) -> dict[str, Any]:
