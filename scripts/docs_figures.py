@@ -291,7 +291,7 @@ def symbols(page: Page, weights: int) -> str:
     return f"Here {', '.join(told)}."
 
 
-def figures(page: Page, told: Sequence[dict[str, Any]]) -> str:
+def figures(page: Page, told: Sequence[dict[str, Any]], made_on: date) -> str:
     """Return the measured part of a page. Its first run holds all weights on a rank."""
     ranks = [summary["profile"]["ranks"] for summary in told]
     found = [
@@ -300,7 +300,7 @@ def figures(page: Page, told: Sequence[dict[str, Any]]) -> str:
     ]
     memory = [each[0]["memory"] for each in ranks]
     weights = memory[0]["kinds"]["parameters"]["most"]
-    made = f"{date.today()}, torch {torch.__version__.split('+')[0]} on CPUs"
+    made = f"{made_on}, torch {torch.__version__.split('+')[0]} on CPUs"
     of_all = " (both ranks together)" if page.runs[-1].together else " (rank 0)"
     return "\n".join(
         [
@@ -324,4 +324,6 @@ if __name__ == "__main__":
     for name in chosen or PAGES:
         page = PAGES[name]
         told = [summary_of(name, number, again) for number in range(len(page.runs))]
-        put_between(document(name), BEGIN, END, figures(page, told))
+        last = (FOLDER / f"{name}-{len(told) - 1}" / "summary.json").stat().st_mtime
+        text = figures(page, told, date.fromtimestamp(last))
+        put_between(document(name), BEGIN, END, text)
