@@ -34,8 +34,8 @@ rooms:
 docs: $(VENV)/.docs
 	$(VENV)/bin/python scripts/docs_site.py
 
-drawings:
-	$(PYTHON) scripts/docs_drawings.py
+drawings: $(VENV)/.run
+	$(VENV)/bin/python scripts/docs_drawings.py
 
 docs-figures: $(VENV)/.run
 	$(VENV)/bin/python scripts/docs_figures.py
