@@ -25,15 +25,15 @@ MENDED = {
 ROOT = Path(__file__).parent.parent
 TEXTS = [
     ROOT / "README.md",
-    *ROOT.glob("docs/*.md"),
+    *ROOT.glob("docs/**/*.md"),
     ROOT / "CONTRIBUTING.md",
     *ROOT.glob("configs/**/*.yaml"),
 ]
 
 
-# torchrun's script, or the command itself
-COMMAND = (
-    r"(?:(?:python|torchrun) .*?scripts/(\w+)\.py|dtrain (train|compare|info))(?![:\w]) ?([^`#|]*)"
+# `dtrain train strategy=fsdp`, or the script of that name, of which a launcher may start ranks
+COMMAND = re.compile(
+    r"(?:(?<![\w=-])dtrain |(?:python|torchrun) .*?scripts/)(train|compare|info)\b(?:\.py)?(?!:) ?([^`#|]*)"
 )
 
 
@@ -42,7 +42,7 @@ def commands() -> list[tuple[str, list[str]]]:
     for text in TEXTS:
         for line in text.read_text().splitlines():
             if match := re.search(COMMAND, line):
-                script, rest = match[1] or match[2], match[3]
+                script, rest = match.groups()
                 # two folders, and no configuration: tests/test_compare.py
                 if rest.startswith("--from "):
                     continue
@@ -66,11 +66,36 @@ def test_every_command_of_the_documents_composes(script: str, overrides: list[st
 
 
 def test_every_link_of_the_documents_is_there() -> None:
+    """As GitHub shows them; tests/test_site.py looks at the site that is made of them."""
     for text in TEXTS:
-        for target in re.findall(r"\]\(([^)#]+)\)", text.read_text()):
-            assert target.startswith("http") or (text.parent / target).exists(), (
+        for target in re.findall(r"\]\(([^)\s]+)\)", text.read_text()):
+            path, _, anchor = target.partition("#")
+            file = text.parent / path if path else text
+            assert target.startswith("http") or file.exists(), f"{text.name}: {target}"
+            assert not anchor or target.startswith("http") or anchor in anchors(file), (
                 f"{text.name}: {target}"
             )
+
+
+def anchors(document: Path) -> set[str]:
+    """The anchors that GitHub gives a document's headings: words, hyphens between them."""
+    code_left_out = re.sub(r"^```.*?^```$", "", document.read_text(), flags=re.M | re.S)
+    titles = re.findall(r"^#+ (.+)$", code_left_out, re.M)
+    return {re.sub(r"[^\w\- ]", "", title.lower()).replace(" ", "-") for title in titles}
+
+
+@pytest.mark.parametrize(
+    ("line", "found"),
+    [
+        ("dtrain train launch.nproc=2", ("train", "launch.nproc=2")),
+        ("`python scripts/info.py model=tiny` tells", ("info", "model=tiny")),
+        ("torchrun --nproc-per-node 2 scripts/train.py", ("train", "")),
+        ("docker run dtrain dtrain compare steps=9", ("compare", "steps=9")),
+    ],
+)
+def test_commands_of_the_documents_are_found(line: str, found: tuple[str, str]) -> None:
+    match = COMMAND.search(line)
+    assert match and match.groups() == found
 
 
 def test_the_makefile_has_what_the_readme_names() -> None:
