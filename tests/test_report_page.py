@@ -171,11 +171,12 @@ def ends(**values: float) -> list[End]:
 def test_what_is_beyond_some_times_the_median_is_cut_off_and_its_value_written() -> None:
     usual = ends(a=1, b=2, c=3)
     assert beyond([*usual, *ends(d=TIMES * 2.5)]) == [] and beyond(ends(a=0, b=0, c=9)) == []
+    assert beyond(ends(a=1, b=1, c=1, d=4, e=5, f=10)) == []  # each within twice the one before
     far = ends(d=900)
     assert beyond([*usual, *far]) == far
     figure = charts.go.Figure()
     assert cut(figure, "x", usual) == "" and not figure.layout.annotations
-    assert "4 times the median is cut off" in cut(figure, "x", [*usual, *far])
+    assert "far beyond 4 times the median is cut off" in cut(figure, "x", [*usual, *far])
     assert figure.layout.meta["cut"]["x"] == {"range": [0, 3 * ROOM], "of": [*"abcd"]}
     (mark,) = figure.layout.annotations
     assert (mark.name, mark.text, mark.x, mark.y, mark.xref) == ("d", "900 s ▸", 1, "d", "paper")

@@ -11,7 +11,8 @@ import plotly.graph_objects as go
 
 from dtrain.report.terminal import for_html
 
-TIMES = 4  # the median: what is greater is beyond
+TIMES = 4  # the median: what is greater may be beyond
+GAP = 2  # times the greatest of the others: what is beyond is greater
 ROOM = 1.25  # times the greatest of the others: where the axis ends
 LINE, HEIGHT = 16, 200  # pixels of a line of words, and of the lowest chart
 
@@ -34,10 +35,17 @@ class End:
 
 
 def beyond(ends: Sequence[End]) -> list[End]:
-    """Return the ends of more than `TIMES` the median, or none if that is no positive number."""
-    values = [end.value for end in ends if math.isfinite(end.value)]
+    """Return the ends far above the median and all others, or none if that is not positive."""
+    values = sorted(end.value for end in ends if math.isfinite(end.value))
     usual = median(values) if values else 0.0
-    return [end for end in ends if end.value > TIMES * usual > 0]
+    if usual <= 0:
+        return []
+    greatest = TIMES * usual
+    edge = max(value for value in values if value <= greatest)
+    for value in values:
+        if greatest < value <= GAP * edge:
+            edge = value
+    return [end for end in ends if end.value > edge]
 
 
 def cut(figure: go.Figure, axis: str, ends: Sequence[End], least: float = 0.0) -> str:
@@ -74,7 +82,7 @@ def cut(figure: go.Figure, axis: str, ends: Sequence[End], least: float = 0.0) -
         )
         mark = f"{words} ▸" if axis == "x" else f"▴ {words}"
         figure.add_annotation(text=mark, name=end.strategy, showarrow=False, **place)
-    return f" What is beyond {TIMES} times the median is cut off; its value stands at the edge."
+    return f" What is far beyond {TIMES} times the median is cut off; its value stands at the edge."
 
 
 def _shifts(far: Sequence[End], ends: Sequence[End]) -> list[float]:
