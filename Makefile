@@ -6,7 +6,7 @@ WORKERS ?= 4
 PYTEST ?=
 PIP := $(VENV)/bin/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
-.PHONY: demo test test-times mutants smoke lint readme readme-figures rooms bench-bubble bench-traffic bench-bert bench-gan bench-augment bench-async chaos clean
+.PHONY: demo test test-times mutants smoke lint readme readme-figures article rooms bench-bubble bench-traffic bench-bert bench-gan bench-augment bench-async chaos clean
 
 demo: $(VENV)/.run
 	$(VENV)/bin/python scripts/compare.py
@@ -41,6 +41,9 @@ chaos: $(VENV)/.test
 
 readme-figures: $(VENV)/.test
 	$(VENV)/bin/python scripts/readme_figures.py
+
+article: $(VENV)/.test
+	$(VENV)/bin/python tests/pages.py docs/article.md
 
 readme: $(VENV)/.test
 	$(VENV)/bin/python scripts/info.py readme

@@ -7,9 +7,11 @@ from __future__ import annotations
 import re
 from collections import Counter
 from pathlib import Path
+from typing import Any
 
 import pages
 import pytest
+import torch
 
 from dtrain.data.sources import StandardLibrary
 from dtrain.data.text import Text
@@ -87,6 +89,16 @@ def test_a_figure_in_the_text_stands_in_an_output(section: str) -> None:
     told = re.findall(r"\d+(?:[.,]\d+)+", re.sub(r"`[^`]+`|\]\([^)]*\)", " ", prose(section)))
     shown = "\n".join(each.command + "\n" + each.output for each in pages.commands(section))
     assert not [figure for figure in told if figure not in shown]
+
+
+def test_the_gan_of_the_article_finds_the_ring() -> None:
+    page = (pages.ROOT / "docs" / "article.md").read_text()
+    (program,) = re.findall(r"^```python\n(.*?)^```$", page, re.M | re.S)
+    torch.manual_seed(1)
+    left: dict[str, Any] = {}
+    exec(program, left)
+    made, real = (left[name].detach().norm(dim=1).mean().item() for name in ("made", "real"))
+    assert made == pytest.approx(real, abs=0.25)  # 0.36 after the first step
 
 
 def test_output_is_written_below_its_command_in_every_block() -> None:
