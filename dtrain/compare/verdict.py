@@ -4,25 +4,36 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from statistics import quantiles
 
 from dtrain.compare.results import Results, Row
 from dtrain.report.amounts import in_bytes
 
+EQUAL = 1.01  # bytes that differ by less than a hundredth count as equal
+NAMED = 3  # strategies at most in a headline
+
 
 @dataclass(frozen=True)
 class Verdict:
-    """The best of a kind.
+    """The best of a kind, or those among which noise does not tell the best.
 
     Args:
         title: of what it is the best.
-        strategy: its label.
-        figure, note: its figure, and how far the others are from it, in words.
+        rows: the best; after it those that are about equal to it.
+        figure, note: the best figures, and how far the others are from them, in words.
     """
 
     title: str
-    strategy: str
+    rows: tuple[Row, ...]
     figure: str
     note: str
+
+    @property
+    def strategy(self) -> str:
+        """The winner's label, or those of the first that are about equal."""
+        first = ", ".join(row.strategy for row in self.rows[:NAMED])
+        more = f" and {len(self.rows) - NAMED} more" if len(self.rows) > NAMED else ""
+        return f"about equal: {first}{more}" if len(self.rows) > 1 else first
 
 
 def verdicts(results: Results) -> list[Verdict]:
@@ -30,36 +41,57 @@ def verdicts(results: Results) -> list[Verdict]:
     rows = [row for row in results.comparable if row.ranks > 1] or results.comparable
     if not rows:
         return []
-    fastest = max(rows, key=rate_of)
-    leanest = min(rows, key=memory_of)
-    quietest = min(rows, key=_sent_by)
-    memory, sent = in_bytes(memory_of(leanest)), in_bytes(_sent_by(quietest))
-    title = f"leanest in {kind_of_memory(leanest)}"
-    return [
-        Verdict(
-            "fastest", fastest.strategy, f"{rate_of(fastest):,.0f} tokens/s", _lead(rows, fastest)
-        ),
-        Verdict(title, leanest.strategy, f"{memory} a rank", _most(rows, memory_of)),
-        Verdict("fewest bytes sent", quietest.strategy, f"{sent} a step", _most(rows, _sent_by)),
-    ]
+    memory = f"leanest in {kind_of_memory(rows[0])}"
+    found = [_fastest(rows, results.unit), _least(memory, rows, memory_of, "a rank")]
+    if all(row.wire_bytes is not None for row in rows):
+        found.append(_least("fewest bytes sent", rows, _sent_by, "a step"))
+    return found
 
 
-def _most(rows: Sequence[Row], figure: Callable[[Row], float]) -> str:
-    worst = max(rows, key=figure)
-    return f"most: {worst.strategy}, {in_bytes(figure(worst))}" if len(rows) > 1 else "alone"
+def _fastest(rows: Sequence[Row], unit: str) -> Verdict:
+    """Name those whose throughput reaches the interval of the greatest."""
+    best = max(rows, key=rate_of)
+    reach = interval(best)[0]
+    others = sorted((row for row in rows if row is not best), key=rate_of, reverse=True)
+    tied = (best, *(row for row in others if interval(row)[1] >= reach))
+    low, high = f"{min(map(rate_of, tied)):,.0f}", f"{rate_of(best):,.0f}"
+    figure = f"{high if low == high else f'{low} to {high}'} {unit}/s"
+    return Verdict("fastest", tied, figure, _lead(tied, others))
 
 
-def _lead(rows: Sequence[Row], first: Row) -> str:
-    """Say how far the next row is, and whether that is more than noise."""
-    if len(rows) == 1:
+def _lead(tied: Sequence[Row], others: Sequence[Row]) -> str:
+    """Say how far the next row is, or why the first do not differ, and by what that is judged."""
+    if not others:
         return "alone"
-    second = max((row for row in rows if row is not first), key=rate_of)
-    words = f"{rate_of(first) / (rate_of(second) or 1) - 1:.0%} before {second.strategy}"
-    if min(len(first.repeats), len(second.repeats)) < 2:
-        return f"{words}; one run each, so noise is not known (repeats=3)"
-    if distinct(first, second):
-        return f"{words}; more than the repeats differ"
-    return f"{words}; within the spread of the repeats: a tie"
+    judged = [*tied, others[0]]
+    once = min(len(row.repeats) for row in judged) < 2
+    if len(tied) > 1:
+        also = ", ".join(row.strategy for row in tied[NAMED:])
+        spread = (
+            "one run each, and the spread of its steps" if once else "the spread of the repeats"
+        )
+        return f"{f'also {also}; ' if also else ''}{spread} is wider than the distance: a tie"
+    ahead = rate_of(tied[0]) / (rate_of(others[0]) or 1) - 1
+    words = f"{ahead:.0%} before {others[0].strategy}"
+    if once and min(len(_steps_of(row)) for row in judged) < 2:
+        return f"{words}; one step of one run each, so noise is not known (repeats=3)"
+    if once:
+        return f"{words}; one run each: more than its steps spread (repeats=3 tells more)"
+    return f"{words}; more than the repeats differ"
+
+
+def _least(title: str, rows: Sequence[Row], figure: Callable[[Row], float], per: str) -> Verdict:
+    """Name those with the fewest bytes."""
+    least = min(map(figure, rows))
+    tied = tuple(row for row in sorted(rows, key=figure) if figure(row) <= EQUAL * least)
+    worst = max(rows, key=figure)
+    also = ", ".join(row.strategy for row in tied[NAMED:])
+    note = "alone" if len(rows) == 1 else f"most: {worst.strategy}, {in_bytes(figure(worst))}"
+    if len(tied) == len(rows) > 1:
+        note = "nobody differs by more than 1%"
+    return Verdict(
+        title, tied, f"{in_bytes(least)} {per}", f"also {also}; {note}" if also else note
+    )
 
 
 def rate_of(row: Row) -> float:
@@ -101,10 +133,24 @@ def efficiency(row: Row, alone: Row) -> float:
     return rate_of(row) / (rate_of(alone) or 1) / row.ranks * alone.ranks
 
 
-def distinct(one: Row, other: Row) -> bool:
-    """Return whether all repeats of one row are faster than all of the other."""
-    (low, high), (least, most) = one.spread(), other.spread()
-    return high < least or most < low
+def interval(row: Row) -> tuple[float, float]:
+    """Return between which rates a row's throughput lies.
+
+    Of several repeats these are the least and the greatest. Of one they are those of its quick and
+    its slow steps: the quartiles, which of fewer than four steps are the extremes.
+    """
+    low, high = row.spread()
+    steps = _steps_of(row)
+    if len(row.repeats) > 1 or len(steps) < 2:
+        return low, high
+    quick, _, slow = quantiles(steps, n=4)
+    scale = rate_of(row) * (row.step_seconds or 0)
+    quick, slow = max(quick, min(steps)), min(slow, max(steps))
+    return min(low, scale / slow), max(high, scale / quick)
+
+
+def _steps_of(row: Row) -> list[float]:
+    return [each for repeat in row.repeats for each in repeat["step_seconds"]]
 
 
 def equal_time(rows: Sequence[Row]) -> float:

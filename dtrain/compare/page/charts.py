@@ -8,18 +8,20 @@ from collections.abc import Callable, Sequence
 import plotly.graph_objects as go
 
 from dtrain.compare.page.costs import memory, messages
-from dtrain.compare.page.style import POINT, TRACE, Chart, family
+from dtrain.compare.page.outliers import End, cut
+from dtrain.compare.page.style import POINT, TRACE, Chart, family, lines
 from dtrain.compare.results import Results, Row
 from dtrain.compare.verdict import (
     efficiency,
     equal_time,
+    interval,
     kind_of_memory,
     loss_at,
     memory_of,
     pareto_front,
     rate_of,
 )
-from dtrain.report.amounts import in_bytes
+from dtrain.report.amounts import MIB, in_bytes
 from dtrain.report.terminal import for_html
 
 DOTTED = {"dash": "dot", "color": "#888888"}
@@ -38,7 +40,7 @@ def tradeoff(results: Results) -> Chart:
     rows, figure = results.comparable, go.Figure()
     best = pareto_front(rows)
     figure.add_scatter(
-        x=[memory_of(r) / 1e6 for r in best],
+        x=[memory_of(r) / MIB for r in best],
         y=[r.tokens_per_second for r in best],
         mode="lines",
         line=DOTTED | {"width": 2},
@@ -50,11 +52,11 @@ def tradeoff(results: Results) -> Chart:
         groups[family(row)].append(row)
     for (name, colour), group in groups.items():
         figure.add_scatter(
-            x=[memory_of(r) / 1e6 for r in group],
+            x=[memory_of(r) / MIB for r in group],
             y=[r.tokens_per_second for r in group],
             customdata=[r.strategy for r in group],
             text=[for_html(r.strategy) if r in best else "" for r in group],
-            hovertext=[_tip(r) for r in group],
+            hovertext=[_tip(r, results.unit) for r in group],
             hoverinfo="text",
             mode="markers+text",
             textposition=["bottom center" if r in best[::2] else "top center" for r in group],
@@ -67,17 +69,20 @@ def tradeoff(results: Results) -> Chart:
             },
         )
     figure.update_layout(
-        xaxis_title=f"{kind_of_memory(rows[0])} of the fullest rank in MB (left is better)",
-        yaxis_title="tokens/s (up is better)",
+        xaxis_title=f"{kind_of_memory(rows[0])} of the fullest rank in MiB (left is better)",
+        yaxis_title=f"{results.unit}/s (up is better)",
         xaxis_rangemode="tozero",
         yaxis_rangemode="tozero",
     )
+    wide = [End(r.strategy, memory_of(r) / MIB, in_bytes(memory_of(r)), rate_of(r)) for r in rows]
+    high = [End(r.strategy, rate_of(r), f"{rate_of(r):,.0f}", memory_of(r) / MIB) for r in rows]
+    words = max(cut(figure, "x", wide), cut(figure, "y", high))
     return Chart(
         "tradeoff",
         "Throughput against memory",
         "Full circles are the Pareto front: nothing else is both faster and leaner. Left out "
         "here: what trains another model, is not synchronous, or uses more ranks than were asked "
-        "for.",
+        f"for.{words}",
         POINT,
         figure,
     )
@@ -85,9 +90,9 @@ def tradeoff(results: Results) -> Chart:
 
 def losses(results: Results) -> Chart:
     """Losses over steps."""
-    figure = _curves(results, lambda row: list(range(1, len(row.losses) + 1)))
-    figure.update_layout(xaxis_title="step", hovermode="x")
-    words = "What trains the same, synchronously, draws one line."
+    figure, words = _curves(results, lambda row: list(range(1, len(row.losses) + 1)))
+    figure.update_layout(xaxis_title="step")
+    words = f"What trains the same, synchronously, draws one line.{words}"
     compared = [row for row in results.ran if row.synchronous and row.loss_difference is not None]
     if compared:
         worst = max(compared, key=lambda row: row.loss_difference or 0)
@@ -100,11 +105,17 @@ def losses(results: Results) -> Chart:
 
 def pace(results: Results) -> Chart:
     """Losses over time."""
-    figure = _curves(results, lambda row: row.seconds)
+    figure, words = _curves(results, lambda row: row.seconds)
     until = equal_time(results.comparable or results.ran)
     figure.add_vline(x=until, line=DOTTED | {"width": 1})
     figure.update_layout(xaxis_title="seconds in steps", xaxis_rangemode="tozero")
-    words = "The same curves, over the time that the steps took."
+    ends = [
+        End(row.strategy, row.seconds[-1], f"{row.seconds[-1]:.1f} s", row.losses[-1])
+        for row in results.ran
+    ]
+    words = "The same curves, over the time that the steps took." + max(
+        words, cut(figure, "x", ends)
+    )
     if results.loose:
         rows = [*results.comparable[:1], *results.loose]
         at_that_time = "; ".join(f"{row.strategy} {loss_at(row, until):.4f}" for row in rows)
@@ -115,33 +126,36 @@ def pace(results: Results) -> Chart:
     return Chart("pace", "Loss against time", words, TRACE, figure)
 
 
-def _curves(results: Results, along: Callable[[Row], Sequence[float]]) -> go.Figure:
-    """Return every row's losses over what `along` returns of its steps."""
-    figure = go.Figure()
-    for row in results.ran:
-        line = {"color": family(row)[1], "dash": "solid" if row.synchronous else "dash"}
+def _curves(results: Results, along: Callable[[Row], Sequence[float]]) -> tuple[go.Figure, str]:
+    """Return every row's losses over what `along` returns of its steps, and what is cut off."""
+    figure, ends = go.Figure(), []
+    for row, style in zip(results.ran, lines(results.ran), strict=True):
         figure.add_scatter(
             x=along(row),
             y=row.losses,
             name=for_html(row.strategy),
             mode="lines",
-            line=line,
             customdata=[row.strategy],
+            **style,
         )
-    return figure.update_layout(yaxis_title="loss")
+        worst = max(row.losses)
+        place = along(row)[row.losses.index(worst)]
+        ends.append(End(row.strategy, worst, f"{worst:,.4g}", place))
+    figure.update_layout(yaxis_title="loss", hovermode="closest")
+    return figure, cut(figure, "y", ends, min(min(row.losses) for row in results.ran))
 
 
 def throughput(results: Results) -> Chart:
-    """A bar for each row, with whiskers for its repeats."""
+    """A bar for each row, with whiskers for its repeats, or for its steps if there is one."""
     rows, figure = sorted(results.ran, key=rate_of), go.Figure()
-    spreads = [row.spread() for row in rows]
+    spreads = [interval(row) for row in rows]
     figure.add_bar(
         orientation="h",
         y=[for_html(r.strategy) for r in rows],
         x=[r.tokens_per_second for r in rows],
         customdata=[r.strategy for r in rows],
         marker={"color": [family(r)[1] for r in rows]},
-        hovertext=[_tip(r) for r in rows],
+        hovertext=[_tip(r, results.unit) for r in rows],
         hoverinfo="text",
         error_x={
             "type": "data",
@@ -151,19 +165,23 @@ def throughput(results: Results) -> Chart:
         },
         showlegend=False,
     )
-    figure.update_layout(xaxis_title="tokens/s", meta={"rows": len(rows)})
+    figure.update_layout(xaxis_title=f"{results.unit}/s", meta={"rows": len(rows)})
     words = (
-        "whiskers go to the least and the greatest of the repeats"
+        "Median over the repeats; whiskers go to the least and the greatest of the repeats."
         if results.asked > 1
-        else "one run each"
+        else "One run each; whiskers go to the rates of its quick and its slow steps (quartiles)."
     )
-    return Chart("throughput", "Throughput", f"Median over the repeats; {words}.", POINT, figure)
+    ends = [
+        End(r.strategy, most, f"{rate_of(r):,.0f}", for_html(r.strategy))
+        for r, (_, most) in zip(rows, spreads, strict=True)
+    ]
+    return Chart("throughput", "Throughput", words + cut(figure, "x", ends), POINT, figure)
 
 
 def steps(results: Results) -> Chart:
     """A box of step times for each row."""
     rows = sorted(results.ran, key=lambda row: -(row.step_seconds or 0))
-    figure = go.Figure()
+    figure, ends = go.Figure(), []
     for row in rows:
         seconds = [1e3 * each for repeat in row.repeats for each in repeat["step_seconds"]]
         figure.add_box(
@@ -175,6 +193,9 @@ def steps(results: Results) -> Chart:
             customdata=[row.strategy],
             hoverinfo="x",
         )
+        least, most = f"{min(seconds):,.0f}", f"{max(seconds):,.0f}"
+        span = least if least == most else f"{least} to {most}"
+        ends.append(End(row.strategy, max(seconds), f"{span} ms", for_html(row.strategy)))
     figure.update_layout(
         xaxis_title="milliseconds a step", xaxis_rangemode="tozero", meta={"rows": len(rows)}
     )
@@ -182,7 +203,8 @@ def steps(results: Results) -> Chart:
         "steps",
         "Step time",
         "Every step of every repeat but the first steps, which instruments and warming up "
-        "disturb: median, quartiles, and whiskers to 1.5 times their distance.",
+        "disturb: median, quartiles, and whiskers to 1.5 times their distance."
+        f"{cut(figure, 'x', ends)}",
         TRACE,
         figure,
     )
@@ -198,20 +220,22 @@ def scaling(results: Results) -> Chart:
         for name, rows in groups.items()
         if len(rows) > 1
     }
-    for name, rows in several.items():
+    styles = lines([rows[-1] for rows in several.values()])
+    for (name, rows), style in zip(several.items(), styles, strict=True):
         figure.add_scatter(
             x=[r.ranks for r in rows],
             y=[100 * efficiency(r, rows[0]) for r in rows],
             name=for_html(name),
             mode="lines+markers",
-            line={"color": family(rows[-1])[1]},
             customdata=[r.strategy for r in rows],
+            **style,
         )
     sizes = sorted({row.ranks for rows in several.values() for row in rows})
     figure.add_scatter(
         x=sizes,
         y=[100] * len(sizes),
         name="ideal",
+        legendgroup="for comparison",
         mode="lines",
         line=DOTTED,
     )
@@ -235,10 +259,10 @@ def scaling(results: Results) -> Chart:
     )
 
 
-def _tip(row: Row) -> str:
+def _tip(row: Row, unit: str) -> str:
     return (
         f"<b>{for_html(row.strategy)}</b> on {row.ranks}<br>{row.tokens_per_second:,.0f} "
-        f"tokens/s<br>"
+        f"{unit}/s<br>"
         f"{in_bytes(memory_of(row))} of {kind_of_memory(row)} a rank<br>"
         f"{in_bytes(row.wire_bytes or 0)} sent a step"
     )

@@ -7,8 +7,10 @@ from typing import Any
 
 import plotly.graph_objects as go
 
+from dtrain.compare.page.outliers import End, cut
 from dtrain.compare.page.style import FAMILIES, KINDS, POINT, TICK, Chart
 from dtrain.compare.results import Results, Row
+from dtrain.report.amounts import MIB, in_bytes
 from dtrain.report.terminal import for_html
 
 PATTERNS = {
@@ -32,12 +34,14 @@ def memory(results: Results) -> Chart:
         predictions = [kinds[kind]["predicted"] for kind in list(KINDS)[:4]]
         if None not in predictions:
             ends += ((row, end) for end in accumulate(predictions))
-    _ticks(figure, rows, ends, "predicted up to", "MB of tensors on the fullest rank")
+    _ticks(figure, rows, ends, "predicted up to", "MiB of tensors on the fullest rank")
+    words = _cut(figure, rows, [[m[kind]["most"] or 0 for kind in KINDS] for m in fullest])
     return Chart(
         "memory",
         "Memory by kind",
         "The most of each kind in a step; ticks are where each of the first four kinds should "
-        "end, from shapes alone.",
+        "end, from shapes alone."
+        f"{words}",
         POINT,
         figure,
     )
@@ -58,13 +62,14 @@ def messages(results: Results) -> Chart:
         for row in rows
         if (predictions := row.traffic_predicted[row.busiest]) is not None
     ]
-    _ticks(figure, rows, ends, "predicted", "MB that leave the busiest rank in a step")
+    _ticks(figure, rows, ends, "predicted", "MiB that leave the busiest rank in a step")
+    words = _cut(figure, rows, [[m["wire_bytes"] for m in messages] for messages in busiest])
     return Chart(
         "messages",
         "Bytes sent",
         "By axis and collective: what was handed to collectives in the last step, times what a "
         "ring sends of it; the tick is the sum that the formulas give. Without one, no formula "
-        "is known.",
+        f"is known.{words}",
         POINT,
         figure,
     )
@@ -77,11 +82,11 @@ def _part(
     figure.add_bar(
         orientation="h",
         y=[for_html(row.strategy) for row in rows],
-        x=[size / 1e6 for size in sizes],
+        x=[size / MIB for size in sizes],
         name=name,
         marker=marker,
         customdata=[row.strategy for row in rows],
-        hovertemplate="%{y}: %{x:.2f} MB",
+        hovertemplate="%{y}: %{x:.2f} MiB",
     )
 
 
@@ -91,7 +96,7 @@ def _ticks(
     """Add a tick at each row's predicted number of bytes, and lay the bars out."""
     figure.add_scatter(
         y=[for_html(row.strategy) for row, _ in ends],
-        x=[end / 1e6 for _, end in ends],
+        x=[end / MIB for _, end in ends],
         mode="markers",
         marker=TICK,
         customdata=[row.strategy for row, _ in ends],
@@ -102,6 +107,16 @@ def _ticks(
     figure.update_layout(
         barmode="stack", xaxis_rangemode="tozero", xaxis_title=title, meta={"rows": len(rows)}
     )
+
+
+def _cut(figure: go.Figure, rows: list[Row], parts: list[list[float]]) -> str:
+    """Cut off bars that are far longer than others."""
+    sums = [sum(sizes) for sizes in parts]
+    ends = [
+        End(row.strategy, size / MIB, in_bytes(size), for_html(row.strategy))
+        for row, size in zip(rows, sums, strict=True)
+    ]
+    return cut(figure, "x", ends)
 
 
 def _kind(message: dict[str, Any]) -> tuple[str, str]:

@@ -45,10 +45,12 @@ def document(
         lstrip_blocks=True,
         finalize=lambda value: without_control_characters(value) if type(value) is str else value,
     )
+    told = verdicts(results)
+    best = {row.strategy: [v.title for v in told if v.rows[0] is row] for row in results.ran}
     steps = sum(sum(each["step_seconds"]) for row in results.ran for each in row.repeats)
     return environment.get_template("page.html").render(
         results=results,
-        verdicts=verdicts(results),
+        verdicts=told,
         charts=charts(results) if results.ran else [],
         columns=columns_of(results),
         best=pareto_front(results.comparable),
@@ -57,7 +59,11 @@ def document(
         missing=[row for row in results.rows if row.reason or not row.ran],
         data=_embedded,
         colour=lambda row: family(row)[1],
-        cards=[_card(row, traces.get(row.strategy), link) for row in results.ran],
+        cards=[
+            _card(row, traces.get(row.strategy), link)
+            | {"best": best[row.strategy] if row.ranks > 1 else []}
+            for row in results.ran
+        ],
         plotly=get_plotlyjs(),
         steps=steps,
         facts={name: value for name, value in results.facts.items() if value is not None},

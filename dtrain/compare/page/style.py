@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import plotly.graph_objects as go
 
@@ -17,6 +20,8 @@ FAMILIES = {  # by the axis of a mesh; what is on several is composed
     "tp": ("tensor", "#d9822b"), "pp": ("pipeline", "#8e5ab8"), "cp": ("context", "#c2447a"),
     "ep": ("experts", "#8a6d3b"), "+": ("composed", "#b8443c"),
 }  # fmt: skip
+LOOSE = ("not synchronous", "#5c9e31")  # whatever its axes: its losses are its own
+DASHES = ("solid", "dash", "dot", "dashdot", "longdash", "longdashdot")
 KINDS = {
     "parameters": "#2f6fb5",
     "gradients": "#d9822b",
@@ -49,5 +54,20 @@ class Chart:
 
 def family(row: Row) -> tuple[str, str]:
     """Return a row's kind of parallelism, and its colour."""
+    if not row.synchronous:
+        return LOOSE
     axes = [axis for axis, degree in row.mesh.items() if degree > 1]
     return FAMILIES["+" if len(axes) > 1 else axes[0] if axes else ""]
+
+
+def lines(rows: Sequence[Row]) -> list[dict[str, Any]]:
+    """Return each row's group of the legend and line: a colour a family, other dashes within it."""
+    seen: Counter[str] = Counter()
+    styles = []
+    for row in rows:
+        name, colour = family(row)
+        times, dash = divmod(seen[name], len(DASHES))
+        line = {"color": colour, "dash": DASHES[dash], "width": 2 + 2 * times}
+        styles.append({"legendgroup": name, "line": line})
+        seen[name] += 1
+    return styles
