@@ -16,13 +16,13 @@ def _():
     mo.md(r"""
     # 1. One process
 
-    Before a model is divided, look at what there is to divide. This lesson trains the model
-    `tiny` on one process: a Transformer of two blocks, 64 wide, that reads bytes of Python
-    programs and predicts the next byte. You predict its loss and its memory; then dtrain trains
-    it for five steps and measures both.
+    Before a model is divided, look at what there is to divide. This lesson trains the model `tiny`
+    on one process: a Transformer of two blocks, 64 wide, that reads bytes of Python programs and
+    predicts the next byte. You predict its loss and its memory; then dtrain trains it for five
+    steps and measures both.
 
-    It takes six minutes. Answer first, then press the button. A wrong answer costs nothing, and
-    a guess teaches more than none.
+    It takes six minutes. Answer first, then press the button. A wrong answer costs nothing, and a
+    guess teaches more than none.
     """)
     return
 
@@ -38,8 +38,8 @@ def _():
     * **parameters**: the weights, 4 bytes each in fp32;
     * **gradients**: as many numbers as there are weights;
     * **optimizer states**: Adam keeps two moments of each gradient;
-    * **activations**: what the forward pass keeps for the backward pass. There are more of them
-      the more tokens the batch has.
+    * **activations**: what the forward pass keeps for the backward pass. There are more of them the
+      more tokens the batch has.
 
     The batch has 4 rows of 64 bytes. The vocabulary has 256 words, one for each byte.
     """)
@@ -108,14 +108,15 @@ def trained(form, questions):
 
 @app.cell
 def judged(eight, four, given, questions):
-    states = ("parameters", "gradients", "optimizer")
     verdicts = lesson.judge(
         "01_one_process",
         questions,
         given,
         {
             "loss": Measured(four.losses[0]),
-            "states": Measured(four.held(*states) / MIB, four.held(*states, predicted=True) / MIB),
+            "states": Measured(
+                four.held(*lesson.STATES) / MIB, four.held(*lesson.STATES, predicted=True) / MIB
+            ),
             "largest": Measured(max(lesson.KINDS, key=four.held)),
             "double": Measured(
                 eight.held("activations") / four.held("activations"),
@@ -139,11 +140,10 @@ def _(four):
     mo.md(f"""
     ## What you see
 
-    Bars are what dtrain measured in the third step, by following every tensor; black lines are
-    what it had predicted from the shapes of the model, before any step. Adam's states are a few
-    bytes more than 8 a parameter
-    ({four.held("optimizer") - 8 * lesson.parameters():,.0f} bytes here): a step count for each
-    tensor.
+    Bars are what dtrain measured in the third step, by following every tensor; black lines are what
+    it had predicted from the shapes of the model, before any step. Adam's states are a few bytes
+    more than 8 a parameter ({four.held("optimizer") - 8 * lesson.parameters():,.0f} bytes here): a
+    step count for each tensor.
 
     The rest of the course divides these bars among ranks. Each way to divide them sends other
     messages.
@@ -165,16 +165,16 @@ def _():
 
 @app.cell
 def setting():
-    recomputed = mo.ui.switch(value=True, label="activation_checkpointing")
+    option = mo.ui.switch(value=True, label="activation_checkpointing")
     again = mo.ui.run_button(label="Run dtrain")
-    mo.hstack([recomputed, again], justify="start")
-    return again, recomputed
+    mo.hstack([option, again], justify="start")
+    return again, option
 
 
 @app.cell
-def tried(again, recomputed):
+def tried(again, option):
     mo.stop(not again.value)
-    _own = run(f"activation_checkpointing={str(recomputed.value).lower()}")
+    _own = run(f"activation_checkpointing={str(option.value).lower()}")
     mo.md(
         f"Activations take {_own.held('activations') / KIB:,.0f} KiB; the loss of step 5 is "
         f"{_own.losses[-1]:.4f}.\n\n```sh\n{_own.command}\n```"

@@ -15,10 +15,13 @@ import io
 import json
 import math
 import os
+import re
 import shlex
+import signal
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -48,7 +51,8 @@ ROWS, TOKENS = 4, 64  # of a batch; of a row
 VOCABULARY, WIDTH, BLOCKS = 256, 64, 2  # of the model tiny
 FLOAT = 4  # bytes of a number in fp32
 KIB, MIB = 1024, 1024**2
-KINDS = ("parameters", "gradients", "optimizer", "activations")
+STATES = ("parameters", "gradients", "optimizer")  # between two steps
+KINDS = (*STATES, "activations")
 BY_FORMULA = "formula"  # `--answers formula`
 
 
@@ -78,6 +82,16 @@ class Result:
     def losses(self) -> list[float]:
         return [float(step["loss"]) for step in self.metrics]
 
+    @property
+    def steps_printed(self) -> list[int]:
+        """Return the steps that the run has printed, and so has trained."""
+        return [int(step) for step in re.findall(r"^step +(\d+)  loss", self.printed, re.M)]
+
+    @property
+    def said(self) -> list[str]:
+        """Return what dtrain says of an error, a line each."""
+        return [line for line in self.printed.splitlines() if line.startswith("dtrain: ")]
+
     def _ranks(self) -> list[dict[str, Any]]:
         ranks: list[dict[str, Any]] = self.summary["profile"]["ranks"]
         return ranks
@@ -86,6 +100,11 @@ class Result:
         """Return the bytes of such tensors on a rank: the most in a step."""
         of = self._ranks()[rank]["memory"]["kinds"]
         return float(sum(of[kind]["predicted" if predicted else "most"] for kind in kinds))
+
+    def calls(self, axis: str = "") -> int:
+        """Return the collectives and messages of a step of rank 0."""
+        found = self._ranks()[0]["traffic"]
+        return sum(int(each["calls"]) for each in found if axis in ("", each["axis"]))
 
     def sent(self, axis: str = "", what: str = "", rank: int = 0, predicted: bool = False) -> float:
         """Return the bytes that leave a rank in a step, on an axis and by a collective if given."""
@@ -105,13 +124,13 @@ class Result:
         return found
 
 
-def run(*settings: str, folder: Path | None = None, fails: bool = False) -> Result:
+def run(*settings: str, folder: Path | None = None, fails: bool | None = False) -> Result:
     """Train the model tiny by a command, and return what it leaves.
 
     Args:
         settings: as on the command line; they replace those of `TINY`.
         folder: where the run stays; None: it is read and removed.
-        fails: the lesson wants to see it fail.
+        fails: whether the lesson wants to see it fail; None: either will do.
 
     Raises:
         RuntimeError: it failed, or it did not.
@@ -122,12 +141,46 @@ def run(*settings: str, folder: Path | None = None, fails: bool = False) -> Resu
         with mo.status.spinner(title="dtrain trains", subtitle=shown(words)):
             ended = start([*TRAIN, *words, f"hydra.run.dir={place}"], temporary)
         result = _read(place, shown(words), ended)
-    if fails is (result.status == 0):
+    if fails is not None and fails is (result.status == 0):
         raise RuntimeError(
             f"{result.command} ended with status {result.status}:\n{result.printed[-2000:]}"
         )
     say(f"$ {result.command}")
     return result
+
+
+def run_and_kill(*settings: str, folder: Path, rank: int, step: int) -> Result:
+    """Train in the folder, and kill a rank (SIGKILL) when a step is in `metrics.jsonl`."""
+    words = [*_without(TINY, settings), *settings]
+    with (
+        tempfile.TemporaryFile("w+") as printed,
+        mo.status.spinner(title="dtrain trains, and is killed", subtitle=shown(words)),
+    ):
+        command = [*TRAIN, *words, f"hydra.run.dir={folder}"]
+        with subprocess.Popen(
+            command, cwd=folder.parent, stdin=subprocess.DEVNULL, stdout=printed, stderr=printed
+        ) as process:
+            while process.poll() is None and _steps(folder) < step:
+                time.sleep(0.02)
+            if process.poll() is None:
+                os.kill(_process_of(folder, rank), signal.SIGKILL)
+            process.wait(LONGEST)
+        printed.seek(0)
+        ended = subprocess.CompletedProcess(command, process.returncode, printed.read())
+    say(f"$ {shown(words)}  # and rank {rank} is killed")
+    return _read(folder, shown(words), ended)
+
+
+def _steps(folder: Path) -> int:
+    return max((line["step"] for line in json_files.lines(folder / "metrics.jsonl")), default=0)
+
+
+def _process_of(folder: Path, rank: int) -> int:
+    """Return the process of a rank, which its log begins with."""
+    found = re.findall(
+        rf"rank {rank}, process (\d+)", (folder / f"logs/rank{rank}.log").read_text()
+    )
+    return int(found[-1])
 
 
 def start(command: list[str], folder: str) -> subprocess.CompletedProcess[str]:
