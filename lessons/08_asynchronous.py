@@ -75,13 +75,11 @@ def asked():
         Question(
             "staleness",
             "How stale is a gradient on average with 2 workers?",
-            answer=1,
-            unit="updates",
-            tolerance=0.5,
+            answer="about 1 update",
+            choices=("fresh", "about 1 update", "about 2 updates", "about 8 updates"),
             hint="While one worker computes, the other one pushes. How often?",
-            because="It is about W - 1. It is a little less in a short run, since the first "
-            "gradient is fresh, and it changes from run to run: a half more or less counts as "
-            "right.",
+            because="It is about W - 1. In a short run it is a little less, since the first "
+            "gradient is fresh, and it changes from run to run.",
         ),
     )
     form = lesson.ask(questions)
@@ -119,7 +117,17 @@ def judged(ddp, given, local, questions, server):
                 lesson.SAME if lesson.apart(ddp, local) < lesson.ROUNDING else "not the same"
             ),
             "updates": Measured(server.metrics[-1]["updates"]),
-            "staleness": Measured(server.metrics[-1]["staleness"]),
+            "staleness": Measured(
+                min(
+                    {
+                        0: "fresh",
+                        1: "about 1 update",
+                        2: "about 2 updates",
+                        8: "about 8 updates",
+                    }.items(),
+                    key=lambda each: (abs(each[0] - server.metrics[-1]["staleness"]), -each[0]),
+                )[1]
+            ),
         },
     )
     lesson.show(verdicts)
@@ -136,6 +144,8 @@ def _(ddp, local, server):
 def _(ddp, local, server):
     mo.md(f"""
     ## What you see
+
+    A gradient was {server.metrics[-1]["staleness"]:.2f} updates old on average.
 
     The curves part: `local_sgd` by {lesson.apart(ddp, local):.2f} at most, the parameter server by
     {lesson.apart(ddp, server):.2f}. Equal losses prove that a synchronous strategy is right; here

@@ -265,7 +265,7 @@ class Question:
 
 
 def _places(value: float) -> int:
-    return 0 if value == int(value) or abs(value) >= 100 else 1 if abs(value) >= 20 else 3
+    return 0 if value == int(value) or abs(value) >= 100 else 1 if abs(value) >= 10 else 3
 
 
 @dataclass(frozen=True)
