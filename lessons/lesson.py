@@ -265,7 +265,9 @@ class Question:
 
 
 def _places(value: float) -> int:
-    return 0 if value == int(value) or abs(value) >= 100 else 1 if abs(value) >= 10 else 3
+    if not math.isfinite(value) or value == int(value) or abs(value) >= 100:
+        return 0
+    return 1 if abs(value) >= 10 else 3
 
 
 @dataclass(frozen=True)
@@ -361,7 +363,7 @@ def _distance(question: Question, given: float, value: float, right: bool) -> st
     told = f"{question.named(given)}, and dtrain measured {question.named(value)}"
     if right:
         return f"Right: you said {told}."
-    if value and given > 0:
+    if value > 0 and 0 < given < math.inf:
         ratio = given / value
         far = f"{ratio:.3g} times as much" if ratio > 1 else f"{ratio:.2g} of it"
         return f"No: you said {told}. Yours is {far}."
