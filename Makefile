@@ -6,7 +6,7 @@ WORKERS ?= 4
 PYTEST ?=
 PIP := $(VENV)/bin/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
-.PHONY: demo test test-times mutants smoke lint readme readme-figures article rooms bench-bubble bench-traffic bench-bert bench-gan bench-augment bench-async chaos clean
+.PHONY: demo test test-times mutants smoke lint readme readme-figures article rooms docs drawings docs-figures bench-bubble bench-traffic bench-bert bench-gan bench-augment bench-async chaos clean
 
 demo: $(VENV)/.run
 	$(VENV)/bin/python scripts/compare.py
@@ -30,6 +30,15 @@ lint: $(VENV)/.test
 
 rooms:
 	$(PYTHON) tests/rooms.py
+
+docs: $(VENV)/.docs
+	$(VENV)/bin/python scripts/docs_site.py
+
+drawings: $(VENV)/.run
+	$(VENV)/bin/python scripts/docs_drawings.py
+
+docs-figures: $(VENV)/.run
+	$(VENV)/bin/python scripts/docs_figures.py
 
 bench-bubble bench-traffic bench-async: $(VENV)/.run
 bench-bert bench-gan bench-augment: $(VENV)/.test
@@ -57,6 +66,12 @@ $(VENV)/.run: pyproject.toml constraints.txt
 
 $(VENV)/.test: $(VENV)/.run
 	$(PIP) --editable '.[test]'
+	touch $@
+
+# What builds the site, alone: it reads the sources and imports nothing of them.
+$(VENV)/.docs: pyproject.toml constraints.txt
+	test -x $(VENV)/bin/python || $(PYTHON) -m venv $(VENV)
+	$(PIP) zensical
 	touch $@
 
 # Needs uv. torch is left out, with what it alone requires: its files differ from index to index.

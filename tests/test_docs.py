@@ -26,7 +26,6 @@ MENDED = {
     "pillow": ("10.2.0", "10.3"),
 }
 ROOT = Path(__file__).parent.parent
-SCRIPTS = ("train", "compare", "info")
 TEXTS = [
     ROOT / "README.md",
     *ROOT.glob("docs/**/*.md"),
@@ -35,10 +34,10 @@ TEXTS = [
 ]
 
 
-# `torchrun … scripts/train.py …`, `python scripts/train.py …`, `dtrain train …`
+# `dtrain train strategy=fsdp`, or the script of that name, of which a launcher may start ranks
 COMMAND = re.compile(
-    r"(?:(?:python|torchrun) (?P<launch>.*?)scripts/(?P<script>\w+)\.py|"
-    rf"\bdtrain (?P<word>{'|'.join(SCRIPTS)})(?=[ `]|$)) ?(?P<rest>[^`#]*)"
+    r"(?:(?<![\w=-])dtrain |(?:python|torchrun) (?P<launch>.*?)scripts/)"
+    r"(?P<script>train|compare|info)\b(?:\.py)? ?(?P<rest>[^`#]*)"
 )
 
 
@@ -53,8 +52,7 @@ def commands() -> list[tuple[str, tuple[str, ...], int]]:
                 if rest.startswith("--from "):
                     continue
                 words = tuple(word for word in shlex.split(rest) if not word.startswith("-"))
-                script = match["script"] or match["word"]
-                found[script, words, ranks_of(match["launch"] or "")] = None
+                found[match["script"], words, ranks_of(match["launch"] or "")] = None
     return [*found]
 
 
@@ -87,11 +85,36 @@ def test_every_command_of_the_documents_composes(
 
 
 def test_every_link_of_the_documents_is_there() -> None:
+    """As GitHub shows them; tests/test_site.py looks at the site that is made of them."""
     for text in TEXTS:
-        for target in re.findall(r"\]\(([^)#]+)\)", text.read_text()):
-            assert target.startswith("http") or (text.parent / target).exists(), (
+        for target in re.findall(r"\]\(([^)\s]+)\)", text.read_text()):
+            path, _, anchor = target.partition("#")
+            file = text.parent / path if path else text
+            assert target.startswith("http") or file.exists(), f"{text.name}: {target}"
+            assert not anchor or target.startswith("http") or anchor in anchors(file), (
                 f"{text.name}: {target}"
             )
+
+
+def anchors(document: Path) -> set[str]:
+    """The anchors that GitHub gives a document's headings: words, hyphens between them."""
+    code_left_out = re.sub(r"^```.*?^```$", "", document.read_text(), flags=re.M | re.S)
+    titles = re.findall(r"^#+ (.+)$", code_left_out, re.M)
+    return {re.sub(r"[^\w\- ]", "", title.lower()).replace(" ", "-") for title in titles}
+
+
+@pytest.mark.parametrize(
+    ("line", "found"),
+    [
+        ("dtrain train launch.nproc=2", ("train", "launch.nproc=2")),
+        ("`python scripts/info.py model=tiny` tells", ("info", "model=tiny")),
+        ("torchrun --nproc-per-node 2 scripts/train.py", ("train", "")),
+        ("docker run dtrain dtrain compare steps=9", ("compare", "steps=9")),
+    ],
+)
+def test_commands_of_the_documents_are_found(line: str, found: tuple[str, str]) -> None:
+    match = COMMAND.search(line)
+    assert match and (match["script"], match["rest"]) == found
 
 
 def test_the_makefile_has_what_the_readme_names() -> None:

@@ -142,17 +142,24 @@ def bubble(schedule: Schedule, micro_batches: int) -> float:
     (p-1)/(m+p-1) for p ranks and m micro-batches; with v stages a rank, and m a multiple of p,
     (p-1)/(v m+p-1).
     """
-    ranks = [_work(schedule, rank, micro_batches) for rank in range(schedule.degree)]
-    ends: dict[Work, int] = {}
-    free, waiting = [0] * len(ranks), [list(reversed(work)) for work in ranks]
+    times = timetable(schedule, micro_batches).values()
+    busy = sum(end - begin for begin, end in times)
+    return 1 - busy / (schedule.degree * max(end for _, end in times))
+
+
+def timetable(schedule: Schedule, micro_batches: int) -> dict[Work, tuple[int, int]]:
+    """Return when each piece of a step's work begins and ends, in forward passes of a stage."""
+    waiting = [_work(schedule, rank, micro_batches)[::-1] for rank in range(schedule.degree)]
+    times: dict[Work, tuple[int, int]] = {}
+    free = [0] * len(waiting)
     while any(waiting):
         for rank, todo in enumerate(waiting):
-            while todo and ends.keys() >= (needs := _needs(todo[-1][0], schedule.stages - 1)):
+            while todo and times.keys() >= (needs := _needs(todo[-1][0], schedule.stages - 1)):
                 work, duration = todo.pop()
-                begin = max([free[rank], *(ends[need] for need in needs)])
-                free[rank] = ends[work] = begin + duration
-    busy = sum(duration for work in ranks for _, duration in work)
-    return 1 - busy / (schedule.degree * max(free))
+                begin = max([free[rank], *(times[need][1] for need in needs)])
+                free[rank] = begin + duration
+                times[work] = begin, free[rank]
+    return times
 
 
 def _work(schedule: Schedule, rank: int, micro_batches: int) -> list[tuple[Work, int]]:
