@@ -26,7 +26,6 @@ MENDED = {
     "pillow": ("10.2.0", "10.3"),
 }
 ROOT = Path(__file__).parent.parent
-SCRIPTS = ("train", "compare", "info")
 TEXTS = [
     ROOT / "README.md",
     *ROOT.glob("docs/**/*.md"),
@@ -53,8 +52,7 @@ def commands() -> list[tuple[str, tuple[str, ...], int]]:
                 if rest.startswith("--from "):
                     continue
                 words = tuple(word for word in shlex.split(rest) if not word.startswith("-"))
-                script = match["script"] or match["word"]
-                found[script, words, ranks_of(match["launch"] or "")] = None
+                found[match["script"], words, ranks_of(match["launch"] or "")] = None
     return [*found]
 
 

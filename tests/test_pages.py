@@ -94,6 +94,7 @@ def test_a_figure_in_the_text_stands_in_an_output(section: str) -> None:
 def test_the_gan_of_the_article_finds_the_ring() -> None:
     page = (pages.ROOT / "docs" / "article.md").read_text()
     (program,) = re.findall(r"^```python\n(.*?)^```$", page, re.M | re.S)
+    torch.set_num_threads(1)
     torch.manual_seed(1)
     left: dict[str, Any] = {}
     exec(program, left)
