@@ -72,7 +72,7 @@ ROOMS = {
     ),
     "cost": "figures front_door measure instruments cost compare",
     "report": (
-        "figures reports records images messages at_once measure compare instruments data cli"
+        "figures reports records images messages at_once measure report_page compare instruments data cli"
     ),
     "config": "messages configs refusals data cli capabilities docs",
 }

@@ -76,13 +76,13 @@ def tradeoff(results: Results) -> Chart:
     )
     wide = [End(r.strategy, memory_of(r) / MIB, in_bytes(memory_of(r)), rate_of(r)) for r in rows]
     high = [End(r.strategy, rate_of(r), f"{rate_of(r):,.0f}", memory_of(r) / MIB) for r in rows]
-    words = max(cut(figure, "x", wide), cut(figure, "y", high))
+    cuts = cut(figure, "x", wide), cut(figure, "y", high)
     return Chart(
         "tradeoff",
         "Throughput against memory",
         "Full circles are the Pareto front: nothing else is both faster and leaner. Left out "
         "here: what trains another model, is not synchronous, or uses more ranks than were asked "
-        f"for.{words}",
+        f"for.{cuts[0] or cuts[1]}",
         POINT,
         figure,
     )
@@ -113,9 +113,8 @@ def pace(results: Results) -> Chart:
         End(row.strategy, row.seconds[-1], f"{row.seconds[-1]:.1f} s", row.losses[-1])
         for row in results.ran
     ]
-    words = "The same curves, over the time that the steps took." + max(
-        words, cut(figure, "x", ends)
-    )
+    far = cut(figure, "x", ends)
+    words = f"The same curves, over the time that the steps took.{far or words}"
     if results.loose:
         rows = [*results.comparable[:1], *results.loose]
         at_that_time = "; ".join(f"{row.strategy} {loss_at(row, until):.4f}" for row in rows)

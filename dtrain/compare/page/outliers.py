@@ -13,7 +13,7 @@ from dtrain.report.terminal import for_html
 
 TIMES = 4  # the median: what is greater is beyond
 ROOM = 1.25  # times the greatest of the others: where the axis ends
-LINE, HEIGHT = 16, 300  # pixels of a line of words, and of a chart about
+LINE, HEIGHT = 16, 200  # pixels of a line of words, and of the lowest chart
 
 
 @dataclass(frozen=True)
@@ -63,7 +63,7 @@ def cut(figure: go.Figure, axis: str, ends: Sequence[End], least: float = 0.0) -
         meta=meta
         | {"cut": meta.get("cut", {}) | {axis: {"range": [least, edge], "of": strategies}}}
     )
-    shifts = _shifts([end.across for end in far]) if axis == "x" else [0.0] * len(far)
+    shifts = _shifts(far, ends) if axis == "x" else [0.0] * len(far)
     for end, shift in zip(far, shifts, strict=True):
         bar = end.across == for_html(end.strategy)
         words = end.words if bar else f"{for_html(end.strategy)} {end.words}"
@@ -74,17 +74,18 @@ def cut(figure: go.Figure, axis: str, ends: Sequence[End], least: float = 0.0) -
         )
         mark = f"{words} ▸" if axis == "x" else f"▴ {words}"
         figure.add_annotation(text=mark, name=end.strategy, showarrow=False, **place)
-    return f" What is beyond {TIMES} times the median is cut off there, and its value written."
+    return f" What is beyond {TIMES} times the median is cut off; its value stands at the edge."
 
 
-def _shifts(places: Sequence[float | str]) -> list[float]:
+def _shifts(far: Sequence[End], ends: Sequence[End]) -> list[float]:
     """Return by how many pixels words must move upwards, so that no two stand on each other."""
-    numbers = [place for place in places if not isinstance(place, str)]
-    if len(numbers) < len(places):  # bars, which have a line each
-        return [0.0] * len(places)
-    scale = HEIGHT / (max(map(abs, numbers)) or 1)
-    shifts, top = [0.0] * len(numbers), -math.inf
-    for index in sorted(range(len(numbers)), key=numbers.__getitem__):
-        at = max(scale * numbers[index], top + LINE)
-        shifts[index], top = at - scale * numbers[index], at
-    return shifts
+    places = {end.strategy: end.across for end in ends if not isinstance(end.across, str)}
+    if not places:  # bars, which have a line each
+        return [0.0] * len(far)
+    scale = HEIGHT / (max(map(abs, places.values())) or 1)
+    shifts, top = {}, -math.inf
+    for end in sorted(far, key=lambda end: places[end.strategy]):
+        at = scale * places[end.strategy]
+        top = max(at, top + LINE)
+        shifts[end.strategy] = top - at
+    return [shifts[end.strategy] for end in far]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,7 @@ from dtrain.compare.page.charts import charts
 from dtrain.compare.page.step import gantt
 from dtrain.compare.page.style import Chart, family
 from dtrain.compare.results import Results, Row
-from dtrain.compare.verdict import pareto_front, verdicts
+from dtrain.compare.verdict import Verdict, pareto_front, verdicts
 from dtrain.cost.predict import coordinates
 from dtrain.parallel.messages import Message
 from dtrain.report.amounts import in_bytes
@@ -46,7 +46,7 @@ def document(
         finalize=lambda value: without_control_characters(value) if type(value) is str else value,
     )
     told = verdicts(results)
-    best = {row.strategy: [v.title for v in told if v.rows[0] is row] for row in results.ran}
+    cards = [_card(row, traces.get(row.strategy), link, told) for row in results.ran]
     steps = sum(sum(each["step_seconds"]) for row in results.ran for each in row.repeats)
     return environment.get_template("page.html").render(
         results=results,
@@ -59,11 +59,8 @@ def document(
         missing=[row for row in results.rows if row.reason or not row.ran],
         data=_embedded,
         colour=lambda row: family(row)[1],
-        cards=[
-            _card(row, traces.get(row.strategy), link)
-            | {"best": best[row.strategy] if row.ranks > 1 else []}
-            for row in results.ran
-        ],
+        cards=cards,
+        first=sorted((card for card in cards if card["best"]), key=lambda card: card["best"][0]),
         plotly=get_plotlyjs(),
         steps=steps,
         facts={name: value for name, value in results.facts.items() if value is not None},
@@ -77,10 +74,15 @@ def _embedded(value: Any) -> str:
 
 
 def _card(
-    row: Row, events: list[dict[str, Any]] | None, link: Callable[[str], str]
+    row: Row,
+    events: list[dict[str, Any]] | None,
+    link: Callable[[str], str],
+    told: Sequence[Verdict],
 ) -> dict[str, Any]:
-    """Return what the page's card of one strategy shows."""
+    """Return what the page's card of one strategy shows, and of which verdicts it is the first."""
+    best = [i for i, each in enumerate(told) if each.rows[0] is row and row.ranks > 1]
     return {
+        "best": best,
         "row": row,
         "family": family(row),
         "mesh": _mesh(row),
