@@ -26,6 +26,7 @@ MENDED = {
     "pillow": ("10.2.0", "10.3"),
 }
 ROOT = Path(__file__).parent.parent
+COMMANDS = "train|compare|info"
 TEXTS = [
     ROOT / "README.md",
     *ROOT.glob("docs/**/*.md"),
@@ -37,7 +38,7 @@ TEXTS = [
 # `torchrun … scripts/train.py …`, `python scripts/train.py …`, `dtrain train …`
 COMMAND = re.compile(
     r"(?:(?:python|torchrun) (?P<launch>.*?)scripts/(?P<script>\w+)\.py|"
-    rf"\bdtrain (?P<word>{'|'.join(SCRIPTS)})(?=[ `]|$)) ?(?P<rest>[^`#|]*)"
+    rf"\bdtrain (?P<word>{COMMANDS})(?=[ `]|$)) ?(?P<rest>[^`#|]*)"
 )
 
 
