@@ -53,7 +53,9 @@ def commands() -> list[tuple[str, tuple[str, ...], int]]:
                 if rest.startswith("--from "):
                     continue
                 words = tuple(word for word in shlex.split(rest) if not word.startswith("-"))
-                found[match["script"], words, ranks_of(match["launch"] or "")] = None
+                found[match["script"] or match["word"], words, ranks_of(match["launch"] or "")] = (
+                    None
+                )
     return [*found]
 
 
