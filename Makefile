@@ -11,7 +11,7 @@ unexport PYTHONDONTWRITEBYTECODE
 .PHONY: demo test test-times mutants smoke lint readme readme-figures article rooms docs drawings docs-figures bench-bubble bench-traffic bench-bert bench-gan bench-augment bench-async chaos clean
 
 demo: $(VENV)/.run
-	$(VENV)/bin/python scripts/compare.py
+	$(VENV)/bin/dtrain compare
 
 test: $(VENV)/.test
 	$(VENV)/bin/pytest -n $(WORKERS) $(PYTEST)
