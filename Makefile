@@ -8,10 +8,10 @@ PYTEST ?=
 PIP := $(VENV)/bin/python -m pip install --quiet --no-compile --disable-pip-version-check --constraint constraints.txt
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: demo test test-times mutants smoke lint readme readme-figures rooms docs drawings docs-figures bench-bubble bench-traffic bench-bert bench-gan bench-augment bench-async chaos clean
+.PHONY: demo test test-times mutants smoke lint readme readme-figures article rooms docs drawings docs-figures bench-bubble bench-traffic bench-bert bench-gan bench-augment bench-async chaos clean
 
 demo: $(VENV)/.run
-	$(VENV)/bin/python scripts/compare.py
+	$(VENV)/bin/dtrain compare
 
 test: $(VENV)/.test
 	$(VENV)/bin/pytest -n $(WORKERS) $(PYTEST)
@@ -52,6 +52,9 @@ chaos: $(VENV)/.test
 
 readme-figures: $(VENV)/.test
 	$(VENV)/bin/python scripts/readme_figures.py
+
+article: $(VENV)/.test
+	$(VENV)/bin/python tests/pages.py docs/article.md
 
 readme: $(VENV)/.test
 	$(VENV)/bin/python scripts/readme_figures.py --tables

@@ -22,7 +22,7 @@ from urllib.parse import unquote, urldefrag
 from docs_reference import pages
 
 ROOT = Path(__file__).resolve().parent.parent
-TOP = ("README.md", "CONTRIBUTING.md", "SECURITY.md", "CHANGELOG.md")
+TOP = ("README.md", "README.zh.md", "CONTRIBUTING.md", "SECURITY.md", "CHANGELOG.md")
 LANGUAGES = {".py": "python", ".yaml": "yaml", ".sh": "sh", ".toml": "toml", "": "text"}
 # a line that GitHub does not show: <!-- source: dtrain/strategy/ddp.py -->
 SOURCE = re.compile(r"^<!-- source: (\S+) -->$", re.M)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import shlex
 import tomllib
+from math import prod
 from pathlib import Path
 
 import pytest
@@ -12,8 +13,10 @@ from hydra import compose, initialize_config_dir
 from packaging.requirements import Requirement
 
 from dtrain.cli import WORDS
-from dtrain.config.schema import register
+from dtrain.config.schema import register, validated
 from dtrain.config.untrusted_config import ALLOWED
+from dtrain.parallel.plan import Plan
+from dtrain.run.assemble import strategies_of
 
 # Versions with a hole that a configuration or an image of somebody else's would reach, and the
 # first without it.
@@ -23,6 +26,7 @@ MENDED = {
     "pillow": ("10.2.0", "10.3"),
 }
 ROOT = Path(__file__).parent.parent
+COMMANDS = "train|compare|info"
 TEXTS = [
     ROOT / "README.md",
     *ROOT.glob("docs/**/*.md"),
@@ -31,38 +35,57 @@ TEXTS = [
 ]
 
 
-# `dtrain train strategy=fsdp`, or the script of that name, of which a launcher may start ranks
+# `torchrun … scripts/train.py …`, `python scripts/train.py …`, `dtrain train …`
 COMMAND = re.compile(
-    r"(?:(?<![\w=-])dtrain |(?:python|torchrun) .*?scripts/)(train|compare|info)\b(?:\.py)?(?!:) ?([^`#|]*)"
+    r"(?:(?:python|torchrun) (?P<launch>.*?)scripts/(?P<script>\w+)\.py|"
+    rf"\bdtrain (?P<word>{COMMANDS})(?=[ `]|$)) ?(?P<rest>[^`#|]*)"
 )
 
 
-def commands() -> list[tuple[str, list[str]]]:
-    found = []
+def commands() -> list[tuple[str, tuple[str, ...], int]]:
+    """Script, overrides and ranks, each once."""
+    found = {}
     for text in TEXTS:
         for line in text.read_text().splitlines():
-            if match := re.search(COMMAND, line):
-                script, rest = match.groups()
+            if match := COMMAND.search(line):
+                rest = match["rest"]
                 # two folders, and no configuration: tests/test_compare.py
                 if rest.startswith("--from "):
                     continue
-                found.append(
-                    (script, [word for word in shlex.split(rest) if not word.startswith("-")])
+                words = tuple(word for word in shlex.split(rest) if not word.startswith("-"))
+                found[match["script"] or match["word"], words, ranks_of(match["launch"] or "")] = (
+                    None
                 )
-    return found
+    return [*found]
 
 
-@pytest.mark.parametrize(("script", "overrides"), commands(), ids=str)
-def test_every_command_of_the_documents_composes(script: str, overrides: list[str]) -> None:
+def ranks_of(launch: str) -> int:
+    """How many torchrun is told to start: on the most nodes, if it is told a range."""
+    options = (
+        re.search(rf"--{option}[= ](?:\d+:)?(\d+)", launch)
+        for option in ("nnodes", "nproc-per-node")
+    )
+    return prod(int(told[1]) for told in options if told)
+
+
+@pytest.mark.parametrize(("script", "overrides", "ranks"), commands(), ids=str)
+def test_every_command_of_the_documents_composes(
+    script: str, overrides: tuple[str, ...], ranks: int
+) -> None:
     register()
     assert (ROOT / "scripts" / f"{script}.py").exists()
     if " ".join(overrides) in WORDS.get(script, {}):
         return
-    single = [o for o in overrides if "," not in o or "[" in o]  # the others are sweeps
+    # of a sweep the first job
+    single = [o if "[" in o else o.split(",")[0] for o in overrides]
     with initialize_config_dir(str(ROOT / "configs"), version_base="1.3"):
-        assert (
-            compose(script, overrides=[o for o in single if not o.startswith("hydra.")]).steps >= 1
+        settings = validated(
+            compose(script, overrides=[o for o in single if not o.startswith("hydra.")])
         )
+    assert settings.steps >= 1
+    if any(o.startswith("strategy=") for o in single):
+        world_size = getattr(settings, "world_size", None) or settings.launch.nproc
+        Plan.of(strategies_of(settings), max(ranks, world_size))
 
 
 def test_every_link_of_the_documents_is_there() -> None:
@@ -95,7 +118,7 @@ def anchors(document: Path) -> set[str]:
 )
 def test_commands_of_the_documents_are_found(line: str, found: tuple[str, str]) -> None:
     match = COMMAND.search(line)
-    assert match and match.groups() == found
+    assert match and (match["script"] or match["word"], match["rest"]) == found
 
 
 def test_the_makefile_has_what_the_readme_names() -> None:

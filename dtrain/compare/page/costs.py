@@ -102,7 +102,7 @@ def _ticks(
         customdata=[row.strategy for row, _ in ends],
         name="predicted",
         meta="ink",
-        hovertemplate=f"%{{y}}: {words} %{{x:.2f}} MB",
+        hovertemplate=f"%{{y}}: {words} %{{x:.2f}} MiB",
     )
     figure.update_layout(
         barmode="stack", xaxis_rangemode="tozero", xaxis_title=title, meta={"rows": len(rows)}
