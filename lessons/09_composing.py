@@ -44,7 +44,7 @@ def _():
     return
 
 
-@app.cell
+@app.cell(hide_code=True)
 def asked():
     questions = (
         Question(

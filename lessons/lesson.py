@@ -401,27 +401,13 @@ def result_of(verdicts: Sequence[Verdict]) -> str:
 
 def show(verdicts: Sequence[Verdict]) -> Any:
     """Return a table of predictions beside what was measured, and what to say of each."""
-    rows = [
-        {
-            "": "✓" if each.right else "✗",
-            "question": number,
-            "you": "–" if each.given is None else each.question.named(each.given),
-            "formula": each.question.named(each.question.answer),
-            "dtrain predicted": "–"
-            if each.measured.predicted is None
-            else each.question.named(each.measured.predicted),
-            "dtrain measured": each.question.named(each.measured.value),
-        }
-        for number, each in enumerate(verdicts, 1)
-    ]
-    words = "\n".join(f"{number}. {each.text}" for number, each in enumerate(verdicts, 1))
-    return mo.vstack(
-        [
-            mo.md(f"### {result_of(verdicts)}"),
-            mo.ui.table(rows, selection=None, pagination=False, show_download=False),
-            mo.md(words),
-        ]
-    )
+    lines = ["| | you | the formula | dtrain predicted | dtrain measured | |", "|-|-|-|-|-|-|"]
+    for number, each in enumerate(verdicts, 1):
+        values = each.given, each.question.answer, each.measured.predicted, each.measured.value
+        told = ("–" if value is None else each.question.named(value) for value in values)
+        lines.append(f"| {number} | {' | '.join(told)} | {'✓' if each.right else '✗'} |")
+    words = (f"{number}. {each.text}" for number, each in enumerate(verdicts, 1))
+    return mo.md("\n".join([f"### {result_of(verdicts)}\n", *lines, "", *words]))
 
 
 # The score

@@ -221,16 +221,17 @@ def test_a_choice_is_right_or_it_is_said_what_is() -> None:
     assert not lesson.grade(CHOICE, None, Measured("b")).right
 
 
-def judged(name: str, *given: Any) -> None:
+def judged(name: str, *given: Any) -> str:
     measured = {"sent": Measured(100), "kind": Measured("b")}
     values = dict(zip(measured, given, strict=True))
-    lesson.judge(name, (NUMBER, CHOICE), Given(values, of_learner=True), measured)
+    given_by_learner = Given(values, of_learner=True)
+    return lesson.result_of(lesson.judge(name, (NUMBER, CHOICE), given_by_learner, measured))
 
 
 def test_the_score_grows_over_lessons_and_is_kept() -> None:
     judged("01_one_process", 100, "b")
     assert lesson.total() == "Your score: 2 of 2 right in 1 lesson"
-    judged("02_data_parallel", 500, "b")
+    assert judged("02_data_parallel", 500, "b") == "1 of 2 right"
     assert lesson.total() == "Your score: 3 of 4 right in 2 lessons"
     judged("01_one_process", 100, "a")  # the latest answers count
     assert lesson.total() == "Your score: 2 of 4 right in 2 lessons"

@@ -51,7 +51,7 @@ def test_repeats_decide_whether_there_is_a_fastest() -> None:
     """Whoever reaches the slowest repeat of the best may be as fast; a gap makes a winner."""
     ddp, near, far = row("ddp", (95, 105, 110)), row("fsdp", (90, 92, 95)), row("zero1", (80, 94))
     found = told(ddp, near, far)["fastest"]
-    assert found.strategy == "about equal: ddp, fsdp" and found.figure == "92 to 105 tokens/s"
+    assert found.strategy == "ddp, fsdp, about equal" and found.figure == "92 to 105 tokens/s"
     assert found.note == "the spread of the repeats is wider than the distance: a tie"
     found = told(ddp, far)["fastest"]
     assert (
@@ -68,7 +68,7 @@ def test_of_one_run_each_the_steps_decide_and_it_says_so() -> None:
         "100% before fsdp; one run each: more than its steps spread (repeats=3 tells more)"
     )
     found = told(once("ddp", *[0.1, 0.1, 0.1, 0.3] * 2), once("fsdp", *[0.2] * 8))["fastest"]
-    assert found.strategy == "about equal: ddp, fsdp"
+    assert found.strategy == "ddp, fsdp, about equal"
     assert found.note.startswith("one run each, and the spread of its steps is wider")
     assert told(row("ddp", (200,)), row("fsdp"))["fastest"].note.endswith(
         "one step of one run each, so noise is not known (repeats=3)"
@@ -90,9 +90,9 @@ def test_bytes_that_differ_by_less_than_a_hundredth_are_about_equal() -> None:
     names = ("ddp", "zero1", "fsdp", "tensor", "context")
     rows = [row(name, memory=1000 + i, sent=5.0 + i) for i, name in enumerate(names)]
     found = told(*rows, row("3d", memory=1011))
-    assert found["leanest"].strategy == "about equal: ddp, zero1, fsdp and 2 more"
+    assert found["leanest"].strategy == "ddp, zero1, fsdp and 2 more, about equal"
     assert found["leanest"].note == "also tensor, context; most: 3d, 1011 B"
-    assert found["fewest"].strategy == "about equal: ddp, 3d"
+    assert found["fewest"].strategy == "ddp, 3d, about equal"
     rows[1].wire_bytes = None  # nobody counted
     assert list(told(*rows)) == ["fastest", "leanest"]
 
@@ -103,7 +103,7 @@ def test_whoever_shows_a_verdict_shows_the_tie(
     found = whole(row("ddp", (95, 105)), row("fsdp", (96, 104)), row("zero1", (10, 11), 99, 9))
     show(found, tmp_path)
     for text in (capsys.readouterr().out, markdown.document(found), page.document(found, {}, str)):
-        assert "about equal: ddp, fsdp" in text.replace("\\", "")
+        assert "ddp, fsdp, about equal" in text.replace("\\", "")
 
 
 # What is told apart

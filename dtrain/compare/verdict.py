@@ -33,7 +33,7 @@ class Verdict:
         """The winner's label, or those of the first that are about equal."""
         first = ", ".join(row.strategy for row in self.rows[:NAMED])
         more = f" and {len(self.rows) - NAMED} more" if len(self.rows) > NAMED else ""
-        return f"about equal: {first}{more}" if len(self.rows) > 1 else first
+        return f"{first}{more}, about equal" if len(self.rows) > 1 else first
 
 
 def verdicts(results: Results) -> list[Verdict]:
