@@ -34,8 +34,7 @@ from matplotlib.ticker import MaxNLocator
 
 from dtrain.files import json_files
 
-ROOT = Path(__file__).parent.parent
-TRAIN = [sys.executable, str(ROOT / "scripts/train.py")]
+TRAIN = [sys.executable, "-m", "dtrain", "train"]
 # Small and short: a run takes seconds on two cores. The profile looks at steps 3 and 4.
 TINY = (
     "model=tiny",
