@@ -182,6 +182,10 @@ def _run(words: list[str], given: list[int]) -> int:
         module, _, name = words[1].partition(":")
         sys.argv = ["-c"]
         getattr(importlib.import_module(module), name)(*words[2:], *given)
+    elif words[:2] == ["-m", "dtrain"]:
+        _own_fork_server()
+        sys.argv = ["dtrain", *words[2:]]
+        runpy.run_module("dtrain", run_name="__main__")
     elif words[0] == "-m":
         assert words[1] == TORCHRUN
         _own_ranks_by_fork()
