@@ -122,8 +122,8 @@ def judged(given, gpipe2, gpipe8, one_f_one_b, questions):
         questions,
         given,
         {
-            "bubble2": Measured(100 * gpipe2.bubble["theory"]),
-            "bubble8": Measured(100 * gpipe8.bubble["theory"]),
+            "bubble2": Measured(100 * gpipe2.bubble["theory"], by="by the schedule"),
+            "bubble8": Measured(100 * gpipe8.bubble["theory"], by="by the schedule"),
             "memory": Measured(
                 one_f_one_b.held("activations") / gpipe8.held("activations"),
                 one_f_one_b.held("activations", predicted=True)
@@ -154,11 +154,12 @@ def _(gpipe2, gpipe8, one_f_one_b):
     mo.md(f"""
     ## What you see
 
-    The bubbles that were graded are those of the schedule: dtrain walks the list of what each rank
-    does, turn by turn. The clock said {100 * gpipe2.bubble["measured"]:.0f} % with 2 micro-batches
-    and {100 * gpipe8.bubble["measured"]:.0f} % with 8. That is more, because a pass of this tiny
-    model takes a millisecond, and the ranks spend most of a step with messages, and waiting for a
-    core. `make bench-bubble` measures it with a model whose passes are long.
+    The bubbles that were graded are not measured. They are those of the schedule: dtrain walks the
+    list of what each rank does, turn by turn. The clock said
+    {100 * gpipe2.bubble["measured"]:.0f} % with 2 micro-batches and
+    {100 * gpipe8.bubble["measured"]:.0f} % with 8. That is more, because a pass of this tiny model
+    takes a millisecond, and the ranks spend most of a step with messages, and waiting for a core.
+    `make bench-bubble` measures it with a model whose passes are long.
 
     The losses of `gpipe` and `1f1b` differ by {lesson.apart(gpipe8, one_f_one_b):.1e}.
     """)

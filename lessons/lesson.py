@@ -275,6 +275,12 @@ class Measured:
 
     value: float | str
     predicted: float | None = None
+    by: str = ""  # what it was found by, if not by measuring
+
+    def told(self, question: Question) -> str:
+        """Return it with its unit, as the end of a sentence."""
+        value = question.named(self.value)
+        return f"it is {value} {self.by}" if self.by else f"dtrain measured {value}"
 
 
 @dataclass(frozen=True)
@@ -348,18 +354,19 @@ def grade(question: Question, given: float | str | None, measured: Measured) -> 
     """Hold a prediction against what was measured."""
     value = measured.value
     if given is None:
-        right, text = False, f"You gave no answer. dtrain measured {question.named(value)}."
+        right, text = False, f"You gave no answer; {measured.told(question)}."
     elif isinstance(value, str) or isinstance(given, str):
         right = given == value
         text = "Right." if right else f"No: it is “{value}”."
     else:
         right = math.isfinite(given) and abs(given - value) <= question.tolerance * abs(value)
-        text = _distance(question, given, value, right)
+        text = _distance(question, given, measured, right)
     return Verdict(question, given, measured, right, f"{text} {question.because}")
 
 
-def _distance(question: Question, given: float, value: float, right: bool) -> str:
-    told = f"{question.named(given)}, and dtrain measured {question.named(value)}"
+def _distance(question: Question, given: float, measured: Measured, right: bool) -> str:
+    value = float(measured.value)
+    told = f"{question.named(given)}, and {measured.told(question)}"
     if right:
         return f"Right: you said {told}."
     if value > 0 and 0 < given < math.inf:
@@ -404,7 +411,8 @@ def show(verdicts: Sequence[Verdict]) -> Any:
     for number, each in enumerate(verdicts, 1):
         values = each.given, each.question.answer, each.measured.predicted, each.measured.value
         told = ("–" if value is None else each.question.named(value) for value in values)
-        lines.append(f"| {number} | {' | '.join(told)} | {'✓' if each.right else '✗'} |")
+        sign = "✓" if each.right else "✗"
+        lines.append(f"| {number} | {' | '.join(told)} {each.measured.by} | {sign} |")
     words = (f"{number}. {each.text}" for number, each in enumerate(verdicts, 1))
     return mo.md("\n".join([f"### {result_of(verdicts)}\n", *lines, "", *words]))
 
@@ -508,9 +516,10 @@ def drawn(figure: Figure) -> Any:
 
 
 def picture(svg: str) -> Any:
-    """Return an SVG file's text as a picture as wide as the page has room for."""
-    within = svg[svg.index("<svg") :]
-    return mo.Html(f'<div style="overflow-x: auto; background: white">{within}</div>')
+    """Return an SVG file's text as a picture that is no wider than the page."""
+    size = r'<svg ([^>]*?)width="([^"]*)" height="[^"]*"'
+    style = r'<svg \1style="width: 100%; max-width: \2; height: auto; background: white"'
+    return mo.Html(re.sub(size, style, svg[svg.index("<svg") :], count=1))
 
 
 def say(text: str) -> None:

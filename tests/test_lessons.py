@@ -214,6 +214,11 @@ def test_it_is_said_how_far_off_a_number_is() -> None:
     assert "2 times as much" in said[200] and "0.5 of it" in said[50]
 
 
+def test_it_is_said_what_was_not_measured() -> None:
+    text = lesson.grade(NUMBER, 100, Measured(100, by="by the schedule")).text
+    assert "100 KiB by the schedule" in text and "measured" not in text
+
+
 def test_a_choice_is_right_or_it_is_said_what_is() -> None:
     assert lesson.grade(CHOICE, "b", Measured("b")).right
     wrong = lesson.grade(CHOICE, "a", Measured("b"))
