@@ -31,7 +31,7 @@ from cases import (
 )
 from test_checkpoint import _train
 from test_cost import Case as Costed
-from test_cost import Other, measured, predicted
+from test_cost import Other, measured, predicted, same_messages
 from torch.distributed.tensor import DTensor
 
 from dtrain.parallel.plan import Plan
@@ -259,7 +259,7 @@ COSTS = {
 @pytest.mark.parametrize("case", COSTS.values(), ids=COSTS)
 def test_messages_and_memory_are_as_told(case: Costed, world) -> None:
     for ours, told in zip(world(case.ranks).run(measured, case), predicted(case), strict=True):
-        assert sorted(map(str, ours.messages)) == sorted(map(str, told.messages))
+        same_messages(ours, told)
         assert replace(ours, messages=(), activation_bytes=0) == replace(
             told, messages=(), activation_bytes=0
         )

@@ -212,6 +212,18 @@ def settled(costs: list[Cost], plan: Plan) -> list[Cost]:
     ]
 
 
+def same_messages(ours: Cost, told: Cost) -> None:
+    """To the byte; the largest nearly, where buckets are filled by gradients as they are ready: of
+    two that are ready at once either may fill one.
+    """
+    keys = {(m.axis, m.operation): m for m in told.messages}
+    assert [replace(m, largest=0) for m in sorted(ours.messages, key=str)] == [
+        replace(m, largest=0) for m in sorted(told.messages, key=str)
+    ]
+    for m in ours.messages:
+        assert m.largest == pytest.approx(keys[m.axis, m.operation].largest, rel=0.1)
+
+
 def _beside(axis: str, rank: int, plan: Plan) -> tuple[int, ...]:
     return tuple(
         coordinate for name, coordinate in coordinates(plan.degrees, rank).items() if name != axis

@@ -20,7 +20,7 @@ import torch
 from cases import STRATEGIES, Case, Outcome, assert_all_equal, refusal, train
 from test_checkpoint import _train
 from test_cost import Case as Costed
-from test_cost import Other, measured, predicted
+from test_cost import Other, measured, predicted, same_messages
 from torch.utils.cpp_extension import _get_build_directory
 
 from dtrain.parallel.plan import Plan
@@ -330,7 +330,7 @@ COSTS = {
 ])  # fmt: skip
 def test_messages_and_memory_are_as_told(case: Costed, world) -> None:
     for ours, told in zip(world(case.ranks).run(measured, case), predicted(case), strict=True):
-        assert sorted(map(str, ours.messages)) == sorted(map(str, told.messages))
+        same_messages(ours, told)
         assert replace(ours, messages=(), activation_bytes=0) == replace(
             told, messages=(), activation_bytes=0
         )

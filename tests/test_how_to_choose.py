@@ -27,7 +27,7 @@ from dtrain.strategy.zero1 import Zero1
 from dtrain.task.batch import Batch
 
 PAGE = Path(__file__).parent.parent / "docs" / "how-to-choose.md"
-# what `python scripts/compare.py` trains: model=toy_3m
+# what `dtrain compare` trains: model=toy_3m
 B, T, C, L, V = 16, 128, 256, 4, Bytes().vocab_size
 FP32 = 4
 A = B * T * C * FP32
@@ -62,7 +62,7 @@ def weights() -> int:
 
 def rows() -> dict[str, tuple[str, str]]:
     """The page's strategies: formula, figure."""
-    found = re.findall(r"^\| `(\w+)` \| (.+?) \| ([\d.]+ MB) \|$", PAGE.read_text(), re.M)
+    found = re.findall(r"^\| `(\w+)` \| (.+?) \| ([\d.]+ MiB) \|$", PAGE.read_text(), re.M)
     return {name: (formula, figure) for name, formula, figure in found}
 
 
@@ -104,4 +104,4 @@ def test_a_formula_is_what_the_fold_counts(name: str, n: int) -> None:
 @pytest.mark.parametrize("name", STRATEGIES)
 def test_a_figure_is_that_of_two_ranks(name: str) -> None:
     found = sent(name, 2) / (EVERY if name == "local_sgd" else 1)
-    assert f"{found / 1e6:.1f} MB" == rows()[name][1]
+    assert f"{found / 2**20:.1f} MiB" == rows()[name][1]

@@ -25,7 +25,8 @@ class Message:
 
     Args:
         bytes: the payload of all these calls.
-        largest: the payload of the largest one: a buffer of this size is needed at once.
+        largest: the payload of the largest one: a buffer of this size is needed at once. Where
+            buckets are filled it is predicted to a gradient.
     """
 
     axis: str
