@@ -13,6 +13,7 @@ from functools import cache, partial
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -274,36 +275,41 @@ def test_the_form_waits_for_every_answer() -> None:
 # Whole runs
 
 
-def as_script(
-    file: Path, arguments: list[str], monkeypatch: pytest.MonkeyPatch, capsys: Any
-) -> tuple[str, list[str]]:
-    """What `python lessons/….py` prints with these arguments, and what dtrain printed in its runs.
-    The runs are started by the server of warm processes.
-    """
-    printed: list[str] = []
+@pytest.fixture
+def printed(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """What dtrain prints in each run of a lesson; the server of warm processes starts them."""
+    outputs: list[str] = []
 
     def start(command: list[str], folder: str) -> warm.Ended:
         ended = warm.run(command, cwd=folder)
-        printed.append(ended.stdout)
-        return ended
+        outputs.append(ended.stdout)
+        return subprocess.CompletedProcess(
+            command, ended.returncode, ended.stdout + ended.stderr, ended.stderr
+        )
 
     monkeypatch.setattr(lesson, "start", start)
-    monkeypatch.setattr(sys, "argv", [str(file), *arguments])
-    runpy.run_path(str(file), run_name="__main__")
-    return capsys.readouterr().out, printed
+    return outputs
+
+
+def as_script(file: Path, *arguments: str, capsys: Any) -> str:
+    """What `python lessons/….py` prints with these arguments."""
+    with mock.patch.object(sys, "argv", [str(file), *arguments]):
+        runpy.run_path(str(file), run_name="__main__")
+    said: str = capsys.readouterr().out
+    return said
 
 
 def test_right_answers_score_in_full_and_wrong_ones_nothing(
-    monkeypatch: pytest.MonkeyPatch, capsys: Any
+    printed: list[str], capsys: Any
 ) -> None:
     file = LESSONS[0]
-    right = ["--loss", "5.5", "--states", "1.84", "--largest", "4", "--double", "2"]
-    said, printed = as_script(file, right, monkeypatch, capsys)
+    right = ("--loss", "5.5", "--states", "1.84", "--largest", "4", "--double", "2")
+    said = as_script(file, *right, capsys=capsys)
     assert "4 of 4 right" in said and "Your score: 4 of 4 right in 1 lesson" in said
     first = re.search(r"^step +1  loss (\S+)", printed[0], re.M)
     assert first and f"dtrain measured {float(first[1]):.3f} nats" in said  # the run's own figure
-    wrong = ["--loss", "2", "--states", "0.46", "--largest", "1", "--double", "1"]
-    said, _ = as_script(file, wrong, monkeypatch, capsys)
+    wrong = ("--loss", "2", "--states", "0.46", "--largest", "1", "--double", "1")
+    said = as_script(file, *wrong, capsys=capsys)
     assert "0 of 4 right" in said and "Your score: 0 of 4 right in 1 lesson" in said
     for question in questions_of(load(file)):
         assert lesson._plain(question.because) in said
@@ -323,9 +329,10 @@ def test_each_lesson_runs_as_a_script(file: Path, tmp_path: Path) -> None:
 
 @pytest.mark.deep
 @pytest.mark.parametrize("file", LESSONS, ids=lambda file: file.stem)
-def test_what_each_lesson_offers_to_try_runs(file: Path) -> None:
+def test_what_each_lesson_offers_to_try_runs(file: Path, printed: list[str]) -> None:
     module = load(file)
     option = module.setting.run()[1]["option"].value
     pressed = {"again": SimpleNamespace(value=True), "option": SimpleNamespace(value=option)}
     output, _ = module.tried.run(**pressed)
-    assert "dtrain train" in output.text
+    assert "dtrain train model=tiny" in re.sub("<[^>]*>", "", output.text)
+    assert len(printed) == 1
