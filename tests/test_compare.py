@@ -202,7 +202,7 @@ def test_the_verdict_names_the_best_and_owns_up_to_noise() -> None:
         told["leanest in tensor memory"].strategy,
         told["fewest bytes sent"].strategy,
     ) == (
-        "about equal: ddp, fsdp",
+        "ddp, fsdp, about equal",
         "fsdp",
         "ddp",
     )
