@@ -17,7 +17,7 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 LARGEST_FUNCTION = 60  # without signature and docstring
 LINES = {
     "files": 300, "config": 1_450, "data": 2_875, "model": 1_940, "task": 1_640, "launch": 1_480,
-    "parallel": 3_485, "train": 260, "strategy": 6_510, "cost": 1_520, "report": 1_040,
+    "parallel": 3_490, "train": 260, "strategy": 6_510, "cost": 1_520, "report": 1_040,
     "run": 1_670, "compare": 2_520, "cli": 555, "__main__": 100,
 }  # fmt: skip
 
