@@ -188,7 +188,7 @@ def test_a_rank_may_be_slow_and_stay_away() -> None:
         ),
     ):
         job = SimpleNamespace(config=config, asynchronous=False)
-        observers = observers_of(job, None, None, watch)  # type: ignore[arg-type]
+        observers = observers_of(job, None, watch)  # type: ignore[arg-type]
         for name in (FORWARD_BACKWARD, EXCHANGE, FIGURES):
             with observers.phase(name):
                 pass

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 PREFIXES = ((1e9, "G"), (1e6, "M"), (1e3, "k"))
-MIB = 1 << 20  # bytes: the unit of columns that have one unit
-SIZES = ((1 << 30, "GiB"), (MIB, "MiB"), (1 << 10, "KiB"))
+MIB, GIB = 1 << 20, 1 << 30  # bytes; columns that have one unit are in MiB
+SIZES = ((GIB, "GiB"), (MIB, "MiB"), (1 << 10, "KiB"))
 
 
 def with_si_prefix(number: float, unit: str) -> str:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -14,12 +14,13 @@ from dtrain.cost.plan_cost import PlanCost
 from dtrain.cost.timeline import Span
 from dtrain.data.base import Data
 from dtrain.report import instruments
-from dtrain.report.amounts import in_bytes, with_si_prefix
+from dtrain.report.amounts import GIB, in_bytes, with_si_prefix
 from dtrain.report.base import Logger, Run
 from dtrain.report.tables import numbers, show_table
 from dtrain.report.terminal import Terminal, on_one_line
 
 LINES = 10  # of a run's steps
+CARDS = (8, 12, 16, 24, 32, 40, 48, 64, 80, 96, 141, 192, 288)  # GiB of memory that GPUs have
 
 
 class Console(Logger):
@@ -31,8 +32,7 @@ class Console(Logger):
         self._every = 1
 
     def start(self, run: Run) -> None:
-        mesh = " x ".join(f"{axis}={degree}" for axis, degree in run.mesh.items()) or "one process"
-        rest = f" on {run.world_size} {'rank' if run.world_size == 1 else 'ranks'} ({mesh})"
+        rest = f" on {_ranks(run.world_size)} ({_mesh(run.mesh)})"
         self._terminal.say(Text.assemble((on_one_line(run.strategy), "bold"), rest))
         for fact in (*run.facts, f"folder: {run.folder}"):
             self._terminal.say(f"  {fact}")
@@ -122,18 +122,21 @@ def preparation_progress(data: Data, *, shown: bool) -> Iterator[Callable[[str, 
         status.stop()
 
 
-GIB = 1 << 30
-CARDS = (8, 12, 16, 24, 32, 40, 48, 64, 80, 96, 141, 192, 288)  # GiB of memory that GPUs have
+def _mesh(degrees: Mapping[str, int]) -> str:
+    return " x ".join(f"{axis}={degree}" for axis, degree in degrees.items()) or "one process"
+
+
+def _ranks(number: int) -> str:
+    return f"{number:,} {'rank' if number == 1 else 'ranks'}"
 
 
 def show_plan_cost(found: PlanCost) -> None:
     """Print what a plan costs: the memory of the fullest rank, and a step's messages by axis."""
     plan, cost, terminal = found.plan, found.cost, Terminal()
-    mesh = " x ".join(f"{axis}={degree}" for axis, degree in plan.degrees.items()) or "one process"
-    ranks = f"{plan.world_size:,} {'rank' if plan.world_size == 1 else 'ranks'}"
     terminal.say(
-        f"{mesh} ({ranks}), {found.rows:,} rows a step, on each rank {found.micro_batches:,} x "
-        f"{found.rows_at_once:,} at once; rank {found.rank:,} holds most"
+        f"{_mesh(plan.degrees)} ({_ranks(plan.world_size)}), {found.rows:,} rows a step, "
+        f"on each rank {found.micro_batches:,} x {found.rows_at_once:,} at once; "
+        f"rank {found.rank:,} holds most"
     )
     kinds = {
         "weights": cost.parameter_bytes,
@@ -143,10 +146,7 @@ def show_plan_cost(found: PlanCost) -> None:
         "largest messages": found.buffers,
     }
     rows: list[tuple[str, ...]] = [
-        *(
-            (kind, "not predicted" if size is None else in_bytes(size))
-            for kind, size in kinds.items()
-        ),
+        *((kind, "not predicted" if n is None else in_bytes(n)) for kind, n in kinds.items()),
         (),
         ("together", in_bytes(found.total)),
         (),

@@ -16,6 +16,7 @@ from dtrain.config.build import build
 from dtrain.config.schema import Config
 from dtrain.config.secret import masked
 from dtrain.cost.profile import RECORDED
+from dtrain.cost.recorder import record_footprint
 from dtrain.data.augment import ImageChange, Mixup, TextChange
 from dtrain.data.base import Data
 from dtrain.data.sources import Source
@@ -24,6 +25,7 @@ from dtrain.launch.world import World, device_of
 from dtrain.model import own
 from dtrain.model.layout import ModelFactory
 from dtrain.parallel.checks.probe import probe
+from dtrain.parallel.footprint import Footprint
 from dtrain.parallel.optimizer import parameter_groups
 from dtrain.parallel.plan import Plan
 from dtrain.parallel.precision import Precision
@@ -116,6 +118,21 @@ def _check_injected(config: Config, strategies: Sequence[Strategy], world: World
                     f"ranks meet in no collective; inject.straggler.rank={server.servers} or above "
                     f"slows a worker"
                 )
+
+
+def footprint_of(job: Parts) -> Footprint:
+    """Return what one rank of a run holds and computes in a step, from shapes alone.
+
+    Raises:
+        ValueError: shapes alone cannot tell it.
+    """
+    return record_footprint(
+        job.task,
+        job.plan,
+        partial(optimizer_of, job.config.optimizer),
+        global_batch_size=job.config.global_batch_size,
+        micro_batch_size=job.config.micro_batch_size,
+    )
 
 
 def strategies_of(config: Config) -> list[Strategy]:

@@ -2,23 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from typing import Any
 
 import torch.distributed as dist
-from torch import nn
-from torch.optim import Optimizer
 
 from dtrain.config.schema import Straggler
 from dtrain.cost.predict import Cost, fold
 from dtrain.cost.profile import RECORDED, Profile
-from dtrain.cost.recorder import record_footprint
 from dtrain.launch.fault_injection import slowed
 from dtrain.launch.hang_detector import HangDetector
 from dtrain.parallel.spans import FIGURES, FORWARD_BACKWARD
 from dtrain.report.base import Logger
-from dtrain.run.assemble import Parts
+from dtrain.run.assemble import Parts, footprint_of
 from dtrain.run.trainer import AnyTrainer
 from dtrain.strategy.parameter_server.trainer import ParameterServerTrainer
 from dtrain.train import Step, Trainer
@@ -138,9 +135,7 @@ class Observers:
             each.finish(summary, logger)
 
 
-def observers_of(
-    job: Parts, optimizer: Callable[[nn.Module], Optimizer], stack: ExitStack, watch: HangDetector
-) -> Observers:
+def observers_of(job: Parts, stack: ExitStack, watch: HangDetector) -> Observers:
     """Return the observers that the configuration asks for; the stack closes them."""
     inject, rank = job.config.inject, dist.get_rank()
     observers: list[Observer] = []
@@ -149,25 +144,17 @@ def observers_of(
     if job.asynchronous:
         observers.append(ParameterServerObserver())
     elif job.config.profile:
-        profile = ProfileObserver(job.plan, _predicted(job, optimizer))
+        profile = ProfileObserver(job.plan, _predicted(job))
         observers.append(stack.enter_context(profile))
     if inject.straggler.rank == rank:
         observers.append(SlowRank(inject.straggler, rank))
     return Observers(observers)
 
 
-def _predicted(job: Parts, optimizer: Callable[[nn.Module], Optimizer]) -> Cost | None:
+def _predicted(job: Parts) -> Cost | None:
     """Return this rank's predicted cost; None, with a note, if shapes alone cannot tell it."""
-    config = job.config
     try:
-        footprint = record_footprint(
-            job.task,
-            job.plan,
-            optimizer,
-            global_batch_size=config.global_batch_size,
-            micro_batch_size=config.micro_batch_size,
-        )
-        return fold(footprint, job.plan, dist.get_rank())
+        return fold(footprint_of(job), job.plan, dist.get_rank())
     except ValueError as error:
         job.logger.note(f"nothing is predicted: {error}")
         return None

@@ -6,14 +6,12 @@ The prediction is that of `profile=true`, which a run holds against what it meas
 from __future__ import annotations
 
 from dataclasses import replace
-from functools import partial
 
 from dtrain.config.schema import Config
 from dtrain.cost.plan_cost import PlanCost, plan_cost
-from dtrain.cost.recorder import record_footprint
 from dtrain.launch.world import World
 from dtrain.parallel.plan import Plan
-from dtrain.run.assemble import assemble, optimizer_of, plan_of
+from dtrain.run.assemble import assemble, footprint_of, plan_of
 
 
 def predicted_cost(config: Config, world_size: int) -> PlanCost:
@@ -34,14 +32,7 @@ def predicted_cost(config: Config, world_size: int) -> PlanCost:
     rows = config.global_batch_size or _fewest_rows(plan, config.micro_batch_size)
     config = replace(config, global_batch_size=rows, probe=False, profile=False, logger={})
     job = assemble(config, world)
-    footprint = record_footprint(
-        job.task,
-        job.plan,
-        partial(optimizer_of, config.optimizer),
-        global_batch_size=rows,
-        micro_batch_size=config.micro_batch_size,
-    )
-    return plan_cost(footprint, job.plan, rows)
+    return plan_cost(footprint_of(job), job.plan, rows)
 
 
 def _fewest_rows(plan: Plan, micro_batch_size: int | None) -> int:

@@ -119,7 +119,7 @@ def _train(
     meter, peak_source = throughput_meter(job, world)
     peak_memory.reset_peak(job.plan.device)
     optimizer = partial(optimizer_of, config.optimizer)
-    observers = observers_of(job, optimizer, stack, watch)
+    observers = observers_of(job, stack, watch)
     trainer = _trainer(job, world, optimizer, observers.phase)
     begin_from(trainer, job, start)
     observers.start(trainer)
