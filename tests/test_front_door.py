@@ -81,6 +81,20 @@ def test_each_command_has_a_help_of_its_own(call, command: str) -> None:
     assert "prints" in head and "strategy: 3d, " in out and "global_batch_size: " in out
 
 
+def test_a_folder_of_its_name_hides_no_part_of_it(tmp_path: Path) -> None:
+    """A clone of the project is one, if PYTHONPATH names the folder that it is in."""
+    (tmp_path / "dtrain/launch").mkdir(parents=True)
+    environment = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}
+    said = subprocess.run(
+        [sys.executable, "-m", "dtrain", "--version"],
+        cwd="/",
+        env=environment | {"PYTHONPATH": str(tmp_path)},
+        capture_output=True,
+        text=True,
+    )
+    assert (said.stdout, said.stderr) == (f"dtrain {front_door.__version__}\n", "")
+
+
 def test_train_trains_and_takes_a_launchers_own_argument(call, tmp_path: Path) -> None:
     """`python -m torch.distributed.launch` puts its argument before all others."""
     small = ["model=tiny", "steps=1", "eval.every=0", "global_batch_size=2", "hydra.run.dir=here"]
