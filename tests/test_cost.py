@@ -261,6 +261,10 @@ def compare(case: Case, costs: list[Cost]) -> None:
     exactly = [
         [replace(c, activation_bytes=0) for c in settled(each, plan)] for each in (expected, costs)
     ]
+    if any(isinstance(strategy, DDP) for strategy in plan.strategies):  # it fills buckets
+        for told, ours in zip(*exactly, strict=True):
+            same_messages(ours, told)
+        exactly = [[replace(cost, messages=()) for cost in each] for each in exactly]
     assert exactly[0] == exactly[1]
     ratios = [
         ours.activation_bytes / c.activation_bytes
